@@ -1,0 +1,35 @@
+"""The ops of the graph: tensors and numbers in, tensors out."""
+
+if __name__ == "kernels":
+    raise ImportError(
+        "this folder is the package qwenkern.kernels, and the bare name `kernels` belongs to another library: "
+        "write `from qwenkern import kernels`"
+    )
+
+from .reference import (
+    add_rms_norm,
+    apply_rope,
+    decode_attention,
+    linear,
+    lm_head,
+    norm_linear,
+    norm_swiglu_linear,
+    prefill_attention,
+    rms_norm,
+    rope_and_cache,
+    swiglu,
+)
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "decode_attention",
+    "linear",
+    "lm_head",
+    "norm_linear",
+    "norm_swiglu_linear",
+    "prefill_attention",
+    "rms_norm",
+    "rope_and_cache",
+    "swiglu",
+]

@@ -1,0 +1,348 @@
+"""The facade: load a model, and turn prompts into text, log-probabilities or logits."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import generate as engine
+from . import sources
+from .cache import BlockTable, PagedCache
+from .checkpoint import load_weights, open_checkpoint
+from .completion import Completion, Score, Stream
+from .config import Config
+from .errors import RequestError
+from .qwen2 import Qwen2, initialise
+from .sampling import SamplingParams
+from .tokenizer import Detokenizer, Tokenizer
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or the messages of a chat
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+class Model:
+    """A Qwen2.5 model on one device.
+
+    >>> model = Model.from_pretrained("Qwen/Qwen2.5-3B-Instruct")
+    >>> model.chat([{"role": "user", "content": "Hello!"}]).text
+
+    Safe to use from several threads: forward passes take turns."""
+
+    def __init__(
+        self,
+        module: Qwen2,
+        tokenizer: Tokenizer | None,
+        generation: Mapping[str, Any],
+        cache_tokens: int | None = None,
+        prefill_chunk: int | None = None,
+    ) -> None:
+        self.module = module
+        self.config = module.config
+        self.tokenizer = tokenizer
+        self.generation = dict(generation)  # the checkpoint's defaults for sampling
+        self.dtype = module.model.norm.weight.dtype
+        self.device = module.cos_sin.device
+        self.prefill_chunk = prefill_chunk or (512 if self.device.type == "cpu" else 4096)
+        if self.prefill_chunk < 1:
+            raise RequestError(f"prefill_chunk is {prefill_chunk}; expected at least 1")
+        self.cache = PagedCache(
+            self.config, cache_tokens or self._default_cache_tokens(), dtype=self.dtype, device=self.device
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        cache_tokens: int | None = None,
+        prefill_chunk: int | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Model:
+        """Loads a checkpoint.
+
+        model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
+            safetensors, or a .gguf file, whose weights are dequantised.
+        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
+        dtype: "auto" (that of the checkpoint; bfloat16 for GGUF), "bfloat16", "float16", "float32".
+        cache_tokens: room of the key-value cache, shared by all sequences. prefill_chunk: prompt tokens a pass.
+        progress: called with what is done ("download", "load"), bytes so far, bytes in all.
+
+        Raises CheckpointError, ConfigError or RequestError, naming what was found and what was expected."""
+        device = _device(device)
+        path = sources.resolve(model, progress=progress and (lambda done, total: progress("download", done, total)))
+        started = time.perf_counter()
+        checkpoint = open_checkpoint(path)
+        dtype = _dtype(dtype, checkpoint.config, device)
+        tokenizer = (
+            Tokenizer.from_gguf(checkpoint.metadata, source=str(path))
+            if checkpoint.metadata
+            else Tokenizer.from_folder(path)
+        )
+        module = Qwen2(checkpoint.config, dtype, device)
+        load_weights(
+            module,
+            checkpoint.config,
+            checkpoint.tensors(dtype),
+            source=str(path),
+            progress=progress and (lambda done: progress("load", done, checkpoint.num_bytes(dtype))),
+        )
+        logger.info("loaded %s as %s on %s in %.1f s", path, dtype, device, time.perf_counter() - started)
+        return cls(module, tokenizer, checkpoint.generation, cache_tokens, prefill_chunk)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: Config | str,
+        *,
+        seed: int = 0,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        tokenizer: Tokenizer | None = None,
+        cache_tokens: int | None = None,
+        prefill_chunk: int | None = None,
+    ) -> Model:
+        """A model of random weights, made in place: a Config, or a size of the family such as "qwen2.5-3b".
+
+        Without a tokenizer, prompts are token ids and completions have no text."""
+        config = Config.from_name(config) if isinstance(config, str) else config
+        device = _device(device)
+        module = Qwen2(config, _dtype(dtype, config, device), device)
+        initialise(module, seed)
+        return cls(module, tokenizer, {}, cache_tokens, prefill_chunk)
+
+    def generate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **keywords: Any
+    ) -> Completion | list[Completion]:
+        """Completes one prompt or a list of them, together and without padding.
+
+        A prompt is a text, a list of token ids, or a list of chat messages. Sampling is given as SamplingParams or by
+        its fields as keywords. One prompt with n = 1 gives a Completion; anything else a list of them, prompt by
+        prompt, n of each."""
+        params = _params(params, keywords)
+        single = _is_prompt(prompts)
+        sequences = self._sequences([prompts] if single else prompts, params)
+        first = [sequence for sequence in sequences if sequence.sample_index == 0]  # the others fork from these
+        for _ in engine.generate(self.module, self.cache, first, self.prefill_chunk):
+            pass
+        completions = [Completion.of(sequence) for sequence in sequences]
+        return completions[0] if single and params.n == 1 else completions
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
+    ) -> Stream:
+        """Completes one prompt and yields its text as it comes, never half a character."""
+        params = _params(params, keywords)
+        if params.n != 1:
+            raise RequestError(f"n is {params.n}; a stream has one completion: expected 1")
+        [sequence] = self._sequences([prompt], params, tools)
+        return Stream(engine.generate(self.module, self.cache, [sequence], self.prefill_chunk), sequence)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
+    ) -> Completion | list[Completion]:
+        """Answers a conversation, rendered by the checkpoint's chat template.
+
+        messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each. tools: functions that the
+        model may call, as JSON schemas; it answers a call in <tool_call> tags."""
+        params = _params(params, keywords)
+        return self.generate(self._encode(messages, tools), params)
+
+    @torch.inference_mode()
+    def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T]."""
+        ids = torch.as_tensor(ids)
+        if ids.dtype.is_floating_point or ids.dim() not in (1, 2):
+            raise RequestError(
+                f"ids have shape {list(ids.shape)} and dtype {ids.dtype}; expected [T] or [B, T] integers"
+            )
+        rows = [torch.cat(list(self._logits(row))) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
+        return rows[0] if ids.dim() == 1 else torch.stack(rows)
+
+    @torch.inference_mode()
+    def score(self, text: str | Sequence[int]) -> Score:
+        """Log-probability of every token of a text (or of token ids) after the ones before it."""
+        ids = self._encode(text)
+        logprobs: list[float] = []
+        for logits in self._logits(ids):
+            targets = torch.tensor(ids[len(logprobs) + 1 :][: len(logits)], device=logits.device)
+            logits = logits[: len(targets)]
+            chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+            logprobs += chosen.tolist()
+        return Score(ids, logprobs)
+
+    def _logits(self, ids: list[int]) -> Iterator[Tensor]:
+        """Logits of a sequence, chunk by chunk."""
+        self._check_ids(ids)
+        self._check_fits(len(ids), None)
+        table = BlockTable()
+        try:
+            for start in range(0, len(ids), self.prefill_chunk):
+                with self.cache.lock:
+                    logits = engine.forward(self.module, self.cache, [(table, ids[start : start + self.prefill_chunk])])
+                yield logits
+        finally:
+            self.cache.release(table)
+
+    def _sequences(
+        self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[engine.Sequence]:
+        """Checked requests: prompt by prompt, n of each, the first of each n with the others as its siblings."""
+        params = params.with_defaults(self.generation)
+        self._check_params(params)
+        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
+        sequences = []
+        for prompt_index, prompt in enumerate(prompts):
+            ids = self._encode(prompt, tools)
+            self._check_ids(ids)
+            group = [
+                engine.Sequence(
+                    prompt_ids=ids,
+                    params=params,
+                    end_ids=end_ids,
+                    max_tokens=self._check_fits(len(ids), params.max_tokens),
+                    detokenizer=self.tokenizer and Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
+                    prompt_index=prompt_index,
+                    sample_index=sample_index,
+                )
+                for sample_index in range(params.n)
+            ]
+            group[0].siblings = group[1:]
+            sequences += group
+        if not sequences:
+            raise RequestError("prompts is an empty list; expected at least one prompt")
+        return sequences
+
+    def _encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        if _is_ids(prompt):
+            return [int(token) for token in prompt]
+        if not isinstance(prompt, (str, list, tuple)):
+            raise RequestError(
+                f"prompt is of type {type(prompt).__name__}; expected a text, a list of token ids or of chat messages"
+            )
+        if self.tokenizer is None:
+            raise RequestError("this model has no tokenizer; expected prompts as lists of token ids")
+        if isinstance(prompt, str):
+            if tools:
+                raise RequestError("tools need chat messages as the prompt, found a text")
+            return self.tokenizer.encode(prompt)
+        return self.tokenizer.encode_chat(prompt, tools=tools)
+
+    def _check_ids(self, ids: list[int]) -> None:
+        if not ids:
+            raise RequestError("the prompt is empty; expected at least one token")
+        low, high = min(ids), max(ids)
+        if low < 0 or high >= self.config.vocab_size:
+            raise RequestError(
+                f"the prompt has token id {low if low < 0 else high}; expected 0 to {self.config.vocab_size - 1}"
+            )
+
+    def _check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
+        """How many tokens may follow the prompt; RequestError where it, or max_tokens after it, are too many."""
+        cached = self.cache.num_tokens
+        room, where = min((self.config.context_length, "context length"), (cached, "key-value cache (cache_tokens)"))
+        if num_prompt_tokens > room:
+            raise RequestError(f"the prompt has {num_prompt_tokens} tokens, and the {where} is {room}")
+        if max_tokens is not None and num_prompt_tokens + max_tokens > room:
+            raise RequestError(
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} make "
+                f"{num_prompt_tokens + max_tokens}, and the {where} is {room}"
+            )
+        # the last token that is sampled need not be cached, so a full context still gives one
+        return max_tokens if max_tokens is not None else max(1, room - num_prompt_tokens)
+
+    def _check_params(self, params: SamplingParams) -> None:
+        width = self.config.vocab_size
+        for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+            if beyond := [token for token in ids if token >= width]:
+                raise RequestError(f"{name} has token id {beyond[0]}; expected 0 to {width - 1}")
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer, and this model has none; expected stop_token_ids")
+
+    @property
+    def _end_ids(self) -> frozenset[int]:
+        listed = self.generation.get("eos_token_id")
+        if listed is None:
+            return frozenset(self.tokenizer.end_of_text_ids) if self.tokenizer else frozenset()
+        return frozenset([listed] if isinstance(listed, int) else listed)
+
+    def _default_cache_tokens(self) -> int:
+        """What is left of a GPU's memory, less a share for activations; on a CPU, where memory is taken only as it is
+        used, four contexts or half of the machine's memory."""
+        per_token = self.config.kv_bytes_per_token(self.dtype.itemsize)
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(self.device)
+            tokens, most = int(free - 0.1 * total) // per_token, 64 * self.config.context_length
+        else:
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            tokens, most = memory // 2 // per_token, 4 * self.config.context_length
+        if tokens < 1:
+            raise RequestError(f"{self.device} has no memory left for a key-value cache; expected a smaller model")
+        return min(tokens, most)
+
+
+def _params(params: SamplingParams | None, keywords: dict[str, Any]) -> SamplingParams:
+    if params is not None and not isinstance(params, SamplingParams):
+        raise RequestError(f"params is of type {type(params).__name__}; expected SamplingParams")
+    known = {field.name for field in fields(SamplingParams)}
+    if unknown := sorted(keywords.keys() - known):
+        raise RequestError(f"{unknown[0]!r} is not a sampling parameter; expected one of: {', '.join(sorted(known))}")
+    return replace(params or SamplingParams(), **keywords)
+
+
+def _is_ids(prompt: Any) -> bool:
+    return isinstance(prompt, (list, tuple, range)) and all(type(token) is int for token in prompt)
+
+
+def _is_prompt(prompts: Any) -> bool:
+    """Whether this is one prompt, not a list of them. An empty list is a prompt without tokens."""
+    if not isinstance(prompts, (list, tuple, range)):
+        return True
+    return _is_ids(prompts) or all(isinstance(message, Mapping) for message in prompts)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise RequestError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    if found.type not in ("cpu", "cuda"):
+        raise RequestError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device is {device!r}, and torch sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def _dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
+    name = str(dtype).removeprefix("torch.")
+    if name == "auto":
+        name = config.dtype.removeprefix("torch.")
+        if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "float16"  # before Ampere
+    if name not in _DTYPES:
+        raise RequestError(f"dtype is {dtype!r} ({name}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[name]

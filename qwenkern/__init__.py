@@ -1,0 +1,30 @@
+"""qwenkern: Qwen2.5 language models on fused Triton kernels.
+
+>>> import qwenkern
+>>> model = qwenkern.Model.from_pretrained("demo")
+>>> model.chat([{"role": "user", "content": "Write a haiku about compilers."}]).text
+"""
+
+from .completion import Completion, Score, Stream
+from .config import Config, YarnScaling
+from .errors import CheckpointError, ConfigError, Error, RequestError
+from .Model import Model  # `import qwenkern.Model` works too: this name hides the module behind its class
+from .sampling import SamplingParams, TokenLogprob
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Completion",
+    "Config",
+    "ConfigError",
+    "Error",
+    "Model",
+    "RequestError",
+    "SamplingParams",
+    "Score",
+    "Stream",
+    "TokenLogprob",
+    "YarnScaling",
+    "__version__",
+]

@@ -1,0 +1,142 @@
+"""The paged key-value cache, and the tables that say where the tokens of a forward pass belong."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import Config
+from .errors import RequestError
+
+PAGE_SIZE = 64  # tokens; one tile of the attention kernels
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Tokens of several sequences, packed without padding: T tokens, S sequences, P pages in the longest table.
+
+    The last token of sequence s is in row ``query_starts[s + 1] - 1`` and sees ``lengths[s]`` tokens, its own included.
+    """
+
+    ids: Tensor  # [T] int64
+    positions: Tensor  # [T] int64
+    slots: Tensor  # [T] int64, where each token's key and value go
+    block_tables: Tensor  # [S, P] int32
+    lengths: Tensor  # [S] int32
+    query_starts: Tensor  # [S + 1] int32
+    is_decode: bool  # one token a sequence
+
+
+class BlockTable:
+    """The pages of one sequence, and how many of its tokens they hold."""
+
+    def __init__(self) -> None:
+        self.pages: list[int] = []
+        self.length = 0
+
+
+class PagedCache:
+    """Keys and values of all layers: ``k`` and ``v`` are [layers, pages, page_size, Hkv, D].
+
+    A page belongs to one sequence, or is full and shared by sequences that began alike. The memory is not cleared, and
+    on a CPU the operating system provides it only as pages are first written."""
+
+    def __init__(
+        self, config: Config, num_tokens: int, dtype: torch.dtype, device: torch.device, page_size: int = PAGE_SIZE
+    ) -> None:
+        self.page_size = page_size
+        num_pages = -(-num_tokens // page_size)
+        shape = (config.num_hidden_layers, num_pages, page_size, config.num_key_value_heads, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache
+        self._free = list(range(num_pages - 1, -1, -1))
+        self._users = [0] * num_pages
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self._users) * self.page_size
+
+    @property
+    def num_free_tokens(self) -> int:
+        return len(self._free) * self.page_size
+
+    def has_room(self, table: BlockTable, num_tokens: int) -> bool:
+        return self._missing_pages(table, num_tokens) <= len(self._free)
+
+    def extend(self, table: BlockTable, num_tokens: int) -> None:
+        """Gives the sequence the pages that its next ``num_tokens`` need, or raises RequestError and gives none."""
+        missing = self._missing_pages(table, num_tokens)
+        if missing > len(self._free):
+            raise RequestError(
+                f"the key-value cache has room for {self.num_free_tokens} more tokens of its {self.num_tokens}, and a "
+                f"sequence needs {num_tokens} more: pass a larger cache_tokens to Model.from_pretrained"
+            )
+        for _ in range(missing):
+            page = self._free.pop()
+            self._users[page] = 1
+            table.pages.append(page)
+
+    def release(self, table: BlockTable) -> None:
+        """Takes back every page that no other sequence shares, and empties the table."""
+        for page in reversed(table.pages):
+            self._users[page] -= 1
+            if self._users[page] == 0:
+                self._free.append(page)
+        table.pages, table.length = [], 0
+
+    def fork(self, table: BlockTable) -> BlockTable:
+        """A second sequence with the same past: shares the full pages and copies the one that is still being filled."""
+        copy = BlockTable()
+        full = table.length // self.page_size
+        tail = table.length % self.page_size
+        if tail:
+            self.extend(copy, tail)
+            self.k[:, copy.pages[0]] = self.k[:, table.pages[full]]
+            self.v[:, copy.pages[0]] = self.v[:, table.pages[full]]
+        for page in table.pages[:full]:
+            self._users[page] += 1
+        copy.pages = table.pages[:full] + copy.pages
+        copy.length = table.length
+        return copy
+
+    def batch(self, parts: Sequence[tuple[BlockTable, Sequence[int]]]) -> Batch:
+        """Makes room for the next token ids of some sequences and says where they go. When the forward pass has
+        written them, call ``advance``."""
+        for table, ids in parts:
+            self.extend(table, len(ids))
+        ids, positions, slots, lengths, query_starts = [], [], [], [], [0]
+        for table, new in parts:
+            end = table.length + len(new)
+            ids += new
+            positions += range(table.length, end)
+            slots += [
+                table.pages[at // self.page_size] * self.page_size + at % self.page_size
+                for at in range(table.length, end)
+            ]
+            lengths.append(end)
+            query_starts.append(len(ids))
+        width = max(len(table.pages) for table, _ in parts)
+        tables = [table.pages + [0] * (width - len(table.pages)) for table, _ in parts]
+        device = self.k.device
+        return Batch(
+            ids=torch.tensor(ids, device=device),
+            positions=torch.tensor(positions, device=device),
+            slots=torch.tensor(slots, device=device),
+            block_tables=torch.tensor(tables, dtype=torch.int32, device=device),
+            lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+            query_starts=torch.tensor(query_starts, dtype=torch.int32, device=device),
+            is_decode=len(ids) == len(parts),
+        )
+
+    def advance(self, parts: Sequence[tuple[BlockTable, Sequence[int]]]) -> None:
+        """Counts the tokens of a batch as cached."""
+        for table, ids in parts:
+            table.length += len(ids)
+
+    def _missing_pages(self, table: BlockTable, num_tokens: int) -> int:
+        return max(0, -(-(table.length + num_tokens) // self.page_size) - len(table.pages))

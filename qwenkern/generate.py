@@ -1,0 +1,208 @@
+"""The loop that turns prompts into text: prefill, decode, sample, until every sequence has ended.
+
+Each step runs the tokens of some sequences that are not in the cache yet: a chunk of the prompts first, then one token
+of every sequence. A sequence that the cache has no room for waits, and starts again from its tokens when it has.
+"""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .cache import BlockTable, PagedCache
+from .qwen2 import Qwen2
+from .sampling import SamplingParams, TokenLogprob, sample
+from .tokenizer import Detokenizer
+
+MAX_BATCH = 64  # sequences that decode together
+
+
+class StopStrings:
+    """Passes text on, except what a stop string could still begin with, and ends it before the first one."""
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self.strings = strings
+        self.held = ""
+        self.found: str | None = None
+
+    def add(self, text: str) -> str:
+        self.held += text
+        matches = [(at, stop) for stop in self.strings if (at := self.held.find(stop)) >= 0]
+        if matches:
+            at, self.found = min(matches)
+            text, self.held = self.held[:at], ""
+            return text
+        keep = max((self._overlap(stop) for stop in self.strings), default=0)
+        text, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return text
+
+    def finish(self) -> str:
+        text, self.held = self.held, ""
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that ``stop`` begins with."""
+        longest = min(len(stop) - 1, len(self.held))
+        return next((size for size in range(longest, 0, -1) if self.held.endswith(stop[:size])), 0)
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One completion in the making."""
+
+    prompt_ids: list[int]
+    params: SamplingParams  # with defaults filled
+    end_ids: frozenset[int]  # ids that end the text
+    max_tokens: int
+    detokenizer: Detokenizer | None = None  # None: token ids only
+    prompt_index: int = 0
+    sample_index: int = 0
+    siblings: list[Sequence] = field(default_factory=list)  # other completions of the same prompt, not started yet
+
+    def __post_init__(self) -> None:
+        self.table = BlockTable()
+        self.output_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.text = ""
+        self.finish_reason: str | None = None  # "stop" or "length"
+        self.stop_reason: int | str | None = None  # the id or string that ended it
+        self._stops = StopStrings(self.params.stop)
+        seed = self.params.seed
+        self._random = random.Random() if seed is None else random.Random(f"{seed}/{self.sample_index}")
+
+    @property
+    def pending_ids(self) -> list[int]:
+        """Tokens that are not in the cache yet."""
+        cached = self.table.length
+        if cached >= len(self.prompt_ids):
+            return self.output_ids[cached - len(self.prompt_ids) :]
+        return self.prompt_ids[cached:] + self.output_ids
+
+    def uniform(self) -> float:
+        return self._random.random()
+
+    def accept(self, token: TokenLogprob | int) -> str:
+        """Appends a token. Returns the text that is now certain; sets finish_reason when it was the last one."""
+        if isinstance(token, TokenLogprob):
+            self.logprobs.append(token)
+            token = token.token_id
+        self.output_ids.append(token)
+        if token in self.end_ids and len(self.output_ids) >= self.params.min_tokens:
+            self.finish_reason, self.stop_reason = "stop", token
+            return self._emit("", last=True)
+        text = self.detokenizer.add(token) if self.detokenizer else ""
+        is_last = len(self.output_ids) >= self.max_tokens
+        if is_last:
+            self.finish_reason = "length"
+        return self._emit(text, last=is_last)
+
+    def _emit(self, text: str, last: bool) -> str:
+        if last and self.detokenizer:
+            text += self.detokenizer.finish()
+        if len(self.output_ids) >= self.params.min_tokens:
+            text = self._stops.add(text)
+        if self._stops.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+        elif last:
+            text += self._stops.finish()
+        self.text += text
+        return text
+
+
+def generate(
+    model: Qwen2, cache: PagedCache, sequences: list[Sequence], prefill_chunk: int, max_batch: int = MAX_BATCH
+) -> Iterator[tuple[Sequence, str]]:
+    """Runs sequences to their ends. Yields each one whenever it has a new token, with the text that became certain.
+
+    Closing the iterator gives the pages back. Prompts are processed ``prefill_chunk`` tokens at a time, so memory does
+    not grow with their length."""
+    waiting, running = deque(sequences), []
+    try:
+        while waiting or running:
+            with cache.lock:
+                _admit(cache, waiting, running, max_batch)
+                parts = _next_parts(cache, waiting, running, prefill_chunk)
+                ends = list(accumulate(len(ids) for _, ids in parts))
+                logits = forward(model, cache, [(seq.table, ids) for seq, ids in parts], [end - 1 for end in ends])
+                complete = {row: seq for row, (seq, _) in enumerate(parts) if not seq.pending_ids}
+                sampled, rows = _fork(cache, complete, waiting, running)
+                tokens = sample(logits[rows], sampled) if sampled else []
+            for sequence, token in zip(sampled, tokens, strict=True):
+                text = sequence.accept(token)
+                if sequence.finish_reason:
+                    cache.release(sequence.table)
+                    running.remove(sequence)
+                yield sequence, text
+    finally:
+        for sequence in running:
+            cache.release(sequence.table)
+
+
+@torch.inference_mode()
+def forward(
+    model: Qwen2, cache: PagedCache, parts: list[tuple[BlockTable, list[int]]], rows: list[int] | None = None
+) -> Tensor:
+    """One pass over the next tokens of some sequences: float32 logits of all tokens, or of the given rows."""
+    batch = cache.batch(parts)
+    logits = model(
+        batch, cache, None if rows is None else torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
+    )
+    cache.advance(parts)
+    return logits
+
+
+def _admit(cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], max_batch: int) -> None:
+    """Starts waiting sequences, in order, while there is room for all of their tokens."""
+    while waiting and len(running) < max_batch:
+        pending = len(waiting[0].pending_ids)
+        if running and not cache.has_room(waiting[0].table, pending):
+            return
+        cache.extend(waiting[0].table, pending)  # raises where even an empty cache is too small
+        running.append(waiting.popleft())
+
+
+def _next_parts(
+    cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], prefill_chunk: int
+) -> list[tuple[Sequence, list[int]]]:
+    """What the next pass computes: a chunk of unfinished prompts, or else the last token of every sequence."""
+    parts, budget = [], prefill_chunk
+    for sequence in running:
+        pending = sequence.pending_ids
+        if len(pending) > 1 and budget:
+            parts.append((sequence, pending[:budget]))
+            budget -= len(parts[-1][1])
+    if parts:
+        return parts
+    while sum(not cache.has_room(sequence.table, 1) for sequence in running) * cache.page_size > cache.num_free_tokens:
+        if len(running) == 1:
+            break  # nobody left to make room: let the cache say so
+        latest = running.pop()
+        cache.release(latest.table)
+        waiting.appendleft(latest)
+    return [(sequence, sequence.pending_ids) for sequence in running]
+
+
+def _fork(
+    cache: PagedCache, complete: dict[int, Sequence], waiting: deque[Sequence], running: list[Sequence]
+) -> tuple[list[Sequence], list[int]]:
+    """The sequences to sample for, each with its row of logits: the complete ones and the siblings that start there."""
+    sampled, rows = [], []
+    for row, sequence in complete.items():
+        siblings, sequence.siblings = sequence.siblings, []
+        started = [sequence]
+        for sibling in siblings:
+            if cache.num_free_tokens < cache.page_size:
+                waiting.append(sibling)
+                continue
+            sibling.table = cache.fork(sequence.table)
+            started.append(sibling)
+            running.append(sibling)
+        sampled += started
+        rows += [row] * len(started)
+    return sampled, rows

@@ -1,0 +1,169 @@
+"""Qwen2 as a module graph of fused ops, written once for every device and every number of tokens.
+
+The ops carry a residual stream: each takes what the sub-layer before it computed (``x``) and the sum of all that came
+earlier (``residual``), then adds, normalises and multiplies in one go. Parameters have the names of the checkpoint,
+with q, k, v and gate, up packed row by row.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import kernels as ops
+from .cache import Batch, PagedCache
+from .config import Config
+
+
+class Qwen2(nn.Module):
+    """The language model: tokens in, logits out."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+        """Allocates the parameters and leaves their values undefined: load or initialise them next."""
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config, dtype, device)
+        self.lm_head = (
+            self.model.embed_tokens
+            if config.tie_word_embeddings
+            else Weights(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        )
+        self.register_buffer("cos_sin", rope_table(config).to(device), persistent=False)
+
+    def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
+        """Runs the T tokens of a batch and writes their keys and values into the cache.
+
+        Returns float32 logits [T, vocabulary], or those of ``rows`` only (indices into the batch's tokens)."""
+        x, residual = self.model(batch, cache, self.cos_sin)
+        if rows is not None:
+            x, residual = x[rows], residual[rows]
+        return ops.lm_head(x, residual, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.weight)
+
+
+class Decoder(nn.Module):
+    """The stack of layers, between embedding and last norm."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.embed_tokens = Weights(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(DecoderLayer(config, dtype, device) for _ in range(config.num_hidden_layers))
+        self.norm = Weights(config.hidden_size, dtype=dtype, device=device)
+
+    def forward(self, batch: Batch, cache: PagedCache, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = self.embed_tokens.weight[batch.ids], None
+        for layer, k_pages, v_pages in zip(self.layers, cache.k, cache.v, strict=True):
+            x, residual = layer(x, residual, batch, k_pages, v_pages, cos_sin)
+        return x, residual
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.input_layernorm = Weights(config.hidden_size, dtype=dtype, device=device)
+        self.self_attn = Attention(config, dtype, device)
+        self.post_attention_layernorm = Weights(config.hidden_size, dtype=dtype, device=device)
+        self.mlp = MLP(config, dtype, device)
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None, batch: Batch, k_pages: Tensor, v_pages: Tensor, cos_sin: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        x, residual = self.self_attn(x, residual, self.input_layernorm.weight, batch, k_pages, v_pages, cos_sin)
+        return self.mlp(x, residual, self.post_attention_layernorm.weight)
+
+
+class Attention(nn.Module):
+    """Norm, q, k and v, rotary embedding, cache, grouped-query attention, output projection."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.scale = config.head_dim**-0.5
+        self.qkv_proj = Weights(config.qkv_size, config.hidden_size, bias=True, dtype=dtype, device=device)
+        self.o_proj = Weights(config.hidden_size, config.q_size, dtype=dtype, device=device)
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        norm_weight: Tensor,
+        batch: Batch,
+        k_pages: Tensor,
+        v_pages: Tensor,
+        cos_sin: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        qkv, residual = ops.norm_linear(x, residual, norm_weight, self.eps, self.qkv_proj.weight, self.qkv_proj.bias)
+        q = ops.rope_and_cache(qkv, batch.positions, cos_sin, k_pages, v_pages, batch.slots)
+        if batch.is_decode:
+            x = ops.decode_attention(q, k_pages, v_pages, batch.block_tables, batch.lengths, self.scale)
+        else:
+            x = ops.prefill_attention(
+                q, k_pages, v_pages, batch.block_tables, batch.lengths, batch.query_starts, self.scale
+            )
+        return ops.linear(x.flatten(1), self.o_proj.weight), residual
+
+
+class MLP(nn.Module):
+    """Norm, gate and up, SwiGLU, down projection."""
+
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.gate_up_proj = Weights(2 * config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
+        self.down_proj = Weights(config.hidden_size, config.intermediate_size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor, residual: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
+        x, residual = ops.norm_swiglu_linear(x, residual, norm_weight, self.eps, self.gate_up_proj.weight)
+        return ops.linear(x, self.down_proj.weight), residual
+
+
+class Weights(nn.Module):
+    """A ``weight`` and, if asked for, a ``bias``: a name of the checkpoint, whatever op uses it."""
+
+    def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        if bias:
+            self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False)
+
+
+def rope_table(config: Config) -> Tensor:
+    """Cosines and sines of every position's angles: [context, D] float32, cosines in the first half of a row."""
+    positions = torch.arange(config.context_length, dtype=torch.float32)
+    angles = positions[:, None] * inverse_frequencies(config)
+    scale = config.rope_scaling.attention_scale if config.rope_scaling else 1.0
+    return torch.cat((angles.cos() * scale, angles.sin() * scale), dim=-1)
+
+
+def inverse_frequencies(config: Config) -> Tensor:
+    """Radians per position of each pair of dimensions: [D / 2] float32, with YaRN's blend where the config asks for it
+    (Peng et al. 2023, arXiv:2309.00071, section 3.2)."""
+    dim, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
+    wavelengths = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    if yarn is None:
+        return 1.0 / wavelengths
+
+    def pair_that_turns(times: float) -> float:
+        """The (fractional) pair of dimensions that makes so many turns within the original context."""
+        positions_a_turn = yarn.original_max_position_embeddings / (times * 2 * math.pi)
+        return dim * math.log(positions_a_turn) / (2 * math.log(theta))
+
+    first, last = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+    if yarn.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
+    kept = 1 - ramp.clamp(0, 1)  # 1: too fast to need stretching, 0: stretched by the whole factor
+    return (1 - kept) / (yarn.factor * wavelengths) + kept / wavelengths
+
+
+@torch.no_grad()
+def initialise(model: Qwen2, seed: int) -> None:
+    """Fills the parameters with random numbers in place: what a benchmark needs where no checkpoint is at hand."""
+    generator = torch.Generator(model.cos_sin.device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1 and name.endswith("norm.weight"):
+            parameter.fill_(1.0)
+        else:
+            parameter.normal_(0.0, 0.02, generator=generator)

@@ -1,0 +1,211 @@
+"""How the next token is chosen from the logits."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .errors import RequestError
+
+MAX_COMPLETIONS = 128
+MAX_LOGPROBS = 100
+_GREEDY_BELOW = 1e-6  # a temperature so small cannot be told from 0 in float32
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """What a caller asks of the text. ``None`` means: as the checkpoint's generation_config.json says, else neutral.
+
+    The next token is drawn after these steps, in this order: repetition, presence and frequency penalty, logit_bias,
+    temperature, top_k, top_p, min_p. Raises RequestError for a value out of its range."""
+
+    max_tokens: int | None = None  # None: until the model ends its text or the context is full
+    min_tokens: int = 0  # before so many, neither an end-of-text id nor a stop string ends the text
+    temperature: float | None = None  # 0: greedy, the most likely token
+    top_k: int | None = None  # only the k most likely tokens; 0: all
+    top_p: float | None = None  # only the most likely tokens that together reach this probability
+    min_p: float | None = None  # only tokens at least this fraction as likely as the most likely one
+    repetition_penalty: float | None = None  # divides positive logits of tokens seen in prompt or output
+    presence_penalty: float = 0.0  # subtracted from logits of tokens in the output
+    frequency_penalty: float = 0.0  # the same, times how often they occur there
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # token id -> added to its logit
+    seed: int | None = None  # the same seed and prompt give the same text; None: a new one each time
+    stop: str | Sequence[str] = ()  # the text ends before the first of these
+    stop_token_ids: Sequence[int] = ()  # besides the model's own end-of-text ids
+    ignore_eos: bool = False  # go on after end-of-text ids
+    n: int = 1  # completions of each prompt
+    logprobs: int | None = None  # log-probabilities of the chosen token (0) and of so many likeliest ones
+    skip_special_tokens: bool = True  # leave <|im_end|> and its like out of the text
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+        _whole("max_tokens", self.max_tokens, 1, optional=True)
+        _whole("min_tokens", self.min_tokens, 0)
+        _number("temperature", self.temperature, 0.0, 100.0, optional=True)
+        _whole("top_k", self.top_k, 0, optional=True)
+        _number("top_p", self.top_p, 0.0, 1.0, optional=True, open_below=True)
+        _number("min_p", self.min_p, 0.0, 1.0, optional=True)
+        _number("repetition_penalty", self.repetition_penalty, 0.0, 100.0, optional=True, open_below=True)
+        _number("presence_penalty", self.presence_penalty, -100.0, 100.0)
+        _number("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _whole("seed", self.seed, -(2**63), 2**64 - 1, optional=True)
+        _whole("n", self.n, 1, MAX_COMPLETIONS)
+        _whole("logprobs", self.logprobs, 0, MAX_LOGPROBS, optional=True)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.max_tokens}")
+        for text in self.stop:
+            if not isinstance(text, str) or not text:
+                raise RequestError(f"stop contains {text!r}; expected non-empty strings")
+        for token in self.stop_token_ids:
+            _whole("stop_token_ids", token, 0)
+        for token, bias in self.logit_bias.items():
+            _whole("logit_bias's token id", token, 0)
+            _number(f"logit_bias[{token}]", bias, -math.inf, 1000.0)
+
+    def with_defaults(self, generation: Mapping[str, Any]) -> SamplingParams:
+        """Fills what is None from the fields of a generation_config.json (transformers' GenerationConfig).
+
+        There, ``do_sample: false`` (or absent) means greedy, whatever temperature it names."""
+        defaults: dict[str, Any] = {
+            "temperature": 1.0,
+            "top_k": 0,
+            "top_p": 1.0,
+            "min_p": 0.0,
+            "repetition_penalty": 1.0,
+        }
+        defaults |= {name: generation[name] for name in defaults if generation.get(name) is not None}
+        if not generation.get("do_sample", False):
+            defaults["temperature"] = 0.0
+        return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    @property
+    def is_greedy(self) -> bool:
+        return not self.temperature or self.temperature < _GREEDY_BELOW
+
+    @property
+    def changes_logits(self) -> bool:
+        return bool(
+            self.logit_bias
+            or self.presence_penalty
+            or self.frequency_penalty
+            or self.min_tokens
+            or self.repetition_penalty not in (None, 1.0)
+        )
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """The model's own natural log-probabilities of a token and the likeliest ones, before temperature and penalties."""
+
+    token_id: int
+    logprob: float
+    top: dict[int, float]  # token id -> log-probability, likeliest first
+
+
+class Row(Protocol):
+    """What sampling must know of a sequence."""
+
+    params: SamplingParams  # with defaults filled
+    prompt_ids: list[int]
+    output_ids: list[int]
+    end_ids: frozenset[int]  # ids that end the text
+
+    def uniform(self) -> float:
+        """The sequence's next random number in [0, 1): its own, so that its text does not depend on its batch."""
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[TokenLogprob | int]:
+    """The next token of each row of logits [R, V] (float32, may be overwritten): an id, or a TokenLogprob where the
+    row asks for log-probabilities."""
+    logprobs = _logprobs(logits, rows)
+    for row, sequence in zip(logits, rows, strict=True):
+        if sequence.params.changes_logits:
+            _penalise(row, sequence)
+    tokens = logits.argmax(-1)
+    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
+    if drawn:
+        tokens[drawn] = _draw(logits[drawn], [rows[index] for index in drawn])
+    ids = tokens.tolist()
+    return [ids[index] if of is None else _with_logprobs(of, ids[index]) for index, of in enumerate(logprobs)]
+
+
+def _penalise(row: Tensor, sequence: Row) -> None:
+    """Penalties, biases and forbidden ends, in place, on one row of logits [V]."""
+    params = sequence.params
+    if params.repetition_penalty != 1.0:
+        seen = _ids(set(sequence.prompt_ids) | set(sequence.output_ids), row)
+        scores = row[seen]
+        row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = Counter(sequence.output_ids)
+        often = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+        row[_ids(counts, row)] -= params.presence_penalty + params.frequency_penalty * often
+    if params.logit_bias:
+        row[_ids(params.logit_bias, row)] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+    if len(sequence.output_ids) < params.min_tokens:
+        row[_ids(sequence.end_ids, row)] = -math.inf
+
+
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """One token id a row, by inverting the cumulative distribution at the row's random number."""
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float32, device=logits.device)[:, None]
+
+    width = logits.shape[-1]
+    top_k = [min(row.params.top_k or width, width) for row in rows]
+    values, ids = logits.topk(max(top_k)) if max(top_k) < width else logits.sort(-1, descending=True)
+    # likeliest first, so the first column is the maximum: subtracted before dividing, nothing overflows
+    values = (values - values[:, :1]) / column(row.params.temperature for row in rows)
+    ranks = torch.arange(values.shape[-1], device=logits.device)
+    probabilities = values.masked_fill(ranks >= column(top_k), -math.inf).softmax(-1)
+    before = probabilities.double().cumsum(-1) - probabilities
+    dropped = before >= column(row.params.top_p if row.params.top_p < 1 else math.inf for row in rows)
+    dropped |= probabilities < probabilities[:, :1] * column(row.params.min_p for row in rows)
+    dropped[:, 0] = False
+    cumulative = probabilities.masked_fill(dropped, 0.0).double().cumsum(-1)
+    target = column(row.uniform() for row in rows).double() * cumulative[:, -1:]
+    chosen = (cumulative <= target).sum(-1, keepdim=True)
+    return ids.gather(-1, chosen.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+
+
+def _logprobs(logits: Tensor, rows: Sequence[Row]) -> list[tuple[Tensor, int] | None]:
+    """Log-probabilities of the rows that ask for them, and how many each wants; before anything changes the logits."""
+    wanted = [row.params.logprobs for row in rows]
+    return [None if k is None else (logits[index].log_softmax(-1), k) for index, k in enumerate(wanted)]
+
+
+def _with_logprobs(of: tuple[Tensor, int], token: int) -> TokenLogprob:
+    logprobs, k = of
+    values, ids = logprobs.topk(k)
+    return TokenLogprob(token, logprobs[token].item(), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _ids(ids: Iterable[int], like: Tensor) -> Tensor:
+    return torch.tensor(list(ids), dtype=torch.int64, device=like.device)
+
+
+def _whole(name: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if not isinstance(value, int) or isinstance(value, bool) or value < low or (high is not None and value > high):
+        span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise RequestError(f"{name} is {value!r}; expected a whole number {span}" + (" or None" if optional else ""))
+
+
+def _number(name: str, value: Any, low: float, high: float, optional: bool = False, open_below: bool = False) -> None:
+    if value is None and optional:
+        return
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    if not is_number or not low <= value <= high or (open_below and value == low):
+        span = f"{'above' if open_below else 'from'} {low} to {high}"
+        raise RequestError(f"{name} is {value!r}; expected a number {span}" + (" or None" if optional else ""))
