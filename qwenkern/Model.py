@@ -53,12 +53,11 @@ class Model:
         self.generation = dict(generation)  # the checkpoint's defaults for sampling
         self.dtype = module.model.norm.weight.dtype
         self.device = module.cos_sin.device
+        for name, value in (("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise RequestError(f"{name} is {value!r}; expected a whole number of at least 1, or None")
         self.prefill_chunk = prefill_chunk or (512 if self.device.type == "cpu" else 4096)
-        if self.prefill_chunk < 1:
-            raise RequestError(f"prefill_chunk is {prefill_chunk}; expected at least 1")
-        self.cache = PagedCache(
-            self.config, cache_tokens or self._default_cache_tokens(), dtype=self.dtype, device=self.device
-        )
+        self.cache = PagedCache(self.config, cache_tokens or self._default_cache_tokens(), self.dtype, self.device)
 
     @classmethod
     def from_pretrained(

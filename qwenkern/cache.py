@@ -65,12 +65,17 @@ class PagedCache:
     def num_free_tokens(self) -> int:
         return len(self._free) * self.page_size
 
-    def has_room(self, table: BlockTable, num_tokens: int) -> bool:
-        return self._missing_pages(table, num_tokens) <= len(self._free)
+    @property
+    def num_free_pages(self) -> int:
+        return len(self._free)
+
+    def missing_pages(self, table: BlockTable, num_tokens: int) -> int:
+        """Pages that the sequence's next ``num_tokens`` need and it does not have yet."""
+        return max(0, -(-(table.length + num_tokens) // self.page_size) - len(table.pages))
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         """Gives the sequence the pages that its next ``num_tokens`` need, or raises RequestError and gives none."""
-        missing = self._missing_pages(table, num_tokens)
+        missing = self.missing_pages(table, num_tokens)
         if missing > len(self._free):
             raise RequestError(
                 f"the key-value cache has room for {self.num_free_tokens} more tokens of its {self.num_tokens}, and a "
@@ -137,6 +142,3 @@ class PagedCache:
         """Counts the tokens of a batch as cached."""
         for table, ids in parts:
             table.length += len(ids)
-
-    def _missing_pages(self, table: BlockTable, num_tokens: int) -> int:
-        return max(0, -(-(table.length + num_tokens) // self.page_size) - len(table.pages))

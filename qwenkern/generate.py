@@ -161,7 +161,7 @@ def _admit(cache: PagedCache, waiting: deque[Sequence], running: list[Sequence],
     """Starts waiting sequences, in order, while there is room for all of their tokens."""
     while waiting and len(running) < max_batch:
         pending = len(waiting[0].pending_ids)
-        if running and not cache.has_room(waiting[0].table, pending):
+        if running and cache.missing_pages(waiting[0].table, pending) > cache.num_free_pages:
             return
         cache.extend(waiting[0].table, pending)  # raises where even an empty cache is too small
         running.append(waiting.popleft())
@@ -179,7 +179,7 @@ def _next_parts(
             budget -= len(parts[-1][1])
     if parts:
         return parts
-    while sum(not cache.has_room(sequence.table, 1) for sequence in running) * cache.page_size > cache.num_free_tokens:
+    while sum(cache.missing_pages(sequence.table, 1) for sequence in running) > cache.num_free_pages:
         if len(running) == 1:
             break  # nobody left to make room: let the cache say so
         latest = running.pop()
@@ -197,7 +197,7 @@ def _fork(
         siblings, sequence.siblings = sequence.siblings, []
         started = [sequence]
         for sibling in siblings:
-            if cache.num_free_tokens < cache.page_size:
+            if not cache.num_free_pages:
                 waiting.append(sibling)
                 continue
             sibling.table = cache.fork(sequence.table)

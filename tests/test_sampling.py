@@ -1,0 +1,196 @@
+"""Sampling parameters and the choice of tokens, against transformers' processors and against counting."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from transformers.generation import logits_process as theirs
+
+from qwenkern import RequestError, SamplingParams, TokenLogprob
+from qwenkern.sampling import sample
+
+VOCABULARY = 60
+
+
+@dataclass
+class FakeRow:
+    params: SamplingParams
+    prompt_ids: list[int] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)
+    end_ids: frozenset[int] = frozenset()
+    seed: int = 0
+
+    def __post_init__(self):
+        self.params = self.params.with_defaults({"do_sample": True})
+        self._random = random.Random(self.seed)
+
+    def uniform(self) -> float:
+        return self._random.random()
+
+
+@pytest.fixture
+def logits():
+    return torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(3)) * 2
+
+
+def _choose(logits, row):
+    [token] = sample(logits[None].clone(), [row])
+    return token
+
+
+def test_temperature_zero_takes_the_likeliest(logits):
+    assert _choose(logits, FakeRow(SamplingParams(temperature=0))) == logits.argmax().item()
+    assert _choose(logits, FakeRow(SamplingParams(temperature=1e-9))) == logits.argmax().item()
+    assert _choose(logits, FakeRow(SamplingParams(temperature=1e-5))) == logits.argmax().item()
+
+
+FILTERS = [
+    {},
+    {"temperature": 0.3},
+    {"temperature": 3.0},
+    {"top_k": 5},
+    {"top_k": 1},
+    {"top_k": 1000},
+    {"top_p": 0.7},
+    {"top_p": 1e-6},
+    {"min_p": 0.2},
+    {"min_p": 1.0},
+    {"temperature": 1.7, "top_k": 20, "top_p": 0.8, "min_p": 0.05},
+]
+
+
+@pytest.mark.parametrize("fields", FILTERS, ids=str)
+def test_tokens_come_as_often_as_transformers_says(logits, fields):
+    """10,000 draws on a regular grid of random numbers: frequencies equal probabilities to one draw a token."""
+    scores = logits[None].clone()
+    for name, processor in (
+        ("temperature", theirs.TemperatureLogitsWarper),
+        ("top_k", theirs.TopKLogitsWarper),
+        ("top_p", theirs.TopPLogitsWarper),
+        ("min_p", theirs.MinPLogitsWarper),
+    ):
+        if name in fields:
+            scores = processor(fields[name])(None, scores)
+    expected = scores.softmax(-1)[0]
+    count = 10_000
+    row = FakeRow(SamplingParams(**fields))
+    grid = iter([(n + 0.5) / count for n in range(count)])
+    row.uniform = lambda: next(grid)
+    drawn = sample(logits.repeat(count, 1), [row] * count)
+    found = torch.bincount(torch.tensor(drawn), minlength=VOCABULARY) / count
+    assert (found - expected).abs().max() <= 1.01 / count
+    assert (found > 0).sum() <= (expected > 0).sum()
+
+
+def test_rows_of_a_batch_do_not_disturb_one_another(logits):
+    alone = [_choose(logits, FakeRow(SamplingParams(**fields), seed=n)) for n, fields in enumerate(FILTERS)]
+    together = sample(
+        logits.repeat(len(FILTERS), 1), [FakeRow(SamplingParams(**fields), seed=n) for n, fields in enumerate(FILTERS)]
+    )
+    assert together == alone
+
+
+def _adjusted(logits, row):
+    """The logits after penalties: read off by log-probabilities of a second, greedy look."""
+    from qwenkern.sampling import _penalise
+
+    out = logits.clone()
+    _penalise(out, row)
+    return out
+
+
+def test_repetition_penalty_is_that_of_transformers(logits):
+    row = FakeRow(SamplingParams(repetition_penalty=1.3), prompt_ids=[1, 2, 2, 3], output_ids=[3, 9])
+    expected = theirs.RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([[1, 2, 2, 3, 3, 9]]), logits[None].clone())[0]
+    assert torch.equal(_adjusted(logits, row), expected)
+
+
+def test_presence_and_frequency_count_the_output_only(logits):
+    row = FakeRow(SamplingParams(presence_penalty=0.5, frequency_penalty=0.25), prompt_ids=[4], output_ids=[7, 7, 8])
+    expected = logits.clone()
+    expected[7] -= 0.5 + 2 * 0.25
+    expected[8] -= 0.5 + 0.25
+    torch.testing.assert_close(_adjusted(logits, row), expected)
+
+
+def test_logit_bias_forces_and_bans(logits):
+    best = logits.argmax().item()
+    assert _choose(logits, FakeRow(SamplingParams(temperature=0, logit_bias={17: 100}))) == 17
+    assert _choose(logits, FakeRow(SamplingParams(temperature=0, logit_bias={best: -math.inf}))) != best
+
+
+def test_min_tokens_forbids_the_end(logits):
+    best = logits.argmax().item()
+    params = SamplingParams(temperature=0, min_tokens=2)
+    assert _choose(logits, FakeRow(params, output_ids=[1], end_ids=frozenset({best}))) != best
+    assert _choose(logits, FakeRow(params, output_ids=[1, 1], end_ids=frozenset({best}))) == best
+
+
+def test_logprobs_are_the_models_own(logits):
+    row = FakeRow(SamplingParams(temperature=0.1, top_k=2, logit_bias={17: 100}, logprobs=3))
+    token = _choose(logits, row)
+    expected = logits.log_softmax(-1)
+    assert isinstance(token, TokenLogprob)
+    assert token.token_id == 17
+    assert token.logprob == pytest.approx(expected[17].item())
+    assert list(token.top) == expected.topk(3).indices.tolist()
+    assert list(token.top.values()) == pytest.approx(expected.topk(3).values.tolist())
+    assert _choose(logits, FakeRow(SamplingParams(logprobs=0))).top == {}
+
+
+def test_defaults_of_generation_config():
+    generation = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+    filled = SamplingParams(top_k=3).with_defaults(generation)
+    assert (filled.temperature, filled.top_k, filled.top_p) == (0.7, 3, 0.8)
+    assert (filled.min_p, filled.repetition_penalty) == (0.0, 1.05)
+    assert SamplingParams().with_defaults(generation | {"do_sample": False}).is_greedy
+    assert SamplingParams().with_defaults({}).is_greedy
+    assert not SamplingParams(temperature=1.0).with_defaults({}).is_greedy
+
+
+REFUSALS = [
+    ({"max_tokens": 0}, "max_tokens is 0; expected a whole number of at least 1"),
+    ({"max_tokens": -3}, "max_tokens is -3"),
+    ({"max_tokens": 2.5}, "max_tokens is 2.5"),
+    ({"max_tokens": True}, "max_tokens is True"),
+    ({"min_tokens": -1}, "min_tokens is -1"),
+    ({"min_tokens": None}, "min_tokens is None"),
+    ({"max_tokens": 2, "min_tokens": 3}, "min_tokens is 3; expected at most max_tokens, 2"),
+    ({"temperature": math.nan}, "temperature is nan; expected a number from 0"),
+    ({"temperature": -0.1}, "temperature is -0.1"),
+    ({"temperature": math.inf}, "temperature is inf"),
+    ({"temperature": "hot"}, "temperature is 'hot'"),
+    ({"top_k": -1}, "top_k is -1"),
+    ({"top_p": 0}, "top_p is 0; expected a number above 0.0 to 1.0"),
+    ({"top_p": 2}, "top_p is 2"),
+    ({"min_p": 1.5}, "min_p is 1.5"),
+    ({"repetition_penalty": 0}, "repetition_penalty is 0"),
+    ({"presence_penalty": math.nan}, "presence_penalty is nan"),
+    ({"frequency_penalty": 1e9}, "frequency_penalty is 1000000000.0"),
+    ({"logit_bias": {-1: 1.0}}, "logit_bias's token id is -1"),
+    ({"logit_bias": {"a": 1.0}}, "logit_bias's token id is 'a'"),
+    ({"logit_bias": {1: math.nan}}, r"logit_bias\[1\] is nan"),
+    ({"logit_bias": {1: math.inf}}, r"logit_bias\[1\] is inf"),
+    ({"seed": "x"}, "seed is 'x'"),
+    ({"seed": 2**70}, "seed is "),
+    ({"n": 0}, "n is 0; expected a whole number from 1 to 128"),
+    ({"n": 1_000_000}, "n is 1000000; expected a whole number from 1 to 128"),
+    ({"logprobs": 10**6}, "logprobs is 1000000"),
+    ({"stop": ""}, "stop contains ''"),
+    ({"stop": ["a", 3]}, "stop contains 3"),
+    ({"stop_token_ids": [-2]}, "stop_token_ids is -2"),
+]
+
+
+@pytest.mark.parametrize(("fields", "message"), REFUSALS, ids=str)
+def test_values_out_of_range(fields, message):
+    with pytest.raises(RequestError, match=message):
+        SamplingParams(**fields)
+
+
+def test_the_ends_of_ranges_are_allowed():
+    SamplingParams(max_tokens=1, temperature=0, top_k=0, top_p=1.0, min_p=1, n=128, logprobs=0, seed=2**64 - 1)

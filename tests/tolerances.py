@@ -1,0 +1,35 @@
+"""The one place that says how close is close enough. No test file has a tolerance of its own."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+RMS_RATIO = 1.5  # a result's root-mean-square error, at most, over that of torch in the same dtype
+YARN_RELATIVE = 2 * torch.finfo(torch.float32).eps  # two roundings: the same products, summed in another order
+MEAN_KL_FLOAT32 = 1e-8  # nats a token, between two float32 runs of the same weights
+NEAR_TIE = 0.25  # nats between two tokens, below which roundings of bfloat16 may swap them (logits near 20 step by 0.125)
+MEAN_KL_RATIO = 1.1  # a bfloat16 run's divergence from the truth, at most, over transformers' own
+
+
+def assert_as_close_as(out: Tensor, peer: Tensor, truth: Tensor) -> None:
+    """``out`` is as close to ``truth`` (float64) as ``peer``, another implementation in the same dtype, is.
+
+    The largest error may be twice the peer's plus two roundings of the largest value; the root-mean-square error
+    RMS_RATIO times the peer's plus half a rounding."""
+    assert truth.dtype == torch.float64
+    assert out.shape == peer.shape == truth.shape
+    for name, tensor in (("out", out), ("peer", peer), ("truth", truth)):
+        assert torch.isfinite(tensor).all(), f"{name} has values that are not finite"
+    ours, theirs = (out.double() - truth).abs(), (peer.double() - truth).abs()
+    rounding = torch.finfo(peer.dtype).eps * truth.abs().max().item()
+    allowed = 2 * theirs.max().item() + 2 * rounding
+    assert ours.max().item() <= allowed, f"largest error {ours.max():.3g}, allowed {allowed:.3g}"
+    rms, allowed = ours.square().mean().sqrt().item(), RMS_RATIO * theirs.square().mean().sqrt().item() + rounding / 2
+    assert rms <= allowed, f"root-mean-square error {rms:.3g}, allowed {allowed:.3g}"
+
+
+def mean_kl(truth: Tensor, other: Tensor) -> float:
+    """Mean Kullback-Leibler divergence of ``other`` from ``truth``, logits [T, V], in nats a token, in float64."""
+    truth, other = (logits.double().log_softmax(-1) for logits in (truth, other))
+    return (truth.exp() * (truth - other)).sum(-1).mean().item()
