@@ -8,7 +8,7 @@ from torch import Tensor
 RMS_RATIO = 1.5  # a result's root-mean-square error, at most, over that of torch in the same dtype
 YARN_RELATIVE = 2 * torch.finfo(torch.float32).eps  # two roundings: the same products, summed in another order
 MEAN_KL_FLOAT32 = 1e-8  # nats a token, between two float32 runs of the same weights
-NEAR_TIE = 0.25  # nats between two tokens, below which roundings of bfloat16 may swap them (logits near 20 step by 0.125)
+NEAR_TIE = 0.25  # nats between two tokens that bfloat16 may swap: logits near 20 step by 0.125
 MEAN_KL_RATIO = 1.1  # a bfloat16 run's divergence from the truth, at most, over transformers' own
 
 

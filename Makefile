@@ -1,0 +1,28 @@
+# One command, no set-up step: each target makes .venv itself, from the versions in constraints.txt.
+PYTHON ?= python3
+WORKERS ?= 2
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's cache)
+	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
+
+test: $(READY)  ## not `python -m pytest`, which would put kernels/ on the path under its bare name
+	$(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(READY)  ## load, first token and tokens/s beside transformers on the same weights
+	$(BIN)/python benchmarks/end_to_end.py $(ARGS)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+
+$(READY): setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,hub]"
+	touch $@

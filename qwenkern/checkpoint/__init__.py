@@ -1,0 +1,43 @@
+"""Checkpoints: from a folder or a file to the parameters of a module.
+
+    checkpoint = open_checkpoint(path)
+    module = ...  # built from checkpoint.config
+    load_weights(module, checkpoint.config, checkpoint.tensors(torch.bfloat16), source=str(path))
+
+A format is one file with one generator of `(Hugging Face name, tensor)`; `packing.py` knows where each goes.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from qwenkern.errors import CheckpointError
+
+from .base import Checkpoint
+from .gguf import open_gguf
+from .packing import check_shapes, load_weights
+from .safetensors import open_safetensors
+
+__all__ = ["Checkpoint", "load_weights", "open_checkpoint"]
+
+_PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Opens a folder (config.json and *.safetensors) or a .gguf file: reads and checks its header, not its weights.
+
+    Raises CheckpointError for anything else or a damaged file, ConfigError for a model that qwenkern does not run.
+    Pickle files are never opened: unpickling runs whatever code the file contains.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"{path}: no such file or folder")
+    if path.is_dir() or path.suffix == ".gguf":
+        checkpoint = open_safetensors(path) if path.is_dir() else open_gguf(path)
+        check_shapes(checkpoint.shapes, checkpoint.config, source=str(path))
+        return checkpoint
+    if path.suffix in _PICKLES:
+        raise CheckpointError(f"{path}: is a pickle file, which qwenkern never opens; convert it to safetensors")
+    if path.suffix == ".safetensors":
+        raise CheckpointError(f"{path}: is one file of weights; give the folder that also has its config.json")
+    raise CheckpointError(f"{path}: expected a folder with config.json and *.safetensors, or a .gguf file")

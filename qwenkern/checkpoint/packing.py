@@ -1,0 +1,173 @@
+"""Which rows of which parameter each tensor of a checkpoint becomes, and the copy.
+
+The model multiplies by q, k and v at once, and by gate and up at once; checkpoints keep them apart. `_PACKED` is the
+whole difference between the two.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from qwenkern.config import Config
+from qwenkern.errors import CheckpointError
+
+# the model's name in a layer -> the names of the checkpoint, from the first row down
+_PACKED = {
+    "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_IGNORED = ".rotary_emb.inv_freq"  # in some old checkpoints; the configuration has what it says
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_COMPARED_ROWS = 8192
+
+
+@dataclass(frozen=True)
+class Slot:
+    """A tensor of `shape` goes to the rows of `parameter` from `start` on."""
+
+    parameter: str
+    shape: tuple[int, ...]
+    start: int = 0
+
+
+def slots(config: Config) -> dict[str, Slot]:
+    """Every tensor that a checkpoint of this configuration has, by Hugging Face's name."""
+    hidden, ffn, q_rows, kv_rows = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
+    layer = {
+        "input_layernorm.weight": (hidden,),
+        "self_attn.q_proj.weight": (q_rows, hidden),
+        "self_attn.k_proj.weight": (kv_rows, hidden),
+        "self_attn.v_proj.weight": (kv_rows, hidden),
+        "self_attn.q_proj.bias": (q_rows,),
+        "self_attn.k_proj.bias": (kv_rows,),
+        "self_attn.v_proj.bias": (kv_rows,),
+        "self_attn.o_proj.weight": (hidden, q_rows),
+        "post_attention_layernorm.weight": (hidden,),
+        "mlp.gate_proj.weight": (ffn, hidden),
+        "mlp.up_proj.weight": (ffn, hidden),
+        "mlp.down_proj.weight": (hidden, ffn),
+    }
+    in_layer = {name: Slot(name, shape) for name, shape in layer.items()}
+    for packed, parts in _PACKED.items():
+        for kind in ("weight", "bias"):
+            start = 0
+            for name in (f"{part}.{kind}" for part in parts):
+                if name in layer:
+                    in_layer[name] = Slot(f"{packed}.{kind}", layer[name], start)
+                    start += layer[name][0]
+    table = {
+        _EMBEDDING: Slot(_EMBEDDING, (config.vocab_size, hidden)),
+        "model.norm.weight": Slot("model.norm.weight", (hidden,)),
+    }
+    if not config.tie_word_embeddings:
+        table[_HEAD] = Slot(_HEAD, (config.vocab_size, hidden))
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}."
+        for name, slot in in_layer.items():
+            table[prefix + name] = Slot(prefix + slot.parameter, slot.shape, slot.start)
+    return table
+
+
+def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Config, source: str) -> None:
+    """Raises CheckpointError unless these are the tensors of `config`: before a module of that size is allocated."""
+    if config.num_hidden_layers > len(shapes):
+        raise CheckpointError(
+            f"{source}: has {len(shapes)} tensors; expected those of a model of {config.num_hidden_layers} layers"
+        )
+    table = slots(config)
+    for name, shape in shapes.items():
+        _slot(name, shape, table, source)
+    _check_complete(shapes, table, source)
+
+
+@torch.no_grad()
+def load_weights(
+    module: torch.nn.Module,
+    config: Config,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    source: str,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Copies every tensor into the parameters of `module`, which are allocated, on any device, of any float dtype.
+
+    tensors: (Hugging Face's name, tensor of bfloat16, float16 or float32). source: names the checkpoint in messages.
+    progress: called after each tensor with the bytes of all tensors so far.
+    Raises CheckpointError for a tensor that is unknown, missing, given twice, or of the wrong shape or dtype, and for
+    an output embedding that differs from the input embedding where the configuration says that they are one.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    table = slots(config)
+    seen: set[str] = set()
+    tied_head: torch.Tensor | None = None
+    done = 0
+    for name, tensor in tensors:
+        if name in seen:
+            raise CheckpointError(f"{source}: tensor {name} is given twice")
+        seen.add(name)
+        if slot := _slot(name, tuple(tensor.shape), table, source):
+            if tensor.dtype not in _DTYPES:
+                expected = ", ".join(map(str, _DTYPES))
+                raise CheckpointError(f"{source}: tensor {name} has dtype {tensor.dtype}; expected one of {expected}")
+            if name in table:
+                parameters[slot.parameter].data[slot.start : slot.start + slot.shape[0]].copy_(tensor)
+            else:
+                tied_head = tensor  # compared at the end: the embedding may come later
+        done += tensor.nbytes
+        if progress is not None:
+            progress(done)
+    _check_complete(seen, table, source)
+    if tied_head is not None and not _same_bits(parameters[_EMBEDDING].data, tied_head):
+        raise CheckpointError(
+            f"{source}: {_HEAD} differs from {_EMBEDDING}, but the configuration says tie_word_embeddings; "
+            f"expected equal tensors, no {_HEAD}, or tie_word_embeddings false"
+        )
+
+
+def _slot(name: str, shape: tuple[int, ...], table: Mapping[str, Slot], source: str) -> Slot | None:
+    """Where a tensor goes; None for one that is not needed. A superfluous lm_head gets the slot of what it repeats."""
+    if name.endswith(_IGNORED):
+        return None
+    slot = table.get(_EMBEDDING if name == _HEAD and _HEAD not in table else name)
+    if slot is None:
+        raise CheckpointError(f"{source}: unknown tensor {name}; expected the {len(table)} of a Qwen2.5 model")
+    if shape != slot.shape:
+        raise CheckpointError(f"{source}: tensor {name} has shape {shape}; expected {slot.shape}")
+    return slot
+
+
+def _check_complete(found: Container[str], table: Mapping[str, Slot], source: str) -> None:
+    if missing := [name for name in table if name not in found]:
+        raise CheckpointError(
+            f"{source}: {len(missing)} of {len(table)} tensors are missing: {_summary(missing, table)}"
+        )
+
+
+def _same_bits(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
+    """Whether `tensor`, in the dtype of `parameter`, has its bits; a few rows at a time, to need no second copy."""
+    pairs = zip(parameter.split(_COMPARED_ROWS), tensor.split(_COMPARED_ROWS), strict=True)
+    return all(torch.equal(a.view(torch.uint8), b.to(a).contiguous().view(torch.uint8)) for a, b in pairs)
+
+
+def _summary(missing: Iterable[str], table: Mapping[str, Slot]) -> str:
+    """Such as "layers 20..23, model.norm.weight": whole layers as ranges, then the first few single names."""
+    names, layers = [], {}
+    for name in missing:
+        match = re.match(r"model\.layers\.(\d+)\.", name)
+        layers.setdefault(int(match[1]), []).append(name) if match else names.append(name)
+    per_layer = sum(name.startswith("model.layers.0.") for name in table)
+    whole = [i for i in sorted(layers) if len(layers[i]) == per_layer]
+    for i in sorted(layers.keys() - set(whole)):
+        names += layers[i]
+    runs: list[list[int]] = []
+    for i in whole:
+        if runs and runs[-1][1] == i - 1:
+            runs[-1][1] = i
+        else:
+            runs.append([i, i])
+    parts = [f"layer {a}" if a == b else f"layers {a}..{b}" for a, b in runs] + names
+    return ", ".join(parts[:6]) + (", ..." if len(parts) > 6 else "")

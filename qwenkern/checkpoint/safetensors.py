@@ -1,0 +1,170 @@
+"""Hugging Face folders: config.json and one or more *.safetensors, through the safetensors library, memory-mapped.
+
+The library checks a file's header (its length, and that the tensors fill the file without gaps or overlaps). This file
+adds what it lets pass: names that occur twice, an index that disagrees with its files, and names that lead elsewhere.
+Format: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from qwenkern.config import Config
+from qwenkern.errors import CheckpointError
+
+from .base import Checkpoint
+
+_INDEX = "model.safetensors.index.json"
+_LARGEST_JSON = 100_000_000  # bytes: the safetensors format's own limit for a header
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@dataclass(frozen=True)
+class SafetensorsCheckpoint(Checkpoint):
+    """files: the names of the tensors in each file, in the file's order."""
+
+    files: Mapping[Path, tuple[str, ...]] = field(repr=False)
+
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+        """See Checkpoint.tensors. Tensors that are stored as `dtype` are views of the mapped file, without a copy."""
+        for file, names in self.files.items():
+            with _errors(file), safe_open(file, framework="pt") as opened:
+                for name in names:
+                    tensor = opened.get_tensor(name)
+                    yield name, tensor.to(dtype) if tensor.dtype in _FLOATS else tensor
+
+
+def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
+    """Reads config.json, generation_config.json, the index and the header of every file. Raises CheckpointError."""
+    files = _weight_files(folder)
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder}: has weights but no config.json")
+    generation = folder / "generation_config.json"
+    headers = {file: _header(file) for file in files}
+    for file, expected in files.items():
+        found = headers[file].keys()
+        if expected is not None and found != expected:
+            where, name = min(
+                [("the index", n) for n in expected - found] + [("the file", n) for n in found - expected]
+            )
+            raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
+    return SafetensorsCheckpoint(
+        path=folder,
+        config=Config.from_json(folder / "config.json"),
+        generation=_read_json(generation) if generation.is_file() else {},
+        metadata={},
+        shapes={name: shape for header in headers.values() for name, shape in header.items()},
+        files={file: tuple(header) for file, header in headers.items()},
+    )
+
+
+def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
+    """The files to read, each with the tensors that the index says it has (None: no index)."""
+    if (folder / _INDEX).is_file():
+        files = _indexed_files(folder)
+        if (stray := folder / "model.safetensors").exists() and stray not in files:
+            raise CheckpointError(
+                f"{folder}: has {stray.name} and an {_INDEX} without it; remove the one that is stale"
+            )
+        return files
+    found = sorted(folder.glob("*.safetensors"))
+    single = [file for file in found if file.name == "model.safetensors"] or found
+    if len(single) == 1:
+        return {_inside(folder, single[0].name, "the folder"): None}
+    if found:
+        raise CheckpointError(
+            f"{folder}: has {len(found)} .safetensors files and no {_INDEX} to say what belongs together"
+        )
+    if ggufs := sorted(folder.glob("*.gguf")):
+        raise CheckpointError(f"{folder}: has no .safetensors files; to load a GGUF file, give its path: {ggufs[0]}")
+    if pickles := sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind)):
+        raise CheckpointError(
+            f"{folder}: has no .safetensors files, only pickle files ({pickles[0]}), which qwenkern never opens; "
+            "convert them to safetensors"
+        )
+    raise CheckpointError(f"{folder}: has no .safetensors files")
+
+
+def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
+    index = folder / _INDEX
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(
+            f"{index}: expected an object weight_map from tensors to files, found {weight_map!r:.100}"
+        )
+    files: dict[Path, set[str]] = {}
+    paths: dict[str, Path] = {}
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or not name.endswith(".safetensors") or any(c in name for c in "/\\:\0"):
+            raise CheckpointError(
+                f"{index}: tensor {tensor} is in {name!r}; expected the bare name of a .safetensors file"
+            )
+        if name not in paths:
+            paths[name] = _inside(folder, name, _INDEX)
+        files.setdefault(paths[name], set()).add(tensor)
+    return dict(sorted(files.items()))
+
+
+def _inside(folder: Path, name: str, named_by: str) -> Path:
+    """The path of `name`, after a look at where it leads: a checkpoint must not make us read files elsewhere.
+
+    The Hugging Face hub's cache keeps .../snapshots/<revision>/<name> as links to .../blobs/<hash>.
+    """
+    path, home = folder / name, folder.resolve()
+    try:
+        target = path.resolve(strict=True)
+    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
+        raise CheckpointError(f"{path}: is missing; {named_by} names it") from error
+    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
+    if not target.is_file() or target.parent not in allowed:
+        raise CheckpointError(f"{path}: leads to {target}; expected a file inside {folder}")
+    return path
+
+
+def _header(file: Path) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in the order of the data, checked by the library, then by us for names that occur twice."""
+    with _errors(file):
+        with safe_open(file, framework="pt"):
+            pass
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            entries = json.loads(stream.read(min(length, _LARGEST_JSON)), object_pairs_hook=_unique)
+        entries.pop("__metadata__", None)
+        ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
+        return {name: tuple(entries[name]["shape"]) for name in ordered}
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    with _errors(file):
+        if file.stat().st_size > _LARGEST_JSON:
+            raise ValueError(f"{file.stat().st_size} bytes; expected at most {_LARGEST_JSON}")
+        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        if not isinstance(content, dict):
+            raise ValueError(f"expected a JSON object, found {type(content).__name__}")
+        return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice!r} occurs twice")
+    return content
+
+
+@contextmanager
+def _errors(file: Path) -> Iterator[None]:
+    """Errors of reading `file` become CheckpointErrors that name it."""
+    try:
+        yield
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file}: cannot be read: {error}") from error

@@ -1,0 +1,325 @@
+"""Text to token ids and back: Qwen2's byte-level BPE, from tokenizer.json or from the metadata of a GGUF file.
+
+The merging is done by the `tokenizers` library; decoding is done here, from the bytes of each token, so that whole and
+incremental decoding are one thing. A special token is one that stands for structure and not for text (<|im_end|>).
+"""
+
+from __future__ import annotations
+
+import codecs
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from .chat_template import ChatTemplate, plain, read_json
+from .errors import CheckpointError, RequestError
+
+# Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
+QWEN2_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_PROBE = "Hello, wörld!  It's 2024 \n\n\t" + "a" * 64 + " " * 64 + "x"
+_RETRY_LIMIT = 10_000_000  # of the expression engine, per match
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE spells a byte as one visible character: itself where printable, else one from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class Tokenizer:
+    """A checkpoint's vocabulary; made by `from_folder` or `from_gguf`. Immutable, so threads may share it.
+
+    vocab_size       width of the model's output; ids that no token has, up to it, decode to nothing
+    special_ids      ids that `decode` leaves out
+    end_of_text_ids  ids that end a reply: <|im_end|>, <|endoftext|> and the checkpoint's own
+    """
+
+    def __init__(
+        self,
+        library: tokenizers.Tokenizer,
+        source: str,
+        vocab_size: int,
+        eos_tokens: Iterable[str] = (),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        if not isinstance(library.model, models.BPE) or not isinstance(library.decoder, decoders.ByteLevel):
+            found = f"{type(library.model).__name__} with {type(library.decoder).__name__} decoder"
+            raise CheckpointError(f"{source}: the tokenizer is {found}; expected byte-level BPE, as Qwen2.5 has")
+        missing = [f"0x{byte:02X}" for spelling, byte in _BYTE_OF.items() if library.token_to_id(spelling) is None]
+        if missing:  # the library drops a character that it cannot spell, without a word
+            raise CheckpointError(
+                f"{source}: the vocabulary has no token for {len(missing)} of the 256 bytes ({', '.join(missing[:4])})"
+            )
+        library.no_truncation()
+        library.no_padding()
+        library.model.dropout = None
+        added = library.get_added_tokens_decoder()
+        self._library = library
+        # The same model without added tokens: what reads text in which nothing is special. The library's own switch,
+        # encode_special_tokens, is state of a shared object and leaves added tokens that are not special, such as
+        # <tool_call>, in force.
+        self._plain = tokenizers.Tokenizer(library.model)
+        self._plain.normalizer = library.normalizer
+        self._plain.pre_tokenizer = library.pre_tokenizer
+        self._source = source
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._any_added = _any_of(self._added.values())
+        self._any_special = _any_of(token.content for token in added.values() if token.special)
+        self._chat_template = chat_template or ChatTemplate({}, {}, source)
+        self.vocab_size = vocab_size
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        ends = (self.id_of(token) for token in ("<|im_end|>", "<|endoftext|>", *eos_tokens))
+        self.end_of_text_ids = frozenset(token_id for token_id in ends if token_id is not None)
+        with _guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
+            library.encode(_PROBE)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """From a Hugging Face folder: tokenizer.json, and where present tokenizer_config.json, chat_template.jinja,
+        additional_chat_templates/, chat_template.json and config.json (for vocab_size).
+
+        Raises CheckpointError, naming the file, where one is missing or damaged.
+        """
+        folder = Path(path)
+        file = folder / "tokenizer.json"
+        if not file.is_file():
+            raise CheckpointError(f"{file}: no such file; expected the tokenizer of a Qwen2.5 checkpoint")
+        with _guard(CheckpointError, f"{file}: not a tokenizer that the tokenizers library can read"):
+            library = tokenizers.Tokenizer.from_file(str(file))
+        config = read_json(folder / "tokenizer_config.json")
+        named = {name: token for name, token in config.items() if name.endswith("_token")}
+        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        tokens = {name: token for name, token in named.items() if isinstance(token, str)}
+        width = read_json(folder / "config.json").get("vocab_size")
+        used = 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
+        return cls(
+            library,
+            str(file),
+            max(used, width) if isinstance(width, int) else used,
+            [tokens["eos_token"]] if "eos_token" in tokens else [],
+            ChatTemplate.from_folder(folder, tokens),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
+        """From the `tokenizer.*` keys of a GGUF file; `source` is the file's name, for messages.
+
+        Raises CheckpointError, naming the key, for anything but a sound gpt2-style vocabulary with qwen2 splitting.
+        """
+        for key, wanted in (("model", "gpt2"), ("pre", "qwen2")):
+            if (found := metadata.get(f"tokenizer.ggml.{key}")) != wanted:
+                raise CheckpointError(f"{source}: tokenizer.ggml.{key} is {found!r}; expected {wanted!r}")
+        tokens = _list_of(str, metadata, "tokenizer.ggml.tokens", source)
+        types = _list_of(int, metadata, "tokenizer.ggml.token_type", source)
+        merges = [merge.split(" ") for merge in _list_of(str, metadata, "tokenizer.ggml.merges", source)]
+        if len(types) != len(tokens):
+            raise CheckpointError(
+                f"{source}: tokenizer.ggml.token_type has {len(types)} entries; expected {len(tokens)}"
+            )
+        if odd := set(types) - {_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED}:
+            raise CheckpointError(f"{source}: tokenizer.ggml.token_type holds {min(odd)}; expected 1, 3, 4 or 5")
+        for n, merge in enumerate(merges):
+            if len(merge) != 2:
+                raise CheckpointError(
+                    f"{source}: tokenizer.ggml.merges[{n}] is {' '.join(merge)!r}; expected two tokens and one space"
+                )
+        # Unused entries ([PAD151665]) widen the embedding to a round size; they must not match text.
+        vocab = {token: n for n, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
+        if len(vocab) != len(types) - types.count(_UNUSED):
+            twice = next(token for n, token in enumerate(tokens) if types[n] != _UNUSED and vocab[token] != n)
+            raise CheckpointError(f"{source}: tokenizer.ggml.tokens has {twice!r} twice; expected distinct tokens")
+        with _guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
+            library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in merges]))
+        # What a GGUF leaves unsaid. transformers 5.23 forgets the normalizer here, so text in NFD gets other ids.
+        library.normalizer = normalizers.NFC()
+        library.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        library.decoder = decoders.ByteLevel()
+        # A GGUF calls <|fim_prefix|> and its kin control tokens, while the official tokenizer.json has them as text
+        # that decode shows; each file is taken at its word, since ids are the same either way.
+        library.add_tokens(
+            [
+                AddedToken(token, special=kind == _CONTROL, normalized=False)
+                for token, kind in zip(tokens, types, strict=True)
+                if kind in (_CONTROL, _USER_DEFINED)
+            ]
+        )
+        named = {}
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("pad", "padding")):
+            key = f"tokenizer.ggml.{key}_token_id"
+            if (token_id := metadata.get(key)) is not None:
+                if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
+                    raise CheckpointError(f"{source}: {key} is {token_id!r}; expected an id below {len(tokens)}")
+                named[f"{name}_token"] = tokens[token_id]
+        ends = [named[name] for name in ("eos_token", "eot_token") if name in named]
+        return cls(library, source, len(tokens), ends, ChatTemplate.from_gguf(metadata, named, source))
+
+    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
+        """Ids of `text`. Nothing is put before or after it: Qwen2.5 has no beginning-of-text token.
+
+        A special token spelled out in the text becomes that token, as chat templates need; with allow_special=False
+        the text comes from a stranger and every character of it is text. Raises RequestError for what is not a str or
+        cannot be UTF-8.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"text is a {type(text).__name__}; expected a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            found = f"a lone surrogate, U+{ord(text[fault.start]):04X}, at position {fault.start}"
+            raise RequestError(f"text has {found}; expected text that UTF-8 can hold") from fault
+        library = self._library if allow_special else self._plain
+        # Qwen's expression meets the engine's limit only on a longer run of blanks; sooner, the expression is at fault.
+        error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
+        with _guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
+            return library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`, U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the vocabulary."""
+        return b"".join(self._shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters; b"" for an id that no token has."""
+        try:
+            token_id = operator.index(token_id)
+        except TypeError:
+            raise RequestError(f"token id is {token_id!r}; expected an int below {self.vocab_size}") from None
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(f"token id is {token_id}; expected 0 to {self.vocab_size - 1}")
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._library.id_to_token(token_id) or ""
+        try:
+            return bytes(_BYTE_OF[character] for character in token)
+        except KeyError:  # not spelled in the byte alphabet: it stands for itself
+            return token.encode()
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe"), or None."""
+        return self._library.token_to_id(token)
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text for messages of {"role": ..., "content": ...}; see ChatTemplate.render."""
+        return self._chat_template.render(messages, tools, add_generation_prompt, **variables)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of `render_chat`'s text in which only the template's own special tokens are special.
+
+        <|im_end|> typed by a user stays text and cannot end a turn. The model's own <tool_call> in an assistant's
+        content does count. Without such strings this is encode(render_chat(...)). Not covered: a token whose halves lie
+        in two fields that a template joins with nothing between (Qwen's never does). Errors as render_chat and encode.
+        """
+        text = self.render_chat(messages, tools, add_generation_prompt, **variables)
+        # Strings that look like a token are hidden behind private characters while the template runs: then every token
+        # still in the text is the template's, and what lies between is encoded as text, whole.
+        unused = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in text)
+        hidden = dict(zip(self._added.values(), unused, strict=False))
+        if len(hidden) < len(self._added):
+            raise RequestError("messages: they use every private character; expected some to be free")
+
+        def hide(value: Any) -> Any:
+            return plain(value, "messages", lambda s: self._any_added.sub(lambda found: hidden[found[0]], s))
+
+        guarded = hide([messages, tools, variables])
+        for message, original in zip(guarded[0], messages, strict=True):
+            if original["role"] == "assistant" and isinstance(original.get("content"), str):
+                message["content"] = self._any_special.sub(lambda found: hidden[found[0]], original["content"])
+        if guarded == plain([messages, tools, variables], "messages"):
+            return self.encode(text)
+        shown = {ord(character): token for token, character in hidden.items()}
+        rendered = self.render_chat(guarded[0], guarded[1], add_generation_prompt, **guarded[2])
+        if rendered.translate(shown) != text:
+            raise RequestError(
+                f"messages: they spell special tokens and the chat template of {self._source} reads or rewrites those; "
+                "expected contents without them, or encode(render_chat(...)) where the contents are trusted"
+            )
+        ids, start = [], 0
+        for token in self._any_added.finditer(rendered):
+            ids += self.encode(rendered[start : token.start()].translate(shown), allow_special=False)
+            ids.append(self._library.token_to_id(token[0]))
+            start = token.end()
+        return ids + self.encode(rendered[start:].translate(shown), allow_special=False)
+
+    def _shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
+        shown = self.token_bytes(token_id)
+        # operator.index: an id may be a tensor's element, whose hash is not its value's.
+        return b"" if skip_special and operator.index(token_id) in self.special_ids else shown
+
+
+class Detokenizer:
+    """Text of a growing sequence of ids: `add` returns what is now certain, never half a character.
+
+    The pieces joined, `finish` included, equal `tokenizer.decode(ids)` for every sequence of ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        """Text that this id completes, often "". Raises RequestError for an id outside the vocabulary."""
+        return self._utf8.decode(self._tokenizer._shown_bytes(token_id, self._skip_special))
+
+    def finish(self) -> str:
+        """What is still held back, as U+FFFD; after it a new sequence may begin."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+@contextmanager
+def _guard(error: type[Exception], complaint: str) -> Iterator[None]:
+    """Faults of the Rust library as ours. Some are panics, which pyo3 raises as a bare BaseException."""
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
+        raise
+    except BaseException as fault:
+        raise error(f"{complaint}: {fault}") from fault
+
+
+def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nowhere
+
+
+def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> list[Any]:
+    values = metadata.get(key)
+    if values is None:
+        raise CheckpointError(f"{source}: {key} is missing; expected a list of {kind.__name__}")
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise CheckpointError(f"{source}: {key} is a {type(values).__name__}; expected a list of {kind.__name__}")
+    for n, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise CheckpointError(f"{source}: {key}[{n}] is {value!r:.40}; expected {kind.__name__}")
+    return list(values)

@@ -1,0 +1,41 @@
+"""What every room's tests share: the real demo model, one thread a worker, and what needs a GPU."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads; programs that tests start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here: it has nothing to ask anybody
+
+import torch
+
+from qwenkern import sources
+from qwenkern.errors import CheckpointError
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)  # the workers share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The demo model's file, pulled if it is absent. pytest keeps the outcome, also a skip, for the whole session."""
+    try:
+        return sources.pull("demo")
+    except CheckpointError as error:
+        if os.environ.get("QWENKERN_REQUIRE_DEMO") == "1":
+            pytest.fail(f"QWENKERN_REQUIRE_DEMO=1, and the demo model is not to be had: {error}")
+        pytest.skip(f"the demo model is not to be had: {error}")
