@@ -99,7 +99,10 @@ class Model:
             progress=progress and (lambda done: progress("load", done, checkpoint.num_bytes(dtype))),
         )
         logger.info("loaded %s as %s on %s in %.1f s", path, dtype, device, time.perf_counter() - started)
-        return cls(module, tokenizer, checkpoint.generation, cache_tokens, prefill_chunk)
+        generation = dict(checkpoint.generation)
+        if checkpoint.metadata:  # a GGUF names one end; Qwen2.5 has two, <|im_end|> and <|endoftext|>
+            generation["eos_token_id"] = sorted(tokenizer.end_of_text_ids)
+        return cls(module, tokenizer, generation, cache_tokens, prefill_chunk)
 
     @classmethod
     def from_config(

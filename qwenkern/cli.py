@@ -123,6 +123,8 @@ def chat(
             turn = [*messages, {"role": "user", "content": said}]
             try:
                 answer = _write(loaded.stream(turn, **params), on_interrupt="stop")
+            except KeyboardInterrupt:  # before the first token
+                continue
             except Error as error:  # say, a conversation longer than the context: the program goes on
                 _complain(error)
                 continue

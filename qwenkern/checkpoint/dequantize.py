@@ -9,10 +9,10 @@ integer codes, one scale for each group of codes, and for some types a minimum:
 function for each type turns blocks into codes, scales and offsets; `_decode` does the one multiplication. Every product
 is exact in float32, so that the only rounding is that of the sum, and then the one to the wanted dtype.
 
-Two things make it fast. Codes are separated eight at a time, as the bytes of an int64, so that a shift and a mask cost
-an eighth. And the work goes in chunks that stay in the cache, on one thread: measured on two cores, one thread does
-650 (Q5_0) to 2,000 (Q8_0) million weights a second. Both of torch's threads do up to half more on an idle machine, but 25 to
-500 on a busy one, because the fifteen short operations of a chunk each end in a barrier where they wait for each other.
+Two things make it fast. Codes are separated eight at a time, as the bytes of an int64, so that a shift and a mask
+cost an eighth. And the work goes in chunks that stay in the cache, on one thread: measured on two cores, one thread does
+650 (Q5_0) to 2,000 (Q8_0) million weights a second. Both of torch's threads do up to half more on an idle machine, but
+25 to 500 on a busy one: the fifteen short operations of a chunk each end in a barrier where they wait for each other.
 A pool of two Python threads is no faster than one: they wait for the interpreter's lock.
 """
 

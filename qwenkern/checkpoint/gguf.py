@@ -114,4 +114,6 @@ def _generation(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
         if type(value) is not int or value < 0:
             raise CheckpointError(f"{path}: {' or '.join(_END_IDS)} is {value!r}; expected a token's id")
     settings = {name: metadata[key] for key, name in _SAMPLING.items() if key in metadata}
+    if settings:
+        settings["do_sample"] = True
     return ({"eos_token_id": list(dict.fromkeys(ends))} if ends else {}) | settings
