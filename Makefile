@@ -10,7 +10,7 @@ demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's ca
 	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
 
 test: $(READY)  ## not `python -m pytest`, which would put kernels/ on the path under its bare name
-	$(BIN)/pytest -q -n $(WORKERS) $(ARGS)
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -10,10 +10,10 @@ function for each type turns blocks into codes, scales and offsets; `_decode` do
 is exact in float32, so that the only rounding is that of the sum, and then the one to the wanted dtype.
 
 Two things make it fast. Codes are separated eight at a time, as the bytes of an int64, so that a shift and a mask
-cost an eighth. And the work goes in chunks that stay in the cache, on one thread: measured on two cores, one thread does
-650 (Q5_0) to 2,000 (Q8_0) million weights a second. Both of torch's threads do up to half more on an idle machine, but
-25 to 500 on a busy one: the fifteen short operations of a chunk each end in a barrier where they wait for each other.
-A pool of two Python threads is no faster than one: they wait for the interpreter's lock.
+cost an eighth. And the work goes in chunks that stay in the cache, on one thread: measured on two cores, that does 650
+(Q5_0) to 2,000 (Q8_0) million weights a second. Both of torch's threads do up to half more on an idle machine, but 25
+to 500 on a busy one: the fifteen short operations of a chunk each end in a barrier where they wait for each other. A
+pool of two Python threads is no faster than one: they wait for the interpreter's lock.
 """
 
 from __future__ import annotations
