@@ -408,7 +408,7 @@ def test_a_single_file_beside_an_index_of_others_is_refused(tmp_path):
 def test_a_configuration_that_does_not_fit_the_tensors_is_refused_before_anything_is_allocated(tmp_path):
     write_single(tmp_path)
     write_config(tmp_path, vocab_size=25)
-    refused(tmp_path, r"embed_tokens\.weight has shape \(24, 8\); expected \(25, 8\)")
+    refused(tmp_path, r"(embed_tokens|lm_head)\.weight has shape \(24, 8\); expected \(25, 8\)")
     write_config(tmp_path, num_hidden_layers=4)
     refused(tmp_path, r"12 of 51 tensors are missing: layer 3$")
     write_config(tmp_path, num_hidden_layers=2)
@@ -463,7 +463,7 @@ def test_a_damaged_file_is_refused(name, tmp_path):
 
 def test_a_name_twice_in_the_header_is_refused(tmp_path):
     write_single(tmp_path).write_bytes(raw_file(TWICE, bytes(4)))
-    refused(tmp_path, r"model\.safetensors: cannot be read: 'a' occurs twice|model\.safetensors: cannot be read: .*dup")
+    refused(tmp_path, r"model\.safetensors: cannot be read: 'a' occurs twice")
 
 
 def test_a_file_that_shrinks_by_one_byte_is_refused(tmp_path):
@@ -477,12 +477,12 @@ def test_a_file_that_shrinks_by_one_byte_is_refused(tmp_path):
     [
         ("", r"cannot be read: "),
         ("{", r"cannot be read: "),
-        ("[]", r"expected a JSON object, found list"),
+        ("[]", r"cannot be read: expected a JSON object, found list"),
         ("[" * 100_000, r"cannot be read: "),
         ("{}", r"expected an object weight_map from tensors to files, found None"),
         ('{"weight_map": {}}', r"expected an object weight_map from tensors to files, found \{\}"),
         ('{"weight_map": ["a"]}', r"expected an object weight_map"),
-        ('{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', r"'a' occurs twice"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', r"cannot be read: 'a' occurs twice"),
         ('{"weight_map": {"a": 3}}', r"tensor a is in 3; expected the bare name of a \.safetensors file"),
     ],
 )
