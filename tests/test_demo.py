@@ -47,8 +47,8 @@ def theirs(bfloat16):
 
 
 @pytest.fixture(scope="module")
-def truth(bfloat16):
-    return twin(bfloat16, torch.float32)
+def truth(float32):
+    return twin(float32)
 
 
 @pytest.fixture(scope="module")

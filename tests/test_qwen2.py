@@ -41,7 +41,7 @@ def test_a_changed_weight_changes_the_logits():
     """The comparison above would notice."""
     model, ids = tiny_model(), torch.arange(40)
     before = model.forward(ids)
-    theirs = twin(model)
+    theirs = twin(tiny_model())
     with torch.no_grad():
         model.module.model.layers[1].self_attn.qkv_proj.bias[-1] += 0.5
         truth = _in_float64(tiny_model())(ids[None]).logits[0]

@@ -38,7 +38,7 @@ def tiny_model(config: Config = TINY, dtype: torch.dtype = torch.float32, **keyw
 
 
 def twin(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
-    """transformers' model with the same weights, unpacked, computed in ``dtype`` (default: that of ours)."""
+    """transformers' model with the same weights, computed in ``dtype``; in the dtype of ours it shares their memory."""
     config = model.config
     fields = {name: getattr(config, name) for name in _SHARED}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -48,9 +48,13 @@ def twin(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
             "factor": config.rope_scaling.factor,
             "original_max_position_embeddings": config.rope_scaling.original_max_position_embeddings,
         }
-    theirs = Qwen2ForCausalLM(Qwen2Config(**fields, rope_parameters=rope)).to(dtype or model.dtype).eval()
-    theirs.load_state_dict(unpacked(model), strict=True)
-    return theirs
+    with torch.device("meta"):
+        theirs = Qwen2ForCausalLM(Qwen2Config(**fields, rope_parameters=rope))
+    dtype = dtype or model.dtype
+    weights = {name: tensor.to(dtype) for name, tensor in unpacked(model).items()}
+    theirs.load_state_dict(weights, strict=True, assign=True)
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # its buffers are not in the state
+    return theirs.eval()
 
 
 def unpacked(model: Model) -> dict[str, torch.Tensor]:
