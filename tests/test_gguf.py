@@ -264,6 +264,10 @@ BAD = {
         container([struct.pack("<Q", 10**12) + b"key" + bytes(20)]),
         r"a key: a string of 1000000000000 bytes does not fit in the \d+ that are left",
     ),
+    "value one byte beyond the file": (
+        container([key_value("k", V.STRING, string("x" * 19))])[:-1],
+        r"the value of 'k': a string of 19 bytes does not fit in the 18 that are left",
+    ),
     "huge key": (container([struct.pack("<Q", 2**64 - 1) + bytes(30)]), r"a string of 18446744073709551615 bytes"),
     "key not UTF-8": (
         container([key_value(b"\xff\xfe", V.UINT8, b"\1")]),
@@ -364,7 +368,7 @@ def test_a_bad_file_is_refused(name, tmp_path):
     raw, message = BAD[name]
     path = tmp_path / "bad.gguf"
     path.write_bytes(raw)
-    with pytest.raises(CheckpointError, match=rf"bad\.gguf: .*{message}|bad\.gguf: {message}"):
+    with pytest.raises(CheckpointError, match=rf"bad\.gguf: .*{message}"):
         open_checkpoint(path)
 
 
