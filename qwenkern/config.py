@@ -88,7 +88,7 @@ class Config:
         """Reads a Hugging Face config.json, in the spelling of transformers 4 or 5."""
         try:
             fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"{path}: cannot be read as a model's config.json: {error}") from error
         if not isinstance(fields, dict):
             raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
@@ -101,6 +101,8 @@ class Config:
             raise ConfigError(
                 f"{source}: model_type is {fields.get('model_type')!r}; qwenkern runs 'qwen2', the dense Qwen2.5 models"
             )
+        if not isinstance(fields.get("layer_types") or [], list):
+            raise ConfigError(f"{source}: layer_types is {fields['layer_types']!r}; expected a list")
         if fields.get("use_sliding_window") or "sliding_attention" in (fields.get("layer_types") or ()):
             raise ConfigError(f"{source}: use_sliding_window is true; sliding-window attention is not built yet")
         if fields.get("hidden_act", "silu") != "silu":

@@ -140,6 +140,7 @@ REFUSALS = {
     "sliding window": ({"use_sliding_window": True}, "use_sliding_window is true.*not built"),
     "sliding layers": ({"layer_types": ["sliding_attention"] * 36}, "sliding"),
     "layer types too short": ({"layer_types": ["full_attention"] * 3}, "3 entries for 36 layers"),
+    "layer types no list": ({"layer_types": 5}, "layer_types is 5; expected a list"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
     "indivisible hidden size": ({"hidden_size": 2050}, "hidden_size 2050 .* 16 attention heads"),
     "indivisible heads": ({"num_key_value_heads": 3}, "16 query heads cannot share 3 key-value heads"),
@@ -173,7 +174,9 @@ def test_refusals_name_the_file_and_the_number(tmp_path, change, message):
     assert str(path) in str(refusal.value)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null"], ids=repr)
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000], ids=lambda content: repr(content)[:12]
+)
 def test_what_is_no_json_object(tmp_path, content):
     path = tmp_path / "config.json"
     path.write_bytes(content)
