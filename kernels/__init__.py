@@ -7,7 +7,6 @@ if __name__ == "kernels":
     )
 
 from .reference import (
-    add_rms_norm,
     apply_rope,
     decode_attention,
     linear,
@@ -15,10 +14,10 @@ from .reference import (
     norm_linear,
     norm_swiglu_linear,
     prefill_attention,
-    rms_norm,
     rope_and_cache,
     swiglu,
 )
+from .rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "add_rms_norm",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -13,7 +14,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here: 
 
 import torch
 
-from qwenkern import sources
+if not torch.cuda.is_available():  # Triton reads its variable when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
+    os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch twins, as on any CPU
+
+from qwenkern import kernels, sources
 from qwenkern.errors import CheckpointError
 
 
@@ -39,3 +44,20 @@ def demo_path() -> Path:
         if os.environ.get("QWENKERN_REQUIRE_DEMO") == "1":
             pytest.fail(f"QWENKERN_REQUIRE_DEMO=1, and the demo model is not to be had: {error}")
         pytest.skip(f"the demo model is not to be had: {error}")
+
+
+@pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where a kernel's test runs: Triton's interpreter without a GPU, the GPU with one."""
+    if request.param == "cuda":
+        return torch.device("cuda")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU, Triton compiles and its interpreter is off")
+    return torch.device("cpu")
+
+
+@pytest.fixture
+def ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The public ops, on Triton."""
+    monkeypatch.setenv("QWENKERN_KERNELS", "triton")
+    return kernels

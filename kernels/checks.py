@@ -1,0 +1,94 @@
+"""What the public functions demand of their arguments. Everything here raises; nothing here touches a GPU's memory.
+
+Values on a GPU (lengths, page numbers, slots, positions) cannot be looked at without waiting for it, so they are
+checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INTEGERS = (torch.int32, torch.int64)
+
+
+def check_tensor(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    shape: Sequence[int | str],
+    *,
+    like: Tensor | None = None,
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+    dense: bool = False,
+) -> None:
+    """Raises unless ``tensor`` has this shape, dtype and device. A word in the shape stands for any size of at least 1,
+    "..." in front for any leading dimensions. Its last dimension must be contiguous, or with ``dense`` all of it."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, and is {type(tensor).__name__}")
+    found, expected = list(tensor.shape), list(shape)
+    if expected[0] == "...":
+        expected = expected[1:]
+        fits = len(found) >= len(expected)
+        found = found[len(found) - len(expected) :]
+    else:
+        fits = len(found) == len(expected)
+    if not fits or any(want != have for want, have in zip(expected, found, strict=True) if isinstance(want, int)):
+        raise ValueError(f"{op}: {name} must have shape {_text(shape)}, and has {_text(tensor.shape)}")
+    if tensor.numel() == 0:
+        raise ValueError(f"{op}: {name} is empty, with shape {_text(tensor.shape)}")
+    allowed = dtypes if like is None else (like.dtype,)
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        raise TypeError(f"{op}: {name} must be {names}, and is {str(tensor.dtype).removeprefix('torch.')}")
+    if dense and not tensor.is_contiguous():
+        raise ValueError(f"{op}: {name} must be contiguous, and has strides {_text(tensor.stride())}")
+    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+        raise ValueError(f"{op}: {name}'s last dimension must be contiguous, and its stride is {tensor.stride(-1)}")
+
+
+def check_device(op: str, **tensors: Tensor | None) -> None:
+    """Raises unless all tensors are on one device."""
+    (first, one), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
+    for name, tensor in others:
+        if tensor.device != one.device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, and {first} on {one.device}")
+
+
+def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:
+    """Raises if a value on a CPU is not within low .. high - 1."""
+    if values.device.type != "cpu" or not values.numel():
+        return
+    least, most = (int(value) for value in values.aminmax())
+    if least < low or most >= high:
+        wrong = least if least < low else most
+        raise ValueError(f"{op}: {name} must be within {low} and {high - 1}, and one is {wrong}")
+
+
+def check_cache(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, head_dim: int) -> None:
+    """Raises unless both are [num_pages, page_size, Hkv, D] in the dtype of ``like``."""
+    check_tensor(op, "k_pages", k_pages, ("pages", "page size", "Hkv", head_dim), like=like, dense=True)
+    check_tensor(op, "v_pages", v_pages, tuple(k_pages.shape), like=like, dense=True)
+
+
+def check_paged(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor) -> None:
+    """Raises unless these are the arguments of an attention over a paged cache."""
+    check_tensor(op, "q", q, ("tokens", "Hq", "D"))
+    check_cache(op, k_pages, v_pages, like=q, head_dim=q.shape[-1])
+    check_tensor(op, "lengths", lengths, ("S",), dtypes=INTEGERS)
+    check_tensor(op, "block_tables", block_tables, (len(lengths), "pages"), dtypes=INTEGERS)
+    check_device(op, q=q, k_pages=k_pages, v_pages=v_pages, block_tables=block_tables, lengths=lengths)
+    num_pages, page_size, num_kv_heads, _ = k_pages.shape
+    if q.shape[1] % num_kv_heads:
+        raise ValueError(f"{op}: q's {q.shape[1]} heads must be a multiple of the cache's {num_kv_heads}")
+    check_range(op, "lengths", lengths, 1, block_tables.shape[1] * page_size + 1)
+    if lengths.device.type == "cpu":
+        pages = torch.arange(block_tables.shape[1]) * page_size
+        check_range(op, "block_tables", block_tables[pages < lengths[:, None]], 0, num_pages)
+
+
+def _text(sizes: Sequence[int | str]) -> str:
+    return "[" + ", ".join(str(size) for size in sizes) + "]"

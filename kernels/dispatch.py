@@ -1,0 +1,91 @@
+"""Which implementation an op runs on, and its registration with torch.library.
+
+The rule: CUDA tensors run on Triton; CPU tensors on the torch twin in reference.py, or on Triton's interpreter where
+TRITON_INTERPRET=1 was set when Triton was imported. QWENKERN_KERNELS=reference chooses the twin everywhere. float64,
+and sizes that a kernel does not take, run on the twin too; on a GPU a warning says so once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from . import tuning
+
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+def op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+    """Registers the decorated function as torch.ops.qwenkern.<its name>, for torch.compile and other projects.
+
+    In eager mode it is called directly: the way through torch's dispatcher costs tens of microseconds a call."""
+
+    def register(function: Callable) -> Callable:
+        name = function.__name__
+        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder leaves the first one's ops alone
+            custom = torch.library.custom_op(f"qwenkern::{name}", _unaliased(function), mutates_args=mutates)
+            custom.register_fake(fake)
+
+        @functools.wraps(function)
+        def public(*args: Any, **keywords: Any) -> Any:
+            if torch.compiler.is_compiling():
+                return getattr(torch.ops.qwenkern, name)(*args, **keywords)
+            first = args[0] if args else None
+            if isinstance(first, Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):  # Triton launches on the current device
+                    return function(*args, **keywords)
+            return function(*args, **keywords)
+
+        return public
+
+    return register
+
+
+def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:
+    """Whether the op on x runs on its kernel. ``unsupported`` says what of it the kernel does not take, if anything."""
+    choice = os.environ.get("QWENKERN_KERNELS", "triton")
+    if choice not in ("triton", "reference"):
+        raise ValueError(f"QWENKERN_KERNELS must be triton or reference, and is {choice!r}")
+    if choice == "reference" or not (x.is_cuda or tuning.is_offline() or (INTERPRETED and x.device.type == "cpu")):
+        return False
+    if x.dtype == torch.float64:
+        return False
+    if unsupported and x.is_cuda:
+        _warn_once(unsupported)
+    return not unsupported
+
+
+def pdl_options(x: Tensor) -> dict[str, bool]:
+    """Launch options for programmatic dependent launch: on from sm_90, and only inside a captured graph, because an
+    eager launch pays for it on the host."""
+    device = tuning.device_of(x)
+    if INTERPRETED or device.backend != "cuda" or device.capability < 90:
+        return {"PDL": False}
+    if not tuning.is_offline() and not torch.cuda.is_current_stream_capturing():
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+@functools.cache
+def _warn_once(unsupported: str) -> None:
+    warnings.warn(f"qwenkern: the Triton kernel does not take {unsupported}; torch runs it, slower", stacklevel=3)
+
+
+def _unaliased(function: Callable) -> Callable:
+    """torch.library wants outputs that are not inputs: a stream that begins with x returns x as its residual."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **keywords: Any) -> Any:
+        outputs = function(*args, **keywords)
+        if not isinstance(outputs, tuple):
+            return outputs
+        return tuple(out.clone() if any(out is arg for arg in args) else out for out in outputs)
+
+    return call

@@ -1,0 +1,65 @@
+"""Pieces of kernels that several of them share."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """a [M, K] times b [K, N], added to acc [M, N] float32; float32 operands keep all their bits.
+
+    The interpreter would multiply the bit patterns of bfloat16, so there both operands become float32."""
+    if INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
+    else:
+        return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """x float32 in another dtype, rounded to nearest even.
+
+    The interpreter would cut the bits off that bfloat16 lacks, so there they are rounded away first."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """x in float32, rounded to what dtype can hold."""
+    return cast(x, dtype).to(tl.float32)
+
+
+@triton.jit
+def silu(x):
+    return x / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    """Programmatic dependent launch: lets the next kernel start, and waits until the one before has written. What a
+    kernel does earlier overlaps with the kernel before, and may read weights only."""
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+
+
+@triton.jit
+def prefetch(pointers, mask):
+    """Asks for the cache lines behind these pointers (sm_80 and newer) and waits for nothing."""
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
+        "=r,l,r",
+        [pointers, mask.to(tl.int32)],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )

@@ -1,0 +1,114 @@
+"""From device and sizes to a launch configuration: what a tuner measured, or else the kernel's own heuristic.
+
+A tuned file is ``tuned/<device>/<op>.json``, or the same below the folder that QWENKERN_CONFIG_DIR names, which goes
+first:
+
+    {"op": "linear", "device": "NVIDIA H100 80GB HBM3", "triton": "3.6.0", "date": "2026-11-24",
+     "entries": [{"sizes": {"n": 2048, "k": 11008}, "config": {"BLOCK_K": 512, "num_stages": 4}}]}
+
+The entry nearest in the logarithms of its sizes is laid over the heuristic's configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration depends on."""
+
+    name: str
+    backend: str  # "cuda" or "hip"
+    capability: int  # compute capability, major * 10 + minor; 0 on hip
+    num_sms: int
+    shared_memory: int  # bytes that one program may use
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+# The interpreter runs what an H100 would be given.
+INTERPRETER = Device("interpreter", "cuda", 90, 132, 232448)
+_offline: Device | None = None
+
+
+def device_of(tensor: Tensor) -> Device:
+    if _offline is not None and tensor.is_meta:
+        return _offline
+    return _cuda_device(tensor.device.index) if tensor.is_cuda else INTERPRETER
+
+
+def is_offline() -> bool:
+    return _offline is not None
+
+
+@contextlib.contextmanager
+def offline(device: Device) -> Iterator[None]:
+    """Ops on meta tensors launch their kernels as they would on this device: for whoever compiles without one."""
+    global _offline
+    before, _offline = _offline, device
+    try:
+        yield
+    finally:
+        _offline = before
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    hip = torch.version.hip is not None
+    return Device(
+        name=properties.name,
+        backend="hip" if hip else "cuda",
+        capability=0 if hip else properties.major * 10 + properties.minor,
+        num_sms=properties.multi_processor_count,
+        shared_memory=getattr(properties, "shared_memory_per_block_optin", 65536),
+    )
+
+
+def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of one launch. Callers cache it."""
+    entries = _entries(op, device.folder, os.environ.get("QWENKERN_CONFIG_DIR", ""))
+    if not entries:
+        return heuristic
+    nearest = min(entries, key=lambda entry: _distance(entry["sizes"], sizes))
+    unknown = set(nearest["config"]) - set(heuristic)
+    if unknown:
+        raise ValueError(
+            f"the tuned configuration of {op} for {device.name} sets {', '.join(sorted(unknown))}, "
+            f"and the kernel has {', '.join(heuristic)}"
+        )
+    return {**heuristic, **nearest["config"]}
+
+
+def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> float:
+    return sum((math.log2(tuned[name]) - math.log2(size)) ** 2 for name, size in sizes.items())
+
+
+@functools.cache
+def _entries(op: str, folder: str, override: str) -> list[dict[str, Any]]:
+    for root in (override, Path(__file__).parent / "tuned"):
+        file = Path(root) / folder / f"{op}.json"
+        if root and file.is_file():
+            try:
+                entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
+                if not all(isinstance(entry["sizes"], dict) and isinstance(entry["config"], dict) for entry in entries):
+                    raise TypeError("sizes and config must be objects")
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{file} is not a tuned configuration: {error!r}") from error
+            return entries
+    return []
