@@ -6,13 +6,11 @@ if __name__ == "kernels":
         "write `from qwenkern import kernels`"
     )
 
+from .linear import linear, norm_linear, norm_swiglu_linear
+from .lm_head import lm_head, lm_head_top_k
 from .reference import (
     apply_rope,
     decode_attention,
-    linear,
-    lm_head,
-    norm_linear,
-    norm_swiglu_linear,
     prefill_attention,
     rope_and_cache,
     swiglu,
@@ -25,6 +23,7 @@ __all__ = [
     "decode_attention",
     "linear",
     "lm_head",
+    "lm_head_top_k",
     "norm_linear",
     "norm_swiglu_linear",
     "prefill_attention",

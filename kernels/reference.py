@@ -142,6 +142,16 @@ def lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float,
     return _wide(norm_linear(x, residual, norm_weight, eps, weight)[0])
 
 
+def lm_head_top_k(
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each token, [T, k] in float32, largest first, and their ids, [T, k] int64. Of equal ones
+    the lower id comes first, so that k = 1 is the arg-max of greedy decoding."""
+    logits = lm_head(x, residual, norm_weight, eps, weight)
+    values, ids = logits.sort(dim=-1, descending=True, stable=True)
+    return values[:, :k], ids[:, :k]
+
+
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 

@@ -6,10 +6,12 @@ import sys
 
 import mutants
 import pytest
+import test_linear
+import test_lm_head
 import test_rms_norm
 import torch
 
-MUTATIONS = [mutation for module in (test_rms_norm,) for mutation in module.MUTATIONS]
+MUTATIONS = [mutation for module in (test_linear, test_lm_head, test_rms_norm) for mutation in module.MUTATIONS]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and its interpreter is off")

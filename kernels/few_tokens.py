@@ -1,0 +1,147 @@
+"""The inside of the linears over few tokens (1 to 16), which a decode step spends its time in: reading weights.
+
+x [T, K] times weight [N, K] transposed. A program owns BLOCK_N rows of the weight and streams them past all tokens:
+
+    weight [N, K]      K ───────────────►            x [T, K]: read by every program, from the L2 cache
+      program 0  ░░░░│░░░░│░░░░│░░░░                 each ░ is BLOCK_N x BLOCK_K, several of them in flight
+      program 1  ░░░░│░░░░│░░░░│░░░░
+
+On tensor cores with the weight as the left operand, so that one token costs one column. BLOCK_N stays below 64, where
+Hopper would change to an instruction that sums in another order: then the bits of a token do not depend on how many
+others there are.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from . import tuning
+from .language import INTERPRETED, cast, dot, prefetch, round_to
+
+MAX_TOKENS = 16  # above, a library's matrix product is as fast
+IN_FLIGHT = 65536  # bytes of weight that a program asks for ahead: more than a multiprocessor's share of bandwidth x latency
+MAX_HIDDEN = 32768  # for the norm, a row must fit in a program's registers
+
+
+@functools.cache
+def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, parts: int) -> dict[str, Any]:
+    """``parts`` is 2 where a program streams rows of two weights (gate and up), and 0 where it must not share them with
+    other programs (SPLIT_K).
+
+    What decides about the order of summation (SPLIT_K, BLOCK_K) does not look at the number of tokens."""
+    streams = max(parts, 1)
+    block_n = 16 if parts == 1 and n < 64 * device.num_sms else 32
+    programs = triton.cdiv(n, block_n)
+    split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if parts == 1 else 1
+    neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory
+    memory = device.shared_memory // neighbours - 4096
+    # Wide in K, without a tail where the sizes of the family allow it, and at least two tiles in memory.
+    block_k = 1024 // itemsize
+    while block_k > 512 // itemsize and (k % block_k or 2 * (streams * block_n + 2 * MAX_TOKENS) * block_k * itemsize > memory):
+        block_k //= 2
+    tiles = min(memory // ((streams * block_n + 2 * tokens) * block_k * itemsize), IN_FLIGHT // (streams * block_n * block_k * itemsize))
+    heuristic = {
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "SPLIT_K": split_k,
+        "PREFETCH_LINES": 0 if device.backend != "cuda" or INTERPRETED else 4 * block_k * itemsize // 128,
+        "num_warps": 4,
+        "num_stages": 1 + max(1, tiles),
+    }
+    return tuning.lookup(op, device, {"n": n, "k": k}, heuristic)
+
+
+@triton.jit
+def prefetch_weight(weight_ptr, rows, weight_stride, k_start, k_end, LINES: tl.constexpr):
+    """Asks for the first cache lines of each row: they come while the kernel before drains and the norm is computed."""
+    if LINES > 0:
+        line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # elements
+        k = k_start + tl.arange(0, LINES)[None, :] * line
+        prefetch(weight_ptr + rows[:, None] * weight_stride + k, (rows[:, None] >= 0) & (k < k_end))
+
+
+@triton.jit
+def row_scales(
+    new_residual_ptr,  # [T, K], or None
+    x_ptr,  # [T, K]
+    residual_ptr,  # [T, K], or None
+    num_tokens,
+    k_size,
+    new_residual_stride,
+    x_stride,
+    residual_stride,
+    eps,
+    writer,  # of every num_writers tokens, this program writes the new residual of one
+    num_writers,
+    BLOCK_T: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+):
+    """1 / sqrt(mean(h^2) + eps) of each token's h = x + residual: [BLOCK_T]. One token after the other, so that its sum
+    has the same order in any company."""
+    dtype = x_ptr.dtype.element_ty
+    tokens = tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_ROW)
+    mask = k < k_size
+    scales = tl.zeros([BLOCK_T], tl.float32)
+    for token in range(0, num_tokens):
+        h = tl.load(x_ptr + token * x_stride + k, mask=mask, other=0.0).to(tl.float32)
+        if residual_ptr is not None:
+            h += tl.load(residual_ptr + token * residual_stride + k, mask=mask, other=0.0).to(tl.float32)
+            h = round_to(h, dtype)
+            if new_residual_ptr is not None:
+                if token % num_writers == writer:
+                    tl.store(new_residual_ptr + token * new_residual_stride + k, cast(h, dtype), mask=mask)
+        scale = tl.rsqrt(tl.sum(h * h) / k_size + eps)
+        scales = tl.where(tokens == token, scale, scales)
+    return scales
+
+
+@triton.jit
+def accumulate(
+    x_ptr,  # [T, K]
+    residual_ptr,  # [T, K], or None
+    norm_weight_ptr,  # [K], or None: x as it is
+    scales,  # [BLOCK_T], of the norm
+    weight_ptr,  # [N, K]
+    up_ptr,  # [N, K], or None
+    rows,  # [BLOCK_N] int64, all within N
+    num_tokens,
+    k_start,
+    k_end,
+    x_stride,
+    residual_stride,
+    weight_stride,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """The rows of one weight, or of two, times the (normalised) tokens: two of [BLOCK_N, BLOCK_T] float32, the second
+    zero without a second weight."""
+    dtype = x_ptr.dtype.element_ty
+    # Beyond the last token the last one is read again: what comes of it is not stored.
+    tokens = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1)[:, None]
+    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    acc_up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    for block in range(k_start, k_end, BLOCK_K):
+        k = block + tl.arange(0, BLOCK_K)[None, :]
+        mask = None if EVEN_K else k < k_end
+        other = None if EVEN_K else 0.0
+        x = tl.load(x_ptr + tokens * x_stride + k, mask=mask, other=other)
+        if norm_weight_ptr is not None:
+            h = x.to(tl.float32)
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + tokens * residual_stride + k, mask=mask, other=other)
+                h = round_to(h + residual.to(tl.float32), dtype)
+            norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other).to(tl.float32)
+            x = cast(round_to(h * scales[:, None], dtype) * norm_weight, dtype)
+        weight = tl.load(weight_ptr + rows[:, None] * weight_stride + k, mask=mask, other=other)
+        acc = dot(weight, x.T, acc)
+        if up_ptr is not None:
+            up = tl.load(up_ptr + rows[:, None] * weight_stride + k, mask=mask, other=other)
+            acc_up = dot(up, x.T, acc_up)
+    return acc, acc_up
