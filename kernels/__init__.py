@@ -8,14 +8,10 @@ if __name__ == "kernels":
 
 from .linear import linear, norm_linear, norm_swiglu_linear
 from .lm_head import lm_head, lm_head_top_k
-from .reference import (
-    apply_rope,
-    decode_attention,
-    prefill_attention,
-    rope_and_cache,
-    swiglu,
-)
+from .reference import decode_attention, prefill_attention
 from .rms_norm import add_rms_norm, rms_norm
+from .rope import apply_rope, rope_and_cache
+from .swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",

@@ -23,7 +23,9 @@ from . import tuning
 from .language import INTERPRETED, cast, dot, prefetch, round_to
 
 MAX_TOKENS = 16  # above, a library's matrix product is as fast
-IN_FLIGHT = 65536  # bytes of weight that a program asks for ahead: more than a multiprocessor's share of bandwidth x latency
+IN_FLIGHT = (
+    65536  # bytes of weight that a program asks for ahead: more than a multiprocessor's share of bandwidth x latency
+)
 MAX_HIDDEN = 32768  # for the norm, a row must fit in a program's registers
 
 
@@ -41,9 +43,14 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
     memory = device.shared_memory // neighbours - 4096
     # Wide in K, without a tail where the sizes of the family allow it, and at least two tiles in memory.
     block_k = 1024 // itemsize
-    while block_k > 512 // itemsize and (k % block_k or 2 * (streams * block_n + 2 * MAX_TOKENS) * block_k * itemsize > memory):
+    while block_k > 512 // itemsize and (
+        k % block_k or 2 * (streams * block_n + 2 * MAX_TOKENS) * block_k * itemsize > memory
+    ):
         block_k //= 2
-    tiles = min(memory // ((streams * block_n + 2 * tokens) * block_k * itemsize), IN_FLIGHT // (streams * block_n * block_k * itemsize))
+    tiles = min(
+        memory // ((streams * block_n + 2 * tokens) * block_k * itemsize),
+        IN_FLIGHT // (streams * block_n * block_k * itemsize),
+    )
     heuristic = {
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
@@ -92,7 +99,7 @@ def row_scales(
         if residual_ptr is not None:
             h += tl.load(residual_ptr + token * residual_stride + k, mask=mask, other=0.0).to(tl.float32)
             h = round_to(h, dtype)
-            if new_residual_ptr is not None:
+            if new_residual_ptr is not None:  # noqa: SIM102 - known when compiling, the next only when running
                 if token % num_writers == writer:
                     tl.store(new_residual_ptr + token * new_residual_stride + k, cast(h, dtype), mask=mask)
         scale = tl.rsqrt(tl.sum(h * h) / k_size + eps)

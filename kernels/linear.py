@@ -29,7 +29,7 @@ from .dispatch import op, pdl_options, runs_on_triton
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, prefetch_weight, row_scales
 from .language import cast, silu, wait_for_inputs
 from .rms_norm import add_rms_norm
-from .reference import swiglu
+from .swiglu import swiglu
 
 
 @triton.jit

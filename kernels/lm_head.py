@@ -20,7 +20,6 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference, tuning
-from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .few_tokens import MAX_TOKENS, accumulate, config, prefetch_weight, row_scales
 from .language import wait_for_inputs
@@ -101,7 +100,7 @@ def _top_k_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Larger logits come first, and of equal ones the lower id: place after place, the best that comes after the last."""
+    """Larger logits come first, and of equal ones the lower id: for each place the best that comes after the last."""
     token = tl.program_id(0)
     wait_for_inputs(PDL)
     value = float("inf")

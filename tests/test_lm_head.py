@@ -82,7 +82,9 @@ def test_bits_do_not_depend_on_the_company(ops):
     for repeat in range(250):
         count = 1 + repeat % 16
         assert torch.equal(ops.lm_head(x[:count], residual[:count], *rest), together[:count])
-        assert torch.equal(ops.lm_head_top_k(x[:count], residual[:count], *rest, 1)[1][:, 0], together[:count].argmax(-1))
+        assert torch.equal(
+            ops.lm_head_top_k(x[:count], residual[:count], *rest, 1)[1][:, 0], together[:count].argmax(-1)
+        )
 
 
 @pytest.mark.parametrize("k", [0, 41])
@@ -107,10 +109,47 @@ def _inputs(tokens, vocabulary, hidden, dtype, device):
 
 _TOP = {"tokens": 5, "vocabulary": 40, "k": 2}
 MUTATIONS = [
-    Mutation("logits beyond the vocabulary", "lm_head.py", "[None, :] & (ids < vocabulary)", "[None, :] & (ids >= 0)", test_lm_head, {"tokens": 5, "dtype": torch.bfloat16}),
-    Mutation("the last row again", "lm_head.py", 'tl.where(ids < vocabulary, logits, float("-inf"))', "logits", test_top_k_of_all, {}),
-    Mutation("what was taken stays", "lm_head.py", "ids = tl.where(ids == best_id[None, :], 0x7FFFFFFF, ids)", "pass", test_top_k, _TOP),
-    Mutation("the higher id first", "lm_head.py", "(found_id < best_id)", "(found_id > best_id)", test_of_equal_logits_far_apart_the_lower_id_comes_first, {}),
-    Mutation("equal logits skipped", "lm_head.py", "(found < value) | ((found == value) & (found_id > taken))", "found < value", test_of_equal_logits_the_lower_id_comes_first, {}),
-    Mutation("tiles of one token", "lm_head.py", "(tokens * tl.num_programs(0) + tile)", "(tokens + tile)", test_top_k, _TOP),
-]  # fmt: skip
+    Mutation(
+        "logits beyond the vocabulary",
+        "lm_head.py",
+        "[None, :] & (ids < vocabulary)",
+        "[None, :] & (ids >= 0)",
+        test_lm_head,
+        {"tokens": 5, "dtype": torch.bfloat16},
+    ),
+    Mutation(
+        "the last row again",
+        "lm_head.py",
+        'tl.where(ids < vocabulary, logits, float("-inf"))',
+        "logits",
+        test_top_k_of_all,
+        {},
+    ),
+    Mutation(
+        "what was taken stays",
+        "lm_head.py",
+        "ids = tl.where(ids == best_id[None, :], 0x7FFFFFFF, ids)",
+        "pass",
+        test_top_k,
+        _TOP,
+    ),
+    Mutation(
+        "the higher id first",
+        "lm_head.py",
+        "(found_id < best_id)",
+        "(found_id > best_id)",
+        test_of_equal_logits_far_apart_the_lower_id_comes_first,
+        {},
+    ),
+    Mutation(
+        "equal logits skipped",
+        "lm_head.py",
+        "(found < value) | ((found == value) & (found_id > taken))",
+        "found < value",
+        test_of_equal_logits_the_lower_id_comes_first,
+        {},
+    ),
+    Mutation(
+        "tiles of one token", "lm_head.py", "(tokens * tl.num_programs(0) + tile)", "(tokens + tile)", test_top_k, _TOP
+    ),
+]

@@ -1,0 +1,185 @@
+"""apply_rope and rope_and_cache against their twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from mutants import Mutation
+from oracle import assert_matches_twin, guard, guarded_allocations, random
+
+from qwenkern.kernels import reference
+
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+HEADS = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128), "3B": (16, 2, 128), "7B": (28, 4, 128), "72B": (64, 8, 128)}
+HEADS |= {"one head": (1, 1, 16), "odd": (5, 3, 32), "wide": (2, 1, 256)}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_rope_and_cache(ops, device, tokens, heads, dtype):
+    assert_matches_twin(ops, "rope_and_cache", *_inputs(tokens, *heads, dtype, device), changed=(3, 4))
+
+
+@pytest.mark.parametrize("tokens", [128, 300])
+def test_many_tokens(ops, device, tokens):
+    inputs = _inputs(tokens, 4, 2, 16, torch.bfloat16, device)
+    assert_matches_twin(ops, "rope_and_cache", *inputs, changed=(3, 4))
+
+
+@pytest.mark.parametrize("padding", [8, 3])
+def test_strided_rows(ops, device, padding):
+    """Only qkv may have a stride, so it alone is laid out with one."""
+    qkv, *rest = _inputs(5, 14, 2, 64, torch.bfloat16, device)
+    peers = [tensor.clone() for tensor in rest]
+    with guarded_allocations():
+        q = ops.rope_and_cache(guard(qkv, padding), *rest)
+    assert torch.equal(q, ops.rope_and_cache(qkv, *peers))
+    assert all(torch.equal(*pair) for pair in zip(rest, peers, strict=True))
+
+
+def test_v_is_copied_bit_for_bit(ops, device):
+    qkv, *rest = _inputs(2, 2, 1, 64, torch.bfloat16, device)
+    qkv[0, -1], qkv[0, -2], qkv[1, -3] = float("inf"), float("nan"), -0.0
+    ops.rope_and_cache(qkv, *rest)
+    _, _, _, v_pages, slots = rest
+    written = v_pages.view(-1, 64)[slots].view(torch.int16)
+    assert torch.equal(written, qkv[:, -64:].contiguous().view(torch.int16))
+
+
+def test_slots_that_are_not_named_keep_their_content(ops, device):
+    qkv, positions, cos_sin, k_pages, v_pages, slots = _inputs(3, 4, 2, 32, torch.float32, device)
+    before = [pages.clone() for pages in (k_pages, v_pages)]
+    ops.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
+    for pages, old in zip((k_pages, v_pages), before, strict=True):
+        pages.view(-1, 64)[slots] = old.view(-1, 64)[slots]
+        assert torch.equal(pages, old)
+
+
+def test_slots_beyond_two_to_the_31(ops, device):
+    """Only the pages touched take memory. Broken, it would write elsewhere, so no mutation tries that."""
+    qkv, positions, cos_sin, *_ = _inputs(2, 2, 1, 128, torch.bfloat16, device)
+    num_pages = 2**32 // (64 * 128) + 1
+    k_pages, v_pages = (torch.empty(num_pages, 64, 1, 128, dtype=qkv.dtype, device=device) for _ in range(2))
+    slots = torch.tensor([2**31 // 128 + 5, num_pages * 64 - 1], device=device)
+    ops.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
+    small = [torch.empty(1, 2, 1, 128, dtype=qkv.dtype, device=device) for _ in range(2)]
+    reference.rope_and_cache(qkv, positions, cos_sin, *small, torch.arange(2, device=device))
+    assert torch.equal(k_pages.view(-1, 128)[slots], small[0].view(-1, 128))
+    assert torch.equal(v_pages.view(-1, 128)[slots], small[1].view(-1, 128))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+def test_apply_rope(ops, device, heads, dtype):
+    num_q_heads, num_kv_heads, head_dim = heads
+    _, positions, cos_sin, *_ = _inputs(5, *heads, dtype, device)
+    q = random(5, num_q_heads, head_dim, dtype=dtype, device=device, seed=7)
+    k = random(5, num_kv_heads, head_dim, dtype=dtype, device=device, seed=8)
+    assert_matches_twin(ops, "apply_rope", q, k, cos_sin, positions)
+
+
+def test_apply_rope_to_views(ops, device):
+    """As transformers has them: [heads, tokens, D], transposed."""
+    _, positions, cos_sin, *_ = _inputs(5, 4, 2, 64, torch.bfloat16, device)
+    q, k = (random(heads, 5, 64, dtype=torch.bfloat16, device=device).transpose(0, 1) for heads in (4, 2))
+    outs = ops.apply_rope(q, k, cos_sin, positions)
+    for out, expected in zip(outs, ops.apply_rope(q.contiguous(), k.contiguous(), cos_sin, positions), strict=True):
+        assert torch.equal(out, expected)
+
+
+def test_other_head_sizes_run_on_the_twin(ops, device):
+    inputs = _inputs(3, 4, 2, 80, torch.float32, device)
+    twins = [tensor.clone() for tensor in inputs]
+    assert torch.equal(ops.rope_and_cache(*inputs), reference.rope_and_cache(*twins))
+    assert torch.equal(inputs[3], twins[3])
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "message"),
+    [
+        (0, lambda qkv: qkv[:, :-1], "rope_and_cache: qkv's rows of 127 must hold more than 2 heads of 32"),
+        (0, lambda qkv: qkv[:, :64], "rope_and_cache: qkv's rows of 64 must hold more than 2 heads of 32"),
+        (0, lambda qkv: qkv.half(), "k_pages must be float16, and is float32"),
+        (1, lambda positions: positions[:1], r"positions must have shape \[2\], and has \[1\]"),
+        (1, lambda positions: positions.float(), "positions must be int32 or int64, and is float32"),
+        (1, lambda positions: positions + 1000, "positions must be within 0 and 99, and one is"),
+        (2, lambda cos_sin: cos_sin[:, :-2], r"cos_sin must have shape \[context, 32\], and has \[100, 30\]"),
+        (3, lambda pages: pages[:, ::2], "k_pages must be contiguous, and has strides"),
+        (4, lambda pages: pages[:1], "v_pages must have shape"),
+        (5, lambda slots: slots - 1000, "slots must be within 0 and"),
+    ],
+)
+def test_bad_input(ops, at, change, message):
+    inputs = list(_inputs(2, 2, 1, 32, torch.float32, torch.device("cpu")))
+    inputs[at] = change(inputs[at])
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.rope_and_cache(*inputs)
+
+
+def test_registrations(ops, device):
+    inputs = _inputs(2, 4, 2, 16, torch.float32, device)
+    torch.library.opcheck(torch.ops.qwenkern.rope_and_cache, inputs)
+    q, k = inputs[0].view(2, 8, 16).split((6, 2), dim=1)
+    torch.library.opcheck(torch.ops.qwenkern.apply_rope, (q, k, inputs[2], inputs[1]))
+
+
+def _inputs(tokens, num_q_heads, num_kv_heads, head_dim, dtype, device):
+    """qkv, positions, cos_sin, k_pages, v_pages, slots: in no order, over pages that hold something already."""
+    qkv = random(tokens, (num_q_heads + 2 * num_kv_heads) * head_dim, dtype=dtype, device=device)
+    angles = torch.arange(100)[:, None] / 10000 ** (torch.arange(0, head_dim, 2) / head_dim)
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1).to(device)
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.randint(100, (tokens,), generator=generator).to(device)
+    page_size = 16
+    num_pages = tokens // page_size + 3
+    slots = torch.randperm(num_pages * page_size, generator=generator)[:tokens].to(device)
+    shape = (num_pages, page_size, num_kv_heads, head_dim)
+    k_pages, v_pages = (random(*shape, dtype=dtype, device=device, seed=seed) for seed in (2, 3))
+    return qkv, positions, cos_sin, k_pages, v_pages, slots
+
+
+_SMALL = {"tokens": 7, "heads": (5, 3, 32), "dtype": torch.float32}
+MUTATIONS = [
+    Mutation(
+        "sign of the sine",
+        "rope.py",
+        "first * cos - second * sin",
+        "first * cos + second * sin",
+        test_rope_and_cache,
+        _SMALL,
+    ),
+    Mutation(
+        "sine and cosine exchanged",
+        "rope.py",
+        "position * HEAD_DIM + HALF + column",
+        "position * HEAD_DIM + column",
+        test_rope_and_cache,
+        _SMALL,
+    ),
+    Mutation("position of the row", "rope.py", "tl.load(positions_ptr + token)", "token", test_rope_and_cache, _SMALL),
+    Mutation(
+        "slot of the row",
+        "rope.py",
+        "slot = tl.load(slots_ptr + token).to(tl.int64)",
+        "slot = token",
+        test_rope_and_cache,
+        _SMALL,
+    ),
+    Mutation(
+        "heads of v counted from q",
+        "rope.py",
+        "token * k_stride + v_heads",
+        "token * k_stride + k_heads",
+        test_rope_and_cache,
+        _SMALL,
+    ),
+    Mutation(
+        "heads beyond the last",
+        "rope.py",
+        "is_v = (v_heads >= 0) & (v_heads < num_kv_heads)",
+        "is_v = v_heads >= 0",
+        test_rope_and_cache,
+        _SMALL,
+    ),
+]
