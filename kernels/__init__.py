@@ -1,4 +1,4 @@
-"""The ops of the graph: tensors and numbers in, tensors out."""
+"""The ops of the graph: tensors and numbers in, tensors out. dispatch.py says what runs where."""
 
 if __name__ == "kernels":
     raise ImportError(
@@ -6,12 +6,31 @@ if __name__ == "kernels":
         "write `from qwenkern import kernels`"
     )
 
-from .linear import linear, norm_linear, norm_swiglu_linear
-from .lm_head import lm_head, lm_head_top_k
-from .reference import decode_attention, prefill_attention
-from .rms_norm import add_rms_norm, rms_norm
-from .rope import apply_rope, rope_and_cache
-from .swiglu import swiglu
+try:
+    import triton  # noqa: F401
+except ImportError:  # where there is no Triton, the twins are all there is
+    from .reference import (
+        add_rms_norm,
+        apply_rope,
+        decode_attention,
+        linear,
+        lm_head,
+        lm_head_top_k,
+        norm_linear,
+        norm_swiglu_linear,
+        prefill_attention,
+        rms_norm,
+        rope_and_cache,
+        swiglu,
+    )
+else:
+    from .decode_attention import decode_attention
+    from .linear import linear, norm_linear, norm_swiglu_linear
+    from .lm_head import lm_head, lm_head_top_k
+    from .prefill_attention import prefill_attention
+    from .rms_norm import add_rms_norm, rms_norm
+    from .rope import apply_rope, rope_and_cache
+    from .swiglu import swiglu
 
 __all__ = [
     "add_rms_norm",

@@ -25,7 +25,7 @@ from .checks import INTEGERS, check_cache, check_device, check_range, check_tens
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, wait_for_inputs
 
-HEAD_DIMS = (16, 32, 64, 128, 256)
+HEAD_DIMS = (16, 32, 64, 128)
 
 
 @functools.cache
@@ -73,29 +73,34 @@ def _rope_kernel(
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + token).to(tl.int64)
 
+    # q and k are chosen as values: AMD's compiler takes no choice between pointers
     is_q = heads < num_q_heads
     k_heads = heads - num_q_heads
     is_k = (k_heads >= 0) & (k_heads < num_kv_heads)
     q_from = q_ptr + token * q_stride + heads * HEAD_DIM + column
     k_from = k_ptr + token * k_stride + k_heads * HEAD_DIM + column
-    source = tl.where(is_q, q_from, k_from)
-    first = tl.load(source, mask=is_q | is_k, other=0.0).to(tl.float32)
-    second = tl.load(source + HALF, mask=is_q | is_k, other=0.0).to(tl.float32)
-    low = cast(first * cos - second * sin, dtype)
-    high = cast(second * cos + first * sin, dtype)
-    q_to = q_out_ptr + (token * num_q_heads + heads) * HEAD_DIM + column
-    k_to = k_out_ptr + (slot * num_kv_heads + k_heads) * HEAD_DIM + column
-    target = tl.where(is_q, q_to, k_to)
-    tl.store(target, low, mask=is_q | is_k)
-    tl.store(target + HALF, high, mask=is_q | is_k)
-
-    if v_out_ptr is not None:
+    first = tl.where(is_q, tl.load(q_from, mask=is_q), tl.load(k_from, mask=is_k)).to(tl.float32)
+    second = tl.where(is_q, tl.load(q_from + HALF, mask=is_q), tl.load(k_from + HALF, mask=is_k)).to(tl.float32)
+    if v_out_ptr is not None:  # loaded before the first store, so that nothing waits twice
         v_heads = k_heads - num_kv_heads
         is_v = (v_heads >= 0) & (v_heads < num_kv_heads)
         v_from = v_ptr + token * k_stride + v_heads * HEAD_DIM + column
+        v_first = tl.load(v_from, mask=is_v)
+        v_second = tl.load(v_from + HALF, mask=is_v)
+
+    low = cast(first * cos - second * sin, dtype)
+    high = cast(second * cos + first * sin, dtype)
+
+    q_to = q_out_ptr + (token * num_q_heads + heads) * HEAD_DIM + column
+    k_to = k_out_ptr + (slot * num_kv_heads + k_heads) * HEAD_DIM + column
+    tl.store(q_to, low, mask=is_q)
+    tl.store(q_to + HALF, high, mask=is_q)
+    tl.store(k_to, low, mask=is_k)
+    tl.store(k_to + HALF, high, mask=is_k)
+    if v_out_ptr is not None:
         v_to = v_out_ptr + (slot * num_kv_heads + v_heads) * HEAD_DIM + column
-        tl.store(v_to, tl.load(v_from, mask=is_v), mask=is_v)
-        tl.store(v_to + HALF, tl.load(v_from + HALF, mask=is_v), mask=is_v)
+        tl.store(v_to, v_first, mask=is_v)
+        tl.store(v_to + HALF, v_second, mask=is_v)
 
 
 def _launch_rope(
@@ -140,7 +145,7 @@ def _check_table(name: str, head_dim: int, num_tokens: int, positions: Tensor, c
 
 
 def _unsupported(head_dim: int) -> str | None:
-    return None if head_dim in HEAD_DIMS else f"heads of {head_dim} (16, 32, 64, 128 or 256)"
+    return None if head_dim in HEAD_DIMS else f"heads of {head_dim} (16, 32, 64 or 128)"
 
 
 def _fake_apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

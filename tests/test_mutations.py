@@ -6,18 +6,25 @@ import sys
 
 import mutants
 import pytest
+import test_decode_attention
 import test_linear
 import test_lm_head
+import test_prefill_attention
 import test_rms_norm
 import test_rope
 import test_swiglu
 import torch
 
-MUTATIONS = [
-    mutation
-    for module in (test_linear, test_lm_head, test_rms_norm, test_rope, test_swiglu)
-    for mutation in module.MUTATIONS
-]
+MODULES = (
+    test_decode_attention,
+    test_linear,
+    test_lm_head,
+    test_prefill_attention,
+    test_rms_norm,
+    test_rope,
+    test_swiglu,
+)
+MUTATIONS = [mutation for module in MODULES for mutation in module.MUTATIONS]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and its interpreter is off")

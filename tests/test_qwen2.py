@@ -70,6 +70,37 @@ def test_tied_embeddings_are_one_tensor():
     assert sum(p.numel() for p in model.module.parameters()) == model.config.num_parameters
 
 
+ON_KERNELS = {
+    "head 64, 7 to 1": replace(TINY, head_dim=64, num_attention_heads=7, num_key_value_heads=1),
+    "head 128, 8 to 1": replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1),
+}
+ON_KERNELS = {name: replace(config, hidden_size=64, vocab_size=97) for name, config in ON_KERNELS.items()}
+
+
+@pytest.mark.parametrize("config", ON_KERNELS.values(), ids=ON_KERNELS.keys())
+def test_kernels_and_twins_write_the_same_text(monkeypatch, device, config):
+    """A ragged batch: prefill of many and of few tokens, then decode steps across the end of a page."""
+    model = tiny_model(config, device=device)
+    prompts = [[(7 * at + length) % 97 for at in range(length)] for length in (1, 5, 61, 64)]
+    monkeypatch.setenv("QWENKERN_KERNELS", "reference")
+    expected = [each.token_ids for each in model.generate(prompts, max_tokens=6)]
+    monkeypatch.setenv("QWENKERN_KERNELS", "triton")
+    assert [each.token_ids for each in model.generate(prompts, max_tokens=6)] == expected
+    assert model.generate(prompts[1], max_tokens=3).token_ids == expected[1][:3]
+
+
+@pytest.mark.parametrize("num_tokens", [9, 70])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", ON_KERNELS.values(), ids=ON_KERNELS.keys())
+def test_logits_on_the_kernels(ops, device, config, dtype, num_tokens):
+    model = tiny_model(config, dtype, device=device)
+    ids = torch.randint(97, (1, num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
+        truth = _in_float64(model)(ids).logits
+        peer = twin(model)(ids).logits
+    assert_as_close_as(model.forward(ids).to(dtype), peer, truth)
+
+
 def _in_float64(model):
     """transformers in float64; its rotary embedding and norms stay in float32, as they do in every dtype of it."""
     return twin(model, torch.float64)

@@ -27,7 +27,7 @@ TINY = Config(
 
 def tiny_model(config: Config = TINY, dtype: torch.dtype = torch.float32, **keywords: Any) -> Model:
     """A random model whose logits are far enough apart for greedy text to be interesting."""
-    model = Model.from_config(config, dtype=dtype, device="cpu", **keywords)
+    model = Model.from_config(config, dtype=dtype, **{"device": "cpu"} | keywords)
     with torch.no_grad():
         for name, parameter in model.module.named_parameters():
             if not name.endswith("norm.weight"):

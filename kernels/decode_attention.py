@@ -1,0 +1,254 @@
+"""Attention of one query token a sequence over its paged cache, split over the tokens (flash decoding).
+
+    out[s, h] = softmax(scale * q[s, h] . k[:, h // group]) v[:, h // group]     over the lengths[s] tokens of s
+
+q [S, Hq, D]; k_pages, v_pages [num_pages, page_size, Hkv, D]; token t of a sequence is row t % page_size of the page
+block_tables[s, t // page_size]. The query heads of one key-value head share a tile, so that the cache is read once and
+tensor cores have rows to work on. Scores and sums in float32; the weights of v are rounded to its dtype.
+
+    program (split, kv head, sequence)          tokens ─────────────►
+      sequence 0   ▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒           each split is a run of whole tiles; its length follows from the
+      sequence 1   ▒▒│▒▒│▒                          sequence's own, so company does not change a sequence's bits
+
+Each split leaves a normalised result and the log2 of its sum of exponentials; a second kernel weighs them together.
+Bytes moved: 2 Hkv D elements a cached token, q and out, and 8 D bytes a head and split for the parts. A cache of fewer
+bits would be converted where a tile of k or v has been loaded.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference, tuning
+from .checks import check_paged
+from .dispatch import op, pdl_options, runs_on_triton
+from .language import cast, dot, wait_for_inputs
+from .rope import HEAD_DIMS
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+MAX_GROUP = 64
+
+
+@functools.cache
+def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
+    """As many splits of one long sequence as there are multiprocessors, and as many tiles in memory as fit."""
+    block_n = min(64 if itemsize == 2 else 32, page_size & -page_size)
+    num_splits = min(128, max(1, device.num_sms // num_kv_heads))
+    tile = 2 * block_n * head_dim * itemsize
+    heuristic = {
+        "BLOCK_N": block_n,
+        "NUM_SPLITS": 1 << (num_splits.bit_length() - 1),
+        "num_warps": 4,
+        "num_stages": 1 + max(1, min(3, (device.shared_memory // 2 - 8192) // tile)),
+    }
+    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
+    return tuning.lookup("decode_attention", device, sizes, heuristic)
+
+
+@triton.jit
+def _split_of(length, split, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    """Where a split of a sequence starts and ends; it is empty from the length on."""
+    tokens = tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    return split * tokens, tl.minimum(length, (split + 1) * tokens)
+
+
+@triton.jit
+def _decode_attention_kernel(
+    out_ptr,  # [S, Hq, D], written where there is one split
+    parts_ptr,  # [S, Hq, splits, D] float32, or None: one split
+    logs_ptr,  # [S, Hq, splits] float32, or None
+    q_ptr,  # [S, Hq, D]
+    k_ptr,  # [num_pages, page_size, Hkv, D]
+    v_ptr,  # [num_pages, page_size, Hkv, D]
+    block_tables_ptr,  # [S, P]
+    lengths_ptr,  # [S]
+    page_size,
+    q_stride,  # of a sequence; heads are dense
+    block_tables_stride,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    split = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2).to(tl.int64)
+    num_kv_heads = tl.num_programs(1)
+    wait_for_inputs(PDL)
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    start, end = _split_of(length, split, BLOCK_N, NUM_SPLITS)
+    if start >= length:
+        return
+
+    group = tl.arange(0, BLOCK_G)[:, None]
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    row = tl.arange(0, BLOCK_N)[:, None]
+    dtype = v_ptr.dtype.element_ty
+    token_stride = num_kv_heads * HEAD_DIM
+    table = block_tables_ptr + sequence * block_tables_stride
+    q_heads = kv_head * GROUP + group
+    q = tl.load(q_ptr + sequence * q_stride + q_heads * HEAD_DIM + column, mask=group < GROUP, other=0.0)
+
+    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_G], tl.float32)
+    acc = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
+    page = tl.load(table + start // page_size).to(tl.int64)
+    for tile in range(start, end, BLOCK_N):
+        at = (page * page_size + tile % page_size + row) * token_stride + kv_head * HEAD_DIM + column
+        # the next page's number is on its way before it is needed; the last one is asked for twice
+        page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
+        k = tl.load(k_ptr + at, mask=tile + row < end, other=0.0)
+        scores = dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
+        scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(v_ptr + at, mask=tile + row < end, other=0.0)
+        acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
+        best = new_best
+
+    acc = acc / total[:, None]
+    head = sequence * num_kv_heads * GROUP + q_heads
+    if parts_ptr is None:
+        tl.store(out_ptr + head * HEAD_DIM + column, cast(acc, dtype), mask=group < GROUP)
+    else:
+        at_part = head * tl.num_programs(0) + split
+        tl.store(parts_ptr + at_part * HEAD_DIM + column, acc, mask=group < GROUP)
+        tl.store(logs_ptr + at_part, (best + tl.log2(total))[:, None], mask=group < GROUP)
+
+
+@triton.jit
+def _combine_kernel(
+    out_ptr,  # [S, Hq, D]
+    parts_ptr,  # [S, Hq, splits, D] float32
+    logs_ptr,  # [S, Hq, splits] float32
+    lengths_ptr,  # [S]
+    splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    sequence = tl.program_id(2).to(tl.int64)
+    head = sequence * tl.num_programs(1) + tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.arange(0, NUM_SPLITS)
+    wait_for_inputs(PDL)
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    start, _ = _split_of(length, split, BLOCK_N, NUM_SPLITS)
+    mask = start < length
+
+    logs = tl.load(logs_ptr + head * splits + split, mask=mask, other=float("-inf"))
+    weights = tl.exp2(logs - tl.max(logs, axis=0))
+    at = (head * splits + split)[:, None] * HEAD_DIM + column[None, :]
+    parts = tl.load(parts_ptr + at, mask=mask[:, None], other=0.0)
+    out = tl.sum(weights[:, None] * parts, axis=0) / tl.sum(weights, axis=0)
+    tl.store(out_ptr + head * HEAD_DIM + column, cast(out, out_ptr.dtype.element_ty))
+
+
+def _launch_decode_attention(
+    out: Tensor,
+    parts: Tensor | None,
+    logs: Tensor | None,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    config: dict[str, Any],
+) -> None:
+    (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    group = num_q_heads // num_kv_heads
+    splits = 1 if logs is None else logs.shape[2]
+    _decode_attention_kernel[(splits, num_kv_heads, num_sequences)](
+        out,
+        parts,
+        logs,
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        lengths,
+        page_size,
+        q.stride(0),
+        block_tables.stride(0),
+        scale,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        **config,
+        **pdl_options(q),
+    )
+    if parts is None:
+        return
+    block_d = min(head_dim, 64)
+    _combine_kernel[(head_dim // block_d, num_q_heads, num_sequences)](
+        out,
+        parts,
+        logs,
+        lengths,
+        splits,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_N=config["BLOCK_N"],
+        NUM_SPLITS=config["NUM_SPLITS"],
+        num_warps=4,
+        **pdl_options(q),
+    )
+
+
+def _unsupported(q: Tensor, k_pages: Tensor) -> str | None:
+    _, page_size, num_kv_heads, head_dim = k_pages.shape
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} (16, 32, 64 or 128)"
+    if page_size % 16:
+        return f"pages of {page_size} tokens (a multiple of 16)"
+    if q.shape[1] // num_kv_heads > MAX_GROUP:
+        return f"{q.shape[1] // num_kv_heads} query heads for one of the cache (at most {MAX_GROUP})"
+    return None
+
+
+def _fake_decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@op(fake=_fake_decode_attention)
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """Attention of one query token a sequence over its cached tokens, itself included (Vaswani et al. 2017,
+    arXiv:1706.03762, equation 1; grouped: Ainslie et al. 2023, arXiv:2305.13245).
+
+    q [S, Hq, D], sequences of any stride; pages dense, of q's dtype; block_tables [S, P] and lengths [S] integers,
+    lengths from 1 to P * page_size. Returns [S, Hq, D]. Page numbers beyond a sequence's length are never read. On a
+    GPU neither lengths nor page numbers are checked."""
+    check_paged("decode_attention", q, k_pages, v_pages, block_tables, lengths)
+    if len(q) != len(lengths):
+        raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
+    if not runs_on_triton(q, _unsupported(q, k_pages)):
+        return reference.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    _, page_size, num_kv_heads, head_dim = k_pages.shape
+    config = _config(tuning.device_of(q), num_kv_heads, head_dim, page_size, q.element_size())
+    splits = min(config["NUM_SPLITS"], triton.cdiv(block_tables.shape[1] * page_size, config["BLOCK_N"]))
+    out = q.new_empty(q.shape)
+    parts = logs = None
+    if splits > 1:
+        parts = q.new_empty((*q.shape[:2], splits, head_dim), dtype=torch.float32)
+        logs = q.new_empty((*q.shape[:2], splits), dtype=torch.float32)
+    _launch_decode_attention(out, parts, logs, q, k_pages, v_pages, block_tables, lengths, scale, config)
+    return out

@@ -1,0 +1,259 @@
+"""Causal attention of several query tokens a sequence over its paged cache (FlashAttention's online softmax).
+
+    out[i, h] = softmax(scale * q[i, h] . k[: p + 1, h // group]) v[: p + 1, h // group]     row i has position p
+
+q [T, Hq, D], sequences packed without padding: rows query_starts[s] to query_starts[s + 1] are the last tokens of
+sequence s, of which the cache has lengths[s]. k_pages, v_pages [num_pages, page_size, Hkv, D]; token t is row
+t % page_size of the page block_tables[s, t // page_size]. Scores and sums in float32; the weights of v are rounded to
+its dtype. Operations: 4 Hq D a pair of query and key, half of the pairs without a cached prefix; bytes moved: q, out,
+and 2 Hkv D elements a cached token.
+
+    program (head, tile)          keys ───────────►
+      tile of sequence 0          ▒▒▒▒▒▒▒▒▚              ▒ whole tiles without a mask, ▚ the diagonal with one
+      next tile of it             ▒▒▒▒▒▒▒▒▒▒▒▒▚
+      tile of sequence 1          ▒▒▚
+
+The grid is made without looking at query_starts (which lies on the GPU): T // BLOCK_M + S tiles always suffice, and a
+program searches for its sequence.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import reference, tuning
+from .checks import INTEGERS, check_device, check_paged, check_tensor
+from .decode_attention import LOG2_E
+from .dispatch import op, pdl_options, runs_on_triton
+from .language import cast, dot, wait_for_inputs
+from .rope import HEAD_DIMS
+
+
+@functools.cache
+def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
+    """The largest tiles that fit: of queries for reuse of keys, of keys as far as a page goes."""
+    block_m, block_n = (128, 64) if itemsize == 2 else (32, 16)  # float32 is for comparison, not for speed
+    block_n = min(block_n, page_size & -page_size)
+    tiles = (device.shared_memory - 1024 - block_m * head_dim * itemsize) // (2 * block_n * head_dim * itemsize)
+    heuristic = {
+        "BLOCK_M": block_m,
+        "BLOCK_N": block_n,
+        "num_warps": 8 if itemsize == 2 else 4,
+        "num_stages": 1 + max(1, min(2, tiles)),
+    }
+    return tuning.lookup("prefill_attention", device, {"head_dim": head_dim, "page_size": page_size}, heuristic)
+
+
+@triton.jit
+def _sequence_of(query_starts_ptr, num_sequences, tile, BLOCK_M: tl.constexpr):
+    """The last sequence whose tiles do not begin after this one: sequence s begins at query_starts[s] // BLOCK_M + s,
+    which leaves each one enough of them."""
+    low = 0
+    high = num_sequences
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_starts_ptr + middle).to(tl.int32) // BLOCK_M + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+@triton.jit
+def _attend(
+    acc,  # [BLOCK_M, D] float32
+    total,  # [BLOCK_M] float32, sum of exponentials
+    best,  # [BLOCK_M] float32, largest score
+    q,  # [BLOCK_M, D]
+    positions,  # [BLOCK_M]
+    k_ptr,
+    v_ptr,
+    table,
+    page_size,
+    token_stride,
+    start,
+    end,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Goes on with the keys from start to end; whole tiles that all queries see need no mask."""
+    dtype = v_ptr.dtype.element_ty
+    column = tl.arange(0, acc.shape[1])[None, :]
+    row = tl.arange(0, BLOCK_N)
+    for tile in range(start, end, BLOCK_N):
+        page = tl.load(table + tile // page_size).to(tl.int64)
+        at = (page * page_size + tile % page_size + row[:, None]) * token_stride + column
+        mask = (tile + row < end)[:, None] if MASKED else None
+        other = 0.0 if MASKED else None
+        k = tl.load(k_ptr + at, mask=mask, other=other)
+        scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * (scale * LOG2_E)
+        if MASKED:
+            scores = tl.where((tile + row)[None, :] <= positions[:, None], scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        weights = tl.exp2(scores - new_best[:, None])
+        shrink = tl.exp2(best - new_best)
+        total = total * shrink + tl.sum(weights, axis=1)
+        v = tl.load(v_ptr + at, mask=mask, other=other)
+        acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
+        best = new_best
+    return acc, total, best
+
+
+@triton.jit
+def _prefill_attention_kernel(
+    out_ptr,  # [T, Hq, D]
+    q_ptr,  # [T, Hq, D]
+    k_ptr,  # [num_pages, page_size, Hkv, D]
+    v_ptr,  # [num_pages, page_size, Hkv, D]
+    block_tables_ptr,  # [S, P]
+    lengths_ptr,  # [S]
+    query_starts_ptr,  # [S + 1]
+    num_sequences,
+    page_size,
+    q_stride,  # of a token; heads are dense
+    block_tables_stride,
+    scale,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # later queries see more keys, so they begin first
+    num_q_heads = tl.num_programs(0)
+    wait_for_inputs(PDL)
+    sequence = _sequence_of(query_starts_ptr, num_sequences, tile, BLOCK_M)
+    query_start = tl.load(query_starts_ptr + sequence).to(tl.int32)
+    query_end = tl.load(query_starts_ptr + sequence + 1).to(tl.int32)
+    first = query_start + (tile - query_start // BLOCK_M - sequence) * BLOCK_M
+    if first >= query_end:
+        return
+
+    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    rows = first + tl.arange(0, BLOCK_M)
+    # Beyond the last query the last one is computed again, and not stored.
+    positions = tl.minimum(rows, query_end - 1) - query_end + length
+    column = tl.arange(0, HEAD_DIM)[None, :]
+    at = tl.minimum(rows, query_end - 1).to(tl.int64)[:, None]
+    q = tl.load(q_ptr + at * q_stride + head * HEAD_DIM + column)
+
+    acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    table = block_tables_ptr + sequence.to(tl.int64) * block_tables_stride
+    token_stride = num_q_heads // GROUP * HEAD_DIM
+    kv_head = head // GROUP * HEAD_DIM
+    seen_by_all = (first - query_end + length + 1) // BLOCK_N * BLOCK_N
+    seen_by_last = tl.minimum(first + BLOCK_M, query_end) - query_end + length
+    acc, total, best = _attend(
+        acc, total, best, q, positions, k_ptr + kv_head, v_ptr + kv_head, table, page_size, token_stride,
+        0, seen_by_all, scale, BLOCK_M, BLOCK_N, False,
+    )  # fmt: skip
+    acc, total, best = _attend(
+        acc, total, best, q, positions, k_ptr + kv_head, v_ptr + kv_head, table, page_size, token_stride,
+        seen_by_all, seen_by_last, scale, BLOCK_M, BLOCK_N, True,
+    )  # fmt: skip
+
+    out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
+    out_at = (rows.to(tl.int64)[:, None] * num_q_heads + head) * HEAD_DIM + column
+    tl.store(out_ptr + out_at, out, mask=(rows < query_end)[:, None])
+
+
+def _launch_prefill_attention(
+    out: Tensor,
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+) -> None:
+    (num_tokens, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    config = _config(tuning.device_of(q), head_dim, page_size, q.element_size())
+    tiles = num_tokens // config["BLOCK_M"] + len(lengths)
+    _prefill_attention_kernel[(num_q_heads, tiles)](
+        out,
+        q,
+        k_pages,
+        v_pages,
+        block_tables,
+        lengths,
+        query_starts,
+        len(lengths),
+        page_size,
+        q.stride(0),
+        block_tables.stride(0),
+        scale,
+        GROUP=num_q_heads // num_kv_heads,
+        HEAD_DIM=head_dim,
+        **config,
+        **pdl_options(q),
+    )
+
+
+def _check_query_starts(num_tokens: int, lengths: Tensor, query_starts: Tensor) -> None:
+    """Raises unless they cut the rows of q into the sequences' last tokens; values are looked at on a CPU only."""
+    check_tensor("prefill_attention", "query_starts", query_starts, (len(lengths) + 1,), dtypes=INTEGERS)
+    check_device("prefill_attention", lengths=lengths, query_starts=query_starts)
+    if query_starts.device.type != "cpu":
+        return
+    counts = query_starts.diff()
+    if query_starts[0] != 0 or query_starts[-1] != num_tokens or (counts < 0).any() or (counts > lengths).any():
+        raise ValueError(
+            f"prefill_attention: query_starts must rise from 0 to q's {num_tokens} rows, by no more than each "
+            f"sequence's length, and is {query_starts.tolist()} for lengths {lengths.tolist()}"
+        )
+
+
+def _unsupported(k_pages: Tensor) -> str | None:
+    _, page_size, _, head_dim = k_pages.shape
+    if head_dim not in HEAD_DIMS:
+        return f"heads of {head_dim} (16, 32, 64 or 128)"
+    return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
+
+
+def _fake_prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@op(fake=_fake_prefill_attention)
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+) -> Tensor:
+    """Causal attention of several query tokens a sequence, packed without padding, over the cached tokens (Dao 2023,
+    arXiv:2307.08691, algorithm 1).
+
+    q [T, Hq, D], tokens of any stride; pages dense, of q's dtype; block_tables [S, P], lengths [S] and query_starts
+    [S + 1] integers. The query in row query_starts[s + 1] - 1 sees all lengths[s] tokens; a sequence may have no query.
+    Returns [T, Hq, D]. On a GPU the values of the integers are not checked."""
+    check_paged("prefill_attention", q, k_pages, v_pages, block_tables, lengths)
+    _check_query_starts(len(q), lengths, query_starts)
+    if not runs_on_triton(q, _unsupported(k_pages)):
+        return reference.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    out = q.new_empty(q.shape)
+    _launch_prefill_attention(out, q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
+    return out
