@@ -7,6 +7,7 @@ compiled for ``device`` with the very arguments it would get. ``read(kernel)`` t
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import subprocess
 import tempfile
@@ -25,8 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from qwenkern.kernels import tuning
 
-# Multiprocessors and shared memory a program may use, by NVIDIA's CUDA C++ programming guide, table of technical
-# specifications per compute capability, and the cards' data sheets.
+# Multiprocessors and shared memory a program may use: the cards' data sheets, and the CUDA C++ programming guide's
+# table of technical specifications by compute capability.
 DEVICES = {
     "sm_80": tuning.Device("NVIDIA A100-SXM4-80GB", "cuda", 80, 108, 163 * 1024),
     "sm_86": tuning.Device("NVIDIA GeForce RTX 3090", "cuda", 86, 82, 99 * 1024),
@@ -35,6 +36,15 @@ DEVICES = {
     "sm_100": tuning.Device("NVIDIA B200", "cuda", 100, 148, 227 * 1024),
     "sm_120": tuning.Device("NVIDIA GeForce RTX 5090", "cuda", 120, 170, 99 * 1024),
     "gfx942": tuning.Device("AMD Instinct MI300X", "hip", 0, 304, 64 * 1024),
+}
+# Warps and programs that a multiprocessor holds at most, and its shared memory in KiB, by the same table.
+RESIDENT = {
+    "sm_80": (64, 32, 164),
+    "sm_86": (48, 16, 100),
+    "sm_89": (48, 24, 100),
+    "sm_90": (64, 32, 228),
+    "sm_100": (64, 32, 228),
+    "sm_120": (48, 24, 100),
 }
 
 
@@ -48,22 +58,30 @@ class Launch:
     pdl: bool
 
 
+@dataclass(frozen=True)
+class Access:
+    """Loads or stores of global memory that one line of a kernel makes."""
+
+    kind: str  # "load" or "store"
+    name: str  # of the value that is loaded, as in the kernel
+    line: str  # "file.py:12"
+    tile: int  # bytes that a program moves there at once
+    width: int  # bits of the narrowest instruction made of it
+
+
 @dataclass
 class Code:
-    """What the assembler made of a kernel. Loads and stores are counted by width in bits, as they stand in the code."""
+    """What the assembler made of a kernel."""
 
     registers: int
     stack: int  # bytes a thread
     spills: int  # loads and stores of local memory
     shared: int  # bytes a program
     warps: int
-    loads: Counter[int] = field(
-        default_factory=Counter
-    )  # from global memory, to registers or straight to shared memory
-    stores: Counter[int] = field(default_factory=Counter)
-    matrix: Counter[str] = field(default_factory=Counter)  # tensor-core instructions by name
+    accesses: list[Access] = field(default_factory=list)
+    matrix: dict[str, int] = field(default_factory=dict)  # tensor-core instructions by name
     waits: int = 0  # programmatic dependent launch: griddepcontrol.wait
-    sass: str = ""
+    releases: int = 0  # and griddepcontrol.launch_dependents
 
 
 class _OfflineDriver:
@@ -106,33 +124,97 @@ def _active(key: str) -> Iterator[None]:
         yield
 
 
+def occupancy(key: str, code: Code) -> int:
+    """Programs that a multiprocessor of ``DEVICES[key]`` holds at a time. A warp's registers come in portions of 256,
+    of 65,536 in all; each program takes 1 KiB of shared memory more than it asks for."""
+    warps, programs, shared = RESIDENT[key]
+    registers = code.warps * -(-code.registers * 32 // 256) * 256
+    return min(programs, warps // code.warps, 65536 // registers, shared * 1024 // (code.shared + 1024))
+
+
 # opcode, with its predicate before it and its modifiers behind: `@P0 LDG.E.128.CONSTANT R4, ...`
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)((?:\.\w+)*)", re.M)
-_NARROW = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128}
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.M)
 
 
 def read(kernel: CompiledKernel) -> Code:
-    """Disassembles an NVIDIA kernel with the tools that Triton's package carries."""
+    """Takes a compiled kernel apart, NVIDIA's with the tools that Triton's package carries."""
+    if "cubin" not in kernel.asm:
+        return _read_amd(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _cuobjdump("--dump-resource-usage", file.name)
-        sass = _cuobjdump("--dump-sass", file.name)
+        opcodes = Counter(_INSTRUCTION.findall(_cuobjdump("--dump-sass", file.name)))
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
-    code = Code(registers, stack, 0, kernel.metadata.shared, kernel.metadata.num_warps, sass=sass)
-    for opcode, modifiers in _INSTRUCTION.findall(sass):
-        width = next((_NARROW[word] for word in modifiers.split(".") if word in _NARROW), 32)
-        if opcode in ("LDG", "LDGSTS"):
-            code.loads[width] += 1
-        elif opcode == "STG":
-            code.stores[width] += 1
-        elif opcode in ("LDL", "STL"):
-            code.spills += 1
-        elif "MMA" in opcode:
-            code.matrix[opcode] += 1
-        elif opcode == "ACQBULK":
-            code.waits += 1
-    return code
+    return Code(
+        registers=registers,
+        stack=stack,
+        spills=opcodes["LDL"] + opcodes["STL"],
+        shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        accesses=accesses(kernel.asm["ttgir"], kernel.asm["ptx"]),
+        matrix={name: count for name, count in opcodes.items() if name.endswith("MMA")},
+        waits=opcodes["ACQBULK"],
+        releases=opcodes["PREEXIT"],
+    )
+
+
+def _read_amd(kernel: CompiledKernel) -> Code:
+    text = kernel.asm["amdgcn"]
+    registers, spills, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    matrix = dict(Counter(re.findall(r"\b(v_mfma_\w+)", text)))
+    return Code(registers, stack, spills, kernel.metadata.shared, kernel.metadata.num_warps, matrix=matrix)
+
+
+# `%weight_85 = ttg.async_copy_global_to_local ... : tensor<16x512x!tt.ptr<bf16>, ... loc(#loc228)`
+_TILE = re.compile(
+    r"^\s*(?:%(\w+) = )?(?:tt\.load|ttg\.async_copy_global_to_local|(tt\.store))\b.*?"
+    r": tensor<([\dx]+)x!tt\.ptr<\D+(\d+)>.*loc\((#loc\d*)\)$",
+    re.M,
+)
+_LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.M)
+_FILE = re.compile(r"([^/\"]+\.py)\":(\d+)")
+# `.loc 3 149 25 // few_tokens.py:149:25 @[ ... ]`, `ld.global.v4.b32`, `cp.async.cg.shared.global [ ], [ ], 0x10`
+_PTX = re.compile(
+    r"\.loc\s.*//\s*([^\s:]+\.py:\d+)"
+    r"|\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\s"
+    r"|\bcp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x[0-9a-f]+)"
+)
+
+
+def accesses(ttgir: str, ptx: str) -> list[Access]:
+    """The tiles that a kernel moves, by line: their sizes from Triton's last representation, where a load is still one
+    operation, and the instructions made of them from PTX. Scalars are left out."""
+    locations = dict(_LOCATION.findall(ttgir))
+    tiles: dict[tuple[str, str], tuple[str, int]] = {}
+    for name, store, shape, bits, location in _TILE.findall(ttgir):
+        key = ("store" if store else "load", _line(location, locations))
+        size = math.prod(int(side) for side in shape.split("x")) * int(bits) // 8
+        tiles[key] = (re.sub(r"_\d+$", "", name), max(size, tiles.get(key, ("", 0))[1]))
+    widths: dict[tuple[str, str], int] = {}
+    line = ""
+    for at, kind, vector, bits, copied in _PTX.findall(ptx):
+        if at:
+            line = at
+            continue
+        key = ("store" if kind == "st" else "load", line)
+        width = int(copied, 16) * 8 if copied else int(vector or 1) * int(bits)
+        widths[key] = min(width, widths.get(key, width))
+    return [
+        Access(kind, name, line, tile, widths.get((kind, line), 0))
+        for (kind, line), (name, tile) in sorted(tiles.items(), key=lambda item: item[0])
+    ]
+
+
+def _line(location: str, locations: dict[str, str]) -> str:
+    """The innermost file and line of a location, which may be named, or inlined somewhere."""
+    text = locations[location]
+    while not (found := _FILE.search(text)):
+        text = locations[re.search(r"#loc\d*", text)[0]]
+    return f"{found[1]}:{found[2]}"
 
 
 def _cuobjdump(option: str, file: str) -> str:

@@ -62,6 +62,11 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
     return tuning.lookup(op, device, {"n": n, "k": k}, heuristic)
 
 
+def padded(tokens: int, device: tuning.Device) -> int:
+    """Columns of the products: AMD's matrix instructions take no fewer than 16."""
+    return triton.next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
+
+
 @triton.jit
 def prefetch_weight(weight_ptr, rows, weight_stride, k_start, k_end, LINES: tl.constexpr):
     """Asks for the first cache lines of each row: they come while the kernel before drains and the norm is computed."""

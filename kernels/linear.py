@@ -26,7 +26,7 @@ from torch import Tensor
 from . import reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
-from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, prefetch_weight, row_scales
+from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, prefetch_weight, row_scales
 from .language import cast, silu, wait_for_inputs
 from .rms_norm import add_rms_norm
 from .swiglu import swiglu
@@ -125,9 +125,9 @@ def _launch_linear(
     eps: float,
 ) -> None:
     (num_tokens, k_size), n_size = x.shape, out.shape[1]
-    block_t = triton.next_power_of_2(num_tokens)
-    parts = 1 if up is None else 2
-    chosen = config(name, tuning.device_of(x), n_size, k_size, block_t, x.element_size(), parts)
+    device = tuning.device_of(x)
+    block_t = padded(num_tokens, device)
+    chosen = config(name, device, n_size, k_size, block_t, x.element_size(), parts=1 if up is None else 2)
     tiles, split_k = triton.cdiv(n_size, chosen["BLOCK_N"]), chosen["SPLIT_K"]
     _linear_kernel[(tiles, split_k)](
         out,

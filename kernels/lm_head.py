@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import reference, tuning
 from .dispatch import op, pdl_options, runs_on_triton
-from .few_tokens import MAX_TOKENS, accumulate, config, prefetch_weight, row_scales
+from .few_tokens import MAX_TOKENS, accumulate, config, padded, prefetch_weight, row_scales
 from .language import wait_for_inputs
 from .linear import check_normed, unsupported
 from .rms_norm import add_rms_norm
@@ -134,9 +134,9 @@ def _launch_lm_head(
     eps: float,
 ) -> None:
     (num_tokens, k_size), vocabulary = x.shape, len(weight)
-    block_t = triton.next_power_of_2(num_tokens)
     chosen = _config(x, weight)
-    _lm_head_kernel[(triton.cdiv(vocabulary, chosen["BLOCK_N"]),)](
+    tiles = triton.cdiv(vocabulary, chosen["BLOCK_N"]) if candidates is None else candidates.shape[1]
+    _lm_head_kernel[(tiles,)](
         logits,
         candidates,
         candidate_ids,
@@ -152,7 +152,7 @@ def _launch_lm_head(
         weight.stride(0),
         eps,
         TOP_K=0 if candidates is None else candidates.shape[2],
-        BLOCK_T=block_t,
+        BLOCK_T=padded(num_tokens, tuning.device_of(x)),
         BLOCK_ROW=triton.next_power_of_2(k_size),
         EVEN_K=k_size % chosen["BLOCK_K"] == 0,
         **chosen,
@@ -169,8 +169,8 @@ def _launch_top_k(values: Tensor, ids: Tensor, candidates: Tensor, candidate_ids
 
 
 def _config(x: Tensor, weight: Tensor) -> dict[str, int]:
-    block_t = triton.next_power_of_2(len(x))
-    return config("lm_head", tuning.device_of(x), len(weight), x.shape[1], block_t, x.element_size(), 0)
+    device = tuning.device_of(x)
+    return config("lm_head", device, len(weight), x.shape[1], padded(len(x), device), x.element_size(), parts=0)
 
 
 def _fake_lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
@@ -216,7 +216,9 @@ def lm_head_top_k(
         return values[:, :k], ids[:, :k]
     values = x.new_empty(len(x), k, dtype=torch.float32)
     ids = x.new_empty(len(x), k, dtype=torch.int64)
-    candidates = x.new_empty(len(x), triton.cdiv(len(weight), _config(x, weight)["BLOCK_N"]), k, dtype=torch.float32)
+    # a multiple of 16, so that the second kernel reads vectors; what is too many finds no rows
+    tiles = triton.cdiv(len(weight), 16 * _config(x, weight)["BLOCK_N"]) * 16
+    candidates = x.new_empty(len(x), tiles, k, dtype=torch.float32)
     candidate_ids = torch.empty_like(candidates, dtype=torch.int32)
     _launch_lm_head(None, candidates, candidate_ids, x, residual, norm_weight, weight, eps)
     _launch_top_k(values, ids, candidates, candidate_ids)

@@ -62,7 +62,7 @@ def _rope_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    column = tl.arange(0, HALF)[None, :]
+    column = tl.broadcast_to(tl.arange(0, HALF)[None, :], [HEADS, HALF])  # the table, too, is then read as q is
     dtype = q_ptr.dtype.element_ty
 
     wait_for_inputs(PDL)
@@ -138,9 +138,11 @@ def _launch_rope(
     )
 
 
-def _check_table(name: str, head_dim: int, num_tokens: int, positions: Tensor, cos_sin: Tensor) -> None:
-    check_tensor(name, "positions", positions, (num_tokens,), dtypes=INTEGERS)
-    check_tensor(name, "cos_sin", cos_sin, ("context", head_dim), dtypes=(torch.float32, torch.float64), dense=True)
+def _check_table(name: str, x: Tensor, head_dim: int, positions: Tensor, cos_sin: Tensor) -> None:
+    """x [T, ...] is what will be rotated. A float64 table is for float64 alone."""
+    dtypes = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
+    check_tensor(name, "positions", positions, (len(x),), dtypes=INTEGERS)
+    check_tensor(name, "cos_sin", cos_sin, ("context", head_dim), dtypes=dtypes, dense=True)
     check_range(name, "positions", positions, 0, len(cos_sin))
 
 
@@ -167,7 +169,7 @@ def apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tupl
     positions [T] integers within the context. Returns q and k, rotated in float32 and rounded once."""
     check_tensor("apply_rope", "q", q, ("T", "Hq", "D"))
     check_tensor("apply_rope", "k", k, (len(q), "Hkv", q.shape[2]), like=q)
-    _check_table("apply_rope", q.shape[2], len(q), positions, cos_sin)
+    _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
     check_device("apply_rope", q=q, k=k, cos_sin=cos_sin, positions=positions)
     if not runs_on_triton(q, _unsupported(q.shape[2])):
         return reference.apply_rope(q, k, cos_sin, positions)
@@ -188,7 +190,7 @@ def rope_and_cache(
     head_dim = k_pages.shape[-1]
     check_tensor("rope_and_cache", "qkv", qkv, ("T", "(Hq + 2 Hkv) D"))
     check_cache("rope_and_cache", k_pages, v_pages, like=qkv, head_dim=head_dim)
-    _check_table("rope_and_cache", head_dim, len(qkv), positions, cos_sin)
+    _check_table("rope_and_cache", qkv, head_dim, positions, cos_sin)
     check_tensor("rope_and_cache", "slots", slots, (len(qkv),), dtypes=INTEGERS)
     check_device(
         "rope_and_cache", qkv=qkv, positions=positions, cos_sin=cos_sin, k_pages=k_pages, v_pages=v_pages, slots=slots

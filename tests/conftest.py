@@ -61,3 +61,9 @@ def ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The public ops, on Triton."""
     monkeypatch.setenv("QWENKERN_KERNELS", "triton")
     return kernels
+
+
+@pytest.fixture
+def compiling() -> dict[str, str]:
+    """The environment of a program that compiles kernels."""
+    return {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "QWENKERN_KERNELS")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from mutants import Mutation
-from oracle import assert_matches_twin, guard, guarded_allocations, random
+from oracle import assert_matches_twin, assert_rounds_like_twin, guard, guarded_allocations, random
 
 from qwenkern.kernels import reference
 
@@ -57,14 +57,15 @@ def test_slots_that_are_not_named_keep_their_content(ops, device):
 
 
 def test_slots_beyond_two_to_the_31(ops, device):
-    """Only the pages touched take memory. Broken, it would write elsewhere, so no mutation tries that."""
+    """Only the pages touched take memory. The cache is the latter half of a buffer, as a layer's can be: an offset cut
+    to 32 bits would be negative and lead to the former half."""
     qkv, positions, cos_sin, *_ = _inputs(2, 2, 1, 128, torch.bfloat16, device)
-    num_pages = 2**32 // (64 * 128) + 1
-    k_pages, v_pages = (torch.empty(num_pages, 64, 1, 128, dtype=qkv.dtype, device=device) for _ in range(2))
+    num_pages = 2**31 // (64 * 128) + 1
+    k_pages, v_pages = (torch.empty(2, num_pages, 64, 1, 128, dtype=qkv.dtype, device=device)[1] for _ in range(2))
     slots = torch.tensor([2**31 // 128 + 5, num_pages * 64 - 1], device=device)
     ops.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
     small = [torch.empty(1, 2, 1, 128, dtype=qkv.dtype, device=device) for _ in range(2)]
-    reference.rope_and_cache(qkv, positions, cos_sin, *small, torch.arange(2, device=device))
+    ops.rope_and_cache(qkv, positions, cos_sin, *small, torch.arange(2, device=device))
     assert torch.equal(k_pages.view(-1, 128)[slots], small[0].view(-1, 128))
     assert torch.equal(v_pages.view(-1, 128)[slots], small[1].view(-1, 128))
 
@@ -79,13 +80,31 @@ def test_apply_rope(ops, device, heads, dtype):
     assert_matches_twin(ops, "apply_rope", q, k, cos_sin, positions)
 
 
-def test_apply_rope_to_views(ops, device):
-    """As transformers has them: [heads, tokens, D], transposed."""
-    _, positions, cos_sin, *_ = _inputs(5, 4, 2, 64, torch.bfloat16, device)
-    q, k = (random(heads, 5, 64, dtype=torch.bfloat16, device=device).transpose(0, 1) for heads in (4, 2))
+@pytest.mark.parametrize("of_qkv", [True, False])
+def test_apply_rope_to_views(ops, device, of_qkv):
+    """Of the packed projection, or as transformers has them: [heads, tokens, D], transposed."""
+    qkv, positions, cos_sin, *_ = _inputs(5, 4, 2, 64, torch.bfloat16, device)
+    q, k, _ = qkv.view(5, 8, 64).split((4, 2, 2), dim=1)
+    if not of_qkv:
+        q, k = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k))
+    assert not q.is_contiguous()
     outs = ops.apply_rope(q, k, cos_sin, positions)
     for out, expected in zip(outs, ops.apply_rope(q.contiguous(), k.contiguous(), cos_sin, positions), strict=True):
         assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_roundings(ops, device, dtype):
+    """Once, after the sum."""
+    _, positions, cos_sin, *_ = _inputs(5, 16, 2, 128, dtype, device)
+    q, k = (random(5, heads, 128, dtype=dtype, device=device) for heads in (16, 2))
+    assert_rounds_like_twin(ops, "apply_rope", q, k, cos_sin, positions)
+
+
+def test_indices_of_32_bits(ops, device):
+    qkv, positions, cos_sin, k_pages, v_pages, slots = _inputs(3, 4, 2, 32, torch.bfloat16, device)
+    inputs = qkv, positions.int(), cos_sin, k_pages, v_pages, slots.int()
+    assert_matches_twin(ops, "rope_and_cache", *inputs, changed=(3, 4))
 
 
 def test_other_head_sizes_run_on_the_twin(ops, device):
@@ -104,6 +123,7 @@ def test_other_head_sizes_run_on_the_twin(ops, device):
         (1, lambda positions: positions[:1], r"positions must have shape \[2\], and has \[1\]"),
         (1, lambda positions: positions.float(), "positions must be int32 or int64, and is float32"),
         (1, lambda positions: positions + 1000, "positions must be within 0 and 99, and one is"),
+        (2, lambda cos_sin: cos_sin.double(), "cos_sin must be float32, and is float64"),
         (2, lambda cos_sin: cos_sin[:, :-2], r"cos_sin must have shape \[context, 32\], and has \[100, 30\]"),
         (3, lambda pages: pages[:, ::2], "k_pages must be contiguous, and has strides"),
         (4, lambda pages: pages[:1], "v_pages must have shape"),
@@ -115,6 +135,25 @@ def test_bad_input(ops, at, change, message):
     inputs[at] = change(inputs[at])
     with pytest.raises((TypeError, ValueError), match=message):
         ops.rope_and_cache(*inputs)
+
+
+@pytest.mark.parametrize(
+    ("at", "change", "message"),
+    [
+        (0, lambda q: q[0], r"apply_rope: q must have shape \[T, Hq, D\], and has \[4, 32\]"),
+        (0, lambda q: q.bfloat16(), "k must be bfloat16, and is float32"),
+        (1, lambda k: k[:1], r"k must have shape \[2, Hkv, 32\], and has \[1, 2, 32\]"),
+        (1, lambda k: k[..., ::2], r"k must have shape \[2, Hkv, 32\], and has \[2, 2, 16\]"),
+        (2, lambda cos_sin: cos_sin.half(), "cos_sin must be float32, and is float16"),
+        (3, lambda positions: -1 - positions, "positions must be within 0 and 99, and one is -"),
+    ],
+)
+def test_bad_input_to_apply_rope(ops, at, change, message):
+    _, positions, cos_sin, *_ = _inputs(2, 4, 2, 32, torch.float32, torch.device("cpu"))
+    inputs = [torch.ones(2, 4, 32), torch.ones(2, 2, 32), cos_sin, positions]
+    inputs[at] = change(inputs[at])
+    with pytest.raises((TypeError, ValueError), match=message):
+        ops.apply_rope(*inputs)
 
 
 def test_registrations(ops, device):
@@ -157,6 +196,22 @@ MUTATIONS = [
         test_rope_and_cache,
         _SMALL,
     ),
+    Mutation(
+        "products rounded",
+        "rope.py",
+        "cast(first * cos - second * sin, dtype)",
+        "cast(cast(first * cos, dtype).to(tl.float32) - cast(second * sin, dtype).to(tl.float32), dtype)",
+        test_roundings,
+        {"dtype": torch.bfloat16},
+    ),
+    Mutation(
+        "k where q is",
+        "rope.py",
+        "tl.where(is_q, tl.load(q_from, mask=is_q)",
+        "tl.where(is_k, tl.load(q_from, mask=is_q)",
+        test_rope_and_cache,
+        _SMALL,
+    ),
     Mutation("position of the row", "rope.py", "tl.load(positions_ptr + token)", "token", test_rope_and_cache, _SMALL),
     Mutation(
         "slot of the row",
@@ -165,6 +220,14 @@ MUTATIONS = [
         "slot = token",
         test_rope_and_cache,
         _SMALL,
+    ),
+    Mutation(
+        "slot in 32 bits",
+        "rope.py",
+        "tl.load(slots_ptr + token).to(tl.int64)",
+        "tl.load(slots_ptr + token).to(tl.int32)",
+        test_slots_beyond_two_to_the_31,
+        {},
     ),
     Mutation(
         "heads of v counted from q",

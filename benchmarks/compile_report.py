@@ -1,0 +1,201 @@
+"""Compiles every kernel at every size for GPUs that are not there, and checks what the machine code must be like.
+
+    python benchmarks/compile_report.py                          Qwen2.5-3B, all architectures
+    python benchmarks/compile_report.py --all --json FILE        0.5B, 3B, 7B and 72B
+
+The rules: no spills and no stack; 128-bit accesses wherever a program moves enough at once to fill every thread's;
+matrix instructions in the attentions and the few-token linears; shared memory within the device's; and from sm_90 on
+programmatic dependent launch. A broken rule is an exit code of 1. AMD's code is listed, not judged.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from datetime import date
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Annotated, Any
+
+import triton
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from qwenkern import Config
+from qwenkern.benchmarks.cases import CASES, Case, Size
+from qwenkern.benchmarks.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
+
+MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
+WARP = 32
+H100_PAPER, H100_COPY = 3.35e12, 3.0e12  # bytes/s: the data sheet, and what a copy reaches
+H100_MATRIX = 790e12  # bf16 operations/s that a large matrix product reaches
+ON_TENSOR_CORES = ("_decode_attention_kernel", "_prefill_attention_kernel", "_linear_kernel", "_lm_head_kernel")
+
+
+@dataclass
+class Row:
+    """One kernel, of one case and size, on one architecture."""
+
+    model: str
+    case: str
+    tokens: int
+    arch: str
+    kernel: str
+    grid: tuple[int, ...]
+    code: Code
+    occupancy: int | None  # programs a multiprocessor
+    broken: list[str]
+
+
+def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
+    """What is wrong with a kernel's code, in words."""
+    if key not in RESIDENT:
+        return []
+    broken = []
+    if code.spills or code.stack:
+        broken.append(f"{code.spills} spills and {code.stack} bytes of stack")
+    if code.shared > DEVICES[key].shared_memory:
+        broken.append(f"{code.shared} bytes of shared memory, and the device has {DEVICES[key].shared_memory}")
+    for access in code.accesses:
+        # a tile of less than 16 bytes for every thread cannot be moved 128 bits at a time by all of them
+        if access.tile >= code.warps * WARP * 16 and access.width < 128:
+            broken.append(f"{access.width}-bit {access.kind} of {access.tile} bytes ({access.name} {access.line})")
+    if launch.name in ON_TENSOR_CORES and not code.matrix:
+        broken.append("no matrix instruction")
+    if launch.pdl != bool(code.waits and code.releases):
+        broken.append(f"dependent launch: asked {launch.pdl}, {code.waits} waits and {code.releases} releases")
+    if DEVICES[key].capability >= 90 and not launch.pdl:
+        broken.append("no programmatic dependent launch")
+    return broken
+
+
+def floors(case: Case, config: Config, size: Size) -> tuple[float, float]:
+    """The least microseconds on an H100: at the bandwidth on paper, and at what a copy and a matrix product reach."""
+    moved, operations = case.bytes_moved(config, size), case.operations(config, size)
+    return moved / H100_PAPER * 1e6, max(moved / H100_COPY, operations / H100_MATRIX) * 1e6
+
+
+def examine(model: str, name: str, tokens: int, key: str) -> list[Row]:
+    """Compiles one case at one size for one architecture."""
+    config, case = Config.from_name(model), _case(name)
+    inputs = case.inputs(config, Size(tokens, device="meta"))
+    rows = []
+    for launch in launches(key, lambda: case.run(*inputs)):
+        code = read(launch.kernel)
+        resident = occupancy(key, code) if key in RESIDENT else None
+        broken = broken_rules(key, launch, code)
+        rows.append(Row(model, name, tokens, key, launch.name, launch.grid, code, resident, broken))
+    return rows
+
+
+def _case(name: str) -> Case:
+    return next(case for case in CASES if case.name == name)
+
+
+def main(
+    model: Annotated[list[str], typer.Option(help="Sizes of the family.")] = ["qwen2.5-3b"],  # noqa: B006
+    arch: Annotated[list[str], typer.Option(help=f"Of {', '.join(DEVICES)}.")] = list(DEVICES),  # noqa: B006
+    everything: Annotated[bool, typer.Option("--all", help=f"{', '.join(MODELS)}, on every architecture.")] = False,
+    verbose: Annotated[bool, typer.Option(help="A line for every architecture.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there.")] = None,
+) -> None:
+    """Compile every kernel for every architecture, and check its machine code."""
+    if triton.knobs.runtime.interpret:
+        raise typer.BadParameter("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
+    if unknown := set(arch) - set(DEVICES):
+        raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(DEVICES)}", param_hint="--arch")
+    os.environ.pop("QWENKERN_KERNELS", None)
+    models, keys = (list(MODELS), list(DEVICES)) if everything else (model, arch)
+    tasks = [
+        (each, case.name, tokens, key)
+        for each, case in itertools.product(models, CASES)
+        for tokens, key in itertools.product(case.tokens, keys)
+    ]
+    console = Console(width=None if Console().is_terminal else 160)
+    rows: list[Row] = []
+    with Progress(console=console, transient=True) as progress, _pool() as pool:
+        for found in progress.track(pool.map(examine, *zip(*tasks, strict=True), chunksize=4), total=len(tasks)):
+            rows += found
+    for each in models:
+        console.print(_table(each, [row for row in rows if row.model == each], verbose))
+    if json_file:
+        json_file.write_text(json.dumps(_document(models, rows), indent=1), encoding="utf-8")
+    broken = [(row, rule) for row in rows for rule in row.broken]
+    for row, rule in broken:
+        console.print(f"[red]broken[/red] {row.arch} {row.model} {row.case} x{row.tokens} {row.kernel}: {rule}")
+    console.print(f"{len(rows)} kernels on {len(keys)} architectures, {len(broken)} broken rules")
+    raise typer.Exit(1 if broken else 0)
+
+
+def _pool() -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
+
+
+def _table(model: str, rows: list[Row], verbose: bool) -> Table:
+    """A line for each kernel and size, with the least and the most of all architectures."""
+    config = Config.from_name(model)
+    table = Table(title=f"{model}, bfloat16, context 8192", title_justify="left")
+    for heading in ("case", "tokens", "kernel", "on"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("registers", "shared KiB", "programs/SM", "spills", "least bits", "floor us", "at copy us"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("matrix", no_wrap=True)
+    for key, same in itertools.groupby(rows, lambda row: (row.case, row.tokens)):
+        paper, copy = floors(_case(key[0]), config, Size(key[1]))
+        by_kernel: dict[str, list[Row]] = {}
+        for row in same:
+            by_kernel.setdefault(row.kernel + (f" {row.arch}" if verbose else ""), []).append(row)
+        for index, each in enumerate(by_kernel.values()):
+            first = index == 0
+            judged = [row for row in each if row.occupancy is not None]
+            table.add_row(
+                key[0] if first else "",
+                str(key[1]) if first else "",
+                each[0].kernel.strip("_").removesuffix("_kernel"),
+                each[0].arch if len(each) == 1 else f"{len(each)} architectures",
+                _span(row.code.registers for row in each),
+                _span(row.code.shared / 1024 for row in each),
+                _span(row.occupancy for row in judged),
+                _span(row.code.spills for row in each),
+                _span(_least_width(row.code) for row in judged),
+                f"{paper:.2f}" if first else "",
+                f"{copy:.2f}" if first else "",
+                " ".join(sorted({re.sub("v_mfma.*", "MFMA", name) for row in each for name in row.code.matrix})),
+            )
+    return table
+
+
+def _least_width(code: Code) -> int | None:
+    """Of what the rule looks at."""
+    return min((each.width for each in code.accesses if each.tile >= code.warps * WARP * 16), default=None)
+
+
+def _span(values: Iterable[float | None]) -> str:
+    found = sorted({round(value) for value in values if value is not None})
+    return "" if not found else f"{found[0]}" if len(found) == 1 else f"{found[0]}..{found[-1]}"
+
+
+def _document(models: list[str], rows: list[Row]) -> dict[str, Any]:
+    least = [
+        {"model": model, "case": case.name, "tokens": tokens, "paper_us": paper, "copy_us": copy}
+        for model, case in itertools.product(models, CASES)
+        for tokens in case.tokens
+        for paper, copy in [floors(case, Config.from_name(model), Size(tokens))]
+    ]
+    return {
+        "triton": triton.__version__,
+        "date": date.today().isoformat(),
+        "h100_floors": least,
+        "kernels": [asdict(row) for row in rows],
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
