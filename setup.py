@@ -4,8 +4,8 @@ from setuptools import setup
 
 # Why each dependency is here. The core stays small; everything else is an extra, imported only where it is used.
 CORE = [
-    "torch>=2.6",  # tensors, SDPA, torch.library
-    "triton>=3.2; platform_system == 'Linux'",  # the kernels; without it the CPU path runs on torch alone
+    "torch>=2.8",  # tensors, SDPA, torch.library; the first whose Triton is 3.4
+    "triton>=3.4; platform_system == 'Linux'",  # the kernels; without it the CPU path runs on torch alone
     "numpy>=1.26",  # memory-mapped views of GGUF files (torch's own mapping cannot be read-only)
     "safetensors>=0.4.5",  # the official weight format, memory-mapped
     "tokenizers>=0.20",  # byte-level BPE
@@ -46,7 +46,7 @@ setup(
         "qwenkern.kernels",
         "qwenkern.benchmarks",
     ],
-    package_data={"qwenkern": ["py.typed"]},
+    package_data={"qwenkern": ["py.typed"], "qwenkern.kernels": ["tuned/*/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qwenkern = qwenkern.cli:main"]},
