@@ -87,16 +87,15 @@ class Code:
 class _OfflineDriver:
     """Stands in for the driver of a card that is not there. Triton keeps its compiled kernels by device number."""
 
-    def __init__(self, key: str) -> None:
-        self.number = list(DEVICES).index(key)
-        device = DEVICES[key]
-        arch: Any = device.capability if device.backend == "cuda" else key
+    def __init__(self, device: tuning.Device) -> None:
+        self.number = f"offline {device.name}"
+        arch: Any = device.capability if device.backend == "cuda" else "gfx942"
         self.target = GPUTarget(device.backend, arch, 32 if device.backend == "cuda" else 64)
 
-    def get_current_device(self) -> int:
+    def get_current_device(self) -> str:
         return self.number
 
-    def get_current_stream(self, device: int) -> int:
+    def get_current_stream(self, device: str) -> int:
         return 0
 
     def get_current_target(self) -> GPUTarget:
@@ -105,6 +104,11 @@ class _OfflineDriver:
 
 def launches(key: str, call: Callable[[], Any]) -> list[Launch]:
     """Every kernel that ``call`` starts, compiled for ``DEVICES[key]``, in order."""
+    return launches_on(DEVICES[key], call)
+
+
+def launches_on(device: tuning.Device, call: Callable[[], Any]) -> list[Launch]:
+    """The same for any device."""
     found: list[Launch] = []
     run = JITFunction.run
 
@@ -113,14 +117,14 @@ def launches(key: str, call: Callable[[], Any]) -> list[Launch]:
         found.append(Launch(self.__name__, tuple(grid), kernel, bool(keywords.get("launch_pdl"))))
         return kernel
 
-    with tuning.offline(DEVICES[key]), _active(key), mock.patch.object(JITFunction, "run", record):
+    with tuning.offline(device), _active(device), mock.patch.object(JITFunction, "run", record):
         call()
     return found
 
 
 @contextlib.contextmanager
-def _active(key: str) -> Iterator[None]:
-    with mock.patch.object(driver, "_active", _OfflineDriver(key)):
+def _active(device: tuning.Device) -> Iterator[None]:
+    with mock.patch.object(driver, "_active", _OfflineDriver(device)):
         yield
 
 

@@ -17,7 +17,6 @@ bits would be converted where a tile of k or v has been loaded.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -35,7 +34,15 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_GROUP = 64
 
 
-@functools.cache
+tuning.SPACES["decode_attention"] = {
+    "BLOCK_N": (16, 32, 64),
+    "NUM_SPLITS": (16, 32, 64, 128),
+    "num_warps": (2, 4, 8),
+    "num_stages": (2, 3, 4, 5),
+}
+
+
+@tuning.remember
 def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
     """As many splits of one long sequence as there are multiprocessors, and as many tiles in memory as fit."""
     block_n = min(64 if itemsize == 2 else 32, page_size & -page_size)

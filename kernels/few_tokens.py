@@ -13,7 +13,6 @@ others there are.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import triton
@@ -29,7 +28,18 @@ IN_FLIGHT = (
 MAX_HIDDEN = 32768  # for the norm, a row must fit in a program's registers
 
 
-@functools.cache
+for _op in ("linear", "norm_linear", "norm_swiglu_linear", "lm_head"):
+    tuning.SPACES[_op] = {
+        "BLOCK_N": (16, 32),  # below 64, see above
+        "BLOCK_K": (128, 256, 512, 1024),
+        "SPLIT_K": (1, 2, 4, 8) if _op in ("linear", "norm_linear") else (1,),
+        "PREFETCH_LINES": (0, 8, 16, 32, 64),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4, 5, 6, 8),
+    }
+
+
+@tuning.remember
 def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, parts: int) -> dict[str, Any]:
     """``parts`` is 2 where a program streams rows of two weights (gate and up), and 0 where it must not share them with
     other programs (SPLIT_K).

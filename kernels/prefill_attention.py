@@ -19,7 +19,6 @@ program searches for its sequence.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import triton
@@ -31,20 +30,33 @@ from .checks import INTEGERS, check_device, check_paged, check_tensor
 from .decode_attention import LOG2_E
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, dot, wait_for_inputs
-from .rope import HEAD_DIMS
+
+HEAD_DIMS = (16, 32, 64, 128, 256)
 
 
-@functools.cache
+tuning.SPACES["prefill_attention"] = {
+    "BLOCK_M": (64, 128),
+    "BLOCK_N": (32, 64),
+    "num_warps": (4, 8),
+    "num_stages": (2, 3, 4),
+}
+
+
+@tuning.remember
 def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
     """The largest tiles that fit: of queries for reuse of keys, of keys as far as a page goes."""
     block_m, block_n = (128, 64) if itemsize == 2 else (32, 16)  # float32 is for comparison, not for speed
+    if head_dim > 128 and itemsize == 2:  # or the sums leave no registers
+        block_m, block_n = 64, 32
     block_n = min(block_n, page_size & -page_size)
     tiles = (device.shared_memory - 1024 - block_m * head_dim * itemsize) // (2 * block_n * head_dim * itemsize)
+    # Two tiles of keys ahead at the family's usual head; narrower ones spill on sm_100, wider ones do not fit.
+    ahead = max(1, min(2 if head_dim == 128 else 1, tiles))
     heuristic = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "num_warps": 8 if itemsize == 2 else 4,
-        "num_stages": 1 + max(1, min(2, tiles)),
+        "num_stages": 1 + ahead,
     }
     return tuning.lookup("prefill_attention", device, {"head_dim": head_dim, "page_size": page_size}, heuristic)
 
@@ -84,15 +96,16 @@ def _attend(
     MASKED: tl.constexpr,
 ):
     """Goes on with the keys from start to end; whole tiles that all queries see need no mask."""
-    dtype = v_ptr.dtype.element_ty
     column = tl.arange(0, acc.shape[1])[None, :]
     row = tl.arange(0, BLOCK_N)
+    page = tl.load(table + start // page_size, mask=start < end, other=0).to(tl.int64)
     for tile in range(start, end, BLOCK_N):
-        page = tl.load(table + tile // page_size).to(tl.int64)
         at = (page * page_size + tile % page_size + row[:, None]) * token_stride + column
+        # the next page's number is on its way before it is needed; the last one is asked for twice
+        page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
         mask = (tile + row < end)[:, None] if MASKED else None
         other = 0.0 if MASKED else None
-        k = tl.load(k_ptr + at, mask=mask, other=other)
+        k = tl.load(k_ptr + at, mask=mask, other=other).to(q.dtype)  # a cache of fewer bits would be converted here
         scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * (scale * LOG2_E)
         if MASKED:
             scores = tl.where((tile + row)[None, :] <= positions[:, None], scores, float("-inf"))
@@ -100,8 +113,8 @@ def _attend(
         weights = tl.exp2(scores - new_best[:, None])
         shrink = tl.exp2(best - new_best)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + at, mask=mask, other=other)
-        acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
+        v = tl.load(v_ptr + at, mask=mask, other=other).to(q.dtype)
+        acc = dot(cast(weights, q.dtype), v, acc * shrink[:, None])
         best = new_best
     return acc, total, best
 
@@ -217,7 +230,7 @@ def _check_query_starts(num_tokens: int, lengths: Tensor, query_starts: Tensor) 
 def _unsupported(k_pages: Tensor) -> str | None:
     _, page_size, _, head_dim = k_pages.shape
     if head_dim not in HEAD_DIMS:
-        return f"heads of {head_dim} (16, 32, 64 or 128)"
+        return f"heads of {head_dim} (16, 32, 64, 128 or 256)"
     return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
 
 

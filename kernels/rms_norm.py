@@ -11,7 +11,6 @@ transformers' Qwen2RMSNorm. Bytes moved: 2 T H elements, with the addition 4 T H
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -27,7 +26,10 @@ from .language import cast, round_to, wait_for_inputs
 MAX_HIDDEN = 32768  # a row must fit in a program's registers
 
 
-@functools.cache
+tuning.SPACES["rms_norm"] = {"ROWS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)}
+
+
+@tuning.remember
 def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
     """Several narrow rows a program, as long as there are programs for every multiprocessor."""
     block = triton.next_power_of_2(hidden)

@@ -12,7 +12,6 @@ and 4 T D bytes of the table.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -28,7 +27,10 @@ from .language import cast, wait_for_inputs
 HEAD_DIMS = (16, 32, 64, 128)
 
 
-@functools.cache
+tuning.SPACES["rope_and_cache"] = {"HEADS": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8)}
+
+
+@tuning.remember
 def _config(device: tuning.Device, tokens: int, heads: int, head_dim: int) -> dict[str, Any]:
     """All heads of a token in one program, or fewer where there are not enough tokens to fill the card."""
     together, least = triton.next_power_of_2(heads), max(4, 512 // head_dim)  # of which a warp loads 128 bits a thread

@@ -10,7 +10,6 @@ rounds it. Bytes moved: 3 T F elements.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import triton
@@ -22,8 +21,10 @@ from .checks import check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
 
+tuning.SPACES["swiglu"] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
 
-@functools.cache
+
+@tuning.remember
 def _config(device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
     """Wide blocks where there are many rows, and narrow ones to give few rows to many multiprocessors."""
     block = 2048

@@ -17,8 +17,8 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,47 @@ class Device:
 # The interpreter runs what an H100 would be given.
 INTERPRETER = Device("interpreter", "cuda", 90, 132, 232448)
 _offline: Device | None = None
+
+
+# Configurations that a tuner may try, by op: what each field may be. The kernel files declare them.
+SPACES: dict[str, dict[str, tuple[int, ...]]] = {}
+_remembered: list[Any] = []
+_trial: Trial | None = None
+
+
+@dataclass
+class Trial:
+    """One configuration being tried for an op, and the sizes that asked for it."""
+
+    op: str
+    config: dict[str, Any]
+    seen: list[tuple[dict[str, int], dict[str, Any]]] = field(default_factory=list)  # sizes, and the heuristic's choice
+
+
+def remember(function: Callable) -> Callable:
+    """functools.cache, until ``forget``."""
+    cached = functools.cache(function)
+    _remembered.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Reads tuned files anew, and chooses again."""
+    for cached in _remembered:
+        cached.cache_clear()
+
+
+@contextlib.contextmanager
+def trying(op: str, config: dict[str, Any]) -> Iterator[Trial]:
+    """While it lasts, launches of ``op`` have this laid over their configuration, and no tuned file counts for it."""
+    global _trial
+    before, _trial = _trial, Trial(op, config)
+    forget()
+    try:
+        yield _trial
+    finally:
+        _trial = before
+        forget()
 
 
 def device_of(tensor: Tensor) -> Device:
@@ -82,6 +123,9 @@ def _cuda_device(index: int) -> Device:
 
 def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, Any]) -> dict[str, Any]:
     """The configuration of one launch. Callers cache it."""
+    if _trial is not None and _trial.op == op:
+        _trial.seen.append((sizes, heuristic))
+        return {**heuristic, **_trial.config}
     entries = _entries(op, device.folder, os.environ.get("QWENKERN_CONFIG_DIR", ""))
     if not entries:
         return heuristic
@@ -99,16 +143,21 @@ def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> float:
     return sum((math.log2(tuned[name]) - math.log2(size)) ** 2 for name, size in sizes.items())
 
 
-@functools.cache
+@remember
 def _entries(op: str, folder: str, override: str) -> list[dict[str, Any]]:
     for root in (override, Path(__file__).parent / "tuned"):
         file = Path(root) / folder / f"{op}.json"
         if root and file.is_file():
-            try:
-                entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
-                if not all(isinstance(entry["sizes"], dict) and isinstance(entry["config"], dict) for entry in entries):
-                    raise TypeError("sizes and config must be objects")
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{file} is not a tuned configuration: {error!r}") from error
-            return entries
+            return read_entries(file)
     return []
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a tuned file. Raises ValueError that names the file where it is none."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
+        if not all(isinstance(entry["sizes"], dict) and isinstance(entry["config"], dict) for entry in entries):
+            raise TypeError("sizes and config must be objects")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file} is not a tuned configuration: {error!r}") from error
+    return entries

@@ -1,0 +1,292 @@
+"""Times every kernel beside what one would use instead, and says how far each is from the physical limit.
+
+    python benchmarks/run.py --op add_rms_norm --tokens 1,16,512
+    python benchmarks/run.py --json now.json --base benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json
+    python benchmarks/run.py --side-a qwenkern --side-b qwenkern:my/tuned/folder
+
+Each provider's result is checked against the twin in float64 before it is timed; a wrong one of ours fails the run, a
+provider that is wrong or raises is reported and left out. Without a GPU the CPU's path is timed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from qwenkern import Config
+from qwenkern.benchmarks import results
+from qwenkern.benchmarks.cases import CASES, Case, Size
+from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
+from qwenkern.benchmarks.results import Row
+from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.kernels import reference, tuning
+
+# A result may err so many times as much as torch in the same dtype, plus two roundings: see tests/tolerances.py.
+ERROR_RATIO = 2.0
+DEFAULT = ("qwenkern", "eager", "compile", "library", "sdpa", "transformers", "liger", "flashinfer", "quack")
+
+
+def measure(
+    case: Case, model: str, size: Size, providers: list[Provider], limits: Ceilings, seconds: float
+) -> list[Row]:
+    """One case at one size, all providers in turns."""
+    config, device = Config.from_name(model), torch.device(size.device)
+    key = (case.name, model, size.tokens, size.context, str(size.dtype).removeprefix("torch."))
+    sets = input_sets(lambda: case.inputs(config, size), device)
+    functions: dict[str, Function] = {}
+    rows: list[Row] = []
+    truth = _truth(case, sets[0])
+    for provider in providers:
+        try:
+            function = provider.function(case)
+            if function is None:
+                continue
+            if provider.same:
+                _check(case, function, sets[0], truth)
+            else:
+                function(*sets[0])
+            functions[provider.name] = function
+        except ImportError:
+            continue  # not installed
+        except Exception as error:  # a broken peer is a result, not the end of the run
+            rows.append(Row(*key, provider.name, None, error=f"{type(error).__name__}: {error}".splitlines()[0][:200]))
+    calls = {name: [_bound(function, inputs) for inputs in sets] for name, function in functions.items()}
+    if not calls:
+        return rows
+    with torch.inference_mode():
+        readings = side_by_side(calls, device, seconds)
+    moved, operations = case.bytes_moved(config, size), case.operations(config, size)
+    ours = next(iter(readings.values()))
+    for provider in providers:
+        if provider.name not in readings:
+            continue
+        spread = Spread.of(readings[provider.name])
+        row = Row(
+            *key,
+            provider.name,
+            spread,
+            same=provider.same,
+            bandwidth=moved / spread.p50,
+            rate=operations / spread.p50,
+            of_copy=moved / spread.p50 / limits.copy,
+            of_matrix=operations / spread.p50 / limits.matrix,
+            floor=max(moved / limits.copy, operations / limits.matrix),
+            ratio=results.ratios(readings[provider.name], ours),
+        )
+        rows.append(row)
+    return rows
+
+
+def _bound(function: Function, inputs: tuple[Any, ...]) -> Callable[[], Any]:
+    return lambda: function(*inputs)
+
+
+def _copies(inputs: tuple[Any, ...], wide: bool = False) -> list[Any]:
+    """Fresh tensors, since ops may write into their caches; in float64 if ``wide``."""
+
+    def copy(each: Any) -> Any:
+        if not isinstance(each, torch.Tensor):
+            return each
+        return each.double() if wide and each.is_floating_point() else each.clone()
+
+    return [copy(each) for each in inputs]
+
+
+def _truth(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """What the twin returns in the dtype of the inputs, and in float64."""
+    twin = getattr(reference, case.op)
+    return _floats(twin(*_copies(inputs))), _floats(twin(*_copies(inputs, wide=True)))
+
+
+def _check(
+    case: Case, function: Function, inputs: tuple[Any, ...], truth: tuple[list[torch.Tensor], list[torch.Tensor]]
+) -> None:
+    """Raises unless the function errs hardly more than torch does in the same dtype."""
+    outs = _floats(function(*_copies(inputs)))
+    for index, (out, peer, exact) in enumerate(zip(outs, *truth, strict=True)):
+        rounding = torch.finfo(peer.dtype if peer.dtype != torch.float32 else inputs[0].dtype).eps
+        allowed = ERROR_RATIO * (peer - exact).abs().max() + 2 * rounding * exact.abs().max()
+        error = (out - exact).abs().max()
+        if not error <= allowed:  # also where it is NaN
+            raise ArithmeticError(
+                f"result {index} of {case.name} errs by {error:.3g}, and at most {allowed:.3g} is allowed"
+            )
+
+
+def _floats(outs: Any) -> list[torch.Tensor]:
+    outs = outs if isinstance(outs, tuple) else (outs,)
+    return [out for out in outs if out.is_floating_point()]
+
+
+def _providers(names: list[str]) -> list[Provider]:
+    """By name; "qwenkern:FOLDER" is our kernels with the tuned configurations of a folder."""
+    known = {provider.name: provider for provider in PROVIDERS}
+    chosen = []
+    for name in names:
+        base, _, folder = name.partition(":")
+        if base not in known or (folder and base != "qwenkern"):
+            raise typer.BadParameter(f"{name!r}: not among {', '.join(known)} and qwenkern:FOLDER")
+        chosen.append(_with_folder(name, known[base], folder) if folder else known[base])
+    return chosen
+
+
+def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
+    def function(case: Case) -> Function | None:
+        inner = provider.function(case)
+
+        def run(*inputs: Any) -> Any:
+            with _tuned_by(folder):
+                return inner(*inputs)
+
+        return run
+
+    return Provider(name, function)
+
+
+@contextlib.contextmanager
+def _tuned_by(folder: str) -> Iterator[None]:
+    before = os.environ.get("QWENKERN_CONFIG_DIR")
+    os.environ["QWENKERN_CONFIG_DIR"] = folder
+    tuning.forget()
+    try:
+        yield
+    finally:
+        os.environ.pop("QWENKERN_CONFIG_DIR")
+        if before is not None:
+            os.environ["QWENKERN_CONFIG_DIR"] = before
+        tuning.forget()
+
+
+def show(console: Console, rows: list[Row], limits: Ceilings) -> None:
+    table = Table(title=f"copy {limits.copy / 1e9:.0f} GB/s, matrix {limits.matrix / 1e12:.2f} TFLOP/s, measured now")
+    for heading in ("case", "tokens", "provider"):
+        table.add_column(heading, no_wrap=True)
+    for heading in ("us p50", "p20..p80", "floor us", "GB/s", "% copy", "TFLOP/s", "% matrix", "time over ours"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    before = None
+    for row in rows:
+        head = (row.case, str(row.tokens))
+        cells = (*(head if head != before else ("", "")), row.provider + ("" if row.same else " *"))
+        before = head
+        if row.seconds is None:
+            table.add_row(*cells, "[red]failed[/red]", row.error[:60])
+            continue
+        micro = [value * 1e6 for value in (row.seconds.p20, row.seconds.p80, row.floor)]
+        table.add_row(
+            *cells,
+            f"{row.seconds.p50 * 1e6:.2f}",
+            f"{micro[0]:.2f}..{micro[1]:.2f}",
+            f"{micro[2]:.2f}",
+            f"{row.bandwidth / 1e9:.1f}",
+            f"{row.of_copy:.0%}",
+            f"{row.rate / 1e12:.3f}",
+            f"{row.of_matrix:.0%}",
+            f"{row.ratio.p50:.2f} ({row.ratio.p20:.2f}..{row.ratio.p80:.2f})",
+        )
+    console.print(table)
+    if any(not row.same for row in rows):
+        console.print("* work of the same size, not the same op: the library's product alone, attention without pages")
+
+
+def plot(rows: list[Row], limits: Ceilings, folder: Path) -> list[Path]:
+    """Bandwidth against tokens, a picture a case. Needs matplotlib (the extra `bench`)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for case in dict.fromkeys(row.case for row in rows):
+        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+        mine = [row for row in rows if row.case == case and row.seconds]
+        for provider in dict.fromkeys(row.provider for row in mine):
+            line = sorted((row.tokens, row.bandwidth / 1e9) for row in mine if row.provider == provider)
+            axes.plot(*zip(*line, strict=True), marker="o", label=provider)
+        axes.axhline(limits.copy / 1e9, color="grey", linestyle="--", label="copy, measured")
+        axes.set(title=f"{case}, {mine[0].model}" if mine else case, xlabel="tokens", ylabel="GB/s", xscale="log")
+        axes.legend(fontsize=8)
+        files.append(folder / f"{case}.png")
+        figure.savefig(files[-1], dpi=120)
+        pyplot.close(figure)
+    return files
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        values = [int(part) for part in text.split(",")]
+    except ValueError:
+        values = []
+    if not values or min(values) < 1:
+        raise typer.BadParameter(f"{text!r}: expected numbers from 1 on with commas between them")
+    return values
+
+
+def _cases(names: str) -> list[Case]:
+    known = {name for case in CASES for name in (case.name, case.op)}
+    wanted = [name for name in names.split(",") if name]
+    if unknown := set(wanted) - known:
+        raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(sorted(known))}")
+    return [case for case in CASES if not wanted or case.name in wanted or case.op in wanted]
+
+
+def main(
+    op: Annotated[str, typer.Option(help="Cases or ops, with commas between them; all where not given.")] = "",
+    model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
+    tokens: Annotated[str, typer.Option(help="With commas between them; each case's own where not given.")] = "",
+    context: Annotated[str, typer.Option(help="Cached tokens of a sequence in decode_attention.")] = "8192",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    provider: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(DEFAULT),
+    side_a: Annotated[str, typer.Option(help="Two providers alone, the ratio being B's time over A's.")] = "",
+    side_b: Annotated[str, typer.Option(help="The other one.")] = "",
+    seconds: Annotated[float, typer.Option(help="For each case and size.")] = 1.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
+    plot_folder: Annotated[Path | None, typer.Option("--plot", help="Draw pictures there.")] = None,
+    base: Annotated[Path | None, typer.Option(help="A stored result to compare with.")] = None,
+) -> None:
+    """Time the kernels beside torch, torch.compile and whatever else is installed."""
+    before = results.load(base) if base else []
+    if bool(side_a) != bool(side_b):
+        raise typer.BadParameter("--side-a and --side-b belong together")
+    if dtype not in ("bfloat16", "float16", "float32"):
+        raise typer.BadParameter(f"{dtype!r}: expected bfloat16, float16 or float32")
+    Config.from_name(model)
+    providers = _providers([side_a, side_b] if side_a else provider.split(","))
+    cases, contexts = _cases(op), _numbers(context)
+    chosen_tokens = _numbers(tokens) if tokens else None
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    console, limits, rows = Console(width=None if Console().is_terminal else 160), ceilings(place), []
+    with console.status("timing") as status:
+        for case in cases:
+            for count in chosen_tokens or case.tokens:
+                for cached in contexts if case.op == "decode_attention" else contexts[:1]:
+                    status.update(f"timing {case.name}, {count} tokens")
+                    size = Size(count, cached, getattr(torch, dtype), str(place))
+                    rows += measure(case, model, size, providers, limits, seconds)
+    show(console, rows, limits)
+    if json_file:
+        results.save(json_file, results.document(circumstances(place), limits, rows))
+    if plot_folder:
+        for file in plot(rows, limits, plot_folder):
+            console.print(f"drew {file}")
+    moved = results.changes(before, rows)
+    for change in moved:
+        console.print(f"[{'red' if change.ratio > 1 else 'green'}]{change}[/]")
+    if base and not moved:
+        console.print(f"nothing moved beyond the noise against {base}")
+    wrong = [row for row in rows if row.seconds is None and row.provider.startswith("qwenkern")]
+    slower = [change for change in moved if change.ratio > 1 and change.row.provider.startswith("qwenkern")]
+    raise typer.Exit(1 if wrong or slower else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,169 @@
+"""Timing side by side: several functions in turns, on inputs that are not in the cache, and the device's own ceilings.
+
+On a GPU the calls over all input sets are captured in a CUDA graph and replayed, so that the host does not count; what
+cannot be captured is timed call after call between events. On a CPU it is the clock around each call.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import qwenkern
+
+Calls = Sequence[Callable[[], Any]]  # the same function, on each set of inputs
+LEAST_SECONDS = 200e-6  # of one reading on a GPU, well above the resolution of its clock
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Percentiles of repeated readings."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, readings: Sequence[float]) -> Spread:
+        if len(readings) < 2:
+            return cls(*readings * 3)
+        tenths = statistics.quantiles(readings, n=10, method="inclusive")
+        return cls(tenths[1], tenths[4], tenths[7])
+
+
+def side_by_side(calls: dict[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
+    """Seconds a call of each function, read in turns for about so long altogether. Readings of one round belong
+    together, so ratios are taken within it."""
+    readers = {name: (_gpu_reader if device.type == "cuda" else _cpu_reader)(each) for name, each in calls.items()}
+    for read in readers.values():
+        read()
+    readings: dict[str, list[float]] = {name: [] for name in calls}
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end or len(next(iter(readings.values()))) < 3:
+        for name, read in readers.items():
+            readings[name].append(read())
+    return readings
+
+
+def _cpu_reader(calls: Calls) -> Callable[[], float]:
+    turn = 0
+
+    def read() -> float:
+        nonlocal turn
+        turn += 1
+        started = time.perf_counter()
+        calls[turn % len(calls)]()
+        return time.perf_counter() - started
+
+    return read
+
+
+def _gpu_reader(calls: Calls) -> Callable[[], float]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, allocates, and chooses algorithms
+        for _ in range(3):
+            run()
+    torch.cuda.synchronize()
+    try:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        run = graph.replay
+    except RuntimeError:  # what waits for the host cannot be captured
+        torch.cuda.synchronize()
+    once = _between_events(run, 3)
+    repeats = max(1, round(LEAST_SECONDS / max(once, 1e-7)))
+    return lambda: _between_events(run, repeats) / len(calls)
+
+
+def _between_events(run: Callable[[], Any], repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def input_sets(make: Callable[[], tuple[Any, ...]], device: torch.device, most: int = 16) -> list[tuple[Any, ...]]:
+    """Sets of inputs that together exceed the last cache twice over, so that each call finds its own gone."""
+    sets = [make()]
+    size = sum(each.nbytes for each in sets[0] if isinstance(each, torch.Tensor))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
+    while len(sets) < most and len(sets) * size < 2 * cache:
+        sets.append(make())
+    return sets
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches at best, measured in the same run."""
+
+    copy: float  # bytes a second, read and written
+    matrix: float  # operations a second of a large bfloat16 product
+
+
+@functools.cache
+def ceilings(device: torch.device) -> Ceilings:
+    gpu = device.type == "cuda"
+    source = torch.ones((2 << 30) if gpu else (1 << 28), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if gpu else 512
+    # not zeros: a card that toggles fewer bits draws less power and runs faster
+    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    calls: dict[str, Calls] = {"copy": [lambda: target.copy_(source)], "matrix": [lambda: left @ right]}
+    best = {name: min(readings) for name, readings in side_by_side(calls, device, 0.5).items()}
+    return Ceilings(2 * source.nbytes / best["copy"], 2 * size**3 / best["matrix"])
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What a result is nothing without: device, versions, commit and date."""
+    found = {
+        "device": device_name(device),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "qwenkern": qwenkern.__version__,
+        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _output(*command: str) -> str:
+    """What a program prints, or nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""

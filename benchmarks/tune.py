@@ -1,0 +1,279 @@
+"""Searches each kernel's declared space on this device, and writes what wins where the kernels look for it.
+
+    python benchmarks/tune.py --model qwen2.5-3b --budget 600
+    qwenkern tune --op linear --out my/folder        then QWENKERN_CONFIG_DIR=my/folder
+
+A candidate must give the right result before its time counts. What spills or does not fit is left out before it runs, a
+first reading far behind the best is not repeated, and a search ends early at the physical limit. Every candidate goes
+to a log beside the result, from which a stopped search goes on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import triton
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+import qwenkern.kernels
+from qwenkern import Config
+from qwenkern.benchmarks import results
+from qwenkern.benchmarks.cases import CASES, Case, Size
+from qwenkern.benchmarks.run import _check, _numbers, _truth
+from qwenkern.benchmarks.timing import ceilings, circumstances, input_sets, side_by_side
+from qwenkern.kernels import tuning
+
+NEAR_THE_FLOOR = 1.03  # times the physical limit: nothing left to look for
+HOPELESS = 1.3  # times the best so far: one reading is enough
+WINS = 0.98  # of the heuristic's time, or it stays
+
+
+@dataclass
+class Candidate:
+    """One configuration, and what became of it."""
+
+    config: dict[str, int]
+    seconds: float | None = None  # None: rejected
+    reason: str = ""
+
+
+@dataclass
+class Problem:
+    """A case with every number of tokens that one configuration must serve."""
+
+    case: Case
+    config: Config
+    sizes: list[Size]
+
+    def __post_init__(self) -> None:
+        self.op = _TUNED_AS.get(self.case.op, self.case.op)
+        self.device = torch.device(self.sizes[0].device)
+        makers = [lambda size=size: self.case.inputs(self.config, size) for size in self.sizes]
+        self.sets = [input_sets(make, self.device, most=4) for make in makers]
+        self.truths = [_truth(self.case, sets[0]) for sets in self.sets]
+
+    def lookup(self) -> tuple[dict[str, int], dict[str, Any]]:
+        """The sizes that the kernel looks its configuration up by, and what its heuristic chooses."""
+        with tuning.trying(self.op, {}) as trial:
+            self.run(self.sets[0][0])
+        return trial.seen[-1]
+
+    def run(self, inputs: tuple[Any, ...]) -> Any:
+        return getattr(qwenkern.kernels, self.case.op)(*inputs)
+
+    def check(self) -> None:
+        for sets, truth in zip(self.sets, self.truths, strict=True):
+            _check(self.case, getattr(qwenkern.kernels, self.case.op), sets[0], truth)
+
+    def seconds(self, patience: float = 0.05) -> float:
+        """A call's, as the geometric mean over the numbers of tokens."""
+        medians = []
+        for sets in self.sets:
+            calls = {"": [lambda inputs=inputs: self.run(inputs) for inputs in sets]}
+            medians.append(statistics.median(side_by_side(calls, self.device, patience)[""]))
+        return statistics.geometric_mean(medians)
+
+    def floor(self) -> float:
+        limits = ceilings(self.device)
+        return statistics.geometric_mean(
+            max(
+                self.case.bytes_moved(self.config, size) / limits.copy,
+                self.case.operations(self.config, size) / limits.matrix,
+            )
+            for size in self.sizes
+        )
+
+
+# Ops that share a kernel look their configuration up under one name.
+_TUNED_AS = {"add_rms_norm": "rms_norm", "apply_rope": "rope_and_cache", "lm_head_top_k": "lm_head"}
+
+
+def problems(case: Case, config: Config, sizes: list[Size]) -> list[Problem]:
+    """The sizes of a case, those together that the kernel does not tell apart. Sizes at which it does not run (many
+    tokens take the library's product) are left out."""
+    op, groups = _TUNED_AS.get(case.op, case.op), {}
+    for size in sizes:
+        with tuning.trying(op, {}) as trial:
+            case.run(*case.inputs(config, size))
+        if trial.seen:
+            groups.setdefault(_key(trial.seen[-1][0]), []).append(size)
+    return [Problem(case, config, together) for together in groups.values()]
+
+
+def search(
+    problem: Problem,
+    space: dict[str, tuple[int, ...]],
+    log: Path,
+    deadline: float,
+    progress: Callable[[], None] = lambda: None,
+) -> tuple[dict[str, int], list[Candidate]]:
+    """The best configuration (empty where the heuristic is as good), and all candidates."""
+    _, heuristic = problem.lookup()
+    with tuning.trying(problem.op, {}):
+        default = problem.seconds()
+    floor, tried = problem.floor(), _resume(log, heuristic)
+    best = min((each.seconds for each in tried.values() if each.seconds), default=default)
+    for chosen in _candidates(space, heuristic):
+        progress()
+        if _key(chosen) in tried:
+            continue
+        if time.monotonic() > deadline or best <= NEAR_THE_FLOOR * floor:
+            break
+        candidate = _try(problem, chosen, best)
+        tried[_key(chosen)] = candidate
+        with log.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps([candidate.config, candidate.seconds, candidate.reason]) + "\n")
+        best = min(best, candidate.seconds or best)
+    good = sorted((each for each in tried.values() if each.seconds), key=lambda each: each.seconds)
+    return _beats_the_heuristic(problem, good[:3]), list(tried.values())
+
+
+def _candidates(space: dict[str, tuple[int, ...]], heuristic: dict[str, int]) -> Iterator[dict[str, int]]:
+    """All of the space, those nearest to the heuristic first: most fields of it are right."""
+    fields = {name: values for name, values in space.items() if name in heuristic}
+    everything = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
+    random.Random(0).shuffle(everything)
+    everything.sort(key=lambda each: sum(each[name] != heuristic[name] for name in fields))
+    return iter(everything)
+
+
+def _try(problem: Problem, chosen: dict[str, int], best: float) -> Candidate:
+    with tuning.trying(problem.op, chosen):
+        try:
+            if problem.device.type == "cuda" and (reason := _compile_time_fault(problem)):
+                return Candidate(chosen, None, reason)
+            problem.check()
+            first = problem.seconds(patience=0.0)
+            return Candidate(chosen, first if first > HOPELESS * best else problem.seconds())
+        except Exception as error:  # does not compile, does not fit, or is wrong: each is an answer
+            return Candidate(chosen, None, f"{type(error).__name__}: {error}".splitlines()[0][:200])
+
+
+def _compile_time_fault(problem: Problem) -> str:
+    """Why a candidate need not run: spills, or more shared memory than there is."""
+    from qwenkern.benchmarks.machine_code import launches_on, read
+
+    device = tuning.device_of(problem.sets[0][0][0])
+    for sets in problem.sets:
+        shapes = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in sets[0]]
+        for launch in launches_on(device, lambda shapes=shapes: problem.run(tuple(shapes))):
+            code = read(launch.kernel)
+            if code.spills:
+                return f"{code.spills} spills"
+            if code.shared > device.shared_memory:
+                return f"{code.shared} bytes of shared memory"
+    return ""
+
+
+def _beats_the_heuristic(problem: Problem, finalists: list[Candidate]) -> dict[str, int]:
+    """The fastest of the finalists if it beats the heuristic when both are read again, else nothing."""
+    if not finalists:
+        return {}
+
+    def seconds(config: dict[str, int]) -> float:
+        with tuning.trying(problem.op, config):
+            return min(problem.seconds() for _ in range(3))
+
+    again = [(seconds(each.config), each.config) for each in finalists]
+    least, winner = min(again, key=lambda pair: pair[0])
+    return winner if least < WINS * seconds({}) else {}
+
+
+def _key(config: dict[str, int]) -> str:
+    return json.dumps(config, sort_keys=True)
+
+
+def _resume(log: Path, heuristic: dict[str, int]) -> dict[str, Candidate]:
+    """What an earlier search of the same kernel has tried. A last line that was cut off is tried again."""
+    tried = {}
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
+        try:
+            config, seconds, reason = json.loads(line)
+        except ValueError:
+            continue
+        if set(config) <= set(heuristic):
+            tried[_key(config)] = Candidate(config, seconds, reason)
+    return tried
+
+
+def write(file: Path, op: str, facts: dict[str, Any], sizes: dict[str, int], winner: dict[str, int]) -> None:
+    """Puts one winner among the entries of a tuned file, or takes a former one away."""
+    entries = tuning.read_entries(file) if file.exists() else []
+    entries = [entry for entry in entries if entry["sizes"] != sizes]
+    if winner:
+        entries.append({"sizes": sizes, "config": winner})
+    results.save(file, {"op": op, **facts, "entries": entries})
+    tuning.forget()
+
+
+def main(
+    op: Annotated[str, typer.Option(help="Cases or ops, with commas between them; all where not given.")] = "",
+    model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
+    tokens: Annotated[str, typer.Option(help="With commas between them; each case's own where not given.")] = "",
+    context: Annotated[int, typer.Option(help="Cached tokens of a sequence in decode_attention.")] = 8192,
+    device: Annotated[str, typer.Option(help="auto, cpu (the interpreter) or cuda.")] = "auto",
+    budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600.0,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write to; else QWENKERN_CONFIG_DIR, else beside the kernels.")
+    ] = None,
+) -> None:
+    """Search for the fastest launch configurations on this device."""
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    if place.type == "cpu" and not triton.knobs.runtime.interpret:
+        raise typer.BadParameter("no GPU: set TRITON_INTERPRET=1 to try the tuner on the interpreter")
+    wanted = [name for name in op.split(",") if name]
+    cases = [case for case in CASES if not wanted or case.name in wanted or case.op in wanted]
+    if not cases:
+        raise typer.BadParameter(f"{op!r}: not among {', '.join(case.name for case in CASES)}")
+    config = Config.from_name(model)
+    root = out or Path(os.environ.get("QWENKERN_CONFIG_DIR") or Path(qwenkern.kernels.__file__).parent / "tuned")
+    folder = root / tuning.device_of(torch.empty(1, device=place)).folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".probe"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise typer.BadParameter(f"{folder} cannot be written to: {error.strerror}", param_hint="--out") from error
+    chosen = _numbers(tokens) if tokens else None
+    facts = {name: circumstances(place)[name] for name in ("device", "triton", "date")}
+    console, end = Console(), time.monotonic() + budget
+    table = Table("case", "tokens", "tried", "rejected", "winner", title=f"{model} on {facts['device']}")
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        total = bar.add_task("everything", total=budget)
+        for index, case in enumerate(cases):
+            sizes = [Size(count, context, device=str(place)) for count in chosen or case.tokens]
+            for problem in problems(case, config, sizes):
+                counts = ",".join(str(size.tokens) for size in problem.sizes)
+                share = time.monotonic() + (end - time.monotonic()) / (len(cases) - index) / 2
+                log = folder / f".{case.name}-{model}-{counts}.log"
+                bar.update(total, description=f"{case.name} x{counts}")
+
+                def progress() -> None:
+                    bar.update(total, completed=budget - (end - time.monotonic()))
+
+                winner, tried = search(problem, tuning.SPACES[problem.op], log, share, progress)
+                write(folder / f"{problem.op}.json", problem.op, facts, problem.lookup()[0], winner)
+                rejected = sum(each.seconds is None for each in tried)
+                text = ", ".join(f"{key}={value}" for key, value in winner.items()) or "the heuristic"
+                table.add_row(case.name, counts, str(len(tried)), str(rejected), text)
+    console.print(table)
+    console.print(f"wrote {folder}; used at the next import" + (f" with QWENKERN_CONFIG_DIR={root}" if out else ""))
+
+
+if __name__ == "__main__":
+    typer.run(main)
