@@ -16,8 +16,9 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(READY)  ## load, first token and tokens/s beside transformers on the same weights
-	$(BIN)/python benchmarks/end_to_end.py $(ARGS)
+bench: $(READY)  ## each kernel, or its twin on a CPU, beside torch and torch.compile; then a whole model beside transformers
+	$(BIN)/python benchmarks/run.py $(ARGS)
+	$(BIN)/python benchmarks/end_to_end.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

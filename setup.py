@@ -17,6 +17,7 @@ CORE = [
 ]
 EXTRAS = {
     "hub": ["huggingface_hub>=0.25"],  # `--model Qwen/Qwen2.5-3B-Instruct`
+    "bench": ["matplotlib>=3.8"],  # `qwenkern bench --plot`
     "test": [
         "pytest>=8",
         "pytest-xdist",  # the suite in parallel
@@ -25,6 +26,7 @@ EXTRAS = {
         "transformers>=4.51",  # the oracle for logits, YaRN and chat templates
         "tiktoken",  # the oracle for tokenization: another BPE, another expression engine
         "psutil",  # peak memory of a load
+        "matplotlib>=3.8",  # the runner's pictures
         "ruff",  # lint and format
     ],
 }

@@ -1,120 +1,64 @@
-"""Time to load, to the first token, and tokens a second: qwenkern beside transformers on the same weights.
+"""Time to the first token and tokens a second of a whole model, beside transformers on the same weights in one run.
 
-    python benchmarks/end_to_end.py [--model demo] [--prompt-tokens 128] [--new-tokens 32] [--repeats 5] [--json FILE]
+    python benchmarks/end_to_end.py                                   the demo model on a CPU
+    python benchmarks/end_to_end.py --model qwen2.5-3b                random weights; on a GPU where there is one
+    python benchmarks/end_to_end.py --batch 1,16 --prompt-tokens 128,4096 --json FILE
 
-Both run in one process, in turns, on the weights that qwenkern loaded (bfloat16), with the same number of threads.
-The ratio's spread is that of the paired repeats. transformers' own loading is not timed here: it takes another path.
+All take turns, on the weights that qwenkern holds (the peers look at the same memory). A decode rate is what more
+tokens cost more: (time of n + 1 tokens - time of 1 token) / n. The floor reads every weight, and the cached keys and
+values, at the bandwidth that a copy reaches in the same run.
 """
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
-import platform
+import contextlib
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
-from transformers import Qwen2Config, Qwen2ForCausalLM
-from transformers import __version__ as transformers_version
 
-import qwenkern
-from qwenkern import Model
+from qwenkern import Config, Model
+from qwenkern.benchmarks import results
+from qwenkern.benchmarks.run import _numbers
+from qwenkern.benchmarks.timing import ceilings, circumstances
+from qwenkern.config import FAMILY
 
-COPY_BYTES = 1 << 29
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", default="demo")
-    parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="write the result here")
-    options = parser.parse_args()
-
-    started = time.perf_counter()
-    model = Model.from_pretrained(options.model, device="cpu", dtype="bfloat16")
-    load = time.perf_counter() - started
-    theirs = transformers_model(model)
-    prompt = torch.randint(1000, 100_000, (options.prompt_tokens,), generator=torch.Generator().manual_seed(0)).tolist()
-    ours_runs, their_runs = [], []
-    for repeat in range(options.repeats + 1):
-        pair = time_qwenkern(model, prompt, options.new_tokens), time_transformers(theirs, prompt, options.new_tokens)
-        if repeat:  # the first pair warms up
-            ours_runs.append(pair[0])
-            their_runs.append(pair[1])
-    weights = sum(parameter.nbytes for parameter in model.module.parameters())
-    if not model.config.tie_word_embeddings:
-        weights -= model.module.model.embed_tokens.weight.nbytes  # one row of it is read
-    copy = copy_bandwidth()
-    result = {
-        "model": options.model,
-        "device": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads",
-        "date": datetime.date.today().isoformat(),
-        "versions": {
-            "qwenkern": qwenkern.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers_version,
-            "python": platform.python_version(),
-        },
-        "prompt_tokens": options.prompt_tokens,
-        "new_tokens": options.new_tokens,
-        "load_seconds": load,
-        "copy_bytes_per_second": copy,
-        "floor_tokens_per_second": copy / weights,
-        "first_token_seconds": summary([run[0] for run in ours_runs], [run[0] for run in their_runs], lower=True),
-        "tokens_per_second": summary([run[1] for run in ours_runs], [run[1] for run in their_runs], lower=False),
-    }
-    show(result)
-    if options.json:
-        options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+Generate = Callable[[list[list[int]], int], Any]  # prompts, and how many tokens to add to each
 
 
-def time_qwenkern(model: Model, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """Seconds to the first token, and tokens a second after it."""
-    times = [time.perf_counter()]
-    with model.stream(prompt, max_tokens=new_tokens, temperature=0, ignore_eos=True) as stream:
-        times += [time.perf_counter() for _ in stream._steps]
-    return times[1] - times[0], (len(times) - 2) / (times[-1] - times[1])
+def ours(model: Model) -> Generate:
+    return lambda prompts, count: model.generate(prompts, max_tokens=count, temperature=0, ignore_eos=True)
 
 
-@torch.inference_mode()
-def time_transformers(model: Qwen2ForCausalLM, prompt: list[int], new_tokens: int) -> tuple[float, float]:
-    """The same for transformers' own greedy loop over its dynamic cache."""
-    times: list[float] = []
+def theirs(model: Model, static: bool) -> Generate:
+    """transformers over the weights of ours: eager with its dynamic cache, or compiled with a static one."""
+    peer = transformers_model(model)
+    device = next(model.module.parameters()).device
 
-    class Clock:
-        def put(self, _: torch.Tensor) -> None:
-            times.append(time.perf_counter())
+    @torch.inference_mode()
+    def generate(prompts: list[list[int]], count: int) -> Any:
+        ids = torch.tensor(prompts, device=device)
+        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
+        settings |= {"cache_implementation": "static"} if static else {}
+        return peer.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
-        def end(self) -> None:
-            pass
-
-    ids = torch.tensor([prompt])
-    model.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new_tokens,
-        min_new_tokens=new_tokens,
-        do_sample=False,
-        pad_token_id=0,
-        streamer=Clock(),
-    )
-    return times[1] - times[0], (len(times) - 2) / (times[-1] - times[1])  # the prompt is put first
+    return generate
 
 
-def transformers_model(model: Model) -> Qwen2ForCausalLM:
-    """transformers' Qwen2 over the very weights of ours: views of the packed parameters, not copies."""
+def transformers_model(model: Model) -> Any:
+    """transformers' Qwen2 whose parameters are views of our packed ones, not copies."""
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
     config = model.config
     names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
     with torch.device("meta"):
-        theirs = Qwen2ForCausalLM(
+        peer = Qwen2ForCausalLM(
             Qwen2Config(
                 **{name: getattr(config, name) for name in names.split()},
                 max_position_embeddings=config.max_position_embeddings,
@@ -133,54 +77,149 @@ def transformers_model(model: Model) -> Qwen2ForCausalLM:
             weights |= {name.replace("gate_up", part): rows for part, rows in parts}
         else:
             weights[name] = tensor
-    theirs.load_state_dict(weights, strict=True, assign=True)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # its buffers are not in the state
-    return theirs.eval()
+    peer.load_state_dict(weights, strict=True, assign=True)
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(model.module.cos_sin.device)
+    return peer.eval()
 
 
-def copy_bandwidth() -> float:
-    """Bytes a second that this machine reads and writes when it copies a block too large for its caches."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    best = 0.0
-    for _ in range(5):
-        started = time.perf_counter()
-        target.copy_(source)
-        best = max(best, 2 * COPY_BYTES / (time.perf_counter() - started))
-    return best
+def seconds(generate: Generate, prompts: list[list[int]], count: int) -> float:
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    synchronize()
+    started = time.perf_counter()
+    generate(prompts, count)
+    synchronize()
+    return time.perf_counter() - started
 
 
-def summary(ours: list[float], theirs: list[float], lower: bool) -> dict[str, float | list[float]]:
-    """Medians, and how many times better ours is: median, least and most of the paired ratios."""
-    ratios = [(b / a if lower else a / b) for a, b in zip(ours, theirs, strict=True)]
-    return {
-        "qwenkern": statistics.median(ours),
-        "transformers": statistics.median(theirs),
-        "ratio": statistics.median(ratios),
-        "ratio_range": [min(ratios), max(ratios)],
-    }
+def measure(
+    engines: dict[str, Generate], vocabulary: int, batch: int, prompt: int, new: int, repeats: int
+) -> dict[str, dict[str, Any]]:
+    """Seconds to the first token and tokens a second of each engine, read in turns; a ratio is ours over theirs, taken
+    within a round. An engine that fails is reported and left out."""
+    generator = torch.Generator().manual_seed(0)
+    prompts = torch.randint(0, vocabulary, (batch, prompt), generator=generator).tolist()
+    firsts: dict[str, list[float]] = {name: [] for name in engines}
+    rates: dict[str, list[float]] = {name: [] for name in engines}
+    failed: dict[str, str] = {}
+    for turn in range(repeats + 1):
+        for name, generate in engines.items():
+            if name in failed:
+                continue
+            try:
+                first, all_of_them = seconds(generate, prompts, 1), seconds(generate, prompts, new + 1)
+            except Exception as error:  # a peer that cannot do this is a result
+                failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+                continue
+            if turn:  # the first one warms up
+                firsts[name].append(first)
+                rates[name].append(batch * new / max(all_of_them - first, 1e-9))
+    mine = next(iter(engines))
+    found: dict[str, dict[str, Any]] = {name: {"error": error} for name, error in failed.items()}
+    for name in engines.keys() - failed.keys():
+        speedup = [a / b for a, b in zip(rates[mine], rates[name], strict=True)] if rates[mine] else []
+        sooner = [b / a for a, b in zip(firsts[mine], firsts[name], strict=True)] if firsts[mine] else []
+        found[name] = {
+            "first_token_seconds": statistics.median(firsts[name]),
+            "tokens_per_second": statistics.median(rates[name]),
+            "ours_sooner": _range(sooner),
+            "ours_faster": _range(speedup),
+        }
+    return {name: found[name] for name in engines}
 
 
-def show(result: dict) -> None:
-    table = Table(title=f"{result['model']}, {result['prompt_tokens']} prompt tokens, {result['device']}")
-    for column in ("", "qwenkern", "transformers", "ratio (range)"):
-        table.add_column(column, justify="right" if column else "left")
-    for name, unit in (("first_token_seconds", "s to the first token"), ("tokens_per_second", "tokens/s")):
-        row = result[name]
-        low, high = row["ratio_range"]
-        table.add_row(
-            unit,
-            f"{row['qwenkern']:.2f}",
-            f"{row['transformers']:.2f}",
-            f"{row['ratio']:.2f} ({low:.2f} to {high:.2f})",
-        )
-    console = Console()
+def _range(ratios: list[float]) -> list[float]:
+    """Median, least and most."""
+    return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else []
+
+
+def step_bytes(config: Config, batch: int, context: int, itemsize: int) -> int:
+    """What a decode step must read: every weight but the embedding's other rows, and the cache."""
+    weights = config.num_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
+    return itemsize * weights + batch * context * config.kv_bytes_per_token(itemsize)
+
+
+def main(
+    model: Annotated[
+        str, typer.Option(help="What `generate` takes, or a size of the family (random weights).")
+    ] = "demo",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "128",
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after the first.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    layers: Annotated[int, typer.Option(help="Fewer layers than the size has; only with random weights.")] = 0,
+    peers: Annotated[str, typer.Option(help="Of transformers and compiled, with commas between them.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
+) -> None:
+    """Time a whole model beside transformers."""
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    batches, prompts = _numbers(batch), _numbers(prompt_tokens)
+    room = max(batches) * (max(prompts) + new_tokens + 64)
+    started = time.perf_counter()
+    if model.lower() in FAMILY:
+        config = Config.from_name(model)
+        if layers:
+            config = Config(**{**_fields(config), "num_hidden_layers": layers})
+        loaded = Model.from_config(config, device=place, dtype="bfloat16", cache_tokens=room)
+    else:
+        loaded = Model.from_pretrained(model, device=place, dtype="bfloat16", cache_tokens=room)
+    load, config = time.perf_counter() - started, loaded.config
+    chosen = peers.split(",") if peers else ["transformers"] + (["compiled"] if place.type == "cuda" else [])
+    engines: dict[str, Generate] = {"qwenkern": ours(loaded)}
+    with contextlib.suppress(ImportError):
+        engines |= {name: theirs(loaded, static=name == "compiled") for name in chosen}
+    limits, console = ceilings(place), Console(width=None if Console().is_terminal else 140)
+    table = Table(title=f"{model}, bfloat16, copy {limits.copy / 1e9:.0f} GB/s", title_justify="left")
+    for heading in (
+        "batch",
+        "prompt",
+        "engine",
+        "first token s",
+        "tokens/s",
+        "% of floor",
+        "ours faster",
+        "ours sooner",
+    ):
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = []
+    for count in batches:
+        for length in prompts:
+            floor = limits.copy / step_bytes(config, count, length + new_tokens // 2, 2) * count
+            found = measure(engines, config.vocab_size, count, length, new_tokens, repeats)
+            for name, each in found.items():
+                rows.append(
+                    {"batch": count, "prompt": length, "engine": name, "floor_tokens_per_second": floor, **each}
+                )
+                table.add_row(str(count), str(length), name, *_cells(each, floor))
     console.print(table)
+    memory = torch.cuda.max_memory_allocated() / 1e9 if place.type == "cuda" else 0.0
     console.print(
-        f"loaded in {result['load_seconds']:.1f} s; weights at the copy bandwidth of "
-        f"{result['copy_bytes_per_second'] / 1e9:.1f} GB/s would allow {result['floor_tokens_per_second']:.1f} tokens/s"
+        f"ready after {load:.1f} s" + (f"; at most {memory:.1f} GB of GPU memory, peers' included" if memory else "")
     )
+    for row in rows:
+        if "error" in row:
+            console.print(f"[red]failed[/red] {row['engine']}: {row['error']}", soft_wrap=True)
+    if json_file:
+        facts = circumstances(place) | {"model": model, "layers": config.num_hidden_layers, "new_tokens": new_tokens}
+        peak = {"copy": limits.copy, "matrix": limits.matrix}
+        results.save(json_file, {**facts, "load_seconds": load, "peak_memory": memory, "ceilings": peak, "rows": rows})
+    raise typer.Exit(1 if any(row["engine"] == "qwenkern" and "error" in row for row in rows) else 0)
+
+
+def _cells(found: dict[str, Any], floor: float) -> list[str]:
+    if "error" in found:
+        return ["[red]failed[/red]"]
+    return [
+        f"{found['first_token_seconds']:.3f}",
+        f"{found['tokens_per_second']:.1f}",
+        f"{found['tokens_per_second'] / floor:.0%}",
+        *("{:.2f} ({:.2f}..{:.2f})".format(*found[name]) for name in ("ours_faster", "ours_sooner")),
+    ]
+
+
+def _fields(config: Config) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in config.__dataclass_fields__}
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

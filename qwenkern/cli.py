@@ -171,6 +171,32 @@ def info(
         out.print(f"[yellow]contradiction:[/] {warning}")
 
 
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASSED_ON)
+def bench(context: typer.Context) -> None:
+    """Time the kernels beside torch, torch.compile and whatever else is installed (--help says more)."""
+    from .benchmarks import run
+
+    _program(run.main, "qwenkern bench", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def tune(context: typer.Context) -> None:
+    """Search for this device's fastest launch configurations (--help says more)."""
+    from .benchmarks import tune as tuner
+
+    _program(tuner.main, "qwenkern tune", context.args)
+
+
+def _program(program: Callable[..., None], name: str, arguments: list[str]) -> None:
+    """Runs a program of benchmarks/ with the arguments of a subcommand."""
+    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    inner.command()(program)
+    inner(arguments, prog_name=name, standalone_mode=True)
+
+
 def main() -> None:
     """Entry point: errors become one line on stderr and exit code 1, Ctrl-C exit code 130."""
     try:

@@ -74,7 +74,9 @@ def _python(code: str) -> str:
 def test_importing_brings_in_no_extra():
     """What takes long to import, or is an extra, waits until it is used."""
     loaded = _python("import sys, qwenkern; print(*sys.modules)").split()
-    assert not {"transformers", "huggingface_hub", "typer", "rich", "pandas", "scipy", "matplotlib"} & set(loaded)
+    assert not {"transformers", "huggingface_hub", "gguf", "typer", "rich", "pandas", "scipy", "matplotlib"} & set(
+        loaded
+    )
 
 
 def test_the_cpu_path_works_without_triton():

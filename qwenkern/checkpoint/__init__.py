@@ -14,7 +14,6 @@ from pathlib import Path
 from qwenkern.errors import CheckpointError
 
 from .base import Checkpoint
-from .gguf import open_gguf
 from .packing import check_shapes, load_weights
 from .safetensors import open_safetensors
 
@@ -33,7 +32,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.is_dir() or path.suffix == ".gguf":
-        checkpoint = open_safetensors(path) if path.is_dir() else open_gguf(path)
+        if path.is_dir():
+            checkpoint = open_safetensors(path)
+        else:
+            from .gguf import open_gguf  # only such a file needs the gguf library
+
+            checkpoint = open_gguf(path)
         check_shapes(checkpoint.shapes, checkpoint.config, source=str(path))
         return checkpoint
     if path.suffix in _PICKLES:

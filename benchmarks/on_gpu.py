@@ -1,0 +1,148 @@
+"""Everything that a GPU is needed for, in one call: facts, correctness, every kernel's time, end to end, and tuning.
+
+    python benchmarks/on_gpu.py --out results                  all of it, in under 9 minutes
+    python benchmarks/on_gpu.py --out results --only kernels   one part
+    python benchmarks/on_gpu.py --out results --tune 300       and the tuner
+    python benchmarks/on_gpu.py --out results --dry-run        through every part on a CPU, on tiny sizes
+
+Needs no network; a bare checkout is installed by `pip install --no-build-isolation --no-deps -e .`. Each part is a
+program of its own with its own share of the time, so one that fails or hangs does not take the others along.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@dataclass
+class Part:
+    name: str
+    command: list[str]
+    seconds: float  # at most
+    interpreted: bool = False  # in a dry run, on Triton's interpreter; the others run on the torch twins
+
+
+def parts(out: Path, dry: bool, tune: float) -> list[Part]:
+    """In the order of what matters most."""
+    python, here, tests = sys.executable, ROOT / "benchmarks", ROOT / "tests"
+    model = ["--model", "qwen2.5-0.5b" if dry else "qwen2.5-3b"]
+    small = ["--tokens", "1", "--seconds", "0.05", "--op", "rms_norm,swiglu", "--provider", "qwenkern,eager"]
+    tiny = ["--layers", "1", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1", "--peers", "transformers"]
+    many = ["--batch", "1,16", "--prompt-tokens", "128,2048", "--new-tokens", "64", "--repeats", "3"]
+    chosen = [
+        Part(
+            "correctness",
+            [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+            + ([str(tests / "test_rms_norm.py"), "-k", "small_values"] if dry else ["-m", "gpu", *kernel_tests()]),
+            240,
+            interpreted=True,
+        ),
+        Part(
+            "kernels",
+            [python, str(here / "run.py"), "--json", str(out / "kernels.json"), *model]
+            + (small if dry else ["--seconds", "0.4"]),
+            150,
+        ),
+        Part(
+            "end_to_end",
+            [python, str(here / "end_to_end.py"), "--json", str(out / "end_to_end.json"), *model]
+            + (tiny if dry else many),
+            130,
+        ),
+    ]
+    if tune:
+        command = [python, str(here / "tune.py"), *model, "--budget", str(tune), "--out", str(out / "tuned")]
+        chosen.append(
+            Part("tune", [*command, *(["--op", "rms_norm", "--tokens", "1"] if dry else [])], tune + 90, True)
+        )
+    return chosen
+
+
+def kernel_tests() -> list[str]:
+    """The files whose tests run on a GPU; the others need packages that its machine may not have."""
+    files = sorted((ROOT / "tests").glob("test_*.py"))
+    return [str(file) for file in files if "device" in file.read_text(encoding="utf-8").split("def test", 1)[-1]]
+
+
+def check_installed() -> None:
+    if subprocess.run([sys.executable, "-c", "import qwenkern.benchmarks"], capture_output=True, cwd="/").returncode:
+        raise SystemExit(f"qwenkern is not installed: pip install --no-build-isolation --no-deps -e {ROOT}")
+
+
+def facts() -> dict[str, object]:
+    """What this machine is, and what it reaches."""
+    from dataclasses import asdict
+
+    import torch
+
+    from qwenkern.benchmarks.timing import ceilings, circumstances
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found: dict[str, object] = circumstances(device) | {"ceilings": asdict(ceilings(device))}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["multiprocessors"], found["memory"] = properties.multi_processor_count, properties.total_memory
+        found["l2_cache"] = properties.L2_cache_size
+    return found
+
+
+def run(part: Part, out: Path, env: dict[str, str]) -> dict[str, object]:
+    """Runs a part with ``env`` added; its output goes to a file that is kept whatever happens."""
+    log, started = out / f"{part.name}.log", time.monotonic()
+    with log.open("w", encoding="utf-8") as stream:
+        try:
+            status = subprocess.run(
+                part.command,
+                stdout=stream,
+                stderr=subprocess.STDOUT,
+                cwd=out,
+                env={**os.environ, **env},
+                timeout=part.seconds,
+            ).returncode
+            outcome = "passed" if status == 0 else f"failed with {status}"
+        except subprocess.TimeoutExpired:
+            outcome = f"ended after {part.seconds:.0f} s"
+    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-60:]
+    print(f"== {part.name}: {outcome}, {time.monotonic() - started:.0f} s", *tail, sep="\n", flush=True)
+    return {"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - started, 1)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
+    parser.add_argument("--only", action="append", help="a part's name; may be given several times")
+    parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="search for configurations, too")
+    parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    check_installed()
+    known = parts(out, options.dry_run, options.tune)
+    if unknown := set(options.only or []) - {part.name for part in known}:
+        parser.error(f"--only {', '.join(unknown)}: the parts are {', '.join(part.name for part in known)}")
+    summary = {"facts": facts(), "parts": []}
+    print(json.dumps(summary["facts"], indent=1), flush=True)
+    for part in known:
+        if not options.only or part.name in options.only:
+            env = {"TRITON_INTERPRET": "1"} if options.dry_run and part.interpreted else {}
+            summary["parts"].append(run(part, out, env))
+            (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if (out / "tuned").is_dir():  # one file to carry
+        shutil.make_archive(str(out / "tuned"), "gztar", out / "tuned")
+        shutil.rmtree(out / "tuned")
+    print(*(f"{each['part']}: {each['outcome']} ({each['seconds']} s)" for each in summary["parts"]), sep="\n")
+    raise SystemExit(any(each["outcome"] != "passed" for each in summary["parts"]))
+
+
+if __name__ == "__main__":
+    main()

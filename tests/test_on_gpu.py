@@ -1,0 +1,86 @@
+"""The programs that measure a whole model, and everything on a GPU in one call: through every part, on a CPU."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from qwenkern import Config, cli
+from qwenkern.benchmarks import end_to_end, on_gpu
+
+app = typer.Typer()
+app.command()(end_to_end.main)
+
+
+def test_a_dry_run_goes_through_every_part(compiling, tmp_path):
+    command = [sys.executable, str(Path(on_gpu.__file__)), "--out", str(tmp_path), "--dry-run", "--tune", "1"]
+    done = subprocess.run(command, capture_output=True, text=True, env=compiling, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert [(part["part"], part["outcome"]) for part in summary["parts"]] == [
+        (name, "passed") for name in ("correctness", "kernels", "end_to_end", "tune")
+    ]
+    assert {"device", "torch", "triton", "date", "ceilings"} <= set(summary["facts"])
+    files = {file.name for file in tmp_path.iterdir()}
+    assert files == {
+        "summary.json",
+        "kernels.json",
+        "end_to_end.json",
+        "tuned.tar.gz",
+        *(f"{name}.log" for name in ("correctness", "kernels", "end_to_end", "tune")),
+    }
+
+
+def test_a_part_that_fails_or_hangs_is_reported(tmp_path):
+    fails = on_gpu.Part("fails", [sys.executable, "-c", "print('why'); raise SystemExit(3)"], 60)
+    hangs = on_gpu.Part("hangs", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    assert on_gpu.run(fails, tmp_path, {})["outcome"] == "failed with 3"
+    assert (tmp_path / "fails.log").read_text() == "why\n"
+    assert on_gpu.run(hangs, tmp_path, {})["outcome"] == "ended after 1 s"
+
+
+def test_the_gpu_runs_the_tests_of_every_kernel():
+    names = {Path(file).stem for file in on_gpu.kernel_tests()}
+    kernels = ["decode_attention", "linear", "lm_head", "prefill_attention", "qwen2", "rms_norm", "rope", "swiglu"]
+    assert {f"test_{name}" for name in kernels} <= names
+
+
+def test_a_step_reads_what_the_floor_says():
+    """6.17 GB of weights a token for 3B, and 36,864 bytes a cached token."""
+    config = Config.from_name("qwen2.5-3b")
+    assert end_to_end.step_bytes(config, 1, 0, 2) == pytest.approx(6.17e9, rel=1e-3)
+    assert end_to_end.step_bytes(config, 4, 100, 2) - end_to_end.step_bytes(config, 1, 0, 2) == 400 * 36864
+
+
+def test_a_peer_that_fails_is_reported(monkeypatch):
+    def broken(prompts, count):
+        raise RuntimeError("out of memory")
+
+    calls = []
+    found = end_to_end.measure({"qwenkern": lambda *given: calls.append(given), "peer": broken}, 97, 2, 3, 4, 2)
+    assert found["peer"] == {"error": "RuntimeError: out of memory"}
+    assert found["qwenkern"]["tokens_per_second"] > 0
+    assert [(len(prompts), len(prompts[0]), count) for prompts, count in calls] == [(2, 3, 1), (2, 3, 5)] * 3
+
+
+def test_end_to_end_of_random_weights(tmp_path):
+    arguments = ["--model", "qwen2.5-0.5b", "--layers", "1", "--prompt-tokens", "8", "--new-tokens", "2"]
+    done = CliRunner().invoke(app, [*arguments, "--repeats", "1", "--json", str(tmp_path / "now.json")])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "now.json").read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["qwenkern", "transformers"]
+    assert all(row["tokens_per_second"] > 0 and len(row["ours_faster"]) == 3 for row in rows)
+
+
+@pytest.mark.parametrize(("command", "words"), [("bench", ["--side-a", "--base", "--plot"]), ("tune", ["--budget"])])
+def test_the_command_line_leads_there(command, words):
+    done = CliRunner().invoke(cli.app, [command, "--help"])
+    assert done.exit_code == 0
+    assert all(word in done.output for word in words)
+    assert CliRunner().invoke(cli.app, [command, "--op", "rms_nrom"]).exit_code == 2

@@ -1,0 +1,194 @@
+"""The benchmark runner on a CPU: it checks before it times, reports what breaks, and compares with what was stored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from qwenkern import Config
+from qwenkern.benchmarks import results, run, timing
+from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.benchmarks.providers import PROVIDERS, Provider
+from qwenkern.benchmarks.results import Row
+from qwenkern.benchmarks.timing import Ceilings, Spread
+from qwenkern.kernels import reference
+
+LIMITS = Ceilings(copy=1e10, matrix=1e11)
+SIZE = Size(2, context=64, device="cpu")
+BY_NAME = {case.name: case for case in CASES}
+KNOWN = {provider.name: provider for provider in PROVIDERS}
+QUICK = ["--model", "qwen2.5-0.5b", "--op", "rms_norm", "--tokens", "1,3", "--seconds", "0.02"]
+QUICK += ["--provider", "qwenkern,eager"]
+app = typer.Typer()
+app.command()(run.main)
+
+
+@pytest.fixture(autouse=True)
+def quick_ceilings(monkeypatch):
+    monkeypatch.setattr(run, "ceilings", lambda device: LIMITS)
+
+
+def _measure(name, *providers):
+    return run.measure(BY_NAME[name], "qwen2.5-0.5b", SIZE, list(providers), LIMITS, 0.01)
+
+
+@pytest.mark.parametrize("name", [name for name in BY_NAME if not name.startswith("lm_head")])
+def test_every_case_is_measured(name):
+    rows = _measure(name, KNOWN["qwenkern"], KNOWN["eager"], KNOWN["library"], KNOWN["sdpa"], KNOWN["transformers"])
+    assert [row.error for row in rows] == [""] * len(rows)
+    assert [row.provider for row in rows][:2] == ["qwenkern", "eager"]
+    for row in rows:
+        assert 0 < row.seconds.p20 <= row.seconds.p50 <= row.seconds.p80
+        assert row.of_copy == pytest.approx(row.bandwidth / LIMITS.copy)
+        assert row.floor > 0
+    assert rows[0].ratio == Spread(1.0, 1.0, 1.0)
+
+
+def test_compiled_twins_are_measured():
+    rows = _measure("swiglu", KNOWN["qwenkern"], KNOWN["compile"])
+    assert [row.provider for row in rows if row.seconds] == ["qwenkern", "compile"]
+
+
+def test_a_wrong_result_is_not_timed():
+    wrong = Provider("wrong", lambda case: lambda x, weight, eps: 1.1 * reference.rms_norm(x, weight, eps))
+    lost = Provider("lost", lambda case: lambda x, weight, eps: x * float("nan"))
+    for row in _measure("rms_norm", wrong, lost):
+        assert row.seconds is None
+        assert "result 0 of rms_norm errs by" in row.error
+
+
+def test_a_broken_provider_is_reported_and_not_fatal():
+    def explode(*inputs):
+        raise RuntimeError("no such kernel\nat all")
+
+    missing = Provider("missing", lambda case: __import__("a_package_that_is_not_there"))
+    broken, ours = _measure("rms_norm", KNOWN["qwenkern"], Provider("broken", lambda case: explode), missing)
+    assert (broken.provider, broken.seconds, broken.error) == ("broken", None, "RuntimeError: no such kernel")
+    assert ours.provider == "qwenkern"
+
+
+def test_a_wrong_kernel_of_ours_fails_the_run(monkeypatch):
+    wrong = Provider("qwenkern", lambda case: lambda x, weight, eps: -x)
+    monkeypatch.setattr(run, "PROVIDERS", [wrong, KNOWN["eager"]])
+    done = CliRunner().invoke(app, QUICK)
+    assert done.exit_code == 1
+    assert "failed rms_norm x1 qwenkern: ArithmeticError: result 0 of rms_norm errs by" in done.output
+
+
+def test_the_table_json_and_pictures(tmp_path):
+    pytest.importorskip("matplotlib")
+    done = CliRunner().invoke(app, [*QUICK, "--json", str(tmp_path / "now.json"), "--plot", str(tmp_path / "plots")])
+    assert done.exit_code == 0, done.output
+    for heading in ("us p50", "floor us", "% copy", "time over ours"):
+        assert heading in done.output
+    stored = json.loads((tmp_path / "now.json").read_text())
+    assert {"device", "torch", "triton", "date", "ceilings", "rows", "commit"} <= set(stored)
+    assert [(row["tokens"], row["provider"]) for row in stored["rows"]] == [
+        (1, "qwenkern"),
+        (1, "eager"),
+        (3, "qwenkern"),
+        (3, "eager"),
+    ]
+    assert (tmp_path / "plots" / "rms_norm.png").read_bytes().startswith(b"\x89PNG")
+    assert results.load(tmp_path / "now.json")[0].seconds.p50 > 0
+
+
+def test_two_sides():
+    sides = ["--side-a", "eager", "--side-b", "qwenkern:/tmp"]
+    done = CliRunner().invoke(app, [*QUICK[:-2], *sides])
+    assert done.exit_code == 0, done.output
+    assert "qwenkern:/tmp" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "rms_nrom"], "rms_nrom: not among"),
+        (["--tokens", "0"], "expected numbers from 1 on"),
+        (["--tokens", "few"], "expected numbers from 1 on"),
+        (["--dtype", "float8"], "expected bfloat16, float16 or float32"),
+        (["--provider", "cudnn"], "'cudnn': not among"),
+        (["--side-a", "eager"], "belong together"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    done = CliRunner().invoke(app, arguments)
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def _row(p20, p50, p80, **changed):
+    return Row("rms_norm", "qwen2.5-3b", 1, 0, "bfloat16", "qwenkern", Spread(p20, p50, p80), **changed)
+
+
+def test_a_slow_down_is_noticed_and_noise_is_not():
+    before = [_row(0.9, 1.0, 1.1)]
+    assert results.changes(before, [_row(1.0, 1.09, 1.2)]) == []  # the spreads touch
+    assert results.changes(before, [_row(1.02, 1.03, 1.04)]) == []
+    (slower,) = results.changes(before, [_row(1.2, 1.3, 1.4)])
+    assert str(slower) == "rms_norm x1 qwenkern: slower, 1.30 of the time before"
+    (faster,) = results.changes(before, [_row(0.4, 0.5, 0.6)])
+    assert "faster" in str(faster)
+    assert results.changes(before, [replace(_row(2, 2, 2), tokens=2)]) == []  # never measured before
+
+
+def test_a_slow_down_fails_the_run(tmp_path, monkeypatch):
+    base = tmp_path / "base.json"
+    CliRunner().invoke(app, [*QUICK, "--json", str(base)])
+    document = json.loads(base.read_text())
+    for row in document["rows"]:
+        row["seconds"] = {"p20": 1e-9, "p50": 1e-9, "p80": 1e-9}
+    base.write_text(json.dumps(document))
+    done = CliRunner().invoke(app, [*QUICK, "--base", str(base)])
+    assert done.exit_code == 1
+    assert "slower" in done.output
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rows": [{"case": 1}]}'])
+def test_a_damaged_result_is_named(tmp_path, content):
+    file = tmp_path / "base.json"
+    file.write_text(content)
+    with pytest.raises(ValueError, match=r"base\.json is not a result of this runner"):
+        results.load(file)
+
+
+def test_a_result_is_written_whole_or_not_at_all(tmp_path):
+    file = tmp_path / "deep" / "now.json"
+    results.save(file, {"rows": []})
+    with pytest.raises(TypeError):
+        results.save(file, {"rows": object()})
+    assert json.loads(file.read_text()) == {"rows": []}
+    assert [each.name for each in file.parent.iterdir()] == ["now.json"]
+
+
+def test_spreads():
+    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
+    assert Spread.of([float(value) for value in range(11)]) == Spread(2.0, 5.0, 8.0)
+
+
+def test_functions_are_read_in_turns():
+    order = []
+    readings = timing.side_by_side(
+        {"a": [lambda: order.append("a")], "b": [lambda: order.append("b")]}, torch.device("cpu"), 0.0
+    )
+    assert order == ["a", "b"] * (1 + len(readings["a"]))
+    assert len(readings["a"]) == len(readings["b"]) == 3
+
+
+def test_inputs_exceed_the_cache():
+    config, size = Config.from_name("qwen2.5-0.5b"), Size(16, device="cpu")
+    sets = timing.input_sets(lambda: BY_NAME["down"].inputs(config, size), torch.device("cpu"))
+    total = sum(each.nbytes for inputs in sets for each in inputs if isinstance(each, torch.Tensor))
+    assert total >= 64 << 20
+    assert sets[0][0].data_ptr() != sets[1][0].data_ptr()
+
+
+def test_ceilings_of_this_machine():
+    found = timing.ceilings(torch.device("cpu"))
+    assert 1e8 < found.copy < 1e13
+    assert 1e8 < found.matrix < 1e15

@@ -1,0 +1,214 @@
+"""Tuned configurations: how they are looked up, and how the tuner finds and writes them."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from qwenkern import Config
+from qwenkern.benchmarks import tune
+from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.benchmarks.timing import Ceilings
+from qwenkern.kernels import tuning
+
+TINY = Config(97, 64, 96, 1, 4, 2, 16, max_position_embeddings=128)
+BY_NAME = {case.name: case for case in CASES}
+DEVICE = tuning.Device("Some Card (80 GB)", "cuda", 90, 132, 232448)
+SIZES = {"rows": 4, "columns": 1000}
+app = typer.Typer()
+app.command()(tune.main)
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton's interpreter is off")
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("QWENKERN_CONFIG_DIR", str(tmp_path))
+    tuning.forget()
+    yield tmp_path
+    tuning.forget()
+
+
+def _tuned(folder, text):
+    file = folder / "some-card-80-gb" / "swiglu.json"
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(text if isinstance(text, str) else json.dumps({"entries": text}))
+
+
+def test_the_nearest_entry_is_laid_over_the_heuristic(folder):
+    _tuned(
+        folder,
+        [
+            {"sizes": {"rows": 1, "columns": 1000}, "config": {"BLOCK": 1}},
+            {"sizes": {"rows": 8, "columns": 900}, "config": {"BLOCK": 2}},
+        ],
+    )
+    heuristic = {"BLOCK": 0, "num_warps": 4}
+    assert tuning.lookup("swiglu", DEVICE, SIZES, heuristic) == {"BLOCK": 2, "num_warps": 4}
+    assert tuning.lookup("swiglu", DEVICE, SIZES | {"rows": 1}, heuristic)["BLOCK"] == 1
+    assert tuning.lookup("linear", DEVICE, SIZES, heuristic) == heuristic
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"entries": [{"sizes": 1, "config": {}}]}', '{"entries": [1]}'])
+def test_a_damaged_file_is_named(folder, text):
+    _tuned(folder, text)
+    with pytest.raises(ValueError, match=r"swiglu\.json is not a tuned configuration"):
+        tuning.lookup("swiglu", DEVICE, SIZES, {})
+
+
+def test_an_unknown_field_is_named(folder):
+    _tuned(folder, [{"sizes": SIZES, "config": {"BLOK": 1}}])
+    with pytest.raises(ValueError, match=r"swiglu for Some Card .* sets BLOK, and the kernel has BLOCK"):
+        tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1})
+
+
+def test_a_kernel_runs_with_what_was_tuned(folder, ops):
+    """From the file to the launch."""
+    file = folder / "interpreter" / "swiglu.json"
+    tune.write(file, "swiglu", {"device": "interpreter"}, {"rows": 2, "columns": 32}, {"BLOCK": 16, "num_warps": 1})
+    with tuning.trying("rms_norm", {}):
+        ops.swiglu(torch.ones(2, 64))
+    from qwenkern.kernels.swiglu import _config
+
+    assert _config(tuning.INTERPRETER, 2, 32) == {"BLOCK": 16, "num_warps": 1}
+
+
+SPACE = {"BLOCK": (16, 32, 64), "num_warps": (1, 2)}
+
+
+@pytest.fixture
+def problem(ops, monkeypatch):
+    monkeypatch.setattr(tune, "ceilings", lambda device: Ceilings(1e12, 1e15))
+    (found,) = tune.problems(BY_NAME["swiglu"], TINY, [Size(3, device="cpu")])
+    return found
+
+
+def _search(problem, log, seconds=60.0, space=SPACE):
+    return tune.search(problem, space, log, time.monotonic() + seconds)
+
+
+def test_a_search_tries_the_whole_space(problem, tmp_path):
+    _, tried = _search(problem, tmp_path / "log")
+    assert sorted((each.config["BLOCK"], each.config["num_warps"]) for each in tried) == [
+        (block, warps) for block in (16, 32, 64) for warps in (1, 2)
+    ]
+    assert all(each.seconds for each in tried)
+
+
+def test_a_stopped_search_goes_on(problem, tmp_path, monkeypatch):
+    log = tmp_path / "log"
+    _search(problem, log, space={"BLOCK": (16, 32), "num_warps": (1,)})
+    with log.open("a") as stream:
+        stream.write('[{"BLOCK": 64, "num_')  # cut off
+    attempts = []
+    whole = tune._try
+    monkeypatch.setattr(tune, "_try", lambda *given: attempts.append(given[1]) or whole(*given))
+    _, tried = _search(problem, log)
+    assert len(attempts) == 4
+    assert len(tried) == 6
+
+
+def test_no_time_no_search(problem, tmp_path):
+    winner, tried = _search(problem, tmp_path / "log", seconds=-1.0)
+    assert (winner, tried) == ({}, [])
+
+
+def test_the_physical_limit_ends_a_search(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "ceilings", lambda device: Ceilings(1.0, 1.0))
+    assert _search(problem, tmp_path / "log")[1] == []
+
+
+def test_a_wrong_candidate_cannot_win(problem, tmp_path, monkeypatch):
+    """However fast: the kernel is broken wherever BLOCK is 32, and takes no time there."""
+    import qwenkern.kernels as kernels
+
+    right = kernels.swiglu
+
+    def sometimes_wrong(gate_up):
+        out = right(gate_up)
+        return out * 1.1 if tuning._trial and tuning._trial.config.get("BLOCK") == 32 else out
+
+    monkeypatch.setattr(kernels, "swiglu", sometimes_wrong)
+    winner, tried = _search(problem, tmp_path / "log")
+    wrong = [each for each in tried if each.config["BLOCK"] == 32]
+    assert len(wrong) == 2
+    assert all(each.seconds is None and "errs by" in each.reason for each in wrong)
+    assert winner.get("BLOCK") != 32
+
+
+def test_a_candidate_that_raises_is_rejected(problem, tmp_path):
+    _, tried = _search(problem, tmp_path / "log", space={"BLOCK": (16, 24), "num_warps": (1,)})
+    reasons = {each.config["BLOCK"]: each.reason for each in tried}
+    assert reasons[16] == ""
+    assert "power of 2" in reasons[24] or "Error" in reasons[24]
+
+
+def test_the_faster_one_wins(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune.Problem, "seconds", lambda self, patience=0: 1.0 / tuning._trial.config.get("BLOCK", 16))
+    winner, _ = _search(problem, tmp_path / "log")
+    assert winner["BLOCK"] == 64
+
+
+def test_the_heuristic_stays_where_nothing_is_clearly_faster(problem, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune.Problem, "seconds", lambda self, patience=0: 1.0)
+    assert _search(problem, tmp_path / "log")[0] == {}
+
+
+def test_numbers_of_tokens_that_share_a_configuration_are_tuned_together(ops):
+    sizes = [Size(tokens, context=64, device="cpu") for tokens in (1, 16, 17)]
+    (together,) = tune.problems(BY_NAME["o_proj"], TINY, sizes)  # 17 take the library's product
+    assert [size.tokens for size in together.sizes] == [1, 16]
+    apart = tune.problems(BY_NAME["swiglu"], TINY, sizes)
+    assert [[size.tokens for size in each.sizes] for each in apart] == [[1], [16], [17]]
+
+
+def test_entries_are_replaced_and_taken_away(tmp_path):
+    file = tmp_path / "swiglu.json"
+    for sizes, winner in ((SIZES, {"BLOCK": 1}), ({"rows": 9}, {"BLOCK": 3}), (SIZES, {"BLOCK": 2})):
+        tune.write(file, "swiglu", {}, sizes, winner)
+    assert [entry["config"]["BLOCK"] for entry in tuning.read_entries(file)] == [3, 2]
+    tune.write(file, "swiglu", {}, SIZES, {})
+    assert [entry["sizes"] for entry in tuning.read_entries(file)] == [{"rows": 9}]
+
+
+def test_every_declared_field_is_the_kernels_own(ops, monkeypatch):
+    """A space that names what the kernel does not take would be searched in vain."""
+    tuned = {case.name: tune._TUNED_AS.get(case.op, case.op) for case in CASES}
+    assert set(tuned.values()) == set(tuning.SPACES)
+    for name, op in tuned.items():
+        case = BY_NAME[name]
+        with tuning.trying(op, {}) as trial:
+            case.run(*case.inputs(TINY, Size(1, context=64, device="cpu")))
+        _, heuristic = trial.seen[-1]
+        assert set(tuning.SPACES[op]) <= set(heuristic), name
+
+
+def test_the_command(ops, tmp_path, monkeypatch):
+    monkeypatch.setattr(tune, "ceilings", lambda device: Ceilings(1e12, 1e15))
+    monkeypatch.setitem(tuning.SPACES, "rms_norm", {"num_warps": (1, 2)})
+    arguments = ["--op", "rms_norm", "--tokens", "1", "--model", "qwen2.5-0.5b", "--budget", "30"]
+    done = CliRunner().invoke(app, [*arguments, "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    stored = json.loads((tmp_path / "interpreter" / "rms_norm.json").read_text())
+    assert {"op", "device", "triton", "date", "entries"} == set(stored)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_cannot_be_written(tmp_path):
+    tmp_path.chmod(0o500)
+    done = CliRunner().invoke(app, ["--op", "rms_norm", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "cannot be written to" in done.output
+
+
+def test_a_file_where_the_folder_should_be(ops, tmp_path):
+    (tmp_path / "interpreter").write_text("")
+    done = CliRunner().invoke(app, ["--op", "rms_norm", "--out", str(tmp_path)])
+    assert done.exit_code == 2
+    assert "cannot be written to" in " ".join(done.output.replace("│", " ").split())
