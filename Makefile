@@ -4,7 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench results clean
 
 demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's cache)
 	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
@@ -19,6 +19,9 @@ lint: $(READY)
 bench: $(READY)  ## each kernel, or its twin on a CPU, beside torch and torch.compile; then a whole model beside transformers
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/end_to_end.py
+
+results: $(READY)  ## the tables of README.md and docs/performance.md, from benchmarks/results
+	$(BIN)/python benchmarks/tables.py
 
 clean:
 	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis

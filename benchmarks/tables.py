@@ -1,0 +1,121 @@
+"""The tables of README.md and docs/performance.md, from the results that are committed.
+
+    make results        python benchmarks/tables.py
+
+What stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` is written anew, and nothing else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def markdown(headings: list[str], rows: list[list[str]]) -> str:
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def predicted(compiled: dict[str, Any]) -> str:
+    """Floors on an H100, and what the machine code for sm_90 looks like."""
+    floors = {(row["case"], row["tokens"]): row for row in compiled["h100_floors"]}
+    rows = []
+    for row in compiled["kernels"]:
+        code, floor = row["code"], floors[row["case"], row["tokens"]]
+        programs = 1
+        for side in row["grid"]:
+            programs *= side
+        cells = [row["case"], str(row["tokens"]), f"{floor['paper_us']:.2f}", f"{floor['copy_us']:.2f}"]
+        cells += [row["kernel"].strip("_").removesuffix("_kernel"), str(programs), str(row["occupancy"])]
+        cells += [str(code["registers"]), f"{code['shared'] / 1024:.0f}", " ".join(code["matrix"])]
+        rows.append(cells)
+    headings = ["op", "tokens", "floor at 3.35 TB/s, µs", "at 3.0 TB/s, µs", "kernel", "programs", "a multiprocessor"]
+    headings += ["registers", "shared KiB", "matrix instruction"]
+    note = f"Compiled by Triton {compiled['triton']} on {compiled['date']}; nothing here was measured."
+    return f"{note}\n\n{markdown(headings, rows)}"
+
+
+def kernels(document: dict[str, Any]) -> str:
+    """Our time, its share of the measured ceiling, and everybody else's time over ours."""
+    found: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
+    for row in document["rows"]:
+        found.setdefault((row["case"], row["tokens"], row["context"]), {})[row["provider"]] = row
+    others = list(dict.fromkeys(row["provider"] for row in document["rows"] if row["provider"] != "qwenkern"))
+    rows = []
+    for (case, tokens, _), by_provider in found.items():
+        mine = by_provider.get("qwenkern")
+        if not mine or not mine["seconds"]:
+            rows.append([case, str(tokens), "failed", *[""] * (2 + len(others))])
+            continue
+        share = max(mine["of_copy"], mine["of_matrix"])
+        cells = [case, str(tokens), f"{mine['seconds']['p50'] * 1e6:.2f}", f"{mine['floor'] * 1e6:.2f}", f"{share:.0%}"]
+        rows.append(cells + [_ratio(by_provider.get(name)) for name in others])
+    headings = ["op", "tokens", "µs", "floor µs", "of the ceiling", *(f"{name} / ours" for name in others)]
+    return f"{_when(document)}\n\n{markdown(headings, rows)}"
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    if not row or not row["seconds"]:
+        return ""
+    return f"{row['ratio']['p50']:.2f}" + ("" if row["same"] else " *")
+
+
+def end_to_end(document: dict[str, Any]) -> str:
+    """Losses are printed like wins."""
+    rows = []
+    for row in document["rows"]:
+        cells = [str(row["batch"]), str(row["prompt"]), row["engine"]]
+        if "error" in row:
+            rows.append([*cells, "failed", "", "", "", ""])
+            continue
+        share = row["tokens_per_second"] / row["floor_tokens_per_second"]
+        cells += [f"{row['first_token_seconds']:.3f}", f"{row['tokens_per_second']:.1f}", f"{share:.0%}"]
+        rows.append(cells + ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in ("ours_faster", "ours_sooner")])
+    headings = ["batch", "prompt", "engine", "first token s", "tokens/s", "of the floor", "ours faster", "ours sooner"]
+    return f"{document['model']}, bfloat16. {_when(document)}\n\n{markdown(headings, rows)}"
+
+
+def _when(document: dict[str, Any]) -> str:
+    versions = f"torch {document['torch']}, triton {document['triton']}"
+    commit = f", commit {document['commit']}" if document.get("commit") else ""
+    return f"{document['device']}, {versions}, {document['date']}{commit}."
+
+
+MAKERS = {"kernels.json": kernels, "end_to_end.json": end_to_end}
+
+
+def blocks() -> Iterator[tuple[str, str]]:
+    """Every name that may stand in a document, and what belongs there."""
+    compiled = RESULTS / "compiled" / "sm_90.json"
+    if compiled.exists():
+        yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
+    for name, make in MAKERS.items():
+        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(f"*/{name}"))]
+        yield name.removesuffix(".json"), "\n\n".join(parts) or "Not yet measured."
+
+
+def fill(text: str, name: str, content: str) -> str:
+    """The text with what stands between a name's markers replaced."""
+    pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
+    return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
+
+
+def main() -> None:
+    found = dict(blocks())
+    for document in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+        text = before = document.read_text(encoding="utf-8")
+        for name, content in found.items():
+            text = fill(text, name, content)
+        if text != before:
+            document.write_text(text, encoding="utf-8")
+            print(f"wrote {document.relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
