@@ -11,7 +11,6 @@ programmatic dependent launch. A broken rule is an exit code of 1. AMD's code is
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterable
@@ -29,6 +28,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from qwenkern import Config
+from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
 
@@ -126,7 +126,7 @@ def main(
     for each in models:
         console.print(_table(each, [row for row in rows if row.model == each], verbose))
     if json_file:
-        json_file.write_text(json.dumps(_document(models, rows), indent=1), encoding="utf-8")
+        results.save(json_file, _document(models, rows))
     broken = [(row, rule) for row in rows for rule in row.broken]
     for row, rule in broken:
         console.print(f"[red]broken[/red] {row.arch} {row.model} {row.case} x{row.tokens} {row.kernel}: {rule}")
