@@ -54,8 +54,12 @@ def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: 
         "num_warps": 4,
         "num_stages": 1 + max(1, min(3, (device.shared_memory // 2 - 8192) // tile)),
     }
+    if itemsize != 2:  # tiles tuned for two bytes do not fit
+        return heuristic
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
-    return tuning.lookup("decode_attention", device, sizes, heuristic)
+    config = tuning.lookup("decode_attention", device, sizes, heuristic)
+    # Tuned for another size of page, a tile must still lie within one.
+    return config | {"BLOCK_N": min(config["BLOCK_N"], page_size & -page_size)}
 
 
 @triton.jit

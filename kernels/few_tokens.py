@@ -69,7 +69,8 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
         "num_warps": 4,
         "num_stages": 1 + max(1, tiles),
     }
-    return tuning.lookup(op, device, {"n": n, "k": k}, heuristic)
+    # tiles tuned for two bytes do not fit four
+    return tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
 
 
 def padded(tokens: int, device: tuning.Device) -> int:

@@ -79,6 +79,16 @@ def test_a_kernel_runs_with_what_was_tuned(folder, ops):
     assert _config(tuning.INTERPRETER, 2, 32) == {"BLOCK": 16, "num_warps": 1}
 
 
+def test_what_was_tuned_for_other_pages_stays_within_one(folder):
+    from qwenkern.kernels.decode_attention import _config
+
+    sizes = {"num_kv_heads": 2, "head_dim": 64, "page_size": 64}
+    tune.write(folder / "interpreter" / "decode_attention.json", "decode_attention", {}, sizes, {"BLOCK_N": 64})
+    assert _config(tuning.INTERPRETER, 2, 64, 64, 2)["BLOCK_N"] == 64
+    assert _config(tuning.INTERPRETER, 2, 64, 48, 2)["BLOCK_N"] == 16
+    assert _config(tuning.INTERPRETER, 2, 64, 64, 4)["BLOCK_N"] == 32  # float32 keeps its own
+
+
 SPACE = {"BLOCK": (16, 32, 64), "num_warps": (1, 2)}
 
 
