@@ -22,6 +22,7 @@ EXTRAS = {
         "pytest>=8",
         "pytest-xdist",  # the suite in parallel
         "pytest-timeout",  # a hang is a failure
+        "pytest-benchmark",  # the registry's cases, for regressions on a CPU
         "hypothesis",  # malformed files and byte sequences that nobody thought of
         "transformers>=4.51",  # the oracle for logits, YaRN and chat templates
         "tiktoken",  # the oracle for tokenization: another BPE, another expression engine

@@ -193,16 +193,17 @@ def main(
                 table.add_row(str(count), str(length), name, *_cells(each, floor))
     console.print(table)
     memory = torch.cuda.max_memory_allocated() / 1e9 if place.type == "cuda" else 0.0
-    console.print(
-        f"ready after {load:.1f} s" + (f"; at most {memory:.1f} GB of GPU memory, peers' included" if memory else "")
-    )
+    predicted = (2 * config.num_parameters + room * config.kv_bytes_per_token(2)) / 1e9  # weights and our cache
+    console.print(f"ready after {load:.1f} s; {predicted:.1f} GB predicted for weights and cache")
+    if memory:
+        console.print(f"at most {memory:.1f} GB of GPU memory were in use, the peers' included")
     for row in rows:
         if "error" in row:
             console.print(f"[red]failed[/red] {row['engine']}: {row['error']}", soft_wrap=True)
     if json_file:
         facts = circumstances(place) | {"model": model, "layers": config.num_hidden_layers, "new_tokens": new_tokens}
-        peak = {"copy": limits.copy, "matrix": limits.matrix}
-        results.save(json_file, {**facts, "load_seconds": load, "peak_memory": memory, "ceilings": peak, "rows": rows})
+        facts |= {"load_seconds": load, "peak_gb": memory, "predicted_gb": predicted}
+        results.save(json_file, {**facts, "ceilings": {"copy": limits.copy, "matrix": limits.matrix}, "rows": rows})
     raise typer.Exit(1 if any(row["engine"] == "qwenkern" and "error" in row for row in rows) else 0)
 
 

@@ -26,6 +26,7 @@ class Provider:
     name: str
     function: Callable[[Case], Function | None]
     same: bool = True  # computes the op itself, so that its result can be checked
+    gpu_only: bool = False
 
 
 def _ours(case: Case) -> Function:
@@ -71,6 +72,26 @@ def _dense_prefill(
     k, v = (pages.flatten(0, 1)[: len(q)].transpose(0, 1)[None] for pages in (k_pages, v_pages))
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
+
+
+def _flex(case: Case) -> Function | None:
+    """torch's FlexAttention, compiled, over the pages in their order."""
+    if case.op != "prefill_attention":
+        return None
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    compiled, masks = torch.compile(flex_attention, dynamic=False), {}
+
+    def prefill(
+        q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float
+    ) -> Tensor:
+        if len(q) not in masks:
+            masks[len(q)] = create_block_mask(lambda b, h, row, key: row >= key, None, None, len(q), len(q), q.device)
+        k, v = (pages.flatten(0, 1)[: len(q)].transpose(0, 1)[None] for pages in (k_pages, v_pages))
+        out = compiled(q.transpose(0, 1)[None], k, v, block_mask=masks[len(q)], scale=scale, enable_gqa=True)
+        return out[0].transpose(0, 1)
+
+    return prefill
 
 
 def _transformers(case: Case) -> Function | None:
@@ -131,6 +152,7 @@ PROVIDERS = [
     Provider("compile", _compiled),
     Provider("library", _library, same=False),
     Provider("sdpa", _sdpa, same=False),
+    Provider("flex", _flex, same=False, gpu_only=True),
     Provider("transformers", _transformers),
     Provider("liger", _liger),
     Provider("flashinfer", _flashinfer),

@@ -32,7 +32,7 @@ from qwenkern.kernels import reference, tuning
 # The rule of tests/tolerances.py: how many times as much as torch in the same dtype a result may err, at most and in
 # root mean square, beside two roundings and half a rounding of the largest value.
 ERROR_RATIO, RMS_RATIO = 2.0, 1.5
-DEFAULT = ("qwenkern", "eager", "compile", "library", "sdpa", "transformers", "liger", "flashinfer", "quack")
+DEFAULT = ("qwenkern", "eager", "compile", "library", "sdpa", "flex", "transformers", "liger", "flashinfer", "quack")
 
 
 def measure(
@@ -47,7 +47,7 @@ def measure(
     truth = _truth(case, sets[0])
     for provider in providers:
         try:
-            function = provider.function(case)
+            function = None if provider.gpu_only and device.type != "cuda" else provider.function(case)
             if function is None:
                 continue
             if provider.same:

@@ -33,7 +33,6 @@ from .language import cast, dot, wait_for_inputs
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
-
 tuning.SPACES["prefill_attention"] = {
     "BLOCK_M": (64, 128),
     "BLOCK_N": (32, 64),
@@ -55,10 +54,14 @@ def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int)
     heuristic = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "num_warps": 8 if itemsize == 2 else 4,
+        "num_warps": 4 if itemsize != 2 and head_dim <= 64 else 8,
         "num_stages": 1 + ahead,
     }
-    return tuning.lookup("prefill_attention", device, {"head_dim": head_dim, "page_size": page_size}, heuristic)
+    if itemsize != 2:  # tiles tuned for two bytes do not fit
+        return heuristic
+    config = tuning.lookup("prefill_attention", device, {"head_dim": head_dim, "page_size": page_size}, heuristic)
+    # Tuned for another size of page, a tile must still lie within one.
+    return config | {"BLOCK_N": min(config["BLOCK_N"], page_size & -page_size)}
 
 
 @triton.jit
