@@ -118,7 +118,7 @@ def main(
         for each, case in itertools.product(models, CASES)
         for tokens, key in itertools.product(case.tokens, keys)
     ]
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 170)
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress, _pool() as pool:
         for found in progress.track(pool.map(examine, *zip(*tasks, strict=True), chunksize=4), total=len(tasks)):
@@ -159,7 +159,7 @@ def _table(model: str, rows: list[Row], verbose: bool) -> Table:
                 key[0] if first else "",
                 str(key[1]) if first else "",
                 each[0].kernel.strip("_").removesuffix("_kernel"),
-                each[0].arch if len(each) == 1 else f"{len(each)} architectures",
+                each[0].arch if len(each) == 1 else f"{len(each)} archs",
                 _span(row.code.registers for row in each),
                 _span(row.code.shared / 1024 for row in each),
                 _span(row.occupancy for row in judged),

@@ -23,7 +23,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwenkern import Config, Model
+from qwenkern import Config, Model, sources
 from qwenkern.benchmarks import results
 from qwenkern.benchmarks.run import _numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances
@@ -47,6 +47,22 @@ def theirs(model: Model, static: bool) -> Generate:
         settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
         settings |= {"cache_implementation": "static"} if static else {}
         return peer.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+
+    return generate
+
+
+def llama_cpp(file: Path, room: int) -> Generate:
+    """llama.cpp through its Python package, on the same GGUF file: it reads the quantised weights as they are, one
+    sequence after the other."""
+    from llama_cpp import Llama
+
+    engine = Llama(str(file), n_ctx=room, n_threads=torch.get_num_threads(), verbose=False)
+
+    def generate(prompts: list[list[int]], count: int) -> None:
+        for prompt in prompts:
+            tokens = engine.generate(prompt, temp=0.0, reset=True)
+            for _ in range(count):
+                next(tokens)
 
     return generate
 
@@ -148,7 +164,7 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after the first.")] = 32,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     layers: Annotated[int, typer.Option(help="Fewer layers than the size has; only with random weights.")] = 0,
-    peers: Annotated[str, typer.Option(help="Of transformers and compiled, with commas between them.")] = "",
+    peers: Annotated[str, typer.Option(help="Of transformers, compiled and llama.cpp, with commas between them.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
     """Time a whole model beside transformers."""
@@ -164,10 +180,21 @@ def main(
     else:
         loaded = Model.from_pretrained(model, device=place, dtype="bfloat16", cache_tokens=room)
     load, config = time.perf_counter() - started, loaded.config
-    chosen = peers.split(",") if peers else ["transformers"] + (["compiled"] if place.type == "cuda" else [])
+    file = None if model.lower() in FAMILY else sources.resolve(model)
+    makers: dict[str, Callable[[], Generate]] = {
+        "transformers": lambda: theirs(loaded, static=False),
+        "compiled": lambda: theirs(loaded, static=True),
+        "llama.cpp": lambda: llama_cpp(file, room),
+    }
+    chosen = peers.split(",") if peers else ["transformers", "compiled" if place.type == "cuda" else "llama.cpp"]
+    if unknown := set(chosen) - set(makers):
+        raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(makers)}", param_hint="--peers")
     engines: dict[str, Generate] = {"qwenkern": ours(loaded)}
-    with contextlib.suppress(ImportError):
-        engines |= {name: theirs(loaded, static=name == "compiled") for name in chosen}
+    for name in chosen:
+        if name == "llama.cpp" and (file is None or file.suffix != ".gguf"):
+            continue  # it has no weights to read
+        with contextlib.suppress(ImportError):
+            engines[name] = makers[name]()
     limits, console = ceilings(place), Console(width=None if Console().is_terminal else 140)
     table = Table(title=f"{model}, bfloat16, copy {limits.copy / 1e9:.0f} GB/s", title_justify="left")
     for heading in (

@@ -94,6 +94,19 @@ def _flex(case: Case) -> Function | None:
     return prefill
 
 
+def _flash_attn(case: Case) -> Function | None:
+    """FlashAttention over the pages in their order, without looking them up."""
+    from flash_attn import flash_attn_func
+
+    def prefill(
+        q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float
+    ) -> Tensor:
+        k, v = (pages.flatten(0, 1)[: len(q)][None] for pages in (k_pages, v_pages))
+        return flash_attn_func(q[None], k, v, softmax_scale=scale, causal=True)[0]
+
+    return prefill if case.op == "prefill_attention" else None
+
+
 def _transformers(case: Case) -> Function | None:
     """Its own modules' functions, in eager mode."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
@@ -153,6 +166,7 @@ PROVIDERS = [
     Provider("library", _library, same=False),
     Provider("sdpa", _sdpa, same=False),
     Provider("flex", _flex, same=False, gpu_only=True),
+    Provider("flash-attn", _flash_attn, same=False, gpu_only=True),
     Provider("transformers", _transformers),
     Provider("liger", _liger),
     Provider("flashinfer", _flashinfer),

@@ -32,7 +32,6 @@ from qwenkern.kernels import reference, tuning
 # The rule of tests/tolerances.py: how many times as much as torch in the same dtype a result may err, at most and in
 # root mean square, beside two roundings and half a rounding of the largest value.
 ERROR_RATIO, RMS_RATIO = 2.0, 1.5
-DEFAULT = ("qwenkern", "eager", "compile", "library", "sdpa", "flex", "transformers", "liger", "flashinfer", "quack")
 
 
 def measure(
@@ -132,8 +131,8 @@ def _floats(outs: Any) -> list[torch.Tensor]:
 def _providers(names: list[str]) -> list[Provider]:
     """By name; "qwenkern:FOLDER" is our kernels with the tuned configurations of a folder."""
     known = {provider.name: provider for provider in PROVIDERS}
-    chosen = []
-    for name in names:
+    chosen: list[Provider] = []
+    for name in names or known:
         base, _, folder = name.partition(":")
         if base not in known or (folder and base != "qwenkern"):
             raise typer.BadParameter(f"{name!r}: not among {', '.join(known)} and qwenkern:FOLDER")
@@ -251,7 +250,9 @@ def main(
     context: Annotated[str, typer.Option(help="Cached tokens of a sequence in decode_attention.")] = "8192",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    provider: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(DEFAULT),
+    provider: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(
+        each.name for each in PROVIDERS
+    ),
     side_a: Annotated[str, typer.Option(help="Two providers alone, the ratio being B's time over A's.")] = "",
     side_b: Annotated[str, typer.Option(help="The other one.")] = "",
     seconds: Annotated[float, typer.Option(help="For each case and size.")] = 1.0,
@@ -266,7 +267,7 @@ def main(
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"{dtype!r}: expected bfloat16, float16 or float32")
     Config.from_name(model)
-    providers = _providers([side_a, side_b] if side_a else provider.split(","))
+    providers = _providers([side_a, side_b] if side_a else [name for name in provider.split(",") if name])
     cases, contexts = _cases(op), _numbers(context)
     chosen_tokens = _numbers(tokens) if tokens else None
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))

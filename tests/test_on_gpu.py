@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,30 @@ def test_a_peer_that_fails_is_reported(monkeypatch):
     assert found["peer"] == {"error": "RuntimeError: out of memory"}
     assert found["qwenkern"]["tokens_per_second"] > 0
     assert [(len(prompts), len(prompts[0]), count) for prompts, count in calls] == [(2, 3, 1), (2, 3, 5)] * 3
+
+
+def test_llama_cpp_takes_part_where_it_is_installed(monkeypatch, tmp_path):
+    """Its package stood in for by what is used of it."""
+    asked = []
+
+    class Llama:
+        def __init__(self, model_path, n_ctx, n_threads, verbose):
+            asked.append((model_path, n_ctx))
+
+        def generate(self, tokens, temp, reset):
+            asked.append(list(tokens))
+            yield from range(100)
+
+    monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
+    engine = end_to_end.llama_cpp(tmp_path / "model.gguf", 64)
+    engine([[1, 2], [3]], 5)
+    assert asked == [(str(tmp_path / "model.gguf"), 64), [1, 2], [3]]
+
+
+def test_unknown_peers_are_named():
+    done = CliRunner().invoke(app, ["--model", "qwen2.5-0.5b", "--layers", "1", "--peers", "vllm"])
+    assert done.exit_code == 2
+    assert "vllm: not among transformers, compiled, llama.cpp" in " ".join(done.output.replace("│", " ").split())
 
 
 def test_end_to_end_of_random_weights(tmp_path):
