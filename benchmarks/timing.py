@@ -44,20 +44,23 @@ class Spread:
 
 def side_by_side(calls: dict[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
     """Seconds a call of each function, read in turns for about so long altogether. Readings of one round belong
-    together, so ratios are taken within it."""
-    readers = {name: (_gpu_reader if device.type == "cuda" else _cpu_reader)(each) for name, each in calls.items()}
+    together, so ratios are taken within it. Another one begins each round, so that none always finds the caches as the
+    same one left them."""
+    make = _gpu_reader if device.type == "cuda" else _cpu_reader
+    readers = {name: make(each, index / len(calls)) for index, (name, each) in enumerate(calls.items())}
     for read in readers.values():
         read()
     readings: dict[str, list[float]] = {name: [] for name in calls}
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(readings.values()))) < 3:
-        for name, read in readers.items():
-            readings[name].append(read())
+    end, order = time.perf_counter() + seconds, list(readers)
+    while time.perf_counter() < end or len(readings[order[0]]) < 3:
+        for name in order:
+            readings[name].append(readers[name]())
+        order.append(order.pop(0))
     return readings
 
 
-def _cpu_reader(calls: Calls) -> Callable[[], float]:
-    turn = 0
+def _cpu_reader(calls: Calls, share: float) -> Callable[[], float]:
+    turn = int(share * len(calls))  # no two functions are on the same set of inputs at a time
 
     def read() -> float:
         nonlocal turn
@@ -69,7 +72,7 @@ def _cpu_reader(calls: Calls) -> Callable[[], float]:
     return read
 
 
-def _gpu_reader(calls: Calls) -> Callable[[], float]:
+def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
     def run() -> None:
         for call in calls:
             call()

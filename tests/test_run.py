@@ -176,8 +176,16 @@ def test_functions_are_read_in_turns():
     readings = timing.side_by_side(
         {"a": [lambda: order.append("a")], "b": [lambda: order.append("b")]}, torch.device("cpu"), 0.0
     )
-    assert order == ["a", "b"] * (1 + len(readings["a"]))
+    assert "".join(order) == "ab" + "abbaab"
     assert len(readings["a"]) == len(readings["b"]) == 3
+
+
+def test_no_two_functions_are_on_the_same_inputs():
+    seen = []
+    calls = {name: [lambda at=at, name=name: seen.append((name, at)) for at in range(4)] for name in "ab"}
+    timing.side_by_side(calls, torch.device("cpu"), 0.0)
+    rounds = [sorted(seen[at : at + 2]) for at in range(0, len(seen), 2)]
+    assert all(first[1] != second[1] for first, second in rounds)
 
 
 def test_inputs_exceed_the_cache():
