@@ -24,7 +24,7 @@ results: $(READY)  ## the tables of README.md and docs/performance.md, from benc
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build .benchmarks *.egg-info .pytest_cache .ruff_cache .hypothesis
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

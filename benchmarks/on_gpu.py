@@ -42,7 +42,18 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
     chosen = [
         Part(
             "correctness",
-            [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", str(ROOT / "pyproject.toml")]
+            [
+                python,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "-p",
+                "no:benchmark",
+                "-c",
+                str(ROOT / "pyproject.toml"),
+            ]
             + ([str(tests / "test_rms_norm.py"), "-k", "small_values"] if dry else ["-m", "gpu", *kernel_tests()]),
             240,
             interpreted=True,
