@@ -49,7 +49,7 @@ setup(
         "qwenkern.kernels",
         "qwenkern.benchmarks",
     ],
-    package_data={"qwenkern": ["py.typed"], "qwenkern.kernels": ["tuned/*/*.json"]},
+    package_data={"qwenkern": ["py.typed"], "qwenkern.kernels": ["cpu.c", "tuned/*/*.json"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qwenkern = qwenkern.cli:main"]},

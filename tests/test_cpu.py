@@ -1,0 +1,88 @@
+"""The linears in C against float64 and against torch in the same dtype."""
+
+import pytest
+import torch
+from tolerances import assert_as_close_as
+
+from qwenkern.kernels import cpu, reference
+
+EPS = 1e-6
+
+
+@pytest.fixture(autouse=True)
+def in_c(monkeypatch):
+    monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
+    cpu._library.cache_clear()
+    assert cpu._library() is not None
+    yield
+    cpu._library.cache_clear()
+
+
+def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+@pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
+@pytest.mark.parametrize("n, k", [(1, 16), (7, 32), (1152, 896), (896, 4864), (130, 2048)])
+def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
+    x, residual, norm = tensor(tokens, k, seed=0), tensor(tokens, k, seed=1), tensor(k, seed=2)
+    w, up = tensor(n, k, seed=3, scale=k**-0.5), tensor(n, k, seed=4, scale=k**-0.5)
+    bias, addend = tensor(n, seed=5), tensor(tokens, n, seed=6)
+
+    def compare(call, expected, *args):
+        out = call()
+        truth = expected(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+        assert_as_close_as(out, expected(*args), truth)
+
+    compare(lambda: cpu.few_tokens(x, w, bias=bias, addend=addend)[0], reference.linear, x, w, bias, addend)
+    normed = {"residual": residual, "norm_weight": norm, "eps": EPS}
+    compare(
+        lambda: cpu.few_tokens(x, w, bias=bias, **normed)[0],
+        lambda *args: reference.norm_linear(*args)[0],
+        *(x, residual, norm, EPS, w, bias),
+    )
+    compare(
+        lambda: cpu.few_tokens(x, w, up=up, **normed)[0],
+        lambda *args: reference.norm_swiglu_linear(*args)[0],
+        *(x, residual, norm, EPS, torch.cat((w, up))),
+    )
+    compare(
+        lambda: cpu.few_tokens(x, w, out_dtype=torch.float32, **normed)[0],
+        reference.lm_head,
+        *(x, residual, norm, EPS, w),
+    )
+    assert torch.equal(cpu.few_tokens(x, w, **normed)[1], residual + x)
+    assert cpu.few_tokens(x, w)[1] is x
+
+
+def test_a_tokens_bits_depend_on_neither_batch_nor_threads() -> None:
+    x, w = tensor(cpu.MAX_TOKENS, 896, seed=0), tensor(131, 896, seed=1)
+    together = cpu.few_tokens(x, w)[0]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for row in range(len(x)):
+            assert torch.equal(cpu.few_tokens(x[row : row + 1], w)[0][0], together[row])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_rows_may_have_any_stride() -> None:
+    x, w = tensor(3, 200, seed=0)[:, :64], tensor(9, 100, seed=1)[:, :64]
+    assert torch.equal(cpu.few_tokens(x, w)[0], cpu.few_tokens(x.contiguous(), w.contiguous())[0])
+
+
+def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
+    assert cpu.takes(tensor(1, 32, seed=0))
+    for other in (tensor(1, 24, seed=0), tensor(cpu.MAX_TOKENS + 1, 32, seed=0), torch.zeros(1, 32)):
+        assert not cpu.takes(other)
+    monkeypatch.setenv("QWENKERN_KERNELS", "reference")
+    assert not cpu.takes(tensor(1, 32, seed=0))
+
+
+def test_a_missing_compiler_is_said_once_and_torch_runs(monkeypatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler")
+    cpu._library.cache_clear()
+    with pytest.warns(UserWarning, match="no C compiler could build cpu.c"):
+        assert not cpu.takes(tensor(1, 32, seed=0))
+    assert not cpu.takes(tensor(1, 32, seed=0))
