@@ -23,7 +23,7 @@ def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
-@pytest.mark.parametrize("n, k", [(1, 16), (7, 32), (1152, 896), (896, 4864), (130, 2048)])
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (7, 32), (1152, 896), (896, 4864), (130, 2048)])
 def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
     x, residual, norm = tensor(tokens, k, seed=0), tensor(tokens, k, seed=1), tensor(k, seed=2)
     w, up = tensor(n, k, seed=3, scale=k**-0.5), tensor(n, k, seed=4, scale=k**-0.5)
