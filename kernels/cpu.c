@@ -7,12 +7,14 @@
 #include <stdint.h>
 #include <string.h>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 #define LANES 16
-#define ROWS 4
-#define AHEAD 1 /* blocks of rows */
+#define MAX_TOKENS 16
 typedef uint16_t bf16;
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float float8 __attribute__((vector_size(32)));
 typedef float float4 __attribute__((vector_size(16)));
@@ -33,11 +35,20 @@ static inline bf16 narrow(float x) { /* to the nearest, ties to even */
 
 static inline float rounded(float x) { return widen(narrow(x)); }
 
-static inline floats load_wide(const bf16 *from) {
-    halves narrow_values;
-    memcpy(&narrow_values, from, sizeof narrow_values);
-    words bits = __builtin_convertvector(narrow_values, words) << 16;
-    return (floats)bits;
+static inline pairs load_pairs(const bf16 *from) {
+    pairs values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+/* sums[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] */
+static inline floats add_products(floats sums, pairs a, pairs b) {
+#ifdef __AVX512BF16__
+    return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+#else
+    sums += (floats)(a << 16) * (floats)(b << 16);
+    return sums + (floats)(a & 0xFFFF0000) * (floats)(b & 0xFFFF0000);
+#endif
 }
 
 static inline floats load(const float *from) {
@@ -56,53 +67,56 @@ static inline float sum(floats x) { /* halves, so that it stays in vector regist
     return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
-/* ROWS rows of w times TOKENS rows of x [.., K]: out[token][row] */
-#define DEFINE_DOTS(TOKENS)                                                                                  \
-    static inline void dots_##TOKENS(float out[][ROWS], const float *x, const bf16 *const w[ROWS], long K,   \
-                                     long ahead) {                                                           \
-        floats sums[TOKENS][ROWS] = {0};                                                                     \
-        for (long k = 0; k < K; k += LANES) {                                                                \
-            floats weights[ROWS];                                                                            \
-            for (int row = 0; row < ROWS; row++) weights[row] = load_wide(w[row] + k);                       \
-            if (k % 32 == 0) /* a cache line: rows are short, and the processor's own prefetch ends with them */ \
-                for (int row = 0; row < ROWS; row++) __builtin_prefetch(w[row] + k + ahead);                 \
-            for (int token = 0; token < TOKENS; token++) {                                                   \
-                floats values = load(x + token * K + k);                                                     \
-                for (int row = 0; row < ROWS; row++) sums[token][row] += values * weights[row];              \
-            }                                                                                                \
+/* One row of w [K] times COUNT rows of x [COUNT, K], as two sums of 32 values each that alternate. One row at a time, so
+ * that a thread reads memory from front to back: rows side by side halve what the processor fetches ahead. */
+#define DEFINE_DOTS(COUNT)                                                                                   \
+    static inline void dots_##COUNT(float *out, long out_stride, const bf16 *x, const bf16 *w, long K) {       \
+        floats even[COUNT] = {0}, odd[COUNT] = {0};                                                          \
+        for (long k = 0; k < K; k += 2 * LANES) {                                                            \
+            pairs weights = load_pairs(w + k);                                                               \
+            for (int i = 0; i < COUNT; i++) even[i] = add_products(even[i], weights, load_pairs(x + i * K + k)); \
+            k += 2 * LANES;                                                                                  \
+            if (k == K) break;                                                                               \
+            weights = load_pairs(w + k);                                                                     \
+            for (int i = 0; i < COUNT; i++) odd[i] = add_products(odd[i], weights, load_pairs(x + i * K + k)); \
         }                                                                                                    \
-        for (int token = 0; token < TOKENS; token++)                                                         \
-            for (int row = 0; row < ROWS; row++) out[token][row] = sum(sums[token][row]);                    \
+        for (int i = 0; i < COUNT; i++) out[i * out_stride] = sum(even[i] + odd[i]);                         \
     }
+DEFINE_DOTS(8)
 DEFINE_DOTS(4)
 DEFINE_DOTS(2)
 DEFINE_DOTS(1)
 
-static void dots(float out[][ROWS], const float *x, const bf16 *w, long row, long N, long row_stride, long T, long K) {
-    const bf16 *rows[ROWS]; /* the last block repeats its last row: nothing beyond the weights is read */
-    for (int i = 0; i < ROWS; i++) rows[i] = w + (row + i < N ? row + i : N - 1) * row_stride;
-    long token = 0;
-    for (; token + 4 <= T; token += 4) dots_4(out + token, x + token * K, rows, K, AHEAD * ROWS * row_stride);
-    for (; token + 2 <= T; token += 2) dots_2(out + token, x + token * K, rows, K, AHEAD * ROWS * row_stride);
-    for (; token < T; token++) dots_1(out + token, x + token * K, rows, K, AHEAD * ROWS * row_stride);
+static inline void dots(float *out, long out_stride, const bf16 *x, const bf16 *w, long count, long K) {
+    long i = 0;
+    for (; i + 8 <= count; i += 8) dots_8(out + i * out_stride, out_stride, x + i * K, w, K);
+    for (; i + 4 <= count; i += 4) dots_4(out + i * out_stride, out_stride, x + i * K, w, K);
+    for (; i + 2 <= count; i += 2) dots_2(out + i * out_stride, out_stride, x + i * K, w, K);
+    for (; i < count; i++) dots_1(out + i * out_stride, out_stride, x + i * K, w, K);
 }
 
-/* One token's row [K]: widened, or with norm_weight added to the residual and normalised */
-static void prepare(float *wide, bf16 *new_residual, const bf16 *x, const bf16 *residual, const bf16 *norm_weight,
-                    float eps, long K) {
-    for (long k = 0; k < K; k++) wide[k] = residual ? rounded(widen(residual[k]) + widen(x[k])) : widen(x[k]);
-    if (new_residual)
-        for (long k = 0; k < K; k++) new_residual[k] = narrow(wide[k]);
-    if (!norm_weight) return;
+/* One token's row [K], added to the residual and normalised */
+static void normalise(bf16 *normed, bf16 *new_residual, const bf16 *x, const bf16 *residual, const bf16 *norm_weight,
+                      float eps, long K) {
     floats squares = {0};
-    for (long k = 0; k < K; k += LANES) squares += load(wide + k) * load(wide + k);
+    for (long k = 0; k < K; k += LANES) {
+        float wide[LANES];
+        for (int i = 0; i < LANES; i++) {
+            bf16 value = residual ? narrow(widen(residual[k + i]) + widen(x[k + i])) : x[k + i];
+            if (new_residual) new_residual[k + i] = value;
+            wide[i] = widen(value);
+        }
+        squares += load(wide) * load(wide);
+    }
+    const bf16 *from = new_residual ? new_residual : x;
     float scale = 1.0f / sqrtf(sum(squares) / K + eps);
-    for (long k = 0; k < K; k++) wide[k] = rounded(rounded(wide[k] * scale) * widen(norm_weight[k]));
+    for (long k = 0; k < K; k++) normed[k] = narrow(rounded(widen(from[k]) * scale) * widen(norm_weight[k]));
 }
 
-/* T up to 16 and K a multiple of 16. Absent: residual, new_residual, norm_weight, up, bias and addend may be null.
- * x, residual, addend, w and up have rows of any stride; out [T, N], new_residual [T, K], wide [T, K] are dense. */
-void few_tokens(void *out, bf16 *new_residual, float *wide, const bf16 *x, const bf16 *residual,
+/* T up to MAX_TOKENS and K a multiple of 32. May be null: residual and new_residual, norm_weight, up, bias, addend.
+ * x, residual, addend, w and up have rows of any stride; out [T, N], new_residual [T, K], rows [T, K] are dense.
+ * Without a norm, rows is x made dense. */
+void few_tokens(void *out, bf16 *new_residual, bf16 *rows, const bf16 *x, const bf16 *residual,
                 const bf16 *norm_weight, const bf16 *w, const bf16 *up, const bf16 *bias, const bf16 *addend, long T,
                 long N, long K, long x_stride, long residual_stride, long row_stride, long addend_stride, float eps,
                 int out_is_float, int threads) {
@@ -110,24 +124,25 @@ void few_tokens(void *out, bf16 *new_residual, float *wide, const bf16 *x, const
     {
 #pragma omp for
         for (long token = 0; token < T; token++)
-            prepare(wide + token * K, new_residual ? new_residual + token * K : 0, x + token * x_stride,
-                    residual ? residual + token * residual_stride : 0, norm_weight, eps, K);
-#pragma omp for
-        for (long block = 0; block < (N + ROWS - 1) / ROWS; block++) {
-            float sums[16][ROWS], ups[16][ROWS];
-            dots(sums, wide, w, block * ROWS, N, row_stride, T, K);
-            if (up) dots(ups, wide, up, block * ROWS, N, row_stride, T, K);
-            for (long token = 0; token < T; token++)
-                for (long row = block * ROWS; row < N && row < (block + 1) * ROWS; row++) {
-                    float value = sums[token][row % ROWS] + (bias ? widen(bias[row]) : 0);
-                    if (up) {
-                        value = rounded(value);
-                        value = rounded(value / (1 + expf(-value))) * rounded(ups[token][row % ROWS]);
-                    }
-                    if (addend) value = rounded(value) + widen(addend[token * addend_stride + row]);
-                    if (out_is_float) ((float *)out)[token * N + row] = value;
-                    else ((bf16 *)out)[token * N + row] = narrow(value);
+            if (norm_weight)
+                normalise(rows + token * K, new_residual ? new_residual + token * K : 0, x + token * x_stride,
+                          residual ? residual + token * residual_stride : 0, norm_weight, eps, K);
+            else memcpy(rows + token * K, x + token * x_stride, K * sizeof *x);
+#pragma omp for schedule(static)
+        for (long row = 0; row < N; row++) {
+            float sums[MAX_TOKENS], ups[MAX_TOKENS];
+            dots(sums, 1, rows, w + row * row_stride, T, K);
+            if (up) dots(ups, 1, rows, up + row * row_stride, T, K);
+            for (long token = 0; token < T; token++) {
+                float value = sums[token] + (bias ? widen(bias[row]) : 0);
+                if (up) {
+                    value = rounded(value);
+                    value = rounded(value / (1 + expf(-value))) * rounded(ups[token]);
                 }
+                if (addend) value = rounded(value) + widen(addend[token * addend_stride + row]);
+                if (out_is_float) ((float *)out)[token * N + row] = value;
+                else ((bf16 *)out)[token * N + row] = narrow(value);
+            }
         }
     }
 }

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-MAX_TOKENS = 4  # above, torch streams the weights faster
-LANES = 16
+MAX_TOKENS = 16
+LANES = 32
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
 
@@ -60,9 +60,9 @@ def few_tokens(
     n = len(weight)
     out = x.new_empty(num_tokens, n, dtype=out_dtype)
     new_residual = None if residual is None else x.new_empty(num_tokens, k)
-    wide = x.new_empty(num_tokens, k, dtype=torch.float32)
+    rows = x.new_empty(num_tokens, k)
     _library()(
-        *(None if t is None else t.data_ptr() for t in (out, new_residual, wide, x, residual)),
+        *(None if t is None else t.data_ptr() for t in (out, new_residual, rows, x, residual)),
         *(None if t is None else t.data_ptr() for t in (norm_weight, weight, up, bias, addend)),
         *(num_tokens, n, k, x.stride(0), 0 if residual is None else residual.stride(0), weight.stride(0)),
         0 if addend is None else addend.stride(0),
@@ -91,7 +91,7 @@ def _build() -> Path:
     """Compiles cpu.c, once for each version of it, compiler and processor. CC chooses the compiler."""
     compiler = shlex.split(os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc"))
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\0".join((_SOURCE.read_text(), *_FLAGS, version, _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256("\0".join((_SOURCE.read_text(), *_FLAGS, *compiler, version, _processor())).encode()).hexdigest()[:16]
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("QWENKERN_CACHE") or Path(shared, "qwenkern")).expanduser() / "compiled"
     built = cache / f"cpu-{key}.so"
