@@ -1,8 +1,8 @@
 /* Linears of few tokens on a CPU, behind an optional add + RMSNorm and before an optional SwiGLU: what reads the weights
  * in a decode step. bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds.
  *
- * Weights [N, K] are read once, ROWS rows at a time, for all tokens. A sum over K has 16 lanes, added in a fixed order,
- * so a token's bits depend neither on its batch nor on the number of threads. GNU vectors: AVX-512, AVX2 or NEON alike. */
+ * Weights [N, K] are read once for all tokens. A sum over K has its lanes and its order fixed, so a token's bits depend
+ * neither on its batch nor on the number of threads. GNU vectors: AVX-512, AVX2 or NEON alike. */
 #include <math.h>
 #include <stdint.h>
 #include <string.h>
@@ -12,6 +12,9 @@
 #endif
 
 #define LANES 16
+#define STEP (2 * LANES)
+#define BLOCK 4 /* rows of w */
+#define L1_VALUES 8192 /* of x, half of a cache of 32 KiB */
 #define MAX_TOKENS 16
 typedef uint16_t bf16;
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
@@ -67,32 +70,45 @@ static inline float sum(floats x) { /* halves, so that it stays in vector regist
     return (fours[0][0] + fours[0][2]) + (fours[0][1] + fours[0][3]);
 }
 
-/* One row of w [K] times COUNT rows of x [COUNT, K], as two sums of 32 values each that alternate. One row at a time, so
- * that a thread reads memory from front to back: rows side by side halve what the processor fetches ahead. */
-#define DEFINE_DOTS(COUNT)                                                                                   \
-    static inline void dots_##COUNT(float *out, long out_stride, const bf16 *x, const bf16 *w, long K) {       \
-        floats even[COUNT] = {0}, odd[COUNT] = {0};                                                          \
-        for (long k = 0; k < K; k += 2 * LANES) {                                                            \
-            pairs weights = load_pairs(w + k);                                                               \
-            for (int i = 0; i < COUNT; i++) even[i] = add_products(even[i], weights, load_pairs(x + i * K + k)); \
-            k += 2 * LANES;                                                                                  \
-            if (k == K) break;                                                                               \
-            weights = load_pairs(w + k);                                                                     \
-            for (int i = 0; i < COUNT; i++) odd[i] = add_products(odd[i], weights, load_pairs(x + i * K + k)); \
-        }                                                                                                    \
-        for (int i = 0; i < COUNT; i++) out[i * out_stride] = sum(even[i] + odd[i]);                         \
+/* ROWS rows of w times COUNT rows of x, out[token][row]: a sum is two sums of 32 values each that alternate */
+#define DEFINE_DOTS(ROWS, COUNT)                                                                                 \
+    static void dots_##ROWS##_##COUNT(float *out, const bf16 *x, const bf16 *w, long w_stride, long K) {         \
+        floats sums[2][COUNT][ROWS] = {0};                                                                       \
+        for (long k = 0; k < K; k += 2 * STEP)                                                                   \
+            for (int half = 0; half < 2 && k + half * STEP < K; half++) {                                        \
+                pairs weights[ROWS];                                                                             \
+                for (int row = 0; row < ROWS; row++) weights[row] = load_pairs(w + row * w_stride + k + half * STEP); \
+                for (int i = 0; i < COUNT; i++) {                                                                \
+                    pairs values = load_pairs(x + i * K + k + half * STEP);                                      \
+                    for (int row = 0; row < ROWS; row++)                                                         \
+                        sums[half][i][row] = add_products(sums[half][i][row], weights[row], values);             \
+                }                                                                                                \
+            }                                                                                                    \
+        for (int i = 0; i < COUNT; i++)                                                                          \
+            for (int row = 0; row < ROWS; row++) out[i * BLOCK + row] = sum(sums[0][i][row] + sums[1][i][row]);  \
     }
-DEFINE_DOTS(8)
-DEFINE_DOTS(4)
-DEFINE_DOTS(2)
-DEFINE_DOTS(1)
+DEFINE_DOTS(4, 2)
+DEFINE_DOTS(4, 1)
+DEFINE_DOTS(1, 8)
+DEFINE_DOTS(1, 4)
+DEFINE_DOTS(1, 2)
+DEFINE_DOTS(1, 1)
 
-static inline void dots(float *out, long out_stride, const bf16 *x, const bf16 *w, long count, long K) {
+/* Up to BLOCK rows of w [.., K] times x [count, K]: out [count, BLOCK]. Rows side by side use what is loaded of x more
+ * often, and halve what the processor fetches ahead where they are short: that pays once x does not fit the L1 cache. */
+static void dots(float *out, const bf16 *x, const bf16 *w, long rows, long w_stride, long count, long K) {
     long i = 0;
-    for (; i + 8 <= count; i += 8) dots_8(out + i * out_stride, out_stride, x + i * K, w, K);
-    for (; i + 4 <= count; i += 4) dots_4(out + i * out_stride, out_stride, x + i * K, w, K);
-    for (; i + 2 <= count; i += 2) dots_2(out + i * out_stride, out_stride, x + i * K, w, K);
-    for (; i < count; i++) dots_1(out + i * out_stride, out_stride, x + i * K, w, K);
+    if (rows == BLOCK && count * K > L1_VALUES) {
+        for (; i + 2 <= count; i += 2) dots_4_2(out + i * BLOCK, x + i * K, w, w_stride, K);
+        if (i < count) dots_4_1(out + i * BLOCK, x + i * K, w, w_stride, K);
+        return;
+    }
+    for (long row = 0; row < rows; row++, w += w_stride, out++) {
+        for (i = 0; i + 8 <= count; i += 8) dots_1_8(out + i * BLOCK, x + i * K, w, w_stride, K);
+        for (; i + 4 <= count; i += 4) dots_1_4(out + i * BLOCK, x + i * K, w, w_stride, K);
+        for (; i + 2 <= count; i += 2) dots_1_2(out + i * BLOCK, x + i * K, w, w_stride, K);
+        for (; i < count; i++) dots_1_1(out + i * BLOCK, x + i * K, w, w_stride, K);
+    }
 }
 
 /* One token's row [K], added to the residual and normalised */
@@ -129,20 +145,23 @@ void few_tokens(void *out, bf16 *new_residual, bf16 *rows, const bf16 *x, const 
                           residual ? residual + token * residual_stride : 0, norm_weight, eps, K);
             else memcpy(rows + token * K, x + token * x_stride, K * sizeof *x);
 #pragma omp for schedule(static)
-        for (long row = 0; row < N; row++) {
-            float sums[MAX_TOKENS], ups[MAX_TOKENS];
-            dots(sums, 1, rows, w + row * row_stride, T, K);
-            if (up) dots(ups, 1, rows, up + row * row_stride, T, K);
-            for (long token = 0; token < T; token++) {
-                float value = sums[token] + (bias ? widen(bias[row]) : 0);
-                if (up) {
-                    value = rounded(value);
-                    value = rounded(value / (1 + expf(-value))) * rounded(ups[token]);
+        for (long first = 0; first < N; first += BLOCK) {
+            float sums[MAX_TOKENS][BLOCK], ups[MAX_TOKENS][BLOCK];
+            long count = N - first < BLOCK ? N - first : BLOCK;
+            dots(sums[0], rows, w + first * row_stride, count, row_stride, T, K);
+            if (up) dots(ups[0], rows, up + first * row_stride, count, row_stride, T, K);
+            for (long token = 0; token < T; token++)
+                for (long i = 0; i < count; i++) {
+                    long row = first + i;
+                    float value = sums[token][i] + (bias ? widen(bias[row]) : 0);
+                    if (up) {
+                        value = rounded(value);
+                        value = rounded(value / (1 + expf(-value))) * rounded(ups[token][i]);
+                    }
+                    if (addend) value = rounded(value) + widen(addend[token * addend_stride + row]);
+                    if (out_is_float) ((float *)out)[token * N + row] = value;
+                    else ((bf16 *)out)[token * N + row] = narrow(value);
                 }
-                if (addend) value = rounded(value) + widen(addend[token * addend_stride + row]);
-                if (out_is_float) ((float *)out)[token * N + row] = value;
-                else ((bf16 *)out)[token * N + row] = narrow(value);
-            }
         }
     }
 }

@@ -91,7 +91,9 @@ def _build() -> Path:
     """Compiles cpu.c, once for each version of it, compiler and processor. CC chooses the compiler."""
     compiler = shlex.split(os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc"))
     version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    key = hashlib.sha256("\0".join((_SOURCE.read_text(), *_FLAGS, *compiler, version, _processor())).encode()).hexdigest()[:16]
+    key = hashlib.sha256(
+        "\0".join((_SOURCE.read_text(), *_FLAGS, *compiler, version, _processor())).encode()
+    ).hexdigest()[:16]
     shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     cache = Path(os.environ.get("QWENKERN_CACHE") or Path(shared, "qwenkern")).expanduser() / "compiled"
     built = cache / f"cpu-{key}.so"

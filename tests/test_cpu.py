@@ -1,5 +1,7 @@
 """The linears in C against float64 and against torch in the same dtype."""
 
+import platform
+
 import pytest
 import torch
 from tolerances import assert_as_close_as
@@ -23,7 +25,7 @@ def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
-@pytest.mark.parametrize(("n", "k"), [(1, 16), (7, 32), (1152, 896), (896, 4864), (130, 2048)])
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (7, 64), (1152, 896), (130, 4864), (131, 2048)])
 def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
     x, residual, norm = tensor(tokens, k, seed=0), tensor(tokens, k, seed=1), tensor(k, seed=2)
     w, up = tensor(n, k, seed=3, scale=k**-0.5), tensor(n, k, seed=4, scale=k**-0.5)
@@ -55,8 +57,9 @@ def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int)
     assert cpu.few_tokens(x, w)[1] is x
 
 
-def test_a_tokens_bits_depend_on_neither_batch_nor_threads() -> None:
-    x, w = tensor(cpu.MAX_TOKENS, 896, seed=0), tensor(131, 896, seed=1)
+@pytest.mark.parametrize("k", [96, 896, 4864])
+def test_a_tokens_bits_depend_on_neither_batch_nor_threads(k: int) -> None:
+    x, w = tensor(cpu.MAX_TOKENS, k, seed=0), tensor(131, k, seed=1)
     together = cpu.few_tokens(x, w)[0]
     threads = torch.get_num_threads()
     try:
@@ -70,6 +73,13 @@ def test_a_tokens_bits_depend_on_neither_batch_nor_threads() -> None:
 def test_rows_may_have_any_stride() -> None:
     x, w = tensor(3, 200, seed=0)[:, :64], tensor(9, 100, seed=1)[:, :64]
     assert torch.equal(cpu.few_tokens(x, w)[0], cpu.few_tokens(x.contiguous(), w.contiguous())[0])
+
+
+def test_processors_without_bfloat16_products_are_as_close(monkeypatch) -> None:
+    monkeypatch.setenv("CC", "gcc -mno-avx512bf16 -mno-avx512f" if platform.machine() == "x86_64" else "gcc")
+    cpu._library.cache_clear()
+    x, w = tensor(9, 4864, seed=0), tensor(131, 4864, seed=1)
+    assert_as_close_as(cpu.few_tokens(x, w)[0], reference.linear(x, w), reference.linear(x.double(), w.double()))
 
 
 def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
