@@ -1,5 +1,5 @@
-/* Linears of few tokens on a CPU, behind an optional add + RMSNorm and before an optional SwiGLU: what reads the weights
- * in a decode step. bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds.
+/* A decode step on a CPU: linears of few tokens, behind an optional add + RMSNorm and before an optional SwiGLU; rotary
+ * embedding and cache write; attention over the paged cache. bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds.
  *
  * Weights [N, K] are read once for all tokens. A sum over K has its lanes and its order fixed, so a token's bits depend
  * neither on its batch nor on the number of threads. GNU vectors: AVX-512, AVX2 or NEON alike. */
@@ -16,7 +16,11 @@
 #define BLOCK 4 /* rows of w */
 #define L1_VALUES 8192 /* of x, half of a cache of 32 KiB */
 #define MAX_TOKENS 16
+#define MAX_GROUP 16 /* query heads of a key-value head */
+#define MAX_HEAD 128
+#define SPLIT 256 /* tokens of a sequence that one thread attends to at a time */
 typedef uint16_t bf16;
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float float8 __attribute__((vector_size(32)));
@@ -52,6 +56,12 @@ static inline floats add_products(floats sums, pairs a, pairs b) {
     sums += (floats)(a << 16) * (floats)(b << 16);
     return sums + (floats)(a & 0xFFFF0000) * (floats)(b & 0xFFFF0000);
 #endif
+}
+
+static inline floats load_wide(const bf16 *from) {
+    halves values;
+    memcpy(&values, from, sizeof values);
+    return (floats)(__builtin_convertvector(values, pairs) << 16);
 }
 
 static inline floats load(const float *from) {
@@ -162,6 +172,108 @@ void few_tokens(void *out, bf16 *new_residual, bf16 *rows, const bf16 *x, const 
                     if (out_is_float) ((float *)out)[token * N + row] = value;
                     else ((bf16 *)out)[token * N + row] = narrow(value);
                 }
+        }
+    }
+}
+
+/* qkv [T, Hq + 2 Hkv, D], tokens of any stride: q rotated to q_out [T, Hq, D], k rotated and v to their slots */
+void rope_and_cache(bf16 *q_out, bf16 *k_pages, bf16 *v_pages, const bf16 *qkv, const int64_t *positions,
+                    const int64_t *slots, const float *cos_sin, long T, long Hq, long Hkv, long D, long qkv_stride) {
+    for (long token = 0; token < T; token++) {
+        const float *cosines = cos_sin + positions[token] * D, *sines = cosines + D / 2;
+        for (long head = 0; head < Hq + Hkv; head++) {
+            const bf16 *from = qkv + token * qkv_stride + head * D;
+            bf16 *to = head < Hq ? q_out + (token * Hq + head) * D : k_pages + (slots[token] * Hkv + head - Hq) * D;
+            for (long i = 0; i < D / 2; i++) {
+                float low = widen(from[i]), high = widen(from[i + D / 2]);
+                to[i] = narrow(low * cosines[i] - high * sines[i]);
+                to[i + D / 2] = narrow(high * cosines[i] + low * sines[i]);
+            }
+        }
+        memcpy(v_pages + slots[token] * Hkv * D, qkv + token * qkv_stride + (Hq + Hkv) * D, Hkv * D * sizeof *qkv);
+    }
+}
+
+/* exp(x) for x <= 0: 2^n times the Taylor series of exp around 0 on half of an octave */
+static inline floats exponential(floats x) {
+    pairs normal = (pairs)(x > -87.0f); /* all ones or zero; below, the result is subnormal: zero */
+    x = (floats)((pairs)x & normal);
+    floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer nearest is in the low bits */
+    floats n = shifted - 12582912.0f;
+    floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f; /* ln 2 in two parts */
+    floats series = r * (1.0f / 5040) + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = series * r + 1.0f;
+    series = series * r + 1.0f;
+    pairs power = ((pairs)shifted - 0x4B400000 + 127) << 23;
+    return (floats)((pairs)(series * (floats)power) & normal);
+}
+
+/* What SPLIT tokens of one sequence add for the G query heads of one key-value head: part [G, D + 2] holds the sum of
+ * exp(score - maximum) v, the sum of the exponentials, and the maximum */
+static void attend(float *part, const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *table, long start, long end,
+                   long page_size, long Hkv, long G, long D, float scale) {
+    float scores[MAX_GROUP][SPLIT] __attribute__((aligned(64)));
+    const bf16 *values[SPLIT];
+    for (long token = start; token < end; token++) {
+        long at = (table[token / page_size] * page_size + token % page_size) * Hkv * D;
+        float products[MAX_GROUP][BLOCK];
+        dots(products[0], q, k + at, 1, 0, G, D);
+        for (long g = 0; g < G; g++) scores[g][token - start] = products[g][0] * scale;
+        values[token - start] = v + at;
+    }
+    long count = end - start, padded = (count + LANES - 1) / LANES * LANES;
+    for (long g = 0; g < G; g++, part += D + 2) {
+        float maximum = scores[g][0];
+        for (long i = 1; i < count; i++) maximum = scores[g][i] > maximum ? scores[g][i] : maximum;
+        for (long i = count; i < padded; i++) scores[g][i] = -INFINITY;
+        floats total = {0}, sums[MAX_HEAD / LANES] = {0};
+        for (long i = 0; i < padded; i += LANES) {
+            floats weights = load(scores[g] + i);
+            weights = exponential(weights - maximum);
+            memcpy(scores[g] + i, &weights, sizeof weights);
+            total += weights;
+        }
+        for (long i = 0; i < count; i++)
+            for (long d = 0; d < D / LANES; d++) sums[d] += scores[g][i] * load_wide(values[i] + d * LANES);
+        memcpy(part, sums, D * sizeof *part);
+        part[D] = sum(total);
+        part[D + 1] = maximum;
+    }
+}
+
+/* One query token a sequence: out and q [S, Hkv G, D], q's sequences of any stride; pages [.., page_size, Hkv, D];
+ * parts [S, Hkv, splits, G, D + 2]. A split is SPLIT tokens whatever the batch, so company does not change a bit. */
+void decode_attention(bf16 *out, float *parts, const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *tables,
+                      const int32_t *lengths, long S, long splits, long page_size, long Hkv, long G, long D,
+                      long q_stride, long table_stride, float scale, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(dynamic)
+        for (long task = 0; task < S * Hkv * splits; task++) {
+            long split = task % splits, head = task / splits % Hkv, s = task / splits / Hkv;
+            long start = split * SPLIT, end = start + SPLIT < lengths[s] ? start + SPLIT : lengths[s];
+            if (start < end)
+                attend(parts + task * G * (D + 2), q + s * q_stride + head * G * D, k + head * D, v + head * D,
+                       tables + s * table_stride, start, end, page_size, Hkv, G, D, scale);
+        }
+#pragma omp for
+        for (long row = 0; row < S * Hkv * G; row++) {
+            long count = (lengths[row / (Hkv * G)] + SPLIT - 1) / SPLIT, stride = G * (D + 2);
+            const float *first = parts + row / G * splits * stride + row % G * (D + 2);
+            float maximum = -INFINITY, total = 0, sums[MAX_HEAD] = {0};
+            for (long i = 0; i < count; i++)
+                if (first[i * stride + D + 1] > maximum) maximum = first[i * stride + D + 1];
+            for (long i = 0; i < count; i++) {
+                const float *part = first + i * stride;
+                float weight = expf(part[D + 1] - maximum);
+                total += weight * part[D];
+                for (long d = 0; d < D; d++) sums[d] += weight * part[d];
+            }
+            for (long d = 0; d < D; d++) out[row * D + d] = narrow(sums[d] / total);
         }
     }
 }

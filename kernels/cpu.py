@@ -1,4 +1,4 @@
-"""Few-token linears on a CPU: cpu.c, compiled by the machine's own compiler at the first use and kept.
+"""A decode step's ops on a CPU: cpu.c, compiled by the machine's own compiler at the first use and kept.
 
 torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
 for a few tokens at once, without a second copy of them. Where no C compiler works, a warning says so once and the
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 MAX_TOKENS = 16
+MAX_GROUP = 16  # query heads of a key-value head
+SPLIT = 256  # cached tokens that a thread attends to at a time; all three as in cpu.c
 LANES = 32
 _SOURCE = Path(__file__).with_name("cpu.c")
 _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
@@ -30,14 +32,7 @@ _FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fop
 
 def takes(x: Tensor) -> bool:
     """Whether x [T, K] is of a kind that cpu.c takes, and cpu.c can be used here."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.bfloat16
-        and len(x) <= MAX_TOKENS
-        and x.shape[1] % LANES == 0
-        and os.environ.get("QWENKERN_KERNELS") != "reference"
-        and _library() is not None
-    )
+    return len(x) <= MAX_TOKENS and x.shape[1] % LANES == 0 and _usable(x)
 
 
 def few_tokens(
@@ -61,7 +56,7 @@ def few_tokens(
     out = x.new_empty(num_tokens, n, dtype=out_dtype)
     new_residual = None if residual is None else x.new_empty(num_tokens, k)
     rows = x.new_empty(num_tokens, k)
-    _library()(
+    _library().few_tokens(
         *(None if t is None else t.data_ptr() for t in (out, new_residual, rows, x, residual)),
         *(None if t is None else t.data_ptr() for t in (norm_weight, weight, up, bias, addend)),
         *(num_tokens, n, k, x.stride(0), 0 if residual is None else residual.stride(0), weight.stride(0)),
@@ -71,20 +66,72 @@ def few_tokens(
     return out, x if new_residual is None else new_residual
 
 
+def takes_heads(q: Tensor, k_pages: Tensor) -> bool:
+    """Whether q [.., Hq, D] over pages [.., Hkv, D] suits cpu.c; q may still be packed with k and v."""
+    num_kv_heads, head_dim = k_pages.shape[-2:]
+    group = q.shape[1] // num_kv_heads if q.dim() == 3 else 1
+    return head_dim in (32, 64, 96, 128) and group <= MAX_GROUP and _usable(q)
+
+
+def rope_and_cache(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+) -> Tensor:
+    """As the public op."""
+    num_kv_heads, head_dim = k_pages.shape[-2:]
+    q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    positions, slots = positions.long().contiguous(), slots.long().contiguous()
+    _library().rope_and_cache(
+        *(t.data_ptr() for t in (q, k_pages, v_pages, qkv, positions, slots, cos_sin)),
+        *(len(qkv), q.shape[1], num_kv_heads, head_dim, qkv.stride(0)),
+    )
+    return q
+
+
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    """As the public op. The cache is read where it lies."""
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    block_tables, lengths = block_tables.int().contiguous(), lengths.int().contiguous()
+    (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    splits = -(-int(lengths.max()) // SPLIT)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    parts = q.new_empty(num_sequences, num_q_heads, splits, head_dim + 2, dtype=torch.float32)
+    _library().decode_attention(
+        *(t.data_ptr() for t in (out, parts, q, k_pages, v_pages, block_tables, lengths)),
+        *(num_sequences, splits, page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
+        *(q.stride(0), block_tables.stride(0), scale, torch.get_num_threads()),
+    )
+    return out
+
+
+def _usable(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and os.environ.get("QWENKERN_KERNELS") != "reference"
+        and _library() is not None
+    )
+
+
 @functools.cache
-def _library():
-    """The compiled function, or None."""
+def _library() -> ctypes.CDLL | None:
+    """The compiled functions."""
     try:
-        function = ctypes.CDLL(str(_build())).few_tokens
+        library = ctypes.CDLL(str(_build()))
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or error
         warnings.warn(
             f"qwenkern: no C compiler could build {_SOURCE.name}, so torch runs it, slower: {said}", stacklevel=2
         )
         return None
-    function.restype = None
-    function.argtypes = [ctypes.c_void_p] * 10 + [ctypes.c_long] * 7 + [ctypes.c_float, ctypes.c_int, ctypes.c_int]
-    return function
+    pointer, size, scalar, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
+    library.few_tokens.argtypes = [pointer] * 10 + [size] * 7 + [scalar, number, number]
+    library.rope_and_cache.argtypes = [pointer] * 7 + [size] * 5
+    library.decode_attention.argtypes = [pointer] * 7 + [size] * 8 + [scalar, number]
+    for function in (library.few_tokens, library.rope_and_cache, library.decode_attention):
+        function.restype = None
+    return library
 
 
 def _build() -> Path:

@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, tuning
+from . import cpu, reference, tuning
 from .checks import check_paged
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, dot, wait_for_inputs
@@ -251,6 +251,8 @@ def decode_attention(
     if len(q) != len(lengths):
         raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
     if not runs_on_triton(q, _unsupported(q, k_pages)):
+        if cpu.takes_heads(q, k_pages):
+            return cpu.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
         return reference.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     _, page_size, num_kv_heads, head_dim = k_pages.shape

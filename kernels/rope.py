@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, tuning
+from . import cpu, reference, tuning
 from .checks import INTEGERS, check_cache, check_device, check_range, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, wait_for_inputs
@@ -205,6 +205,8 @@ def rope_and_cache(
             f"the cache's k and v, and no part of one"
         )
     if not runs_on_triton(qkv, _unsupported(head_dim)):
+        if cpu.takes_heads(qkv, k_pages):
+            return cpu.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
         return reference.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
     heads = qkv.unflatten(1, (-1, head_dim))
     q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)

@@ -75,6 +75,56 @@ def test_rows_may_have_any_stride() -> None:
     assert torch.equal(cpu.few_tokens(x, w)[0], cpu.few_tokens(x.contiguous(), w.contiguous())[0])
 
 
+def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
+    """q, pages in a shuffled order with NaN in every token that nobody may read, block tables, lengths."""
+    pages_of = [-(-length // 16) for length in lengths]
+    order = torch.randperm(sum(pages_of), generator=torch.Generator().manual_seed(1)).int().split(pages_of)
+    tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
+    k, v = (tensor(sum(pages_of), 16, kv_heads, dim, seed=seed) for seed in (2, 3))
+    for row, (length, pages) in enumerate(zip(lengths, order, strict=True)):
+        tables[row, : len(pages)] = pages
+        k[pages[-1], (length - 1) % 16 + 1 :] = v[pages[-1], (length - 1) % 16 + 1 :] = torch.nan
+    return tensor(len(lengths), heads, dim, seed=4, scale=2.0), k, v, tables, torch.tensor(lengths, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32), (16, 1, 96)])
+def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+    lengths = [1, 15, 16, 17, 255, 256, 257, 1000]
+    q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim)
+    assert cpu.takes_heads(q, k)
+    out = cpu.decode_attention(q, k, v, tables, counts, dim**-0.5)
+    expected = reference.decode_attention(q, k, v, tables, counts, dim**-0.5)
+    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, dim**-0.5)
+    assert_as_close_as(out, expected, truth)
+    for row in range(len(lengths)):
+        alone = cpu.decode_attention(*(q[row : row + 1], k, v, tables[row : row + 1], counts[row : row + 1], dim**-0.5))
+        assert torch.equal(alone[0], out[row])
+
+
+def test_scores_far_apart_do_not_overflow() -> None:
+    q, k, v, tables, counts = cached([300], 14, 2, 64)
+    q = q * 100
+    out = cpu.decode_attention(q, k, v, tables, counts, 1.0)
+    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, 1.0)
+    assert_as_close_as(out, reference.decode_attention(q, k, v, tables, counts, 1.0), truth)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32)])
+def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+    qkv = tensor(5, (heads + 2 * kv_heads) * dim + 8, seed=0)[:, :-8]
+    angles = torch.rand(64, dim // 2, generator=torch.Generator().manual_seed(1)) * 6.3
+    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    positions, slots = torch.tensor([3, 0, 63, 9, 9]), torch.tensor([31, 2, 0, 17, 5])
+    pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
+    out = cpu.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
+    same, wide = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.float64)
+    expected = reference.rope_and_cache(qkv, positions, cos_sin, *same, slots)
+    truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), *wide, slots)
+    assert_as_close_as(out, expected, truth)
+    assert_as_close_as(pages[0], same[0], wide[0])
+    assert torch.equal(pages[1], same[1])
+
+
 def test_processors_without_bfloat16_products_are_as_close(monkeypatch) -> None:
     monkeypatch.setenv("CC", "gcc -mno-avx512bf16 -mno-avx512f" if platform.machine() == "x86_64" else "gcc")
     cpu._library.cache_clear()
