@@ -4,15 +4,18 @@
     python benchmarks/end_to_end.py --model qwen2.5-3b                random weights; on a GPU where there is one
     python benchmarks/end_to_end.py --batch 1,16 --prompt-tokens 128,4096 --json FILE
 
-All take turns, on the weights that qwenkern holds (the peers look at the same memory). A decode rate is what more
-tokens cost more: (time of n + 1 tokens - time of 1 token) / n. The floor reads every weight, and the cached keys and
-values, at the bandwidth that a copy reaches in the same run.
+All take turns, on the weights that qwenkern holds: transformers looks at the same memory, llama.cpp reads them in
+bfloat16 from a GGUF file made of them, or (`llama.cpp file`) the quantised GGUF file that the model came from. A
+decode rate is what more tokens cost more: (time of n + 1 tokens - time of 1 token) / n. The floor reads every weight,
+and the cached keys and values, at the bandwidth that a copy reaches in the same run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,81 +27,22 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config, Model, sources
-from qwenkern.benchmarks import results
+from qwenkern.benchmarks import peers, results
 from qwenkern.benchmarks.run import _numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances
 from qwenkern.config import FAMILY
 
-Generate = Callable[[list[list[int]], int], Any]  # prompts, and how many tokens to add to each
+
+def llama_cpp_on(model: Model, room: int) -> peers.Generate:
+    """llama.cpp on a bfloat16 copy of the model's weights. It maps the file, which may therefore be gone by name."""
+    importlib.import_module("llama_cpp")  # before a file of gigabytes is written in vain
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "model.gguf")
+        peers.write_gguf(model, file)
+        return peers.llama_cpp(file, room)
 
 
-def ours(model: Model) -> Generate:
-    return lambda prompts, count: model.generate(prompts, max_tokens=count, temperature=0, ignore_eos=True)
-
-
-def theirs(model: Model, static: bool) -> Generate:
-    """transformers over the weights of ours: eager with its dynamic cache, or compiled with a static one."""
-    peer = transformers_model(model)
-    device = next(model.module.parameters()).device
-
-    @torch.inference_mode()
-    def generate(prompts: list[list[int]], count: int) -> Any:
-        ids = torch.tensor(prompts, device=device)
-        settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        settings |= {"cache_implementation": "static"} if static else {}
-        return peer.generate(ids, attention_mask=torch.ones_like(ids), **settings)
-
-    return generate
-
-
-def llama_cpp(file: Path, room: int) -> Generate:
-    """llama.cpp through its Python package, on the same GGUF file: it reads the quantised weights as they are, one
-    sequence after the other."""
-    from llama_cpp import Llama
-
-    engine = Llama(str(file), n_ctx=room, n_threads=torch.get_num_threads(), verbose=False)
-
-    def generate(prompts: list[list[int]], count: int) -> None:
-        for prompt in prompts:
-            tokens = engine.generate(prompt, temp=0.0, reset=True)
-            for _ in range(count):
-                next(tokens)
-
-    return generate
-
-
-def transformers_model(model: Model) -> Any:
-    """transformers' Qwen2 whose parameters are views of our packed ones, not copies."""
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = model.config
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
-    with torch.device("meta"):
-        peer = Qwen2ForCausalLM(
-            Qwen2Config(
-                **{name: getattr(config, name) for name in names.split()},
-                max_position_embeddings=config.max_position_embeddings,
-                rms_norm_eps=config.rms_norm_eps,
-                tie_word_embeddings=config.tie_word_embeddings,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-            )
-        )
-    weights = {}
-    for name, tensor in model.module.state_dict().items():
-        if "qkv_proj" in name:
-            sizes = [config.q_size, config.kv_size, config.kv_size]
-            weights |= {name.replace("qkv", part): rows for part, rows in zip("qkv", tensor.split(sizes), strict=True)}
-        elif "gate_up_proj" in name:
-            parts = zip(("gate", "up"), tensor.chunk(2), strict=True)
-            weights |= {name.replace("gate_up", part): rows for part, rows in parts}
-        else:
-            weights[name] = tensor
-    peer.load_state_dict(weights, strict=True, assign=True)
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(model.module.cos_sin.device)
-    return peer.eval()
-
-
-def seconds(generate: Generate, prompts: list[list[int]], count: int) -> float:
+def seconds(generate: peers.Generate, prompts: list[list[int]], count: int) -> float:
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     synchronize()
     started = time.perf_counter()
@@ -108,7 +52,7 @@ def seconds(generate: Generate, prompts: list[list[int]], count: int) -> float:
 
 
 def measure(
-    engines: dict[str, Generate], vocabulary: int, batch: int, prompt: int, new: int, repeats: int
+    engines: dict[str, peers.Generate], vocabulary: int, batch: int, prompt: int, new: int, repeats: int
 ) -> dict[str, dict[str, Any]]:
     """Seconds to the first token and tokens a second of each engine, read in turns; a ratio is ours over theirs, taken
     within a round. An engine that fails is reported and left out."""
@@ -164,7 +108,9 @@ def main(
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after the first.")] = 32,
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     layers: Annotated[int, typer.Option(help="Fewer layers than the size has; only with random weights.")] = 0,
-    peers: Annotated[str, typer.Option(help="Of transformers, compiled and llama.cpp, with commas between them.")] = "",
+    beside: Annotated[
+        str, typer.Option("--peers", help="Of transformers, compiled, llama.cpp and 'llama.cpp file', with commas.")
+    ] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
     """Time a whole model beside transformers."""
@@ -181,18 +127,19 @@ def main(
         loaded = Model.from_pretrained(model, device=place, dtype="bfloat16", cache_tokens=room)
     load, config = time.perf_counter() - started, loaded.config
     file = None if model.lower() in FAMILY else sources.resolve(model)
-    makers: dict[str, Callable[[], Generate]] = {
-        "transformers": lambda: theirs(loaded, static=False),
-        "compiled": lambda: theirs(loaded, static=True),
-        "llama.cpp": lambda: llama_cpp(file, room),
+    makers: dict[str, Callable[[], peers.Generate]] = {
+        "transformers": lambda: peers.transformers(loaded, static=False),
+        "compiled": lambda: peers.transformers(loaded, static=True),
+        "llama.cpp": lambda: llama_cpp_on(loaded, room),
+        "llama.cpp file": lambda: peers.llama_cpp(file, room),
     }
-    chosen = peers.split(",") if peers else ["transformers", "compiled" if place.type == "cuda" else "llama.cpp"]
+    chosen = beside.split(",") if beside else ["transformers", "compiled" if place.type == "cuda" else "llama.cpp"]
     if unknown := set(chosen) - set(makers):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(makers)}", param_hint="--peers")
-    engines: dict[str, Generate] = {"qwenkern": ours(loaded)}
+    engines: dict[str, peers.Generate] = {"qwenkern": peers.qwenkern(loaded)}
     for name in chosen:
-        if name == "llama.cpp" and (file is None or file.suffix != ".gguf"):
-            continue  # it has no weights to read
+        if name == "llama.cpp file" and (file is None or file.suffix != ".gguf"):
+            raise typer.BadParameter("llama.cpp file: the model is no GGUF file", param_hint="--peers")
         with contextlib.suppress(ImportError):
             engines[name] = makers[name]()
     limits, console = ceilings(place), Console(width=None if Console().is_terminal else 140)

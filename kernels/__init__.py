@@ -13,6 +13,7 @@ except ImportError:  # where there is no Triton, the twins are all there is
         add_rms_norm,
         apply_rope,
         decode_attention,
+        embedding,
         linear,
         lm_head,
         lm_head_top_k,
@@ -25,6 +26,7 @@ except ImportError:  # where there is no Triton, the twins are all there is
     )
 else:
     from .decode_attention import decode_attention
+    from .embedding import embedding
     from .linear import linear, norm_linear, norm_swiglu_linear
     from .lm_head import lm_head, lm_head_top_k
     from .prefill_attention import prefill_attention
@@ -36,6 +38,7 @@ __all__ = [
     "add_rms_norm",
     "apply_rope",
     "decode_attention",
+    "embedding",
     "linear",
     "lm_head",
     "lm_head_top_k",

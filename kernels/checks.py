@@ -1,7 +1,8 @@
 """What the public functions demand of their arguments. Everything here raises; nothing here touches a GPU's memory.
 
 Values on a GPU (lengths, page numbers, slots, positions) cannot be looked at without waiting for it, so they are
-checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise.
+checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise. Nor are they looked at while a
+tape is recorded (cpu.py): they come later.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from . import cpu
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -58,9 +61,13 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
             raise ValueError(f"{op}: {name} is on {tensor.device}, and {first} on {one.device}")
 
 
+def can_look_at(values: Tensor) -> bool:
+    return values.device.type == "cpu" and not cpu.is_recording()
+
+
 def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:
-    """Raises if a value on a CPU is not within low .. high - 1."""
-    if values.device.type != "cpu" or not values.numel():
+    """Raises if a value that can be looked at is not within low .. high - 1."""
+    if not can_look_at(values) or not values.numel():
         return
     least, most = (int(value) for value in values.aminmax())
     if least < low or most >= high:
@@ -85,7 +92,7 @@ def check_paged(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tabl
     if q.shape[1] % num_kv_heads:
         raise ValueError(f"{op}: q's {q.shape[1]} heads must be a multiple of the cache's {num_kv_heads}")
     check_range(op, "lengths", lengths, 1, block_tables.shape[1] * page_size + 1)
-    if lengths.device.type == "cpu":
+    if can_look_at(lengths):
         pages = torch.arange(block_tables.shape[1]) * page_size
         check_range(op, "block_tables", block_tables[pages < lengths[:, None]], 0, num_pages)
 

@@ -1,5 +1,7 @@
-/* A decode step on a CPU: linears of few tokens, behind an optional add + RMSNorm and before an optional SwiGLU; rotary
- * embedding and cache write; attention over the paged cache. bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds.
+/* A decode step on a CPU: embedding; linears of few tokens, behind an optional add + RMSNorm and before an optional
+ * SwiGLU; rotary embedding and cache write; attention over the paged cache. bfloat16 in memory, float32 in registers,
+ * rounded where kernels/reference.py rounds. An op is a `call`; `run` goes through any number of them in one team of
+ * threads.
  *
  * Weights [N, K] are read once for all tokens. A sum over K has its lanes and its order fixed, so a token's bits depend
  * neither on its batch nor on the number of threads. GNU vectors: AVX-512, AVX2 or NEON alike. */
@@ -20,6 +22,14 @@
 #define MAX_HEAD 128
 #define SPLIT 256 /* tokens of a sequence that one thread attends to at a time */
 typedef uint16_t bf16;
+
+typedef struct {
+    long op; /* its place in OPS, at the end of this file */
+    void *tensors[10];
+    long sizes[8];
+    double scalar;
+} call;
+
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -139,59 +149,80 @@ static void normalise(bf16 *normed, bf16 *new_residual, const bf16 *x, const bf1
     for (long k = 0; k < K; k++) normed[k] = narrow(rounded(widen(from[k]) * scale) * widen(norm_weight[k]));
 }
 
+/* out [T, K] = the rows of w with these numbers */
+static void embedding(const call *c) {
+    bf16 *out = c->tensors[0];
+    const bf16 *w = c->tensors[1];
+    const int64_t *ids = c->tensors[2];
+    long T = c->sizes[0], K = c->sizes[1], w_stride = c->sizes[2];
+#pragma omp for
+    for (long token = 0; token < T; token++) memcpy(out + token * K, w + ids[token] * w_stride, K * sizeof *w);
+}
+
 /* T up to MAX_TOKENS and K a multiple of 32. May be null: residual and new_residual, norm_weight, up, bias, addend.
  * x, residual, addend, w and up have rows of any stride; out [T, N], new_residual [T, K], rows [T, K] are dense.
- * Without a norm, rows is x made dense. */
-void few_tokens(void *out, bf16 *new_residual, bf16 *rows, const bf16 *x, const bf16 *residual,
-                const bf16 *norm_weight, const bf16 *w, const bf16 *up, const bf16 *bias, const bf16 *addend, long T,
-                long N, long K, long x_stride, long residual_stride, long row_stride, long addend_stride, float eps,
-                int out_is_float, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+ * Without a norm, rows is for x made dense. */
+static void few_tokens(const call *c) {
+    void *out = c->tensors[0];
+    bf16 *new_residual = c->tensors[1], *dense = c->tensors[2];
+    const bf16 *x = c->tensors[3], *residual = c->tensors[4], *norm_weight = c->tensors[5], *w = c->tensors[6];
+    const bf16 *up = c->tensors[7], *bias = c->tensors[8], *addend = c->tensors[9], *rows = dense;
+    long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], x_stride = c->sizes[3], residual_stride = c->sizes[4];
+    long w_stride = c->sizes[5], addend_stride = c->sizes[6], out_is_float = c->sizes[7];
+    if (!norm_weight && x_stride == K) rows = x;
+    else {
 #pragma omp for
         for (long token = 0; token < T; token++)
             if (norm_weight)
-                normalise(rows + token * K, new_residual ? new_residual + token * K : 0, x + token * x_stride,
-                          residual ? residual + token * residual_stride : 0, norm_weight, eps, K);
-            else memcpy(rows + token * K, x + token * x_stride, K * sizeof *x);
+                normalise(dense + token * K, new_residual ? new_residual + token * K : 0, x + token * x_stride,
+                          residual ? residual + token * residual_stride : 0, norm_weight, c->scalar, K);
+            else memcpy(dense + token * K, x + token * x_stride, K * sizeof *x);
+    }
 #pragma omp for schedule(static)
-        for (long first = 0; first < N; first += BLOCK) {
-            float sums[MAX_TOKENS][BLOCK], ups[MAX_TOKENS][BLOCK];
-            long count = N - first < BLOCK ? N - first : BLOCK;
-            dots(sums[0], rows, w + first * row_stride, count, row_stride, T, K);
-            if (up) dots(ups[0], rows, up + first * row_stride, count, row_stride, T, K);
-            for (long token = 0; token < T; token++)
-                for (long i = 0; i < count; i++) {
-                    long row = first + i;
-                    float value = sums[token][i] + (bias ? widen(bias[row]) : 0);
-                    if (up) {
-                        value = rounded(value);
-                        value = rounded(value / (1 + expf(-value))) * rounded(ups[token][i]);
-                    }
-                    if (addend) value = rounded(value) + widen(addend[token * addend_stride + row]);
-                    if (out_is_float) ((float *)out)[token * N + row] = value;
-                    else ((bf16 *)out)[token * N + row] = narrow(value);
+    for (long first = 0; first < N; first += BLOCK) {
+        float sums[MAX_TOKENS][BLOCK], ups[MAX_TOKENS][BLOCK];
+        long count = N - first < BLOCK ? N - first : BLOCK;
+        dots(sums[0], rows, w + first * w_stride, count, w_stride, T, K);
+        if (up) dots(ups[0], rows, up + first * w_stride, count, w_stride, T, K);
+        for (long token = 0; token < T; token++)
+            for (long i = 0; i < count; i++) {
+                long row = first + i;
+                float value = sums[token][i] + (bias ? widen(bias[row]) : 0);
+                if (up) {
+                    value = rounded(value);
+                    value = rounded(value / (1 + expf(-value))) * rounded(ups[token][i]);
                 }
-        }
+                if (addend) value = rounded(value) + widen(addend[token * addend_stride + row]);
+                if (out_is_float) ((float *)out)[token * N + row] = value;
+                else ((bf16 *)out)[token * N + row] = narrow(value);
+            }
     }
 }
 
 /* qkv [T, Hq + 2 Hkv, D], tokens of any stride: q rotated to q_out [T, Hq, D], k rotated and v to their slots */
-void rope_and_cache(bf16 *q_out, bf16 *k_pages, bf16 *v_pages, const bf16 *qkv, const int64_t *positions,
-                    const int64_t *slots, const float *cos_sin, long T, long Hq, long Hkv, long D, long qkv_stride) {
-    for (long token = 0; token < T; token++) {
-        const float *cosines = cos_sin + positions[token] * D, *sines = cosines + D / 2;
-        for (long head = 0; head < Hq + Hkv; head++) {
+static void rope_and_cache(const call *c) {
+    bf16 *q_out = c->tensors[0], *k_pages = c->tensors[1], *v_pages = c->tensors[2];
+    const bf16 *qkv = c->tensors[3];
+    const int64_t *positions = c->tensors[4], *slots = c->tensors[5];
+    const float *cos_sin = c->tensors[6];
+    long T = c->sizes[0], Hq = c->sizes[1], Hkv = c->sizes[2], D = c->sizes[3], qkv_stride = c->sizes[4];
+#pragma omp for collapse(2)
+    for (long token = 0; token < T; token++)
+        for (long head = 0; head < Hq + 2 * Hkv; head++) {
             const bf16 *from = qkv + token * qkv_stride + head * D;
-            bf16 *to = head < Hq ? q_out + (token * Hq + head) * D : k_pages + (slots[token] * Hkv + head - Hq) * D;
+            long slot = slots[token] * Hkv * D;
+            if (head >= Hq + Hkv) {
+                memcpy(v_pages + slot + (head - Hq - Hkv) * D, from, D * sizeof *from);
+                continue;
+            }
+            const float *cosines = cos_sin + positions[token] * D, *sines = cosines + D / 2;
+            bf16 *to = head < Hq ? q_out + (token * Hq + head) * D : k_pages + slot + (head - Hq) * D;
             for (long i = 0; i < D / 2; i++) {
                 float low = widen(from[i]), high = widen(from[i + D / 2]);
                 to[i] = narrow(low * cosines[i] - high * sines[i]);
                 to[i + D / 2] = narrow(high * cosines[i] + low * sines[i]);
             }
         }
-        memcpy(v_pages + slots[token] * Hkv * D, qkv + token * qkv_stride + (Hq + Hkv) * D, Hkv * D * sizeof *qkv);
-    }
 }
 
 /* exp(x) for x <= 0: 2^n times the Taylor series of exp around 0 on half of an octave */
@@ -247,33 +278,41 @@ static void attend(float *part, const bf16 *q, const bf16 *k, const bf16 *v, con
 
 /* One query token a sequence: out and q [S, Hkv G, D], q's sequences of any stride; pages [.., page_size, Hkv, D];
  * parts [S, Hkv, splits, G, D + 2]. A split is SPLIT tokens whatever the batch, so company does not change a bit. */
-void decode_attention(bf16 *out, float *parts, const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *tables,
-                      const int32_t *lengths, long S, long splits, long page_size, long Hkv, long G, long D,
-                      long q_stride, long table_stride, float scale, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
+static void decode_attention(const call *c) {
+    bf16 *out = c->tensors[0];
+    float *parts = c->tensors[1];
+    const bf16 *q = c->tensors[2], *k = c->tensors[3], *v = c->tensors[4];
+    const int32_t *tables = c->tensors[5], *lengths = c->tensors[6];
+    long S = c->sizes[0], splits = c->sizes[1], page_size = c->sizes[2], Hkv = c->sizes[3], G = c->sizes[4];
+    long D = c->sizes[5], q_stride = c->sizes[6], table_stride = c->sizes[7];
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < S * Hkv * splits; task++) {
-            long split = task % splits, head = task / splits % Hkv, s = task / splits / Hkv;
-            long start = split * SPLIT, end = start + SPLIT < lengths[s] ? start + SPLIT : lengths[s];
-            if (start < end)
-                attend(parts + task * G * (D + 2), q + s * q_stride + head * G * D, k + head * D, v + head * D,
-                       tables + s * table_stride, start, end, page_size, Hkv, G, D, scale);
-        }
-#pragma omp for
-        for (long row = 0; row < S * Hkv * G; row++) {
-            long count = (lengths[row / (Hkv * G)] + SPLIT - 1) / SPLIT, stride = G * (D + 2);
-            const float *first = parts + row / G * splits * stride + row % G * (D + 2);
-            float maximum = -INFINITY, total = 0, sums[MAX_HEAD] = {0};
-            for (long i = 0; i < count; i++)
-                if (first[i * stride + D + 1] > maximum) maximum = first[i * stride + D + 1];
-            for (long i = 0; i < count; i++) {
-                const float *part = first + i * stride;
-                float weight = expf(part[D + 1] - maximum);
-                total += weight * part[D];
-                for (long d = 0; d < D; d++) sums[d] += weight * part[d];
-            }
-            for (long d = 0; d < D; d++) out[row * D + d] = narrow(sums[d] / total);
-        }
+    for (long task = 0; task < S * Hkv * splits; task++) {
+        long split = task / Hkv % splits, head = task % Hkv, s = task / splits / Hkv;
+        long start = split * SPLIT, end = start + SPLIT < lengths[s] ? start + SPLIT : lengths[s];
+        if (start < end)
+            attend(parts + ((s * Hkv + head) * splits + split) * G * (D + 2), q + s * q_stride + head * G * D,
+                   k + head * D, v + head * D, tables + s * table_stride, start, end, page_size, Hkv, G, D, c->scalar);
     }
+#pragma omp for
+    for (long row = 0; row < S * Hkv * G; row++) {
+        long count = (lengths[row / (Hkv * G)] + SPLIT - 1) / SPLIT, stride = G * (D + 2);
+        const float *first = parts + row / G * splits * stride + row % G * (D + 2);
+        float maximum = -INFINITY, total = 0, sums[MAX_HEAD] = {0};
+        for (long i = 0; i < count; i++)
+            if (first[i * stride + D + 1] > maximum) maximum = first[i * stride + D + 1];
+        for (long i = 0; i < count; i++) {
+            const float *part = first + i * stride;
+            float weight = expf(part[D + 1] - maximum);
+            total += weight * part[D];
+            for (long d = 0; d < D; d++) sums[d] += weight * part[d];
+        }
+        for (long d = 0; d < D; d++) out[row * D + d] = narrow(sums[d] / total);
+    }
+}
+
+static void (*const OPS[])(const call *) = {embedding, few_tokens, rope_and_cache, decode_attention};
+
+void run(const call *calls, long count, int threads) {
+#pragma omp parallel num_threads(threads)
+    for (long i = 0; i < count; i++) OPS[calls[i].op](calls + i);
 }

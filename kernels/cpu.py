@@ -2,11 +2,12 @@
 
 torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
 for a few tokens at once, without a second copy of them. Where no C compiler works, a warning says so once and the
-torch twin runs.
+torch twin runs. A Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in one call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -16,11 +17,15 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 MAX_TOKENS = 16
 MAX_GROUP = 16  # query heads of a key-value head
@@ -56,14 +61,25 @@ def few_tokens(
     out = x.new_empty(num_tokens, n, dtype=out_dtype)
     new_residual = None if residual is None else x.new_empty(num_tokens, k)
     rows = x.new_empty(num_tokens, k)
-    _library().few_tokens(
-        *(None if t is None else t.data_ptr() for t in (out, new_residual, rows, x, residual)),
-        *(None if t is None else t.data_ptr() for t in (norm_weight, weight, up, bias, addend)),
-        *(num_tokens, n, k, x.stride(0), 0 if residual is None else residual.stride(0), weight.stride(0)),
-        0 if addend is None else addend.stride(0),
-        *(eps, out_dtype == torch.float32, torch.get_num_threads()),
+    strides = (0 if t is None else t.stride(0) for t in (x, residual, weight, addend))
+    _run(
+        "few_tokens",
+        (out, new_residual, rows, x, residual, norm_weight, weight, up, bias, addend),
+        (num_tokens, n, k, *strides, out_dtype == torch.float32),
+        eps,
     )
     return out, x if new_residual is None else new_residual
+
+
+def takes_rows(weight: Tensor) -> bool:
+    return weight.stride(1) == 1 and _usable(weight)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows [T, K] of weight [V, K]."""
+    out = weight.new_empty(len(ids), weight.shape[1])
+    _run("embedding", (out, weight, ids.long().contiguous()), (*out.shape, weight.stride(0)))
+    return out
 
 
 def takes_heads(q: Tensor, k_pages: Tensor) -> bool:
@@ -79,10 +95,10 @@ def rope_and_cache(
     """As the public op."""
     num_kv_heads, head_dim = k_pages.shape[-2:]
     q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
-    positions, slots = positions.long().contiguous(), slots.long().contiguous()
-    _library().rope_and_cache(
-        *(t.data_ptr() for t in (q, k_pages, v_pages, qkv, positions, slots, cos_sin)),
-        *(len(qkv), q.shape[1], num_kv_heads, head_dim, qkv.stride(0)),
+    _run(
+        "rope_and_cache",
+        (q, k_pages, v_pages, qkv, positions.long().contiguous(), slots.long().contiguous(), cos_sin),
+        (len(qkv), q.shape[1], num_kv_heads, head_dim, qkv.stride(0)),
     )
     return q
 
@@ -92,17 +108,104 @@ def decode_attention(
 ) -> Tensor:
     """As the public op. The cache is read where it lies."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
-    block_tables, lengths = block_tables.int().contiguous(), lengths.int().contiguous()
     (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
-    splits = -(-int(lengths.max()) // SPLIT)
+    splits = -(-block_tables.shape[1] * page_size // SPLIT)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    parts = q.new_empty(num_sequences, num_q_heads, splits, head_dim + 2, dtype=torch.float32)
-    _library().decode_attention(
-        *(t.data_ptr() for t in (out, parts, q, k_pages, v_pages, block_tables, lengths)),
-        *(num_sequences, splits, page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
-        *(q.stride(0), block_tables.stride(0), scale, torch.get_num_threads()),
+    _run(
+        "decode_attention",
+        (
+            *(out, _scratch(num_sequences * num_q_heads * splits * (head_dim + 2)), q, k_pages, v_pages),
+            *(block_tables.int().contiguous(), lengths.int().contiguous()),
+        ),
+        (
+            *(num_sequences, splits, page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
+            *(q.stride(0), block_tables.stride(0)),
+        ),
+        scale,
     )
     return out
+
+
+class NotRecordable(RuntimeError):
+    """What ran under Tape.record is more than calls of cpu.c."""
+
+
+class Tape:
+    """The calls of cpu.c that a function makes, recorded once and played in one go: no Python, no allocation, and one
+    team of threads from the first to the last. It works on the memory that its tensors had when it was recorded."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._kept: list[Tensor | None] = []
+        self._scratch = torch.empty(0)
+        self._threads = torch.get_num_threads()
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Records what runs within it, without running it. Raises NotRecordable if torch were to compute something."""
+        _recording.tape = self
+        try:
+            with _OnlyViews():
+                yield
+        finally:
+            _recording.tape = None
+        self._packed = (_Call * len(self._calls))(*self._calls)
+
+    def replay(self) -> None:
+        _library().run(self._packed, len(self._packed), self._threads)
+
+    def add(self, call: _Call, tensors: Sequence[Tensor | None]) -> None:
+        self._calls.append(call)
+        self._kept += tensors
+
+    def scratch(self, size: int) -> Tensor:
+        """Memory that one call uses for itself."""
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size)
+        return self._scratch
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Lets torch make tensors and views of them, but compute nothing."""
+
+    allowed = ("empty", "new_empty", "empty_like", "empty_strided")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view and function._schema.name.removeprefix("aten::") not in self.allowed:
+            raise NotRecordable(f"{function.name()} is not a call of {_SOURCE.name}")
+        return function(*args, **(kwargs or {}))
+
+
+class _Call(ctypes.Structure):
+    _fields_ = (
+        ("op", ctypes.c_long),
+        ("tensors", ctypes.c_void_p * 10),
+        ("sizes", ctypes.c_long * 8),
+        ("scalar", ctypes.c_double),
+    )
+
+
+_OPS = ("embedding", "few_tokens", "rope_and_cache", "decode_attention")
+_recording = threading.local()
+
+
+def _run(op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0) -> None:
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    call = _Call(_OPS.index(op), (ctypes.c_void_p * 10)(*pointers), (ctypes.c_long * 8)(*sizes), scalar)
+    tape = getattr(_recording, "tape", None)
+    if tape is None:
+        _library().run(ctypes.byref(call), 1, torch.get_num_threads())
+    else:
+        tape.add(call, tensors)
+
+
+def is_recording() -> bool:
+    return getattr(_recording, "tape", None) is not None
+
+
+def _scratch(size: int) -> Tensor:
+    tape = getattr(_recording, "tape", None)
+    return torch.empty(size) if tape is None else tape.scratch(size)
 
 
 def _usable(x: Tensor) -> bool:
@@ -125,12 +228,8 @@ def _library() -> ctypes.CDLL | None:
             f"qwenkern: no C compiler could build {_SOURCE.name}, so torch runs it, slower: {said}", stacklevel=2
         )
         return None
-    pointer, size, scalar, number = ctypes.c_void_p, ctypes.c_long, ctypes.c_float, ctypes.c_int
-    library.few_tokens.argtypes = [pointer] * 10 + [size] * 7 + [scalar, number, number]
-    library.rope_and_cache.argtypes = [pointer] * 7 + [size] * 5
-    library.decode_attention.argtypes = [pointer] * 7 + [size] * 8 + [scalar, number]
-    for function in (library.few_tokens, library.rope_and_cache, library.decode_attention):
-        function.restype = None
+    library.run.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
+    library.run.restype = None
     return library
 
 

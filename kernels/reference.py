@@ -15,6 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    """Rows [T, K] of weight [V, K] with the numbers ids [T]."""
+    return weight[ids]
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 

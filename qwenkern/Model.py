@@ -19,6 +19,7 @@ from .cache import BlockTable, PagedCache
 from .checkpoint import load_weights, open_checkpoint
 from .completion import Completion, Score, Stream
 from .config import Config
+from .decode import DecodeSteps
 from .errors import RequestError
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
@@ -58,6 +59,7 @@ class Model:
                 raise RequestError(f"{name} is {value!r}; expected a whole number of at least 1, or None")
         self.prefill_chunk = prefill_chunk or (512 if self.device.type == "cpu" else 4096)
         self.cache = PagedCache(self.config, cache_tokens or self._default_cache_tokens(), self.dtype, self.device)
+        self._steps: DecodeSteps | None = None
 
     @classmethod
     def from_pretrained(
@@ -125,6 +127,11 @@ class Model:
         initialise(module, seed)
         return cls(module, tokenizer, {}, cache_tokens, prefill_chunk)
 
+    def _run(self, sequences: list[engine.Sequence]) -> Iterator[tuple[engine.Sequence, str]]:
+        if self._steps is None or self._steps.cache is not self.cache:
+            self._steps = DecodeSteps(self.module, self.cache)
+        return engine.generate(self.module, self.cache, sequences, self.prefill_chunk, steps=self._steps)
+
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **keywords: Any
     ) -> Completion | list[Completion]:
@@ -137,7 +144,7 @@ class Model:
         single = _is_prompt(prompts)
         sequences = self._sequences([prompts] if single else prompts, params)
         first = [sequence for sequence in sequences if sequence.sample_index == 0]  # the others fork from these
-        for _ in engine.generate(self.module, self.cache, first, self.prefill_chunk):
+        for _ in self._run(first):
             pass
         completions = [Completion.of(sequence) for sequence in sequences]
         return completions[0] if single and params.n == 1 else completions
@@ -155,7 +162,7 @@ class Model:
         if params.n != 1:
             raise RequestError(f"n is {params.n}; a stream has one completion: expected 1")
         [sequence] = self._sequences([prompt], params, tools)
-        return Stream(engine.generate(self.module, self.cache, [sequence], self.prefill_chunk), sequence)
+        return Stream(self._run([sequence]), sequence)
 
     def chat(
         self,

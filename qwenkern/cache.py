@@ -40,7 +40,7 @@ class BlockTable:
 
 
 class PagedCache:
-    """Keys and values of all layers: ``k`` and ``v`` are [layers, pages, page_size, Hkv, D].
+    """Keys and values of all layers: ``k`` and ``v`` are [layers, pages + 1, page_size, Hkv, D].
 
     A page belongs to one sequence, or is full and shared by sequences that began alike. The memory is not cleared, and
     on a CPU the operating system provides it only as pages are first written."""
@@ -50,7 +50,8 @@ class PagedCache:
     ) -> None:
         self.page_size = page_size
         num_pages = -(-num_tokens // page_size)
-        shape = (config.num_hidden_layers, num_pages, page_size, config.num_key_value_heads, config.head_dim)
+        self.spare_page = num_pages  # of nobody: for rows of a captured step that have no sequence
+        shape = (config.num_hidden_layers, num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from .cache import BlockTable, PagedCache
+from .decode import DecodeStep, DecodeSteps
 from .qwen2 import Qwen2
-from .sampling import SamplingParams, TokenLogprob, sample
+from .sampling import SamplingParams, TokenLogprob, draw_width, sample
 from .tokenizer import Detokenizer
 
 MAX_BATCH = 64  # sequences that decode together
@@ -116,24 +117,22 @@ class Sequence:
 
 
 def generate(
-    model: Qwen2, cache: PagedCache, sequences: list[Sequence], prefill_chunk: int, max_batch: int = MAX_BATCH
+    model: Qwen2,
+    cache: PagedCache,
+    sequences: list[Sequence],
+    prefill_chunk: int,
+    max_batch: int = MAX_BATCH,
+    steps: DecodeSteps | None = None,
 ) -> Iterator[tuple[Sequence, str]]:
     """Runs sequences to their ends. Yields each one whenever it has a new token, with the text that became certain.
+    Decodes with captured ``steps`` where there are any.
 
     Closing the iterator gives the pages back. Prompts are processed ``prefill_chunk`` tokens at a time, so memory does
     not grow with their length."""
     waiting, running = deque(sequences), []
     try:
         while waiting or running:
-            with cache.lock:
-                _admit(cache, waiting, running, max_batch)
-                parts = _next_parts(cache, waiting, running, prefill_chunk)
-                ends = list(accumulate(len(ids) for _, ids in parts))
-                logits = forward(model, cache, [(seq.table, ids) for seq, ids in parts], [end - 1 for end in ends])
-                complete = {row: seq for row, (seq, _) in enumerate(parts) if not seq.pending_ids}
-                sampled, rows = _fork(cache, complete, waiting, running)
-                tokens = sample(logits[rows], sampled) if sampled else []
-            for sequence, token in zip(sampled, tokens, strict=True):
+            for sequence, token in _advance(model, cache, waiting, running, prefill_chunk, max_batch, steps):
                 text = sequence.accept(token)
                 if sequence.finish_reason:
                     cache.release(sequence.table)
@@ -144,15 +143,98 @@ def generate(
             cache.release(sequence.table)
 
 
+def _advance(
+    model: Qwen2,
+    cache: PagedCache,
+    waiting: deque[Sequence],
+    running: list[Sequence],
+    prefill_chunk: int,
+    max_batch: int,
+    steps: DecodeSteps | None,
+) -> Iterable[tuple[Sequence, TokenLogprob | int]]:
+    """The next token of some sequences: of one pass, or of many that need no decision in between."""
+    with cache.lock:
+        _admit(cache, waiting, running, max_batch)
+        parts = _next_parts(cache, waiting, running, prefill_chunk)
+        rows = [sequence for sequence, _ in parts]
+        goes_ahead = (
+            (steps and steps.ahead)
+            and all(row.output_ids and len(row.pending_ids) == 1 and not row.params.needs_host for row in rows)
+            and sum(cache.missing_pages(row.table, 1) for row in rows) <= cache.num_free_pages
+        )
+        if not goes_ahead:
+            ends = list(accumulate(len(ids) for _, ids in parts))
+            tables = [(sequence.table, ids) for sequence, ids in parts]
+            captured = steps if all(row.output_ids for row in rows) else None  # not for a prompt of one token
+            logits = forward(model, cache, tables, [end - 1 for end in ends], captured)
+            complete = {row: sequence for row, sequence in enumerate(rows) if not sequence.pending_ids}
+            sampled, chosen = _fork(cache, complete, waiting, running)
+            return zip(sampled, sample(logits[chosen], sampled), strict=True) if sampled else ()
+    return _decode_ahead(cache, rows, steps, draw_width(rows, model.config.vocab_size))
+
+
+def _decode_ahead(
+    cache: PagedCache, rows: list[Sequence], steps: DecodeSteps, width: int
+) -> Iterator[tuple[Sequence, int]]:
+    """Tokens of sequences that each have one pending token, until one of them ends or the cache is full. Steps are
+    launched before the tokens of the last ones are read; what a sequence decodes beyond its end is thrown away."""
+    me, unread, launches = object(), deque(), 0
+    most = min(sequence.max_tokens - len(sequence.output_ids) for sequence in rows)
+    while True:
+        drains = False
+        goes_on = launches < most and not any(sequence.finish_reason for sequence in rows)
+        if goes_on and len(unread) <= steps.ahead:
+            with cache.lock:
+                step = steps.step(len(rows), width)
+                fresh = step.user is not me  # at first, or since another generation used it
+                drains = fresh and bool(unread)
+                goes_on = sum(cache.missing_pages(row.table, 1) for row in rows) <= cache.num_free_pages
+                if goes_on and not drains:
+                    _launch(cache, rows, step, fresh)
+                    step.user = me
+                    unread.append(step.tokens())
+                    launches += 1
+        if unread and (len(unread) > steps.ahead or not goes_on or drains):
+            tokens = unread.popleft()()
+            for sequence, token in zip(rows, tokens[: len(rows)], strict=True):
+                if not sequence.finish_reason:
+                    yield sequence, token
+        elif not goes_on:
+            return
+
+
+@torch.inference_mode()
+def _launch(cache: PagedCache, rows: list[Sequence], step: DecodeStep, fresh: bool) -> None:
+    """Launches a step: with tokens and places that the host knows, or from where its last replay ended."""
+    if fresh:
+        parts = [(row.table, row.pending_ids) for row in rows]
+        step.load(cache.batch(parts))
+        step.load_settings(rows)
+    else:
+        for index, row in enumerate(rows):
+            if cache.missing_pages(row.table, 1):
+                cache.extend(row.table, 1)
+                step.add_page(index, len(row.table.pages) - 1, row.table.pages[-1])
+    step.load_numbers(rows)
+    step.launch()
+    for row in rows:
+        row.table.length += 1
+
+
 @torch.inference_mode()
 def forward(
-    model: Qwen2, cache: PagedCache, parts: list[tuple[BlockTable, list[int]]], rows: list[int] | None = None
+    model: Qwen2,
+    cache: PagedCache,
+    parts: list[tuple[BlockTable, list[int]]],
+    rows: list[int] | None = None,
+    steps: DecodeSteps | None = None,
 ) -> Tensor:
     """One pass over the next tokens of some sequences: float32 logits of all tokens, or of the given rows."""
     batch = cache.batch(parts)
-    logits = model(
-        batch, cache, None if rows is None else torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
-    )
+    logits = steps.logits(batch) if steps and batch.is_decode else None
+    if logits is None:
+        chosen = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
+        logits = model(batch, cache, chosen)
     cache.advance(parts)
     return logits
 

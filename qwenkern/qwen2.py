@@ -7,7 +7,9 @@ with q, k, v and gate, up packed row by row.
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from . import kernels as ops
 from .cache import Batch, PagedCache
 from .config import Config
+
+HUGE_PAGE = 2 << 20
 
 
 class Qwen2(nn.Module):
@@ -52,7 +56,7 @@ class Decoder(nn.Module):
         self.norm = Weights(config.hidden_size, dtype=dtype, device=device)
 
     def forward(self, batch: Batch, cache: PagedCache, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
-        x, residual = self.embed_tokens.weight[batch.ids], None
+        x, residual = ops.embedding(batch.ids, self.embed_tokens.weight), None
         for layer, k_pages, v_pages in zip(self.layers, cache.k, cache.v, strict=True):
             x, residual = layer(x, residual, batch, k_pages, v_pages, cos_sin)
         return x, residual
@@ -123,9 +127,23 @@ class Weights(nn.Module):
 
     def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+        self.weight = nn.Parameter(_empty(shape, dtype, device), requires_grad=False)
         if bias:
             self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False)
+
+
+def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Uninitialised memory; for large tensors on a CPU in huge pages where the system has them, because a processor
+    that streams weights fetches further ahead in those."""
+    size = math.prod(shape) * dtype.itemsize
+    if torch.device(device).type != "cpu" or size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(memory, dtype=torch.uint8)
+    start = -whole.data_ptr() % HUGE_PAGE
+    return whole[start : start + size].view(dtype).view(shape)
 
 
 def rope_table(config: Config) -> Tensor:

@@ -15,6 +15,7 @@ from .errors import RequestError
 
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
+FEW = 64  # tokens to choose from, where no row of a batch wants more: cheaper than to sort the vocabulary
 _GREEDY_BELOW = 1e-6  # a temperature so small cannot be told from 0 in float32
 
 
@@ -91,6 +92,11 @@ class SamplingParams:
         return not self.temperature or self.temperature < _GREEDY_BELOW
 
     @property
+    def needs_host(self) -> bool:
+        """Whether choosing a token takes more than the logits and `draw`."""
+        return self.changes_logits or self.logprobs is not None
+
+    @property
     def changes_logits(self) -> bool:
         return bool(
             self.logit_bias
@@ -130,11 +136,10 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[TokenLogprob | int]:
     for row, sequence in zip(logits, rows, strict=True):
         if sequence.params.changes_logits:
             _penalise(row, sequence)
-    tokens = logits.argmax(-1)
-    drawn = [index for index, row in enumerate(rows) if not row.params.is_greedy]
-    if drawn:
-        tokens[drawn] = _draw(logits[drawn], [rows[index] for index in drawn])
-    ids = tokens.tolist()
+    numbers = [0.0 if row.params.is_greedy else row.uniform() for row in rows]
+    device = logits.device
+    settings = Settings(torch.tensor(Settings.of(rows), device=device), torch.tensor(numbers, device=device))
+    ids = draw(logits, settings, draw_width(rows, logits.shape[-1])).tolist()
     return [ids[index] if of is None else _with_logprobs(of, ids[index]) for index, of in enumerate(logprobs)]
 
 
@@ -155,27 +160,60 @@ def _penalise(row: Tensor, sequence: Row) -> None:
         row[_ids(sequence.end_ids, row)] = -math.inf
 
 
-def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
-    """One token id a row, by inverting the cumulative distribution at the row's random number."""
+@dataclass(frozen=True)
+class Settings:
+    """How each of R rows draws its token, as tensors."""
 
-    def column(values: Iterable[float]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.float32, device=logits.device)[:, None]
+    values: Tensor  # [4, R] float32: temperature (0: greedy), top_k, top_p, min_p
+    uniforms: Tensor  # [R] float32: a random number in [0, 1)
 
-    width = logits.shape[-1]
-    top_k = [min(row.params.top_k or width, width) for row in rows]
-    values, ids = logits.topk(max(top_k)) if max(top_k) < width else logits.sort(-1, descending=True)
+    @staticmethod
+    def neutral(size: int, device: torch.device) -> Settings:
+        """Greedy rows."""
+        return Settings(torch.zeros(4, size, device=device), torch.zeros(size, device=device))
+
+    @staticmethod
+    def of(rows: Sequence[Row]) -> list[list[float]]:
+        """The values of some rows."""
+        columns = [
+            (
+                0.0 if params.is_greedy else params.temperature,
+                params.top_k or math.inf,
+                params.top_p if params.top_p < 1 else math.inf,
+                params.min_p,
+            )
+            for params in (row.params for row in rows)
+        ]
+        return [list(values) for values in zip(*columns, strict=True)]
+
+
+def draw_width(rows: Sequence[Row], vocabulary: int) -> int:
+    """How many of the likeliest tokens the rows choose from: 1, FEW or all."""
+    largest = max(1 if row.params.is_greedy else row.params.top_k or vocabulary for row in rows)
+    return next((width for width in (1, FEW) if largest <= width), vocabulary)
+
+
+def draw(logits: Tensor, settings: Settings, width: int) -> Tensor:
+    """One token id [R] a row of logits [R, V] among its ``width`` likeliest, by inverting the cumulative distribution
+    at the row's random number. Nothing waits for a device, so it can be captured in a CUDA graph."""
+    likeliest = logits.argmax(-1)
+    if width == 1:
+        return likeliest
+    temperature, top_k, top_p, min_p = settings.values[..., None]
+    few = width < logits.shape[-1]
+    values, ids = logits.topk(width) if few else logits.sort(-1, descending=True)
     # likeliest first, so the first column is the maximum: subtracted before dividing, nothing overflows
-    values = (values - values[:, :1]) / column(row.params.temperature for row in rows)
+    values = (values - values[:, :1]) / torch.where(temperature > 0, temperature, 1.0)
     ranks = torch.arange(values.shape[-1], device=logits.device)
-    probabilities = values.masked_fill(ranks >= column(top_k), -math.inf).softmax(-1)
+    probabilities = values.masked_fill(ranks >= top_k, -math.inf).softmax(-1)
     before = probabilities.double().cumsum(-1) - probabilities
-    dropped = before >= column(row.params.top_p if row.params.top_p < 1 else math.inf for row in rows)
-    dropped |= probabilities < probabilities[:, :1] * column(row.params.min_p for row in rows)
-    dropped[:, 0] = False
+    dropped = (before >= top_p) | (probabilities < probabilities[:, :1] * min_p)
+    dropped &= ranks > 0
     cumulative = probabilities.masked_fill(dropped, 0.0).double().cumsum(-1)
-    target = column(row.uniform() for row in rows).double() * cumulative[:, -1:]
+    target = settings.uniforms.double()[:, None] * cumulative[:, -1:]
     chosen = (cumulative <= target).sum(-1, keepdim=True)
-    return ids.gather(-1, chosen.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+    drawn = ids.gather(-1, chosen.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
+    return torch.where(temperature[:, 0] > 0, drawn, likeliest)
 
 
 def _logprobs(logits: Tensor, rows: Sequence[Row]) -> list[tuple[Tensor, int] | None]:

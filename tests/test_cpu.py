@@ -1,6 +1,7 @@
-"""The linears in C against float64 and against torch in the same dtype."""
+"""The ops in C against float64 and against torch in the same dtype, and the tape."""
 
 import platform
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -146,3 +147,40 @@ def test_a_missing_compiler_is_said_once_and_torch_runs(monkeypatch) -> None:
     with pytest.warns(UserWarning, match="no C compiler could build cpu.c"):
         assert not cpu.takes(tensor(1, 32, seed=0))
     assert not cpu.takes(tensor(1, 32, seed=0))
+
+
+def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
+    w, ids = tensor(8, 64, seed=1), torch.tensor([3, 1])
+    tape = cpu.Tape()
+    with tape.record():
+        out = cpu.few_tokens(cpu.embedding(ids, w), w)[0][:, :4]
+    for chosen in ([3, 1], [0, 7]):
+        ids.copy_(torch.tensor(chosen))
+        tape.replay()
+        assert torch.equal(out, cpu.few_tokens(w[ids], w)[0][:, :4])
+    assert not cpu.is_recording()
+
+
+@pytest.mark.parametrize("compute", [lambda x: x + 1, lambda x: x.float(), lambda x: x.sum().item()])
+def test_a_tape_refuses_what_torch_computes(compute: Callable) -> None:
+    x = tensor(2, 64, seed=0)
+    with pytest.raises(cpu.NotRecordable, match=r"is not a call of cpu\.c"), cpu.Tape().record():
+        compute(x)
+    assert not cpu.is_recording()
+    assert cpu.few_tokens(x, x)[0].isfinite().all()
+
+
+def test_a_tape_of_the_other_ops_matches_them() -> None:
+    q, k, v, tables, lengths = cached([70, 300], 14, 2, 64)
+    positions, slots = torch.tensor([69, 299]), torch.tensor([5, 9])
+    qkv, cos_sin = tensor(2, 18 * 64, seed=7), torch.rand(512, 64)
+    tape, pages, others = cpu.Tape(), torch.zeros_like(k), torch.zeros_like(k)
+    with tape.record():
+        out = cpu.decode_attention(q, k, v, tables, lengths, 0.125)
+        rotated = cpu.rope_and_cache(qkv, positions, cos_sin, pages, others, slots)
+    tape.replay()
+    assert torch.equal(out, cpu.decode_attention(q, k, v, tables, lengths, 0.125))
+    again = torch.zeros_like(k), torch.zeros_like(k)
+    assert torch.equal(rotated, cpu.rope_and_cache(qkv, positions, cos_sin, *again, slots))
+    assert torch.equal(pages, again[0])
+    assert torch.equal(others, again[1])

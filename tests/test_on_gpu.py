@@ -8,12 +8,15 @@ import sys
 import types
 from pathlib import Path
 
+import gguf
 import pytest
+import torch
 import typer
+from twins import TINY, tiny_model
 from typer.testing import CliRunner
 
 from qwenkern import Config, cli
-from qwenkern.benchmarks import end_to_end, on_gpu
+from qwenkern.benchmarks import end_to_end, on_gpu, peers
 
 app = typer.Typer()
 app.command()(end_to_end.main)
@@ -75,17 +78,31 @@ def test_llama_cpp_takes_part_where_it_is_installed(monkeypatch, tmp_path):
     asked = []
 
     class Llama:
-        def __init__(self, model_path, n_ctx, n_threads, verbose):
+        def __init__(self, model_path, n_ctx, n_threads, n_threads_batch, verbose):
             asked.append((model_path, n_ctx))
+
+        def reset(self):
+            asked.append("reset")
 
         def generate(self, tokens, temp, reset):
             asked.append(list(tokens))
             yield from range(100)
 
     monkeypatch.setitem(sys.modules, "llama_cpp", types.SimpleNamespace(Llama=Llama))
-    engine = end_to_end.llama_cpp(tmp_path / "model.gguf", 64)
+    engine = peers.llama_cpp(tmp_path / "model.gguf", 64)
     engine([[1, 2], [3]], 5)
-    assert asked == [(str(tmp_path / "model.gguf"), 64), [1, 2], [3]]
+    assert asked == [(str(tmp_path / "model.gguf"), 64), [1, 2], "reset", [3], "reset"]
+
+
+def test_the_gguf_file_of_a_model_holds_its_weights(tmp_path):
+    model, config = tiny_model(dtype=torch.bfloat16), TINY
+    peers.write_gguf(model, tmp_path / "model.gguf")
+    found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
+    assert len(found) == len(peers.unpacked(model))
+    gate = torch.from_numpy(found["blk.1.ffn_gate.weight"].data.copy()).view(torch.bfloat16)
+    assert torch.equal(gate, model.module.model.layers[1].mlp.gate_up_proj.weight[: config.intermediate_size])
+    key = model.module.model.layers[0].self_attn.qkv_proj.bias[config.q_size :][: config.kv_size]
+    assert torch.equal(torch.from_numpy(found["blk.0.attn_k.bias"].data.copy()), key.float())
 
 
 def test_unknown_peers_are_named():
@@ -96,6 +113,7 @@ def test_unknown_peers_are_named():
 
 def test_end_to_end_of_random_weights(tmp_path):
     arguments = ["--model", "qwen2.5-0.5b", "--layers", "1", "--prompt-tokens", "8", "--new-tokens", "2"]
+    arguments += ["--peers", "transformers"]
     done = CliRunner().invoke(app, [*arguments, "--repeats", "1", "--json", str(tmp_path / "now.json")])
     assert done.exit_code == 0, done.output
     rows = json.loads((tmp_path / "now.json").read_text())["rows"]
