@@ -198,8 +198,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         check_tensor("linear", "residual", residual, (len(x), len(weight)), like=x)
     check_device("linear", x=x, weight=weight, bias=bias, residual=residual)
     if not runs_on_triton(x) or len(x) > MAX_TOKENS:
-        if cpu.takes(x):
-            return cpu.few_tokens(x, weight, bias=bias, addend=residual)[0]
+        if cpu.takes_linear(x):
+            return cpu.linear(x, weight, bias=bias, addend=residual)[0]
         return reference.linear(x, weight, bias, residual)
     out = x.new_empty(len(x), len(weight))
     _launch_linear("linear", out, None, x, None, None, weight, None, bias, residual, 0.0)
@@ -218,8 +218,8 @@ def norm_linear(
         check_tensor("norm_linear", "bias", bias, (len(weight),), like=x)
         check_device("norm_linear", x=x, bias=bias)
     if not runs_on_triton(x, unsupported(x)):
-        if cpu.takes(x):
-            return cpu.few_tokens(x, weight, residual=residual, norm_weight=norm_weight, eps=eps, bias=bias)
+        if cpu.takes_linear(x):
+            return cpu.linear(x, weight, residual=residual, norm_weight=norm_weight, eps=eps, bias=bias)
         return reference.norm_linear(x, residual, norm_weight, eps, weight, bias)
     if len(x) > MAX_TOKENS:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)
@@ -241,9 +241,9 @@ def norm_swiglu_linear(
     if len(weight) % 2:
         raise ValueError(f"norm_swiglu_linear: weight must have an even number of rows, and has {len(weight)}")
     if not runs_on_triton(x, unsupported(x)):
-        if cpu.takes(x):
+        if cpu.takes_linear(x):
             gate, up = weight.chunk(2)
-            return cpu.few_tokens(x, gate, residual=residual, norm_weight=norm_weight, eps=eps, up=up)
+            return cpu.linear(x, gate, residual=residual, norm_weight=norm_weight, eps=eps, up=up)
         return reference.norm_swiglu_linear(x, residual, norm_weight, eps, weight)
     if len(x) > MAX_TOKENS:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)

@@ -190,10 +190,10 @@ def lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float,
     Up to 16 tokens, logits keep all bits of the float32 sums; above, the library rounds them to x's dtype first."""
     check_normed("lm_head", x, residual, norm_weight, weight)
     if not runs_on_triton(x, unsupported(x)):
-        if cpu.takes(x):
-            return cpu.few_tokens(
-                x, weight, residual=residual, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32
-            )[0]
+        if cpu.takes_linear(x):
+            return cpu.linear(x, weight, residual=residual, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32)[
+                0
+            ]
         return reference.lm_head(x, residual, norm_weight, eps, weight)
     if len(x) > MAX_TOKENS:
         return F.linear(add_rms_norm(x, residual, norm_weight, eps)[0], weight).float()

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference, tuning
+from . import cpu, reference, tuning
 from .checks import INTEGERS, check_device, check_paged, check_tensor
 from .decode_attention import LOG2_E
 from .dispatch import op, pdl_options, runs_on_triton
@@ -268,6 +268,8 @@ def prefill_attention(
     check_paged("prefill_attention", q, k_pages, v_pages, block_tables, lengths)
     _check_query_starts(len(q), lengths, query_starts)
     if not runs_on_triton(q, _unsupported(k_pages)):
+        if cpu.takes_prefill(q, k_pages):
+            return cpu.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
         return reference.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     out = q.new_empty(q.shape)

@@ -2,12 +2,14 @@
 
 import platform
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
 from tolerances import assert_as_close_as
 
 from qwenkern.kernels import cpu, reference
+from qwenkern.kernels.cpu import build
 
 EPS = 1e-6
 
@@ -15,17 +17,17 @@ EPS = 1e-6
 @pytest.fixture(autouse=True)
 def in_c(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    cpu._library.cache_clear()
-    assert cpu._library() is not None
+    cpu.library.cache_clear()
+    assert cpu.library() is not None
     yield
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
 
 
 def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
 
 
-@pytest.mark.parametrize("tokens", range(1, cpu.MAX_TOKENS + 1))
+@pytest.mark.parametrize("tokens", [*range(1, cpu.MAX_TOKENS + 1), 17, 18, 21, 64, 100])
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (7, 64), (1152, 896), (130, 4864), (131, 2048)])
 def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
     x, residual, norm = tensor(tokens, k, seed=0), tensor(tokens, k, seed=1), tensor(k, seed=2)
@@ -37,43 +39,43 @@ def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int)
         truth = expected(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
         assert_as_close_as(out, expected(*args), truth)
 
-    compare(lambda: cpu.few_tokens(x, w, bias=bias, addend=addend)[0], reference.linear, x, w, bias, addend)
+    compare(lambda: cpu.linear(x, w, bias=bias, addend=addend)[0], reference.linear, x, w, bias, addend)
     normed = {"residual": residual, "norm_weight": norm, "eps": EPS}
     compare(
-        lambda: cpu.few_tokens(x, w, bias=bias, **normed)[0],
+        lambda: cpu.linear(x, w, bias=bias, **normed)[0],
         lambda *args: reference.norm_linear(*args)[0],
         *(x, residual, norm, EPS, w, bias),
     )
     compare(
-        lambda: cpu.few_tokens(x, w, up=up, **normed)[0],
+        lambda: cpu.linear(x, w, up=up, **normed)[0],
         lambda *args: reference.norm_swiglu_linear(*args)[0],
         *(x, residual, norm, EPS, torch.cat((w, up))),
     )
     compare(
-        lambda: cpu.few_tokens(x, w, out_dtype=torch.float32, **normed)[0],
+        lambda: cpu.linear(x, w, out_dtype=torch.float32, **normed)[0],
         reference.lm_head,
         *(x, residual, norm, EPS, w),
     )
-    assert torch.equal(cpu.few_tokens(x, w, **normed)[1], residual + x)
-    assert cpu.few_tokens(x, w)[1] is x
+    assert torch.equal(cpu.linear(x, w, **normed)[1], residual + x)
+    assert cpu.linear(x, w)[1] is x
 
 
 @pytest.mark.parametrize("k", [96, 896, 4864])
 def test_a_tokens_bits_depend_on_neither_batch_nor_threads(k: int) -> None:
     x, w = tensor(cpu.MAX_TOKENS, k, seed=0), tensor(131, k, seed=1)
-    together = cpu.few_tokens(x, w)[0]
+    together = cpu.linear(x, w)[0]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for row in range(len(x)):
-            assert torch.equal(cpu.few_tokens(x[row : row + 1], w)[0][0], together[row])
+            assert torch.equal(cpu.linear(x[row : row + 1], w)[0][0], together[row])
     finally:
         torch.set_num_threads(threads)
 
 
 def test_rows_may_have_any_stride() -> None:
     x, w = tensor(3, 200, seed=0)[:, :64], tensor(9, 100, seed=1)[:, :64]
-    assert torch.equal(cpu.few_tokens(x, w)[0], cpu.few_tokens(x.contiguous(), w.contiguous())[0])
+    assert torch.equal(cpu.linear(x, w)[0], cpu.linear(x.contiguous(), w.contiguous())[0])
 
 
 def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
@@ -102,6 +104,34 @@ def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: 
         assert torch.equal(alone[0], out[row])
 
 
+@pytest.mark.skipif(not build.multiplies(), reason="the processor has no products of bfloat16, or more than those")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (3, 3, 64), (16, 1, 128)])
+def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+    """Whole prompts, chunks behind a cached prefix, single tokens, and a sequence without a query."""
+    lengths, counts = [1, 63, 64, 65, 300, 700, 200, 130], [1, 63, 64, 65, 300, 37, 1, 0]
+    _, k, v, tables, ends = cached(lengths, heads, kv_heads, dim)
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+    q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0)[:, :-8].unflatten(1, (heads, dim))
+    assert cpu.takes_prefill(q, k)
+    out = cpu.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
+    expected = reference.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
+    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, ends, starts, dim**-0.5)
+    assert_as_close_as(out, expected, truth)
+    for row, (first, last) in enumerate(pairwise(starts.tolist())):
+        if first < last:
+            mine = (tables[row : row + 1], ends[row : row + 1], torch.tensor([0, last - first]))
+            assert torch.equal(cpu.prefill_attention(q[first:last], k, v, *mine, dim**-0.5), out[first:last])
+
+
+@pytest.mark.skipif(not build.multiplies(), reason="the processor has no products of bfloat16, or more than those")
+def test_queries_far_apart_do_not_overflow() -> None:
+    _, k, v, tables, lengths = cached([300], 14, 2, 64)
+    q, starts = tensor(300, 14, 64, seed=6, scale=200.0), torch.tensor([0, 300])
+    out = cpu.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
+    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, lengths, starts, 1.0)
+    assert_as_close_as(out, reference.prefill_attention(q, k, v, tables, lengths, starts, 1.0), truth)
+
+
 def test_scores_far_apart_do_not_overflow() -> None:
     q, k, v, tables, counts = cached([300], 14, 2, 64)
     q = q * 100
@@ -128,46 +158,46 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
 
 def test_processors_without_bfloat16_products_are_as_close(monkeypatch) -> None:
     monkeypatch.setenv("CC", "gcc -mno-avx512bf16 -mno-avx512f" if platform.machine() == "x86_64" else "gcc")
-    cpu._library.cache_clear()
+    cpu.library.cache_clear()
     x, w = tensor(9, 4864, seed=0), tensor(131, 4864, seed=1)
-    assert_as_close_as(cpu.few_tokens(x, w)[0], reference.linear(x, w), reference.linear(x.double(), w.double()))
+    assert_as_close_as(cpu.linear(x, w)[0], reference.linear(x, w), reference.linear(x.double(), w.double()))
 
 
 def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
-    assert cpu.takes(tensor(1, 32, seed=0))
-    for other in (tensor(1, 24, seed=0), tensor(cpu.MAX_TOKENS + 1, 32, seed=0), torch.zeros(1, 32)):
-        assert not cpu.takes(other)
+    assert cpu.takes_linear(tensor(1, 32, seed=0))
+    for other in (tensor(1, 24, seed=0), torch.zeros(1, 32)):
+        assert not cpu.takes_linear(other)
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")
-    assert not cpu.takes(tensor(1, 32, seed=0))
+    assert not cpu.takes_linear(tensor(1, 32, seed=0))
 
 
 def test_a_missing_compiler_is_said_once_and_torch_runs(monkeypatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    cpu._library.cache_clear()
-    with pytest.warns(UserWarning, match="no C compiler could build cpu.c"):
-        assert not cpu.takes(tensor(1, 32, seed=0))
-    assert not cpu.takes(tensor(1, 32, seed=0))
+    cpu.library.cache_clear()
+    with pytest.warns(UserWarning, match="no C compiler could build"):
+        assert not cpu.takes_linear(tensor(1, 32, seed=0))
+    assert not cpu.takes_linear(tensor(1, 32, seed=0))
 
 
 def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
     w, ids = tensor(8, 64, seed=1), torch.tensor([3, 1])
     tape = cpu.Tape()
     with tape.record():
-        out = cpu.few_tokens(cpu.embedding(ids, w), w)[0][:, :4]
+        out = cpu.linear(cpu.embedding(ids, w), w)[0][:, :4]
     for chosen in ([3, 1], [0, 7]):
         ids.copy_(torch.tensor(chosen))
         tape.replay()
-        assert torch.equal(out, cpu.few_tokens(w[ids], w)[0][:, :4])
+        assert torch.equal(out, cpu.linear(w[ids], w)[0][:, :4])
     assert not cpu.is_recording()
 
 
 @pytest.mark.parametrize("compute", [lambda x: x + 1, lambda x: x.float(), lambda x: x.sum().item()])
 def test_a_tape_refuses_what_torch_computes(compute: Callable) -> None:
     x = tensor(2, 64, seed=0)
-    with pytest.raises(cpu.NotRecordable, match=r"is not a call of cpu\.c"), cpu.Tape().record():
+    with pytest.raises(cpu.NotRecordable, match=r"is not in C"), cpu.Tape().record():
         compute(x)
     assert not cpu.is_recording()
-    assert cpu.few_tokens(x, x)[0].isfinite().all()
+    assert cpu.linear(x, x)[0].isfinite().all()
 
 
 def test_a_tape_of_the_other_ops_matches_them() -> None:

@@ -243,4 +243,4 @@ def test_threads_take_turns_on_one_tape(in_c):
 
 
 def test_c_was_there(in_c):
-    assert cpu._library() is not None
+    assert cpu.library() is not None

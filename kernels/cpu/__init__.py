@@ -1,0 +1,45 @@
+"""The ops of the graph on a CPU in bfloat16, in C, compiled by the machine's own compiler at the first use and kept.
+
+torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
+without a second copy of them, and for many tokens multiplies at 95 % of the processor's peak where it multiplies
+bfloat16. Where no C compiler works, a warning says so once and the torch twin runs. A Tape is to these ops what a CUDA
+graph is to kernels: it plays a whole step in one call.
+
+    ops.py    which tensors it takes, and the calls          common.h     numbers, vectors, what all of C shares
+    tape.py   calls recorded and replayed                    linear.c, attention.c, step.c
+    build.py  the compiler
+"""
+
+from .build import library
+from .ops import (
+    MAX_TOKENS,
+    SPLIT,
+    decode_attention,
+    embedding,
+    linear,
+    prefill_attention,
+    rope_and_cache,
+    takes_heads,
+    takes_linear,
+    takes_prefill,
+    takes_rows,
+)
+from .tape import NotRecordable, Tape, is_recording
+
+__all__ = [
+    "MAX_TOKENS",
+    "SPLIT",
+    "NotRecordable",
+    "Tape",
+    "decode_attention",
+    "embedding",
+    "is_recording",
+    "library",
+    "linear",
+    "prefill_attention",
+    "rope_and_cache",
+    "takes_heads",
+    "takes_linear",
+    "takes_prefill",
+    "takes_rows",
+]

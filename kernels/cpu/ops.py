@@ -1,0 +1,143 @@
+"""Which tensors the C functions take, and how they are called with them. The public ops say what each computes."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .build import library, multiplies
+from .tape import run, scratch
+
+MAX_TOKENS = 16  # of a linear that reads its weights row by row
+MAX_GROUP = 16  # query heads of a key-value head
+SPLIT = 256  # cached tokens that a thread attends to at a time
+WIDE = 64  # rows of a panel; all as in C
+LANES = 32
+
+
+def takes_linear(x: Tensor) -> bool:
+    """Whether x [T, K] is of a kind that linear takes."""
+    return x.shape[1] % LANES == 0 and _usable(x) and (len(x) <= MAX_TOKENS or multiplies())
+
+
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    *,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+    addend: Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> tuple[Tensor, Tensor]:
+    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]: (out [T, N], new residual [T, K]).
+
+    With ``norm_weight`` [K] x is first added to ``residual`` and normalised; with ``up`` [N, K] out is
+    silu(x weight^T) * (x up^T). Without a residual, the new one is x itself."""
+    (num_tokens, k), n = x.shape, len(weight)
+    out = x.new_empty(num_tokens, n, dtype=out_dtype)
+    new_residual = None if residual is None else x.new_empty(num_tokens, k)
+    few = num_tokens <= MAX_TOKENS
+    rows = scratch((num_tokens * k + 1) // 2 + (0 if few else torch.get_num_threads() * k // 2 * WIDE))
+    strides = (0 if t is None else t.stride(0) for t in (x, residual, weight, addend))
+    run(
+        "few_tokens" if few else "many_tokens",
+        (out, new_residual, rows, x, residual, norm_weight, weight, up, bias, addend),
+        (num_tokens, n, k, *strides, out_dtype == torch.float32),
+        eps,
+    )
+    return out, x if new_residual is None else new_residual
+
+
+def takes_rows(weight: Tensor) -> bool:
+    """Whether embedding takes this table."""
+    return weight.stride(1) == 1 and _usable(weight)
+
+
+def embedding(ids: Tensor, weight: Tensor) -> Tensor:
+    out = weight.new_empty(len(ids), weight.shape[1])
+    run("embedding", (out, weight, ids.long().contiguous()), (*out.shape, weight.stride(0)))
+    return out
+
+
+def takes_heads(q: Tensor, k_pages: Tensor) -> bool:
+    """Whether q [.., Hq, D] over pages [.., Hkv, D] suits C; q may still be packed with k and v."""
+    num_kv_heads, head_dim = k_pages.shape[-2:]
+    group = q.shape[1] // num_kv_heads if q.dim() == 3 else 1
+    return head_dim in (32, 64, 96, 128) and group <= MAX_GROUP and _usable(q)
+
+
+def takes_prefill(q: Tensor, k_pages: Tensor) -> bool:
+    return takes_heads(q, k_pages) and q.shape[2] % WIDE == 0 and multiplies()
+
+
+def rope_and_cache(
+    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+) -> Tensor:
+    num_kv_heads, head_dim = k_pages.shape[-2:]
+    q = qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    run(
+        "rope_and_cache",
+        (q, k_pages, v_pages, qkv, positions.long().contiguous(), slots.long().contiguous(), cos_sin),
+        (len(qkv), q.shape[1], num_kv_heads, head_dim, qkv.stride(0)),
+    )
+    return q
+
+
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    splits = -(-block_tables.shape[1] * page_size // SPLIT)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    parts = scratch(num_sequences * num_q_heads * splits * (head_dim + 2))
+    run(
+        "decode_attention",
+        (out, parts, q, k_pages, v_pages, block_tables.int().contiguous(), lengths.int().contiguous()),
+        (
+            *(num_sequences, splits, page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
+            *(q.stride(0), block_tables.stride(0)),
+        ),
+        scale,
+    )
+    return out
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+) -> Tensor:
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    (_, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    blocks = sum(-(-length // WIDE) for length in lengths.tolist())
+    tables, lengths, starts = (t.int().contiguous() for t in (block_tables, lengths, query_starts))
+    run(
+        "prefill_attention",
+        (out, scratch(blocks * num_kv_heads * head_dim * WIDE), q, k_pages, v_pages, tables, lengths, starts),
+        (
+            *(len(lengths), page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
+            *(q.stride(0), tables.stride(0)),
+        ),
+        scale,
+    )
+    return out
+
+
+def _usable(x: Tensor) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.bfloat16
+        and os.environ.get("QWENKERN_KERNELS") != "reference"
+        and library() is not None
+    )

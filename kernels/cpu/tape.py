@@ -1,0 +1,98 @@
+"""Calls of C functions: run one by one, or recorded on a tape and played together."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .build import library
+
+_OPS = ("embedding", "rope_and_cache", "few_tokens", "many_tokens", "decode_attention", "prefill_attention")
+_recording = threading.local()
+
+
+class _Call(ctypes.Structure):
+    """As `call` in common.h."""
+
+    _fields_ = (
+        ("op", ctypes.c_long),
+        ("tensors", ctypes.c_void_p * 10),
+        ("sizes", ctypes.c_long * 8),
+        ("scalar", ctypes.c_double),
+    )
+
+
+class NotRecordable(RuntimeError):
+    """What ran under Tape.record is more than calls of C functions."""
+
+
+class Tape:
+    """The calls of C functions that a function makes, recorded once and played in one go: no Python, no allocation, and
+    one team of threads from the first to the last. It works on the memory that its tensors had when it was recorded."""
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._kept: list[Tensor | None] = []
+        self._scratch = torch.empty(0)
+        self._threads = torch.get_num_threads()
+
+    @contextlib.contextmanager
+    def record(self) -> Iterator[None]:
+        """Records what runs within it, without running it. Raises NotRecordable if torch were to compute something."""
+        _recording.tape = self
+        try:
+            with _OnlyViews():
+                yield
+        finally:
+            _recording.tape = None
+        self._packed = (_Call * len(self._calls))(*self._calls)
+
+    def replay(self) -> None:
+        library().run(self._packed, len(self._packed), self._threads)
+
+    def add(self, call: _Call, tensors: Sequence[Tensor | None]) -> None:
+        self._calls.append(call)
+        self._kept += tensors
+
+    def scratch(self, size: int) -> Tensor:
+        """Memory that one call uses for itself."""
+        if self._scratch.numel() < size:
+            self._scratch = torch.empty(size)
+        return self._scratch
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Lets torch make tensors and views of them, but compute nothing."""
+
+    allowed = ("empty", "new_empty", "empty_like", "empty_strided")
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not function.is_view and function._schema.name.removeprefix("aten::") not in self.allowed:
+            raise NotRecordable(f"{function.name()} is not in C")
+        return function(*args, **(kwargs or {}))
+
+
+def run(op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0) -> None:
+    """Runs a C function, or adds the call to the tape that is being recorded."""
+    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    call = _Call(_OPS.index(op), (ctypes.c_void_p * 10)(*pointers), (ctypes.c_long * 8)(*sizes), scalar)
+    if is_recording():
+        _recording.tape.add(call, tensors)
+    else:
+        library().run(ctypes.byref(call), 1, torch.get_num_threads())
+
+
+def scratch(size: int) -> Tensor:
+    """Memory for so many float32 that only the next call uses."""
+    return _recording.tape.scratch(size) if is_recording() else torch.empty(size)
+
+
+def is_recording() -> bool:
+    return getattr(_recording, "tape", None) is not None
