@@ -152,10 +152,18 @@ static inline void normalise(bf16 *normed, bf16 *new_residual, const bf16 *x, co
         store_narrow(normed + k, rounded_floats(load_wide(from + k) * scale) * load_wide(norm_weight + k));
 }
 
+/* The first of LANES values; a copy of unknown size is a call, so all of them are a case of their own */
 static inline floats load_some(const bf16 *from, long count) {
+    if (count == LANES) return load_wide(from);
     halves values = {0};
     memcpy(&values, from, count * sizeof *from);
     return widen_halves(values);
+}
+
+static inline void store_some(void *to, const void *values, long count, long size) {
+    if (count < LANES) memcpy(to, values, count * size);
+    else if (size == sizeof(bf16)) memcpy(to, values, LANES * sizeof(bf16));
+    else memcpy(to, values, LANES * sizeof(float));
 }
 
 #ifdef __AVX512BF16__
@@ -196,7 +204,10 @@ static inline void pack_transposed(pairs *panel, const bf16 *const *rows, long K
                 sums[i][j] = adds ? load(out + i * out_stride + j * LANES) : (floats){0};                         \
         for (long k = 0; k < steps; k++) {                                                                        \
             pairs columns[VECTORS];                                                                               \
-            for (int j = 0; j < VECTORS; j++) columns[j] = b[k * b_stride + j];                                   \
+            for (int j = 0; j < VECTORS; j++) {                                                                   \
+                columns[j] = b[k * b_stride + j];                                                                 \
+                __asm__("" : "+v"(columns[j])); /* loaded once, not again for every row */                        \
+            }                                                                                                     \
             for (int i = 0; i < ROWS; i++) {                                                                      \
                 uint32_t both;                                                                                    \
                 memcpy(&both, a + i * a_stride + 2 * k, sizeof both);                                             \

@@ -24,7 +24,6 @@
 DEFINE_DOTS(4, 2)
 DEFINE_DOTS(4, 1)
 DEFINE_DOTS(1, 8)
-DEFINE_DOTS(1, 4)
 DEFINE_DOTS(1, 2)
 DEFINE_DOTS(1, 1)
 
@@ -39,7 +38,6 @@ static void dots(float *out, const bf16 *x, const bf16 *w, long rows, long w_str
     }
     for (long row = 0; row < rows; row++, w += w_stride, out++) {
         for (i = 0; i + 8 <= count; i += 8) dots_1_8(out + i * BLOCK, x + i * K, w, w_stride, K);
-        for (; i + 4 <= count; i += 4) dots_1_4(out + i * BLOCK, x + i * K, w, w_stride, K);
         for (; i + 2 <= count; i += 2) dots_1_2(out + i * BLOCK, x + i * K, w, w_stride, K);
         for (; i < count; i++) dots_1_1(out + i * BLOCK, x + i * K, w, w_stride, K);
     }
@@ -125,8 +123,8 @@ void many_tokens(const call *c) {
                     }
                     if (addend) value = rounded_floats(value) + load_some(addend + token * addend_stride + row, some);
                     halves near = narrow_floats(value);
-                    if (out_is_float) memcpy((float *)c->tensors[0] + token * N + row, &value, some * sizeof(float));
-                    else memcpy((bf16 *)c->tensors[0] + token * N + row, &near, some * sizeof(bf16));
+                    if (out_is_float) store_some((float *)c->tensors[0] + token * N + row, &value, some, sizeof(float));
+                    else store_some((bf16 *)c->tensors[0] + token * N + row, &near, some, sizeof(bf16));
                 }
         }
     }

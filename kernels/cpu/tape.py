@@ -29,6 +29,18 @@ class _Call(ctypes.Structure):
     )
 
 
+class Scratch:
+    """Memory that is used again, larger when more is asked for: fresh pages would cost more than a small op."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def __call__(self, size: int) -> Tensor:
+        if self._memory.numel() < size:
+            self._memory = torch.empty(size)
+        return self._memory
+
+
 class NotRecordable(RuntimeError):
     """What ran under Tape.record is more than calls of C functions."""
 
@@ -40,7 +52,7 @@ class Tape:
     def __init__(self) -> None:
         self._calls: list[_Call] = []
         self._kept: list[Tensor | None] = []
-        self._scratch = torch.empty(0)
+        self.scratch = Scratch()
         self._threads = torch.get_num_threads()
 
     @contextlib.contextmanager
@@ -60,12 +72,6 @@ class Tape:
     def add(self, call: _Call, tensors: Sequence[Tensor | None]) -> None:
         self._calls.append(call)
         self._kept += tensors
-
-    def scratch(self, size: int) -> Tensor:
-        """Memory that one call uses for itself."""
-        if self._scratch.numel() < size:
-            self._scratch = torch.empty(size)
-        return self._scratch
 
 
 class _OnlyViews(TorchDispatchMode):
@@ -91,7 +97,11 @@ def run(op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar:
 
 def scratch(size: int) -> Tensor:
     """Memory for so many float32 that only the next call uses."""
-    return _recording.tape.scratch(size) if is_recording() else torch.empty(size)
+    if is_recording():
+        return _recording.tape.scratch(size)
+    if not hasattr(_recording, "scratch"):
+        _recording.scratch = Scratch()
+    return _recording.scratch(size)
 
 
 def is_recording() -> bool:
