@@ -2,7 +2,7 @@
 
 Values on a GPU (lengths, page numbers, slots, positions) cannot be looked at without waiting for it, so they are
 checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise. Nor are they looked at while a
-tape is recorded (cpu.py): they come later.
+tape is recorded (cpu/): they come later.
 """
 
 from __future__ import annotations

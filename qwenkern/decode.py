@@ -5,7 +5,7 @@
      └─────────────────────────────────────────────────────────────────────┘
 
 On a GPU the step is a CUDA graph that draws the tokens too and feeds them to its next replay; the host reads them one
-step behind. On a CPU it is a tape of calls (kernels/cpu.py) that ends with the logits.
+step behind. On a CPU it is a tape of calls (kernels/cpu) that ends with the logits.
 """
 
 from __future__ import annotations
