@@ -87,6 +87,12 @@ def _heads(config: Config, size: Size, heads: int) -> Tensor:
     return _normal(size, size.tokens, heads, config.head_dim)
 
 
+def _embedding(config: Config, size: Size) -> tuple[Any, ...]:
+    """One row for each token; the same table as lm_head's where they are tied."""
+    ids = torch.randint(config.vocab_size, (size.tokens,), device=size.device)
+    return ids, _weight(size, config.vocab_size, config.hidden_size)
+
+
 def _apply_rope(config: Config, size: Size) -> tuple[Any, ...]:
     positions, cos_sin = _rotation(config, size)
     q, k = (_heads(config, size, heads) for heads in (config.num_attention_heads, config.num_key_value_heads))
@@ -129,6 +135,13 @@ def _hidden(config: Config) -> int:
 
 
 CASES = [
+    Case(
+        "embedding",
+        "embedding",
+        _embedding,
+        _elements(lambda c, t: 2 * t * c.hidden_size),
+        lambda c, s: 0,
+    ),
     Case(
         "rms_norm",
         "rms_norm",

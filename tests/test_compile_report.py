@@ -132,12 +132,13 @@ def test_the_interpreter_is_refused(compiling):
 
 
 def test_3b_on_every_architecture(compiling, tmp_path):
-    """No rule is broken; every case is there, on every architecture."""
+    """No rule is broken; every case is there, on every architecture, but the one that is torch's kernel."""
     done = _report(compiling, "--json", str(tmp_path / "report.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken rules" in done.stdout
     rows = json.loads((tmp_path / "report.json").read_text())["kernels"]
-    expected = {(case.name, tokens, key) for case in CASES for tokens in case.tokens for key in DEVICES}
+    ours = [case for case in CASES if case.op != "embedding"]
+    expected = {(case.name, tokens, key) for case in ours for tokens in case.tokens for key in DEVICES}
     assert {(row["case"], row["tokens"], row["arch"]) for row in rows} == expected
     few = [row["code"] for row in rows if row["kernel"] == "_linear_kernel" and row["arch"] != "gfx942"]
     # one instruction for every number of tokens: what the promise of equal bits rests on
