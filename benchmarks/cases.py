@@ -105,6 +105,11 @@ def _rope_and_cache(config: Config, size: Size) -> tuple[Any, ...]:
     return _normal(size, size.tokens, config.qkv_size), positions, cos_sin, k_pages, v_pages, positions
 
 
+def _norm_qkv_rope(config: Config, size: Size) -> tuple[Any, ...]:
+    weights = _weight(size, config.qkv_size, config.hidden_size), _normal(size, config.qkv_size)
+    return *_stream(config, size), *weights, *_rope_and_cache(config, size)[1:]
+
+
 def _decode_attention(config: Config, size: Size) -> tuple[Any, ...]:
     return _heads(config, size, config.num_attention_heads), *_cache(config, size, size.tokens), config.head_dim**-0.5
 
@@ -161,6 +166,15 @@ CASES = [
         "norm_linear",
         lambda c, s: (*_stream(c, s), _weight(s, c.qkv_size, c.hidden_size), _normal(s, c.qkv_size)),
         _elements(lambda c, t: (c.qkv_size + 3 * t + 1) * c.hidden_size + (t + 1) * c.qkv_size),
+        _matrix(lambda c: c.qkv_size, _hidden),
+    ),
+    Case(
+        "qkv_rope",
+        "norm_qkv_rope",
+        _norm_qkv_rope,
+        lambda c, s: (
+            ((c.qkv_size + 3 * s.tokens + 1) * c.hidden_size + (s.tokens + 1) * c.qkv_size) * s.itemsize + _table(c, s)
+        ),
         _matrix(lambda c: c.qkv_size, _hidden),
     ),
     Case(

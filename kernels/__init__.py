@@ -18,6 +18,7 @@ except ImportError:  # where there is no Triton, the twins are all there is
         lm_head,
         lm_head_top_k,
         norm_linear,
+        norm_qkv_rope,
         norm_swiglu_linear,
         prefill_attention,
         rms_norm,
@@ -30,6 +31,7 @@ else:
     from .linear import linear, norm_linear, norm_swiglu_linear
     from .lm_head import lm_head, lm_head_top_k
     from .prefill_attention import prefill_attention
+    from .qkv_rope import norm_qkv_rope
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import apply_rope, rope_and_cache
     from .swiglu import swiglu
@@ -43,6 +45,7 @@ __all__ = [
     "lm_head",
     "lm_head_top_k",
     "norm_linear",
+    "norm_qkv_rope",
     "norm_swiglu_linear",
     "prefill_attention",
     "rms_norm",

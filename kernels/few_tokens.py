@@ -28,7 +28,7 @@ IN_FLIGHT = (
 MAX_HIDDEN = 32768  # for the norm, a row must fit in a program's registers
 
 
-for _op in ("linear", "norm_linear", "norm_swiglu_linear", "lm_head"):
+for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_head"):
     tuning.SPACES[_op] = {
         "BLOCK_N": (16, 32),  # below 64, see above
         "BLOCK_K": (128, 256, 512, 1024),
@@ -46,7 +46,7 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
 
     What decides about the order of summation (SPLIT_K, BLOCK_K) does not look at the number of tokens."""
     streams = max(parts, 1)
-    block_n = 16 if parts == 1 and n < 64 * device.num_sms else 32
+    block_n = 16 if parts < 2 and n < 64 * device.num_sms else 32
     programs = triton.cdiv(n, block_n)
     split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if parts == 1 else 1
     neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory

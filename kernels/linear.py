@@ -224,7 +224,7 @@ def norm_linear(
     if len(x) > MAX_TOKENS:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)
         return F.linear(normed, weight, bias), residual
-    out, new_residual = x.new_empty(len(x), len(weight)), _like(x, residual)
+    out, new_residual = x.new_empty(len(x), len(weight)), new_residual_like(x, residual)
     _launch_linear("norm_linear", out, new_residual, x, residual, norm_weight, weight, None, bias, None, eps)
     return out, x if new_residual is None else new_residual
 
@@ -249,7 +249,7 @@ def norm_swiglu_linear(
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)
         return swiglu(F.linear(normed, weight)), residual
     gate, up = weight.chunk(2)
-    out, new_residual = x.new_empty(len(x), len(gate)), _like(x, residual)
+    out, new_residual = x.new_empty(len(x), len(gate)), new_residual_like(x, residual)
     _launch_linear("norm_swiglu_linear", out, new_residual, x, residual, norm_weight, gate, up, None, None, eps)
     return out, x if new_residual is None else new_residual
 
@@ -268,5 +268,5 @@ def unsupported(x: Tensor) -> str | None:
     return f"a norm over {x.shape[1]} (at most {MAX_HIDDEN})" if x.shape[1] > MAX_HIDDEN else None
 
 
-def _like(x: Tensor, residual: Tensor | None) -> Tensor | None:
+def new_residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
     return None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)

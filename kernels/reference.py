@@ -134,6 +134,24 @@ def norm_linear(
     return linear(normed, weight, bias), residual
 
 
+def norm_qkv_rope(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """norm_linear with the packed weight [(Hq + 2 Hkv) D, K], then rope_and_cache: (q [T, Hq, D], new residual)."""
+    qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
+    return rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots), residual
+
+
 def norm_swiglu_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:

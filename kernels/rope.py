@@ -148,8 +148,36 @@ def _check_table(name: str, x: Tensor, head_dim: int, positions: Tensor, cos_sin
     check_range(name, "positions", positions, 0, len(cos_sin))
 
 
-def _unsupported(head_dim: int) -> str | None:
+def unsupported_heads(head_dim: int) -> str | None:
     return None if head_dim in HEAD_DIMS else f"heads of {head_dim} (16, 32, 64 or 128)"
+
+
+def check_places(
+    name: str,
+    x: Tensor,
+    source: str,
+    width: int,
+    positions: Tensor,
+    cos_sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+) -> None:
+    """Raises unless q, k and v of x's tokens, ``width`` elements a token from ``source``, can go where these say."""
+    head_dim = k_pages.shape[-1]
+    check_cache(name, k_pages, v_pages, like=x, head_dim=head_dim)
+    _check_table(name, x, head_dim, positions, cos_sin)
+    check_tensor(name, "slots", slots, (len(x),), dtypes=INTEGERS)
+    check_device(
+        name, **{source: x}, positions=positions, cos_sin=cos_sin, k_pages=k_pages, v_pages=v_pages, slots=slots
+    )
+    num_pages, page_size, num_kv_heads, _ = k_pages.shape
+    check_range(name, "slots", slots, 0, num_pages * page_size)
+    if width % head_dim or width // head_dim <= 2 * num_kv_heads:
+        raise ValueError(
+            f"{name}: {source}'s rows of {width} must hold more than {2 * num_kv_heads} heads of {head_dim}, "
+            f"the cache's k and v, and no part of one"
+        )
 
 
 def _fake_apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,7 +201,7 @@ def apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tupl
     check_tensor("apply_rope", "k", k, (len(q), "Hkv", q.shape[2]), like=q)
     _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
     check_device("apply_rope", q=q, k=k, cos_sin=cos_sin, positions=positions)
-    if not runs_on_triton(q, _unsupported(q.shape[2])):
+    if not runs_on_triton(q, unsupported_heads(q.shape[2])):
         return reference.apply_rope(q, k, cos_sin, positions)
     q, k = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k))
     q_out, k_out = _fake_apply_rope(q, k, cos_sin, positions)
@@ -189,22 +217,10 @@ def rope_and_cache(
 
     Changes k_pages and v_pages [num_pages, page_size, Hkv, D], of qkv's dtype. positions [T] and slots [T] are
     integers; a slot is ``page * page_size + offset``, and no two tokens share one. On a GPU they are not checked."""
-    head_dim = k_pages.shape[-1]
     check_tensor("rope_and_cache", "qkv", qkv, ("T", "(Hq + 2 Hkv) D"))
-    check_cache("rope_and_cache", k_pages, v_pages, like=qkv, head_dim=head_dim)
-    _check_table("rope_and_cache", qkv, head_dim, positions, cos_sin)
-    check_tensor("rope_and_cache", "slots", slots, (len(qkv),), dtypes=INTEGERS)
-    check_device(
-        "rope_and_cache", qkv=qkv, positions=positions, cos_sin=cos_sin, k_pages=k_pages, v_pages=v_pages, slots=slots
-    )
-    num_pages, page_size, num_kv_heads, _ = k_pages.shape
-    check_range("rope_and_cache", "slots", slots, 0, num_pages * page_size)
-    if qkv.shape[1] % head_dim or qkv.shape[1] // head_dim <= 2 * num_kv_heads:
-        raise ValueError(
-            f"rope_and_cache: qkv's rows of {qkv.shape[1]} must hold more than {2 * num_kv_heads} heads of {head_dim}, "
-            f"the cache's k and v, and no part of one"
-        )
-    if not runs_on_triton(qkv, _unsupported(head_dim)):
+    check_places("rope_and_cache", qkv, "qkv", qkv.shape[1], positions, cos_sin, k_pages, v_pages, slots)
+    _, _, num_kv_heads, head_dim = k_pages.shape
+    if not runs_on_triton(qkv, unsupported_heads(head_dim)):
         if cpu.takes_heads(qkv, k_pages):
             return cpu.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
         return reference.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)

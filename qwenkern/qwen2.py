@@ -97,8 +97,10 @@ class Attention(nn.Module):
         v_pages: Tensor,
         cos_sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        qkv, residual = ops.norm_linear(x, residual, norm_weight, self.eps, self.qkv_proj.weight, self.qkv_proj.bias)
-        q = ops.rope_and_cache(qkv, batch.positions, cos_sin, k_pages, v_pages, batch.slots)
+        weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
+        q, residual = ops.norm_qkv_rope(
+            x, residual, norm_weight, self.eps, weight, bias, batch.positions, cos_sin, k_pages, v_pages, batch.slots
+        )
         if batch.is_decode:
             x = ops.decode_attention(q, k_pages, v_pages, batch.block_tables, batch.lengths, self.scale)
         else:

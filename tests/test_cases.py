@@ -43,9 +43,20 @@ def test_bytes_are_those_of_the_tensors(case):
     outputs = case.run(*inputs)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     moved = case.bytes_moved(config, size)
-    if case.op in ("embedding", "prefill_attention", "rope_and_cache", "apply_rope"):  # more goes in than is read
+    if case.op in (
+        "embedding",
+        "prefill_attention",
+        "norm_qkv_rope",
+        "rope_and_cache",
+        "apply_rope",
+    ):  # more goes in than is read
         used = {
             "embedding": 2 * 5 * config.hidden_size * 2,
+            "norm_qkv_rope": sum(
+                each.numel() * 2 for each in inputs[:3] + inputs[4:6] if isinstance(each, torch.Tensor)
+            )
+            + 2 * 5 * (config.hidden_size + config.qkv_size)
+            + 4 * 5 * config.head_dim,
             "prefill_attention": 2 * 5 * (config.q_size + config.kv_size) * 2,
         }.get(case.op)
         used = used or 5 * (
@@ -118,11 +129,13 @@ for tokens, sequences in ((1, 1), (16, 16), (512, 1)):
 def test_the_cases_launch_every_kernel_of_the_graph(compiling):
     done = subprocess.run([sys.executable, "-c", GRAPH], capture_output=True, text=True, env=compiling, check=False)
     assert done.returncode == 0, done.stderr
-    decode = "['_combine_kernel', '_decode_attention_kernel', '_linear_kernel', '_lm_head_kernel', '_rope_kernel']"
+    decode = (
+        "['_combine_kernel', '_decode_attention_kernel', '_linear_kernel', '_lm_head_kernel', '_norm_qkv_rope_kernel']"
+    )
     prefill = "['_lm_head_kernel', '_prefill_attention_kernel', '_rms_norm_kernel', '_rope_kernel', '_swiglu_kernel']"
     # the first layer begins the residual stream, so its norm adds nothing and needs less memory
     assert done.stdout.splitlines() == [
-        f"1 ['_linear_kernel'] {decode}",
-        f"16 ['_linear_kernel'] {decode}",
+        f"1 ['_norm_qkv_rope_kernel'] {decode}",
+        f"16 ['_norm_qkv_rope_kernel'] {decode}",
         f"512 [] {prefill}",
     ]

@@ -51,7 +51,17 @@ def test_a_part_that_fails_or_hangs_is_reported(tmp_path):
 
 def test_the_gpu_runs_the_tests_of_every_kernel():
     names = {Path(file).stem for file in on_gpu.kernel_tests()}
-    kernels = ["decode_attention", "linear", "lm_head", "prefill_attention", "qwen2", "rms_norm", "rope", "swiglu"]
+    kernels = [
+        "decode_attention",
+        "linear",
+        "lm_head",
+        "prefill_attention",
+        "qkv_rope",
+        "qwen2",
+        "rms_norm",
+        "rope",
+        "swiglu",
+    ]
     assert {f"test_{name}" for name in kernels} <= names
 
 

@@ -189,7 +189,7 @@ def test_entries_are_replaced_and_taken_away(tmp_path):
 
 def test_every_declared_field_is_the_kernels_own(ops, monkeypatch):
     """A space that names what the kernel does not take would be searched in vain."""
-    tuned = {case.name: tune._TUNED_AS.get(case.op, case.op) for case in CASES}
+    tuned = {case.name: tune._TUNED_AS.get(case.op, case.op) for case in CASES if case.op != "embedding"}
     assert set(tuned.values()) == set(tuning.SPACES)
     for name, op in tuned.items():
         case = BY_NAME[name]
