@@ -2,6 +2,7 @@
 
     python benchmarks/run.py --op add_rms_norm --tokens 1,16,512
     python benchmarks/run.py --json now.json --base benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json
+    python benchmarks/run.py --where --context 1024
     python benchmarks/run.py --side-a qwenkern --side-b qwenkern:my/tuned/folder
 
 Each provider's result is checked against the twin in float64 before it is timed; a wrong one of ours fails the run, a
@@ -22,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config
-from qwenkern.benchmarks import results
+from qwenkern.benchmarks import results, where
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
 from qwenkern.benchmarks.results import Row
@@ -243,6 +244,10 @@ def _cases(names: str) -> list[Case]:
     return [case for case in CASES if not wanted or case.name in wanted or case.op in wanted]
 
 
+def _place(device: str) -> torch.device:
+    return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+
+
 def main(
     op: Annotated[str, typer.Option(help="Cases or ops, with commas between them; all where not given.")] = "",
     model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
@@ -259,8 +264,14 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
     plot_folder: Annotated[Path | None, typer.Option("--plot", help="Draw pictures there.")] = None,
     base: Annotated[Path | None, typer.Option(help="A stored result to compare with.")] = None,
+    in_a_step: Annotated[
+        bool, typer.Option("--where", help="Where a decode step's time goes; --tokens is then its sequences.")
+    ] = False,
 ) -> None:
     """Time the kernels beside torch, torch.compile and whatever else is installed."""
+    if in_a_step:
+        where.show(model, _numbers(tokens or "1"), _numbers(context), _place(device))
+        return
     before = results.load(base) if base else []
     if bool(side_a) != bool(side_b):
         raise typer.BadParameter("--side-a and --side-b belong together")
@@ -270,7 +281,7 @@ def main(
     providers = _providers([side_a, side_b] if side_a else [name for name in provider.split(",") if name])
     cases, contexts = _cases(op), _numbers(context)
     chosen_tokens = _numbers(tokens) if tokens else None
-    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
+    place = _place(device)
     console, limits, rows = Console(width=None if Console().is_terminal else 160), ceilings(place), []
     with console.status("timing") as status:
         for case in cases:

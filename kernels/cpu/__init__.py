@@ -10,7 +10,7 @@ graph is to kernels: it plays a whole step in one call.
     build.py  the compiler
 """
 
-from .build import library
+from .build import library, multiplies
 from .ops import (
     MAX_TOKENS,
     SPLIT,
@@ -24,10 +24,11 @@ from .ops import (
     takes_prefill,
     takes_rows,
 )
-from .tape import NotRecordable, Tape, is_recording
+from .tape import OPS, NotRecordable, Tape, is_recording, play
 
 __all__ = [
     "MAX_TOKENS",
+    "OPS",
     "SPLIT",
     "NotRecordable",
     "Tape",
@@ -36,6 +37,8 @@ __all__ = [
     "is_recording",
     "library",
     "linear",
+    "multiplies",
+    "play",
     "prefill_attention",
     "rope_and_cache",
     "takes_heads",

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .build import library
 
-_OPS = ("embedding", "rope_and_cache", "few_tokens", "many_tokens", "decode_attention", "prefill_attention")
+OPS = ("embedding", "rope_and_cache", "few_tokens", "many_tokens", "decode_attention", "prefill_attention")
 _recording = threading.local()
 
 
@@ -50,7 +50,7 @@ class Tape:
     one team of threads from the first to the last. It works on the memory that its tensors had when it was recorded."""
 
     def __init__(self) -> None:
-        self._calls: list[_Call] = []
+        self.calls: list[_Call] = []
         self._kept: list[Tensor | None] = []
         self.scratch = Scratch()
         self._threads = torch.get_num_threads()
@@ -64,13 +64,13 @@ class Tape:
                 yield
         finally:
             _recording.tape = None
-        self._packed = (_Call * len(self._calls))(*self._calls)
+        self._packed = (_Call * len(self.calls))(*self.calls)
 
     def replay(self) -> None:
-        library().run(self._packed, len(self._packed), self._threads)
+        play(self._packed, len(self._packed), self._threads)
 
     def add(self, call: _Call, tensors: Sequence[Tensor | None]) -> None:
-        self._calls.append(call)
+        self.calls.append(call)
         self._kept += tensors
 
 
@@ -88,11 +88,16 @@ class _OnlyViews(TorchDispatchMode):
 def run(op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0) -> None:
     """Runs a C function, or adds the call to the tape that is being recorded."""
     pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    call = _Call(_OPS.index(op), (ctypes.c_void_p * 10)(*pointers), (ctypes.c_long * 8)(*sizes), scalar)
+    call = _Call(OPS.index(op), (ctypes.c_void_p * 10)(*pointers), (ctypes.c_long * 8)(*sizes), scalar)
     if is_recording():
         _recording.tape.add(call, tensors)
     else:
-        library().run(ctypes.byref(call), 1, torch.get_num_threads())
+        play(ctypes.byref(call), 1)
+
+
+def play(calls: Any, count: int, threads: int | None = None) -> None:
+    """Runs so many calls that lie one after the other."""
+    library().run(calls, count, threads or torch.get_num_threads())
 
 
 def scratch(size: int) -> Tensor:
