@@ -34,7 +34,7 @@ from qwenkern.qwen2 import Qwen2, initialise
 STEPS = 20
 BETWEEN = "between kernels"
 OTHER = "torch's own kernels"
-# What an op's kernel is called, on a GPU and on a tape. Of one that serves several ops, the order in a layer says which.
+# What the kernel of an op is called, on a GPU or a tape; of one that serves several, the order in a layer says which.
 NAMES = {
     "_norm_qkv_rope_kernel": "qkv_rope",
     "rope_and_cache": "rope_and_cache",

@@ -3,7 +3,7 @@
 
 #define MAX_GROUP 16 /* query heads of a key-value head */
 #define MAX_HEAD 128
-#define SPLIT 256 /* tokens of a sequence that one thread attends to at a time */
+#define SPLIT 128 /* tokens of a sequence that one thread attends to at a time */
 #define ROWS 96 /* query tokens times heads that one thread attends with at a time */
 
 static inline float dot(const bf16 *a, const bf16 *b, long count) {
@@ -43,40 +43,6 @@ static void attend(float *part, const bf16 *q, const bf16 *k, const bf16 *v, con
     }
 }
 
-/* One query token a sequence: out and q [S, Hkv G, D], q's sequences of any stride; pages [.., page_size, Hkv, D];
- * parts [S, Hkv, splits, G, D + 2]. A split is SPLIT tokens whatever the batch, so company does not change a bit. */
-void decode_attention(const call *c) {
-    bf16 *out = c->tensors[0];
-    float *parts = c->tensors[1];
-    const bf16 *q = c->tensors[2], *k = c->tensors[3], *v = c->tensors[4];
-    const int32_t *tables = c->tensors[5], *lengths = c->tensors[6];
-    long S = c->sizes[0], splits = c->sizes[1], page_size = c->sizes[2], Hkv = c->sizes[3], G = c->sizes[4];
-    long D = c->sizes[5], q_stride = c->sizes[6], table_stride = c->sizes[7];
-#pragma omp for schedule(dynamic)
-    for (long task = 0; task < S * Hkv * splits; task++) {
-        long split = task / Hkv % splits, head = task % Hkv, s = task / splits / Hkv;
-        long start = split * SPLIT, end = start + SPLIT < lengths[s] ? start + SPLIT : lengths[s];
-        if (start < end)
-            attend(parts + ((s * Hkv + head) * splits + split) * G * (D + 2), q + s * q_stride + head * G * D,
-                   k + head * D, v + head * D, tables + s * table_stride, start, end, page_size, Hkv, G, D, c->scalar);
-    }
-#pragma omp for
-    for (long row = 0; row < S * Hkv * G; row++) {
-        long count = (lengths[row / (Hkv * G)] + SPLIT - 1) / SPLIT, stride = G * (D + 2);
-        const float *first = parts + row / G * splits * stride + row % G * (D + 2);
-        float maximum = -INFINITY, total = 0, sums[MAX_HEAD] = {0};
-        for (long i = 0; i < count; i++)
-            if (first[i * stride + D + 1] > maximum) maximum = first[i * stride + D + 1];
-        for (long i = 0; i < count; i++) {
-            const float *part = first + i * stride;
-            float weight = expf(part[D + 1] - maximum);
-            total += weight * part[D];
-            for (long d = 0; d < D; d++) sums[d] += weight * part[d];
-        }
-        for (long d = 0; d < D; d++) out[row * D + d] = narrow(sums[d] / total);
-    }
-}
-
 #ifdef __AVX512BF16__
 /* A block of WIDE cached tokens of one head, packed for `multiply`; tokens from count on, which may hold anything, as 0 */
 static void pack_block(pairs *keys, pairs *values, const bf16 *k, const bf16 *v, const int32_t *table, long start,
@@ -96,55 +62,138 @@ static void pack_block(pairs *keys, pairs *values, const bf16 *k, const bf16 *v,
                 (pairs)load_wide(v_rows[i] + d) >> 16 | (pairs)load_wide(v_rows[i + 1] + d);
 }
 
-/* `rows` queries q [rows, D] over packed blocks of one head (flash attention: Dao et al. 2022, arXiv:2205.14135). Row r
- * sees the tokens up to position first + r / G; out holds rows [G, D] a token, out_stride apart. */
-static void attend_many(bf16 *out, long out_stride, const bf16 *q, const pairs *keys, const pairs *values, long rows,
-                        long first, long block_stride, long G, long D, float scale) {
-    float scores[ROWS][WIDE] __attribute__((aligned(64))), sums[ROWS][MAX_HEAD] __attribute__((aligned(64)));
-    bf16 weights[ROWS][WIDE];
-    float maxima[ROWS], totals[ROWS] = {0};
+/* What some rows of queries have seen so far (flash attention: Dao et al. 2022, arXiv:2205.14135) */
+typedef struct {
+    float sums[ROWS][MAX_HEAD] __attribute__((aligned(64))); /* of exp(score - maximum) v */
+    float maxima[ROWS], totals[ROWS];                        /* of the exponentials */
+} attended;
+
+static void begin(attended *so_far, long rows) {
     for (long r = 0; r < rows; r++) {
-        maxima[r] = -INFINITY;
-        memset(sums[r], 0, sizeof sums[r]);
+        so_far->maxima[r] = -INFINITY;
+        so_far->totals[r] = 0;
+        memset(so_far->sums[r], 0, sizeof so_far->sums[r]);
     }
-    long end = first + (rows - 1) / G + 1; /* tokens that the last row sees */
-    for (long start = 0; start < end; start += WIDE, keys += block_stride, values += block_stride) {
-        for (long r = 0; r < rows; r += TALL)
-            multiply(scores[r], WIDE, q + r * D, D, keys, VECTORS, D / 2, rows - r < TALL ? rows - r : TALL, 0);
-        for (long r = 0; r < rows; r++) {
-            long seen = first + r / G + 1 - start;
-            floats highest = {0}, total = {0};
-            highest += maxima[r];
-            for (long i = 0; i < WIDE; i += LANES) {
-                floats score = load(scores[r] + i) * scale;
-                if (seen < i + LANES)
-                    for (long j = seen > i ? seen - i : 0; j < LANES; j++) score[j] = -INFINITY;
-                memcpy(scores[r] + i, &score, sizeof score);
-                pairs higher = (pairs)(score > highest);
-                highest = (floats)((higher & (pairs)score) | (~higher & (pairs)highest));
-            }
-            float maximum = highest[0];
-            for (long j = 1; j < LANES; j++) maximum = highest[j] > maximum ? highest[j] : maximum;
-            for (long i = 0; i < WIDE; i += LANES) {
-                floats weight = exponential(load(scores[r] + i) - maximum);
-                store_narrow(weights[r] + i, weight);
-                total += weight;
-            }
-            float old = expf(maxima[r] - maximum);
-            maxima[r] = maximum;
-            totals[r] = totals[r] * old + sum(total);
-            if (old != 1)
-                for (long d = 0; d < D; d++) sums[r][d] *= old;
-        }
-        for (long d = 0; d < D; d += WIDE)
-            for (long r = 0; r < rows; r += TALL)
-                multiply(sums[r] + d, MAX_HEAD, weights[r], WIDE, values + d / LANES, D / LANES, WIDE / 2,
-                         rows - r < TALL ? rows - r : TALL, 1);
-    }
-    for (long r = 0; r < rows; r++)
-        for (long d = 0; d < D; d++) out[r / G * out_stride + r % G * D + d] = narrow(sums[r][d] / totals[r]);
 }
 
+/* `rows` queries q [rows, D] over one packed block; row r sees the first `first` + r / G of its tokens */
+static void attend_block(attended *so_far, long base, const bf16 *q, const pairs *keys, const pairs *values, long rows, long first,
+                         long G, long D, float scale) {
+    float scores[ROWS][WIDE] __attribute__((aligned(64)));
+    bf16 weights[ROWS][WIDE];
+    for (long r = 0; r < rows; r += TALL)
+        multiply(scores[r], WIDE, q + r * D, D, keys, VECTORS, D / 2, rows - r < TALL ? rows - r : TALL, 0);
+    for (long r = 0; r < rows; r++) {
+        long seen = first + r / G;
+        floats highest = {0}, total = {0};
+        highest += so_far->maxima[base + r];
+        for (long i = 0; i < WIDE; i += LANES) {
+            floats score = load(scores[r] + i) * scale;
+            if (seen < i + LANES)
+                for (long j = seen > i ? seen - i : 0; j < LANES; j++) score[j] = -INFINITY;
+            memcpy(scores[r] + i, &score, sizeof score);
+            pairs higher = (pairs)(score > highest);
+            highest = (floats)((higher & (pairs)score) | (~higher & (pairs)highest));
+        }
+        float maximum = highest[0];
+        for (long j = 1; j < LANES; j++) maximum = highest[j] > maximum ? highest[j] : maximum;
+        for (long i = 0; i < WIDE; i += LANES) {
+            floats weight = exponential(load(scores[r] + i) - maximum);
+            store_narrow(weights[r] + i, weight);
+            total += weight;
+        }
+        float old = expf(so_far->maxima[base + r] - maximum);
+        so_far->maxima[base + r] = maximum;
+        so_far->totals[base + r] = so_far->totals[base + r] * old + sum(total);
+        if (old != 1)
+            for (long d = 0; d < D; d++) so_far->sums[base + r][d] *= old;
+    }
+    for (long d = 0; d < D; d += WIDE)
+        for (long r = 0; r < rows; r += TALL)
+            multiply(so_far->sums[base + r] + d, MAX_HEAD, weights[r], WIDE, values + d / LANES, D / LANES, WIDE / 2,
+                     rows - r < TALL ? rows - r : TALL, 1);
+}
+
+/* The same with products of bfloat16, a block of tokens at a time, where D is a multiple of WIDE; for all heads, so that
+ * the cache is read from one end to the other. parts are `stride` floats apart for each key-value head. */
+static void attend_packed(float *parts, long stride, const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *table,
+                          long start, long end, long page_size, long Hkv, long G, long D, float scale) {
+    pairs keys[MAX_HEAD / 2 * VECTORS], values[MAX_HEAD / 2 * VECTORS];
+    attended so_far;
+    begin(&so_far, Hkv * G);
+    for (; start < end; start += WIDE) {
+        uint32_t seen = 0; /* read in order first: then the processor fetches ahead, as it does not for what packing reads */
+        for (int which = 0; which < 2; which++)
+            for (long token = start; token < end && token < start + WIDE; token++) {
+                const bf16 *row = (which ? v : k) + (table[token / page_size] * page_size + token % page_size) * Hkv * D;
+                for (long d = 0; d < Hkv * D; d += STEP) seen += row[d];
+            }
+        __asm__ volatile("" : : "r"(seen));
+        for (long head = 0; head < Hkv; head++) {
+            pack_block(keys, values, k + head * D, v + head * D, table, start, end - start, page_size, Hkv, D);
+            attend_block(&so_far, head * G, q + head * G * D, keys, values, G, end - start, G, D, scale);
+        }
+    }
+    for (long head = 0; head < Hkv; head++)
+        for (long g = 0; g < G; g++) {
+            float *part = parts + head * stride + g * (D + 2);
+            memcpy(part, so_far.sums[head * G + g], D * sizeof *part);
+            part[D] = so_far.totals[head * G + g];
+            part[D + 1] = so_far.maxima[head * G + g];
+        }
+}
+#endif
+
+/* One query token a sequence: out and q [S, Hkv G, D], q's sequences of any stride; pages [.., page_size, Hkv, D];
+ * parts [S, Hkv, splits, G, D + 2]. A split is SPLIT tokens whatever the batch, so company does not change a bit. */
+void decode_attention(const call *c) {
+    bf16 *out = c->tensors[0];
+    float *parts = c->tensors[1];
+    const bf16 *q = c->tensors[2], *k = c->tensors[3], *v = c->tensors[4];
+    const int32_t *tables = c->tensors[5], *lengths = c->tensors[6];
+    long S = c->sizes[0], splits = c->sizes[1], page_size = c->sizes[2], Hkv = c->sizes[3], G = c->sizes[4];
+    long D = c->sizes[5], q_stride = c->sizes[6], table_stride = c->sizes[7];
+    long part = G * (D + 2), packs = 0, used = 0; /* splits of the longest sequence */
+    for (long s = 0; s < S; s++)
+        if (lengths[s] > used * SPLIT) used = (lengths[s] + SPLIT - 1) / SPLIT;
+#ifdef __AVX512BF16__
+    packs = D % WIDE == 0 && Hkv * G <= ROWS;
+#endif
+    long together = packs ? Hkv : 1; /* heads of a task */
+#pragma omp for schedule(dynamic)
+    for (long task = 0; task < S * used * Hkv / together; task++) {
+        long head = packs ? 0 : task % Hkv, split = task * together / Hkv % used, s = task * together / Hkv / used;
+        long start = split * SPLIT, end = start + SPLIT < lengths[s] ? start + SPLIT : lengths[s];
+        if (start >= end) continue;
+        float *mine = parts + ((s * Hkv + head) * splits + split) * part;
+        const bf16 *query = q + s * q_stride + head * G * D;
+        const int32_t *table = tables + s * table_stride;
+#ifdef __AVX512BF16__
+        if (packs) {
+            attend_packed(mine, splits * part, query, k, v, table, start, end, page_size, Hkv, G, D, c->scalar);
+            continue;
+        }
+#endif
+        attend(mine, query, k + head * D, v + head * D, table, start, end, page_size, Hkv, G, D, c->scalar);
+    }
+#pragma omp for
+    for (long row = 0; row < S * Hkv * G; row++) {
+        long count = (lengths[row / (Hkv * G)] + SPLIT - 1) / SPLIT, stride = G * (D + 2);
+        const float *first = parts + row / G * splits * stride + row % G * (D + 2);
+        float maximum = -INFINITY, total = 0, sums[MAX_HEAD] = {0};
+        for (long i = 0; i < count; i++)
+            if (first[i * stride + D + 1] > maximum) maximum = first[i * stride + D + 1];
+        for (long i = 0; i < count; i++) {
+            const float *part = first + i * stride;
+            float weight = expf(part[D + 1] - maximum);
+            total += weight * part[D];
+            for (long d = 0; d < D; d++) sums[d] += weight * part[d];
+        }
+        for (long d = 0; d < D; d++) out[row * D + d] = narrow(sums[d] / total);
+    }
+}
+
+#ifdef __AVX512BF16__
 /* Causal attention of the rows query_starts[s] .. query_starts[s + 1] of q [T, Hkv G, D], which are the last tokens of
  * sequence s; out is dense; packed holds two blocks [D / 2, WIDE] for every head and WIDE tokens of every sequence */
 void prefill_attention(const call *c) {
@@ -177,8 +226,15 @@ void prefill_attention(const call *c) {
             const bf16 *mine = q + (starts[s] + from) * q_stride + head * G * D;
             for (long i = 0; i < some; i++) memcpy(queries + i * G * D, mine + i * q_stride, G * D * sizeof *q);
             const pairs *keys = packed + head * blocks * 2 * block_size;
-            attend_many(out + ((starts[s] + from) * Hkv + head) * G * D, Hkv * G * D, queries, keys,
-                        keys + block_size, some * G, lengths[s] - count + from, 2 * block_size, G, D, c->scalar);
+            attended so_far;
+            begin(&so_far, some * G);
+            long seen = lengths[s] - count + from + 1; /* by the first of them, itself included */
+            for (long start = 0; start < seen + some - 1; start += WIDE, keys += 2 * block_size)
+                attend_block(&so_far, 0, queries, keys, keys + block_size, some * G, seen - start, G, D, c->scalar);
+            for (long r = 0; r < some * G; r++) {
+                bf16 *to = out + (((starts[s] + from + r / G) * Hkv + head) * G + r % G) * D;
+                for (long d = 0; d < D; d++) to[d] = narrow(so_far.sums[r][d] / so_far.totals[r]);
+            }
         }
         packed += 2 * Hkv * blocks * block_size;
     }

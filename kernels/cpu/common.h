@@ -14,7 +14,7 @@
 
 #define LANES 16
 #define STEP (2 * LANES)
-#define BLOCK 4 /* rows of w */
+#define RUN 64 /* rows of w that are summed before anything else is done with them */
 #define MAX_TOKENS 16
 #define VECTORS 4 /* of a row of a panel */
 #define WIDE (VECTORS * LANES)

@@ -19,7 +19,7 @@
                 }                                                                                                \
             }                                                                                                    \
         for (int i = 0; i < COUNT; i++)                                                                          \
-            for (int row = 0; row < ROWS; row++) out[i * BLOCK + row] = sum(sums[0][i][row] + sums[1][i][row]);  \
+            for (int row = 0; row < ROWS; row++) out[i * RUN + row] = sum(sums[0][i][row] + sums[1][i][row]);  \
     }
 DEFINE_DOTS(4, 2)
 DEFINE_DOTS(4, 1)
@@ -27,20 +27,32 @@ DEFINE_DOTS(1, 8)
 DEFINE_DOTS(1, 2)
 DEFINE_DOTS(1, 1)
 
-/* Up to BLOCK rows of w [.., K] times x [count, K]: out [count, BLOCK]. Rows side by side use what is loaded of x more
- * often, and halve what the processor fetches ahead where they are short: that pays once x does not fit the L1 cache. */
+/* Rows of w [rows, K] times x [count, K]: out [count, RUN]. Rows side by side use what is loaded of x more often, and
+ * halve what the processor fetches ahead where they are short: that pays once x does not fit the L1 cache. */
 static void dots(float *out, const bf16 *x, const bf16 *w, long rows, long w_stride, long count, long K) {
-    long i = 0;
-    if (rows == BLOCK && count * K > L1_VALUES) {
-        for (; i + 2 <= count; i += 2) dots_4_2(out + i * BLOCK, x + i * K, w, w_stride, K);
-        if (i < count) dots_4_1(out + i * BLOCK, x + i * K, w, w_stride, K);
-        return;
+    long row = 0, i = 0;
+    if (count * K > L1_VALUES)
+        for (; row + 4 <= rows; row += 4, w += 4 * w_stride, out += 4) {
+            for (i = 0; i + 2 <= count; i += 2) dots_4_2(out + i * RUN, x + i * K, w, w_stride, K);
+            if (i < count) dots_4_1(out + i * RUN, x + i * K, w, w_stride, K);
+        }
+    for (; row < rows; row++, w += w_stride, out++) {
+        for (i = 0; i + 8 <= count; i += 8) dots_1_8(out + i * RUN, x + i * K, w, w_stride, K);
+        for (; i + 2 <= count; i += 2) dots_1_2(out + i * RUN, x + i * K, w, w_stride, K);
+        for (; i < count; i++) dots_1_1(out + i * RUN, x + i * K, w, w_stride, K);
     }
-    for (long row = 0; row < rows; row++, w += w_stride, out++) {
-        for (i = 0; i + 8 <= count; i += 8) dots_1_8(out + i * BLOCK, x + i * K, w, w_stride, K);
-        for (; i + 2 <= count; i += 2) dots_1_2(out + i * BLOCK, x + i * K, w, w_stride, K);
-        for (; i < count; i++) dots_1_1(out + i * BLOCK, x + i * K, w, w_stride, K);
-    }
+}
+
+/* What stands behind the product, for `some` of LANES rows of w from `row` on; `up` is null or their sums with up */
+static inline void finish(const call *c, floats value, const float *up, long token, long row, long some) {
+    const bf16 *bias = c->tensors[8], *addend = c->tensors[9];
+    long N = c->sizes[1], addend_stride = c->sizes[6], out_is_float = c->sizes[7], at = token * N + row;
+    if (bias) value += load_some(bias + row, some);
+    if (up) value = rounded_floats(silu(rounded_floats(value))) * rounded_floats(load(up));
+    if (addend) value = rounded_floats(value) + load_some(addend + token * addend_stride + row, some);
+    halves near = narrow_floats(value);
+    if (out_is_float) store_some((float *)c->tensors[0] + at, &value, some, sizeof(float));
+    else store_some((bf16 *)c->tensors[0] + at, &near, some, sizeof(bf16));
 }
 
 /* x [T, K] as dense rows: normed, or copied unless they are dense already */
@@ -62,26 +74,19 @@ static const bf16 *dense_rows(const call *c) {
  * x, residual, addend, w and up have rows of any stride; out [T, N], new_residual [T, K], rows [T, K] are dense.
  * Without a norm, rows is for x made dense. */
 void few_tokens(const call *c) {
-    void *out = c->tensors[0];
-    const bf16 *w = c->tensors[6], *up = c->tensors[7], *bias = c->tensors[8], *addend = c->tensors[9];
-    long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5], addend_stride = c->sizes[6];
-    long out_is_float = c->sizes[7];
-    const bf16 *rows = dense_rows(c);
+    const bf16 *w = c->tensors[6], *up = c->tensors[7], *rows = dense_rows(c);
+    long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5];
+    long run = up ? RUN : LANES; /* two weights are read in turns: long ones, for what the processor fetches ahead */
 #pragma omp for schedule(static)
-    for (long first = 0; first < N; first += BLOCK) {
-        float sums[MAX_TOKENS][BLOCK], ups[MAX_TOKENS][BLOCK];
-        long count = N - first < BLOCK ? N - first : BLOCK;
+    for (long first = 0; first < N; first += run) {
+        float sums[MAX_TOKENS][RUN], ups[MAX_TOKENS][RUN];
+        long count = N - first < run ? N - first : run;
         dots(sums[0], rows, w + first * w_stride, count, w_stride, T, K);
         if (up) dots(ups[0], rows, up + first * w_stride, count, w_stride, T, K);
         for (long token = 0; token < T; token++)
-            for (long i = 0; i < count; i++) {
-                long row = first + i;
-                float value = sums[token][i] + (bias ? widen(bias[row]) : 0);
-                if (up) value = rounded(silu((floats){rounded(value)})[0]) * rounded(ups[token][i]);
-                if (addend) value = rounded(value) + widen(addend[token * addend_stride + row]);
-                if (out_is_float) ((float *)out)[token * N + row] = value;
-                else ((bf16 *)out)[token * N + row] = narrow(value);
-            }
+            for (long i = 0; i < count; i += LANES)
+                finish(c, load(sums[token] + i), up ? ups[token] + i : 0, token, first + i,
+                       count - i < LANES ? count - i : LANES);
     }
 }
 
@@ -99,10 +104,8 @@ static void pack_panel(pairs *panel, const bf16 *w, const bf16 *up, long n, long
 
 /* As few_tokens, for any T; dense is followed by a panel [K / 2, WIDE] of every thread */
 void many_tokens(const call *c) {
-    const bf16 *w = c->tensors[6], *up = c->tensors[7], *bias = c->tensors[8], *addend = c->tensors[9];
-    long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5], addend_stride = c->sizes[6];
-    long out_is_float = c->sizes[7], width = up ? WIDE / 2 : WIDE;
-    const bf16 *rows = dense_rows(c);
+    const bf16 *w = c->tensors[6], *up = c->tensors[7], *rows = dense_rows(c);
+    long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5], width = up ? WIDE / 2 : WIDE;
     pairs *panel = (pairs *)((bf16 *)c->tensors[2] + T * K) + omp_get_thread_num() * K / 2 * VECTORS;
 #pragma omp for schedule(dynamic)
     for (long n = 0; n < N; n += width) {
@@ -113,19 +116,9 @@ void many_tokens(const call *c) {
             long tall = T - first < TALL ? T - first : TALL;
             multiply(sums[0], WIDE, rows + first * K, K, panel, VECTORS, K / 2, tall, 0);
             for (long i = 0; i < tall; i++)
-                for (long j = 0; j < count; j += LANES) {
-                    long token = first + i, row = n + j, some = count - j < LANES ? count - j : LANES;
-                    floats value = load(sums[i] + j);
-                    if (bias) value += load_some(bias + row, some);
-                    if (up) {
-                        floats gate = rounded_floats(silu(rounded_floats(value)));
-                        value = gate * rounded_floats(load(sums[i] + WIDE / 2 + j));
-                    }
-                    if (addend) value = rounded_floats(value) + load_some(addend + token * addend_stride + row, some);
-                    halves near = narrow_floats(value);
-                    if (out_is_float) store_some((float *)c->tensors[0] + token * N + row, &value, some, sizeof(float));
-                    else store_some((bf16 *)c->tensors[0] + token * N + row, &near, some, sizeof(bf16));
-                }
+                for (long j = 0; j < count; j += LANES)
+                    finish(c, load(sums[i] + j), up ? sums[i] + WIDE / 2 + j : 0, first + i, n + j,
+                           count - j < LANES ? count - j : LANES);
         }
     }
 }

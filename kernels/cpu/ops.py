@@ -12,7 +12,7 @@ from .tape import run, scratch
 
 MAX_TOKENS = 16  # of a linear that reads its weights row by row
 MAX_GROUP = 16  # query heads of a key-value head
-SPLIT = 256  # cached tokens that a thread attends to at a time
+SPLIT = 128  # cached tokens that a thread attends to at a time
 WIDE = 64  # rows of a panel; all as in C
 LANES = 32
 
