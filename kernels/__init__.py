@@ -25,9 +25,13 @@ except ImportError:  # where there is no Triton, the twins are all there is
         rope_and_cache,
         swiglu,
     )
+    from .reference import (
+        invariant_tokens as invariant_tokens,
+    )
 else:
     from .decode_attention import decode_attention
     from .embedding import embedding
+    from .linear import invariant_tokens as invariant_tokens
     from .linear import linear, norm_linear, norm_swiglu_linear
     from .lm_head import lm_head, lm_head_top_k
     from .prefill_attention import prefill_attention

@@ -254,6 +254,12 @@ def norm_swiglu_linear(
     return out, x if new_residual is None else new_residual
 
 
+def invariant_tokens(weight: Tensor) -> int:
+    """How many tokens the linears of weights like this one take whose bits do not depend on each other's number."""
+    in_c = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu.library() is not None
+    return MAX_TOKENS if runs_on_triton(weight) or in_c else 1
+
+
 def check_normed(name: str, x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor) -> None:
     """Raises unless these are the arguments of a linear layer behind a norm."""
     check_tensor(name, "x", x, ("T", "K"))

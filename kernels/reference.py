@@ -126,6 +126,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
     return out if residual is None else residual + out
 
 
+def invariant_tokens(weight: Tensor) -> int:
+    """How many tokens the linears of weights like this one take whose bits do not depend on each other's number."""
+    return 1
+
+
 def norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:

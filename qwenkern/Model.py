@@ -21,6 +21,7 @@ from .completion import Completion, Score, Stream
 from .config import Config
 from .decode import DecodeSteps
 from .errors import RequestError
+from .kernels import invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
@@ -47,6 +48,7 @@ class Model:
         generation: Mapping[str, Any],
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
+        deterministic: bool = False,
     ) -> None:
         self.module = module
         self.config = module.config
@@ -59,6 +61,7 @@ class Model:
                 raise RequestError(f"{name} is {value!r}; expected a whole number of at least 1, or None")
         self.prefill_chunk = prefill_chunk or (512 if self.device.type == "cpu" else 4096)
         self.cache = PagedCache(self.config, cache_tokens or self._default_cache_tokens(), self.dtype, self.device)
+        self.deterministic = deterministic
         self._steps: DecodeSteps | None = None
 
     @classmethod
@@ -70,6 +73,7 @@ class Model:
         dtype: str | torch.dtype = "auto",
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
+        deterministic: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Model:
         """Loads a checkpoint.
@@ -79,6 +83,10 @@ class Model:
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
         dtype: "auto" (that of the checkpoint; bfloat16 for GGUF), "bfloat16", "float16", "float32".
         cache_tokens: room of the key-value cache, shared by all sequences. prefill_chunk: prompt tokens a pass.
+        deterministic: the same bits for a prompt in whatever batch it comes. Without it that holds for the decode steps
+            of up to 16 sequences on our kernels. It costs throughput, not latency: prompts are read one by one, at most
+            16 sequences decode together (one where torch computes, as in float32 on a CPU), and each takes all the
+            room in the cache that its max_tokens may need before it starts.
         progress: called with what is done ("download", "load"), bytes so far, bytes in all.
 
         Raises CheckpointError, ConfigError or RequestError, naming what was found and what was expected."""
@@ -104,7 +112,7 @@ class Model:
         generation = dict(checkpoint.generation)
         if checkpoint.metadata:  # a GGUF names one end; Qwen2.5 has two, <|im_end|> and <|endoftext|>
             generation["eos_token_id"] = sorted(tokenizer.end_of_text_ids)
-        return cls(module, tokenizer, generation, cache_tokens, prefill_chunk)
+        return cls(module, tokenizer, generation, cache_tokens, prefill_chunk, deterministic)
 
     @classmethod
     def from_config(
@@ -117,6 +125,7 @@ class Model:
         tokenizer: Tokenizer | None = None,
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
+        deterministic: bool = False,
     ) -> Model:
         """A model of random weights, made in place: a Config, or a size of the family such as "qwen2.5-3b".
 
@@ -125,12 +134,16 @@ class Model:
         device = _device(device)
         module = Qwen2(config, _dtype(dtype, config, device), device)
         initialise(module, seed)
-        return cls(module, tokenizer, {}, cache_tokens, prefill_chunk)
+        return cls(module, tokenizer, {}, cache_tokens, prefill_chunk, deterministic)
 
     def _run(self, sequences: list[engine.Sequence]) -> Iterator[tuple[engine.Sequence, str]]:
         if self._steps is None or self._steps.cache is not self.cache:
             self._steps = DecodeSteps(self.module, self.cache)
-        return engine.generate(self.module, self.cache, sequences, self.prefill_chunk, steps=self._steps)
+        limits = engine.Limits(self.prefill_chunk)
+        if self.deterministic:
+            together = invariant_tokens(self.module.model.norm.weight)
+            limits = engine.Limits(self.prefill_chunk, together, alone=True)
+        return engine.generate(self.module, self.cache, sequences, limits, self._steps)
 
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **keywords: Any

@@ -24,6 +24,19 @@ from .tokenizer import Detokenizer
 MAX_BATCH = 64  # sequences that decode together
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What one pass may hold.
+
+    ``alone`` is the promise that a sequence's bits do not depend on its company: prompts are read one at a time, and a
+    sequence starts when the cache has room for all of it, so that none is ever evicted and computed anew. The ops keep
+    their part of it up to ``max_batch``."""
+
+    prefill_chunk: int  # prompt tokens
+    max_batch: int = MAX_BATCH  # sequences
+    alone: bool = False
+
+
 class StopStrings:
     """Passes text on, except what a stop string could still begin with, and ends it before the first one."""
 
@@ -120,19 +133,18 @@ def generate(
     model: Qwen2,
     cache: PagedCache,
     sequences: list[Sequence],
-    prefill_chunk: int,
-    max_batch: int = MAX_BATCH,
+    limits: Limits,
     steps: DecodeSteps | None = None,
 ) -> Iterator[tuple[Sequence, str]]:
     """Runs sequences to their ends. Yields each one whenever it has a new token, with the text that became certain.
     Decodes with captured ``steps`` where there are any.
 
-    Closing the iterator gives the pages back. Prompts are processed ``prefill_chunk`` tokens at a time, so memory does
-    not grow with their length."""
+    Closing the iterator gives the pages back. Prompts are processed in chunks, so memory does not grow with their
+    length."""
     waiting, running = deque(sequences), []
     try:
         while waiting or running:
-            for sequence, token in _advance(model, cache, waiting, running, prefill_chunk, max_batch, steps):
+            for sequence, token in _advance(model, cache, waiting, running, limits, steps):
                 text = sequence.accept(token)
                 if sequence.finish_reason:
                     cache.release(sequence.table)
@@ -148,14 +160,13 @@ def _advance(
     cache: PagedCache,
     waiting: deque[Sequence],
     running: list[Sequence],
-    prefill_chunk: int,
-    max_batch: int,
+    limits: Limits,
     steps: DecodeSteps | None,
 ) -> Iterable[tuple[Sequence, TokenLogprob | int]]:
     """The next token of some sequences: of one pass, or of many that need no decision in between."""
     with cache.lock:
-        _admit(cache, waiting, running, max_batch)
-        parts = _next_parts(cache, waiting, running, prefill_chunk)
+        _admit(cache, waiting, running, limits)
+        parts = _next_parts(cache, waiting, running, limits)
         rows = [sequence for sequence, _ in parts]
         goes_ahead = (
             (steps and steps.ahead)
@@ -168,7 +179,7 @@ def _advance(
             captured = steps if all(row.output_ids for row in rows) else None  # not for a prompt of one token
             logits = forward(model, cache, tables, [end - 1 for end in ends], captured)
             complete = {row: sequence for row, sequence in enumerate(rows) if not sequence.pending_ids}
-            sampled, chosen = _fork(cache, complete, waiting, running)
+            sampled, chosen = _fork(cache, complete, waiting, running, limits)
             return zip(sampled, sample(logits[chosen], sampled), strict=True) if sampled else ()
     return _decode_ahead(cache, rows, steps, draw_width(rows, model.config.vocab_size))
 
@@ -239,24 +250,26 @@ def forward(
     return logits
 
 
-def _admit(cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], max_batch: int) -> None:
+def _admit(cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], limits: Limits) -> None:
     """Starts waiting sequences, in order, while there is room for all of their tokens."""
-    while waiting and len(running) < max_batch:
-        pending = len(waiting[0].pending_ids)
-        if running and cache.missing_pages(waiting[0].table, pending) > cache.num_free_pages:
+    while waiting and len(running) < limits.max_batch:
+        needed = len(waiting[0].pending_ids)
+        if limits.alone:
+            needed += waiting[0].max_tokens - 1  # the last one is never cached
+        if running and cache.missing_pages(waiting[0].table, needed) > cache.num_free_pages:
             return
-        cache.extend(waiting[0].table, pending)  # raises where even an empty cache is too small
+        cache.extend(waiting[0].table, needed)  # raises where even an empty cache is too small
         running.append(waiting.popleft())
 
 
 def _next_parts(
-    cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], prefill_chunk: int
+    cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], limits: Limits
 ) -> list[tuple[Sequence, list[int]]]:
     """What the next pass computes: a chunk of unfinished prompts, or else the last token of every sequence."""
-    parts, budget = [], prefill_chunk
+    parts, budget = [], limits.prefill_chunk
     for sequence in running:
         pending = sequence.pending_ids
-        if len(pending) > 1 and budget:
+        if len(pending) > 1 and budget and not (limits.alone and parts):
             parts.append((sequence, pending[:budget]))
             budget -= len(parts[-1][1])
     if parts:
@@ -271,7 +284,11 @@ def _next_parts(
 
 
 def _fork(
-    cache: PagedCache, complete: dict[int, Sequence], waiting: deque[Sequence], running: list[Sequence]
+    cache: PagedCache,
+    complete: dict[int, Sequence],
+    waiting: deque[Sequence],
+    running: list[Sequence],
+    limits: Limits,
 ) -> tuple[list[Sequence], list[int]]:
     """The sequences to sample for, each with its row of logits: the complete ones and the siblings that start there."""
     sampled, rows = [], []
@@ -279,10 +296,15 @@ def _fork(
         siblings, sequence.siblings = sequence.siblings, []
         started = [sequence]
         for sibling in siblings:
-            if not cache.num_free_pages:
+            to_come = sibling.max_tokens - 1 if limits.alone else 0
+            # a page at least: for a copy of the one that is being filled
+            if cache.num_free_pages <= cache.missing_pages(sequence.table, to_come) or (
+                limits.alone and len(running) == limits.max_batch
+            ):
                 waiting.append(sibling)
                 continue
             sibling.table = cache.fork(sequence.table)
+            cache.extend(sibling.table, to_come)
             started.append(sibling)
             running.append(sibling)
         sampled += started

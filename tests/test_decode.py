@@ -12,7 +12,7 @@ from twins import TINY, tiny_model
 
 from qwenkern import SamplingParams
 from qwenkern.decode import Cpu, DecodeStep, DecodeSteps
-from qwenkern.generate import generate
+from qwenkern.generate import Limits, generate
 from qwenkern.kernels import cpu, dispatch
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
@@ -146,7 +146,7 @@ def test_nothing_else_waits(ahead, monkeypatch):
         return call
 
     sequences = ahead._sequences([PROMPTS[1]], SamplingParams(max_tokens=10, temperature=1, ignore_eos=True))
-    tokens = generate(ahead.module, ahead.cache, sequences, 512, steps=ahead._steps)
+    tokens = generate(ahead.module, ahead.cache, sequences, Limits(512), ahead._steps)
     next(tokens)
     next(tokens)  # captured by now
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
@@ -186,7 +186,7 @@ def test_two_generators_share_the_captured_steps(ahead, plain):
     expected = ids_of(plain.generate([[5, 6], [7, 8, 9]], max_tokens=12, temperature=0, ignore_eos=True))
     how = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
     rows = [ahead._sequences([prompt], how)[0] for prompt in ([5, 6], [7, 8, 9])]
-    one, two = (generate(ahead.module, ahead.cache, [row], 512, steps=ahead._steps) for row in rows)
+    one, two = (generate(ahead.module, ahead.cache, [row], Limits(512), ahead._steps) for row in rows)
     for _ in range(12):
         next(one), next(two)
     assert [row.output_ids for row in rows] == expected
@@ -223,6 +223,42 @@ def test_what_c_does_not_take_runs_without_a_tape(in_c, config, dtype):
     model = tiny_model(config, dtype, tokenizer=byte_tokenizer(TINY.vocab_size))
     assert model.generate(PROMPTS[0], max_tokens=4, ignore_eos=True).num_tokens == 4
     assert set(model._steps._steps.values()) == {None}
+
+
+MANY = [[n * 11 % 503 for n in range(start, start + length)] for start, length in enumerate(range(1, 40, 2))]
+
+
+def logprobs_of(model, prompts, **how):
+    """Tokens and, to the last bit, their log-probabilities."""
+    done = model.generate(prompts, max_tokens=12, temperature=1, seed=3, ignore_eos=True, logprobs=0, **how)
+    return [[(token.token_id, token.logprob) for token in completion.logprobs] for completion in done]
+
+
+def test_deterministic_gives_a_prompt_the_same_bits_in_any_batch(in_c):
+    """20 prompts and two completions of each: more than decode together, read and forked in company or alone."""
+    alone = tiny_model(IN_C, torch.bfloat16, deterministic=True)
+    expected = [pair for prompt in MANY for pair in logprobs_of(alone, [prompt], n=2)]
+    assert logprobs_of(alone, MANY, n=2) == expected
+    small = tiny_model(IN_C, torch.bfloat16, deterministic=True, cache_tokens=384)
+    assert logprobs_of(small, MANY, n=2) == expected
+    assert small.cache.num_free_tokens == small.cache.num_tokens
+    usual = tiny_model(IN_C, torch.bfloat16)
+    assert logprobs_of(usual, MANY, n=2) != expected, "without it, too, so this shows nothing"
+
+
+def test_deterministic_on_torch_decodes_one_by_one():
+    model = tiny_model(deterministic=True)
+    sizes = []
+    forward = type(model.module).forward
+
+    def spy(module, batch, *args):
+        sizes.append(len(batch.lengths))
+        return forward(module, batch, *args)
+
+    model.module.forward = spy.__get__(model.module)
+    expected = [pair for prompt in MANY[:4] for pair in logprobs_of(model, [prompt], n=2)]
+    assert logprobs_of(model, MANY[:4], n=2) == expected
+    assert set(sizes) == {1}
 
 
 def test_threads_take_turns_on_one_tape(in_c):
