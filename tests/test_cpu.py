@@ -9,18 +9,33 @@ import torch
 from tolerances import assert_as_close_as
 
 from qwenkern.kernels import cpu, reference
-from qwenkern.kernels.cpu import build
+from qwenkern.kernels.cpu import build, choose
 
 EPS = 1e-6
 
 
-@pytest.fixture(autouse=True)
-def in_c(monkeypatch):
+# How the C files are compiled: as measured on one maker's processors, on another's, and for those with narrow vectors.
+VARIANTS = {
+    "floats": (choose.Choice("floats", beats_torch=True, ahead=4096), "gcc"),
+    "pairs": (choose.Choice("pairs", beats_torch=True, ahead=0), "gcc"),
+    "narrow": (choose.Choice("floats", beats_torch=True, ahead=0), "gcc -mno-avx512f"),
+}
+
+
+@pytest.fixture(autouse=True, params=VARIANTS)
+def in_c(request, monkeypatch):
+    choice, compiler = VARIANTS[request.param]
+    if request.param == "narrow" and platform.machine() != "x86_64":
+        pytest.skip("vectors have one width here")
+    if not build.can(compiler.split(), choice.products):
+        pytest.skip("the processor does not multiply pairs of bfloat16")
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    cpu.library.cache_clear()
+    monkeypatch.setenv("CC", compiler)
+    monkeypatch.setattr(choose, "remembered", lambda file: choice)
+    build.chosen.cache_clear()
     assert cpu.library() is not None
     yield
-    cpu.library.cache_clear()
+    build.chosen.cache_clear()
 
 
 def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -60,7 +75,7 @@ def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int)
     assert cpu.linear(x, w)[1] is x
 
 
-@pytest.mark.parametrize("k", [96, 896, 4864])
+@pytest.mark.parametrize("k", [96, 896, 2048, 4864])
 def test_a_tokens_bits_depend_on_neither_batch_nor_threads(k: int) -> None:
     x, w = tensor(cpu.MAX_TOKENS, k, seed=0), tensor(131, k, seed=1)
     together = cpu.linear(x, w)[0]
@@ -104,7 +119,6 @@ def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: 
         assert torch.equal(alone[0], out[row])
 
 
-@pytest.mark.skipif(not build.multiplies(), reason="the processor has no products of bfloat16, or more than those")
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (3, 3, 64), (16, 1, 128)])
 def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
     """Whole prompts, chunks behind a cached prefix, single tokens, and a sequence without a query."""
@@ -123,7 +137,6 @@ def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads:
             assert torch.equal(cpu.prefill_attention(q[first:last], k, v, *mine, dim**-0.5), out[first:last])
 
 
-@pytest.mark.skipif(not build.multiplies(), reason="the processor has no products of bfloat16, or more than those")
 def test_queries_far_apart_do_not_overflow() -> None:
     _, k, v, tables, lengths = cached([300], 14, 2, 64)
     q, starts = tensor(300, 14, 64, seed=6, scale=200.0), torch.tensor([0, 300])
@@ -156,13 +169,6 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     assert torch.equal(pages[1], same[1])
 
 
-def test_processors_without_bfloat16_products_are_as_close(monkeypatch) -> None:
-    monkeypatch.setenv("CC", "gcc -mno-avx512bf16 -mno-avx512f" if platform.machine() == "x86_64" else "gcc")
-    cpu.library.cache_clear()
-    x, w = tensor(9, 4864, seed=0), tensor(131, 4864, seed=1)
-    assert_as_close_as(cpu.linear(x, w)[0], reference.linear(x, w), reference.linear(x.double(), w.double()))
-
-
 def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
     assert cpu.takes_linear(tensor(1, 32, seed=0))
     for other in (tensor(1, 24, seed=0), torch.zeros(1, 32)):
@@ -173,7 +179,7 @@ def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
 
 def test_a_missing_compiler_is_said_once_and_torch_runs(monkeypatch) -> None:
     monkeypatch.setenv("CC", "no-such-compiler")
-    cpu.library.cache_clear()
+    build.chosen.cache_clear()
     with pytest.warns(UserWarning, match="no C compiler could build"):
         assert not cpu.takes_linear(tensor(1, 32, seed=0))
     assert not cpu.takes_linear(tensor(1, 32, seed=0))
@@ -214,3 +220,40 @@ def test_a_tape_of_the_other_ops_matches_them() -> None:
     assert torch.equal(rotated, cpu.rope_and_cache(qkv, positions, cos_sin, *again, slots))
     assert torch.equal(pages, again[0])
     assert torch.equal(others, again[1])
+
+
+SECONDS = {"floats": 2.0, "pairs": 1.0, "torch": 1.5, 0: 1.0, 4096: 0.9, 8192: 0.95}
+
+
+@pytest.mark.parametrize(
+    ("differs", "expected"),
+    [
+        ({}, choose.Choice("pairs", beats_torch=True, ahead=4096)),
+        ({"pairs": 2.1}, choose.Choice("floats", beats_torch=False, ahead=4096)),
+        ({"torch": 0.95}, choose.Choice("pairs", beats_torch=True, ahead=4096)),
+        ({4096: 0.98, 8192: 0.99}, choose.Choice("pairs", beats_torch=True, ahead=0)),
+    ],
+)
+def test_the_fastest_is_chosen(monkeypatch, differs: dict, expected: choose.Choice) -> None:
+    monkeypatch.setattr(choose, "_fastest", lambda ways: {key: (SECONDS | differs)[key] for key in ways})
+    monkeypatch.setattr(choose, "WEIGHTS", 1 << 16)
+    assert choose.measure(dict.fromkeys(("floats", "pairs"), cpu.library())) == expected
+
+
+def test_what_is_measured_runs(monkeypatch) -> None:
+    monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
+    choice = choose.measure({"only": cpu.library()})
+    assert choice.products == "only"
+    assert choice.ahead in choose.AHEAD
+
+
+def test_a_choice_is_remembered_and_a_damaged_one_measured_anew(tmp_path, monkeypatch) -> None:
+    monkeypatch.undo()
+    file, choice = tmp_path / "choice.json", choose.Choice("floats", beats_torch=False, ahead=8192)
+    assert choose.remembered(file) is None
+    choose.remember(file, choice)
+    assert choose.remembered(file) == choice
+    assert [path.name for path in tmp_path.iterdir()] == ["choice.json"]
+    for damaged in ("{", "[]", '{"products": "floats"}'):
+        file.write_text(damaged)
+        assert choose.remembered(file) is None

@@ -1,16 +1,18 @@
 """The ops of the graph on a CPU in bfloat16, in C, compiled by the machine's own compiler at the first use and kept.
 
 torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
-without a second copy of them, and for many tokens multiplies at 95 % of the processor's peak where it multiplies
-bfloat16. Where no C compiler works, a warning says so once and the torch twin runs. A Tape is to these ops what a CUDA
-graph is to kernels: it plays a whole step in one call.
+without a second copy of them, and multiplies many tokens near the processor's peak. Which instructions do so is
+measured once (choose.py). Where no C compiler works, a warning says so once and the torch twin runs. A Tape is to these
+ops what a CUDA graph is to kernels: it plays a whole step in one call.
 
     ops.py    which tensors it takes, and the calls          common.h     numbers, vectors, what all of C shares
-    tape.py   calls recorded and replayed                    linear.c, attention.c, step.c
-    build.py  the compiler
+    call.py   one call                                       linear.c, attention.c, step.c
+    tape.py   calls recorded and replayed
+    build.py  the compiler; choose.py, what is fastest
 """
 
 from .build import library, multiplies
+from .call import OPS
 from .ops import (
     MAX_TOKENS,
     SPLIT,
@@ -24,7 +26,7 @@ from .ops import (
     takes_prefill,
     takes_rows,
 )
-from .tape import OPS, NotRecordable, Tape, is_recording, play
+from .tape import NotRecordable, Tape, is_recording, play
 
 __all__ = [
     "MAX_TOKENS",

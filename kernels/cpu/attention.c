@@ -6,21 +6,21 @@
 #define SPLIT 128 /* tokens of a sequence that one thread attends to at a time */
 #define ROWS 96 /* query tokens times heads that one thread attends with at a time */
 
-static inline float dot(const bf16 *a, const bf16 *b, long count) {
+static inline float dot(const bf16 *k, const operand *q, long count) {
     floats sums = {0};
-    for (long i = 0; i < count; i += STEP) sums = add_products(sums, load_pairs(a + i), load_pairs(b + i));
+    for (long i = 0; i < count; i += STEP) sums = add_products(sums, load_pairs(k + i), q + i);
     return sum(sums);
 }
 
 /* What SPLIT tokens of one sequence add for the G query heads of one key-value head: part [G, D + 2] holds the sum of
  * exp(score - maximum) v, the sum of the exponentials, and the maximum */
-static void attend(float *part, const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *table, long start, long end,
+static void attend(float *part, const operand *q, const bf16 *k, const bf16 *v, const int32_t *table, long start, long end,
                    long page_size, long Hkv, long G, long D, float scale) {
     float scores[MAX_GROUP][SPLIT] __attribute__((aligned(64)));
     const bf16 *values[SPLIT];
     for (long token = start; token < end; token++) {
         long at = (table[token / page_size] * page_size + token % page_size) * Hkv * D;
-        for (long g = 0; g < G; g++) scores[g][token - start] = dot(q + g * D, k + at, D) * scale;
+        for (long g = 0; g < G; g++) scores[g][token - start] = dot(k + at, q + g * D, D) * scale;
         values[token - start] = v + at;
     }
     long count = end - start, padded = (count + LANES - 1) / LANES * LANES;
@@ -43,9 +43,8 @@ static void attend(float *part, const bf16 *q, const bf16 *k, const bf16 *v, con
     }
 }
 
-#ifdef __AVX512BF16__
 /* A block of WIDE cached tokens of one head, packed for `multiply`; tokens from count on, which may hold anything, as 0 */
-static void pack_block(pairs *keys, pairs *values, const bf16 *k, const bf16 *v, const int32_t *table, long start,
+static void pack_block(column *keys, column *values, const bf16 *k, const bf16 *v, const int32_t *table, long start,
                        long count, long page_size, long Hkv, long D) {
     static const bf16 zeros[MAX_HEAD];
     const bf16 *k_rows[WIDE], *v_rows[WIDE];
@@ -56,10 +55,15 @@ static void pack_block(pairs *keys, pairs *values, const bf16 *k, const bf16 *v,
         v_rows[i] = i < count ? v + at : zeros;
     }
     pack_transposed(keys, k_rows, D);
-    for (long i = 0; i < WIDE; i += 2)
-        for (long d = 0; d < D; d += LANES)
-            values[(i * D / 2 + d) / LANES] =
-                (pairs)load_wide(v_rows[i] + d) >> 16 | (pairs)load_wide(v_rows[i + 1] + d);
+    for (long i = 0; i < WIDE; i += PER)
+        for (long d = 0; d < D; d += LANES) {
+            column *to = values + (i / PER * D + d) / LANES;
+#ifdef PAIRS
+            *to = (pairs)load_wide(v_rows[i] + d) >> 16 | (pairs)load_wide(v_rows[i + 1] + d);
+#else
+            *to = load_wide(v_rows[i] + d);
+#endif
+        }
 }
 
 /* What some rows of queries have seen so far (flash attention: Dao et al. 2022, arXiv:2205.14135) */
@@ -77,12 +81,12 @@ static void begin(attended *so_far, long rows) {
 }
 
 /* `rows` queries q [rows, D] over one packed block; row r sees the first `first` + r / G of its tokens */
-static void attend_block(attended *so_far, long base, const bf16 *q, const pairs *keys, const pairs *values, long rows, long first,
-                         long G, long D, float scale) {
+static void attend_block(attended *so_far, long base, const operand *q, const column *keys, const column *values,
+                         long rows, long first, long G, long D, float scale) {
     float scores[ROWS][WIDE] __attribute__((aligned(64)));
-    bf16 weights[ROWS][WIDE];
+    operand weights[ROWS][WIDE];
     for (long r = 0; r < rows; r += TALL)
-        multiply(scores[r], WIDE, q + r * D, D, keys, VECTORS, D / 2, rows - r < TALL ? rows - r : TALL, 0);
+        multiply(scores[r], WIDE, q + r * D, D, keys, VECTORS, D / PER, rows - r < TALL ? rows - r : TALL, 0);
     for (long r = 0; r < rows; r++) {
         long seen = first + r / G;
         floats highest = {0}, total = {0};
@@ -99,7 +103,11 @@ static void attend_block(attended *so_far, long base, const bf16 *q, const pairs
         for (long j = 1; j < LANES; j++) maximum = highest[j] > maximum ? highest[j] : maximum;
         for (long i = 0; i < WIDE; i += LANES) {
             floats weight = exponential(load(scores[r] + i) - maximum);
+#ifdef PAIRS
             store_narrow(weights[r] + i, weight);
+#else
+            memcpy(weights[r] + i, &weight, sizeof weight);
+#endif
             total += weight;
         }
         float old = expf(so_far->maxima[base + r] - maximum);
@@ -110,15 +118,15 @@ static void attend_block(attended *so_far, long base, const bf16 *q, const pairs
     }
     for (long d = 0; d < D; d += WIDE)
         for (long r = 0; r < rows; r += TALL)
-            multiply(so_far->sums[base + r] + d, MAX_HEAD, weights[r], WIDE, values + d / LANES, D / LANES, WIDE / 2,
+            multiply(so_far->sums[base + r] + d, MAX_HEAD, weights[r], WIDE, values + d / LANES, D / LANES, WIDE / PER,
                      rows - r < TALL ? rows - r : TALL, 1);
 }
 
-/* The same with products of bfloat16, a block of tokens at a time, where D is a multiple of WIDE; for all heads, so that
- * the cache is read from one end to the other. parts are `stride` floats apart for each key-value head. */
-static void attend_packed(float *parts, long stride, const bf16 *q, const bf16 *k, const bf16 *v, const int32_t *table,
+/* The same for a block of tokens at a time, where D is a multiple of WIDE; for all heads, so that the cache is read from
+ * one end to the other. parts are `stride` floats apart for each key-value head. */
+static void attend_packed(float *parts, long stride, const operand *q, const bf16 *k, const bf16 *v, const int32_t *table,
                           long start, long end, long page_size, long Hkv, long G, long D, float scale) {
-    pairs keys[MAX_HEAD / 2 * VECTORS], values[MAX_HEAD / 2 * VECTORS];
+    column keys[MAX_HEAD / PER * VECTORS], values[WIDE / PER * MAX_HEAD / LANES];
     attended so_far;
     begin(&so_far, Hkv * G);
     for (; start < end; start += WIDE) {
@@ -142,7 +150,6 @@ static void attend_packed(float *parts, long stride, const bf16 *q, const bf16 *
             part[D + 1] = so_far.maxima[head * G + g];
         }
 }
-#endif
 
 /* One query token a sequence: out and q [S, Hkv G, D], q's sequences of any stride; pages [.., page_size, Hkv, D];
  * parts [S, Hkv, splits, G, D + 2]. A split is SPLIT tokens whatever the batch, so company does not change a bit. */
@@ -156,7 +163,7 @@ void decode_attention(const call *c) {
     long part = G * (D + 2), packs = 0, used = 0; /* splits of the longest sequence */
     for (long s = 0; s < S; s++)
         if (lengths[s] > used * SPLIT) used = (lengths[s] + SPLIT - 1) / SPLIT;
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__ /* where a block is packed with few instructions */
     packs = D % WIDE == 0 && Hkv * G <= ROWS;
 #endif
     long together = packs ? Hkv : 1; /* heads of a task */
@@ -166,15 +173,11 @@ void decode_attention(const call *c) {
         long start = split * SPLIT, end = start + SPLIT < lengths[s] ? start + SPLIT : lengths[s];
         if (start >= end) continue;
         float *mine = parts + ((s * Hkv + head) * splits + split) * part;
-        const bf16 *query = q + s * q_stride + head * G * D;
         const int32_t *table = tables + s * table_stride;
-#ifdef __AVX512BF16__
-        if (packs) {
-            attend_packed(mine, splits * part, query, k, v, table, start, end, page_size, Hkv, G, D, c->scalar);
-            continue;
-        }
-#endif
-        attend(mine, query, k + head * D, v + head * D, table, start, end, page_size, Hkv, G, D, c->scalar);
+        operand query[together * G * D];
+        to_operands(query, q + s * q_stride + head * G * D, together * G * D);
+        if (packs) attend_packed(mine, splits * part, query, k, v, table, start, end, page_size, Hkv, G, D, c->scalar);
+        else attend(mine, query, k + head * D, v + head * D, table, start, end, page_size, Hkv, G, D, c->scalar);
     }
 #pragma omp for
     for (long row = 0; row < S * Hkv * G; row++) {
@@ -193,23 +196,22 @@ void decode_attention(const call *c) {
     }
 }
 
-#ifdef __AVX512BF16__
 /* Causal attention of the rows query_starts[s] .. query_starts[s + 1] of q [T, Hkv G, D], which are the last tokens of
- * sequence s; out is dense; packed holds two blocks [D / 2, WIDE] for every head and WIDE tokens of every sequence */
+ * sequence s; out is dense; packed holds two blocks [D / PER, WIDE] for every head and WIDE tokens of every sequence */
 void prefill_attention(const call *c) {
     bf16 *out = c->tensors[0];
-    pairs *packed = c->tensors[1];
+    column *packed = c->tensors[1];
     const bf16 *q = c->tensors[2], *k = c->tensors[3], *v = c->tensors[4];
     const int32_t *tables = c->tensors[5], *lengths = c->tensors[6], *starts = c->tensors[7];
     long S = c->sizes[0], page_size = c->sizes[1], Hkv = c->sizes[2], G = c->sizes[3], D = c->sizes[4];
-    long q_stride = c->sizes[5], table_stride = c->sizes[6], block_size = D / 2 * VECTORS;
-    pairs *of_sequence = packed;
+    long q_stride = c->sizes[5], table_stride = c->sizes[6], block_size = D / PER * VECTORS;
+    column *of_sequence = packed;
     for (long s = 0; s < S; s++) {
         long blocks = (lengths[s] + WIDE - 1) / WIDE;
 #pragma omp for schedule(static) nowait
         for (long task = 0; task < Hkv * blocks; task++) {
             long head = task / blocks, start = task % blocks * WIDE;
-            pairs *keys = of_sequence + task * 2 * block_size;
+            column *keys = of_sequence + task * 2 * block_size;
             pack_block(keys, keys + block_size, k + head * D, v + head * D, tables + s * table_stride, start,
                        lengths[s] - start, page_size, Hkv, D);
         }
@@ -221,11 +223,11 @@ void prefill_attention(const call *c) {
         long parts = (count + tokens - 1) / tokens;
 #pragma omp for schedule(dynamic) nowait
         for (long task = 0; task < Hkv * parts; task++) {
-            bf16 queries[ROWS * MAX_HEAD];
+            operand queries[ROWS * MAX_HEAD];
             long head = task % Hkv, from = task / Hkv * tokens, some = count - from < tokens ? count - from : tokens;
             const bf16 *mine = q + (starts[s] + from) * q_stride + head * G * D;
-            for (long i = 0; i < some; i++) memcpy(queries + i * G * D, mine + i * q_stride, G * D * sizeof *q);
-            const pairs *keys = packed + head * blocks * 2 * block_size;
+            for (long i = 0; i < some; i++) to_operands(queries + i * G * D, mine + i * q_stride, G * D);
+            const column *keys = packed + head * blocks * 2 * block_size;
             attended so_far;
             begin(&so_far, some * G);
             long seen = lengths[s] - count + from + 1; /* by the first of them, itself included */
@@ -240,6 +242,3 @@ void prefill_attention(const call *c) {
     }
 #pragma omp barrier
 }
-#else
-void prefill_attention(const call *c) { (void)c; } /* ops.py does not call it */
-#endif

@@ -2,29 +2,47 @@
  *
  * An op is a `call`; `run` (step.c) goes through any number of them in one team of threads, so each op shares its loops
  * out with `omp for`. A sum has its lanes and its order fixed: a token's bits depend neither on its batch nor on the
- * number of threads. GNU vectors: AVX-512, AVX2 or NEON alike. */
+ * number of threads. GNU vectors: AVX-512, AVX2 or NEON alike.
+ *
+ * PAIRS, which build.py sets where it measures faster, multiplies pairs of bfloat16 as the processor does; without it
+ * they are widened to float32 first. */
 #include <math.h>
 #include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
+#define VECTORS 4 /* of a row of a panel: TALL rows of WIDE sums are what fits the registers */
+#else
+#define VECTORS 1
 #endif
 
 #define LANES 16
 #define STEP (2 * LANES)
 #define RUN 64 /* rows of w that are summed before anything else is done with them */
 #define MAX_TOKENS 16
-#define VECTORS 4 /* of a row of a panel */
 #define WIDE (VECTORS * LANES)
-#define TALL 6 /* rows times WIDE columns of sums are what fits the registers */
+#define TALL 6
+#define CHUNK 1024 /* of K: a panel of it stays in the L2 cache */
 typedef uint16_t bf16;
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float float8 __attribute__((vector_size(32)));
 typedef float float4 __attribute__((vector_size(16)));
+
+/* What stands on the other side of a product with bf16 in memory. Of each STEP of floats, those with an even place come
+ * first: they lie in the low halves of pairs. */
+#ifdef PAIRS
+typedef bf16 operand;
+typedef pairs column; /* of a panel: of PER of its rows */
+#define PER 2
+#else
+typedef float operand;
+typedef floats column;
+#define PER 1
+#endif
 
 typedef struct {
     long op; /* its place in OPS (step.c) */
@@ -62,13 +80,29 @@ static inline pairs load_pairs(const bf16 *from) {
     return values;
 }
 
-/* sums[i] + a[2 i] b[2 i] + a[2 i + 1] b[2 i + 1] */
-static inline floats add_products(floats sums, pairs a, pairs b) {
-#ifdef __AVX512BF16__
+static inline floats low(pairs x) { return (floats)(x << 16); }
+
+static inline floats high(pairs x) { return (floats)(x & 0xFFFF0000); }
+
+static inline floats load(const float *from) {
+    floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+#ifdef PAIRS
+static inline floats add_pairs(floats sums, pairs a, pairs b) {
     return (floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+/* sums + STEP products, two for each lane */
+static inline floats add_products(floats sums, pairs w, const operand *x) {
+#ifdef PAIRS
+    return add_pairs(sums, w, load_pairs(x));
 #else
-    sums += (floats)(a << 16) * (floats)(b << 16);
-    return sums + (floats)(a & 0xFFFF0000) * (floats)(b & 0xFFFF0000);
+    sums += low(w) * load(x);
+    return sums + high(w) * load(x + LANES);
 #endif
 }
 
@@ -92,12 +126,6 @@ static inline floats load_wide(const bf16 *from) {
 static inline void store_narrow(bf16 *to, floats values) {
     halves near = narrow_floats(values);
     memcpy(to, &near, sizeof near);
-}
-
-static inline floats load(const float *from) {
-    floats values;
-    memcpy(&values, from, sizeof values);
-    return values;
 }
 
 static inline float sum(floats x) { /* halves, so that it stays in vector registers */
@@ -166,66 +194,114 @@ static inline void store_some(void *to, const void *values, long count, long siz
     else memcpy(to, values, LANES * sizeof(float));
 }
 
-#ifdef __AVX512BF16__
-/* WIDE rows [K] of bf16 as a panel [K / 2, WIDE] of pairs; K a multiple of 32 */
-static inline void pack_transposed(pairs *panel, const bf16 *const *rows, long K) {
+/* A row [K] of bf16 as operands; K a multiple of STEP */
+static inline void to_operands(operand *to, const bf16 *from, long K) {
+#ifdef PAIRS
+    memcpy(to, from, K * sizeof *from);
+#else
+    for (long k = 0; k < K; k += STEP) {
+        pairs both = load_pairs(from + k);
+        floats halves[] = {low(both), high(both)};
+        memcpy(to + k, halves, sizeof halves);
+    }
+#endif
+}
+
+#ifdef __AVX512F__
+/* 16 x 16 of 32 bits: 2 x 2, 4 x 4, then quarters of a vector */
+static inline void transpose(__m512i *a) {
+    __m512i b[16];
+    for (int i = 0; i < 16; i += 2) {
+        b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4)
+        for (int j = 0; j < 2; j++) {
+            a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+            a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+        }
+    for (int i = 0; i < 4; i++)
+        for (int j = 0; j < 16; j += 8) {
+            b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+            b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xDD);
+        }
+    for (int i = 0; i < 8; i++) {
+        a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
+        a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xDD);
+    }
+}
+#endif
+
+/* WIDE rows [K] of bf16 as a panel [K / PER, WIDE], its rows in the order of operands; K a multiple of STEP */
+static inline void pack_transposed(column *panel, const bf16 *const *rows, long K) {
     for (long vector = 0; vector < VECTORS; vector++)
         for (long k = 0; k < K; k += STEP) {
-            __m512i a[16], b[16];
-            for (int i = 0; i < 16; i++) a[i] = (__m512i)load_pairs(rows[vector * LANES + i] + k);
-            for (int i = 0; i < 16; i += 2) { /* 2 x 2, 4 x 4, then quarters of a vector */
-                b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
-                b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+            column *to = panel + k / PER * VECTORS + vector;
+            pairs square[LANES];
+#ifdef __AVX512F__
+            for (int i = 0; i < LANES; i++) square[i] = load_pairs(rows[vector * LANES + i] + k);
+            transpose((__m512i *)square);
+#else
+            for (int lane = 0; lane < LANES; lane++) {
+                pairs row = load_pairs(rows[vector * LANES + lane] + k);
+                for (int i = 0; i < LANES; i++) square[i][lane] = row[i];
             }
-            for (int i = 0; i < 16; i += 4)
-                for (int j = 0; j < 2; j++) {
-                    a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
-                    a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
-                }
-            for (int i = 0; i < 4; i++)
-                for (int j = 0; j < 16; j += 8) {
-                    b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
-                    b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xDD);
-                }
-            for (int i = 0; i < 8; i++) {
-                a[i] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0x88);
-                a[i + 8] = _mm512_shuffle_i32x4(b[i], b[i + 8], 0xDD);
+#endif
+            for (int i = 0; i < LANES; i++) {
+#ifdef PAIRS
+                to[i * VECTORS] = square[i];
+#else
+                to[i * VECTORS] = low(square[i]);
+                to[(LANES + i) * VECTORS] = high(square[i]);
+#endif
             }
-            for (int i = 0; i < 16; i++) panel[(k / 2 + i) * VECTORS + vector] = (pairs)a[i];
         }
 }
 
-#define DEFINE_MULTIPLY(ROWS)                                                                                     \
-    static inline void multiply_##ROWS(float *out, long out_stride, const bf16 *a, long a_stride, const pairs *b, \
-                                       long b_stride, long steps, int adds) {                                     \
-        floats sums[ROWS][VECTORS];                                                                               \
-        for (int i = 0; i < ROWS; i++)                                                                            \
-            for (int j = 0; j < VECTORS; j++)                                                                     \
-                sums[i][j] = adds ? load(out + i * out_stride + j * LANES) : (floats){0};                         \
-        for (long k = 0; k < steps; k++) {                                                                        \
-            pairs columns[VECTORS];                                                                               \
-            for (int j = 0; j < VECTORS; j++) {                                                                   \
-                columns[j] = b[k * b_stride + j];                                                                 \
-                __asm__("" : "+v"(columns[j])); /* loaded once, not again for every row */                        \
-            }                                                                                                     \
-            for (int i = 0; i < ROWS; i++) {                                                                      \
-                uint32_t both;                                                                                    \
-                memcpy(&both, a + i * a_stride + 2 * k, sizeof both);                                             \
-                pairs row = (pairs)_mm512_set1_epi32(both);                                                       \
-                for (int j = 0; j < VECTORS; j++) sums[i][j] = add_products(sums[i][j], row, columns[j]);         \
-            }                                                                                                     \
-        }                                                                                                         \
-        for (int i = 0; i < ROWS; i++)                                                                            \
-            for (int j = 0; j < VECTORS; j++)                                                                     \
-                memcpy(out + i * out_stride + j * LANES, &sums[i][j], sizeof(floats));                            \
+#ifdef PAIRS
+#define ADD_ROW(SUMS, A, COLUMN)                            \
+    do {                                                    \
+        uint32_t both;                                      \
+        memcpy(&both, A, sizeof both);                      \
+        pairs row = (pairs)_mm512_set1_epi32(both);         \
+        for (int j = 0; j < VECTORS; j++) SUMS[j] = add_pairs(SUMS[j], row, COLUMN[j]); \
+    } while (0)
+#else
+#define ADD_ROW(SUMS, A, COLUMN) \
+    for (int j = 0; j < VECTORS; j++) SUMS[j] += *(A) * COLUMN[j]
+#endif
+
+#define DEFINE_MULTIPLY(ROWS)                                                                                          \
+    static inline void multiply_##ROWS(float *out, long out_stride, const operand *a, long a_stride, const column *b, \
+                                       long b_stride, long steps, int adds) {                                          \
+        floats sums[ROWS][VECTORS];                                                                                    \
+        for (int i = 0; i < ROWS; i++)                                                                                 \
+            for (int j = 0; j < VECTORS; j++)                                                                          \
+                sums[i][j] = adds ? load(out + i * out_stride + j * LANES) : (floats){0};                              \
+        for (long k = 0; k < steps; k++) {                                                                             \
+            column columns[VECTORS];                                                                                   \
+            for (int j = 0; j < VECTORS; j++) {                                                                        \
+                columns[j] = b[k * b_stride + j];                                                                      \
+                KEEP(columns[j]);                                                                                      \
+            }                                                                                                          \
+            for (int i = 0; i < ROWS; i++) ADD_ROW(sums[i], a + i * a_stride + PER * k, columns);                      \
+        }                                                                                                              \
+        for (int i = 0; i < ROWS; i++)                                                                                 \
+            for (int j = 0; j < VECTORS; j++)                                                                          \
+                memcpy(out + i * out_stride + j * LANES, &sums[i][j], sizeof(floats));                                 \
     }
+#ifdef __AVX512F__
+#define KEEP(VECTOR) __asm__("" : "+v"(VECTOR)) /* loaded once, not again for every row */
+#else
+#define KEEP(VECTOR)
+#endif
 DEFINE_MULTIPLY(6)
 DEFINE_MULTIPLY(2)
 DEFINE_MULTIPLY(1)
 
-/* out [rows, WIDE] = (adds: +=) a [rows, 2 steps] times b, whose rows of pairs are b_stride vectors apart. A sum is one
- * chain over a's columns, whatever the rows beside it. */
-static inline void multiply(float *out, long out_stride, const bf16 *a, long a_stride, const pairs *b, long b_stride,
+/* out [rows, WIDE] = (adds: +=) a [rows, PER steps] times b, whose rows are b_stride vectors apart. A sum is one chain
+ * over a's columns, whatever the rows beside it. */
+static inline void multiply(float *out, long out_stride, const operand *a, long a_stride, const column *b, long b_stride,
                             long steps, long rows, int adds) {
     if (rows == TALL) {
         multiply_6(out, out_stride, a, a_stride, b, b_stride, steps, adds);
@@ -235,4 +311,3 @@ static inline void multiply(float *out, long out_stride, const bf16 *a, long a_s
         multiply_2(out, out_stride, a, a_stride, b, b_stride, steps, adds);
     if (rows) multiply_1(out, out_stride, a, a_stride, b, b_stride, steps, adds);
 }
-#endif

@@ -2,45 +2,70 @@
  * tokens, row by row for few of them, and for many as panels of WIDE rows that are transposed on the way. */
 #include "common.h"
 
-#define L1_VALUES 8192 /* of x, half of a cache of 32 KiB */
+#include <unistd.h>
 
-/* ROWS rows of w times COUNT rows of x, out[token][row]: a sum is two sums of 32 values each that alternate */
-#define DEFINE_DOTS(ROWS, COUNT)                                                                                 \
-    static void dots_##ROWS##_##COUNT(float *out, const bf16 *x, const bf16 *w, long w_stride, long K) {         \
-        floats sums[2][COUNT][ROWS] = {0};                                                                       \
+#define BLOCK 16
+
+/* What x may take of a core's first cache */
+static long l1_bytes(void) {
+    static long size; /* asking can cost microseconds */
+#ifdef _SC_LEVEL1_DCACHE_SIZE
+    if (!size) size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+    if (size < 1 << 14) size = 1 << 15;
+    return size - (1 << 14);
+}
+
+/* How many bytes before it is needed w is asked for, as build.py measured it. 0: the processor sees to it alone. */
+long ahead = 0;
+
+/* A part [K] of one row of w times that of COUNT rows of x. A sum is two sums of LANES values that alternate; they go
+ * on from so_far [COUNT, 2] unless this part is the first, and end in out [COUNT, RUN] if it is the last. */
+#define DEFINE_DOTS(COUNT)                                                                                       \
+    static void dots_##COUNT(float *out, floats *so_far, const operand *x, long x_stride, const bf16 *w, long K, \
+                             long early, int is_first, int is_last) {                                            \
+        floats sums[COUNT][2] = {0};                                                                             \
+        if (!is_first) memcpy(sums, so_far, sizeof sums);                                                        \
         for (long k = 0; k < K; k += 2 * STEP)                                                                   \
             for (int half = 0; half < 2 && k + half * STEP < K; half++) {                                        \
-                pairs weights[ROWS];                                                                             \
-                for (int row = 0; row < ROWS; row++) weights[row] = load_pairs(w + row * w_stride + k + half * STEP); \
-                for (int i = 0; i < COUNT; i++) {                                                                \
-                    pairs values = load_pairs(x + i * K + k + half * STEP);                                      \
-                    for (int row = 0; row < ROWS; row++)                                                         \
-                        sums[half][i][row] = add_products(sums[half][i][row], weights[row], values);             \
-                }                                                                                                \
+                long at = k + half * STEP;                                                                       \
+                __builtin_prefetch((const char *)(w + at) + early, 0, 2);                                        \
+                pairs weights = load_pairs(w + at);                                                              \
+                for (int i = 0; i < COUNT; i++)                                                                  \
+                    sums[i][half] = add_products(sums[i][half], weights, x + i * x_stride + at);                 \
             }                                                                                                    \
-        for (int i = 0; i < COUNT; i++)                                                                          \
-            for (int row = 0; row < ROWS; row++) out[i * RUN + row] = sum(sums[0][i][row] + sums[1][i][row]);  \
+        if (!is_last) memcpy(so_far, sums, sizeof sums);                                                         \
+        else                                                                                                     \
+            for (int i = 0; i < COUNT; i++) out[i * RUN] = sum(sums[i][0] + sums[i][1]);                         \
     }
-DEFINE_DOTS(4, 2)
-DEFINE_DOTS(4, 1)
-DEFINE_DOTS(1, 8)
-DEFINE_DOTS(1, 2)
-DEFINE_DOTS(1, 1)
+DEFINE_DOTS(8)
+DEFINE_DOTS(4)
+DEFINE_DOTS(2)
+DEFINE_DOTS(1)
 
-/* Rows of w [rows, K] times x [count, K]: out [count, RUN]. Rows side by side use what is loaded of x more often, and
- * halve what the processor fetches ahead where they are short: that pays once x does not fit the L1 cache. */
-static void dots(float *out, const bf16 *x, const bf16 *w, long rows, long w_stride, long count, long K) {
-    long row = 0, i = 0;
-    if (count * K > L1_VALUES)
-        for (; row + 4 <= rows; row += 4, w += 4 * w_stride, out += 4) {
-            for (i = 0; i + 2 <= count; i += 2) dots_4_2(out + i * RUN, x + i * K, w, w_stride, K);
-            if (i < count) dots_4_1(out + i * RUN, x + i * K, w, w_stride, K);
+/* Rows of w [rows, K] times x [count, K]: out [count, RUN]. Row by row, which is how a processor best fetches ahead; in
+ * parts of K so short that those of x stay in the L1 cache, and of BLOCK rows, whose sums then wait in the L2 cache. */
+static void dots(float *out, const operand *x, const bf16 *w, long rows, long w_stride, long count, long K) {
+    long part = l1_bytes() / (count * (long)sizeof *x) / (2 * STEP) * (2 * STEP);
+    if (part > K || part == 0) part = K;
+    floats so_far[BLOCK][MAX_TOKENS][2];
+    for (long block = 0; block < rows; block += BLOCK)
+        for (long k = 0; k < K; k += part) {
+            long some = K - k < part ? K - k : part;
+            for (long row = block; row < rows && row < block + BLOCK; row++) {
+                const bf16 *from = w + row * w_stride + k;
+                long early = part == K ? ahead : ahead ? 2 * w_stride * (long)sizeof *w : 0; /* two rows further on */
+#define DOTS(COUNT)                                                                                        \
+    for (; i + COUNT <= count; i += COUNT, early = 0)                                                      \
+    dots_##COUNT(out + i * RUN + row, so_far[row - block][i], x + i * K + k, K, from, some, early, k == 0, \
+                 k + some == K)
+                long i = 0;
+                DOTS(8);
+                DOTS(4);
+                DOTS(2);
+                DOTS(1);
+            }
         }
-    for (; row < rows; row++, w += w_stride, out++) {
-        for (i = 0; i + 8 <= count; i += 8) dots_1_8(out + i * RUN, x + i * K, w, w_stride, K);
-        for (; i + 2 <= count; i += 2) dots_1_2(out + i * RUN, x + i * K, w, w_stride, K);
-        for (; i < count; i++) dots_1_1(out + i * RUN, x + i * K, w, w_stride, K);
-    }
 }
 
 /* What stands behind the product, for `some` of LANES rows of w from `row` on; `up` is null or their sums with up */
@@ -55,26 +80,31 @@ static inline void finish(const call *c, floats value, const float *up, long tok
     else store_some((bf16 *)c->tensors[0] + at, &near, some, sizeof(bf16));
 }
 
-/* x [T, K] as dense rows: normed, or copied unless they are dense already */
-static const bf16 *dense_rows(const call *c) {
-    bf16 *new_residual = c->tensors[1], *dense = c->tensors[2];
+/* x [T, K] as operands in dense rows, normed */
+static const operand *dense_rows(const call *c) {
+    bf16 *new_residual = c->tensors[1];
+    operand *dense = c->tensors[2];
     const bf16 *x = c->tensors[3], *residual = c->tensors[4], *norm_weight = c->tensors[5];
     long T = c->sizes[0], K = c->sizes[2], x_stride = c->sizes[3], residual_stride = c->sizes[4];
-    if (!norm_weight && x_stride == K) return x;
 #pragma omp for
-    for (long token = 0; token < T; token++)
-        if (norm_weight)
-            normalise(dense + token * K, new_residual ? new_residual + token * K : 0, x + token * x_stride,
+    for (long token = 0; token < T; token++) {
+        const bf16 *from = x + token * x_stride;
+        bf16 normed[norm_weight ? K : 1];
+        if (norm_weight) {
+            normalise(normed, new_residual ? new_residual + token * K : 0, from,
                       residual ? residual + token * residual_stride : 0, norm_weight, c->scalar, K);
-        else memcpy(dense + token * K, x + token * x_stride, K * sizeof *x);
+            from = normed;
+        }
+        to_operands(dense + token * K, from, K);
+    }
     return dense;
 }
 
 /* T up to MAX_TOKENS and K a multiple of 32. May be null: residual and new_residual, norm_weight, up, bias, addend.
- * x, residual, addend, w and up have rows of any stride; out [T, N], new_residual [T, K], rows [T, K] are dense.
- * Without a norm, rows is for x made dense. */
+ * x, residual, addend, w and up have rows of any stride; out [T, N], new_residual [T, K] are dense; rows is [T, K]. */
 void few_tokens(const call *c) {
-    const bf16 *w = c->tensors[6], *up = c->tensors[7], *rows = dense_rows(c);
+    const bf16 *w = c->tensors[6], *up = c->tensors[7];
+    const operand *rows = dense_rows(c);
     long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5];
     long run = up ? RUN : LANES; /* two weights are read in turns: long ones, for what the processor fetches ahead */
 #pragma omp for schedule(static)
@@ -90,9 +120,8 @@ void few_tokens(const call *c) {
     }
 }
 
-#ifdef __AVX512BF16__
-/* A panel of w: rows n .. n + WIDE of w, or half of them of w and half of up; beyond N the last row again */
-static void pack_panel(pairs *panel, const bf16 *w, const bf16 *up, long n, long N, long K, long stride) {
+/* A panel of w [.., K]: rows n .. n + WIDE of w, or half of them of w and half of up; beyond N the last row again */
+static void pack_panel(column *panel, const bf16 *w, const bf16 *up, long n, long N, long K, long stride) {
     const bf16 *rows[WIDE];
     long mine = up ? WIDE / 2 : WIDE;
     for (long i = 0; i < WIDE; i++) {
@@ -102,26 +131,26 @@ static void pack_panel(pairs *panel, const bf16 *w, const bf16 *up, long n, long
     pack_transposed(panel, rows, K);
 }
 
-/* As few_tokens, for any T; dense is followed by a panel [K / 2, WIDE] of every thread */
+/* As few_tokens, for any T; rows is followed by sums [T, WIDE] and a panel [CHUNK, WIDE] of every thread */
 void many_tokens(const call *c) {
-    const bf16 *w = c->tensors[6], *up = c->tensors[7], *rows = dense_rows(c);
+    const bf16 *w = c->tensors[6], *up = c->tensors[7];
+    const operand *rows = dense_rows(c);
     long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5], width = up ? WIDE / 2 : WIDE;
-    pairs *panel = (pairs *)((bf16 *)c->tensors[2] + T * K) + omp_get_thread_num() * K / 2 * VECTORS;
+    float *sums = (float *)c->tensors[2] + T * K + omp_get_thread_num() * (T + CHUNK) * WIDE;
+    column *panel = (column *)(sums + T * WIDE);
 #pragma omp for schedule(dynamic)
     for (long n = 0; n < N; n += width) {
-        pack_panel(panel, w, up, n, N, K, w_stride);
-        long count = N - n < width ? N - n : width;
-        for (long first = 0; first < T; first += TALL) {
-            float sums[TALL][WIDE] __attribute__((aligned(64)));
-            long tall = T - first < TALL ? T - first : TALL;
-            multiply(sums[0], WIDE, rows + first * K, K, panel, VECTORS, K / 2, tall, 0);
-            for (long i = 0; i < tall; i++)
-                for (long j = 0; j < count; j += LANES)
-                    finish(c, load(sums[i] + j), up ? sums[i] + WIDE / 2 + j : 0, first + i, n + j,
-                           count - j < LANES ? count - j : LANES);
+        for (long k = 0; k < K; k += CHUNK) {
+            long some = K - k < CHUNK ? K - k : CHUNK;
+            pack_panel(panel, w + k, up ? up + k : 0, n, N, some, w_stride);
+            for (long first = 0; first < T; first += TALL)
+                multiply(sums + first * WIDE, WIDE, rows + first * K + k, K, panel, VECTORS, some / PER,
+                         T - first < TALL ? T - first : TALL, k > 0);
         }
+        long count = N - n < width ? N - n : width;
+        for (long token = 0; token < T; token++)
+            for (long i = 0; i < count; i += LANES)
+                finish(c, load(sums + token * WIDE + i), up ? sums + token * WIDE + WIDE / 2 + i : 0, token, n + i,
+                       count - i < LANES ? count - i : LANES);
     }
 }
-#else
-void many_tokens(const call *c) { (void)c; } /* ops.py does not call it */
-#endif

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 
 import torch
 from torch import Tensor
 
 from .build import library, multiplies
+from .choose import rows_size
 from .tape import run, scratch
 
 MAX_TOKENS = 16  # of a linear that reads its weights row by row
 MAX_GROUP = 16  # query heads of a key-value head
 SPLIT = 128  # cached tokens that a thread attends to at a time
-WIDE = 64  # rows of a panel; all as in C
-LANES = 32
+STEP = 32  # values of a row that are multiplied at once; all as in C
 
 
 def takes_linear(x: Tensor) -> bool:
     """Whether x [T, K] is of a kind that linear takes."""
-    return x.shape[1] % LANES == 0 and _usable(x) and (len(x) <= MAX_TOKENS or multiplies())
+    return x.shape[1] % STEP == 0 and _usable(x) and (len(x) <= MAX_TOKENS or multiplies())
 
 
 def linear(
@@ -42,7 +43,7 @@ def linear(
     out = x.new_empty(num_tokens, n, dtype=out_dtype)
     new_residual = None if residual is None else x.new_empty(num_tokens, k)
     few = num_tokens <= MAX_TOKENS
-    rows = scratch((num_tokens * k + 1) // 2 + (0 if few else torch.get_num_threads() * k // 2 * WIDE))
+    rows = scratch(rows_size(library(), num_tokens, k, 0 if few else torch.get_num_threads()))
     strides = (0 if t is None else t.stride(0) for t in (x, residual, weight, addend))
     run(
         "few_tokens" if few else "many_tokens",
@@ -72,7 +73,7 @@ def takes_heads(q: Tensor, k_pages: Tensor) -> bool:
 
 
 def takes_prefill(q: Tensor, k_pages: Tensor) -> bool:
-    return takes_heads(q, k_pages) and q.shape[2] % WIDE == 0 and multiplies()
+    return takes_heads(q, k_pages) and q.shape[2] % _wide() == 0 and multiplies()
 
 
 def rope_and_cache(
@@ -120,11 +121,11 @@ def prefill_attention(
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     (_, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    blocks = sum(-(-length // WIDE) for length in lengths.tolist())
+    blocks = sum(-(-length // _wide()) for length in lengths.tolist())
     tables, lengths, starts = (t.int().contiguous() for t in (block_tables, lengths, query_starts))
     run(
         "prefill_attention",
-        (out, scratch(blocks * num_kv_heads * head_dim * WIDE), q, k_pages, v_pages, tables, lengths, starts),
+        (out, scratch(2 * blocks * num_kv_heads * head_dim * _wide()), q, k_pages, v_pages, tables, lengths, starts),
         (
             *(len(lengths), page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
             *(q.stride(0), tables.stride(0)),
@@ -132,6 +133,11 @@ def prefill_attention(
         scale,
     )
     return out
+
+
+def _wide() -> int:
+    """Cached tokens of a block."""
+    return ctypes.c_long.in_dll(library(), "wide").value
 
 
 def _usable(x: Tensor) -> bool:

@@ -45,9 +45,5 @@ void run(const call *calls, long count, int threads) {
     for (long i = 0; i < count; i++) OPS[calls[i].op](calls + i);
 }
 
-/* Whether many_tokens and prefill_attention are there: without products of bfloat16, torch is as fast */
-#ifdef __AVX512BF16__
-const int has_products = 1;
-#else
-const int has_products = 0;
-#endif
+/* What ops.py lays scratch memory out by */
+const long wide = WIDE, chunk = CHUNK;

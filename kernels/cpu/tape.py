@@ -13,20 +13,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .build import library
+from .call import Call
 
-OPS = ("embedding", "rope_and_cache", "few_tokens", "many_tokens", "decode_attention", "prefill_attention")
 _recording = threading.local()
-
-
-class _Call(ctypes.Structure):
-    """As `call` in common.h."""
-
-    _fields_ = (
-        ("op", ctypes.c_long),
-        ("tensors", ctypes.c_void_p * 10),
-        ("sizes", ctypes.c_long * 8),
-        ("scalar", ctypes.c_double),
-    )
 
 
 class Scratch:
@@ -50,7 +39,7 @@ class Tape:
     one team of threads from the first to the last. It works on the memory that its tensors had when it was recorded."""
 
     def __init__(self) -> None:
-        self.calls: list[_Call] = []
+        self.calls: list[Call] = []
         self._kept: list[Tensor | None] = []
         self.scratch = Scratch()
         self._threads = torch.get_num_threads()
@@ -64,12 +53,12 @@ class Tape:
                 yield
         finally:
             _recording.tape = None
-        self._packed = (_Call * len(self.calls))(*self.calls)
+        self._packed = (Call * len(self.calls))(*self.calls)
 
     def replay(self) -> None:
         play(self._packed, len(self._packed), self._threads)
 
-    def add(self, call: _Call, tensors: Sequence[Tensor | None]) -> None:
+    def add(self, call: Call, tensors: Sequence[Tensor | None]) -> None:
         self.calls.append(call)
         self._kept += tensors
 
@@ -87,8 +76,7 @@ class _OnlyViews(TorchDispatchMode):
 
 def run(op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0) -> None:
     """Runs a C function, or adds the call to the tape that is being recorded."""
-    pointers = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
-    call = _Call(OPS.index(op), (ctypes.c_void_p * 10)(*pointers), (ctypes.c_long * 8)(*sizes), scalar)
+    call = Call.of(op, tensors, sizes, scalar)
     if is_recording():
         _recording.tape.add(call, tensors)
     else:
