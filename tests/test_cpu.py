@@ -197,6 +197,19 @@ def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
     assert not cpu.is_recording()
 
 
+def test_a_tape_may_be_what_first_needs_the_functions(monkeypatch) -> None:
+    monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
+    monkeypatch.setattr(choose, "remembered", lambda file: None)
+    monkeypatch.setattr(choose, "remember", lambda file, choice: None)
+    x = tensor(2, 64, seed=0)
+    build.chosen.cache_clear()
+    tape = cpu.Tape()
+    with tape.record():
+        out = cpu.linear(x, x)[0]
+    tape.replay()
+    assert torch.equal(out, cpu.linear(x, x)[0])
+
+
 @pytest.mark.parametrize("compute", [lambda x: x + 1, lambda x: x.float(), lambda x: x.sum().item()])
 def test_a_tape_refuses_what_torch_computes(compute: Callable) -> None:
     x = tensor(2, 64, seed=0)

@@ -43,19 +43,35 @@ static void attend(float *part, const operand *q, const bf16 *k, const bf16 *v, 
     }
 }
 
-/* A block of WIDE cached tokens of one head, packed for `multiply`; tokens from count on, which may hold anything, as 0 */
-static void pack_block(column *keys, column *values, const bf16 *k, const bf16 *v, const int32_t *table, long start,
-                       long count, long page_size, long Hkv, long D) {
+/* Where the keys and values of up to WIDE tokens of a sequence lie, from `start` on: the elements before them */
+static void places(long *at, const int32_t *table, long start, long count, long page_size, long token_size) {
+    long page = start / page_size, offset = start % page_size;
+    for (long i = 0; i < WIDE && i < count; i++, offset++) {
+        if (offset == page_size) {
+            page++;
+            offset = 0;
+        }
+        at[i] = (table[page] * page_size + offset) * token_size;
+    }
+}
+
+/* A block of WIDE cached tokens of one head, packed for `multiply`; tokens from count on, which may hold anything, as 0.
+ * Meanwhile asks for the `later` tokens of the next block, which lie at `after`. */
+static void pack_block(column *keys, column *values, const bf16 *k, const bf16 *v, const long *at, long count,
+                       const long *after, long later, long D) {
     static const bf16 zeros[MAX_HEAD];
     const bf16 *k_rows[WIDE], *v_rows[WIDE];
     for (long i = 0; i < WIDE; i++) {
-        long token = start + i;
-        long at = i < count ? (table[token / page_size] * page_size + token % page_size) * Hkv * D : 0;
-        k_rows[i] = i < count ? k + at : zeros;
-        v_rows[i] = i < count ? v + at : zeros;
+        k_rows[i] = i < count ? k + at[i] : zeros;
+        v_rows[i] = i < count ? v + at[i] : zeros;
     }
     pack_transposed(keys, k_rows, D);
-    for (long i = 0; i < WIDE; i += PER)
+    for (long i = 0; i < WIDE; i += PER) {
+        for (long j = i; j < i + PER && j < later; j++)
+            for (long d = 0; d < D; d += STEP) {
+                __builtin_prefetch(k + after[j] + d, 0, 2);
+                __builtin_prefetch(v + after[j] + d, 0, 2);
+            }
         for (long d = 0; d < D; d += LANES) {
             column *to = values + (i / PER * D + d) / LANES;
 #ifdef PAIRS
@@ -64,6 +80,7 @@ static void pack_block(column *keys, column *values, const bf16 *k, const bf16 *
             *to = load_wide(v_rows[i] + d);
 #endif
         }
+    }
 }
 
 /* What some rows of queries have seen so far (flash attention: Dao et al. 2022, arXiv:2205.14135) */
@@ -124,21 +141,18 @@ static void attend_block(attended *so_far, long base, const operand *q, const co
 
 /* The same for a block of tokens at a time, where D is a multiple of WIDE; for all heads, so that the cache is read from
  * one end to the other. parts are `stride` floats apart for each key-value head. */
-static void attend_packed(float *parts, long stride, const operand *q, const bf16 *k, const bf16 *v, const int32_t *table,
-                          long start, long end, long page_size, long Hkv, long G, long D, float scale) {
+static void attend_packed(float *parts, long stride, const operand *q, const bf16 *k, const bf16 *v,
+                          const int32_t *table, long start, long end, long length, long page_size, long Hkv, long G,
+                          long D, float scale) {
     column keys[MAX_HEAD / PER * VECTORS], values[WIDE / PER * MAX_HEAD / LANES];
     attended so_far;
     begin(&so_far, Hkv * G);
     for (; start < end; start += WIDE) {
-        uint32_t seen = 0; /* read in order first: then the processor fetches ahead, as it does not for what packing reads */
-        for (int which = 0; which < 2; which++)
-            for (long token = start; token < end && token < start + WIDE; token++) {
-                const bf16 *row = (which ? v : k) + (table[token / page_size] * page_size + token % page_size) * Hkv * D;
-                for (long d = 0; d < Hkv * D; d += STEP) seen += row[d];
-            }
-        __asm__ volatile("" : : "r"(seen));
+        long at[WIDE], after[WIDE], later = length - start - WIDE;
+        places(at, table, start, end - start, page_size, Hkv * D);
+        places(after, table, start + WIDE, later, page_size, Hkv * D);
         for (long head = 0; head < Hkv; head++) {
-            pack_block(keys, values, k + head * D, v + head * D, table, start, end - start, page_size, Hkv, D);
+            pack_block(keys, values, k + head * D, v + head * D, at, end - start, after, later, D);
             attend_block(&so_far, head * G, q + head * G * D, keys, values, G, end - start, G, D, scale);
         }
     }
@@ -167,7 +181,7 @@ void decode_attention(const call *c) {
     packs = D % WIDE == 0 && Hkv * G <= ROWS;
 #endif
     long together = packs ? Hkv : 1; /* heads of a task */
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(guided)
     for (long task = 0; task < S * used * Hkv / together; task++) {
         long head = packs ? 0 : task % Hkv, split = task * together / Hkv % used, s = task * together / Hkv / used;
         long start = split * SPLIT, end = start + SPLIT < lengths[s] ? start + SPLIT : lengths[s];
@@ -176,7 +190,9 @@ void decode_attention(const call *c) {
         const int32_t *table = tables + s * table_stride;
         operand query[together * G * D];
         to_operands(query, q + s * q_stride + head * G * D, together * G * D);
-        if (packs) attend_packed(mine, splits * part, query, k, v, table, start, end, page_size, Hkv, G, D, c->scalar);
+        if (packs)
+            attend_packed(mine, splits * part, query, k, v, table, start, end, lengths[s], page_size, Hkv, G, D,
+                          c->scalar);
         else attend(mine, query, k + head * D, v + head * D, table, start, end, page_size, Hkv, G, D, c->scalar);
     }
 #pragma omp for
@@ -212,8 +228,9 @@ void prefill_attention(const call *c) {
         for (long task = 0; task < Hkv * blocks; task++) {
             long head = task / blocks, start = task % blocks * WIDE;
             column *keys = of_sequence + task * 2 * block_size;
-            pack_block(keys, keys + block_size, k + head * D, v + head * D, tables + s * table_stride, start,
-                       lengths[s] - start, page_size, Hkv, D);
+            long at[WIDE];
+            places(at, tables + s * table_stride, start, lengths[s] - start, page_size, Hkv * D);
+            pack_block(keys, keys + block_size, k + head * D, v + head * D, at, lengths[s] - start, at, 0, D);
         }
         of_sequence += 2 * Hkv * blocks * block_size;
     }

@@ -47,6 +47,7 @@ class Tape:
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
         """Records what runs within it, without running it. Raises NotRecordable if torch were to compute something."""
+        library()  # compiled and measured before, if it must be
         _recording.tape = self
         try:
             with _OnlyViews():
