@@ -155,6 +155,11 @@ def main(
         "ours sooner",
     ):
         table.add_column(heading, justify="right", no_wrap=True)
+    facts = circumstances(place) | {"model": model, "layers": config.num_hidden_layers, "new_tokens": new_tokens}
+    facts |= {
+        "load_seconds": load,
+        "predicted_gb": (2 * config.num_parameters + room * config.kv_bytes_per_token(2)) / 1e9,
+    }
     rows = []
     for count in batches:
         for length in prompts:
@@ -165,19 +170,18 @@ def main(
                     {"batch": count, "prompt": length, "engine": name, "floor_tokens_per_second": floor, **each}
                 )
                 table.add_row(str(count), str(length), name, *_cells(each, floor))
+            if json_file:  # each time, since a run on a lent machine may be cut off
+                peak = torch.cuda.max_memory_allocated() / 1e9 if place.type == "cuda" else 0.0
+                ends = {"peak_gb": peak, "ceilings": {"copy": limits.copy, "matrix": limits.matrix}, "rows": rows}
+                results.save(json_file, facts | ends)
     console.print(table)
-    memory = torch.cuda.max_memory_allocated() / 1e9 if place.type == "cuda" else 0.0
-    predicted = (2 * config.num_parameters + room * config.kv_bytes_per_token(2)) / 1e9  # weights and our cache
-    console.print(f"ready after {load:.1f} s; {predicted:.1f} GB predicted for weights and cache")
-    if memory:
+    console.print(f"ready after {load:.1f} s; {facts['predicted_gb']:.1f} GB predicted for weights and cache")
+    if place.type == "cuda":
+        memory = torch.cuda.max_memory_allocated() / 1e9
         console.print(f"at most {memory:.1f} GB of GPU memory were in use, the peers' included")
     for row in rows:
         if "error" in row:
             console.print(f"[red]failed[/red] {row['engine']}: {row['error']}", soft_wrap=True)
-    if json_file:
-        facts = circumstances(place) | {"model": model, "layers": config.num_hidden_layers, "new_tokens": new_tokens}
-        facts |= {"load_seconds": load, "peak_gb": memory, "predicted_gb": predicted}
-        results.save(json_file, {**facts, "ceilings": {"copy": limits.copy, "matrix": limits.matrix}, "rows": rows})
     raise typer.Exit(1 if any(row["engine"] == "qwenkern" and "error" in row for row in rows) else 0)
 
 

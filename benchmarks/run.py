@@ -290,9 +290,9 @@ def main(
                     status.update(f"timing {case.name}, {count} tokens")
                     size = Size(count, cached, getattr(torch, dtype), str(place))
                     rows += measure(case, model, size, providers, limits, seconds)
+                    if json_file:  # each time, since a run on a lent machine may be cut off
+                        results.save(json_file, results.document(circumstances(place), limits, rows))
     show(console, rows, limits)
-    if json_file:
-        results.save(json_file, results.document(circumstances(place), limits, rows))
     if plot_folder:
         for file in plot(rows, limits, plot_folder):
             console.print(f"drew {file}")

@@ -12,6 +12,7 @@ import platform
 import statistics
 import subprocess
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ import torch
 import triton
 
 import qwenkern
+from qwenkern.kernels import dependent_launches
 
 Calls = Sequence[Callable[[], Any]]  # the same function, on each set of inputs
 LEAST_SECONDS = 200e-6  # of one reading on a GPU, well above the resolution of its clock
@@ -77,19 +79,21 @@ def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
         for call in calls:
             call()
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # compiles, allocates, and chooses algorithms
+    home, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(home)
+    with torch.cuda.stream(stream), dependent_launches():  # compiles, loads, allocates, and chooses algorithms
         for _ in range(3):
             run()
     torch.cuda.synchronize()
     try:
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
             run()
         run = graph.replay
-    except RuntimeError:  # what waits for the host cannot be captured
+    except RuntimeError as error:  # what waits for the host cannot be captured
+        torch.cuda.set_stream(home)  # a capture that fails at its end leaves its own
         torch.cuda.synchronize()
+        warnings.warn(f"timed call by call, the host included, since it cannot be captured: {error}", stacklevel=2)
     once = _between_events(run, 3)
     repeats = max(1, round(LEAST_SECONDS / max(once, 1e-7)))
     return lambda: _between_events(run, repeats) / len(calls)

@@ -9,6 +9,8 @@ if __name__ == "kernels":
 try:
     import triton  # noqa: F401
 except ImportError:  # where there is no Triton, the twins are all there is
+    from contextlib import nullcontext as dependent_launches
+
     from .reference import (
         add_rms_norm,
         apply_rope,
@@ -28,8 +30,13 @@ except ImportError:  # where there is no Triton, the twins are all there is
     from .reference import (
         invariant_tokens as invariant_tokens,
     )
+    from .reference import (
+        waits_for_host as waits_for_host,
+    )
 else:
     from .decode_attention import decode_attention
+    from .decode_attention import waits_for_host as waits_for_host
+    from .dispatch import dependent_launches as dependent_launches
     from .embedding import embedding
     from .linear import invariant_tokens as invariant_tokens
     from .linear import linear, norm_linear, norm_swiglu_linear

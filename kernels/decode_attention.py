@@ -6,9 +6,10 @@ q [S, Hq, D]; k_pages, v_pages [num_pages, page_size, Hkv, D]; token t of a sequ
 block_tables[s, t // page_size]. The query heads of one key-value head share a tile, so that the cache is read once and
 tensor cores have rows to work on. Scores and sums in float32; the weights of v are rounded to its dtype.
 
-    program (split, kv head, sequence)          tokens ─────────────►
+    program (p, kv head, sequence)              tokens ─────────────►
       sequence 0   ▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒           each split is a run of whole tiles; its length follows from the
-      sequence 1   ▒▒│▒▒│▒                          sequence's own, so company does not change a sequence's bits
+      sequence 1   ▒▒│▒▒│▒                          sequence's own, so company does not change a sequence's bits;
+                                                    a program takes splits p, p + programs, ...
 
 Each split leaves a normalised result and the log2 of its sum of exponentials; a second kernel weighs them together.
 Bytes moved: 2 Hkv D elements a cached token, q and out, and 8 D bytes a head and split for the parts. A cache of fewer
@@ -63,9 +64,14 @@ def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: 
 
 
 @triton.jit
+def _tokens_of_split(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
+    return tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N
+
+
+@triton.jit
 def _split_of(length, split, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
     """Where a split of a sequence starts and ends; it is empty from the length on."""
-    tokens = tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N
+    tokens = _tokens_of_split(length, BLOCK_N, NUM_SPLITS)
     return split * tokens, tl.minimum(length, (split + 1) * tokens)
 
 
@@ -79,6 +85,7 @@ def _decode_attention_kernel(
     v_ptr,  # [num_pages, page_size, Hkv, D]
     block_tables_ptr,  # [S, P]
     lengths_ptr,  # [S]
+    splits,  # room in parts and logs
     page_size,
     q_stride,  # of a sequence; heads are dense
     block_tables_stride,
@@ -90,15 +97,11 @@ def _decode_attention_kernel(
     NUM_SPLITS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    split = tl.program_id(0)
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
     wait_for_inputs(PDL)
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
-    start, end = _split_of(length, split, BLOCK_N, NUM_SPLITS)
-    if start >= length:
-        return
 
     group = tl.arange(0, BLOCK_G)[:, None]
     column = tl.arange(0, HEAD_DIM)[None, :]
@@ -107,35 +110,38 @@ def _decode_attention_kernel(
     token_stride = num_kv_heads * HEAD_DIM
     table = block_tables_ptr + sequence * block_tables_stride
     q_heads = kv_head * GROUP + group
+    head = sequence * num_kv_heads * GROUP + q_heads
     q = tl.load(q_ptr + sequence * q_stride + q_heads * HEAD_DIM + column, mask=group < GROUP, other=0.0)
 
-    best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_G], tl.float32)
-    acc = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
-    page = tl.load(table + start // page_size).to(tl.int64)
-    for tile in range(start, end, BLOCK_N):
-        at = (page * page_size + tile % page_size + row) * token_stride + kv_head * HEAD_DIM + column
-        # the next page's number is on its way before it is needed; the last one is asked for twice
-        page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
-        k = tl.load(k_ptr + at, mask=tile + row < end, other=0.0)
-        scores = dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
-        scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + at, mask=tile + row < end, other=0.0)
-        acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
-        best = new_best
+    used = tl.cdiv(length, _tokens_of_split(length, BLOCK_N, NUM_SPLITS))
+    for split in range(tl.program_id(0), used, tl.num_programs(0)):
+        start, end = _split_of(length, split, BLOCK_N, NUM_SPLITS)
+        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
+        page = tl.load(table + start // page_size).to(tl.int64)
+        for tile in range(start, end, BLOCK_N):
+            at = (page * page_size + tile % page_size + row) * token_stride + kv_head * HEAD_DIM + column
+            # the next page's number is on its way before it is needed; the last one is asked for twice
+            page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
+            k = tl.load(k_ptr + at, mask=tile + row < end, other=0.0)
+            scores = dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
+            scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            weights = tl.exp2(scores - new_best[:, None])
+            shrink = tl.exp2(best - new_best)
+            total = total * shrink + tl.sum(weights, axis=1)
+            v = tl.load(v_ptr + at, mask=tile + row < end, other=0.0)
+            acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
+            best = new_best
 
-    acc = acc / total[:, None]
-    head = sequence * num_kv_heads * GROUP + q_heads
-    if parts_ptr is None:
-        tl.store(out_ptr + head * HEAD_DIM + column, cast(acc, dtype), mask=group < GROUP)
-    else:
-        at_part = head * tl.num_programs(0) + split
-        tl.store(parts_ptr + at_part * HEAD_DIM + column, acc, mask=group < GROUP)
-        tl.store(logs_ptr + at_part, (best + tl.log2(total))[:, None], mask=group < GROUP)
+        acc = acc / total[:, None]
+        if parts_ptr is None:
+            tl.store(out_ptr + head * HEAD_DIM + column, cast(acc, dtype), mask=group < GROUP)
+        else:
+            at_part = head * splits + split
+            tl.store(parts_ptr + at_part * HEAD_DIM + column, acc, mask=group < GROUP)
+            tl.store(logs_ptr + at_part, (best + tl.log2(total))[:, None], mask=group < GROUP)
 
 
 @triton.jit
@@ -183,7 +189,9 @@ def _launch_decode_attention(
     (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
     group = num_q_heads // num_kv_heads
     splits = 1 if logs is None else logs.shape[2]
-    _decode_attention_kernel[(splits, num_kv_heads, num_sequences)](
+    # Twice what fits the device, and no more: a captured step makes room for a whole context, and most of it is empty.
+    programs = min(splits, triton.cdiv(4 * tuning.device_of(q).num_sms, num_kv_heads * num_sequences))
+    _decode_attention_kernel[(programs, num_kv_heads, num_sequences)](
         out,
         parts,
         logs,
@@ -192,6 +200,7 @@ def _launch_decode_attention(
         v_pages,
         block_tables,
         lengths,
+        splits,
         page_size,
         q.stride(0),
         block_tables.stride(0),
@@ -229,6 +238,12 @@ def _unsupported(q: Tensor, k_pages: Tensor) -> str | None:
     if q.shape[1] // num_kv_heads > MAX_GROUP:
         return f"{q.shape[1] // num_kv_heads} query heads for one of the cache (at most {MAX_GROUP})"
     return None
+
+
+def waits_for_host(num_q_heads: int, k_pages: Tensor) -> bool:
+    """Whether decode_attention over these pages looks at lengths on the host, so that no graph can capture it."""
+    q = k_pages.new_empty(1, num_q_heads, k_pages.shape[-1])
+    return not runs_on_triton(q, _unsupported(q, k_pages))
 
 
 def _fake_decode_attention(

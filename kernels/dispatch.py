@@ -8,10 +8,12 @@ too; on a GPU a warning says so once.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -63,13 +65,27 @@ def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:
     return not unsupported
 
 
+_dependent = threading.local()
+
+
+@contextlib.contextmanager
+def dependent_launches() -> Iterator[None]:
+    """While it lasts, kernels are launched as in a captured graph: for what runs once before it is captured, so that
+    nothing is compiled or loaded while it is."""
+    before, _dependent.on = getattr(_dependent, "on", False), True
+    try:
+        yield
+    finally:
+        _dependent.on = before
+
+
 def pdl_options(x: Tensor) -> dict[str, bool]:
     """Launch options for programmatic dependent launch: on from sm_90, and only inside a captured graph, because an
     eager launch pays for it on the host."""
     device = tuning.device_of(x)
     if INTERPRETED or device.backend != "cuda" or device.capability < 90:
         return {"PDL": False}
-    if not tuning.is_offline() and not torch.cuda.is_current_stream_capturing():
+    if not (tuning.is_offline() or getattr(_dependent, "on", False) or torch.cuda.is_current_stream_capturing()):
         return {"PDL": False}
     return {"PDL": True, "launch_pdl": True}
 

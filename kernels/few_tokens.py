@@ -88,6 +88,15 @@ def prefetch_weight(weight_ptr, rows, weight_stride, k_start, k_end, LINES: tl.c
 
 
 @triton.jit
+def _row(x_ptr, residual_ptr, token, k, mask, x_stride, residual_stride):
+    x = tl.load(x_ptr + token * x_stride + k, mask=mask, other=0.0)
+    residual = x
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + token * residual_stride + k, mask=mask, other=0.0)
+    return x, residual
+
+
+@triton.jit
 def row_scales(
     new_residual_ptr,  # [T, K], or None
     x_ptr,  # [T, K]
@@ -110,14 +119,17 @@ def row_scales(
     k = tl.arange(0, BLOCK_ROW)
     mask = k < k_size
     scales = tl.zeros([BLOCK_T], tl.float32)
+    x, residual = _row(x_ptr, residual_ptr, 0, k, mask, x_stride, residual_stride)
     for token in range(0, num_tokens):
-        h = tl.load(x_ptr + token * x_stride + k, mask=mask, other=0.0).to(tl.float32)
+        h = x.to(tl.float32)
         if residual_ptr is not None:
-            h += tl.load(residual_ptr + token * residual_stride + k, mask=mask, other=0.0).to(tl.float32)
-            h = round_to(h, dtype)
-            if new_residual_ptr is not None:  # noqa: SIM102 - known when compiling, the next only when running
-                if token % num_writers == writer:
-                    tl.store(new_residual_ptr + token * new_residual_stride + k, cast(h, dtype), mask=mask)
+            h = round_to(residual.to(tl.float32) + h, dtype)
+        if BLOCK_T > 1:  # the next row is on its way while this one is summed; the last one is asked for twice
+            following = tl.minimum(token + 1, num_tokens - 1)
+            x, residual = _row(x_ptr, residual_ptr, following, k, mask, x_stride, residual_stride)
+        if new_residual_ptr is not None:  # noqa: SIM102 - known when compiling, the next only when running
+            if token % num_writers == writer:
+                tl.store(new_residual_ptr + token * new_residual_stride + k, cast(h, dtype), mask=mask)
         scale = tl.rsqrt(tl.sum(h * h) / k_size + eps)
         scales = tl.where(tokens == token, scale, scales)
     return scales

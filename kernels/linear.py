@@ -15,8 +15,6 @@ the parts in their order.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -158,15 +156,19 @@ def _launch_linear(
     )
 
 
+_counters: dict[tuple[torch.device, int, int], Tensor] = {}
+
+
 def _arrivals(device: torch.device, tiles: int) -> Tensor:
     """Counters of programs that are done with a tile. Kernels on one stream use them one after the other."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    return _counters(device, stream, triton.next_power_of_2(max(tiles, 1024)))
-
-
-@functools.cache
-def _counters(device: torch.device, stream: int, size: int) -> Tensor:
-    return torch.zeros(size, dtype=torch.int32, device=device)
+    key = (device, stream, triton.next_power_of_2(max(tiles, 1024)))
+    if key in _counters:
+        return _counters[key]
+    zeros = torch.zeros(key[2], dtype=torch.int32, device=device)
+    if stream and torch.cuda.is_current_stream_capturing():
+        return zeros  # of this graph alone, which writes the zeros at each replay
+    return _counters.setdefault(key, zeros)
 
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

@@ -120,7 +120,8 @@ def _top_k_kernel(
         value = tl.max(best, axis=0)
         taken = tl.min(tl.where(best == value, best_id, 0x7FFFFFFF), axis=0)
         tl.store(values_ptr + token * TOP_K + place, value)
-        tl.store(ids_ptr + token * TOP_K + place, taken.to(tl.int64))
+        # logits that are NaN leave no id; the first one is at least a row of the embedding
+        tl.store(ids_ptr + token * TOP_K + place, tl.where(taken == 0x7FFFFFFF, 0, taken).to(tl.int64))
 
 
 def _launch_lm_head(
@@ -209,12 +210,15 @@ def lm_head_top_k(
     """The k largest logits of each token [T, k] float32, largest first, and their ids [T, k] int64.
 
     Of equal logits the lower id comes first: k = 1 is the arg-max. k up to 16 and up to 16 tokens never write the
-    logits. A token whose logits are NaN has no order, and gets ids that mean nothing."""
+    logits. A token whose logits are NaN has no order, and gets some ids of the vocabulary."""
     check_normed("lm_head_top_k", x, residual, norm_weight, weight)
     if not 1 <= k <= len(weight):
         raise ValueError(f"lm_head_top_k: k must be within 1 and the vocabulary's {len(weight)}, and is {k}")
     if not runs_on_triton(x, unsupported(x)):
         return reference.lm_head_top_k(x, residual, norm_weight, eps, weight, k)
+    if len(x) > MAX_TOKENS and k == 1:
+        values, ids = lm_head(x, residual, norm_weight, eps, weight).max(dim=-1, keepdim=True)
+        return values, ids
     if len(x) > MAX_TOKENS or k > MAX_TOP_K:
         values, ids = lm_head(x, residual, norm_weight, eps, weight).sort(dim=-1, descending=True, stable=True)
         return values[:, :k], ids[:, :k]

@@ -83,6 +83,11 @@ def decode_attention(
     return out
 
 
+def waits_for_host(num_q_heads: int, k_pages: Tensor) -> bool:
+    """Whether decode_attention over these pages looks at lengths on the host, so that no graph can capture it."""
+    return True
+
+
 def prefill_attention(
     q: Tensor,
     k_pages: Tensor,

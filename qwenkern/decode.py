@@ -10,6 +10,7 @@ step behind. On a CPU it is a tape of calls (kernels/cpu) that ends with the log
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .cache import Batch, PagedCache
-from .kernels import cpu
+from .kernels import cpu, dependent_launches, waits_for_host
 from .qwen2 import Qwen2
 from .sampling import Row, Settings, draw
 
@@ -63,6 +64,7 @@ class Cpu:
 
 class Cuda:
     ahead = 1
+    _lock = threading.Lock()  # a capture begins by waiting for the device, which would break another one
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
@@ -73,14 +75,15 @@ class Cuda:
         return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            function()  # once outside of the graph: kernels are compiled, workspaces allocated
-        torch.cuda.current_stream().wait_stream(self._stream)
-        graph = torch.cuda.CUDAGraph()
-        # relaxed: kernels with programmatic dependent launch are first compiled, and loaded, here
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
-            out = function()
+        with Cuda._lock, torch.cuda.device(self._stream.device), dependent_launches():
+            self._stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._stream):
+                function()  # once outside of the graph: kernels are compiled and loaded, workspaces allocated
+            torch.cuda.current_stream().wait_stream(self._stream)
+            graph = torch.cuda.CUDAGraph()
+            # relaxed: another thread of the program may allocate meanwhile
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
+                out = function()
         return graph.replay, out
 
     def upload(self, target: Tensor, values: Sequence[float]) -> None:
@@ -90,7 +93,7 @@ class Cuda:
         copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
         copy.copy_(source, non_blocking=True)
         arrived = torch.cuda.Event()
-        arrived.record()
+        arrived.record(torch.cuda.current_stream(source.device))
 
         def read() -> list[int]:
             arrived.synchronize()
@@ -116,7 +119,7 @@ class DecodeStep:
             query_starts=torch.arange(size + 1, dtype=torch.int32, device=place),
             is_decode=True,
         )
-        self._moves = torch.zeros(size, dtype=torch.int64, device=place)  # 1 for rows with a sequence
+        self._moves = torch.zeros(size, dtype=torch.int32, device=place)  # 1 for rows with a sequence
         self._settings = Settings.neutral(size, place)
         self.user: object = None  # whose sequences it continues
         with torch.inference_mode():
@@ -129,9 +132,9 @@ class DecodeStep:
         mine.block_tables[:count, :pages] = batch.block_tables
         for name in ("ids", "positions", "slots", "lengths"):
             getattr(mine, name)[:count] = getattr(batch, name)
-        if self._width:
-            mine.positions[count:], mine.lengths[count:], mine.block_tables[count:] = 0, 1, self._cache.spare_page
-            self._moves[:count], self._moves[count:] = 1, 0
+        mine.positions[count:], mine.lengths[count:], mine.block_tables[count:] = 0, 1, self._cache.spare_page
+        mine.slots[count:] = self._cache.spare_page * self._cache.page_size
+        self._moves[:count], self._moves[count:] = 1, 0
 
     def load_settings(self, rows: Sequence[Row]) -> None:
         """Takes how each row draws its tokens."""
@@ -157,11 +160,14 @@ class DecodeStep:
             return self._model(batch, self._cache)
         size = self._cache.page_size
         pages = batch.block_tables.gather(1, (batch.positions // size)[:, None])[:, 0]
-        batch.slots.copy_(pages.long() * size + batch.positions % size)
-        tokens = draw(self._model(batch, self._cache), self._settings, self._width)
+        torch.add(batch.positions % size, pages, alpha=size, out=batch.slots)
+        if self._width == 1:
+            tokens = self._model.likeliest(batch, self._cache)
+        else:
+            tokens = draw(self._model(batch, self._cache), self._settings, self._width)
         batch.ids.copy_(tokens)
         batch.positions.add_(self._moves)
-        batch.lengths.add_(self._moves.int())
+        batch.lengths.add_(self._moves)
         return tokens
 
 
@@ -180,8 +186,8 @@ class DecodeSteps:
 
     def step(self, sequences: int, width: int = 0) -> DecodeStep | None:
         """The step for so many sequences, or None where none can be captured."""
-        size = self._device.size(sequences)
-        if size is None:
+        size, cache = self._device.size(sequences), self.cache
+        if size is None or (cache.k.is_cuda and waits_for_host(self._model.config.num_attention_heads, cache.k[0])):
             return None
         if (size, width) not in self._steps:
             try:

@@ -172,6 +172,7 @@ def _advance(
             (steps and steps.ahead)
             and all(row.output_ids and len(row.pending_ids) == 1 and not row.params.needs_host for row in rows)
             and sum(cache.missing_pages(row.table, 1) for row in rows) <= cache.num_free_pages
+            and steps.step(len(rows), draw_width(rows, model.config.vocab_size))
         )
         if not goes_ahead:
             ends = list(accumulate(len(ids) for _, ids in parts))

@@ -45,6 +45,12 @@ class Qwen2(nn.Module):
             x, residual = x[rows], residual[rows]
         return ops.lm_head(x, residual, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.weight)
 
+    def likeliest(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """As forward, but only the likeliest token after each one: ids [T]. Of equal ones the lowest."""
+        x, residual = self.model(batch, cache, self.cos_sin)
+        norm_weight, eps = self.model.norm.weight, self.config.rms_norm_eps
+        return ops.lm_head_top_k(x, residual, norm_weight, eps, self.lm_head.weight, 1)[1][:, 0]
+
 
 class Decoder(nn.Module):
     """The stack of layers, between embedding and last norm."""

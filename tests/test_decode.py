@@ -13,7 +13,7 @@ from twins import TINY, tiny_model
 from qwenkern import SamplingParams
 from qwenkern.decode import Cpu, DecodeStep, DecodeSteps
 from qwenkern.generate import Limits, generate
-from qwenkern.kernels import cpu, dispatch
+from qwenkern.kernels import cpu, dispatch, waits_for_host
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
 IN_C = replace(TINY, intermediate_size=192)  # a multiple of what cpu.c reads at once
@@ -182,6 +182,22 @@ def test_rows_without_a_sequence_change_nothing_and_stay_in_place(ahead):
     assert used == 1 + 2 + 2 + 1  # pages of the three, and the spare one
 
 
+@pytest.mark.parametrize("how", [{"logprobs": 0}, {}])
+def test_a_sequence_that_has_ended_leaves_the_others_alone(ahead, plain, how):
+    """Its pages are soon another's: what its row of the step still wrote would land there."""
+
+    def texts(model):
+        rows = []
+        for start, length, count in ((9, 50, 60), (3, 50, 60), (20, 50, 60), (5, 3, 6)):
+            params = SamplingParams(max_tokens=count, ignore_eos=True, **{"temperature": 0} | how)
+            rows += model._sequences([[n * 7 % 503 for n in range(start, start + length)]], params)
+        for _ in generate(model.module, model.cache, rows, Limits(512), model._steps):
+            pass
+        return [row.output_ids for row in rows]
+
+    assert texts(ahead) == texts(plain)
+
+
 def test_two_generators_share_the_captured_steps(ahead, plain):
     expected = ids_of(plain.generate([[5, 6], [7, 8, 9]], max_tokens=12, temperature=0, ignore_eos=True))
     how = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
@@ -276,6 +292,42 @@ def test_threads_take_turns_on_one_tape(in_c):
     for thread in threads:
         thread.join()
     assert [found[index] for index in range(len(PROMPTS))] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 20, "seed": 1}, {"seed": 2}, {"logprobs": 1, "seed": 3}])
+@pytest.mark.parametrize("sequences", [1, 3, 16, 24])
+def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
+    """With dependent launches, replayed ahead of the host, rows ending at different times; twice, for races."""
+    config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
+    model = tiny_model(config, torch.bfloat16, device="cuda")
+    prompts = [[(7 * at + row) % 503 for at in range(1 + 5 * row)] for row in range(sequences)]
+
+    def texts():
+        rows = []
+        for row, prompt in enumerate(prompts):
+            params = SamplingParams(max_tokens=200 - 7 * row, ignore_eos=True, **{"temperature": 0.9} | how)
+            rows += model._sequences([prompt], params)
+        for _ in generate(model.module, model.cache, rows, Limits(512), model._steps):
+            pass
+        return [row.output_ids for row in rows]
+
+    with_device(model, NotCaptured())
+    expected = texts()
+    model._steps = DecodeSteps(model.module, model.cache)
+    assert texts() == expected
+    assert any(step for step in model._steps._steps.values())
+    assert texts() == expected
+
+
+def test_what_waits_for_the_host_is_not_captured(monkeypatch):
+    pages = torch.empty(4, 64, 2, 64, dtype=torch.bfloat16)
+    monkeypatch.setenv("QWENKERN_KERNELS", "triton")
+    assert not waits_for_host(4, pages)
+    assert waits_for_host(4, pages[..., :48])
+    assert waits_for_host(4, pages[:, :24])
+    monkeypatch.setenv("QWENKERN_KERNELS", "reference")
+    assert waits_for_host(4, pages)
 
 
 def test_c_was_there(in_c):

@@ -31,6 +31,12 @@ def test_several_tiles_a_split(ops, device, dtype):
     assert_matches_twin(ops, "decode_attention", *_inputs([1100, 70], (8, 8, 32), dtype, device))
 
 
+def test_several_splits_a_program(ops, device):
+    """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100."""
+    lengths = [1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 320]
+    assert_matches_twin(ops, "decode_attention", *_inputs(lengths, (16, 16, 16), torch.bfloat16, device))
+
+
 @pytest.mark.parametrize("spare_pages", [0, 1])
 @pytest.mark.parametrize("length", [1, 40, 64])
 def test_one_split(ops, device, length, spare_pages):
@@ -130,6 +136,14 @@ _SPLITS = {"dtype": torch.float32}
 _3B = {"heads": (16, 2, 128)}
 FILE = "decode_attention.py"
 MUTATIONS = [
+    Mutation(
+        "only the first split of each program",
+        FILE,
+        "range(tl.program_id(0), used, tl.num_programs(0))",
+        "range(tl.program_id(0), used, used)",
+        test_several_splits_a_program,
+        {},
+    ),
     Mutation(
         "heads of another group", FILE, "kv_head * GROUP + group", "group * 2 + kv_head", test_heads_of_the_family, _3B
     ),
