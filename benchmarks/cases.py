@@ -230,6 +230,13 @@ CASES = [
         lambda c, s: 5 * s.tokens * c.intermediate_size,
     ),
     Case(
+        "silu_mul",
+        "silu_mul",
+        lambda c, s: tuple(_normal(s, s.tokens, c.intermediate_size) for _ in range(2)),
+        _elements(lambda c, t: 3 * t * c.intermediate_size),
+        lambda c, s: 5 * s.tokens * c.intermediate_size,
+    ),
+    Case(
         "down",
         "linear",
         lambda c, s: (_normal(s, s.tokens, c.intermediate_size), _weight(s, c.hidden_size, c.intermediate_size)),

@@ -25,6 +25,7 @@ except ImportError:  # where there is no Triton, the twins are all there is
         prefill_attention,
         rms_norm,
         rope_and_cache,
+        silu_mul,
         swiglu,
     )
     from .reference import (
@@ -45,7 +46,7 @@ else:
     from .qkv_rope import norm_qkv_rope
     from .rms_norm import add_rms_norm, rms_norm
     from .rope import apply_rope, rope_and_cache
-    from .swiglu import swiglu
+    from .swiglu import silu_mul, swiglu
 
 __all__ = [
     "add_rms_norm",
@@ -61,5 +62,6 @@ __all__ = [
     "prefill_attention",
     "rms_norm",
     "rope_and_cache",
+    "silu_mul",
     "swiglu",
 ]

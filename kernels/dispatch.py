@@ -25,20 +25,28 @@ from . import tuning
 INTERPRETED = triton.knobs.runtime.interpret
 
 
-def op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Callable]:
+def op(
+    fake: Callable, mutates: tuple[str, ...] = (), gradient: tuple[Callable, Callable] | None = None
+) -> Callable[[Callable], Callable]:
     """Registers the decorated function as torch.ops.qwenkern.<its name>, for torch.compile and other projects.
 
-    In eager mode it is called directly: the way through torch's dispatcher costs tens of microseconds a call."""
+    ``gradient`` is what torch.library.register_autograd takes: setup_context(ctx, inputs, output) and backward(ctx,
+    *gradients of the outputs). Without one, a backward pass through the op raises.
+
+    In eager mode without gradients it is called directly: the way through torch's dispatcher costs tens of microseconds
+    a call."""
 
     def register(function: Callable) -> Callable:
         name = function.__name__
         if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder leaves the first one's ops alone
             custom = torch.library.custom_op(f"qwenkern::{name}", _unaliased(function), mutates_args=mutates)
             custom.register_fake(fake)
+            if gradient:
+                custom.register_autograd(gradient[1], setup_context=gradient[0])
 
         @functools.wraps(function)
         def public(*args: Any, **keywords: Any) -> Any:
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() or _wants_gradient(args, keywords):
                 return getattr(torch.ops.qwenkern, name)(*args, **keywords)
             first = args[0] if args else None
             if isinstance(first, Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
@@ -49,6 +57,12 @@ def op(fake: Callable, mutates: tuple[str, ...] = ()) -> Callable[[Callable], Ca
         return public
 
     return register
+
+
+def _wants_gradient(args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
+    return torch.is_grad_enabled() and any(
+        isinstance(each, Tensor) and each.requires_grad for each in (*args, *keywords.values())
+    )
 
 
 def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:

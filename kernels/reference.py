@@ -121,7 +121,11 @@ def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of gate_up [..., 2 F], gate in the first half: [..., F].
 
     silu is rounded to the dtype before the product."""
-    gate, up = gate_up.chunk(2, dim=-1)
+    return silu_mul(*gate_up.chunk(2, dim=-1))
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up of two tensors [..., F]: swiglu of projections that are not packed."""
     return F.silu(gate) * up
 
 

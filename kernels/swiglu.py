@@ -1,9 +1,9 @@
-"""SwiGLU over the packed projection.
+"""SwiGLU, over the packed projection or over two.
 
     out = round(round(silu(gate)) * up)
 
-gate_up [T, 2 F] of any row stride, the gate in the first half; out [T, F]. silu in float32, rounded where transformers
-rounds it. Bytes moved: 3 T F elements.
+gate and up [T, F] of any row stride (swiglu: the halves of gate_up [T, 2 F]); out [T, F]. silu in float32, rounded
+where transformers rounds it. Bytes moved: 3 T F elements.
 
     program (t, p):  columns p * BLOCK .. of row t
 """
@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from . import reference, tuning
-from .checks import check_tensor
+from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
 
@@ -38,30 +39,32 @@ def _config(device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
 @triton.jit
 def _swiglu_kernel(
     out_ptr,  # [T, F]
-    gate_up_ptr,  # [T, 2 F]
+    gate_ptr,  # [T, F]
+    up_ptr,  # [T, F]
     columns,
-    gate_up_stride,
+    gate_stride,
+    up_stride,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < columns
-    dtype = gate_up_ptr.dtype.element_ty
+    dtype = gate_ptr.dtype.element_ty
 
     wait_for_inputs(PDL)
-    gate = tl.load(gate_up_ptr + row * gate_up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + row * gate_up_stride + columns + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
     out = round_to(silu(gate), dtype) * up
     tl.store(out_ptr + row * columns + column, cast(out, dtype), mask=mask)
 
 
-def _launch_swiglu(out: Tensor, gate_up: Tensor) -> None:
-    """out [T, F], gate_up [T, 2 F]."""
+def _launch_swiglu(out: Tensor, gate: Tensor, up: Tensor) -> None:
+    """All [T, F]."""
     rows, columns = out.shape
     config = _config(tuning.device_of(out), rows, columns)
     grid = (rows, triton.cdiv(columns, config["BLOCK"]))
-    _swiglu_kernel[grid](out, gate_up, columns, gate_up.stride(0), **config, **pdl_options(out))
+    _swiglu_kernel[grid](out, gate, up, columns, gate.stride(0), up.stride(0), **config, **pdl_options(out))
 
 
 def _fake_swiglu(gate_up: Tensor) -> Tensor:
@@ -79,5 +82,24 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if not runs_on_triton(gate_up):
         return reference.swiglu(gate_up)
     out = _fake_swiglu(gate_up)
-    _launch_swiglu(out.view(-1, out.shape[-1]), gate_up.reshape(-1, gate_up.shape[-1]))
+    _launch_swiglu(out.view(-1, out.shape[-1]), *gate_up.reshape(-1, gate_up.shape[-1]).chunk(2, dim=-1))
+    return out
+
+
+def _fake_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    return torch.empty_like(gate, memory_format=torch.contiguous_format)
+
+
+@op(fake=_fake_silu_mul)
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of two tensors [..., F] of one shape: [..., F].
+
+    float32, bfloat16 or float16, the last dimension contiguous. silu is rounded to the dtype before the product."""
+    check_tensor("silu_mul", "gate", gate, ("...", "F"))
+    check_tensor("silu_mul", "up", up, tuple(gate.shape), like=gate)
+    check_device("silu_mul", gate=gate, up=up)
+    if not runs_on_triton(gate):
+        return reference.silu_mul(gate, up)
+    out = _fake_silu_mul(gate, up)
+    _launch_swiglu(*(each.reshape(-1, each.shape[-1]) for each in (out, gate, up)))
     return out

@@ -15,6 +15,15 @@ def test_swiglu(ops, device, columns, rows, dtype):
     assert_matches_twin(ops, "swiglu", random(rows, 2 * columns, dtype=dtype, device=device, scale=3.0))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("columns", [4864, 11008, 1, 257])
+def test_two_projections(ops, device, columns, dtype):
+    gate, up = (random(5, columns, dtype=dtype, device=device, seed=seed, scale=3.0) for seed in (1, 2))
+    assert_matches_twin(ops, "silu_mul", gate, up, padding=3)
+    packed = torch.cat((gate, up), dim=-1)
+    assert torch.equal(ops.silu_mul(*packed.chunk(2, dim=-1)), ops.swiglu(packed))
+
+
 @pytest.mark.parametrize("rows", [128, 300])
 def test_many_rows(ops, device, rows):
     assert_matches_twin(ops, "swiglu", random(rows, 2 * 300, dtype=torch.bfloat16, device=device))
@@ -50,7 +59,14 @@ def test_bad_input(ops, device):
         ops.swiglu(torch.ones(1, 8, device=device, dtype=torch.int64))
 
 
+def test_bad_pair(ops, device):
+    with pytest.raises(ValueError, match=r"silu_mul: up must have shape \[2, 8\], and has \[2, 7\]"):
+        ops.silu_mul(torch.ones(2, 8, device=device), torch.ones(2, 7, device=device))
+
+
 def test_registration(ops, device):
+    pair = (random(2, 8, dtype=torch.float32, device=device), random(2, 8, dtype=torch.float32, device=device, seed=1))
+    torch.library.opcheck(torch.ops.qwenkern.silu_mul, pair)
     torch.library.opcheck(torch.ops.qwenkern.swiglu, (random(2, 8, dtype=torch.float32, device=device),))
 
 
@@ -71,8 +87,8 @@ MUTATIONS = [
     Mutation(
         "rows taken for dense",
         "swiglu.py",
-        "row * gate_up_stride + columns",
-        "row * 2 * columns + columns",
+        "row * up_stride",
+        "row * columns",
         test_strided_rows,
         {"padding": 8},
     ),
