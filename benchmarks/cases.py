@@ -114,6 +114,13 @@ def _decode_attention(config: Config, size: Size) -> tuple[Any, ...]:
     return _heads(config, size, config.num_attention_heads), *_cache(config, size, size.tokens), config.head_dim**-0.5
 
 
+def _dense_attention(config: Config, size: Size) -> tuple[Any, ...]:
+    """One query each of sequences that are kept as transformers keeps them."""
+    q = _normal(size, size.tokens, config.num_attention_heads, 1, config.head_dim)
+    k, v = (_normal(size, size.tokens, config.num_key_value_heads, size.context, config.head_dim) for _ in range(2))
+    return q, k, v, config.head_dim**-0.5
+
+
 def _prefill_attention(config: Config, size: Size) -> tuple[Any, ...]:
     """A prompt from its start: as many cached tokens as queries."""
     cache = _cache(config, Size(size.tokens, size.tokens, size.dtype, size.device), 1)
@@ -206,6 +213,14 @@ CASES = [
         _elements(lambda c, t: 2 * t * (c.q_size + c.kv_size)),
         lambda c, s: 2 * s.tokens * (s.tokens + 1) * c.q_size,
         (512, 2048),
+    ),
+    Case(
+        "attention",
+        "attention",
+        _dense_attention,
+        lambda c, s: s.tokens * 2 * (s.context * c.kv_size + c.q_size) * s.itemsize,
+        lambda c, s: 4 * s.tokens * s.context * c.q_size,
+        FEW,
     ),
     Case(
         "o_proj",

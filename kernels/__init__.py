@@ -14,6 +14,7 @@ except ImportError:  # where there is no Triton, the twins are all there is
     from .reference import (
         add_rms_norm,
         apply_rope,
+        attention,
         decode_attention,
         embedding,
         linear,
@@ -35,6 +36,7 @@ except ImportError:  # where there is no Triton, the twins are all there is
         waits_for_host as waits_for_host,
     )
 else:
+    from .attention import attention
     from .decode_attention import decode_attention
     from .decode_attention import waits_for_host as waits_for_host
     from .dispatch import dependent_launches as dependent_launches
@@ -51,6 +53,7 @@ else:
 __all__ = [
     "add_rms_norm",
     "apply_rope",
+    "attention",
     "decode_attention",
     "embedding",
     "linear",

@@ -88,6 +88,12 @@ def _decode_attention_kernel(
     splits,  # room in parts and logs
     page_size,
     q_stride,  # of a sequence; heads are dense
+    k_page_stride,
+    k_token_stride,
+    k_head_stride,
+    v_page_stride,
+    v_token_stride,
+    v_head_stride,
     block_tables_stride,
     scale,
     GROUP: tl.constexpr,
@@ -107,7 +113,8 @@ def _decode_attention_kernel(
     column = tl.arange(0, HEAD_DIM)[None, :]
     row = tl.arange(0, BLOCK_N)[:, None]
     dtype = v_ptr.dtype.element_ty
-    token_stride = num_kv_heads * HEAD_DIM
+    k_ptr += kv_head.to(tl.int64) * k_head_stride
+    v_ptr += kv_head.to(tl.int64) * v_head_stride
     table = block_tables_ptr + sequence * block_tables_stride
     q_heads = kv_head * GROUP + group
     head = sequence * num_kv_heads * GROUP + q_heads
@@ -121,17 +128,19 @@ def _decode_attention_kernel(
         acc = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
         page = tl.load(table + start // page_size).to(tl.int64)
         for tile in range(start, end, BLOCK_N):
-            at = (page * page_size + tile % page_size + row) * token_stride + kv_head * HEAD_DIM + column
+            token = (tile % page_size + row).to(tl.int64)
+            k_at = page * k_page_stride + token * k_token_stride + column
+            v_at = page * v_page_stride + token * v_token_stride + column
             # the next page's number is on its way before it is needed; the last one is asked for twice
             page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
-            k = tl.load(k_ptr + at, mask=tile + row < end, other=0.0)
+            k = tl.load(k_ptr + k_at, mask=tile + row < end, other=0.0)
             scores = dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
             scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
             shrink = tl.exp2(best - new_best)
             total = total * shrink + tl.sum(weights, axis=1)
-            v = tl.load(v_ptr + at, mask=tile + row < end, other=0.0)
+            v = tl.load(v_ptr + v_at, mask=tile + row < end, other=0.0)
             acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
             best = new_best
 
@@ -184,9 +193,11 @@ def _launch_decode_attention(
     block_tables: Tensor,
     lengths: Tensor,
     scale: float,
+    page_size: int,
     config: dict[str, Any],
 ) -> None:
-    (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    """k_pages and v_pages [num_pages, page_size, Hkv, D] of any strides but the last."""
+    (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, k_pages.shape[2]
     group = num_q_heads // num_kv_heads
     splits = 1 if logs is None else logs.shape[2]
     # Twice what fits the device, and no more: a captured step makes room for a whole context, and most of it is empty.
@@ -203,6 +214,8 @@ def _launch_decode_attention(
         splits,
         page_size,
         q.stride(0),
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
         block_tables.stride(0),
         scale,
         GROUP=group,
@@ -229,8 +242,8 @@ def _launch_decode_attention(
     )
 
 
-def _unsupported(q: Tensor, k_pages: Tensor) -> str | None:
-    _, page_size, num_kv_heads, head_dim = k_pages.shape
+def unsupported(q: Tensor, k_pages: Tensor, page_size: int) -> str | None:
+    num_kv_heads, head_dim = k_pages.shape[2:]
     if head_dim not in HEAD_DIMS:
         return f"heads of {head_dim} (16, 32, 64 or 128)"
     if page_size % 16:
@@ -240,10 +253,33 @@ def _unsupported(q: Tensor, k_pages: Tensor) -> str | None:
     return None
 
 
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    scale: float,
+    page_size: int,
+) -> Tensor:
+    """decode_attention of checked arguments, over pages of any strides."""
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    num_kv_heads, head_dim = k_pages.shape[2:]
+    config = _config(tuning.device_of(q), num_kv_heads, head_dim, page_size, q.element_size())
+    splits = min(config["NUM_SPLITS"], triton.cdiv(block_tables.shape[1] * page_size, config["BLOCK_N"]))
+    out = q.new_empty(q.shape)
+    parts = logs = None
+    if splits > 1:
+        parts = q.new_empty((*q.shape[:2], splits, head_dim), dtype=torch.float32)
+        logs = q.new_empty((*q.shape[:2], splits), dtype=torch.float32)
+    _launch_decode_attention(out, parts, logs, q, k_pages, v_pages, block_tables, lengths, scale, page_size, config)
+    return out
+
+
 def waits_for_host(num_q_heads: int, k_pages: Tensor) -> bool:
     """Whether decode_attention over these pages looks at lengths on the host, so that no graph can capture it."""
     q = k_pages.new_empty(1, num_q_heads, k_pages.shape[-1])
-    return not runs_on_triton(q, _unsupported(q, k_pages))
+    return not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1]))
 
 
 def _fake_decode_attention(
@@ -265,18 +301,8 @@ def decode_attention(
     check_paged("decode_attention", q, k_pages, v_pages, block_tables, lengths)
     if len(q) != len(lengths):
         raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
-    if not runs_on_triton(q, _unsupported(q, k_pages)):
+    if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
         if cpu.takes_heads(q, k_pages):
             return cpu.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
         return reference.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
-    q = q if q.stride(1) == q.shape[2] else q.contiguous()
-    _, page_size, num_kv_heads, head_dim = k_pages.shape
-    config = _config(tuning.device_of(q), num_kv_heads, head_dim, page_size, q.element_size())
-    splits = min(config["NUM_SPLITS"], triton.cdiv(block_tables.shape[1] * page_size, config["BLOCK_N"]))
-    out = q.new_empty(q.shape)
-    parts = logs = None
-    if splits > 1:
-        parts = q.new_empty((*q.shape[:2], splits, head_dim), dtype=torch.float32)
-        logs = q.new_empty((*q.shape[:2], splits), dtype=torch.float32)
-    _launch_decode_attention(out, parts, logs, q, k_pages, v_pages, block_tables, lengths, scale, config)
-    return out
+    return attend(q, k_pages, v_pages, block_tables, lengths, scale, k_pages.shape[1])

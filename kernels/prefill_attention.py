@@ -90,7 +90,10 @@ def _attend(
     v_ptr,
     table,
     page_size,
-    token_stride,
+    k_page_stride,
+    k_token_stride,
+    v_page_stride,
+    v_token_stride,
     start,
     end,
     scale,
@@ -103,12 +106,14 @@ def _attend(
     row = tl.arange(0, BLOCK_N)
     page = tl.load(table + start // page_size, mask=start < end, other=0).to(tl.int64)
     for tile in range(start, end, BLOCK_N):
-        at = (page * page_size + tile % page_size + row[:, None]) * token_stride + column
+        token = (tile % page_size + row).to(tl.int64)[:, None]
+        k_at = page * k_page_stride + token * k_token_stride + column
+        v_at = page * v_page_stride + token * v_token_stride + column
         # the next page's number is on its way before it is needed; the last one is asked for twice
         page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
         mask = (tile + row < end)[:, None] if MASKED else None
         other = 0.0 if MASKED else None
-        k = tl.load(k_ptr + at, mask=mask, other=other).to(q.dtype)  # a cache of fewer bits would be converted here
+        k = tl.load(k_ptr + k_at, mask=mask, other=other).to(q.dtype)  # a cache of fewer bits would be converted here
         scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * (scale * LOG2_E)
         if MASKED:
             scores = tl.where((tile + row)[None, :] <= positions[:, None], scores, float("-inf"))
@@ -116,7 +121,7 @@ def _attend(
         weights = tl.exp2(scores - new_best[:, None])
         shrink = tl.exp2(best - new_best)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + at, mask=mask, other=other).to(q.dtype)
+        v = tl.load(v_ptr + v_at, mask=mask, other=other).to(q.dtype)
         acc = dot(cast(weights, q.dtype), v, acc * shrink[:, None])
         best = new_best
     return acc, total, best
@@ -134,6 +139,12 @@ def _prefill_attention_kernel(
     num_sequences,
     page_size,
     q_stride,  # of a token; heads are dense
+    k_page_stride,
+    k_token_stride,
+    k_head_stride,
+    v_page_stride,
+    v_token_stride,
+    v_head_stride,
     block_tables_stride,
     scale,
     GROUP: tl.constexpr,
@@ -165,16 +176,18 @@ def _prefill_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     table = block_tables_ptr + sequence.to(tl.int64) * block_tables_stride
-    token_stride = num_q_heads // GROUP * HEAD_DIM
-    kv_head = head // GROUP * HEAD_DIM
+    k_ptr += (head // GROUP).to(tl.int64) * k_head_stride
+    v_ptr += (head // GROUP).to(tl.int64) * v_head_stride
     seen_by_all = (first - query_end + length + 1) // BLOCK_N * BLOCK_N
     seen_by_last = tl.minimum(first + BLOCK_M, query_end) - query_end + length
     acc, total, best = _attend(
-        acc, total, best, q, positions, k_ptr + kv_head, v_ptr + kv_head, table, page_size, token_stride,
+        acc, total, best, q, positions, k_ptr, v_ptr, table, page_size,
+        k_page_stride, k_token_stride, v_page_stride, v_token_stride,
         0, seen_by_all, scale, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     acc, total, best = _attend(
-        acc, total, best, q, positions, k_ptr + kv_head, v_ptr + kv_head, table, page_size, token_stride,
+        acc, total, best, q, positions, k_ptr, v_ptr, table, page_size,
+        k_page_stride, k_token_stride, v_page_stride, v_token_stride,
         seen_by_all, seen_by_last, scale, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
 
@@ -192,8 +205,10 @@ def _launch_prefill_attention(
     lengths: Tensor,
     query_starts: Tensor,
     scale: float,
+    page_size: int,
 ) -> None:
-    (num_tokens, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    """k_pages and v_pages [num_pages, page_size, Hkv, D] of any strides but the last."""
+    (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k_pages.shape[2]
     config = _config(tuning.device_of(q), head_dim, page_size, q.element_size())
     tiles = num_tokens // config["BLOCK_M"] + len(lengths)
     _prefill_attention_kernel[(num_q_heads, tiles)](
@@ -207,6 +222,8 @@ def _launch_prefill_attention(
         len(lengths),
         page_size,
         q.stride(0),
+        *k_pages.stride()[:3],
+        *v_pages.stride()[:3],
         block_tables.stride(0),
         scale,
         GROUP=num_q_heads // num_kv_heads,
@@ -214,6 +231,23 @@ def _launch_prefill_attention(
         **config,
         **pdl_options(q),
     )
+
+
+def attend(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+    page_size: int,
+) -> Tensor:
+    """prefill_attention of checked arguments, over pages of any strides."""
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    out = q.new_empty(q.shape)
+    _launch_prefill_attention(out, q, k_pages, v_pages, block_tables, lengths, query_starts, scale, page_size)
+    return out
 
 
 def _check_query_starts(num_tokens: int, lengths: Tensor, query_starts: Tensor) -> None:
@@ -230,8 +264,8 @@ def _check_query_starts(num_tokens: int, lengths: Tensor, query_starts: Tensor) 
         )
 
 
-def _unsupported(k_pages: Tensor) -> str | None:
-    _, page_size, _, head_dim = k_pages.shape
+def unsupported(q: Tensor, k_pages: Tensor, page_size: int) -> str | None:
+    head_dim = q.shape[2]
     if head_dim not in HEAD_DIMS:
         return f"heads of {head_dim} (16, 32, 64, 128 or 256)"
     return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
@@ -267,11 +301,8 @@ def prefill_attention(
     Returns [T, Hq, D]. On a GPU the values of the integers are not checked."""
     check_paged("prefill_attention", q, k_pages, v_pages, block_tables, lengths)
     _check_query_starts(len(q), lengths, query_starts)
-    if not runs_on_triton(q, _unsupported(k_pages)):
+    if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
         if cpu.takes_prefill(q, k_pages):
             return cpu.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
         return reference.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
-    q = q if q.stride(1) == q.shape[2] else q.contiguous()
-    out = q.new_empty(q.shape)
-    _launch_prefill_attention(out, q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
-    return out
+    return attend(q, k_pages, v_pages, block_tables, lengths, query_starts, scale, k_pages.shape[1])

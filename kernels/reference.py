@@ -117,6 +117,17 @@ def prefill_attention(
     return out
 
 
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """Causal attention of the last Tq tokens of B sequences: q [B, Hq, Tq, D], k and v [B, Hkv, Tk, D]; the last query
+    sees all keys. Returns [B, Tq, Hq, D]."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < queries < keys:  # a cached prefix: the triangle sits at the lower right
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    causal = queries == keys and queries > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of gate_up [..., 2 F], gate in the first half: [..., F].
 

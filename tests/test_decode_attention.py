@@ -145,7 +145,12 @@ MUTATIONS = [
         {},
     ),
     Mutation(
-        "heads of another group", FILE, "kv_head * GROUP + group", "group * 2 + kv_head", test_heads_of_the_family, _3B
+        "heads of another group",
+        FILE,
+        "q_heads = kv_head * GROUP + group",
+        "q_heads = group * 2 + kv_head",
+        test_heads_of_the_family,
+        _3B,
     ),
     Mutation(
         "tokens beyond the length",
@@ -158,8 +163,8 @@ MUTATIONS = [
     Mutation(
         "v beyond the length",
         FILE,
-        "v = tl.load(v_ptr + at, mask=tile + row < end, other=0.0)",
-        "v = tl.load(v_ptr + at)",
+        "v = tl.load(v_ptr + v_at, mask=tile + row < end, other=0.0)",
+        "v = tl.load(v_ptr + v_at)",
         test_ragged_lengths,
         _RAGGED,
     ),

@@ -6,6 +6,7 @@ import sys
 
 import mutants
 import pytest
+import test_attention
 import test_decode_attention
 import test_linear
 import test_lm_head
@@ -16,6 +17,7 @@ import test_swiglu
 import torch
 
 MODULES = (
+    test_attention,
     test_decode_attention,
     test_linear,
     test_lm_head,

@@ -180,7 +180,7 @@ _3B = {"heads": (16, 2, 128)}
 FILE = "prefill_attention.py"
 MUTATIONS = [
     Mutation(
-        "heads of another group", FILE, "head // GROUP * HEAD_DIM", "head % 2 * HEAD_DIM", test_heads_of_the_family, _3B
+        "heads of another group", FILE, "k_ptr += (head // GROUP)", "k_ptr += (head % 2)", test_heads_of_the_family, _3B
     ),
     Mutation("no causal mask", FILE, "<= positions[:, None], scores", "< end, scores", test_cached_prefixes, _PREFIX),
     Mutation(
@@ -221,8 +221,8 @@ MUTATIONS = [
     Mutation(
         "v beyond the last token",
         FILE,
-        "v = tl.load(v_ptr + at, mask=mask, other=other)",
-        "v = tl.load(v_ptr + at)",
+        "v = tl.load(v_ptr + v_at, mask=mask, other=other)",
+        "v = tl.load(v_ptr + v_at)",
         test_cached_prefixes,
         _PREFIX,
     ),
