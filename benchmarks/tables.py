@@ -13,6 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from qwenkern import Config
+from qwenkern.benchmarks import plan
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 
@@ -39,6 +42,33 @@ def predicted(compiled: dict[str, Any]) -> str:
     headings += ["registers", "shared KiB", "matrix instruction"]
     note = f"Compiled by Triton {compiled['triton']} on {compiled['date']}; nothing here was measured."
     return f"{note}\n\n{markdown(headings, rows)}"
+
+
+def planned(compiled: list[dict[str, Any]]) -> str:
+    """A step of Qwen2.5-3B on an H100, op by op, and what it makes of the targets."""
+    config = Config.from_name("qwen2.5-3b")
+    rows = []
+    for part in plan.step(config, 1, 1024, compiled):
+        cells = [part.op, str(part.launches), f"{part.bytes / 1e6:.1f}", f"{part.bytes / plan.COPY * 1e6:.1f}"]
+        rows.append([*cells, "" if part.ahead is None else f"{part.ahead / 1024:.0f}", f"{part.seconds * 1e6:.1f}"])
+    headings = [
+        "op, 1 sequence of 1,024 tokens",
+        "launches",
+        "MB",
+        "floor at 3.0 TB/s, µs",
+        "KiB ahead",
+        "predicted µs",
+    ]
+    steps = []
+    for sequences, context, share in plan.TARGETS:
+        parts = plan.step(config, sequences, context, compiled)
+        paper = plan.on_paper(parts, sequences)
+        bounds = [plan.tokens_per_second(parts, sequences, hidden) for hidden in (False, True)]
+        nodes = sum(part.launches for part in parts)
+        cells = [str(sequences), f"{context:,}", f"{paper:.0f}", f"{share * paper:.0f} ({share:.0%})"]
+        steps.append([*cells, str(nodes), f"{bounds[0]:.0f} to {bounds[1]:.0f}", "not yet measured"])
+    heads = ["sequences", "context", "tokens/s on paper", "target", "graph nodes", "predicted tokens/s", "measured"]
+    return f"{markdown(headings, rows)}\n\n{markdown(heads, steps)}"
 
 
 def kernels(document: dict[str, Any]) -> str:
@@ -87,17 +117,18 @@ def _when(document: dict[str, Any]) -> str:
     return f"{document['device']}, {versions}, {document['date']}{commit}."
 
 
-MAKERS = {"kernels.json": kernels, "end_to_end.json": end_to_end}
+MAKERS = {"kernels": kernels, "end_to_end": end_to_end}  # of results whose names begin like this
 
 
 def blocks() -> Iterator[tuple[str, str]]:
     """Every name that may stand in a document, and what belongs there."""
-    compiled = RESULTS / "compiled" / "sm_90.json"
+    compiled = plan.COMPILED
     if compiled.exists():
         yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
+        yield "plan", planned(plan.load())
     for name, make in MAKERS.items():
-        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(f"*/{name}"))]
-        yield name.removesuffix(".json"), "\n\n".join(parts) or "Not yet measured."
+        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(f"*/{name}*.json"))]
+        yield name, "\n\n".join(parts) or "Not yet measured."
 
 
 def fill(text: str, name: str, content: str) -> str:
