@@ -44,6 +44,7 @@ setup(
     # The folder kernels/ is the package qwenkern.kernels: a top-level package `kernels` would shadow Hugging Face's.
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
+        "qwenkern.integrations",
         "qwenkern",
         "qwenkern.checkpoint",
         "qwenkern.kernels",

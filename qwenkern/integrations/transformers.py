@@ -1,0 +1,352 @@
+"""transformers models on our kernels, without a change to the code that uses them.
+
+    apply_qwenkern(model)                                   a loaded model, in place; revert(model) undoes it
+    register_attention()                                    then attn_implementation="qwenkern", as for any other
+
+What is replaced is the `forward` of single modules (instances, never classes), so other models are left alone, and
+parameters, state dict, hooks, device moves and PEFT's adapters stay what they were. Linear layers are called, not
+replaced, so quantised ones work. Everything that is replaced has a gradient; attention falls back to torch's where one
+is wanted, or where there is a mask.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import sys
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import kernels as ops
+from ..errors import RequestError
+
+logger = logging.getLogger(__name__)
+TESTED = ("5.17", "5.22")  # the first and the last minor version that the tests have run with
+MODEL_TYPES = ("qwen2", "llama", "mistral")  # whose layers look alike
+PIECES = ("rms_norm", "rope", "swiglu", "attention")
+_MARK = "_qwenkern"
+
+
+@dataclass
+class Patch:
+    """What was done to a model."""
+
+    pieces: frozenset[str]
+    replaced: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # module, attribute, what it held or None
+
+    def replace(self, module: nn.Module, function: Callable) -> None:
+        # accelerate keeps the real forward aside, under this name, and calls it from its own
+        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
+        before = module.__dict__.get(name)
+        if before is not None and name == "forward":
+            raise RequestError(
+                f"forward of {type(module).__name__} was replaced already, by {_origin(before)}; expected a model as "
+                "transformers made it: undo the other patch first"
+            )
+        self.replaced.append((module, name, before))
+        setattr(module, name, types.MethodType(function, module))
+
+
+def apply_qwenkern(
+    model: nn.Module, *, rms_norm: bool = True, rope: bool = True, swiglu: bool = True, attention: bool = True
+) -> nn.Module:
+    """Runs pieces of a loaded Qwen2, Llama or Mistral model of transformers on qwenkern's kernels; returns the model.
+
+    In place, and again with other pieces as often as one likes; a model inside a wrapper (PEFT's, say) is found.
+    rms_norm: RMSNorm, fused with the addition before it where a layer adds first. rope: rotary embedding of q and k.
+    swiglu: silu(gate) * up. attention: with ``attn_implementation="sdpa"``, where there is neither mask nor gradient.
+
+    Raises RequestError for a model of another kind, another activation, or one that something else patched."""
+    _check_version()
+    decoder = _decoder(model)
+    pieces = frozenset(name for name, on in zip(PIECES, (rms_norm, rope, swiglu, attention), strict=True) if on)
+    if decoder.__dict__.get(_MARK) is not None:
+        if decoder.__dict__[_MARK].pieces == pieces:
+            return model
+        revert(model)
+    _check_model(decoder, pieces)
+    patch = Patch(pieces)
+    try:
+        _apply(decoder, patch)
+    except RequestError:
+        _restore(patch)
+        raise
+    decoder.__dict__[_MARK] = patch
+    return model
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Gives back what apply_qwenkern replaced; nothing happens to a model that it did not touch."""
+    decoder = _decoder(model)
+    patch = decoder.__dict__.get(_MARK)
+    if patch is None:
+        return model
+    for module, name, _ in patch.replaced:
+        found = module.__dict__.get(name)
+        if getattr(found, "__module__", None) != __name__:
+            raise RequestError(
+                f"{name} of {type(module).__name__} was replaced after apply_qwenkern, by {_origin(found)}; undo that "
+                "first"
+            )
+    _restore(patch)
+    del decoder.__dict__[_MARK]
+    return model
+
+
+def register_attention() -> None:
+    """Makes ``attn_implementation="qwenkern"`` known to transformers, with the mask of "sdpa": True where a query may
+    look. Without a mask of its own, left-padded batches would be silently wrong."""
+    _check_version()
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register("qwenkern", attention_forward)
+    AttentionMaskInterface.register("qwenkern", sdpa_mask)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **keywords: Any,
+) -> tuple[Tensor, None]:
+    """An attention function of transformers: query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D], out [B, Tq, Hq, D].
+
+    Our kernel where the attention is causal and nothing else; torch's with a mask (padding, sliding windows, packed
+    sequences), dropout, a gradient, or on a CPU. What torch's does not take raises there."""
+    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
+    plain = (
+        attention_mask is None and not dropout and causal and not any(keywords.get(name) is not None for name in _EXTRA)
+    )
+    wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
+    if not plain or wants_gradient or not (query.is_cuda or _interpreted()):
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout, scaling, is_causal, **keywords
+        )
+    queries = query.shape[2]
+    if queries > 1:  # a static cache that was empty: without a mask, what comes behind the prompt is not to be seen
+        key, value = key[:, :, :queries], value[:, :, :queries]
+    return ops.attention(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling), None
+
+
+_EXTRA = ("position_bias", "cache", "softcap", "s_aux")  # that change what is computed
+
+
+def _apply(decoder: nn.Module, patch: Patch) -> None:
+    tables = _Tables()
+    implementation = decoder.config._attn_implementation
+    attends = "attention" in patch.pieces and implementation == "sdpa"
+    if "attention" in patch.pieces and implementation not in ("sdpa", "qwenkern"):
+        _log_once(
+            f"attention stays on {implementation!r}: load the model with attn_implementation='sdpa' to replace it"
+        )
+    for layer in decoder.layers:
+        if "rms_norm" in patch.pieces:
+            patch.replace(layer.input_layernorm, _norm_forward)
+            patch.replace(layer.post_attention_layernorm, _norm_forward)
+            patch.replace(layer, _layer_forward)
+        if "swiglu" in patch.pieces:
+            patch.replace(layer.mlp, _mlp_forward)
+        if "rope" in patch.pieces or attends:
+            rotates = tables if "rope" in patch.pieces else None
+            patch.replace(layer.self_attn, _Attention(rotates, attends))
+    if "rms_norm" in patch.pieces:
+        patch.replace(decoder.norm, _norm_forward)
+
+
+def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != self.weight.dtype:  # autocast: the product is of the wider dtype
+        return type(self).forward(self, hidden_states)
+    return ops.rms_norm(_dense(hidden_states), self.weight, self.variance_epsilon)
+
+
+def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+    return self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
+
+
+def _layer_forward(self: nn.Module, hidden_states: Tensor, **keywords: Any) -> Tensor:
+    """A decoder layer whose first addition is fused with the norm behind it."""
+    residual = hidden_states
+    hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **keywords)
+    norm = self.post_attention_layernorm
+    if _has_hooks(norm) or not hidden_states.dtype == residual.dtype == norm.weight.dtype:
+        # whoever looks at the norm's input and output finds them; autocast mixes dtypes
+        residual = residual + hidden_states
+        hidden_states = norm(residual)
+    else:
+        hidden_states, residual = ops.add_rms_norm(hidden_states, residual, norm.weight, norm.variance_epsilon)
+    return residual + self.mlp(hidden_states)
+
+
+class _Attention:
+    """The forward of an attention module: its projections, our rotation (or its own), its cache, our attention (or
+    the one that its config names)."""
+
+    def __init__(self, tables: _Tables | None, attends: bool) -> None:
+        self._tables, self._attends = tables, attends
+        self.__module__ = __name__
+
+    def __call__(
+        self,
+        module: nn.Module,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **keywords: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
+        q, k, v = (project(hidden_states).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj))
+        modeling = sys.modules[type(module).__module__]
+        if self._tables is None:
+            q, k = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
+        else:
+            places = self._tables.of(*position_embeddings, batch=len(q))
+            flat = ops.apply_rope(q.flatten(0, 1), k.flatten(0, 1), *places)
+            q, k = (each.view(shape).transpose(1, 2) for each in flat)
+        v = v.transpose(1, 2)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, module.layer_idx)
+        implementation = module.config._attn_implementation
+        if self._attends and implementation == "sdpa":
+            attend = attention_forward
+        else:
+            attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling.eager_attention_forward)
+        window = (
+            module.sliding_window
+            if hasattr(module, "sliding_window")
+            else getattr(module.config, "sliding_window", None)
+        )
+        out, weights = attend(
+            module,
+            q,
+            k,
+            v,
+            attention_mask,
+            dropout=module.attention_dropout if module.training else 0.0,
+            scaling=module.scaling,
+            sliding_window=window,
+            **keywords,
+        )
+        return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+
+class _Tables:
+    """transformers' cosines and sines as our kernel reads them, made once for all layers of a pass."""
+
+    def __init__(self) -> None:
+        self._kept: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
+
+    def of(self, cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        """cos_sin [rows, D] float32 and positions [B T] from cos and sin [B or 1, T, D]."""
+        if torch.compiler.is_compiling():  # the compiler sees that the layers do the same
+            return self._make(cos, sin, batch)
+        kept = self._kept
+        if kept is None or kept[0] is not cos or kept[1] != batch:
+            self._kept = kept = cos, batch, self._make(cos, sin, batch)
+        return kept[2]
+
+    @staticmethod
+    def _make(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
+        rows, tokens, dim = cos.shape
+        table = torch.cat((cos[..., : dim // 2], sin[..., : dim // 2]), dim=-1).flatten(0, 1).float()
+        positions = torch.arange(rows * tokens, device=cos.device)
+        return table, positions if rows == batch else positions.repeat(batch)
+
+
+def _decoder(model: nn.Module) -> nn.Module:
+    """The stack of layers inside a model, or inside what wraps it."""
+    if not isinstance(model, nn.Module):
+        raise RequestError(f"model is of type {type(model).__name__}; expected a transformers model")
+    for module in model.modules():
+        if isinstance(getattr(module, "layers", None), nn.ModuleList) and hasattr(module, "rotary_emb"):
+            return module
+    raise RequestError(f"{type(model).__name__} has no decoder layers; expected a Qwen2, Llama or Mistral model")
+
+
+def _check_model(decoder: nn.Module, pieces: frozenset[str]) -> None:
+    kind = getattr(getattr(decoder, "config", None), "model_type", None)
+    if kind not in MODEL_TYPES:
+        raise RequestError(f"{type(decoder).__name__} is of type {kind!r}; expected one of {', '.join(MODEL_TYPES)}")
+    activation = decoder.config.hidden_act
+    if "swiglu" in pieces and activation not in ("silu", "swish"):
+        raise RequestError(f"the model's activation is {activation!r}; expected 'silu', or pass swiglu=False")
+    for module in _touched(decoder):
+        origin = _origin(module.forward)
+        if origin.startswith("liger_kernel"):
+            raise RequestError(
+                f"{type(module).__name__} runs on Liger ({origin}) already; expected one patcher at a time"
+            )
+
+
+def _touched(decoder: nn.Module) -> Iterator[nn.Module]:
+    for layer in decoder.layers:
+        yield from (layer, layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer.self_attn)
+    yield decoder.norm
+
+
+def _restore(patch: Patch) -> None:
+    for module, name, before in reversed(patch.replaced):
+        if before is None:
+            del module.__dict__[name]
+        else:
+            setattr(module, name, before)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def _origin(function: Any) -> str:
+    return getattr(function, "__module__", None) or type(function).__module__
+
+
+@torch.compiler.assume_constant_result
+def _interpreted() -> bool:
+    """Whether a CPU's tensors run through the kernels in Triton's interpreter."""
+    try:
+        from ..kernels.dispatch import runs_on_triton
+    except ImportError:  # no Triton
+        return False
+    return runs_on_triton(torch.empty(1))
+
+
+@functools.cache
+def _log_once(text: str) -> None:
+    logger.warning("qwenkern: %s", text)
+
+
+@functools.cache
+def _check_version() -> None:
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError("qwenkern.integrations.transformers needs transformers: pip install transformers") from error
+    found = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    first, last = (tuple(int(part) for part in version.split(".")) for version in TESTED)
+    if found[0] != first[0]:
+        raise ImportError(f"transformers is {transformers.__version__}; expected version {first[0]}")
+    if not first <= found <= last:
+        warnings.warn(
+            f"qwenkern was tested with transformers {TESTED[0]} to {TESTED[1]}, and this is {transformers.__version__}",
+            stacklevel=3,
+        )

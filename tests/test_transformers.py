@@ -1,0 +1,319 @@
+"""transformers models with our pieces: the same numbers and texts as without, and back again."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from tolerances import assert_as_close_as
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from qwenkern import RequestError
+from qwenkern.integrations import transformers as integration
+from qwenkern.integrations.transformers import PIECES, apply_qwenkern, register_attention, revert
+
+SIZES = {
+    "vocab_size": 211,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+QWEN2 = Qwen2ForCausalLM, Qwen2Config(**SIZES)
+MODELS = {
+    "qwen2": QWEN2,
+    "qwen2 with windows": (
+        Qwen2ForCausalLM,
+        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
+    ),
+    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
+    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
+}
+IDS = torch.randint(3, 211, (2, 9), generator=torch.Generator().manual_seed(0))
+PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
+pytestmark = pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
+
+
+@pytest.fixture(params=["reference", "triton"])
+def path(request, monkeypatch):
+    """On the twins, and through the kernels in Triton's interpreter."""
+    monkeypatch.setenv("QWENKERN_KERNELS", request.param)
+    return request.param
+
+
+def make(kind=QWEN2, dtype=torch.float32, attention="sdpa"):
+    """A random model whose logits are far enough apart for greedy text to be interesting."""
+    make_model, config = kind
+    torch.manual_seed(0)
+    model = make_model(copy.deepcopy(config)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(8) if not name.endswith("norm.weight") else parameter.add_(torch.rand_like(parameter) - 0.5)
+    model.set_attn_implementation(attention)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
+def test_logits_are_as_close_to_float64(path, kind, dtype, mask):
+    model = make(kind, dtype)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(IDS, attention_mask=mask).logits
+        peer = model(IDS, attention_mask=mask).logits
+        out = apply_qwenkern(model)(IDS, attention_mask=mask).logits
+    rows = torch.ones_like(IDS).bool() if mask is None else mask.bool()  # of what was padded, the rest is nobody's
+    assert_as_close_as(out[rows], peer[rows], truth[rows])
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"do_sample": True, "temperature": 0.8, "top_k": 20},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+        {"attention_mask": PADDED},
+        {"attention_mask": PADDED, "cache_implementation": "static"},
+        {"assistant_model": True},
+        {"use_cache": False},
+    ],
+    ids=lambda how: " ".join(how) or "greedy",
+)
+def test_generation_is_that_of_transformers(path, how):
+    expected, found = (_generate(patched, **how) for patched in (False, True))
+    assert torch.equal(found, expected)
+    assert len(set(found[0].tolist())) > 5, "a text so dull shows little"
+
+
+def _generate(patched, attention="sdpa", **how):
+    model = make(attention=attention)
+    if patched:
+        apply_qwenkern(model)
+    if how.get("assistant_model"):
+        how["assistant_model"] = make()
+    ids = IDS[:1] if "assistant_model" in how else IDS
+    torch.manual_seed(1)
+    settings = {"max_new_tokens": 12, "min_new_tokens": 12, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    return model.generate(ids, **settings | how)
+
+
+@pytest.mark.parametrize("how", [{}, {"attention_mask": PADDED}, {"num_beams": 2}], ids=["greedy", "padded", "beams"])
+def test_attention_by_name(path, how):
+    register_attention()
+    expected = _generate(False, **how)
+    assert torch.equal(_generate(False, attention="qwenkern", **how), expected)
+    assert torch.equal(_generate(True, attention="qwenkern", **how), expected)
+
+
+def test_our_attention_is_what_runs(monkeypatch, path):
+    calls = []
+    actual = integration.ops.attention
+    monkeypatch.setattr(integration.ops, "attention", lambda *args: calls.append(args[0].shape) or actual(*args))
+    model = apply_qwenkern(make())
+    with torch.no_grad():
+        model(IDS)
+        assert len(calls) == (2 if path == "triton" else 0)
+        model(IDS, attention_mask=PADDED)
+    assert len(calls) == (2 if path == "triton" else 0), "a mask is torch's"
+    model(IDS).logits.sum().backward()
+    assert len(calls) == (2 if path == "triton" else 0), "so is a gradient"
+
+
+def test_dropout_and_packed_sequences_are_right(path):
+    model, ids = make(), IDS[:1]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
+    with torch.no_grad():
+        expected = model(ids, position_ids=positions, use_cache=False).logits
+        found = apply_qwenkern(model)(ids, position_ids=positions, use_cache=False).logits
+        torch.testing.assert_close(found, expected)
+        alone = model(ids[:, 4:], use_cache=False).logits
+    torch.testing.assert_close(found[:, 4:], alone)
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    model.train()
+    assert not torch.equal(model(ids).logits, model(ids).logits)
+
+
+REPLACED = {
+    "rms_norm": {"norm", "layers.#", "layers.#.input_layernorm", "layers.#.post_attention_layernorm"},
+    "rope": {"layers.#.self_attn"},
+    "swiglu": {"layers.#.mlp"},
+    "attention": {"layers.#.self_attn"},
+}
+
+
+@pytest.mark.parametrize("piece", PIECES)
+def test_every_piece_can_be_switched(piece):
+    model = apply_qwenkern(make(), **{name: name == piece for name in PIECES}).model
+    replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    layers = [name.replace("#", layer) for name in REPLACED[piece] for layer in ("0", "1")]
+    assert sorted(replaced) == sorted(set(layers))
+
+
+def test_revert_gives_back_what_was_there():
+    model = make()
+    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    with torch.no_grad():
+        expected = model(IDS).logits
+    assert revert(apply_qwenkern(model)) is model
+    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    with torch.no_grad():
+        assert torch.equal(model(IDS).logits, expected)
+    assert revert(model) is model
+
+
+def test_again_and_with_other_pieces():
+    model = make()
+    apply_qwenkern(model)
+    forward = model.model.norm.forward
+    apply_qwenkern(model)
+    assert model.model.norm.forward is forward, "nothing was done twice"
+    apply_qwenkern(model, rms_norm=False)
+    assert "forward" not in vars(model.model.norm)
+    assert "forward" in vars(model.model.layers[0].mlp)
+
+
+def test_other_models_are_left_alone():
+    model, other = make(), make()
+    clone = copy.deepcopy(apply_qwenkern(model))
+    assert not any("forward" in vars(module) for module in other.modules())
+    assert Qwen2ForCausalLM.forward.__module__.startswith("transformers")
+    revert(model)
+    assert clone.model.norm.forward.__self__ is clone.model.norm
+    revert(clone)
+    assert not any("forward" in vars(module) for module in clone.modules())
+
+
+def test_state_hooks_and_saving_are_as_before(tmp_path):
+    model = make()
+    seen = []
+    model.model.layers[0].post_attention_layernorm.register_forward_hook(lambda *args: seen.append(args[2].shape))
+    names = list(model.state_dict())
+    apply_qwenkern(model)
+    assert list(model.state_dict()) == names
+    model.save_pretrained(tmp_path)
+    loaded = Qwen2ForCausalLM.from_pretrained(tmp_path).eval()
+    with torch.no_grad():
+        outputs = model(IDS, output_hidden_states=True)
+        torch.testing.assert_close(loaded(IDS).logits, outputs.logits)
+    assert seen == [(*IDS.shape, 64)]
+    assert len(outputs.hidden_states) == 3
+    assert model.double()(IDS).logits.dtype == torch.float64
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "qwenkern"])
+def test_compiles_in_one_graph(attention):
+    register_attention()
+    model = make(attention=attention)
+    with torch.no_grad():
+        expected = model(IDS, use_cache=False).logits
+        compiled = torch.compile(apply_qwenkern(model), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
+
+
+def test_autocast_keeps_its_dtypes():
+    model = make()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        expected = model(IDS).logits
+        found = apply_qwenkern(model)(IDS).logits
+    assert found.dtype == expected.dtype
+    assert (found - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_eager_attention_stays(caplog):
+    integration._log_once.cache_clear()
+    model = make(attention="eager")
+    with torch.no_grad():
+        expected = model(IDS).logits
+        torch.testing.assert_close(apply_qwenkern(model)(IDS).logits, expected)
+    assert "attention stays on 'eager'" in caplog.text
+
+
+def other_kind():
+    return GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=16, n_head=2, vocab_size=32))
+
+
+def another_activation():
+    config = Qwen2Config(**SIZES)
+    config.hidden_act = "gelu"
+    return Qwen2ForCausalLM(config)
+
+
+def liger():
+    model = make()
+
+    def forward(self, x):
+        return x
+
+    forward.__module__ = "liger_kernel.transformers.rms_norm"
+    model.model.norm.forward = forward.__get__(model.model.norm)
+    return model
+
+
+def somebody_else():
+    model = make()
+    model.model.layers[1].mlp.forward = lambda x: x
+    return model
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (lambda: "qwen", "model is of type str; expected a transformers model"),
+        (other_kind, "GPT2LMHeadModel has no decoder layers"),
+        (another_activation, "the model's activation is 'gelu'; expected 'silu', or pass swiglu=False"),
+        (liger, r"Qwen2RMSNorm runs on Liger \(liger_kernel"),
+        (somebody_else, "forward of Qwen2MLP was replaced already, by .*test_transformers"),
+    ],
+    ids=["no model", "another kind", "another activation", "Liger", "somebody else"],
+)
+def test_bad_models_are_named_and_left_alone(broken, message):
+    model = broken()
+    before = [dict(vars(module)) for module in model.modules()] if isinstance(model, torch.nn.Module) else None
+    with pytest.raises(RequestError, match=message):
+        apply_qwenkern(model)
+    if before:
+        assert [dict(vars(module)) for module in model.modules()] == before
+
+
+def test_a_patch_on_top_must_go_first():
+    model = apply_qwenkern(make())
+    model.model.norm.forward = lambda x: x
+    with pytest.raises(
+        RequestError, match="forward of Qwen2RMSNorm was replaced after apply_qwenkern, by .*test_transf"
+    ):
+        revert(model)
+
+
+@pytest.mark.parametrize(("version", "error"), [("4.57.1", "expected version 5"), ("6.0.0", "expected version 5")])
+def test_other_versions_are_refused(monkeypatch, version, error):
+    monkeypatch.setattr("transformers.__version__", version)
+    integration._check_version.cache_clear()
+    with pytest.raises(ImportError, match=error):
+        apply_qwenkern(make())
+    integration._check_version.cache_clear()
+
+
+def test_an_untested_version_is_said(monkeypatch):
+    monkeypatch.setattr("transformers.__version__", "5.99.0")
+    integration._check_version.cache_clear()
+    with pytest.warns(UserWarning, match="tested with transformers 5.17 to 5.22, and this is 5.99.0"):
+        integration._check_version()
+    integration._check_version.cache_clear()
