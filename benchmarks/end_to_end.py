@@ -4,10 +4,10 @@
     python benchmarks/end_to_end.py --model qwen2.5-3b                random weights; on a GPU where there is one
     python benchmarks/end_to_end.py --batch 1,16 --prompt-tokens 128,4096 --json FILE
 
-All take turns, on the weights that qwenkern holds: transformers looks at the same memory, llama.cpp reads them in
-bfloat16 from a GGUF file made of them, or (`llama.cpp file`) the quantised GGUF file that the model came from. A
-decode rate is what more tokens cost more: (time of n + 1 tokens - time of 1 token) / n. The floor reads every weight,
-and the cached keys and values, at the bandwidth that a copy reaches in the same run.
+All take turns, on the weights that qwenkern holds: transformers looks at the same memory, as it is, with our pieces or
+Liger's, or compiled; llama.cpp reads them in bfloat16 from a GGUF file made of them, or (`llama.cpp file`) the quantised
+GGUF file that the model came from. A decode rate is what more tokens cost more: (time of n + 1 tokens - time of 1 token)
+/ n. The floor reads every weight, and the cached keys and values, at the bandwidth that a copy reaches in the same run.
 """
 
 from __future__ import annotations
@@ -109,7 +109,11 @@ def main(
     repeats: Annotated[int, typer.Option(min=1)] = 5,
     layers: Annotated[int, typer.Option(help="Fewer layers than the size has; only with random weights.")] = 0,
     beside: Annotated[
-        str, typer.Option("--peers", help="Of transformers, compiled, llama.cpp and 'llama.cpp file', with commas.")
+        str,
+        typer.Option(
+            "--peers",
+            help="With commas: transformers, patched (by us), liger, compiled, llama.cpp, 'llama.cpp file'.",
+        ),
     ] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
@@ -128,7 +132,9 @@ def main(
     load, config = time.perf_counter() - started, loaded.config
     file = None if model.lower() in FAMILY else sources.resolve(model)
     makers: dict[str, Callable[[], peers.Generate]] = {
-        "transformers": lambda: peers.transformers(loaded, static=False),
+        "transformers": lambda: peers.transformers(loaded),
+        "patched": lambda: peers.transformers(loaded, change=peers.patched),
+        "liger": lambda: peers.transformers(loaded, change=peers.with_liger),
         "compiled": lambda: peers.transformers(loaded, static=True),
         "llama.cpp": lambda: llama_cpp_on(loaded, room),
         "llama.cpp file": lambda: peers.llama_cpp(file, room),

@@ -18,9 +18,25 @@ def qwenkern(model: Model) -> Generate:
     return lambda prompts, count: model.generate(prompts, max_tokens=count, temperature=0, ignore_eos=True)
 
 
-def transformers(model: Model, static: bool) -> Generate:
-    """transformers over the weights of ours: eager with its dynamic cache, or compiled with a static one."""
-    peer = transformers_model(model)
+def patched(peer: Any) -> Any:
+    """A transformers model with our pieces."""
+    from qwenkern.integrations.transformers import apply_qwenkern
+
+    return apply_qwenkern(peer)
+
+
+def with_liger(peer: Any) -> Any:
+    """A transformers model with Liger's norm and SwiGLU; its rotary embedding would change every model here."""
+    from liger_kernel.transformers import apply_liger_kernel_to_qwen2
+
+    apply_liger_kernel_to_qwen2(model=peer, rope=False, rms_norm=True, swiglu=True)
+    return peer
+
+
+def transformers(model: Model, static: bool = False, change: Callable[[Any], Any] = lambda peer: peer) -> Generate:
+    """transformers over the weights of ours: eager with its dynamic cache, or compiled with a static one; ``change`` is
+    what is done to it first."""
+    peer = change(transformers_model(model))
     device = next(model.module.parameters()).device
 
     @torch.inference_mode()

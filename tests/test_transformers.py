@@ -297,7 +297,7 @@ def test_a_patch_on_top_must_go_first():
     model = apply_qwenkern(make())
     model.model.norm.forward = lambda x: x
     with pytest.raises(
-        RequestError, match="forward of Qwen2RMSNorm was replaced after apply_qwenkern, by .*test_transf"
+        RequestError, match=r"forward of Qwen2RMSNorm was replaced after apply_qwenkern, by .*test_transf"
     ):
         revert(model)
 
