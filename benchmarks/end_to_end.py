@@ -5,9 +5,10 @@
     python benchmarks/end_to_end.py --batch 1,16 --prompt-tokens 128,4096 --json FILE
 
 All take turns, on the weights that qwenkern holds: transformers looks at the same memory, as it is, with our pieces or
-Liger's, or compiled; llama.cpp reads them in bfloat16 from a GGUF file made of them, or (`llama.cpp file`) the quantised
-GGUF file that the model came from. A decode rate is what more tokens cost more: (time of n + 1 tokens - time of 1 token)
-/ n. The floor reads every weight, and the cached keys and values, at the bandwidth that a copy reaches in the same run.
+Liger's, or compiled; llama.cpp reads them in bfloat16 from a GGUF file made of them, or (`llama.cpp file`) the
+quantised GGUF file that the model came from. A decode rate is what more tokens cost more: (time of n + 1 tokens - time
+of 1 token) / n. The floor reads every weight, and the cached keys and values, at the bandwidth that a copy reaches in
+the same run.
 """
 
 from __future__ import annotations
