@@ -47,6 +47,7 @@ setup(
     packages=[
         "qwenkern",
         "qwenkern.checkpoint",
+        "qwenkern.integrations",
         "qwenkern.kernels",
         "qwenkern.kernels.cpu",
         "qwenkern.benchmarks",
