@@ -25,6 +25,7 @@ EXTRAS = {
         "pytest-benchmark",  # the registry's cases, for regressions on a CPU
         "hypothesis",  # malformed files and byte sequences that nobody thought of
         "transformers>=4.51",  # the oracle for logits, YaRN and chat templates
+        "kernels>=0.17",  # what puts kernels/layers.py into other projects' models
         "tiktoken",  # the oracle for tokenization: another BPE, another expression engine
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures
@@ -44,14 +45,18 @@ setup(
     # The folder kernels/ is the package qwenkern.kernels: a top-level package `kernels` would shadow Hugging Face's.
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
-        "qwenkern.integrations",
         "qwenkern",
         "qwenkern.checkpoint",
+        "qwenkern.integrations",
         "qwenkern.kernels",
         "qwenkern.kernels.cpu",
         "qwenkern.benchmarks",
     ],
-    package_data={"qwenkern": ["py.typed"], "qwenkern.kernels": ["tuned/*/*.json"], "qwenkern.kernels.cpu": ["*.[ch]"]},
+    package_data={
+        "qwenkern": ["py.typed"],
+        "qwenkern.kernels": ["metadata.json", "tuned/*/*.json"],
+        "qwenkern.kernels.cpu": ["*.[ch]"],
+    },
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qwenkern = qwenkern.cli:main"]},

@@ -50,6 +50,8 @@ else:
     from .rope import apply_rope, rope_and_cache
     from .swiglu import silu_mul, swiglu
 
+from . import layers as layers  # of the ops above
+
 __all__ = [
     "add_rms_norm",
     "apply_rope",

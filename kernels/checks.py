@@ -16,6 +16,7 @@ from . import cpu
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
+FEW = 64  # numbers that Python compares sooner than torch
 
 
 def check_tensor(
@@ -32,33 +33,37 @@ def check_tensor(
     "..." in front for any leading dimensions. Its last dimension must be contiguous, or with ``dense`` all of it."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, and is {type(tensor).__name__}")
-    found, expected = list(tensor.shape), list(shape)
-    if expected[0] == "...":
-        expected = expected[1:]
-        fits = len(found) >= len(expected)
-        found = found[len(found) - len(expected) :]
-    else:
-        fits = len(found) == len(expected)
-    if not fits or any(want != have for want, have in zip(expected, found, strict=True) if isinstance(want, int)):
+    found, leading = tensor.shape, shape[0] == "..."
+    at = len(found) - len(shape) + leading
+    fits = at >= 0 if leading else at == 0
+    if fits:  # a loop by hand: this is called several times for an op that takes microseconds
+        for want in shape[1:] if leading else shape:
+            fits = fits and (want == found[at] or not isinstance(want, int))
+            at += 1
+    if not fits:
         raise ValueError(f"{op}: {name} must have shape {_text(shape)}, and has {_text(tensor.shape)}")
-    if tensor.numel() == 0:
+    if 0 in found:
         raise ValueError(f"{op}: {name} is empty, with shape {_text(tensor.shape)}")
-    allowed = dtypes if like is None else (like.dtype,)
-    if tensor.dtype not in allowed:
+    if tensor.dtype not in dtypes if like is None else tensor.dtype != like.dtype:
+        allowed = dtypes if like is None else (like.dtype,)
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
         raise TypeError(f"{op}: {name} must be {names}, and is {str(tensor.dtype).removeprefix('torch.')}")
     if dense and not tensor.is_contiguous():
         raise ValueError(f"{op}: {name} must be contiguous, and has strides {_text(tensor.stride())}")
-    if tensor.stride(-1) != 1 and tensor.shape[-1] != 1:
+    if tensor.stride(-1) != 1 and found[-1] != 1:
         raise ValueError(f"{op}: {name}'s last dimension must be contiguous, and its stride is {tensor.stride(-1)}")
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
     """Raises unless all tensors are on one device."""
-    (first, one), *others = ((name, tensor) for name, tensor in tensors.items() if tensor is not None)
-    for name, tensor in others:
-        if tensor.device != one.device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, and {first} on {one.device}")
+    first = None
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if first is None:
+            first, device = name, tensor.device
+        elif tensor.device != device:
+            raise ValueError(f"{op}: {name} is on {tensor.device}, and {first} on {device}")
 
 
 def can_look_at(values: Tensor) -> bool:
@@ -69,7 +74,11 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
     """Raises if a value that can be looked at is not within low .. high - 1."""
     if not can_look_at(values) or not values.numel():
         return
-    least, most = (int(value) for value in values.aminmax())
+    if values.numel() <= FEW:
+        numbers = values.flatten().tolist()
+        least, most = min(numbers), max(numbers)
+    else:
+        least, most = (int(value) for value in values.aminmax())
     if least < low or most >= high:
         wrong = least if least < low else most
         raise ValueError(f"{op}: {name} must be within {low} and {high - 1}, and one is {wrong}")

@@ -54,6 +54,7 @@ def op(
                     return function(*args, **keywords)
             return function(*args, **keywords)
 
+        public.has_gradient = gradient is not None
         return public
 
     return register

@@ -202,7 +202,7 @@ def apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tupl
     _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
     check_device("apply_rope", q=q, k=k, cos_sin=cos_sin, positions=positions)
     if not runs_on_triton(q, unsupported_heads(q.shape[2])):
-        return reference.apply_rope(q, k, cos_sin, positions)
+        return (cpu if cpu.takes_rope(q) else reference).apply_rope(q, k, cos_sin, positions)
     q, k = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k))
     q_out, k_out = _fake_apply_rope(q, k, cos_sin, positions)
     _launch_rope(q_out, k_out, None, q, k, None, positions, cos_sin, None)

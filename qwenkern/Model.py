@@ -136,6 +136,32 @@ class Model:
         initialise(module, seed)
         return cls(module, tokenizer, {}, cache_tokens, prefill_chunk, deterministic)
 
+    @classmethod
+    def from_transformers(
+        cls,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        cache_tokens: int | None = None,
+        prefill_chunk: int | None = None,
+        deterministic: bool = False,
+    ) -> Model:
+        """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
+
+        Both models work on, and share every weight: q, k, v and gate, up of transformers' model become views of the
+        tensors that we keep them packed in, made one at a time. So a change to a weight of one is a change to both;
+        moving or casting transformers' model ends the sharing. Its generation_config gives the defaults.
+
+        tokenizer: a fast tokenizer of transformers, or a Tokenizer. Without one, prompts are token ids and completions
+            have no text. The other options are those of from_pretrained.
+
+        Raises RequestError or ConfigError where the model is not one that we run, or its weights cannot be shared."""
+        from .integrations.from_transformers import as_tokenizer, generation_defaults, shared_module  # not for everyone
+
+        module = shared_module(model)
+        ours = as_tokenizer(tokenizer, model)
+        return cls(module, ours, generation_defaults(model), cache_tokens, prefill_chunk, deterministic)
+
     def _run(self, sequences: list[engine.Sequence]) -> Iterator[tuple[engine.Sequence, str]]:
         if self._steps is None or self._steps.cache is not self.cache:
             self._steps = DecodeSteps(self.module, self.cache)

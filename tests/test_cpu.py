@@ -8,7 +8,8 @@ import pytest
 import torch
 from tolerances import assert_as_close_as
 
-from qwenkern.kernels import cpu, reference
+from qwenkern import kernels
+from qwenkern.kernels import cpu, dispatch, reference
 from qwenkern.kernels.cpu import build, choose
 
 EPS = 1e-6
@@ -156,8 +157,7 @@ def test_scores_far_apart_do_not_overflow() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32)])
 def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
     qkv = tensor(5, (heads + 2 * kv_heads) * dim + 8, seed=0)[:, :-8]
-    angles = torch.rand(64, dim // 2, generator=torch.Generator().manual_seed(1)) * 6.3
-    cos_sin = torch.cat((angles.cos(), angles.sin()), dim=-1)
+    cos_sin = angles(64, dim)
     positions, slots = torch.tensor([3, 0, 63, 9, 9]), torch.tensor([31, 2, 0, 17, 5])
     pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
     out = cpu.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
@@ -169,8 +169,116 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     assert torch.equal(pages[1], same[1])
 
 
+def as_close_as_torch(name: str, *args, threads: int = 2):
+    """The op in C, whose bits may not depend on the number of threads."""
+    outs, expected = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+    truths = getattr(reference, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        again = getattr(cpu, name)(*args)
+    finally:
+        torch.set_num_threads(before)
+    for all_of_it in zip(*(x if isinstance(x, tuple) else (x,) for x in (outs, expected, truths, again)), strict=True):
+        out, peer, truth, other = all_of_it
+        assert out.is_contiguous()
+        assert_as_close_as(out, peer, truth)
+        assert torch.equal(out, other)
+    return outs
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 896), (2, 5, 2048), (300, 896), (896,)], ids=str)
+def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
+    x, residual, weight = tensor(*shape, seed=0), tensor(*shape, seed=1, scale=3.0), tensor(shape[-1], seed=2)
+    assert cpu.takes_norm(x)
+    as_close_as_torch("rms_norm", x, weight, EPS)
+    _, new_residual = as_close_as_torch("add_rms_norm", x, residual, weight, EPS)
+    assert torch.equal(new_residual, residual + x)
+    tiny = x * 1e-4
+    as_close_as_torch("rms_norm", tiny, weight, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4864), (5, 77), (2, 3, 2049), (100, 896), (33,)], ids=str)
+def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
+    gate_up = tensor(*shape[:-1], 2 * shape[-1], seed=0, scale=4.0)
+    assert cpu.takes_gate(gate_up)
+    out = as_close_as_torch("swiglu", gate_up)
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
+    assert torch.equal(as_close_as_torch("silu_mul", gate, up), out)
+
+
+def test_silu_far_from_zero() -> None:
+    gate = torch.tensor([-300.0, -89.0, -88.0, -20.0, -0.0, 0.0, 20.0, 300.0, torch.inf, torch.nan]).bfloat16()
+    expected = torch.nn.functional.silu(gate)
+    torch.testing.assert_close(cpu.silu_mul(gate, torch.ones_like(gate)), expected, rtol=0, atol=1e-30, equal_nan=True)
+
+
+def test_rows_of_norms_and_swiglu_may_have_any_stride() -> None:
+    x, residual, weight = tensor(5, 70, seed=0)[:, 3:67], tensor(5, 64, seed=1), tensor(64, seed=2)
+    dense = x.contiguous()
+    assert torch.equal(cpu.rms_norm(x, weight, EPS), cpu.rms_norm(dense, weight, EPS))
+    for mixed, plain in zip(
+        cpu.add_rms_norm(x, residual, weight, EPS), cpu.add_rms_norm(dense, residual, weight, EPS), strict=True
+    ):
+        assert torch.equal(mixed, plain)
+    assert torch.equal(cpu.silu_mul(x, residual), cpu.silu_mul(dense, residual))
+    assert torch.equal(cpu.swiglu(x), cpu.swiglu(dense))
+    turned = tensor(4, 3, 64, seed=3).transpose(0, 1)
+    assert torch.equal(cpu.rms_norm(turned, weight, EPS), cpu.rms_norm(turned.contiguous(), weight, EPS))
+
+
+def angles(context: int, dim: int) -> torch.Tensor:
+    """A table of cosines and sines."""
+    radians = torch.rand(context, dim // 2, generator=torch.Generator().manual_seed(1)) * 6.3
+    return torch.cat((radians.cos(), radians.sin()), dim=-1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32), (3, 1, 96)])
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_heads: int, dim: int) -> None:
+    packed = tensor(tokens, (heads + kv_heads) * dim + 8, seed=0)[:, :-8].unflatten(1, (-1, dim))
+    q, k = packed.split((heads, kv_heads), dim=1)
+    cos_sin, positions = angles(100, dim), torch.arange(tokens).flip(0) + 20
+    assert cpu.takes_rope(q)
+    out = cpu.apply_rope(q, k, cos_sin, positions)
+    expected = reference.apply_rope(q, k, cos_sin, positions)
+    truth = reference.apply_rope(q.double(), k.double(), cos_sin.double(), positions)
+    for mine, peer, exact in zip(out, expected, truth, strict=True):
+        assert mine.is_contiguous()
+        assert_as_close_as(mine, peer, exact)
+    backwards = cpu.apply_rope(q, k, cos_sin, positions, inverse=True)
+    mirrored = torch.cat((cos_sin[:, : dim // 2], -cos_sin[:, dim // 2 :]), dim=-1)
+    turned = q.transpose(0, 1).contiguous().transpose(0, 1)  # heads that are not dense
+    for mine, peer in zip(backwards, cpu.apply_rope(turned, k, mirrored, positions), strict=True):
+        assert torch.equal(mine, peer)
+
+
+def test_the_public_ops_run_in_c(monkeypatch) -> None:
+    """Nothing else can be recorded."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    x, weight, heads = tensor(3, 64, seed=0), tensor(64, seed=1), tensor(3, 2, 32, seed=2)
+    calls = {
+        "rms_norm": (x, weight, EPS),
+        "add_rms_norm": (x, x, weight, EPS),
+        "silu_mul": (x, x),
+        "swiglu": (x,),
+        "apply_rope": (heads, heads, angles(8, 32), torch.tensor([7, 0, 3])),
+    }
+    for name, args in calls.items():
+        tape = cpu.Tape()
+        with tape.record():
+            recorded = getattr(kernels, name)(*args)
+        tape.replay()
+        direct = getattr(cpu, name)(*args)
+        for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (recorded, direct)), strict=True):
+            assert torch.equal(one, other)
+
+
 def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
     assert cpu.takes_linear(tensor(1, 32, seed=0))
+    assert not cpu.takes_norm(tensor(1, 24, seed=0))
+    assert not cpu.takes_rope(tensor(1, 2, 48, seed=0))
+    assert not cpu.takes_gate(torch.zeros(1, 32))
     for other in (tensor(1, 24, seed=0), torch.zeros(1, 32)):
         assert not cpu.takes_linear(other)
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")

@@ -57,6 +57,9 @@ void few_tokens(const call *c);
 void many_tokens(const call *c);
 void decode_attention(const call *c);
 void prefill_attention(const call *c);
+void apply_rope(const call *c);
+void add_rms_norm(const call *c);
+void silu_mul(const call *c);
 
 static inline float widen(bf16 x) {
     uint32_t bits = (uint32_t)x << 16;
@@ -106,16 +109,30 @@ static inline floats add_products(floats sums, pairs w, const operand *x) {
 #endif
 }
 
-static inline floats widen_halves(halves values) { return (floats)(__builtin_convertvector(values, pairs) << 16); }
-
-/* To the nearest, ties to even; NaN stays NaN */
-static inline halves narrow_floats(floats x) {
-    pairs bits = (pairs)x, ordered = (pairs)(x == x);
-    pairs near = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-    return __builtin_convertvector((near & ordered) | (~ordered & 0x7FC0), halves);
+/* Compilers convert between 16 and 32 bits in halves of a vector, with shuffles, where nobody tells them better */
+static inline floats widen_halves(halves values) {
+#ifdef __AVX512F__
+    return (floats)((pairs)_mm512_cvtepu16_epi32((__m256i)values) << 16);
+#else
+    return (floats)(__builtin_convertvector(values, pairs) << 16);
+#endif
 }
 
-static inline floats rounded_floats(floats x) { return widen_halves(narrow_floats(x)); }
+/* To the nearest, ties to even, in the low half; NaN stays NaN */
+static inline pairs nearest(floats x) {
+    pairs bits = (pairs)x, ordered = (pairs)(x == x);
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & ordered) | (~ordered & 0x7FC0);
+}
+
+static inline halves narrow_floats(floats x) {
+#ifdef __AVX512F__
+    return (halves)_mm512_cvtepi32_epi16((__m512i)nearest(x));
+#else
+    return __builtin_convertvector(nearest(x), halves);
+#endif
+}
+
+static inline floats rounded_floats(floats x) { return (floats)(nearest(x) << 16); }
 
 static inline floats load_wide(const bf16 *from) {
     halves values;

@@ -15,7 +15,10 @@ from .tape import run, scratch
 MAX_TOKENS = 16  # of a linear that reads its weights row by row
 MAX_GROUP = 16  # query heads of a key-value head
 SPLIT = 128  # cached tokens that a thread attends to at a time
-STEP = 32  # values of a row that are multiplied at once; all as in C
+LANES = 16  # values of a row that are computed at once
+STEP = 32  # and multiplied; all as in C
+HEAD_DIMS = (32, 64, 96, 128)
+SMALL = 1 << 15  # elements that one thread is through with before it has woken another
 
 
 def takes_linear(x: Tensor) -> bool:
@@ -69,7 +72,7 @@ def takes_heads(q: Tensor, k_pages: Tensor) -> bool:
     """Whether q [.., Hq, D] over pages [.., Hkv, D] suits C; q may still be packed with k and v."""
     num_kv_heads, head_dim = k_pages.shape[-2:]
     group = q.shape[1] // num_kv_heads if q.dim() == 3 else 1
-    return head_dim in (32, 64, 96, 128) and group <= MAX_GROUP and _usable(q)
+    return head_dim in HEAD_DIMS and group <= MAX_GROUP and _usable(q)
 
 
 def takes_prefill(q: Tensor, k_pages: Tensor) -> bool:
@@ -87,6 +90,72 @@ def rope_and_cache(
         (len(qkv), q.shape[1], num_kv_heads, head_dim, qkv.stride(0)),
     )
     return q
+
+
+def takes_rope(q: Tensor) -> bool:
+    """Whether apply_rope takes q [T, Hq, D] and a k of its kind."""
+    return q.shape[2] in HEAD_DIMS and _usable(q)
+
+
+def apply_rope(
+    q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """q and k rotated by the angles of the table; ``inverse``: backwards, which is also how gradients go."""
+    (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
+    q = q if q.stride(1) == head_dim else q.contiguous()
+    k = k if k.stride(1) == head_dim else k.contiguous()
+    outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
+    run(
+        "apply_rope",
+        (*outs, q, k, positions.long().contiguous(), cos_sin),
+        (num_tokens, num_q_heads, num_kv_heads, head_dim, q.stride(0), k.stride(0)),
+        -1.0 if inverse else 1.0,
+        _threads(q.numel() + k.numel()),
+    )
+    return outs[0], outs[1]
+
+
+def takes_norm(x: Tensor) -> bool:
+    """Whether rms_norm and add_rms_norm take x [..., H]."""
+    return x.shape[-1] % LANES == 0 and _usable(x)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return _normed(x, None, weight, eps)[0]
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return _normed(x, residual, weight, eps)
+
+
+def _normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor | None]:
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    new_residual = None if residual is None else torch.empty_like(out)
+    x, residual = _rows(x), None if residual is None else _rows(residual)
+    run(
+        "add_rms_norm",
+        (out, new_residual, x, residual, weight),
+        (*x.shape, x.stride(0), 0 if residual is None else residual.stride(0)),
+        eps,
+        _threads(x.numel()),
+    )
+    return out, new_residual
+
+
+def takes_gate(gate: Tensor) -> bool:
+    """Whether silu_mul takes gate [..., F], or swiglu gate_up."""
+    return _usable(gate)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    return silu_mul(*gate_up.chunk(2, dim=-1))
+
+
+def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+    out = torch.empty_like(gate, memory_format=torch.contiguous_format)
+    gate, up = _rows(gate), _rows(up)
+    run("silu_mul", (out, gate, up), (*gate.shape, gate.stride(0), up.stride(0)), threads=_threads(gate.numel()))
+    return out
 
 
 def decode_attention(
@@ -135,6 +204,16 @@ def prefill_attention(
     return out
 
 
+def _rows(x: Tensor) -> Tensor:
+    """x [..., H] as [T, H]; a copy only where its rows are not one stride apart."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _threads(elements: int) -> int | None:
+    """How many share the work of an op over so many elements; None: all."""
+    return 1 if elements <= SMALL else None
+
+
 def _wide() -> int:
     """Cached tokens of a block."""
     return ctypes.c_long.in_dll(library(), "wide").value
@@ -142,7 +221,7 @@ def _wide() -> int:
 
 def _usable(x: Tensor) -> bool:
     return (
-        x.device.type == "cpu"
+        x.is_cpu
         and x.dtype == torch.bfloat16
         and os.environ.get("QWENKERN_KERNELS") != "reference"
         and library() is not None

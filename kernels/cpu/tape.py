@@ -75,13 +75,15 @@ class _OnlyViews(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def run(op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0) -> None:
-    """Runs a C function, or adds the call to the tape that is being recorded."""
+def run(
+    op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0, threads: int | None = None
+) -> None:
+    """Runs a C function, in a team of its own, or adds the call to the tape that is being recorded."""
     call = Call.of(op, tensors, sizes, scalar)
     if is_recording():
         _recording.tape.add(call, tensors)
     else:
-        play(ctypes.byref(call), 1)
+        play(ctypes.byref(call), 1, threads)
 
 
 def play(calls: Any, count: int, threads: int | None = None) -> None:

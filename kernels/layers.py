@@ -1,0 +1,74 @@
+"""The ops as layers that Hugging Face's `kernels` library puts in the place of a model's own.
+
+This folder is a repository for its LocalLayerRepository (metadata.json says so). The layers have no state: their
+`forward` runs with the module that it replaces as `self`, and takes what that module's own took:
+
+    RMSNorm        transformers' layer of that name: a `weight` [H] and `variance_epsilon`
+    SiluAndMul     silu of the first half times the second
+    RotaryPosEmb   transformers' function `rotary_pos_emb`
+
+What an op would refuse, such as a weight of another dtype, torch computes as the module itself would have.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from . import apply_rope, reference, rms_norm, swiglu
+
+
+class RMSNorm(nn.Module):
+    """x [..., H] over its root mean square, times the weight."""
+
+    can_torch_compile = True
+    has_backward = getattr(rms_norm, "has_gradient", True)  # where there is no Triton, it is torch's
+
+    weight: Tensor
+    variance_epsilon: float
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        suits = hidden_states.dtype == self.weight.dtype and _is_plain(hidden_states)
+        return (rms_norm if suits else reference.rms_norm)(hidden_states, self.weight, self.variance_epsilon)
+
+
+class SiluAndMul(nn.Module):
+    """silu(gate) * up of x [..., 2 F], gate in the first half: [..., F]."""
+
+    can_torch_compile = True
+    has_backward = getattr(swiglu, "has_gradient", True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (swiglu if _is_plain(x) else reference.swiglu)(x)
+
+
+class RotaryPosEmb(nn.Module):
+    """q and k, rotated: [B, heads, T, D], or with ``unsqueeze_dim`` 2 [B, T, heads, D]. cos and sin [B or 1, T, D],
+    either half the same. Computed in float32 and rounded once."""
+
+    can_torch_compile = True
+    has_backward = getattr(apply_rope, "has_gradient", True)
+
+    def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+        if unsqueeze_dim not in (1, 2):
+            raise ValueError(f"rotary_pos_emb: unsqueeze_dim must be 1 or 2, and is {unsqueeze_dim}")
+        half = cos.shape[-1] // 2
+        cos_sin = torch.cat((cos[..., :half], sin[..., :half]), dim=-1).flatten(0, -2)
+        cos_sin = cos_sin if q.dtype == torch.float64 else cos_sin.float()
+        if unsqueeze_dim == 1:
+            q, k = q.transpose(1, 2), k.transpose(1, 2)
+        num_tokens = q.shape[0] * q.shape[1]
+        positions = torch.arange(num_tokens, device=q.device)
+        if len(cos_sin) < num_tokens:  # one row of angles for all sequences
+            positions = positions % len(cos_sin)
+        flat = [x.reshape(num_tokens, *x.shape[2:]) for x in (q, k)]
+        suits = q.dtype == k.dtype and all(map(_is_plain, flat))
+        flat = (apply_rope if suits else reference.apply_rope)(*flat, cos_sin, positions)
+        q, k = (out.view(x.shape) for out, x in zip(flat, (q, k), strict=True))
+        return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether the ops take a tensor's dtype and layout."""
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    return x.dtype in floats and x.stride(-1) == 1 and x.numel() > 0
