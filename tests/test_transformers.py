@@ -49,10 +49,16 @@ PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 pytestmark = pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
 
 
+@pytest.fixture(autouse=True)
+def whatever_pays(monkeypatch):
+    monkeypatch.setattr(integration, "FEW", 0)
+
+
 @pytest.fixture(params=["reference", "triton"])
 def path(request, monkeypatch):
     """On the twins, and through the kernels in Triton's interpreter."""
     monkeypatch.setenv("QWENKERN_KERNELS", request.param)
+    monkeypatch.setattr(integration, "INTERPRETED", request.param == "triton")
     return request.param
 
 
@@ -165,6 +171,18 @@ def test_every_piece_can_be_switched(piece):
     replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
     layers = [name.replace("#", layer) for name in REPLACED[piece] for layer in ("0", "1")]
     assert sorted(replaced) == sorted(set(layers))
+
+
+def test_few_tokens_on_a_cpu_are_left_to_transformers(monkeypatch):
+    """Where calls of ours cost more than they save, nothing of ours is called."""
+    model = make()
+    with torch.no_grad():
+        expected = model(IDS).logits
+    monkeypatch.setattr(integration, "FEW", IDS.numel() * 64 + 1)
+    monkeypatch.setattr(integration, "INTERPRETED", False)
+    monkeypatch.setattr(integration, "ops", None)
+    with torch.no_grad():
+        assert torch.equal(apply_qwenkern(model)(IDS).logits, expected)
 
 
 def test_revert_gives_back_what_was_there():

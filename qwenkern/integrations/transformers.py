@@ -6,7 +6,7 @@
 What is replaced is the `forward` of single modules (instances, never classes), so other models are left alone, and
 parameters, state dict, hooks, device moves and PEFT's adapters stay what they were. Linear layers are called, not
 replaced, so quantised ones work. Everything that is replaced has a gradient; attention falls back to torch's where one
-is wanted, or where there is a mask.
+is wanted, or where there is a mask. On a CPU few tokens run as transformers' own: there nothing is gained.
 """
 
 from __future__ import annotations
@@ -26,10 +26,16 @@ from torch import Tensor, nn
 from .. import kernels as ops
 from ..errors import RequestError
 
+try:
+    from ..kernels.dispatch import INTERPRETED
+except ImportError:  # no Triton
+    INTERPRETED = False
+
 logger = logging.getLogger(__name__)
 TESTED = ("5.17", "5.22")  # the first and the last minor version that the tests have run with
 MODEL_TYPES = ("qwen2", "llama", "mistral")  # whose layers look alike
 PIECES = ("rms_norm", "rope", "swiglu", "attention")
+FEW = 1 << 15  # values below which, on a CPU, torch's own operations are as fast as calls of ours
 _MARK = "_qwenkern"
 
 
@@ -130,7 +136,7 @@ def attention_forward(
         attention_mask is None and not dropout and causal and not any(keywords.get(name) is not None for name in _EXTRA)
     )
     wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
-    if not plain or wants_gradient or not (query.is_cuda or _interpreted()):
+    if not plain or wants_gradient or not (query.is_cuda or INTERPRETED):
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         return sdpa_attention_forward(
@@ -168,17 +174,22 @@ def _apply(decoder: nn.Module, patch: Patch) -> None:
 
 
 def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != self.weight.dtype:  # autocast: the product is of the wider dtype
+    # autocast: the product is of the wider dtype
+    if not _pays(hidden_states) or hidden_states.dtype != self.weight.dtype:
         return type(self).forward(self, hidden_states)
     return ops.rms_norm(_dense(hidden_states), self.weight, self.variance_epsilon)
 
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
+    if not _pays(x):
+        return type(self).forward(self, x)
     return self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
 
 
 def _layer_forward(self: nn.Module, hidden_states: Tensor, **keywords: Any) -> Tensor:
     """A decoder layer whose first addition is fused with the norm behind it."""
+    if not _pays(hidden_states):
+        return type(self).forward(self, hidden_states, **keywords)
     residual = hidden_states
     hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **keywords)
     norm = self.post_attention_layernorm
@@ -208,6 +219,10 @@ class _Attention:
         past_key_values: Any = None,
         **keywords: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        if not _pays(hidden_states):
+            return type(module).forward(
+                module, hidden_states, position_embeddings, attention_mask, past_key_values, **keywords
+            )
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
         q, k, v = (project(hidden_states).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj))
         modeling = sys.modules[type(module).__module__]
@@ -320,14 +335,9 @@ def _origin(function: Any) -> str:
     return getattr(function, "__module__", None) or type(function).__module__
 
 
-@torch.compiler.assume_constant_result
-def _interpreted() -> bool:
-    """Whether a CPU's tensors run through the kernels in Triton's interpreter."""
-    try:
-        from ..kernels.dispatch import runs_on_triton
-    except ImportError:  # no Triton
-        return False
-    return runs_on_triton(torch.empty(1))
+def _pays(x: Tensor) -> bool:
+    """Whether ours is faster: not for few values on a CPU, where transformers' own runs then."""
+    return x.is_cuda or INTERPRETED or x.numel() >= FEW
 
 
 @functools.cache
