@@ -99,6 +99,12 @@ def _apply_rope(config: Config, size: Size) -> tuple[Any, ...]:
     return q, k, cos_sin, positions
 
 
+def _rms_norm_backward(config: Config, size: Size) -> tuple[Any, ...]:
+    """As of add_rms_norm: what came back for its two results, the new residual, norm_weight and eps."""
+    x, residual, weight, eps = _stream(config, size)
+    return x, residual, _normal(size, size.tokens, config.hidden_size), weight, eps
+
+
 def _rope_and_cache(config: Config, size: Size) -> tuple[Any, ...]:
     positions, cos_sin = _rotation(config, size)
     k_pages, v_pages, *_ = _cache(config, Size(size.tokens, size.tokens, size.dtype, size.device), 1)
@@ -169,6 +175,14 @@ CASES = [
         lambda c, s: 5 * s.tokens * c.hidden_size,
     ),
     Case(
+        "rms_norm_backward",
+        "rms_norm_backward",
+        _rms_norm_backward,
+        _elements(lambda c, t: 4 * t * c.hidden_size + 2 * c.hidden_size),
+        lambda c, s: 13 * s.tokens * c.hidden_size,
+        MANY,
+    ),
+    Case(
         "qkv",
         "norm_linear",
         lambda c, s: (*_stream(c, s), _weight(s, c.qkv_size, c.hidden_size), _normal(s, c.qkv_size)),
@@ -190,6 +204,14 @@ CASES = [
         _apply_rope,
         lambda c, s: 2 * s.tokens * (c.q_size + c.kv_size) * s.itemsize + _table(c, s),
         lambda c, s: 3 * s.tokens * (c.q_size + c.kv_size),
+    ),
+    Case(
+        "apply_rope_backward",
+        "apply_rope",
+        lambda c, s: (*_apply_rope(c, s), True),
+        lambda c, s: 2 * s.tokens * (c.q_size + c.kv_size) * s.itemsize + _table(c, s),
+        lambda c, s: 3 * s.tokens * (c.q_size + c.kv_size),
+        MANY,
     ),
     Case(
         "rope_and_cache",
@@ -250,6 +272,22 @@ CASES = [
         lambda c, s: tuple(_normal(s, s.tokens, c.intermediate_size) for _ in range(2)),
         _elements(lambda c, t: 3 * t * c.intermediate_size),
         lambda c, s: 5 * s.tokens * c.intermediate_size,
+    ),
+    Case(
+        "swiglu_backward",
+        "swiglu_backward",
+        lambda c, s: (_normal(s, s.tokens, c.intermediate_size), _normal(s, s.tokens, 2 * c.intermediate_size)),
+        _elements(lambda c, t: 5 * t * c.intermediate_size),
+        lambda c, s: 11 * s.tokens * c.intermediate_size,
+        MANY,
+    ),
+    Case(
+        "silu_mul_backward",
+        "silu_mul_backward",
+        lambda c, s: tuple(_normal(s, s.tokens, c.intermediate_size) for _ in range(3)),
+        _elements(lambda c, t: 5 * t * c.intermediate_size),
+        lambda c, s: 11 * s.tokens * c.intermediate_size,
+        MANY,
     ),
     Case(
         "down",

@@ -116,8 +116,11 @@ def _transformers(case: Case) -> Function | None:
         module.weight = torch.nn.Parameter(weight, requires_grad=False)
         return module(x)
 
-    def apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+    def apply_rope(
+        q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
+    ) -> tuple[Tensor, Tensor]:
         cos, sin = (torch.cat((half, half), -1)[None].to(q.dtype) for half in cos_sin[positions].chunk(2, -1))
+        sin = -sin if inverse else sin
         q, k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
         return q[0].transpose(0, 1), k[0].transpose(0, 1)
 

@@ -25,9 +25,12 @@ except ImportError:  # where there is no Triton, the twins are all there is
         norm_swiglu_linear,
         prefill_attention,
         rms_norm,
+        rms_norm_backward,
         rope_and_cache,
         silu_mul,
+        silu_mul_backward,
         swiglu,
+        swiglu_backward,
     )
     from .reference import (
         invariant_tokens as invariant_tokens,
@@ -47,8 +50,10 @@ else:
     from .prefill_attention import prefill_attention
     from .qkv_rope import norm_qkv_rope
     from .rms_norm import add_rms_norm, rms_norm
+    from .rms_norm_backward import rms_norm_backward
     from .rope import apply_rope, rope_and_cache
     from .swiglu import silu_mul, swiglu
+    from .swiglu_backward import silu_mul_backward, swiglu_backward
 
 from . import layers as layers  # of the ops above
 
@@ -66,7 +71,10 @@ __all__ = [
     "norm_swiglu_linear",
     "prefill_attention",
     "rms_norm",
+    "rms_norm_backward",
     "rope_and_cache",
     "silu_mul",
+    "silu_mul_backward",
     "swiglu",
+    "swiglu_backward",
 ]

@@ -38,12 +38,33 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     return rms_norm(x, weight, eps), x
 
 
-def apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def rms_norm_backward(
+    grad: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The gradients of rms_norm, or with grad_residual those of add_rms_norm: (of x, [..., H]; of the weight, [H]).
+
+    grad is what came back for the normed rows, grad_residual for the new residual; x is the row that was normalised,
+    for add_rms_norm the new residual, and its gradient that of both summands. The first is computed in float32 and
+    rounded once; the second sums, in float32, the products of grad with the quotient, rounded as in the op."""
+    wide, wide_grad = _wide(x), _wide(grad)
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed, scaled = wide * scale, wide_grad * weight
+    grad_x = scale * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    if grad_residual is not None:
+        grad_x = grad_x + grad_residual
+    grad_weight = (wide_grad * normed.to(x.dtype)).reshape(-1, x.shape[-1]).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
+
+
+def apply_rope(
+    q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, equation 34), half-split as in GPT-NeoX and Qwen2.
 
     q [T, Hq, D] and k [T, Hkv, D]; cos_sin [positions, D] float32, cosines in the first half of a row and sines in the
-    second; positions [T]. Computed in float32, rounded once."""
+    second; positions [T]. Computed in float32, rounded once. ``inverse`` rotates back, which is also the gradient."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2] each
+    sin = -sin if inverse else sin
 
     def rotate(x: Tensor) -> Tensor:
         first, second = _wide(x).chunk(2, dim=-1)
@@ -138,6 +159,21 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up of two tensors [..., F]: swiglu of projections that are not packed."""
     return F.silu(gate) * up
+
+
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
+    """The gradient of swiglu's gate_up [..., 2 F], packed like it, from that of its result, grad [..., F]."""
+    return torch.cat(silu_mul_backward(grad, *gate_up.chunk(2, dim=-1)), dim=-1)
+
+
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of silu_mul's gate and up, from that of its result, all [..., F].
+
+    That of gate is computed in float32 and rounded once; that of up is grad times silu, rounded as in the op."""
+    wide = _wide(gate)
+    sigmoid = torch.sigmoid(wide)
+    slope = sigmoid * (1 + wide * (1 - sigmoid))
+    return (_wide(grad) * _wide(up) * slope).to(gate.dtype), grad * F.silu(gate)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:

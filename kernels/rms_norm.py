@@ -22,6 +22,7 @@ from . import cpu, reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, wait_for_inputs
+from .rms_norm_backward import add_rms_norm_gradient, rms_norm_gradient
 
 MAX_HIDDEN = 32768  # a row must fit in a program's registers
 
@@ -114,7 +115,7 @@ def _fake_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: 
     return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(x)
 
 
-@op(fake=_fake_rms_norm)
+@op(fake=_fake_rms_norm, gradient=rms_norm_gradient)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 
@@ -130,7 +131,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return out
 
 
-@op(fake=_fake_add_rms_norm)
+@op(fake=_fake_add_rms_norm, gradient=add_rms_norm_gradient)
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Adds x [..., H] to the residual stream and normalises the sum: (normed, new residual), both of x's shape.
 

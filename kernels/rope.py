@@ -4,8 +4,8 @@
     rotated[i + D/2]   = round(x[i + D/2] * cos[i] + x[i] * sin[i])
 
 qkv [T, (Hq + 2 Hkv) D] of any row stride, heads in the order q, k, v; cos_sin [context, D] float32, cosines in the
-first half of a row. Products and sums in float32, rounded once; v is copied. Bytes moved: 2 T (Hq + 2 Hkv) D elements,
-and 4 T D bytes of the table.
+first half of a row. Products and sums in float32, rounded once; v is copied. The rotation by the negative angle is the
+inverse, and the gradient. Bytes moved: 2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of the table.
 
     program (t, p):  heads p * HEADS .. of token t; q goes to its output, k and v into the slot of the token
 """
@@ -59,6 +59,7 @@ def _rope_kernel(
     k_stride,
     HEAD_DIM: tl.constexpr,
     HEADS: tl.constexpr,
+    INVERSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     HALF: tl.constexpr = HEAD_DIM // 2
@@ -71,6 +72,8 @@ def _rope_kernel(
     position = tl.load(positions_ptr + token).to(tl.int64)
     cos = tl.load(cos_sin_ptr + position * HEAD_DIM + column)
     sin = tl.load(cos_sin_ptr + position * HEAD_DIM + HALF + column)
+    if INVERSE:
+        sin = -sin
     slot = token
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + token).to(tl.int64)
@@ -115,6 +118,7 @@ def _launch_rope(
     positions: Tensor,
     cos_sin: Tensor,
     slots: Tensor | None,
+    inverse: bool = False,
 ) -> None:
     """q [T, Hq, D], k and v [T, Hkv, D] with dense heads; q_out dense, k_out and v_out dense rows of heads."""
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
@@ -135,6 +139,7 @@ def _launch_rope(
         q.stride(0),
         k.stride(0),
         HEAD_DIM=head_dim,
+        INVERSE=inverse,
         **config,
         **pdl_options(q),
     )
@@ -180,8 +185,22 @@ def check_places(
         )
 
 
-def _fake_apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_apply_rope(
+    q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape)
+
+
+def _save_angles(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, _, cos_sin, positions, ctx.inverse = inputs
+    ctx.save_for_backward(cos_sin, positions)
+
+
+def _rotate_back(ctx: Any, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
+    grads = torch.ops.qwenkern.apply_rope(
+        grad_q.contiguous(), grad_k.contiguous(), *ctx.saved_tensors, inverse=not ctx.inverse
+    )
+    return *grads, None, None, None
 
 
 def _fake_rope_and_cache(
@@ -191,21 +210,24 @@ def _fake_rope_and_cache(
     return qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
 
 
-@op(fake=_fake_apply_rope)
-def apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+@op(fake=_fake_apply_rope, gradient=(_save_angles, _rotate_back))
+def apply_rope(
+    q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
+) -> tuple[Tensor, Tensor]:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, equation 34), half-split as in GPT-NeoX and Qwen2.
 
     q [T, Hq, D] and k [T, Hkv, D] of one dtype, tokens of any stride with dense heads; cos_sin [context, D] float32;
-    positions [T] integers within the context. Returns q and k, rotated in float32 and rounded once."""
+    positions [T] integers within the context. Returns q and k, rotated in float32 and rounded once; ``inverse`` rotates
+    them back, by the negative angle."""
     check_tensor("apply_rope", "q", q, ("T", "Hq", "D"))
     check_tensor("apply_rope", "k", k, (len(q), "Hkv", q.shape[2]), like=q)
     _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
     check_device("apply_rope", q=q, k=k, cos_sin=cos_sin, positions=positions)
     if not runs_on_triton(q, unsupported_heads(q.shape[2])):
-        return (cpu if cpu.takes_rope(q) else reference).apply_rope(q, k, cos_sin, positions)
+        return (cpu if cpu.takes_rope(q) else reference).apply_rope(q, k, cos_sin, positions, inverse)
     q, k = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k))
     q_out, k_out = _fake_apply_rope(q, k, cos_sin, positions)
-    _launch_rope(q_out, k_out, None, q, k, None, positions, cos_sin, None)
+    _launch_rope(q_out, k_out, None, q, k, None, positions, cos_sin, None, inverse)
     return q_out, k_out
 
 

@@ -21,6 +21,7 @@ from . import cpu, reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
+from .swiglu_backward import silu_mul_gradient, swiglu_gradient
 
 tuning.SPACES["swiglu"] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
 
@@ -71,7 +72,7 @@ def _fake_swiglu(gate_up: Tensor) -> Tensor:
     return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
 
 
-@op(fake=_fake_swiglu)
+@op(fake=_fake_swiglu, gradient=swiglu_gradient)
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of gate_up [..., 2 F], gate in the first half: [..., F].
 
@@ -90,7 +91,7 @@ def _fake_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     return torch.empty_like(gate, memory_format=torch.contiguous_format)
 
 
-@op(fake=_fake_silu_mul)
+@op(fake=_fake_silu_mul, gradient=silu_mul_gradient)
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of two tensors [..., F] of one shape: [..., F].
 

@@ -12,8 +12,10 @@ import test_linear
 import test_lm_head
 import test_prefill_attention
 import test_rms_norm
+import test_rms_norm_backward
 import test_rope
 import test_swiglu
+import test_swiglu_backward
 import torch
 
 MODULES = (
@@ -23,8 +25,10 @@ MODULES = (
     test_lm_head,
     test_prefill_attention,
     test_rms_norm,
+    test_rms_norm_backward,
     test_rope,
     test_swiglu,
+    test_swiglu_backward,
 )
 MUTATIONS = [mutation for module in MODULES for mutation in module.MUTATIONS]
 

@@ -59,8 +59,10 @@ def test_the_gpu_runs_the_tests_of_every_kernel():
         "qkv_rope",
         "qwen2",
         "rms_norm",
+        "rms_norm_backward",
         "rope",
         "swiglu",
+        "swiglu_backward",
     ]
     assert {f"test_{name}" for name in kernels} <= names
     assert not names & {"test_gguf", "test_on_gpu", "test_demo"}, "these need packages, or files, that it may not have"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from mutants import Mutation
 from oracle import assert_matches_twin, assert_rounds_like_twin, guard, guarded_allocations, random
+from tolerances import assert_as_close_as
 
 from qwenkern.kernels import reference
 
@@ -78,6 +79,24 @@ def test_apply_rope(ops, device, heads, dtype):
     q = random(5, num_q_heads, head_dim, dtype=dtype, device=device, seed=7)
     k = random(5, num_kv_heads, head_dim, dtype=dtype, device=device, seed=8)
     assert_matches_twin(ops, "apply_rope", q, k, cos_sin, positions)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [HEADS["3B"], HEADS["odd"]], ids=["3B", "odd"])
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_inverse(ops, device, tokens, heads, dtype):
+    """By the negative angle: against the twin, and back to where a rotation began."""
+    num_q_heads, num_kv_heads, head_dim = heads
+    _, positions, cos_sin, *_ = _inputs(tokens, *heads, dtype, device)
+    q = random(tokens, num_q_heads, head_dim, dtype=dtype, device=device, seed=7)
+    k = random(tokens, num_kv_heads, head_dim, dtype=dtype, device=device, seed=8)
+    assert_matches_twin(ops, "apply_rope", q, k, cos_sin, positions, inverse=True)
+    rotated = ops.apply_rope(q, k, cos_sin, positions)
+    turned_back = reference.apply_rope(*(each.double() for each in rotated), cos_sin.double(), positions, inverse=True)
+    for out, peer, truth in zip(
+        ops.apply_rope(*rotated, cos_sin, positions, inverse=True), (q, k), turned_back, strict=True
+    ):
+        assert_as_close_as(out, peer, truth)
 
 
 @pytest.mark.parametrize("of_qkv", [True, False])
@@ -161,6 +180,7 @@ def test_registrations(ops, device):
     torch.library.opcheck(torch.ops.qwenkern.rope_and_cache, inputs)
     q, k = inputs[0].view(2, 8, 16).split((6, 2), dim=1)
     torch.library.opcheck(torch.ops.qwenkern.apply_rope, (q, k, inputs[2], inputs[1]))
+    torch.library.opcheck(torch.ops.qwenkern.apply_rope, (q, k, inputs[2], inputs[1]), {"inverse": True})
 
 
 def _inputs(tokens, num_q_heads, num_kv_heads, head_dim, dtype, device):
@@ -187,6 +207,14 @@ MUTATIONS = [
         "first * cos + second * sin",
         test_rope_and_cache,
         _SMALL,
+    ),
+    Mutation(
+        "never inverse",
+        "rope.py",
+        "        sin = -sin\n",
+        "        sin = sin\n",
+        test_inverse,
+        {"tokens": 1, "heads": (5, 3, 32), "dtype": torch.float32},
     ),
     Mutation(
         "sine and cosine exchanged",

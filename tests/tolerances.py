@@ -10,6 +10,7 @@ YARN_RELATIVE = 2 * torch.finfo(torch.float32).eps  # two roundings: the same pr
 MEAN_KL_FLOAT32 = 1e-8  # nats a token, between two float32 runs of the same weights
 NEAR_TIE = 0.25  # nats between two tokens that bfloat16 may swap: logits near 20 step by 0.125
 DIFFERING = 0.01  # share of elements, at most, where float32 sums in another order tip a rounding
+FLOAT64_RELATIVE = 64 * torch.finfo(torch.float64).eps  # one formula in float64, its terms in another order
 MEAN_KL_RATIO = 1.1  # a bfloat16 run's divergence from the truth, at most, over transformers' own
 
 
@@ -28,6 +29,15 @@ def assert_as_close_as(out: Tensor, peer: Tensor, truth: Tensor) -> None:
     assert ours.max().item() <= allowed, f"largest error {ours.max():.3g}, allowed {allowed:.3g}"
     rms, allowed = ours.square().mean().sqrt().item(), RMS_RATIO * theirs.square().mean().sqrt().item() + rounding / 2
     assert rms <= allowed, f"root-mean-square error {rms:.3g}, allowed {allowed:.3g}"
+
+
+def assert_same_formula(out: Tensor, expected: Tensor) -> None:
+    """Both in float64, and equal but for FLOAT64_RELATIVE of the largest value."""
+    assert out.dtype == expected.dtype == torch.float64
+    assert torch.isfinite(out).all()
+    assert out.shape == expected.shape
+    error, allowed = (out - expected).abs().max().item(), FLOAT64_RELATIVE * expected.abs().max().item()
+    assert error <= allowed, f"largest error {error:.3g}, allowed {allowed:.3g}"
 
 
 def assert_nearly_equal(out: Tensor, peer: Tensor) -> None:
