@@ -24,8 +24,9 @@ EXTRAS = {
         "pytest-timeout",  # a hang is a failure
         "pytest-benchmark",  # the registry's cases, for regressions on a CPU
         "hypothesis",  # malformed files and byte sequences that nobody thought of
-        "transformers>=4.51",  # the oracle for logits, YaRN and chat templates
+        "transformers>=5.17",  # the oracle for logits, YaRN and chat templates
         "kernels>=0.17",  # what puts kernels/layers.py into other projects' models
+        "peft",  # models with adapters must take our pieces as others do
         "tiktoken",  # the oracle for tokenization: another BPE, another expression engine
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import peft
 import pytest
 import torch
 from tolerances import assert_as_close_as
@@ -244,6 +245,73 @@ def test_compiles_in_one_graph(attention):
         expected = model(IDS, use_cache=False).logits
         compiled = torch.compile(apply_qwenkern(model), backend="aot_eager", fullgraph=True)
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_training_follows_the_unpatched(path, dtype):
+    """32 steps: at each the loss is as close to float64's as that of transformers alone in the same dtype."""
+
+    def losses(model):
+        model.train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        found = []
+        for step in range(32):
+            ids = torch.randint(3, 23, (2, 8), generator=torch.Generator().manual_seed(step % 4))
+            loss = model(ids, labels=ids).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        return torch.tensor(found, dtype=torch.float64)
+
+    truth, peer, out = (
+        losses(each) for each in (make().double(), make(dtype=dtype), apply_qwenkern(make(dtype=dtype)))
+    )
+    assert truth[-1] < 0.8 * truth[0], "nothing was learnt"
+    assert_as_close_as(out.float(), peer.float(), truth)
+
+
+def test_gradients_reach_every_parameter(path):
+    model, patched = make(), apply_qwenkern(make())
+    for each in (model, patched):
+        each(IDS, labels=IDS).loss.backward()
+    truth = make().double()
+    truth(IDS, labels=IDS).loss.backward()
+    for (name, mine), theirs, exact in zip(
+        patched.named_parameters(), model.parameters(), truth.parameters(), strict=True
+    ):
+        assert mine.grad is not None, name
+        assert_as_close_as(mine.grad, theirs.grad, exact.grad)
+
+
+def test_gradient_checkpointing(path):
+    grads = []
+    for checkpointing in (False, True):
+        model = apply_qwenkern(make()).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        model(IDS, labels=IDS).loss.backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_inside_peft(path):
+    """The base model is found, adapters take part, and only they learn."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
+
+    def adapted():
+        torch.manual_seed(3)
+        return peft.get_peft_model(make(), config)
+
+    expected, model = adapted(), apply_qwenkern(adapted())
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, expected(IDS).logits)
+        assert torch.equal(model.generate(IDS, max_new_tokens=5), expected.generate(IDS, max_new_tokens=5))
+    model(IDS, labels=IDS).loss.backward()
+    learns = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert learns
+    assert all("lora_" in name for name in learns)
+    assert not any("forward" in vars(module) for module in revert(model).modules())
 
 
 def test_autocast_keeps_its_dtypes():
