@@ -39,7 +39,7 @@ def op(
     def register(function: Callable) -> Callable:
         name = function.__name__
         if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder leaves the first one's ops alone
-            custom = torch.library.custom_op(f"qwenkern::{name}", _unaliased(function), mutates_args=mutates)
+            custom = torch.library.custom_op(f"qwenkern::{name}", _for_library(function), mutates_args=mutates)
             custom.register_fake(fake)
             if gradient:
                 custom.register_autograd(gradient[1], setup_context=gradient[0])
@@ -110,14 +110,18 @@ def _warn_once(unsupported: str) -> None:
     warnings.warn(f"qwenkern: the Triton kernel does not take {unsupported}; torch runs it, slower", stacklevel=3)
 
 
-def _unaliased(function: Callable) -> Callable:
-    """torch.library wants outputs that are not inputs: a stream that begins with x returns x as its residual."""
+def _for_library(function: Callable) -> Callable:
+    """torch.library wants outputs that are not inputs (a stream that begins with x returns x as its residual), and that
+    lie as the fakes say: densely, where a twin keeps the order of its input's dimensions."""
 
     @functools.wraps(function)
     def call(*args: Any, **keywords: Any) -> Any:
         outputs = function(*args, **keywords)
         if not isinstance(outputs, tuple):
-            return outputs
-        return tuple(out.clone() if any(out is arg for arg in args) else out for out in outputs)
+            return outputs.contiguous()
+        return tuple(
+            out.clone(memory_format=torch.contiguous_format) if any(out is arg for arg in args) else out.contiguous()
+            for out in outputs
+        )
 
     return call

@@ -112,7 +112,8 @@ def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _fake_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(x)
+    out, new_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
+    return out, new_residual
 
 
 @op(fake=_fake_rms_norm, gradient=rms_norm_gradient)

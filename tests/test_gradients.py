@@ -158,6 +158,25 @@ def test_registrations(ops, device, name):
     torch.library.opcheck(op, _arguments(name, torch.float32, device))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_registrations_of_folded_batches(ops, device, monkeypatch, name):
+    """[batch, tokens] exchanged, on the twin, too: what comes back lies as the compiler was told."""
+    arguments = _arguments(name, torch.float32, device)
+    if not name.startswith("apply_rope"):
+        folded = [
+            torch.stack((each.detach(), each.detach())).transpose(0, 1).requires_grad_()
+            if isinstance(each, Tensor) and each.dim() > 1
+            else each
+            for each in arguments
+        ]
+    else:
+        folded = [each.detach().transpose(0, 1).contiguous().transpose(0, 1) for each in arguments[:2]]
+        folded = [*(each.requires_grad_() for each in folded), *arguments[2:]]
+    for choice in ("triton", "reference"):
+        monkeypatch.setenv("QWENKERN_KERNELS", choice)
+        torch.library.opcheck(getattr(torch.ops.qwenkern, name.split(",")[0]), tuple(folded))
+
+
 def _block(ops, x, residual, weight, qkv, gate_up, cos_sin, positions):
     """Every op with a gradient, one after the other."""
     normed, residual = ops.add_rms_norm(x, residual, weight, EPS)
