@@ -27,6 +27,7 @@ EXTRAS = {
         "transformers>=5.17",  # the oracle for logits, YaRN and chat templates
         "kernels>=0.17",  # what puts kernels/layers.py into other projects' models
         "peft",  # models with adapters must take our pieces as others do
+        "accelerate",  # and so must models with its hooks
         "tiktoken",  # the oracle for tokenization: another BPE, another expression engine
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures

@@ -7,6 +7,7 @@ import copy
 import peft
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from tolerances import assert_as_close_as
 from transformers import (
     GPT2Config,
@@ -250,6 +251,7 @@ def test_compiles_in_one_graph(attention):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_follows_the_unpatched(path, dtype):
     """32 steps: at each the loss is as close to float64's as that of transformers alone in the same dtype."""
+    kind = Qwen2ForCausalLM, Qwen2Config(**SIZES | {"num_hidden_layers": 1})
 
     def losses(model):
         model.train()
@@ -264,9 +266,8 @@ def test_training_follows_the_unpatched(path, dtype):
             found.append(loss.item())
         return torch.tensor(found, dtype=torch.float64)
 
-    truth, peer, out = (
-        losses(each) for each in (make().double(), make(dtype=dtype), apply_qwenkern(make(dtype=dtype)))
-    )
+    models = make(kind).double(), make(kind, dtype), apply_qwenkern(make(kind, dtype))
+    truth, peer, out = (losses(model) for model in models)
     assert truth[-1] < 0.8 * truth[0], "nothing was learnt"
     assert_as_close_as(out.float(), peer.float(), truth)
 
@@ -312,6 +313,25 @@ def test_inside_peft(path):
     assert learns
     assert all("lora_" in name for name in learns)
     assert not any("forward" in vars(module) for module in revert(model).modules())
+
+
+def test_norms_that_an_adapter_wraps_stay(path):
+    config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["post_attention_layernorm", "norm"])
+    model = peft.get_peft_model(make(), config)
+    with torch.no_grad():
+        expected = model(IDS).logits
+        torch.testing.assert_close(apply_qwenkern(model)(IDS).logits, expected)
+
+
+def test_with_accelerates_hooks(path):
+    """They bring weights to where they are needed: before and after, on top of ours and below."""
+    model, expected = make(), make()(IDS).logits
+    add_hook_to_module(model.model.layers[0].post_attention_layernorm, AlignDevicesHook(execution_device="cpu"))
+    add_hook_to_module(model.model.layers[1].mlp, AlignDevicesHook(execution_device="cpu"))
+    torch.testing.assert_close(apply_qwenkern(model)(IDS).logits, expected)
+    revert(model)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert isinstance(model.model.layers[1].mlp._hf_hook, AlignDevicesHook)
 
 
 def test_autocast_keeps_its_dtypes():

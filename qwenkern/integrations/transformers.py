@@ -161,16 +161,23 @@ def _apply(decoder: nn.Module, patch: Patch) -> None:
         )
     for layer in decoder.layers:
         if "rms_norm" in patch.pieces:
-            patch.replace(layer.input_layernorm, _norm_forward)
-            patch.replace(layer.post_attention_layernorm, _norm_forward)
-            patch.replace(layer, _layer_forward)
+            norms = [norm for norm in (layer.input_layernorm, layer.post_attention_layernorm) if _is_norm(norm)]
+            for norm in norms:
+                patch.replace(norm, _norm_forward)
+            if len(norms) == 2:
+                patch.replace(layer, _layer_forward)
         if "swiglu" in patch.pieces:
             patch.replace(layer.mlp, _mlp_forward)
         if "rope" in patch.pieces or attends:
             rotates = tables if "rope" in patch.pieces else None
             patch.replace(layer.self_attn, _Attention(rotates, attends))
-    if "rms_norm" in patch.pieces:
+    if "rms_norm" in patch.pieces and _is_norm(decoder.norm):
         patch.replace(decoder.norm, _norm_forward)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Not what an adapter has wrapped: that does more than normalise."""
+    return type(module).__name__.endswith("RMSNorm")
 
 
 def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -326,9 +333,10 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+    """Whether more happens when the module is called than its forward: torch's hooks, or accelerate's, which may bring
+    the weight first."""
+    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(own) or hasattr(module, "_hf_hook")
 
 
 def _origin(function: Any) -> str:
