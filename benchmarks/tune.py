@@ -99,7 +99,7 @@ class Problem:
 
 # Ops that share a kernel look their configuration up under one name.
 _TUNED_AS = {"add_rms_norm": "rms_norm", "apply_rope": "rope_and_cache", "lm_head_top_k": "lm_head"}
-_TUNED_AS |= {"silu_mul": "swiglu", "silu_mul_backward": "swiglu_backward"}
+_TUNED_AS |= {"attention": "decode_attention", "silu_mul": "swiglu", "silu_mul_backward": "swiglu_backward"}
 
 
 def problems(case: Case, config: Config, sizes: list[Size]) -> list[Problem]:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from toy import byte_tokenizer
@@ -143,7 +144,9 @@ def _wait_for(terminal, text, seconds=60):
     return seen
 
 
-def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
+def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
+    """The answer is longer than what a terminal holds unread, so it cannot end before it is stopped."""
+    save_checkpoint(tiny_model(replace(TINY, max_position_embeddings=16384)), folder := tmp_path / "Tiny-Qwen2.5")
     terminal, end = pty.openpty()
     program = subprocess.Popen(
         [sys.executable, "-c", "from qwenkern.cli import main; main()", "chat", "-m", str(folder)],
@@ -158,7 +161,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(folder):
         _wait_for(terminal, "> ")
         os.write(terminal, b"go on and on\n")
         _wait_for(terminal, "go on and on\r\n")
-        os.read(terminal, 1)  # the first of the 480 tokens of the answer
+        os.read(terminal, 1)  # the first of the 16,353 tokens of the answer
         program.send_signal(signal.SIGINT)
         rest = _wait_for(terminal, "(stopped)").split("(stopped)")[1]
         if "> " not in rest:

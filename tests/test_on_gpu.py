@@ -122,7 +122,9 @@ def test_the_gguf_file_of_a_model_holds_its_weights(tmp_path):
 def test_unknown_peers_are_named():
     done = CliRunner().invoke(app, ["--model", "qwen2.5-0.5b", "--layers", "1", "--peers", "vllm"])
     assert done.exit_code == 2
-    assert "vllm: not among transformers, compiled, llama.cpp" in " ".join(done.output.replace("│", " ").split())
+    assert "vllm: not among transformers, patched, liger, compiled, llama.cpp" in " ".join(
+        done.output.replace("│", " ").split()
+    )
 
 
 def test_end_to_end_of_random_weights(tmp_path):
