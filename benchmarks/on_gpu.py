@@ -63,7 +63,11 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
             + (small if dry else ["--seconds", "0.3"]),
             130,
         ),
-        Part("compiled", [*end_to_end("compiled"), "--peers", "patched" if dry else "patched,liger,compiled"], 120),
+        Part(
+            "compiled",
+            [*end_to_end("end_to_end_compiled"), "--peers", "patched" if dry else "patched,liger,compiled"],
+            120,
+        ),
     ]
     if tune:
         command = [python, str(here / "tune.py"), *model, "--budget", str(tune), "--out", str(out / "tuned")]

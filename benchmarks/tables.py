@@ -117,7 +117,12 @@ def _when(document: dict[str, Any]) -> str:
     return f"{document['device']}, {versions}, {document['date']}{commit}."
 
 
-MAKERS = {"kernels": kernels, "end_to_end": end_to_end}  # of results whose names begin like this
+# What each block is made of: a kind of table, and the results that are shown so, one below the other.
+MAKERS = {
+    "kernels": (kernels, "*/kernels.json"),
+    "end_to_end": (end_to_end, "*/end_to_end.json"),
+    "end_to_end_more": (end_to_end, "*/end_to_end_*.json"),
+}
 
 
 def blocks() -> Iterator[tuple[str, str]]:
@@ -126,8 +131,8 @@ def blocks() -> Iterator[tuple[str, str]]:
     if compiled.exists():
         yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
         yield "plan", planned(plan.load())
-    for name, make in MAKERS.items():
-        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(f"*/{name}*.json"))]
+    for name, (make, files) in MAKERS.items():
+        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(files))]
         yield name, "\n\n".join(parts) or "Not yet measured."
 
 

@@ -34,7 +34,7 @@ def test_a_dry_run_goes_through_every_part(compiling, tmp_path):
         "summary.json",
         "kernels.json",
         "end_to_end.json",
-        "compiled.json",
+        "end_to_end_compiled.json",
         "tuned.tar.gz",
         *(f"{name}.log" for name in PARTS),
     }
