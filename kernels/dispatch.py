@@ -46,9 +46,11 @@ def op(
 
         @functools.wraps(function)
         def public(*args: Any, **keywords: Any) -> Any:
-            if torch.compiler.is_compiling() or _wants_gradient(args, keywords):
-                return getattr(torch.ops.qwenkern, name)(*args, **keywords)
             first = args[0] if args else None
+            if torch.autograd.forward_ad._current_level >= 0:
+                _refuse_tangents(name, (*args, *keywords.values()))
+            if torch.compiler.is_compiling() or _wants_gradient(args, keywords) or _is_watched(first):
+                return getattr(torch.ops.qwenkern, name)(*args, **keywords)
             if isinstance(first, Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
                 with torch.cuda.device(first.device):  # Triton launches on the current device
                     return function(*args, **keywords)
@@ -64,6 +66,24 @@ def _wants_gradient(args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
     return torch.is_grad_enabled() and any(
         isinstance(each, Tensor) and each.requires_grad for each in (*args, *keywords.values())
     )
+
+
+def _is_watched(x: Any) -> bool:
+    """Whether torch follows what happens to x (tracing, vmap, tensors without memory): a launcher's work, which it does
+    not see, would be missing."""
+    return (
+        (isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter))
+        or torch.jit.is_tracing()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Raises where a forward-mode derivative would silently be lost."""
+    for each in args:
+        if isinstance(each, Tensor) and torch.autograd.forward_ad.unpack_dual(each).tangent is not None:
+            raise NotImplementedError(f"{name} has no forward-mode derivative; expected tensors without tangents")
 
 
 def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:

@@ -221,6 +221,8 @@ def apply_rope(
     them back, by the negative angle."""
     check_tensor("apply_rope", "q", q, ("T", "Hq", "D"))
     check_tensor("apply_rope", "k", k, (len(q), "Hkv", q.shape[2]), like=q)
+    if q.shape[2] % 2:
+        raise ValueError(f"apply_rope: heads must have an even size, and q's have {q.shape[2]}")
     _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
     check_device("apply_rope", q=q, k=k, cos_sin=cos_sin, positions=positions)
     if not runs_on_triton(q, unsupported_heads(q.shape[2])):

@@ -8,10 +8,13 @@ import torch.nn.functional as F
 from oracle import random
 from tolerances import assert_as_close_as, assert_same_formula
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from qwenkern import kernels
-from qwenkern.kernels import reference
+from qwenkern.kernels import dispatch, reference
 
 EPS = 1e-6
 POSITIONS = [4, 0, 3]
@@ -285,3 +288,24 @@ def test_less_is_kept_for_the_backward_pass(layers, capsys):
     with capsys.disabled():
         print(f"\nkept for the backward pass: {ours:,} bytes, by transformers {theirs:,}: {ours / theirs:.2f} times")
     assert ours < 0.75 * theirs
+
+
+@pytest.mark.parametrize("choice", ["triton", "reference"])
+def test_whoever_follows_tensors_sees_the_ops(monkeypatch, choice):
+    """A launcher's work is invisible to tracers, so the op must be what they meet, in C as well."""
+    monkeypatch.setenv("QWENKERN_KERNELS", choice)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)  # C, where the kernels are asked for on a CPU
+    x, other, weight = (torch.randn(*shape).bfloat16() for shape in ((3, 32), (3, 32), (32,)))
+
+    def norm(x):
+        return kernels.rms_norm(x, weight, 1e-6)
+
+    traced = torch.jit.trace(norm, (x,), check_trace=False)
+    assert torch.equal(traced(other), norm(other))
+    graph = make_fx(norm)(x)
+    assert torch.equal(graph(other), norm(other))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        assert norm(mode.from_tensor(x)).shape == x.shape
+    assert torch.equal(torch.vmap(norm)(x), norm(x))
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        norm(forward_ad.make_dual(x, other))

@@ -334,6 +334,21 @@ def test_with_accelerates_hooks(path):
     assert isinstance(model.model.layers[1].mlp._hf_hook, AlignDevicesHook)
 
 
+def test_a_layer_called_by_hand(path):
+    """By position, with rows that are not contiguous, once as two layers, with other angles for the second call."""
+    model, ids = make(), torch.randn(1, 64, 5).transpose(1, 2)
+    table = model.model.rotary_emb(ids, torch.arange(5)[None])
+    layer = model.model.layers[0]
+    with torch.no_grad():
+        expected = [layer(ids, None, None, None, False, angles) for angles in (table, (table[0], -table[1]))]
+        model.model.layers[1] = layer
+        apply_qwenkern(model)
+        found = [layer(ids, None, None, None, False, angles) for angles in (table, (table[0], -table[1]))]
+    for each, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(each, other)
+    assert "forward" not in vars(revert(model).model.layers[0])
+
+
 def test_autocast_keeps_its_dtypes():
     model = make()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
@@ -379,6 +394,17 @@ def somebody_else():
     return model
 
 
+def another_attention():
+    model = make()
+
+    class Qwen2Attention(type(model.model.layers[0].self_attn)):
+        def forward(self, *args, **keywords):
+            return super().forward(*args, **keywords)
+
+    model.model.layers[0].self_attn.__class__ = Qwen2Attention
+    return model
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
@@ -387,8 +413,9 @@ def somebody_else():
         (another_activation, "the model's activation is 'gelu'; expected 'silu', or pass swiglu=False"),
         (liger, r"Qwen2RMSNorm runs on Liger \(liger_kernel"),
         (somebody_else, "forward of Qwen2MLP was replaced already, by .*test_transformers"),
+        (another_attention, "forward of Qwen2Attention is that of .*test_transformers; expected transformers' own"),
     ],
-    ids=["no model", "another kind", "another activation", "Liger", "somebody else"],
+    ids=["no model", "another kind", "another activation", "Liger", "somebody else", "another attention"],
 )
 def test_bad_models_are_named_and_left_alone(broken, message):
     model = broken()

@@ -47,6 +47,13 @@ class Patch:
     replaced: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # module, attribute, what it held or None
 
     def replace(self, module: nn.Module, function: Callable) -> None:
+        if any(module is each for each, *_ in self.replaced):
+            return  # layers may share a module
+        if not (home := _origin(type(module).forward)).startswith("transformers.models."):
+            raise RequestError(
+                f"forward of {type(module).__name__} is that of {home}; expected transformers' own: undo "
+                "the other patch, or switch the piece off"
+            )
         # accelerate keeps the real forward aside, under this name, and calls it from its own
         name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
         before = module.__dict__.get(name)
@@ -190,22 +197,38 @@ def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
     if not _pays(x):
         return type(self).forward(self, x)
-    return self.down_proj(ops.silu_mul(self.gate_proj(x), self.up_proj(x)))
+    return self.down_proj(ops.silu_mul(_dense(self.gate_proj(x)), _dense(self.up_proj(x))))
 
 
-def _layer_forward(self: nn.Module, hidden_states: Tensor, **keywords: Any) -> Tensor:
+def _layer_forward(
+    self: nn.Module,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    past_key_values: Any = None,
+    use_cache: bool | None = False,
+    position_embeddings: tuple[Tensor, Tensor] | None = None,
+    **keywords: Any,
+) -> Tensor:
     """A decoder layer whose first addition is fused with the norm behind it."""
+    keywords |= {
+        "attention_mask": attention_mask,
+        "position_ids": position_ids,
+        "past_key_values": past_key_values,
+        "use_cache": use_cache,
+        "position_embeddings": position_embeddings,
+    }
     if not _pays(hidden_states):
         return type(self).forward(self, hidden_states, **keywords)
-    residual = hidden_states
-    hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **keywords)
+    residual = _dense(hidden_states)
+    hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(residual), **keywords)
     norm = self.post_attention_layernorm
     if _has_hooks(norm) or not hidden_states.dtype == residual.dtype == norm.weight.dtype:
         # whoever looks at the norm's input and output finds them; autocast mixes dtypes
         residual = residual + hidden_states
         hidden_states = norm(residual)
     else:
-        hidden_states, residual = ops.add_rms_norm(hidden_states, residual, norm.weight, norm.variance_epsilon)
+        hidden_states, residual = ops.add_rms_norm(_dense(hidden_states), residual, norm.weight, norm.variance_epsilon)
     return residual + self.mlp(hidden_states)
 
 
@@ -231,7 +254,9 @@ class _Attention:
                 module, hidden_states, position_embeddings, attention_mask, past_key_values, **keywords
             )
         shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        q, k, v = (project(hidden_states).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj))
+        q, k, v = (
+            _dense(project(hidden_states)).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj)
+        )
         modeling = sys.modules[type(module).__module__]
         if self._tables is None:
             q, k = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
@@ -270,16 +295,16 @@ class _Tables:
     """transformers' cosines and sines as our kernel reads them, made once for all layers of a pass."""
 
     def __init__(self) -> None:
-        self._kept: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
+        self._kept: tuple[Tensor, Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def of(self, cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         """cos_sin [rows, D] float32 and positions [B T] from cos and sin [B or 1, T, D]."""
         if torch.compiler.is_compiling():  # the compiler sees that the layers do the same
             return self._make(cos, sin, batch)
         kept = self._kept
-        if kept is None or kept[0] is not cos or kept[1] != batch:
-            self._kept = kept = cos, batch, self._make(cos, sin, batch)
-        return kept[2]
+        if kept is None or kept[0] is not cos or kept[1] is not sin or kept[2] != batch:
+            self._kept = kept = cos, sin, batch, self._make(cos, sin, batch)
+        return kept[3]
 
     @staticmethod
     def _make(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
