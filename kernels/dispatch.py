@@ -69,10 +69,10 @@ def _wants_gradient(args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
 
 
 def _is_watched(x: Any) -> bool:
-    """Whether torch follows what happens to x (tracing, vmap, tensors without memory): a launcher's work, which it does
-    not see, would be missing."""
+    """Whether torch follows what happens to x (tracing, vmap), or x has no memory, or is negated when it is read: a
+    launcher's work, which torch does not see, would be missing or wrong."""
     return (
-        (isinstance(x, Tensor) and type(x) not in (Tensor, torch.nn.Parameter))
+        (isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg()))
         or torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None

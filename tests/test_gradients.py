@@ -307,5 +307,6 @@ def test_whoever_follows_tensors_sees_the_ops(monkeypatch, choice):
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         assert norm(mode.from_tensor(x)).shape == x.shape
     assert torch.equal(torch.vmap(norm)(x), norm(x))
+    assert torch.equal(norm(torch._neg_view(x)), norm(-x))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         norm(forward_ad.make_dual(x, other))

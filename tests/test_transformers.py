@@ -7,7 +7,7 @@ import copy
 import peft
 import pytest
 import torch
-from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_submodules
 from tolerances import assert_as_close_as
 from transformers import (
     GPT2Config,
@@ -332,6 +332,31 @@ def test_with_accelerates_hooks(path):
     revert(model)
     torch.testing.assert_close(model(IDS).logits, expected)
     assert isinstance(model.model.layers[1].mlp._hf_hook, AlignDevicesHook)
+    apply_qwenkern(model)
+    remove_hook_from_submodules(model)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert not any("forward" in vars(module) for module in revert(model).model.layers)
+    mlp = apply_qwenkern(model).model.layers[0].mlp
+    add_hook_to_module(mlp, seen := Counts())
+    revert(model)
+    torch.testing.assert_close(model(IDS).logits, expected)
+    assert seen.calls == 1
+    remove_hook_from_submodules(model)
+    assert mlp.forward.__func__ is type(mlp).forward
+
+
+class Counts(ModelHook):
+    calls = 0
+
+    def pre_forward(self, module, *args, **keywords):
+        self.calls += 1
+        return args, keywords
+
+
+def test_norms_that_are_tuned_later(path):
+    config = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm", "post_attention_layernorm"])
+    expected = make()(IDS).logits
+    torch.testing.assert_close(peft.get_peft_model(apply_qwenkern(make()), config)(IDS).logits, expected)
 
 
 def test_a_layer_called_by_hand(path):
@@ -377,6 +402,12 @@ def another_activation():
     return Qwen2ForCausalLM(config)
 
 
+def another_act_fn():
+    model = make()
+    model.model.layers[1].mlp.act_fn = torch.nn.GELU()
+    return model
+
+
 def liger():
     model = make()
 
@@ -411,11 +442,20 @@ def another_attention():
         (lambda: "qwen", "model is of type str; expected a transformers model"),
         (other_kind, "GPT2LMHeadModel has no decoder layers"),
         (another_activation, "the model's activation is 'gelu'; expected 'silu', or pass swiglu=False"),
+        (another_act_fn, "act_fn of Qwen2MLP is a GELU; expected SiLU, or swiglu=False"),
         (liger, r"Qwen2RMSNorm runs on Liger \(liger_kernel"),
         (somebody_else, "forward of Qwen2MLP was replaced already, by .*test_transformers"),
         (another_attention, "forward of Qwen2Attention is that of .*test_transformers; expected transformers' own"),
     ],
-    ids=["no model", "another kind", "another activation", "Liger", "somebody else", "another attention"],
+    ids=[
+        "no model",
+        "another kind",
+        "another activation",
+        "another act_fn",
+        "Liger",
+        "somebody else",
+        "another attention",
+    ],
 )
 def test_bad_models_are_named_and_left_alone(broken, message):
     model = broken()

@@ -44,7 +44,8 @@ class Patch:
     """What was done to a model."""
 
     pieces: frozenset[str]
-    replaced: list[tuple[nn.Module, str, Any]] = field(default_factory=list)  # module, attribute, what it held or None
+    # module, our forward bound to it, and what accelerate had kept aside as the real one
+    replaced: list[tuple[nn.Module, types.MethodType, Any]] = field(default_factory=list)
 
     def replace(self, module: nn.Module, function: Callable) -> None:
         if any(module is each for each, *_ in self.replaced):
@@ -54,16 +55,37 @@ class Patch:
                 f"forward of {type(module).__name__} is that of {home}; expected transformers' own: undo "
                 "the other patch, or switch the piece off"
             )
-        # accelerate keeps the real forward aside, under this name, and calls it from its own
-        name = "_old_forward" if hasattr(module, "_hf_hook") else "forward"
-        before = module.__dict__.get(name)
-        if before is not None and name == "forward":
+        hooked = hasattr(module, "_hf_hook")  # by accelerate, which calls what it keeps as _old_forward
+        if not hooked and "forward" in module.__dict__:
             raise RequestError(
-                f"forward of {type(module).__name__} was replaced already, by {_origin(before)}; expected a model as "
-                "transformers made it: undo the other patch first"
+                f"forward of {type(module).__name__} was replaced already, by {_origin(module.forward)}; expected a "
+                "model as transformers made it: undo the other patch first"
             )
-        self.replaced.append((module, name, before))
-        setattr(module, name, types.MethodType(function, module))
+        method = types.MethodType(function, module)
+        self.replaced.append((module, method, module.__dict__.get("_old_forward")))
+        setattr(module, "_old_forward" if hooked else "forward", method)
+
+    def check(self) -> None:
+        """Raises if somebody else has replaced one of ours since."""
+        for module, method, _ in self.replaced:
+            if _place(module, method) is None:
+                found = module.__dict__.get("forward")
+                raise RequestError(
+                    f"forward of {type(module).__name__} was replaced after apply_qwenkern, by {_origin(found)}; undo "
+                    "that first"
+                )
+
+    def restore(self) -> None:
+        for module, method, kept in reversed(self.replaced):
+            if _place(module, method) == "forward":
+                del module.__dict__["forward"]
+            else:  # under accelerate's hooks, which may have come before us or after
+                module._old_forward = kept or types.MethodType(type(module).forward, module)
+
+
+def _place(module: nn.Module, method: types.MethodType) -> str | None:
+    """Where a module keeps this forward: accelerate moves it when hooks come and go."""
+    return next((name for name in ("forward", "_old_forward") if module.__dict__.get(name) is method), None)
 
 
 def apply_qwenkern(
@@ -88,7 +110,7 @@ def apply_qwenkern(
     try:
         _apply(decoder, patch)
     except RequestError:
-        _restore(patch)
+        patch.restore()
         raise
     decoder.__dict__[_MARK] = patch
     return model
@@ -100,14 +122,8 @@ def revert(model: nn.Module) -> nn.Module:
     patch = decoder.__dict__.get(_MARK)
     if patch is None:
         return model
-    for module, name, _ in patch.replaced:
-        found = module.__dict__.get(name)
-        if getattr(found, "__module__", None) != __name__:
-            raise RequestError(
-                f"{name} of {type(module).__name__} was replaced after apply_qwenkern, by {_origin(found)}; undo that "
-                "first"
-            )
-    _restore(patch)
+    patch.check()
+    patch.restore()
     del decoder.__dict__[_MARK]
     return model
 
@@ -174,6 +190,8 @@ def _apply(decoder: nn.Module, patch: Patch) -> None:
             if len(norms) == 2:
                 patch.replace(layer, _layer_forward)
         if "swiglu" in patch.pieces:
+            if "silu" not in (found := type(layer.mlp.act_fn).__name__).lower():
+                raise RequestError(f"act_fn of {type(layer.mlp).__name__} is a {found}; expected SiLU, or swiglu=False")
             patch.replace(layer.mlp, _mlp_forward)
         if "rope" in patch.pieces or attends:
             rotates = tables if "rope" in patch.pieces else None
@@ -195,7 +213,7 @@ def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
 
 
 def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    if not _pays(x):
+    if not _pays(x) or _has_hooks(self.act_fn):
         return type(self).forward(self, x)
     return self.down_proj(ops.silu_mul(_dense(self.gate_proj(x)), _dense(self.up_proj(x))))
 
@@ -223,7 +241,7 @@ def _layer_forward(
     residual = _dense(hidden_states)
     hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(residual), **keywords)
     norm = self.post_attention_layernorm
-    if _has_hooks(norm) or not hidden_states.dtype == residual.dtype == norm.weight.dtype:
+    if _has_hooks(norm) or not _is_norm(norm) or not hidden_states.dtype == residual.dtype == norm.weight.dtype:
         # whoever looks at the norm's input and output finds them; autocast mixes dtypes
         residual = residual + hidden_states
         hidden_states = norm(residual)
@@ -309,7 +327,8 @@ class _Tables:
     @staticmethod
     def _make(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
         rows, tokens, dim = cos.shape
-        table = torch.cat((cos[..., : dim // 2], sin[..., : dim // 2]), dim=-1).flatten(0, 1).float()
+        table = torch.cat((cos[..., : dim // 2], sin[..., : dim // 2]), dim=-1).flatten(0, 1)
+        table = table if table.dtype == torch.float64 else table.float()
         positions = torch.arange(rows * tokens, device=cos.device)
         return table, positions if rows == batch else positions.repeat(batch)
 
@@ -343,14 +362,6 @@ def _touched(decoder: nn.Module) -> Iterator[nn.Module]:
     for layer in decoder.layers:
         yield from (layer, layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer.self_attn)
     yield decoder.norm
-
-
-def _restore(patch: Patch) -> None:
-    for module, name, before in reversed(patch.replaced):
-        if before is None:
-            del module.__dict__[name]
-        else:
-            setattr(module, name, before)
 
 
 def _dense(x: Tensor) -> Tensor:
