@@ -156,6 +156,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
         cwd=folder,
         env=os.environ | {"COLUMNS": "200"},  # no line of the report is broken in two
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
     )
     try:
         _wait_for(terminal, "> ")
