@@ -10,8 +10,6 @@ where transformers rounds it. Bytes moved: 3 T F elements.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -21,20 +19,7 @@ from . import cpu, reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
-from .swiglu_backward import silu_mul_gradient, swiglu_gradient
-
-tuning.SPACES["swiglu"] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
-
-
-@tuning.remember
-def _config(device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
-    """Wide blocks where there are many rows, and narrow ones to give few rows to many multiprocessors."""
-    block = 2048
-    while block > 256 and rows * triton.cdiv(columns, block) < 2 * device.num_sms:
-        block //= 2
-    return tuning.lookup(
-        "swiglu", device, {"rows": rows, "columns": columns}, {"BLOCK": block, "num_warps": block // 256}
-    )
+from .swiglu_backward import config, silu_mul_gradient, swiglu_gradient
 
 
 @triton.jit
@@ -63,9 +48,9 @@ def _swiglu_kernel(
 def _launch_swiglu(out: Tensor, gate: Tensor, up: Tensor) -> None:
     """All [T, F]."""
     rows, columns = out.shape
-    config = _config(tuning.device_of(out), rows, columns)
-    grid = (rows, triton.cdiv(columns, config["BLOCK"]))
-    _swiglu_kernel[grid](out, gate, up, columns, gate.stride(0), up.stride(0), **config, **pdl_options(out))
+    chosen = config("swiglu", tuning.device_of(out), rows, columns)
+    grid = (rows, triton.cdiv(columns, chosen["BLOCK"]))
+    _swiglu_kernel[grid](out, gate, up, columns, gate.stride(0), up.stride(0), **chosen, **pdl_options(out))
 
 
 def _fake_swiglu(gate_up: Tensor) -> Tensor:

@@ -24,17 +24,18 @@ from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
 
-tuning.SPACES["swiglu_backward"] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
+for _op in ("swiglu", "swiglu_backward"):
+    tuning.SPACES[_op] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
 
 
 @tuning.remember
-def _config(device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
+def config(op: str, device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
     """Wide blocks where there are many rows, and narrow ones to give few rows to many multiprocessors."""
     block = 2048
     while block > 256 and rows * triton.cdiv(columns, block) < 2 * device.num_sms:
         block //= 2
     heuristic = {"BLOCK": block, "num_warps": block // 256}
-    return tuning.lookup("swiglu_backward", device, {"rows": rows, "columns": columns}, heuristic)
+    return tuning.lookup(op, device, {"rows": rows, "columns": columns}, heuristic)
 
 
 @triton.jit
@@ -74,8 +75,8 @@ def _swiglu_backward_kernel(
 def _launch_swiglu_backward(grad_gate: Tensor, grad_up: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> None:
     """All [T, F]; the gradients to be written have one row stride."""
     rows, columns = grad.shape
-    config = _config(tuning.device_of(grad), rows, columns)
-    _swiglu_backward_kernel[(rows, triton.cdiv(columns, config["BLOCK"]))](
+    chosen = config("swiglu_backward", tuning.device_of(grad), rows, columns)
+    _swiglu_backward_kernel[(rows, triton.cdiv(columns, chosen["BLOCK"]))](
         grad_gate,
         grad_up,
         grad,
@@ -86,7 +87,7 @@ def _launch_swiglu_backward(grad_gate: Tensor, grad_up: Tensor, grad: Tensor, ga
         grad.stride(0),
         gate.stride(0),
         up.stride(0),
-        **config,
+        **chosen,
         **pdl_options(grad),
     )
 
