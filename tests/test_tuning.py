@@ -74,9 +74,9 @@ def test_a_kernel_runs_with_what_was_tuned(folder, ops):
     tune.write(file, "swiglu", {"device": "interpreter"}, {"rows": 2, "columns": 32}, {"BLOCK": 16, "num_warps": 1})
     with tuning.trying("rms_norm", {}):
         ops.swiglu(torch.ones(2, 64))
-    from qwenkern.kernels.swiglu import _config
+    from qwenkern.kernels.swiglu import config
 
-    assert _config(tuning.INTERPRETER, 2, 32) == {"BLOCK": 16, "num_warps": 1}
+    assert config("swiglu", tuning.INTERPRETER, 2, 32) == {"BLOCK": 16, "num_warps": 1}
 
 
 def test_what_was_tuned_for_other_pages_stays_within_one(folder):
