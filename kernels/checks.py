@@ -30,19 +30,21 @@ def check_tensor(
     dense: bool = False,
 ) -> None:
     """Raises unless ``tensor`` has this shape, dtype and device. A word in the shape stands for any size of at least 1,
-    "..." in front for any leading dimensions. Its last dimension must be contiguous, or with ``dense`` all of it."""
+    "..." in front for any leading dimensions, empty ones too. Its last dimension must be contiguous, or with ``dense``
+    all of it."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, and is {type(tensor).__name__}")
     found, leading = tensor.shape, shape[0] == "..."
     at = len(found) - len(shape) + leading
-    fits = at >= 0 if leading else at == 0
+    fits, empty = at >= 0 if leading else at == 0, False
     if fits:  # a loop by hand: this is called several times for an op that takes microseconds
         for want in shape[1:] if leading else shape:
-            fits = fits and (want == found[at] or not isinstance(want, int))
+            if want != found[at]:
+                fits, empty = fits and not isinstance(want, int), empty or not found[at]
             at += 1
     if not fits:
         raise ValueError(f"{op}: {name} must have shape {_text(shape)}, and has {_text(tensor.shape)}")
-    if 0 in found:
+    if empty:
         raise ValueError(f"{op}: {name} is empty, with shape {_text(tensor.shape)}")
     if tensor.dtype not in dtypes if like is None else tensor.dtype != like.dtype:
         allowed = dtypes if like is None else (like.dtype,)

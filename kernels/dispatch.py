@@ -93,7 +93,7 @@ def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:
         raise ValueError(f"QWENKERN_KERNELS must be triton or reference, and is {choice!r}")
     if choice == "reference" or not (x.is_cuda or tuning.is_offline() or (INTERPRETED and x.device.type == "cpu")):
         return False
-    if x.dtype == torch.float64:
+    if x.dtype == torch.float64 or not x.numel():  # nothing to launch
         return False
     if unsupported and x.is_cuda:
         _warn_once(unsupported)

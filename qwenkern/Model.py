@@ -196,7 +196,9 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **keywords: Any,
     ) -> Stream:
-        """Completes one prompt and yields its text as it comes, never half a character."""
+        """Completes one prompt and yields its text as it comes, never half a character.
+
+        A model without a tokenizer yields nothing; its ``completion`` has the ids."""
         params = _params(params, keywords)
         if params.n != 1:
             raise RequestError(f"n is {params.n}; a stream has one completion: expected 1")

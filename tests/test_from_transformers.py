@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import peft
 import pytest
 import torch
 from toy import byte_library, byte_tokenizer
@@ -201,6 +202,10 @@ def test_other_objects_are_refused():
     with pytest.raises(RequestError, match="model is a str; expected a Qwen2ForCausalLM"):
         Model.from_transformers("Qwen/Qwen2.5-3B")
     theirs = Qwen2ForCausalLM(Qwen2Config(**small, **heads))
+    adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(RequestError, match=r"model is a PeftModel; expected .* what merge_and_unload\(\) gives"):
+        Model.from_transformers(adapted)
+    theirs = adapted.merge_and_unload()
     with pytest.raises(RequestError, match="tokenizer is a str; expected a fast tokenizer of transformers"):
         Model.from_transformers(theirs, "Qwen/Qwen2.5-3B")
     with pytest.raises(RequestError, match="cache_tokens is 0"):

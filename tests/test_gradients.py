@@ -139,6 +139,21 @@ def test_gradients_of_any_layout(ops, device):
     assert torch.equal(ours, expected)
 
 
+@pytest.mark.parametrize("name", ["rms_norm", "add_rms_norm", "swiglu", "silu_mul"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_no_rows(ops, device, name, dtype):
+    """What an expert that no token chose is given."""
+    arguments = [
+        each.detach()[:0].requires_grad_() if isinstance(each, Tensor) and each.dim() == 2 else each
+        for each in _arguments(name, dtype, device)
+    ]
+    with torch.no_grad():
+        outs = _tuple(getattr(ops, name)(*arguments))
+    assert all(out.shape[0] == 0 and out.dtype == dtype for out in outs)
+    for found in _gradients(getattr(ops, name), arguments):
+        assert found.numel() == 0 or torch.equal(found, torch.zeros(24, dtype=dtype, device=device))
+
+
 def test_frozen_weights_and_inputs(ops, device):
     x, residual, weight, eps = _arguments("add_rms_norm", torch.float32, device)
     both = _gradients(ops.add_rms_norm, (x, residual, weight, eps))

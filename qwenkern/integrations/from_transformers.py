@@ -33,7 +33,8 @@ def shared_module(model: Any) -> Qwen2:
     that cannot be shared: quantised, on "meta", of several dtypes or devices, or not those of the configuration.
     Nothing is changed then."""
     if CLASS not in {each.__name__ for each in type(model).__mro__}:
-        raise RequestError(f"model is a {type(model).__name__}; expected a {CLASS} of transformers")
+        adapted = ": with adapters merged, what merge_and_unload() gives" if hasattr(model, "merge_and_unload") else ""
+        raise RequestError(f"model is a {type(model).__name__}; expected a {CLASS} of transformers{adapted}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise RequestError("the model is quantised; expected weights of bfloat16, float16 or float32")
     weights = dict(model.named_parameters(remove_duplicate=False))
