@@ -4,8 +4,9 @@
     python benchmarks/compile_report.py --all --json FILE        0.5B, 3B, 7B and 72B
 
 The rules: no spills and no stack; 128-bit accesses wherever a program moves enough at once to fill every thread's;
-matrix instructions in the attentions and the few-token linears; shared memory within the device's; and from sm_90 on
-programmatic dependent launch. A broken rule is an exit code of 1. AMD's code is listed, not judged.
+matrix instructions in the attentions and the few-token linears; shared memory within the device's, and no tile there
+whose rows lie in the same banks; and from sm_90 on programmatic dependent launch. A broken rule is an exit code of 1.
+AMD's code is listed, not judged.
 """
 
 from __future__ import annotations
@@ -68,6 +69,8 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
         # a tile of less than 16 bytes for every thread cannot be moved 128 bits at a time by all of them
         if access.tile >= code.warps * WARP * 16 and access.width < 128:
             broken.append(f"{access.width}-bit {access.kind} of {access.tile} bytes ({access.name} {access.line})")
+    if code.clashes:
+        broken.append(f"{code.clashes} tiles in shared memory whose rows lie in the same banks")
     if launch.name in ON_TENSOR_CORES and not code.matrix:
         broken.append("no matrix instruction")
     if launch.pdl != bool(code.waits and code.releases):

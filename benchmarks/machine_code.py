@@ -82,6 +82,7 @@ class Code:
     matrix: dict[str, int] = field(default_factory=dict)  # tensor-core instructions by name
     waits: int = 0  # programmatic dependent launch: griddepcontrol.wait
     releases: int = 0  # and griddepcontrol.launch_dependents
+    clashes: int = 0  # kinds of tiles in shared memory whose rows lie in the same banks
 
 
 class _OfflineDriver:
@@ -160,6 +161,7 @@ def read(kernel: CompiledKernel) -> Code:
         matrix={name: count for name, count in opcodes.items() if name.endswith("MMA")},
         waits=opcodes["ACQBULK"],
         releases=opcodes["PREEXIT"],
+        clashes=len(_CLASH.findall(kernel.asm["ttgir"])),
     )
 
 
@@ -179,6 +181,9 @@ _TILE = re.compile(
     r": tensor<([\dx]+)x!tt\.ptr<\D+(\d+)>.*loc\((#loc\d*)\)$",
     re.M,
 )
+# A batch of tiles that lies row by row, the same row of all tiles together, but is swizzled by the tile: Triton lays it
+# out so where each thread loads from all tiles, and never from two rows of one.
+_CLASH = re.compile(r"ttg\.swizzled_shared<\{[^}]*maxPhase = [248], order = \[2, 0, 1\]")
 _LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.M)
 _FILE = re.compile(r"([^/\"]+\.py)\":(\d+)")
 # `.loc 3 149 25 // few_tokens.py:149:25 @[ ... ]`, `ld.global.v4.b32`, `cp.async.cg.shared.global [ ], [ ], 0x10`

@@ -75,7 +75,7 @@ def _split_of(length, split, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
     return split * tokens, tl.minimum(length, (split + 1) * tokens)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits", "block_tables_stride"])  # they vary from call to call
 def _decode_attention_kernel(
     out_ptr,  # [S, Hq, D], written where there is one split
     parts_ptr,  # [S, Hq, splits, D] float32, or None: one split
@@ -153,7 +153,7 @@ def _decode_attention_kernel(
             tl.store(logs_ptr + at_part, (best + tl.log2(total))[:, None], mask=group < GROUP)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _combine_kernel(
     out_ptr,  # [S, Hq, D]
     parts_ptr,  # [S, Hq, splits, D] float32

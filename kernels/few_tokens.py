@@ -3,12 +3,14 @@
 x [T, K] times weight [N, K] transposed. A program owns BLOCK_N rows of the weight and streams them past all tokens:
 
     weight [N, K]      K ───────────────►            x [T, K]: read by every program, from the L2 cache
-      program 0  ░░░░│░░░░│░░░░│░░░░                 each ░ is BLOCK_N x BLOCK_K, several of them in flight
-      program 1  ░░░░│░░░░│░░░░│░░░░
+      program 0  ░░░░│░░░░│░░░░│░░░░                 ░░░░ is BLOCK_N x BLOCK_K, several of them in flight;
+      program 1  ░░░░│░░░░│░░░░│░░░░                 each ░ is a slice, one a warp
 
-On tensor cores with the weight as the left operand, so that one token costs one column. BLOCK_N stays below 64, where
-Hopper would change to an instruction that sums in another order: then the bits of a token do not depend on how many
-others there are.
+On tensor cores with the weight as the left operand, so that one token costs one column. Warps share a tile along K, as
+a batch of products whose sums are added at the end: along N, where there are 16 rows for all of them, each would do the
+whole product, and wait for four times as many instructions one after the other. BLOCK_N stays below 64, where Hopper
+would change to an instruction that sums in another order: then the bits of a token do not depend on how many others
+there are.
 """
 
 from __future__ import annotations
@@ -44,21 +46,20 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
     """``parts`` is 2 where a program streams rows of two weights (gate and up), and 0 where it must not share them with
     other programs (SPLIT_K).
 
-    What decides about the order of summation (SPLIT_K, BLOCK_K) does not look at the number of tokens."""
+    What decides about the order of summation (SPLIT_K, BLOCK_K, num_warps) does not look at the number of tokens."""
     streams = max(parts, 1)
+    inputs = 1 if op == "linear" else 2  # x, and before a norm the residual
     block_n = 16 if parts < 2 and n < 64 * device.num_sms else 32
     programs = triton.cdiv(n, block_n)
     split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if parts == 1 else 1
     neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory
     memory = device.shared_memory // neighbours - 4096
-    # Wide in K, without a tail where the sizes of the family allow it, and at least two tiles in memory.
+    # Wide in K, with at least two tiles in memory.
     block_k = 1024 // itemsize
-    while block_k > 512 // itemsize and (
-        k % block_k or 2 * (streams * block_n + 2 * MAX_TOKENS) * block_k * itemsize > memory
-    ):
+    while block_k > 512 // itemsize and 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize > memory:
         block_k //= 2
     tiles = min(
-        memory // ((streams * block_n + 2 * tokens) * block_k * itemsize),
+        memory // ((streams * block_n + inputs * tokens) * block_k * itemsize),
         IN_FLIGHT // (streams * block_n * block_k * itemsize),
     )
     heuristic = {
@@ -66,7 +67,8 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
         "BLOCK_K": block_k,
         "SPLIT_K": split_k,
         "PREFETCH_LINES": 0 if device.backend != "cuda" or INTERPRETED else 4 * block_k * itemsize // 128,
-        "num_warps": 4,
+        # A tile that four warps load at one go has the rows of a slice in the same banks of shared memory.
+        "num_warps": 2 if block_n * block_k * itemsize <= 8192 else 4,
         "num_stages": 1 + max(1, tiles),
     }
     # tiles tuned for two bytes do not fit four
@@ -153,17 +155,21 @@ def accumulate(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,  # of BLOCK_K; as many as warps
     EVEN_K: tl.constexpr,
 ):
     """The rows of one weight, or of two, times the (normalised) tokens: two of [BLOCK_N, BLOCK_T] float32, the second
-    zero without a second weight."""
+    zero without a second weight. Tiles are [SLICES, rows, BLOCK_K / SLICES]."""
     dtype = x_ptr.dtype.element_ty
     # Beyond the last token the last one is read again: what comes of it is not stored.
-    tokens = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1)[:, None]
-    acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-    acc_up = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+    tokens = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1)[None, :, None]
+    rows = rows[None, :, None]
+    width: tl.constexpr = BLOCK_K // SLICES
+    tile_k = tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
+    acc = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    acc_up = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     for block in range(k_start, k_end, BLOCK_K):
-        k = block + tl.arange(0, BLOCK_K)[None, :]
+        k = block + tile_k
         mask = None if EVEN_K else k < k_end
         other = None if EVEN_K else 0.0
         x = tl.load(x_ptr + tokens * x_stride + k, mask=mask, other=other)
@@ -173,10 +179,10 @@ def accumulate(
                 residual = tl.load(residual_ptr + tokens * residual_stride + k, mask=mask, other=other)
                 h = round_to(h + residual.to(tl.float32), dtype)
             norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other).to(tl.float32)
-            x = cast(round_to(h * scales[:, None], dtype) * norm_weight, dtype)
-        weight = tl.load(weight_ptr + rows[:, None] * weight_stride + k, mask=mask, other=other)
-        acc = dot(weight, x.T, acc)
+            x = cast(round_to(h * scales[None, :, None], dtype) * norm_weight, dtype)
+        weight = tl.load(weight_ptr + rows * weight_stride + k, mask=mask, other=other)
+        acc = dot(weight, tl.permute(x, [0, 2, 1]), acc)
         if up_ptr is not None:
-            up = tl.load(up_ptr + rows[:, None] * weight_stride + k, mask=mask, other=other)
-            acc_up = dot(up, x.T, acc_up)
-    return acc, acc_up
+            up = tl.load(up_ptr + rows * weight_stride + k, mask=mask, other=other)
+            acc_up = dot(up, tl.permute(x, [0, 2, 1]), acc_up)
+    return tl.sum(acc, axis=0), tl.sum(acc_up, axis=0)

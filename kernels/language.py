@@ -46,7 +46,7 @@ def silu(x):
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
     """Programmatic dependent launch: lets the next kernel start, and waits until the one before has written. What a
-    kernel does earlier overlaps with the kernel before, and may read weights only."""
+    kernel does earlier overlaps with the kernel before: it may ask for weights to be fetched, and read nothing."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()

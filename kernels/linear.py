@@ -56,6 +56,7 @@ def _linear_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
@@ -81,7 +82,7 @@ def _linear_kernel(
         )  # fmt: skip
     acc, acc_up = accumulate(
         x_ptr, residual_ptr, norm_weight_ptr, scales, weight_ptr, up_ptr, rows, num_tokens, k_start, k_end,
-        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K,
+        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
     )  # fmt: skip
 
     tokens = tl.arange(0, BLOCK_T)[None, :]
@@ -150,6 +151,7 @@ def _launch_linear(
         eps,
         BLOCK_T=block_t,
         BLOCK_ROW=triton.next_power_of_2(k_size),
+        SLICES=chosen["num_warps"],
         EVEN_K=k_size % chosen["BLOCK_K"] == 0,
         **chosen,
         **pdl_options(x),

@@ -50,6 +50,7 @@ def _lm_head_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
     SPLIT_K: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
@@ -67,7 +68,7 @@ def _lm_head_kernel(
     )
     logits, _ = accumulate(
         x_ptr, residual_ptr, norm_weight_ptr, scales, weight_ptr, None, rows, num_tokens, 0, k_size,
-        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K,
+        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
     )  # fmt: skip
 
     tokens = tl.arange(0, BLOCK_T)
@@ -155,6 +156,7 @@ def _launch_lm_head(
         TOP_K=0 if candidates is None else candidates.shape[2],
         BLOCK_T=padded(num_tokens, tuning.device_of(x)),
         BLOCK_ROW=triton.next_power_of_2(k_size),
+        SLICES=chosen["num_warps"],
         EVEN_K=k_size % chosen["BLOCK_K"] == 0,
         **chosen,
         **pdl_options(x),

@@ -55,6 +55,7 @@ def _norm_qkv_rope_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
@@ -75,7 +76,7 @@ def _norm_qkv_rope_kernel(
     )  # fmt: skip
     acc, _ = accumulate(
         x_ptr, residual_ptr, norm_weight_ptr, scales, weight_ptr, None, rows, num_tokens, 0, k_size,
-        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, EVEN_K,
+        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
     )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
@@ -155,6 +156,7 @@ def _launch_norm_qkv_rope(
         BLOCK_T=block_t,
         BLOCK_ROW=triton.next_power_of_2(k_size),
         BLOCK_N=block_n,
+        SLICES=chosen["num_warps"],
         EVEN_K=k_size % chosen["BLOCK_K"] == 0,
         **options,
         **pdl_options(x),

@@ -40,7 +40,7 @@ def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
     return tuning.lookup("rms_norm", device, {"hidden": hidden, "rows": rows}, heuristic)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _rms_norm_kernel(
     out_ptr,  # [T, H]
     new_residual_ptr,  # [T, H], or None
@@ -62,9 +62,9 @@ def _rms_norm_kernel(
     columns = tl.arange(0, BLOCK_H)[None, :]
     mask = (rows < num_rows) & (columns < hidden)
     dtype = x_ptr.dtype.element_ty
-    weight = tl.load(weight_ptr + columns, mask=columns < hidden, other=0.0).to(tl.float32)
 
-    wait_for_inputs(PDL)
+    wait_for_inputs(PDL)  # before the weight, too: in a graph of someone else's an optimiser may just have written it
+    weight = tl.load(weight_ptr + columns, mask=columns < hidden, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
         residual = tl.load(residual_ptr + rows * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)

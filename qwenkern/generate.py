@@ -18,7 +18,7 @@ from torch import Tensor
 from .cache import BlockTable, PagedCache
 from .decode import DecodeStep, DecodeSteps
 from .qwen2 import Qwen2
-from .sampling import SamplingParams, TokenLogprob, draw_width, sample
+from .sampling import BELOW_ONE, SamplingParams, TokenLogprob, draw_width, sample
 from .tokenizer import Detokenizer
 
 MAX_BATCH = 64  # sequences that decode together
@@ -99,7 +99,7 @@ class Sequence:
         return self.prompt_ids[cached:] + self.output_ids
 
     def uniform(self) -> float:
-        return self._random.random()
+        return min(self._random.random(), BELOW_ONE)
 
     def accept(self, token: TokenLogprob | int) -> str:
         """Appends a token. Returns the text that is now certain; sets finish_reason when it was the last one."""

@@ -16,6 +16,7 @@ from .errors import RequestError
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
 FEW = 64  # tokens to choose from, where no row of a batch wants more: cheaper than to sort the vocabulary
+BELOW_ONE = 1 - 2**-24  # in float32: a number closer to 1 would become 1, and draw what top_k or top_p ruled out
 _GREEDY_BELOW = 1e-6  # a temperature so small cannot be told from 0 in float32
 
 
@@ -125,7 +126,8 @@ class Row(Protocol):
     end_ids: frozenset[int]  # ids that end the text
 
     def uniform(self) -> float:
-        """The sequence's next random number in [0, 1): its own, so that its text does not depend on its batch."""
+        """The sequence's next random number, from 0 to BELOW_ONE: its own, so that its text does not depend on its
+        batch."""
 
 
 @torch.inference_mode()

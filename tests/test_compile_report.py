@@ -141,8 +141,41 @@ def test_3b_on_every_architecture(compiling, tmp_path):
     expected = {(case.name, tokens, key) for case in ours for tokens in case.tokens for key in DEVICES}
     assert {(row["case"], row["tokens"], row["arch"]) for row in rows} == expected
     few = [row["code"] for row in rows if row["kernel"] == "_linear_kernel" and row["arch"] != "gfx942"]
-    # one instruction for every number of tokens: what the promise of equal bits rests on
+    # one instruction for every number of tokens
     assert {name for code in few for name in code["matrix"]} == {"HMMA"}
+
+
+SUMS = r"""
+import re, torch
+from qwenkern import kernels
+from qwenkern.benchmarks.machine_code import launches
+
+def sizes(*shape):
+    return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+
+for arch in ("sm_80", "sm_90", "sm_120"):
+    for n, k in ((2048, 2048), (2048, 11008), (151936, 2048)):
+        found = set()
+        for tokens in (1, 2, 3, 4, 8, 16):
+            (launch,) = launches(arch, lambda: kernels.linear(sizes(tokens, k), sizes(n, k)))
+            ptx = launch.kernel.asm["ptx"]
+            steps = re.findall(r"shfl\.sync\.bfly\.b32.*?, (\d+), 31", ptx[ptx.rindex("mma.sync"):])
+            unit = steps[: steps.index("1") + 1]
+            assert steps == unit * (len(steps) // len(unit)), steps
+            found.add((*unit, *re.findall(r"mma\.sync\S+?\.(m\d+n\d+k\d+)", ptx)[:1]))
+        assert len(found) == 1, found
+        print(arch, n, k, *found)
+"""
+
+
+def test_sums_have_one_order_for_any_number_of_tokens(compiling, tmp_path):
+    """What the promise of equal bits rests on: one matrix instruction, and one tree over the slices of K after it."""
+    (tmp_path / "sums.py").write_text(SUMS)
+    done = subprocess.run(
+        [sys.executable, "sums.py"], capture_output=True, text=True, env=compiling, cwd=tmp_path, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 9
 
 
 def _report(environment, *arguments):

@@ -95,6 +95,14 @@ def test_forks_that_find_no_page_wait(greedy):
     assert [completion.token_ids for completion in completions] == [greedy[5]] * 6
 
 
+def test_the_largest_random_number_draws_what_is_allowed(model, monkeypatch):
+    monkeypatch.setattr("random.Random.random", lambda self: 1 - 2**-53)
+    likeliest = model.generate([1, 2], max_tokens=1, logprobs=3, temperature=0).logprobs[0].top
+    for few in (1, 2, 3):
+        (drawn,) = model.generate([1, 2], max_tokens=1, temperature=2.0, top_k=few).token_ids
+        assert drawn == list(likeliest)[few - 1]
+
+
 def test_without_a_seed_texts_differ_from_call_to_call(model):
     texts = {tuple(model.generate([1, 2], temperature=2.0, max_tokens=12, ignore_eos=True).token_ids) for _ in range(3)}
     assert len(texts) == 3

@@ -195,7 +195,7 @@ def _apply(decoder: nn.Module, patch: Patch) -> None:
             patch.replace(layer.mlp, _mlp_forward)
         if "rope" in patch.pieces or attends:
             rotates = tables if "rope" in patch.pieces else None
-            patch.replace(layer.self_attn, _Attention(rotates, attends))
+            patch.replace(layer.self_attn, _attention_with(rotates, attends))
     if "rms_norm" in patch.pieces and _is_norm(decoder.norm):
         patch.replace(decoder.norm, _norm_forward)
 
@@ -250,17 +250,12 @@ def _layer_forward(
     return residual + self.mlp(hidden_states)
 
 
-class _Attention:
-    """The forward of an attention module: its projections, our rotation (or its own), its cache, our attention (or
-    the one that its config names)."""
+def _attention_with(tables: _Tables | None, attends: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
+    """The forward of an attention module: its projections, our rotation (or its own), its cache, our attention (or the
+    one that its config names). A closure, since torch 2.11's compiler takes no other callable for a method."""
 
-    def __init__(self, tables: _Tables | None, attends: bool) -> None:
-        self._tables, self._attends = tables, attends
-        self.__module__ = __name__
-
-    def __call__(
-        self,
-        module: nn.Module,
+    def forward(
+        self: nn.Module,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
@@ -268,45 +263,43 @@ class _Attention:
         **keywords: Any,
     ) -> tuple[Tensor, Tensor | None]:
         if not _pays(hidden_states):
-            return type(module).forward(
-                module, hidden_states, position_embeddings, attention_mask, past_key_values, **keywords
+            return type(self).forward(
+                self, hidden_states, position_embeddings, attention_mask, past_key_values, **keywords
             )
-        shape = (*hidden_states.shape[:-1], -1, module.head_dim)
-        q, k, v = (
-            _dense(project(hidden_states)).view(shape) for project in (module.q_proj, module.k_proj, module.v_proj)
-        )
-        modeling = sys.modules[type(module).__module__]
-        if self._tables is None:
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (_dense(project(hidden_states)).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
+        modeling = sys.modules[type(self).__module__]
+        if tables is None:
             q, k = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
         else:
-            places = self._tables.of(*position_embeddings, batch=len(q))
+            places = tables.of(*position_embeddings, batch=len(q))
             flat = ops.apply_rope(q.flatten(0, 1), k.flatten(0, 1), *places)
             q, k = (each.view(shape).transpose(1, 2) for each in flat)
         v = v.transpose(1, 2)
         if past_key_values is not None:
-            k, v = past_key_values.update(k, v, module.layer_idx)
-        implementation = module.config._attn_implementation
-        if self._attends and implementation == "sdpa":
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        implementation = self.config._attn_implementation
+        if attends and implementation == "sdpa":
             attend = attention_forward
         else:
             attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling.eager_attention_forward)
         window = (
-            module.sliding_window
-            if hasattr(module, "sliding_window")
-            else getattr(module.config, "sliding_window", None)
+            self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
         )
         out, weights = attend(
-            module,
+            self,
             q,
             k,
             v,
             attention_mask,
-            dropout=module.attention_dropout if module.training else 0.0,
-            scaling=module.scaling,
+            dropout=self.attention_dropout if self.training else 0.0,
+            scaling=self.scaling,
             sliding_window=window,
             **keywords,
         )
-        return module.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
+
+    return forward
 
 
 class _Tables:
