@@ -29,7 +29,7 @@ from rich.table import Table
 
 from qwenkern import Config, Model, sources
 from qwenkern.benchmarks import peers, results
-from qwenkern.benchmarks.run import _numbers
+from qwenkern.benchmarks.run import numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances
 from qwenkern.config import FAMILY
 
@@ -120,7 +120,7 @@ def main(
 ) -> None:
     """Time a whole model beside transformers."""
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
-    batches, prompts = _numbers(batch), _numbers(prompt_tokens)
+    batches, prompts = numbers(batch), numbers(prompt_tokens)
     room = max(batches) * (max(prompts) + new_tokens + 64)
     started = time.perf_counter()
     if model.lower() in FAMILY:

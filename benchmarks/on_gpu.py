@@ -1,4 +1,4 @@
-"""Everything that a GPU is needed for, in one call: facts, correctness, every kernel's time, end to end, and tuning.
+"""Everything that a GPU is needed for, in one call: facts, correctness, end to end, every kernel's time, and tuning.
 
     python benchmarks/on_gpu.py --out results                  all of it, in under 9 minutes
     python benchmarks/on_gpu.py --out results --only kernels   one part
@@ -6,23 +6,28 @@
     python benchmarks/on_gpu.py --out results --dry-run        through every part on a CPU, on tiny sizes
 
 Needs no network; a bare checkout is installed by `pip install --no-build-isolation --no-deps -e .`. Each part is a
-program of its own with its own share of the time, so one that fails or hangs does not take the others along.
+program of its own with its own share of the time, so one that fails or hangs does not take the others along; what it
+leaves of its share is the next one's. With the tuner's, at most eight files come out.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+LOG = "on_gpu.log"  # of all parts
+QUICK = ("qwenkern", "eager", "library", "sdpa")  # providers that compile nothing but our own kernels
 
 
 @dataclass
@@ -37,37 +42,42 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
     """In the order of what matters most."""
     python, here, tests = sys.executable, ROOT / "benchmarks", ROOT / "tests"
     model = ["--model", "qwen2.5-0.5b" if dry else "qwen2.5-3b"]
-    small = ["--tokens", "1", "--seconds", "0.05", "--op", "rms_norm,swiglu", "--provider", "qwenkern,eager"]
     tiny = ["--layers", "1", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1"]
+    one = ["--batch", "1", "--prompt-tokens", "128", "--new-tokens", "64", "--repeats", "3"]
     many = ["--batch", "1,16", "--prompt-tokens", "128,2048", "--new-tokens", "64", "--repeats", "3"]
+    steps = ["--tokens", "1", "--context", "64"] if dry else ["--tokens", "1,16", "--context", "1024,8192"]
+    cases, slow = kernel_names()
+    sizes = ["--seconds", "0.3", "--op", ",".join(cases)]
+    if dry:
+        sizes, slow = ["--tokens", "1", "--seconds", "0.05", "--op", "rms_norm,swiglu"], ["qwenkern", "transformers"]
     pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     pytest += ["-c", str(ROOT / "pyproject.toml")]
     # a file that cannot be imported there must not keep the others from running; compiling takes the time, on the host
     on_gpu = ["-m", "gpu", "-n", "8", "--continue-on-collection-errors", *kernel_tests()]
     whole = [python, str(here / "end_to_end.py"), *model]
 
-    def end_to_end(name: str) -> list[str]:
-        return [*whole, "--json", str(out / f"{name}.json"), *(tiny if dry else many)]
+    def end_to_end(name: str, prompts: list[str]) -> list[str]:
+        return [*whole, "--json", str(out / f"{name}.json"), *(tiny if dry else prompts)]
+
+    def bench(name: str, *options: str) -> list[str]:
+        return [python, str(here / "run.py"), "--json", str(out / f"{name}.json"), *model, *options]
 
     chosen = [
         Part(
             "correctness",
             pytest + ([str(tests / "test_rms_norm.py"), "-k", "small_values"] if dry else on_gpu),
-            200,
+            150,
             interpreted=True,
         ),
-        Part("end_to_end", [*end_to_end("end_to_end"), "--peers", "transformers"], 90),
-        Part(
-            "kernels",
-            [python, str(here / "run.py"), "--json", str(out / "kernels.json"), *model]
-            + (small if dry else ["--seconds", "0.3"]),
-            130,
-        ),
+        Part("end_to_end", [*end_to_end("end_to_end", many), "--peers", "transformers"], 80),
+        Part("where", bench("where", "--where", *steps), 30),
+        Part("kernels", bench("kernels", *sizes, "--provider", ",".join(QUICK)), 90),
         Part(
             "compiled",
-            [*end_to_end("end_to_end_compiled"), "--peers", "patched" if dry else "patched,liger,compiled"],
-            120,
+            [*end_to_end("end_to_end_compiled", one), "--peers", "patched" if dry else "patched,liger,compiled"],
+            100,
         ),
+        Part("peers", bench("kernels_peers", *sizes, "--provider", ",".join(slow)), 50),
     ]
     if tune:
         command = [python, str(here / "tune.py"), *model, "--budget", str(tune), "--out", str(out / "tuned")]
@@ -75,6 +85,16 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
             Part("tune", [*command, *(["--op", "rms_norm", "--tokens", "1"] if dry else [])], tune + 90, True)
         )
     return chosen
+
+
+def kernel_names() -> tuple[list[str], list[str]]:
+    """The cases, those of a decode step first; and who is slow to start, with ours to compare with."""
+    from qwenkern.benchmarks.cases import CASES
+    from qwenkern.benchmarks.plan import LAYER
+    from qwenkern.benchmarks.providers import PROVIDERS
+
+    cases = dict.fromkeys([*LAYER, "lm_head", "lm_head_top_k", *(case.name for case in CASES)])
+    return list(cases), ["qwenkern", *(each.name for each in PROVIDERS if each.name not in QUICK)]
 
 
 def kernel_tests() -> list[str]:
@@ -107,22 +127,31 @@ def facts() -> dict[str, object]:
 
 
 def run(part: Part, out: Path, env: dict[str, str]) -> dict[str, object]:
-    """Runs a part with ``env`` added; its output goes to a file that is kept whatever happens."""
-    log, started = out / f"{part.name}.log", time.monotonic()
-    with log.open("w", encoding="utf-8") as stream:
+    """Runs a part with ``env`` added; its output goes to the log, which is kept whatever happens."""
+    started = time.monotonic()
+    with (out / LOG).open("a+b") as log:
+        log.write(f"== {part.name}\n".encode())
+        log.flush()
+        begin = log.tell()
+        process = subprocess.Popen(
+            part.command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=out,
+            env={**os.environ, **env},
+            start_new_session=True,
+        )
         try:
-            status = subprocess.run(
-                part.command,
-                stdout=stream,
-                stderr=subprocess.STDOUT,
-                cwd=out,
-                env={**os.environ, **env},
-                timeout=part.seconds,
-            ).returncode
+            status = process.wait(part.seconds)
             outcome = "passed" if status == 0 else f"failed with {status}"
         except subprocess.TimeoutExpired:
             outcome = f"ended after {part.seconds:.0f} s"
-    tail = log.read_text(encoding="utf-8", errors="replace").splitlines()[-60:]
+        finally:  # with its workers, which would go on for the parts after it
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        log.seek(begin)
+        tail = log.read().decode(errors="replace").splitlines()[-60:]
     print(f"== {part.name}: {outcome}, {time.monotonic() - started:.0f} s", *tail, sep="\n", flush=True)
     return {"part": part.name, "outcome": outcome, "seconds": round(time.monotonic() - started, 1)}
 
@@ -140,12 +169,15 @@ def main() -> None:
     known = parts(out, options.dry_run, options.tune)
     if unknown := set(options.only or []) - {part.name for part in known}:
         parser.error(f"--only {', '.join(unknown)}: the parts are {', '.join(part.name for part in known)}")
-    summary = {"facts": facts(), "parts": []}
+    (out / LOG).unlink(missing_ok=True)
+    summary, spare = {"facts": facts(), "parts": []}, 0.0
     print(json.dumps(summary["facts"], indent=1), flush=True)
     for part in known:
         if not options.only or part.name in options.only:
             env = {"TRITON_INTERPRET": "1"} if options.dry_run and part.interpreted else {}
-            summary["parts"].append(run(part, out, env))
+            limit = part.seconds + spare
+            summary["parts"].append(run(replace(part, seconds=limit), out, env))
+            spare = max(0.0, limit - summary["parts"][-1]["seconds"])
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if (out / "tuned").is_dir():  # one file to carry
         shutil.make_archive(str(out / "tuned"), "gztar", out / "tuned")

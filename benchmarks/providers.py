@@ -6,6 +6,7 @@ nothing for it. Peers are imported only when they are asked for.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -111,10 +112,14 @@ def _transformers(case: Case) -> Function | None:
     """Its own modules' functions, in eager mode."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
-    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        module = Qwen2RMSNorm(weight.shape[0], eps).to(x.device, x.dtype)
+    @functools.cache  # a module of each weight: making one is no part of the op
+    def norm(weight: Tensor, eps: float) -> Qwen2RMSNorm:
+        module = Qwen2RMSNorm(len(weight), eps)
         module.weight = torch.nn.Parameter(weight, requires_grad=False)
-        return module(x)
+        return module
+
+    def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        return norm(weight, eps)(x)
 
     def apply_rope(
         q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False

@@ -35,6 +35,7 @@ from qwenkern.kernels import reference, tuning
 ERROR_RATIO, RMS_RATIO = 2.0, 1.5
 
 
+@torch.inference_mode()  # the check, too: another mode or other kinds of tensors would be compiled anew
 def measure(
     case: Case, model: str, size: Size, providers: list[Provider], limits: Ceilings, seconds: float
 ) -> list[Row]:
@@ -44,14 +45,14 @@ def measure(
     sets = input_sets(lambda: case.inputs(config, size), device)
     functions: dict[str, Function] = {}
     rows: list[Row] = []
-    truth = _truth(case, sets[0])
+    truth = expected(case, sets[0])
     for provider in providers:
         try:
             function = None if provider.gpu_only and device.type != "cuda" else provider.function(case)
             if function is None:
                 continue
             if provider.same:
-                _check(case, function, sets[0], truth)
+                check(case, function, sets[0], truth)
             else:
                 function(*sets[0])
             functions[provider.name] = function
@@ -62,8 +63,7 @@ def measure(
     calls = {name: [_bound(function, inputs) for inputs in sets] for name, function in functions.items()}
     if not calls:
         return rows
-    with torch.inference_mode():
-        readings = side_by_side(calls, device, seconds)
+    readings = side_by_side(calls, device, seconds)
     moved, operations = case.bytes_moved(config, size), case.operations(config, size)
     ours = next(iter(readings.values()))
     for provider in providers:
@@ -101,13 +101,13 @@ def _copies(inputs: tuple[Any, ...], wide: bool = False) -> list[Any]:
     return [copy(each) for each in inputs]
 
 
-def _truth(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def expected(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """What the twin returns in the dtype of the inputs, and in float64."""
     twin = getattr(reference, case.op)
     return _floats(twin(*_copies(inputs))), _floats(twin(*_copies(inputs, wide=True)))
 
 
-def _check(
+def check(
     case: Case, function: Function, inputs: tuple[Any, ...], truth: tuple[list[torch.Tensor], list[torch.Tensor]]
 ) -> None:
     """Raises unless the function errs hardly more than torch does in the same dtype."""
@@ -226,7 +226,8 @@ def plot(rows: list[Row], limits: Ceilings, folder: Path) -> list[Path]:
     return files
 
 
-def _numbers(text: str) -> list[int]:
+def numbers(text: str) -> list[int]:
+    """Of an option that takes them with commas between them."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
@@ -237,11 +238,13 @@ def _numbers(text: str) -> list[int]:
 
 
 def _cases(names: str) -> list[Case]:
+    """In the order of their names, or all."""
     known = {name for case in CASES for name in (case.name, case.op)}
     wanted = [name for name in names.split(",") if name]
     if unknown := set(wanted) - known:
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(sorted(known))}")
-    return [case for case in CASES if not wanted or case.name in wanted or case.op in wanted]
+    chosen = [case for name in wanted for case in CASES if name in (case.name, case.op)]
+    return list(dict.fromkeys(chosen)) or CASES
 
 
 def _place(device: str) -> torch.device:
@@ -249,7 +252,9 @@ def _place(device: str) -> torch.device:
 
 
 def main(
-    op: Annotated[str, typer.Option(help="Cases or ops, with commas between them; all where not given.")] = "",
+    op: Annotated[
+        str, typer.Option(help="Cases or ops in this order, with commas between them; all where not given.")
+    ] = "",
     model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
     tokens: Annotated[str, typer.Option(help="With commas between them; each case's own where not given.")] = "",
     context: Annotated[str, typer.Option(help="Cached tokens of a sequence in decode_attention.")] = "8192",
@@ -270,7 +275,7 @@ def main(
 ) -> None:
     """Time the kernels beside torch, torch.compile and whatever else is installed."""
     if in_a_step:
-        where.show(model, _numbers(tokens or "1"), _numbers(context), _place(device))
+        where.show(model, numbers(tokens or "1"), numbers(context), _place(device), json_file)
         return
     before = results.load(base) if base else []
     if bool(side_a) != bool(side_b):
@@ -279,8 +284,8 @@ def main(
         raise typer.BadParameter(f"{dtype!r}: expected bfloat16, float16 or float32")
     Config.from_name(model)
     providers = _providers([side_a, side_b] if side_a else [name for name in provider.split(",") if name])
-    cases, contexts = _cases(op), _numbers(context)
-    chosen_tokens = _numbers(tokens) if tokens else None
+    cases, contexts = _cases(op), numbers(context)
+    chosen_tokens = numbers(tokens) if tokens else None
     place = _place(device)
     console, limits, rows = Console(width=None if Console().is_terminal else 160), ceilings(place), []
     with console.status("timing") as status:

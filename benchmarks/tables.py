@@ -119,7 +119,7 @@ def _when(document: dict[str, Any]) -> str:
 
 # What each block is made of: a kind of table, and the results that are shown so, one below the other.
 MAKERS = {
-    "kernels": (kernels, "*/kernels.json"),
+    "kernels": (kernels, "*/kernels*.json"),
     "end_to_end": (end_to_end, "*/end_to_end.json"),
     "end_to_end_more": (end_to_end, "*/end_to_end_*.json"),
 }

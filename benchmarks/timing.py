@@ -1,19 +1,22 @@
 """Timing side by side: several functions in turns, on inputs that are not in the cache, and the device's own ceilings.
 
 On a GPU the calls over all input sets are captured in a CUDA graph and replayed, so that the host does not count; what
-cannot be captured is timed call after call between events. On a CPU it is the clock around each call.
+waits for the host, which no graph can, is timed call after call between events. On a CPU it is the clock around each
+call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
+import os
 import platform
 import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,24 +82,46 @@ def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
         for call in calls:
             call()
 
-    home, stream = torch.cuda.current_stream(), torch.cuda.Stream()
-    stream.wait_stream(home)
-    with torch.cuda.stream(stream), dependent_launches():  # compiles, loads, allocates, and chooses algorithms
-        for _ in range(3):
-            run()
-    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), dependent_launches():
+        run()  # compiles, loads, allocates, and chooses algorithms
     try:
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
-            run()
-        run = graph.replay
-    except RuntimeError as error:  # what waits for the host cannot be captured
-        torch.cuda.set_stream(home)  # a capture that fails at its end leaves its own
+        with torch.cuda.stream(stream), dependent_launches(), _waiting_raises():
+            for _ in range(2):
+                run()
+        run = _captured(run, stream)
+    except RuntimeError as error:
         torch.cuda.synchronize()
         warnings.warn(f"timed call by call, the host included, since it cannot be captured: {error}", stacklevel=2)
     once = _between_events(run, 3)
     repeats = max(1, round(LEAST_SECONDS / max(once, 1e-7)))
     return lambda: _between_events(run, repeats) / len(calls)
+
+
+@contextlib.contextmanager
+def _waiting_raises() -> Iterator[None]:
+    """While it lasts, an operation that waits for the GPU raises RuntimeError, if torch knows that it does."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _captured(run: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """The replay of what it launches. Raises RuntimeError, and leaves torch as it was, where it cannot be captured."""
+    home, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+            run()
+    except RuntimeError:
+        torch.cuda.set_stream(home)  # a capture that fails at its end leaves its own stream
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # and random numbers fail until another one ends well
+            torch.ones(1, device=stream.device)
+        raise
+    return graph.replay
 
 
 def _between_events(run: Callable[[], Any], repeats: int) -> float:
@@ -159,13 +184,19 @@ def circumstances(device: torch.device) -> dict[str, Any]:
         "device": device_name(device),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         "qwenkern": qwenkern.__version__,
-        "commit": _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"),
+        "commit": _commit(),
         "torch": torch.__version__,
         "triton": triton.__version__,
         "python": platform.python_version(),
         "date": datetime.date.today().isoformat(),
     }
     return {name: value for name, value in found.items() if value}
+
+
+def _commit() -> str:
+    """Where the checkout came without its .git, QWENKERN_COMMIT may say which one it is."""
+    described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    return os.environ.get("QWENKERN_COMMIT") or described or "unknown"
 
 
 def _output(*command: str) -> str:

@@ -32,7 +32,7 @@ import qwenkern.kernels
 from qwenkern import Config
 from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Case, Size
-from qwenkern.benchmarks.run import _check, _numbers, _truth
+from qwenkern.benchmarks.run import check, expected, numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.kernels import tuning
 
@@ -63,7 +63,7 @@ class Problem:
         self.device = torch.device(self.sizes[0].device)
         makers = [lambda size=size: self.case.inputs(self.config, size) for size in self.sizes]
         self.sets = [input_sets(make, self.device, most=4) for make in makers]
-        self.truths = [_truth(self.case, sets[0]) for sets in self.sets]
+        self.truths = [expected(self.case, sets[0]) for sets in self.sets]
 
     def lookup(self) -> tuple[dict[str, int], dict[str, Any]]:
         """The sizes that the kernel looks its configuration up by, and what its heuristic chooses."""
@@ -76,7 +76,7 @@ class Problem:
 
     def check(self) -> None:
         for sets, truth in zip(self.sets, self.truths, strict=True):
-            _check(self.case, getattr(qwenkern.kernels, self.case.op), sets[0], truth)
+            check(self.case, getattr(qwenkern.kernels, self.case.op), sets[0], truth)
 
     def seconds(self, patience: float = 0.05) -> float:
         """A call's, as the geometric mean over the numbers of tokens."""
@@ -249,7 +249,7 @@ def main(
         probe.unlink()
     except OSError as error:
         raise typer.BadParameter(f"{folder} cannot be written to: {error.strerror}", param_hint="--out") from error
-    chosen = _numbers(tokens) if tokens else None
+    chosen = numbers(tokens) if tokens else None
     facts = {name: circumstances(place)[name] for name in ("device", "triton", "date")}
     console, end = Console(), time.monotonic() + budget
     table = Table("case", "tokens", "tried", "rejected", "winner", title=f"{model} on {facts['device']}")

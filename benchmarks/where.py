@@ -1,6 +1,6 @@
 """Where the time of a decode step goes: each op's floor, what it took, the gap, and what lies between the kernels.
 
-    qwenkern bench --where --model qwen2.5-3b --tokens 1 --context 1024
+    qwenkern bench --where --model qwen2.5-3b --tokens 1 --context 1024 --json where.json
 
 On a GPU the captured step is replayed under torch's profiler. Kernels that are launched dependently overlap, so a
 kernel is charged from the end of the one before it, and the time in which none ran is idle: the parts add up to the
@@ -14,8 +14,9 @@ import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import chain, product
+from pathlib import Path
 
 import torch
 import typer
@@ -24,8 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 from qwenkern import Config
+from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.timing import ceilings, device_name
+from qwenkern.benchmarks.timing import ceilings, circumstances, device_name
 from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.decode import Cpu, Cuda, DecodeStep, Device
 from qwenkern.kernels import cpu
@@ -42,6 +44,7 @@ NAMES = {
     "_combine_kernel": "combine",
     "decode_attention": "decode_attention",
     "_lm_head_kernel": "lm_head",
+    "_top_k_kernel": "top_k",
     "embedding": "embedding",
 }
 GPU_LINEARS, CPU_LINEARS = ("o_proj", "gate_up", "down"), ("qkv", "o_proj", "gate_up", "down")
@@ -81,6 +84,7 @@ class Taped(Cpu):
         return self.tape.replay, out
 
 
+@torch.inference_mode()  # all of it: torch's graphs share tensors, which one made in this mode keeps from others
 def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
     """The parts of a decode step of random weights in bfloat16, each sequence with ``context`` cached tokens."""
     if not 1 <= sequences <= cpu.MAX_TOKENS:
@@ -114,8 +118,7 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     for table in tables:
         cache.extend(table, context + 2 * STEPS)  # a step on a GPU moves on by itself
         table.length = context - 1
-    with torch.inference_mode():
-        step.load(cache.batch([(table, [0]) for table in tables]))
+    step.load(cache.batch([(table, [0]) for table in tables]))
     return step, capturer
 
 
@@ -187,9 +190,11 @@ def labels(names: Iterable[str], linears: Sequence[str], layers: int) -> Iterabl
             yield NAMES.get(name, OTHER)
 
 
-def show(model: str, sequences: Sequence[int], contexts: Sequence[int], device: torch.device) -> None:
+def show(
+    model: str, sequences: Sequence[int], contexts: Sequence[int], device: torch.device, json_file: Path | None = None
+) -> None:
     """Prints a table for each number of sequences and cached tokens."""
-    console = Console(width=None if Console().is_terminal else 120)
+    console, rows = Console(width=None if Console().is_terminal else 120), []
     for count, context in product(sequences, contexts):
         try:
             parts = where(Config.from_name(model), count, context, device)
@@ -197,6 +202,10 @@ def show(model: str, sequences: Sequence[int], contexts: Sequence[int], device: 
             raise typer.BadParameter(str(error)) from error
         title = f"{model}, bfloat16, {count} sequences of {context} tokens, on {device_name(device)}"
         console.print(table(title, parts))
+        rows += [{"sequences": count, "context": context, **asdict(part)} for part in parts]
+        if json_file:  # each time, since a run on a lent machine may be cut off
+            facts = circumstances(device) | {"model": model, "ceilings": asdict(ceilings(device))}
+            results.save(json_file, facts | {"rows": rows})
 
 
 def table(title: str, parts: Sequence[Part]) -> Table:

@@ -10,8 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from qwenkern import Config
-from qwenkern.benchmarks import results, run, timing
+from qwenkern.benchmarks import results, run
 from qwenkern.benchmarks.cases import CASES, Size
 from qwenkern.benchmarks.providers import PROVIDERS, Provider
 from qwenkern.benchmarks.results import Row
@@ -52,6 +51,42 @@ def test_every_case_is_measured(name):
 def test_compiled_twins_are_measured():
     rows = _measure("swiglu", KNOWN["qwenkern"], KNOWN["compile"])
     assert [row.provider for row in rows if row.seconds] == ["qwenkern", "compile"]
+
+
+def test_the_check_compiles_what_is_timed():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compiler.reset()
+    compiled = Provider("compile", lambda case: torch.compile(reference.rms_norm, backend=backend, dynamic=False))
+    (row,) = _measure("rms_norm", compiled)
+    assert row.error == ""
+    assert len(graphs) == 1
+
+
+def test_cases_run_in_the_order_of_their_names():
+    assert [case.name for case in run._cases("linear,rms_norm,o_proj")] == ["o_proj", "down", "rms_norm"]
+    assert run._cases("") == CASES
+
+
+def test_the_peers_norm_is_made_once_for_each_weight(monkeypatch):
+    modeling = pytest.importorskip("transformers.models.qwen2.modeling_qwen2")
+    made = []
+
+    class Norm(modeling.Qwen2RMSNorm):
+        def __init__(self, *sizes):
+            made.append(sizes)
+            super().__init__(*sizes)
+
+    monkeypatch.setattr(modeling, "Qwen2RMSNorm", Norm)
+    function = KNOWN["transformers"].function(BY_NAME["rms_norm"])
+    for weight in 2 * [torch.full((8,), 2.0), torch.full((8,), 3.0)]:
+        x = torch.randn(3, 8)
+        torch.testing.assert_close(function(x, weight, 1e-6), reference.rms_norm(x, weight, 1e-6))
+    assert made == [(8, 1e-6)] * 2
 
 
 def test_a_wrong_result_is_not_timed():
@@ -164,39 +199,3 @@ def test_a_result_is_written_whole_or_not_at_all(tmp_path):
         results.save(file, {"rows": object()})
     assert json.loads(file.read_text()) == {"rows": []}
     assert [each.name for each in file.parent.iterdir()] == ["now.json"]
-
-
-def test_spreads():
-    assert Spread.of([3.0]) == Spread(3.0, 3.0, 3.0)
-    assert Spread.of([float(value) for value in range(11)]) == Spread(2.0, 5.0, 8.0)
-
-
-def test_functions_are_read_in_turns():
-    order = []
-    readings = timing.side_by_side(
-        {"a": [lambda: order.append("a")], "b": [lambda: order.append("b")]}, torch.device("cpu"), 0.0
-    )
-    assert "".join(order) == "ab" + "abbaab"
-    assert len(readings["a"]) == len(readings["b"]) == 3
-
-
-def test_no_two_functions_are_on_the_same_inputs():
-    seen = []
-    calls = {name: [lambda at=at, name=name: seen.append((name, at)) for at in range(4)] for name in "ab"}
-    timing.side_by_side(calls, torch.device("cpu"), 0.0)
-    rounds = [sorted(seen[at : at + 2]) for at in range(0, len(seen), 2)]
-    assert all(first[1] != second[1] for first, second in rounds)
-
-
-def test_inputs_exceed_the_cache():
-    config, size = Config.from_name("qwen2.5-0.5b"), Size(16, device="cpu")
-    sets = timing.input_sets(lambda: BY_NAME["down"].inputs(config, size), torch.device("cpu"))
-    total = sum(each.nbytes for inputs in sets for each in inputs if isinstance(each, torch.Tensor))
-    assert total >= 64 << 20
-    assert sets[0][0].data_ptr() != sets[1][0].data_ptr()
-
-
-def test_ceilings_of_this_machine():
-    found = timing.ceilings(torch.device("cpu"))
-    assert 1e8 < found.copy < 1e13
-    assert 1e8 < found.matrix < 1e15

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from importlib import import_module
+
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -12,6 +15,10 @@ from qwenkern.benchmarks.where import BETWEEN, CPU_LINEARS, GPU_LINEARS, Span, c
 from qwenkern.cli import app
 from qwenkern.kernels import cpu, dispatch
 
+# the modules, whose names the package gives to their ops
+qkv_rope, decode_attention, linear, lm_head = (
+    import_module(f"qwenkern.kernels.{name}") for name in ("qkv_rope", "decode_attention", "linear", "lm_head")
+)
 SMALL = Config(
     vocab_size=512,
     hidden_size=128,
@@ -43,10 +50,18 @@ def test_steps_that_are_not_alike_are_refused():
         charge([Span("a", 0.0, 1.0)] * 3, steps=2, layers=1)
 
 
+def test_every_kernel_of_a_step_has_a_name():
+    modules = (qkv_rope, decode_attention, linear, lm_head)
+    kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel") and name[0] == "_"}
+    assert "_top_k_kernel" in kernels
+    assert where.OTHER not in set(labels(kernels, GPU_LINEARS, 1))
+
+
 def test_a_linears_place_says_which_it_is():
     layer = ["_norm_qkv_rope_kernel", "_decode_attention_kernel", "_combine_kernel", *["_linear_kernel"] * 3]
     names = ["qkv_rope", "decode_attention", "combine", "o_proj", "gate_up", "down"]
-    assert list(labels([*layer * 2, "_lm_head_kernel"], GPU_LINEARS, 2)) == [*names * 2, "lm_head"]
+    last = ["_lm_head_kernel", "_top_k_kernel"]
+    assert list(labels([*layer * 2, *last], GPU_LINEARS, 2)) == [*names * 2, "lm_head", "top_k"]
     taped = ["few_tokens", "rope_and_cache", "decode_attention", *["few_tokens"] * 3]
     names = ["qkv", "rope_and_cache", "decode_attention", "o_proj", "gate_up", "down"]
     assert list(labels(["embedding", *taped, "few_tokens"], CPU_LINEARS, 1)) == ["embedding", *names, "lm_head"]
@@ -70,6 +85,15 @@ def test_the_parts_of_a_step_on_a_cpu(in_c):
     }
     assert all(part.seconds > 0 for name, part in parts.items() if name != BETWEEN)
     assert all(part.floor > 0 for name, part in parts.items() if name != BETWEEN)
+
+
+def test_the_tables_are_kept(in_c, monkeypatch, tmp_path):
+    monkeypatch.setattr(where.Config, "from_name", lambda name: SMALL)
+    where.show("small", [1, 2], [100], torch.device("cpu"), tmp_path / "where.json")
+    kept = json.loads((tmp_path / "where.json").read_text())
+    assert {"device", "torch", "commit", "date", "ceilings"} <= set(kept)
+    assert [row["sequences"] for row in kept["rows"] if row["name"] == "lm_head"] == [1, 2]
+    assert all(row["seconds"] > 0 for row in kept["rows"] if row["name"] != BETWEEN)
 
 
 def test_what_torch_runs_cannot_be_taken_apart(monkeypatch):
