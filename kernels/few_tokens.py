@@ -49,15 +49,17 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
     What decides about the order of summation (SPLIT_K, BLOCK_K, num_warps) does not look at the number of tokens."""
     streams = max(parts, 1)
     inputs = 1 if op == "linear" else 2  # x, and before a norm the residual
-    block_n = 16 if parts < 2 and n < 64 * device.num_sms else 32
-    programs = triton.cdiv(n, block_n)
-    split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if parts == 1 else 1
-    neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory
-    memory = device.shared_memory // neighbours - 4096
-    # Wide in K, with at least two tiles in memory.
-    block_k = 1024 // itemsize
-    while block_k > 512 // itemsize and 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize > memory:
-        block_k //= 2
+    wide = 1024 // itemsize
+    shapes = [(32, wide), (32, wide // 2)]
+    if parts < 2 and n < 64 * device.num_sms:  # or there would be too few programs
+        shapes = [(16, wide), *shapes]  # not narrower: the rows of a slice would lie in the same banks
+    for block_n, block_k in shapes:
+        programs = triton.cdiv(n, block_n)
+        split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if parts == 1 else 1
+        neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory
+        memory = device.shared_memory // neighbours - 4096
+        if 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize <= memory:  # two tiles at least
+            break
     tiles = min(
         memory // ((streams * block_n + inputs * tokens) * block_k * itemsize),
         IN_FLIGHT // (streams * block_n * block_k * itemsize),
@@ -67,8 +69,7 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
         "BLOCK_K": block_k,
         "SPLIT_K": split_k,
         "PREFETCH_LINES": 0 if device.backend != "cuda" or INTERPRETED else 4 * block_k * itemsize // 128,
-        # A tile that four warps load at one go has the rows of a slice in the same banks of shared memory.
-        "num_warps": 2 if block_n * block_k * itemsize <= 8192 else 4,
+        "num_warps": 4,
         "num_stages": 1 + max(1, tiles),
     }
     # tiles tuned for two bytes do not fit four

@@ -127,7 +127,7 @@ def _attend(
     return acc, total, best
 
 
-@triton.jit(do_not_specialize=["num_sequences", "block_tables_stride"])  # they vary from call to call
+@triton.jit(do_not_specialize=["block_tables_stride"])
 def _prefill_attention_kernel(
     out_ptr,  # [T, Hq, D]
     q_ptr,  # [T, Hq, D]
