@@ -50,7 +50,7 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
     sizes = ["--seconds", "0.3", "--op", ",".join(cases)]
     if dry:
         sizes, slow = ["--tokens", "1", "--seconds", "0.05", "--op", "rms_norm,swiglu"], ["qwenkern", "transformers"]
-    pytest = [python, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:benchmark"]
+    pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     pytest += ["-c", str(ROOT / "pyproject.toml")]
     # a file that cannot be imported there must not keep the others from running; compiling takes the time, on the host
     on_gpu = ["-m", "gpu", "-n", "8", "--continue-on-collection-errors", *kernel_tests()]
