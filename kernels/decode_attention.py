@@ -117,6 +117,7 @@ def _decode_attention_kernel(
     v_ptr += kv_head.to(tl.int64) * v_head_stride
     table = block_tables_ptr + sequence * block_tables_stride
     q_heads = kv_head * GROUP + group
+    head = sequence * num_kv_heads * GROUP + q_heads
     q = tl.load(q_ptr + sequence * q_stride + q_heads * HEAD_DIM + column, mask=group < GROUP, other=0.0)
 
     used = tl.cdiv(length, _tokens_of_split(length, BLOCK_N, NUM_SPLITS))
@@ -144,7 +145,6 @@ def _decode_attention_kernel(
             best = new_best
 
         acc = acc / total[:, None]
-        head = sequence * num_kv_heads * GROUP + q_heads
         if parts_ptr is None:
             tl.store(out_ptr + head * HEAD_DIM + column, cast(acc, dtype), mask=group < GROUP)
         else:

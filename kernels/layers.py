@@ -55,20 +55,27 @@ class RotaryPosEmb(nn.Module):
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         if unsqueeze_dim not in (1, 2):
             raise ValueError(f"rotary_pos_emb: unsqueeze_dim must be 1 or 2, and is {unsqueeze_dim}")
-        half = cos.shape[-1] // 2
-        cos_sin = torch.cat((cos.narrow(-1, 0, half), sin.narrow(-1, 0, half)), dim=-1).flatten(0, -2)
-        cos_sin = cos_sin if q.dtype == torch.float64 else cos_sin.float()
+        if q.dtype != torch.float64:
+            cos, sin = cos.float(), sin.float()
         if unsqueeze_dim == 1:
             q, k = q.transpose(1, 2), k.transpose(1, 2)
         num_tokens = q.shape[0] * q.shape[1]
-        positions = torch.arange(num_tokens, device=q.device)
-        if len(cos_sin) < num_tokens:  # one row of angles for all sequences
-            positions = positions % len(cos_sin)
         flat = [x.reshape(num_tokens, *x.shape[2:]) for x in (q, k)]
         suits = q.dtype == k.dtype and all(map(_is_plain, flat))
-        flat = (apply_rope if suits else reference.apply_rope)(*flat, cos_sin, positions)
+        flat = (apply_rope if suits else reference.apply_rope)(*flat, *angles(cos, sin, num_tokens))
         q, k = (out.view(x.shape) for out, x in zip(flat, (q, k), strict=True))
         return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
+
+
+def angles(cos: Tensor, sin: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+    """What apply_rope takes, cos_sin [rows, D] and positions [num_tokens], from transformers' cos and sin
+    [B or 1, T, D], either half the same. The table is float32, or float64 where they are."""
+    half = cos.shape[-1] // 2
+    cos_sin = torch.cat((cos.narrow(-1, 0, half), sin.narrow(-1, 0, half)), dim=-1).flatten(0, -2)
+    cos_sin = cos_sin if cos_sin.dtype == torch.float64 else cos_sin.float()
+    positions = torch.arange(num_tokens, device=cos.device)
+    # one row of angles for all sequences, where there are fewer
+    return cos_sin, positions if len(cos_sin) == num_tokens else positions % len(cos_sin)
 
 
 def _is_plain(x: Tensor) -> bool:

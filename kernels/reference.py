@@ -126,15 +126,8 @@ def prefill_attention(
     starts = query_starts.tolist()
     for row, length in enumerate(lengths.tolist()):
         queries = q[starts[row] : starts[row + 1]].transpose(0, 1)
-        count = queries.shape[1]
         k, v = _gather(k_pages, v_pages, block_tables[row], length)
-        mask = None
-        if 1 < count < length:  # a cached prefix: the triangle sits at the lower right
-            mask = torch.ones(count, length, dtype=torch.bool, device=q.device).tril(length - count)
-        attended = F.scaled_dot_product_attention(
-            queries[None], k[None], v[None], mask, is_causal=count == length, scale=scale, enable_gqa=True
-        )
-        out[starts[row] : starts[row + 1]] = attended[0].transpose(0, 1)
+        out[starts[row] : starts[row + 1]] = attention(queries[None], k[None], v[None], scale)[0]
     return out
 
 

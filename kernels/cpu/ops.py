@@ -102,8 +102,7 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor]:
     """q and k rotated by the angles of the table; ``inverse``: backwards, which is also how gradients go."""
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
-    q = q if q.stride(1) == head_dim else q.contiguous()
-    k = k if k.stride(1) == head_dim else k.contiguous()
+    q, k = _dense_heads(q), _dense_heads(k)
     outs = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k)]
     run(
         "apply_rope",
@@ -161,7 +160,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
 def decode_attention(
     q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
 ) -> Tensor:
-    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    q = _dense_heads(q)
     (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
     splits = -(-block_tables.shape[1] * page_size // SPLIT)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
@@ -187,7 +186,7 @@ def prefill_attention(
     query_starts: Tensor,
     scale: float,
 ) -> Tensor:
-    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    q = _dense_heads(q)
     (_, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     blocks = sum(-(-length // _wide()) for length in lengths.tolist())
@@ -207,6 +206,11 @@ def prefill_attention(
 def _rows(x: Tensor) -> Tensor:
     """x [..., H] as [T, H]; a copy only where its rows are not one stride apart."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _dense_heads(x: Tensor) -> Tensor:
+    """x [T, heads, D]; a copy only where a token's heads do not lie one after the other."""
+    return x if x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def _threads(elements: int) -> int | None:

@@ -272,8 +272,8 @@ def _attention_with(tables: _Tables | None, attends: bool) -> Callable[..., tupl
         if tables is None:
             q, k = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
         else:
-            places = tables.of(*position_embeddings, batch=len(q))
-            flat = ops.apply_rope(q.flatten(0, 1), k.flatten(0, 1), *places)
+            flat = q.flatten(0, 1), k.flatten(0, 1)
+            flat = ops.apply_rope(*flat, *tables.of(*position_embeddings, len(flat[0])))
             q, k = (each.view(shape).transpose(1, 2) for each in flat)
         v = v.transpose(1, 2)
         if past_key_values is not None:
@@ -308,22 +308,14 @@ class _Tables:
     def __init__(self) -> None:
         self._kept: tuple[Tensor, Tensor, int, tuple[Tensor, Tensor]] | None = None
 
-    def of(self, cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        """cos_sin [rows, D] float32 and positions [B T] from cos and sin [B or 1, T, D]."""
+    def of(self, cos: Tensor, sin: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
+        """angles, in kernels/layers.py, of these."""
         if torch.compiler.is_compiling():  # the compiler sees that the layers do the same
-            return self._make(cos, sin, batch)
+            return ops.layers.angles(cos, sin, num_tokens)
         kept = self._kept
-        if kept is None or kept[0] is not cos or kept[1] is not sin or kept[2] != batch:
-            self._kept = kept = cos, sin, batch, self._make(cos, sin, batch)
+        if kept is None or kept[0] is not cos or kept[1] is not sin or kept[2] != num_tokens:
+            self._kept = kept = cos, sin, num_tokens, ops.layers.angles(cos, sin, num_tokens)
         return kept[3]
-
-    @staticmethod
-    def _make(cos: Tensor, sin: Tensor, batch: int) -> tuple[Tensor, Tensor]:
-        rows, tokens, dim = cos.shape
-        table = torch.cat((cos[..., : dim // 2], sin[..., : dim // 2]), dim=-1).flatten(0, 1)
-        table = table if table.dtype == torch.float64 else table.float()
-        positions = torch.arange(rows * tokens, device=cos.device)
-        return table, positions if rows == batch else positions.repeat(batch)
 
 
 def _decoder(model: nn.Module) -> nn.Module:
