@@ -9,8 +9,8 @@
 #define RUN 64        /* rows of w that are summed before anything else is done with them */
 #define ROWS 16       /* rows of w whose sums wait for the next part of K */
 
-#define TASKS 4          /* of many tokens, for each thread, at least */
-#define LEAST_TOKENS 96  /* of such a task: packing then costs little */
+#define TASKS 4         /* for each thread, at least, where there is enough to do */
+#define LEAST_TOKENS 96 /* of a task of many tokens: packing then costs little */
 
 /* How many bytes before it is needed w is asked for, as choose.py measured it. 0: the processor sees to it alone. */
 long ahead = 0;
@@ -157,7 +157,7 @@ void few_tokens(const call *c, worker *me) {
     const bf16 *w = c->tensors[6], *up = c->tensors[7];
     const operand *rows = dense_rows(c, me);
     long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5];
-    long run = up ? RUN : ROWS; /* two weights are read in turns: long ones, for what the processor fetches itself */
+    long run = N < TASKS * me->threads * RUN ? ROWS : RUN; /* long ones where that keeps every thread busy */
     for (long task = first(me, parts_of(N, run)); task >= 0; task = next(me)) {
         float sums[MAX_TOKENS][RUN], ups[MAX_TOKENS][RUN];
         long start = task * run, count = least(run, N - start);
