@@ -405,24 +405,12 @@ def installed(tmp_path_factory) -> Path:
     return place
 
 
-IN_C = """
-import logging, os, torch, warnings
-logging.basicConfig(format="%(message)s")
-from qwenkern.kernels import cpu
-x = torch.arange(64).reshape(2, 32).bfloat16()
-print(cpu.__file__)
-assert cpu.takes_linear(x) and torch.equal(cpu.linear(x, x)[0], x @ x.T)
-print(cpu.describe()["CPU"])
-"""
-
-
 def _in_c(place: Path, cache: Path, **environment: str) -> subprocess.CompletedProcess:
     """An op of the installed package in a process of its own: where it ran from, and what was said."""
     environment = {"PYTHONPATH": str(place), "QWENKERN_CACHE": str(cache), **environment}
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("QWENKERN_") and name != "CC"}
-    return subprocess.run(
-        [sys.executable, "-c", IN_C], capture_output=True, text=True, check=True, env=inherited | environment, cwd=cache
-    )
+    program = [sys.executable, str(ROOT / "tests" / "installed_wheel.py")]
+    return subprocess.run(program, capture_output=True, text=True, check=True, env=inherited | environment, cwd=cache)
 
 
 fits_here = pytest.mark.skipif(len(targets.usable()) == 1, reason="no fixed target fits this processor")
