@@ -39,6 +39,7 @@ EXTRAS = {
         "peft",  # models with adapters must take our pieces as others do
         "accelerate",  # and so must models with its hooks
         "tiktoken",  # the oracle for tokenization: another BPE, another expression engine
+        "setuptools>=77",  # the wheel that the tests build, without build isolation
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures
         "ruff",  # lint and format

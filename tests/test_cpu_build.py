@@ -22,12 +22,14 @@ ROOT = Path(qwenkern.__file__).parents[1]
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing loaded, an empty cache, the smallest compilation, quick measurements."""
+    """Nothing loaded, an empty cache, one target, quickly compiled, and quick measurements."""
+    monkeypatch.setattr(compiler, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in compiler.FLAGS))
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(targets.FORCED, targets.usable()[-1].name)
-    monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
+    monkeypatch.setattr(choose, "WEIGHTS", 1 << 18)
+    monkeypatch.setattr(choose, "TOKENS", cpu.MAX_TOKENS + 1)
     build.forget()
     kept._made.cache_clear()
     yield tmp_path / "cache" / "compiled"
