@@ -166,6 +166,7 @@ def test_a_kept_library_that_is_not_what_it_was_is_compiled_anew(fresh, caplog, 
 def test_a_compiler_that_does_not_work_is_one_line_and_torch_runs(fresh, monkeypatch, cc, said):
     monkeypatch.setenv("CC", cc)
     monkeypatch.setattr(compiler, "ANSWER", 0.5)
+    compiler._asked.cache_clear()
     with pytest.warns(UserWarning, match=said + ".*torch runs in place of C, slower") as warned:
         assert not runs()
     assert "\n" not in str(warned[0].message)
@@ -181,6 +182,16 @@ def test_where_the_best_target_does_not_compile_the_next_one_runs(fresh, monkeyp
     monkeypatch.setattr(targets, "usable", lambda: [odd, targets.native()])
     with pytest.warns(UserWarning, match=r"failed with exit code 1: .*of-tomorrow.*; the C functions for native run"):
         assert runs()
+
+
+def test_without_the_rival_there_is_no_choice(fresh, monkeypatch, recwarn):
+    native = targets.native()._replace(floats="odd")
+    odd = targets.Target("odd", targets.machine(), ("-march=of-tomorrow",))
+    monkeypatch.setattr(targets, "usable", lambda: [native, odd])
+    monkeypatch.setattr(choose, "products", None)
+    assert runs()
+    assert cpu.target() == "native"
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("kind", ["a file", "no home", "another's", "full"])

@@ -15,6 +15,7 @@ from . import choose, compiler, kept, targets, threads
 from .targets import Target
 
 logger = logging.getLogger(__name__)
+PROBLEMS = (compiler.CompilerError, compiler.Refused, OSError)
 BUILT = Path(__file__).parent / "built"  # what setup.py puts into a wheel; a source checkout has none
 
 
@@ -52,10 +53,13 @@ def loaded() -> Loaded | None:
     found = _first(candidates)
     if found is None:
         return None
-    others = [each for each in candidates if each.name == found.target.floats]
-    if others and (other := _first(others)):
-        both = {each.target.name: each for each in (found, other)}
-        found = both[choose.products({name: each.library for name, each in both.items()})]
+    rivals = {found.target.name: found}
+    for other in candidates:
+        if other.name == found.target.floats:
+            with contextlib.suppress(*PROBLEMS):  # then there is no choice
+                rivals[other.name] = _load(other)
+    if len(rivals) > 1:
+        found = rivals[choose.products({name: each.library for name, each in rivals.items()})]
     choose.set_prefetch(found.library, choose.prefetch(found.library, found.target.name))
     return found
 
@@ -89,19 +93,19 @@ def _first(candidates: list[Target]) -> Loaded | None:
     found, problem = None, None
     for each in candidates:
         try:
-            found = _load(each, compiles=not isinstance(problem, compiler.NoCompiler))
-        except (compiler.CompilerError, compiler.Refused, OSError) as error:
-            problem = problem or error
-        if found is not None:
+            found = _load(each)
             break
+        except PROBLEMS as error:
+            problem = problem or error
     if problem is not None:
         instead = f"the C functions for {found.target.name} run" if found else "torch runs in place of C, slower"
         warnings.warn(f"qwenkern: {problem}; {instead}", stacklevel=2)
     return found
 
 
-def _load(target: Target, compiles: bool) -> Loaded | None:
-    """A target's library as it came with the package, as it was compiled earlier, or compiled now if that may be."""
+def _load(target: Target) -> Loaded:
+    """A target's library as it came with the package, as it was compiled earlier, or compiled now; else one of PROBLEMS
+    is raised."""
     name = f"{target.name}.so"
     if BUILT.is_dir() and target.needs:
         try:
@@ -118,8 +122,7 @@ def _load(target: Target, compiles: bool) -> Loaded | None:
                 return _open(file, target, "compiled on this machine")
         except compiler.Refused as reason:
             logger.warning("qwenkern: %s", reason)
-    if not compiles:
-        return None
+    compiler.answers()
     logger.warning("qwenkern: compiles its C functions for %s: some seconds, once", target.name)
     if folder is not None:
         try:

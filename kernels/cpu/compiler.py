@@ -4,6 +4,7 @@ setup.py uses this file, too, before anything is installed: it imports the stand
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -54,11 +55,27 @@ def command() -> list[str]:
         raise NoCompiler(f"CC is {given!r}, which is no command line: {error}") from None
 
 
+def answers() -> str:
+    """The first line that the compiler says of itself. Raises NoCompiler where it says nothing in ANSWER seconds, which
+    is remembered: whoever waits for one that hangs does so once."""
+    said = _asked(tuple(command()))
+    if isinstance(said, NoCompiler):
+        raise said
+    return said
+
+
+@functools.cache
+def _asked(compiler: tuple[str, ...]) -> str | NoCompiler:
+    try:
+        return _run([*compiler, "--version"], ANSWER, NoCompiler).partition("\n")[0]
+    except NoCompiler as error:
+        return error
+
+
 def compile_to(library: Path, flags: Sequence[str]) -> None:
     """Compiles the C files and writes the manifest beside the library, each whole or not at all: others may do the
     same at once. Raises CompilerError, or OSError where the folder cannot be written to."""
-    compiler = command()
-    version = _run([*compiler, "--version"], ANSWER, NoCompiler).partition("\n")[0]  # does it answer at all?
+    compiler, version = command(), answers()
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, library.name)
         sources = [str(file) for file in files() if file.suffix == ".c"]
