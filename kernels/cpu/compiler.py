@@ -16,8 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-OPENMP = ("-fopenmp",)  # until the C files have threads of their own
-FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", *OPENMP, "-shared", "-fPIC")
+FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 ANSWER, COMPILE = 10, 120  # seconds that a compiler may take to say its version, and for the files
 
 
