@@ -155,7 +155,7 @@ def _open(file: Path, target: Target, origin: str) -> Loaded:
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
-    """Lets the functions run in the threads of torch's OpenMP, where it has one: two pools would compete for the cores."""
+    """Lets the functions run in the threads of torch's OpenMP, where it has one: two pools would compete for cores."""
     process = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         parallel, present = process.GOMP_parallel, process.omp_get_num_threads

@@ -3,10 +3,11 @@
 Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's, and
 torch may have a matrix unit that beats both. Weights: some processors fetch far enough in advance by themselves, others
 must be asked. All of it is timed in turns on the C functions themselves. A choice is kept for the next process only
-where two halves of its readings make the same: another program may have run beside one of them."""
+where two halves of its readings make the same and no other program had the cores meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -15,6 +16,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,6 +36,7 @@ TOKENS = 128
 DISTANCES = (0, 4096, 8192)  # bytes that weights are asked for before they are needed
 WEIGHTS = 128 << 20  # bytes, more than the caches of most processors hold
 CLEARLY = 1.1  # how many times as fast as ours torch must be to run in our place
+BUSY = 0.05  # of the time that measuring takes: others then had the cores for too much of it
 NOTABLY = 0.97  # the share of the time without asking in advance that must be left to do so
 QUESTIONS = {
     "products": "which library multiplies faster",
@@ -124,17 +127,21 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
     known = remembered(question, answers, *about)
     if known is not None:
         return known
-    started = time.perf_counter()
+    started, waited = time.perf_counter(), _waited()
     with _disable_current_modes():  # a tape that is being recorded, or a trace, has no part in this
         readings = _readings(ways())
     chosen, agreed = decide(readings, rule)
-    best = ", ".join(f"{way} {1e3 * min(seconds):.2f} ms" for way, seconds in readings.items())
+    seconds, waited = time.perf_counter() - started, _waited() - waited
+    doubts = [] if agreed else ["its readings disagree"]
+    if waited > BUSY * seconds:
+        doubts.append(f"threads waited {waited:.2f} s for cores that others had")
+    best = ", ".join(f"{way} {1e3 * min(times):.2f} ms" for way, times in readings.items())
     logger.info(
         "qwenkern: measured in %.2f s, %s: %s (%s)%s",
-        *(time.perf_counter() - started, QUESTIONS[question], chosen, best),
-        "" if agreed else "; the readings disagree, so it is measured again in the next process",
+        *(seconds, QUESTIONS[question], chosen, best),
+        f"; {' and '.join(doubts)}, so the next process measures again" if doubts else "",
     )
-    if agreed:
+    if not doubts:
         remember(question, answers, chosen, *about)
     return chosen
 
@@ -157,6 +164,14 @@ def _readings(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]
             readings[way].append(time.perf_counter() - started)
         rounds += 1
     return readings
+
+
+def _waited() -> float:
+    """Seconds that the threads of this process have been ready to run and had no core; 0 where nobody counts them."""
+    counters = Path("/proc/self/task").glob("*/schedstat")
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that has just ended
+        return sum(int(counter.read_text().split()[1]) for counter in counters) / 1e9
+    return 0.0
 
 
 def decide(readings: Mapping[Any, list[float]], rule: Callable[[Mapping], Any]) -> tuple[Any, bool]:
