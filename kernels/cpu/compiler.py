@@ -74,13 +74,13 @@ def _asked(compiler: tuple[str, ...]) -> str | NoCompiler:
 def compile_to(library: Path, flags: Sequence[str]) -> None:
     """Compiles the C files and writes the manifest beside the library, each whole or not at all: others may do the
     same at once. Raises CompilerError, or OSError where the folder cannot be written to."""
-    compiler, version = command(), answers()
+    compiler, version, hashed = command(), answers(), digest()  # before: who edits meanwhile compiles anew
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         made = Path(folder, library.name)
         sources = [str(file) for file in files() if file.suffix == ".c"]
         _run([*compiler, *FLAGS, *flags, *sources, "-o", str(made), "-lm"], COMPILE)
         written = {
-            "sources": digest(),
+            "sources": hashed,
             "library": hashlib.sha256(made.read_bytes()).hexdigest(),
             "compiler": " ".join([*compiler, f"({version})"]),
             "flags": [*FLAGS, *flags],
