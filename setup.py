@@ -1,6 +1,16 @@
+import importlib.util
+import os
+import shutil
+import sysconfig
+import warnings
 from pathlib import Path
+from types import ModuleType
 
-from setuptools import setup
+from setuptools import Distribution, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_py import build_py
+
+CPU = Path(__file__).with_name("kernels") / "cpu"
 
 # Why each dependency is here. The core stays small; everything else is an extra, imported only where it is used.
 CORE = [
@@ -29,11 +39,70 @@ EXTRAS = {
         "peft",  # models with adapters must take our pieces as others do
         "accelerate",  # and so must models with its hooks
         "tiktoken",  # the oracle for tokenization: another BPE, another expression engine
+        "setuptools>=77",  # the wheel that the tests build, without build isolation
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures
         "ruff",  # lint and format
     ],
 }
+
+
+def module(name: str) -> ModuleType:
+    """A file of kernels/cpu that imports the standard library only; the package itself needs torch."""
+    spec = importlib.util.spec_from_file_location(name, CPU / f"{name}.py")
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+class BuildWithC(build_py):
+    """Also compiles the C functions, once for each target of the architecture that the wheel is for.
+
+    CC is the compiler. Another architecture is asked for as Python's own cross builds do, for example
+    ``CC=aarch64-linux-gnu-gcc _PYTHON_HOST_PLATFORM=linux-aarch64``. Without a compiler that works the package has no
+    library, and the machine where it is used compiles one; QWENKERN_REQUIRE_C=1 makes that an error."""
+
+    def run(self) -> None:
+        super().run()
+        if not self.editable_mode:  # there the C files change under the library
+            self.compile_c(Path(self.build_lib, "qwenkern", "kernels", "cpu", "built"))
+
+    def compile_c(self, folder: Path) -> None:
+        compiler, targets = module("compiler"), module("targets")
+        required = os.environ.get("QWENKERN_REQUIRE_C") == "1"
+        shutil.rmtree(folder, ignore_errors=True)  # what an earlier build left
+        folder.mkdir(parents=True)
+        machine = targets.machine(sysconfig.get_platform().rpartition("-")[2])
+        for target in targets.TARGETS:
+            if target.machine == machine:
+                try:
+                    compiler.compile_to(folder / f"{target.name}.so", target.flags)
+                except compiler.CompilerError as error:
+                    if required:
+                        raise
+                    warnings.warn(f"no C functions for {target.name} in this package: {error}", stacklevel=1)
+        libraries = list(folder.glob("*.so"))
+        if not libraries:
+            if required:
+                raise RuntimeError(f"QWENKERN_REQUIRE_C=1, and kernels/cpu/targets.py has no target for {machine}")
+            folder.rmdir()
+        self.distribution.has_libraries = bool(libraries)
+
+
+class WheelOfLibraries(bdist_wheel):
+    """The libraries are for one platform, and for any Python: ctypes loads them."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        platform = super().get_tag()[2] if self.distribution.has_libraries else "any"
+        return "py3", "none", platform
+
+
+class DistributionWithC(Distribution):
+    has_libraries = False  # until they are compiled
+
+    def has_ext_modules(self) -> bool:
+        return True  # so that files go where those of a platform belong
+
 
 setup(
     name="qwenkern",
@@ -59,6 +128,8 @@ setup(
         "qwenkern.kernels": ["metadata.json", "tuned/*/*.json"],
         "qwenkern.kernels.cpu": ["*.[ch]"],
     },
+    distclass=DistributionWithC,
+    cmdclass={"build_py": BuildWithC, "bdist_wheel": WheelOfLibraries},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["qwenkern = qwenkern.cli:main"]},

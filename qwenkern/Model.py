@@ -21,7 +21,7 @@ from .completion import Completion, Score, Stream
 from .config import Config
 from .decode import DecodeSteps
 from .errors import RequestError
-from .kernels import invariant_tokens
+from .kernels import cpu, invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
@@ -74,6 +74,7 @@ class Model:
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
         deterministic: bool = False,
+        threads: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Model:
         """Loads a checkpoint.
@@ -87,9 +88,12 @@ class Model:
             of up to 16 sequences on our kernels. It costs throughput, not latency: prompts are read one by one, at most
             16 sequences decode together (one where torch computes, as in float32 on a CPU), and each takes all the
             room in the cache that its max_tokens may need before it starts.
+        threads: how many this process computes with on a CPU, torch's included. None: what QWENKERN_THREADS says, else
+            one for each physical core that it may run on and that its cgroup's quota and torch allow.
         progress: called with what is done ("download", "load"), bytes so far, bytes in all.
 
         Raises CheckpointError, ConfigError or RequestError, naming what was found and what was expected."""
+        _use_threads(threads)
         device = _device(device)
         path = sources.resolve(model, progress=progress and (lambda done, total: progress("download", done, total)))
         started = time.perf_counter()
@@ -126,10 +130,12 @@ class Model:
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
         deterministic: bool = False,
+        threads: int | None = None,
     ) -> Model:
         """A model of random weights, made in place: a Config, or a size of the family such as "qwen2.5-3b".
 
         Without a tokenizer, prompts are token ids and completions have no text."""
+        _use_threads(threads)
         config = Config.from_name(config) if isinstance(config, str) else config
         device = _device(device)
         module = Qwen2(config, _dtype(dtype, config, device), device)
@@ -145,6 +151,7 @@ class Model:
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
         deterministic: bool = False,
+        threads: int | None = None,
     ) -> Model:
         """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
 
@@ -158,6 +165,7 @@ class Model:
         Raises RequestError or ConfigError where the model is not one that we run, or its weights cannot be shared."""
         from .integrations.from_transformers import as_tokenizer, generation_defaults, shared_module  # not for everyone
 
+        _use_threads(threads)
         module = shared_module(model)
         ours = as_tokenizer(tokenizer, model)
         return cls(module, ours, generation_defaults(model), cache_tokens, prefill_chunk, deterministic)
@@ -371,6 +379,16 @@ def _is_prompt(prompts: Any) -> bool:
     if not isinstance(prompts, (list, tuple, range)):
         return True
     return _is_ids(prompts) or all(isinstance(message, Mapping) for message in prompts)
+
+
+def _use_threads(threads: int | None) -> None:
+    """Also looks at what the environment says of the CPU, before any weight is read."""
+    try:
+        if threads is not None:
+            cpu.threads.use(threads)
+        cpu.check_environment()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def _device(device: str | torch.device) -> torch.device:

@@ -35,6 +35,7 @@ stderr = Console(stderr=True, highlight=False)
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, folder of safetensors, or .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="one a physical core")]
 MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="to the end")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", show_default="the checkpoint's")]
@@ -68,11 +69,12 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
 ) -> None:
     """Complete a text, or with --chat answer a question."""
     if prompt is None:
         prompt = sys.stdin.read()
-    loaded = _load(model, device, dtype)
+    loaded = _load(model, device, dtype, threads)
     params = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -100,9 +102,10 @@ def chat(
     seed: Seed = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
-    loaded = _load(model, device, dtype)
+    loaded = _load(model, device, dtype, threads)
     params = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -145,7 +148,7 @@ def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo")
 def info(
     model: Annotated[str, typer.Argument(help="Name of a size, hub id, folder or .gguf file.")] = "demo",
 ) -> None:
-    """Parameters, memory by context, and numbers that contradict one another. Loads no weights."""
+    """Parameters, memory by context, contradictions among the numbers, and how this CPU computes. Loads no weights."""
     config, warnings = _facts(model)
     table = Table(title=f"{model}: {config.num_parameters:,} parameters", title_justify="left")
     table.add_column("part")
@@ -167,6 +170,8 @@ def info(
     out.print(table, sizes, f"cache: {config.kv_bytes_per_token():,} bytes a token")
     if licence := sources.licence(model):
         out.print(f"licence: {licence}")
+    for name, value in facts.processor().items():
+        out.print(f"{name}: {value}")
     for warning in warnings:
         out.print(f"[yellow]contradiction:[/] {warning}")
 
@@ -219,9 +224,9 @@ def main() -> None:
         sys.exit(error.exit_code)
 
 
-def _load(model: str, device: str, dtype: str) -> Model:
+def _load(model: str, device: str, dtype: str, threads: int | None) -> Model:
     with _progress() as progress:
-        return Model.from_pretrained(model, device=device, dtype=dtype, progress=progress)
+        return Model.from_pretrained(model, device=device, dtype=dtype, threads=threads, progress=progress)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What a configuration says about a model, and where its numbers contradict one another."""
+"""What a configuration says about a model, where its numbers contradict one another, and how this CPU computes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from .checkpoint.packing import slots
 from .config import FAMILY, Config
+from .errors import RequestError
+from .kernels import cpu
 
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![a-z])", re.IGNORECASE)
 _SIZES = (
@@ -41,6 +43,16 @@ def memory(config: Config, bytes_per_element: int = 2) -> dict[int, int]:
     lengths = [1 << n for n in range(10, 24) if 1 << n < config.context_length] + [config.context_length]
     weights = config.num_parameters * bytes_per_element
     return {length: weights + length * config.kv_bytes_per_token(bytes_per_element) for length in lengths}
+
+
+def processor() -> dict[str, str]:
+    """What the C kernels were compiled for, where they come from, their threads, and what was measured on this CPU.
+
+    Raises RequestError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
+    try:
+        return cpu.describe()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
 
 
 def contradictions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -12,10 +13,12 @@ import time
 from dataclasses import replace
 
 import pytest
+import torch
 from toy import byte_tokenizer
 from twins import TINY, save_checkpoint, tiny_model
 
 from qwenkern import Model, cli
+from qwenkern.kernels import cpu
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +105,7 @@ def test_a_conversation_too_long_is_no_end(run, folder):
         (["generate", "-m", "{folder}", ""], "error: the prompt is empty", 1),
         (["generate", "-m", "/nowhere/model.gguf", "x"], "/nowhere/model.gguf", 1),
         (["generate", "-m", "{folder}", "--device", "tpu", "x"], "device is 'tpu'", 1),
+        (["generate", "-m", "{folder}", "--threads", "0", "x"], "error: threads is 0; expected a whole number", 1),
         (["generate", "--bogus"], "No such option: --bogus", 2),
         (["dance"], "No such command 'dance'", 2),
         (["info", "qwen9"], "unknown name 'qwen9'", 1),
@@ -121,6 +125,18 @@ def test_info_of_a_size_needs_no_file(run):
     assert "36,864 bytes a token" in out
     assert "Qwen Research" in out
     assert "contradiction" not in out
+    assert re.search(r"^CPU: (C for \S+, (built with the package|compiled)|no C, so torch runs)", out, re.M)
+    assert f"threads: {cpu.threads.count()}\n" in out
+
+
+def test_threads_are_those_of_the_process(run, folder, monkeypatch):
+    monkeypatch.setattr(cpu.threads, "_asked", None)
+    before = torch.get_num_threads()
+    try:
+        assert run("generate", "-m", folder, "--max-tokens", 2, "--threads", 3, "Hello")[2] == 0
+        assert torch.get_num_threads() == cpu.threads.count() == 3
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_info_of_a_checkpoint(run, folder, model):

@@ -1,6 +1,5 @@
 """The ops in C against float64 and against torch in the same dtype, and the tape."""
 
-import platform
 from collections.abc import Callable
 from itertools import pairwise
 
@@ -10,33 +9,33 @@ from tolerances import assert_as_close_as
 
 from qwenkern import kernels
 from qwenkern.kernels import cpu, dispatch, reference
-from qwenkern.kernels.cpu import build, choose
+from qwenkern.kernels.cpu import build, choose, targets
 
 EPS = 1e-6
 
 
-# How the C files are compiled: as measured on one maker's processors, on another's, and for those with narrow vectors.
-VARIANTS = {
-    "floats": (choose.Choice("floats", beats_torch=True, ahead=4096), "gcc"),
-    "pairs": (choose.Choice("pairs", beats_torch=True, ahead=0), "gcc"),
-    "narrow": (choose.Choice("floats", beats_torch=True, ahead=0), "gcc -mno-avx512f"),
-}
+# The fixed targets that this processor has, and vectors of 4 floats, the narrowest. Each with the distance in bytes at
+# which weights are prefetched, so that the tests run both ways of it.
+VARIANTS = {target.name: 0 if target.floats else 4096 for target in targets.TARGETS} | {"narrow": 0}
 
 
 @pytest.fixture(autouse=True, params=VARIANTS)
 def in_c(request, monkeypatch):
-    choice, compiler = VARIANTS[request.param]
-    if request.param == "narrow" and platform.machine() != "x86_64":
-        pytest.skip("vectors have one width here")
-    if not build.can(compiler.split(), choice.products):
-        pytest.skip("the processor does not multiply pairs of bfloat16")
+    name = request.param
+    if name == "narrow":
+        if targets.machine() != "x86_64":
+            pytest.skip("vectors have one width here")
+        monkeypatch.setenv("CC", "gcc -mno-avx")
+    elif name not in [target.name for target in targets.usable()]:
+        pytest.skip(f"this processor does not have what {name} needs")
+    monkeypatch.setenv(targets.FORCED, "native" if name == "narrow" else name)
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    monkeypatch.setenv("CC", compiler)
-    monkeypatch.setattr(choose, "remembered", lambda file: choice)
-    build.chosen.cache_clear()
+    monkeypatch.setattr(choose, "prefetch", lambda *_: VARIANTS[name])
+    monkeypatch.setattr(choose, "multiplies", lambda *_: True)
+    build.forget()
     assert cpu.library() is not None
     yield
-    build.chosen.cache_clear()
+    build.forget()
 
 
 def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
@@ -285,14 +284,6 @@ def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
     assert not cpu.takes_linear(tensor(1, 32, seed=0))
 
 
-def test_a_missing_compiler_is_said_once_and_torch_runs(monkeypatch) -> None:
-    monkeypatch.setenv("CC", "no-such-compiler")
-    build.chosen.cache_clear()
-    with pytest.warns(UserWarning, match="no C compiler could build"):
-        assert not cpu.takes_linear(tensor(1, 32, seed=0))
-    assert not cpu.takes_linear(tensor(1, 32, seed=0))
-
-
 def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
     w, ids = tensor(8, 64, seed=1), torch.tensor([3, 1])
     tape = cpu.Tape()
@@ -306,16 +297,20 @@ def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
 
 
 def test_a_tape_may_be_what_first_needs_the_functions(monkeypatch) -> None:
+    """They are loaded, and what is not yet known is measured, while it records."""
+    monkeypatch.undo()
+    monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
-    monkeypatch.setattr(choose, "remembered", lambda file: None)
-    monkeypatch.setattr(choose, "remember", lambda file, choice: None)
-    x = tensor(2, 64, seed=0)
-    build.chosen.cache_clear()
+    monkeypatch.setattr(choose, "remembered", lambda *_: None)
+    monkeypatch.setattr(choose, "remember", lambda *_: None)
+    few, many = tensor(2, 64, seed=0), tensor(cpu.MAX_TOKENS + 1, 64, seed=1)
+    build.forget()
     tape = cpu.Tape()
     with tape.record():
-        out = cpu.linear(x, x)[0]
+        assert isinstance(cpu.takes_linear(many), bool)
+        out = cpu.linear(few, few)[0]
     tape.replay()
-    assert torch.equal(out, cpu.linear(x, x)[0])
+    assert torch.equal(out, cpu.linear(few, few)[0])
 
 
 @pytest.mark.parametrize("compute", [lambda x: x + 1, lambda x: x.float(), lambda x: x.sum().item()])
@@ -341,40 +336,3 @@ def test_a_tape_of_the_other_ops_matches_them() -> None:
     assert torch.equal(rotated, cpu.rope_and_cache(qkv, positions, cos_sin, *again, slots))
     assert torch.equal(pages, again[0])
     assert torch.equal(others, again[1])
-
-
-SECONDS = {"floats": 2.0, "pairs": 1.0, "torch": 1.5, 0: 1.0, 4096: 0.9, 8192: 0.95}
-
-
-@pytest.mark.parametrize(
-    ("differs", "expected"),
-    [
-        ({}, choose.Choice("pairs", beats_torch=True, ahead=4096)),
-        ({"pairs": 2.1}, choose.Choice("floats", beats_torch=False, ahead=4096)),
-        ({"torch": 0.95}, choose.Choice("pairs", beats_torch=True, ahead=4096)),
-        ({4096: 0.98, 8192: 0.99}, choose.Choice("pairs", beats_torch=True, ahead=0)),
-    ],
-)
-def test_the_fastest_is_chosen(monkeypatch, differs: dict, expected: choose.Choice) -> None:
-    monkeypatch.setattr(choose, "_fastest", lambda ways: {key: (SECONDS | differs)[key] for key in ways})
-    monkeypatch.setattr(choose, "WEIGHTS", 1 << 16)
-    assert choose.measure(dict.fromkeys(("floats", "pairs"), cpu.library())) == expected
-
-
-def test_what_is_measured_runs(monkeypatch) -> None:
-    monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
-    choice = choose.measure({"only": cpu.library()})
-    assert choice.products == "only"
-    assert choice.ahead in choose.AHEAD
-
-
-def test_a_choice_is_remembered_and_a_damaged_one_measured_anew(tmp_path, monkeypatch) -> None:
-    monkeypatch.undo()
-    file, choice = tmp_path / "choice.json", choose.Choice("floats", beats_torch=False, ahead=8192)
-    assert choose.remembered(file) is None
-    choose.remember(file, choice)
-    assert choose.remembered(file) == choice
-    assert [path.name for path in tmp_path.iterdir()] == ["choice.json"]
-    for damaged in ("{", "[]", '{"products": "floats"}'):
-        file.write_text(damaged)
-        assert choose.remembered(file) is None

@@ -1,17 +1,20 @@
-"""The ops of the graph on a CPU in bfloat16, in C, compiled by the machine's own compiler at the first use and kept.
+"""The ops of the graph on a CPU in bfloat16, in C, compiled when the package is built or else at the first use.
 
 torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
 without a second copy of them, and multiplies many tokens near the processor's peak. Which instructions do so is
-measured once (choose.py). Where no C compiler works, a warning says so once and the torch twin runs. A Tape is to these
-ops what a CUDA graph is to kernels: it plays a whole step in one call.
+measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs. A
+Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in one call.
 
-    ops.py    which tensors it takes, and the calls          common.h     numbers, vectors, what all of C shares
-    call.py   one call                                       linear.c, attention.c, step.c
-    tape.py   calls recorded and replayed
-    build.py  the compiler; choose.py, what is fastest
+    ops.py       which tensors it takes, and the calls    common.h    numbers, vectors, what all of C shares
+    call.py      one call                                 linear.c, attention.c, step.c
+    tape.py      calls recorded and replayed              threads.py  how many threads run them
+    build.py     the library in use                       targets.py  which processors it is compiled for
+    compiler.py  how it is compiled                       kept.py     where what is made or measured here is kept
+    choose.py    what is fastest
 """
 
-from .build import library, multiplies
+from . import threads
+from .build import check_environment, describe, library, multiplies, target
 from .call import OPS
 from .ops import (
     MAX_TOKENS,
@@ -44,7 +47,9 @@ __all__ = [
     "Tape",
     "add_rms_norm",
     "apply_rope",
+    "check_environment",
     "decode_attention",
+    "describe",
     "embedding",
     "is_recording",
     "library",
@@ -63,4 +68,6 @@ __all__ = [
     "takes_prefill",
     "takes_rope",
     "takes_rows",
+    "target",
+    "threads",
 ]

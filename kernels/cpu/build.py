@@ -1,126 +1,163 @@
-"""Compiles the C files, once for each version of them, compiler and processor. CC chooses the compiler."""
+"""The library of C functions that this process uses: built with the package, or compiled here at the first use."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
 import functools
-import hashlib
 import logging
-import os
-import platform
-import shlex
-import shutil
-import subprocess
 import tempfile
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
-import torch
-
-from . import choose
+from . import choose, compiler, kept, targets, threads
+from .targets import Target
 
 logger = logging.getLogger(__name__)
-_FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
-_VARIANTS = {"floats": (), "pairs": ("-DPAIRS",)}  # the second one where the processor multiplies pairs of bfloat16
+PROBLEMS = (compiler.CompilerError, compiler.Refused, OSError)
+BUILT = Path(__file__).parent / "built"  # what setup.py puts into a wheel; a source checkout has none
+
+
+class Loaded(NamedTuple):
+    library: ctypes.CDLL
+    target: Target
+    origin: str  # where it comes from
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None, with a warning, where they cannot be compiled."""
-    found = chosen()
-    return found and found[0]
+    """The compiled functions, or None, with a warning, where there are none. Raises ValueError where
+    QWENKERN_CPU_TARGET is wrong."""
+    found = loaded()
+    return found and found.library
 
 
-def multiplies() -> bool:
-    """Whether many tokens run here faster than in torch."""
-    found = chosen()
-    return found is not None and found[1].beats_torch
+def target() -> str | None:
+    """The name of the target that the functions in use were compiled for."""
+    found = loaded()
+    return found and found.target.name
 
 
 @functools.cache
-def chosen() -> tuple[ctypes.CDLL, choose.Choice] | None:
-    """The compiled functions and how they are best used."""
-    try:
-        compiler = shlex.split(os.environ.get("CC") or next(filter(shutil.which, ("cc", "gcc", "clang")), "cc"))
-        key = _key(compiler)
-        file = _cache() / f"cpu-{key}.json"
-        choice = choose.remembered(file)
-        if choice is None:
-            logger.warning(
-                "qwenkern: compiles for this processor and measures what is fastest on it, once: some seconds"
-            )
-            variants = {name: _load(compiler, key, name) for name in _VARIANTS if can(compiler, name)}
-            choice = choose.measure(variants)
-            choose.remember(file, choice)
-        loaded = _load(compiler, key, choice.products)
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or error
-        warnings.warn(f"qwenkern: no C compiler could build {_FOLDER}, so torch runs it, slower: {said}", stacklevel=2)
+def multiplies() -> bool:
+    """Whether many tokens run here faster than in torch; measured when it is first asked."""
+    found = loaded()
+    return found is not None and choose.multiplies(found.library, found.target.name)
+
+
+@functools.cache
+def loaded() -> Loaded | None:
+    """The best of this processor's targets that can be had. One that multiplies pairs of bfloat16 gives way to the one
+    that widens them where that measures faster."""
+    candidates = targets.usable()
+    found = _first(candidates)
+    if found is None:
         return None
-    ctypes.c_long.in_dll(loaded, "ahead").value = choice.ahead
-    return loaded, choice
+    rivals = {found.target.name: found}
+    for other in candidates:
+        if other.name == found.target.floats:
+            with contextlib.suppress(*PROBLEMS):  # then there is no choice
+                rivals[other.name] = _load(other)
+    if len(rivals) > 1:
+        found = rivals[choose.products({name: each.library for name, each in rivals.items()})]
+    choose.set_prefetch(found.library, choose.prefetch(found.library, found.target.name))
+    return found
 
 
-def _load(compiler: list[str], key: str, variant: str) -> ctypes.CDLL:
-    built = _cache() / f"cpu-{key}-{variant}.so"
-    if not built.exists():
-        with tempfile.TemporaryDirectory(dir=built.parent) as folder:  # moved when complete: others may build it too
-            target = Path(folder) / built.name
-            sources = [str(file) for file in _files() if file.suffix == ".c"]
-            command = [*compiler, *_FLAGS, *_VARIANTS[variant], *sources, "-o", str(target), "-lm"]
-            subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
-            os.replace(target, built)
-    loaded = ctypes.CDLL(str(built))
-    loaded.run.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
-    loaded.run.restype = None
-    _share_threads(loaded)
-    return loaded
+def check_environment() -> None:
+    """Raises ValueError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong; loads nothing."""
+    targets.usable()
+    threads.count()
 
 
-def _share_threads(loaded: ctypes.CDLL) -> None:
-    """Lets the functions run in the threads of torch's OpenMP, where it has one: two pools would compete for the cores."""
+def forget() -> None:
+    """The next call decides anew."""
+    loaded.cache_clear()
+    multiplies.cache_clear()
+
+
+def describe() -> dict[str, str]:
+    """What runs on this CPU: target, threads, and what was measured; loads, and measures, what is not known yet."""
+    found = loaded()
+    said = {"CPU": f"C for {found.target.name}, {found.origin}" if found else "no C, so torch runs"}
+    said["threads"] = str(threads.count())
+    if found:
+        said["many tokens"] = "multiplied in C" if multiplies() else "multiplied by torch"
+        distance = choose.get_prefetch(found.library)
+        said["weights"] = f"asked for {distance} bytes in advance" if distance else "not asked for in advance"
+    return said
+
+
+def _first(candidates: list[Target]) -> Loaded | None:
+    """The first that loads. A warning says why a better one, or any, does not."""
+    found, problem = None, None
+    for each in candidates:
+        try:
+            found = _load(each)
+            break
+        except PROBLEMS as error:
+            problem = problem or error
+    if problem is not None:
+        instead = f"the C functions for {found.target.name} run" if found else "torch runs in place of C, slower"
+        warnings.warn(f"qwenkern: {problem}; {instead}", stacklevel=2)
+    return found
+
+
+def _load(target: Target) -> Loaded:
+    """A target's library as it came with the package, as it was compiled earlier, or compiled now; else one of PROBLEMS
+    is raised."""
+    name = f"{target.name}.so"
+    if BUILT.is_dir() and target.needs:
+        try:
+            return _open(BUILT / name, target, "built with the package")
+        except compiler.Refused as reason:
+            logger.warning("qwenkern: %s", reason)
+    folder = kept.folder()
+    if folder is not None:
+        file = folder / f"{_key(target)}-{name}"
+        try:
+            if file.exists():
+                if not kept.trusted(file):
+                    raise compiler.Refused(f"{file} may be another user's work")
+                return _open(file, target, "compiled on this machine")
+        except compiler.Refused as reason:
+            logger.warning("qwenkern: %s", reason)
+    compiler.answers()
+    logger.warning("qwenkern: compiles its C functions for %s: some seconds, once", target.name)
+    if folder is not None:
+        try:
+            compiler.compile_to(file, target.flags)
+            return _open(file, target, "compiled on this machine")
+        except (OSError, compiler.Refused) as error:  # a full or read-only disk, one that nothing may be run from
+            logger.warning("qwenkern: cannot keep what it compiles in %s: %s", folder, error)
+    with tempfile.TemporaryDirectory() as place:
+        compiler.compile_to(Path(place, name), target.flags)
+        return _open(Path(place, name), target, "compiled for this process only")
+
+
+def _key(target: Target) -> str:
+    """Of a library that was compiled here: other C files, flags, or a compiler of another name make another."""
+    native = () if target.needs else (targets.processor(),)
+    return compiler.digest(*compiler.FLAGS, *target.flags, *compiler.command(), *native)[:16]
+
+
+def _open(file: Path, target: Target, origin: str) -> Loaded:
+    """Loads a library that is what its manifest says; raises Refused."""
+    compiler.check(file, target.flags)
+    try:
+        library = ctypes.CDLL(str(file))
+    except OSError as error:
+        raise compiler.Refused(f"{file} does not load: {error}") from None
+    library.run.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
+    library.run.restype = None
+    _share_threads(library)
+    return Loaded(library, target, origin)
+
+
+def _share_threads(library: ctypes.CDLL) -> None:
+    """Lets the functions run in the threads of torch's OpenMP, where it has one: two pools would compete for cores."""
     process = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         parallel, present = process.GOMP_parallel, process.omp_get_num_threads
-        ctypes.c_void_p.in_dll(loaded, "parallel").value = ctypes.cast(parallel, ctypes.c_void_p).value
-        ctypes.c_void_p.in_dll(loaded, "present").value = ctypes.cast(present, ctypes.c_void_p).value
-
-
-def can(compiler: list[str], variant: str) -> bool:
-    """Whether this processor has what the variant uses."""
-    if variant == "floats":
-        return True
-    command = [*compiler, *_FLAGS, "-dM", "-E", "-x", "c", os.devnull]
-    macros = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60).stdout
-    return "__AVX512BF16__" in macros
-
-
-def _cache() -> Path:
-    shared = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(os.environ.get("QWENKERN_CACHE") or Path(shared, "qwenkern")).expanduser() / "compiled"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-def _key(compiler: list[str]) -> str:
-    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True, timeout=60).stdout
-    texts = (file.read_text(encoding="utf-8") for file in _files())
-    facts = (*texts, *_FLAGS, *compiler, version, _processor(), torch.__version__)
-    return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:16]
-
-
-def _files() -> list[Path]:
-    return sorted(_FOLDER.glob("*.[ch]"))
-
-
-@functools.cache
-def _processor() -> str:
-    """What -march=native means here."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() + platform.machine()
-    return "\n".join(
-        sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))})
-    )
+        ctypes.c_void_p.in_dll(library, "parallel").value = ctypes.cast(parallel, ctypes.c_void_p).value
+        ctypes.c_void_p.in_dll(library, "present").value = ctypes.cast(present, ctypes.c_void_p).value

@@ -1,77 +1,117 @@
-"""What is fastest on this processor, measured once and remembered beside the compiled functions.
+"""What is fastest on this processor, measured when it is first needed, in under a second altogether.
 
 Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's, and
-torch may have a matrix unit that beats both. Weights: some processors fetch far enough ahead by themselves, others
-must be asked. All of it is timed in turns, the best of several readings each, on the ops themselves.
-"""
+torch may have a matrix unit that beats both. Weights: some processors fetch far enough in advance by themselves, others
+must be asked. All of it is timed in turns on the C functions themselves. A choice is kept for the next process only
+where two halves of its readings make the same and no other program had the cores meanwhile."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import itertools
+import hashlib
 import json
+import logging
 import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import _disable_current_modes
 
+from . import kept, threads
 from .call import Call
+from .compiler import digest
+from .targets import processor
 
-ROUNDS = 5
-AHEAD = (0, 4096, 8192)  # bytes that weights are asked for before they are needed
-WEIGHTS = 512 << 20  # bytes, more than caches hold
+logger = logging.getLogger(__name__)
+
+SECONDS = 0.1  # that readings may take, once there are enough of them
+ROUNDS = 4  # enough: two in each half
+TOKENS = 128
+DISTANCES = (0, 4096, 8192)  # bytes that weights are asked for before they are needed
+WEIGHTS = 128 << 20  # bytes, more than the caches of most processors hold
 CLEARLY = 1.1  # how many times as fast as ours torch must be to run in our place
-Key = TypeVar("Key")
+BUSY = 0.05  # of the time that measuring takes: others then had the cores for too much of it
+NOTABLY = 0.97  # the share of the time without asking in advance that must be left to do so
+QUESTIONS = {
+    "products": "which library multiplies faster",
+    "many tokens": "what multiplies many tokens",
+    "prefetch": "how many bytes in advance weights are asked for",
+}
 
 
-@dataclass(frozen=True)
-class Choice:
-    products: str  # "pairs" or "floats": how common.h is compiled
-    beats_torch: bool  # at products of many tokens
-    ahead: int
+def products(libraries: Mapping[str, ctypes.CDLL]) -> str:
+    """Which of the libraries, by their targets' names, multiplies faster."""
+
+    def ways() -> dict[str, Callable[[], object]]:
+        x, w = _ones(TOKENS, 1024), _ones(2048, 1024)
+        return {name: _linear(library, x, w) for name, library in libraries.items()}
+
+    return _choice("products", list(libraries), ways, _fastest)
 
 
-def measure(variants: Mapping[str, ctypes.CDLL]) -> Choice:
-    """The fastest of the variants that compiled, by name, and how it is best used."""
-    x, w = torch.ones(128, 1024, dtype=torch.bfloat16), torch.ones(4096, 1024, dtype=torch.bfloat16)
-    ways: dict[str, Callable[[], object]] = {name: _linear(each, x, w) for name, each in variants.items()}
-    best = _fastest(ways | {"torch": lambda: F.linear(x, w)})
-    products = min(variants, key=best.__getitem__)
-    chosen = variants[products]
-    rows = torch.ones(WEIGHTS // 2048, 1024, dtype=torch.bfloat16)
-    read = _linear(chosen, x[:1], rows)
+def multiplies(library: ctypes.CDLL, target: str) -> bool:
+    """Whether many tokens are multiplied here at least about as fast as in torch."""
 
-    def reading(ahead: int) -> Callable[[], object]:
-        def run() -> None:
-            ctypes.c_long.in_dll(chosen, "ahead").value = ahead
-            read()
+    def ways() -> dict[str, Callable[[], object]]:
+        x, w = _ones(TOKENS, 1024), _ones(2048, 1024)
+        return {target: _linear(library, x, w), "torch": lambda: F.linear(x, w)}
 
-        return run
+    def rule(seconds: Mapping[str, float]) -> str:
+        return target if seconds[target] <= CLEARLY * seconds["torch"] else "torch"
 
-    seconds = _fastest({ahead: reading(ahead) for ahead in AHEAD})
-    ahead = min(AHEAD, key=seconds.__getitem__)
-    return Choice(
-        products,
-        beats_torch=best[products] <= CLEARLY * best["torch"],
-        ahead=ahead if seconds[ahead] < 0.97 * seconds[0] else 0,
-    )
+    return _choice("many tokens", [target, "torch"], ways, rule) == target
+
+
+def prefetch(library: ctypes.CDLL, target: str) -> int:
+    """How many bytes in advance weights are best asked for."""
+
+    def ways() -> dict[int, Callable[[], object]]:
+        read = _linear(library, _ones(1, 1024), _ones(WEIGHTS // 2048, 1024))
+
+        def reading(distance: int) -> Callable[[], object]:
+            def run() -> None:
+                set_prefetch(library, distance)
+                read()
+
+            return run
+
+        return {distance: reading(distance) for distance in DISTANCES}
+
+    def rule(seconds: Mapping[int, float]) -> int:
+        best = _fastest(seconds)
+        return best if seconds[best] < NOTABLY * seconds[0] else 0
+
+    return _choice("prefetch", list(DISTANCES), ways, rule, target)
+
+
+def set_prefetch(library: ctypes.CDLL, distance: int) -> None:
+    """Bytes."""
+    ctypes.c_long.in_dll(library, "ahead").value = distance
+
+
+def get_prefetch(library: ctypes.CDLL) -> int:
+    return ctypes.c_long.in_dll(library, "ahead").value
+
+
+def _ones(*shape: int) -> torch.Tensor:
+    return torch.ones(shape, dtype=torch.bfloat16, device="cpu")
 
 
 def _linear(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> Callable[[], object]:
     """x times w transposed; what it works on stays alive with it."""
-    (tokens, k), n, threads = x.shape, len(w), torch.get_num_threads()
-    out, rows = x.new_empty(tokens, n), torch.empty(rows_size(library, tokens, k, threads))
+    (tokens, k), n, team = x.shape, len(w), threads.count()
+    out, rows = x.new_empty(tokens, n), torch.empty(rows_size(library, tokens, k, team), device="cpu")
     tensors = (out, None, rows, x, None, None, w)
     call = Call.of("few_tokens" if tokens == 1 else "many_tokens", tensors, (tokens, n, k, k, 0, k, 0, 0))
 
     def run(tensors: object = tensors) -> None:
-        library.run(ctypes.byref(call), 1, threads)
+        library.run(ctypes.byref(call), 1, team)
 
     return run
 
@@ -82,26 +122,95 @@ def rows_size(library: ctypes.CDLL, tokens: int, k: int, threads: int) -> int:
     return tokens * k + threads * (tokens + chunk) * columns
 
 
-def _fastest(ways: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:
-    """Seconds of each, the best of some rounds after a first one."""
-    best = dict.fromkeys(ways, float("inf"))
-    for turn, (key, run) in itertools.product(range(ROUNDS + 1), ways.items()):
-        started = time.perf_counter()
+def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callable[[Mapping], Any], *about: str) -> Any:
+    """The answer that was kept, else the one that rule picks of the seconds that each way takes."""
+    known = remembered(question, answers, *about)
+    if known is not None:
+        return known
+    started, waited = time.perf_counter(), _waited()
+    with _disable_current_modes():  # a tape that is being recorded, or a trace, has no part in this
+        readings = _readings(ways())
+    chosen, agreed = decide(readings, rule)
+    seconds, waited = time.perf_counter() - started, _waited() - waited
+    doubts = [] if agreed else ["its readings disagree"]
+    if waited > BUSY * seconds:
+        doubts.append(f"threads waited {waited:.2f} s for cores that others had")
+    best = ", ".join(f"{way} {1e3 * min(times):.2f} ms" for way, times in readings.items())
+    logger.info(
+        "qwenkern: measured in %.2f s, %s: %s (%s)%s",
+        *(seconds, QUESTIONS[question], chosen, best),
+        f"; {' and '.join(doubts)}, so the next process measures again" if doubts else "",
+    )
+    if not doubts:
+        remember(question, answers, chosen, *about)
+    return chosen
+
+
+def _fastest(seconds: Mapping) -> Any:
+    return min(seconds, key=seconds.__getitem__)
+
+
+def _readings(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
+    """Seconds of each way, in turns, after a first round that does not count."""
+    readings: dict[Any, list[float]] = {way: [] for way in ways}
+    for run in ways.values():
         run()
-        if turn:
-            best[key] = min(best[key], time.perf_counter() - started)
-    return best
+    ends = time.perf_counter() + SECONDS
+    rounds = 0
+    while rounds < ROUNDS or (time.perf_counter() < ends and rounds < 10 * ROUNDS):
+        for way, run in ways.items():
+            started = time.perf_counter()
+            run()
+            readings[way].append(time.perf_counter() - started)
+        rounds += 1
+    return readings
 
 
-def remembered(file: Path) -> Choice | None:
-    try:
-        return Choice(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # not there, or of another version: measured anew
+def _waited() -> float:
+    """Seconds that the threads of this process have been ready to run and had no core; 0 where nobody counts them."""
+    counters = Path("/proc/self/task").glob("*/schedstat")
+    with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that has just ended
+        return sum(int(counter.read_text().split()[1]) for counter in counters) / 1e9
+    return 0.0
+
+
+def decide(readings: Mapping[Any, list[float]], rule: Callable[[Mapping], Any]) -> tuple[Any, bool]:
+    """What rule picks of the best readings, and whether it picks the same of either half of them."""
+    whole, *halves = (
+        rule({way: min(seconds[part]) for way, seconds in readings.items()})
+        for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
+    )
+    return whole, halves == [whole, whole]
+
+
+def remembered(question: str, answers: list, *about: str) -> Any | None:
+    """The answer that an earlier process kept; None where there is none, or it is damaged."""
+    folder = kept.folder()
+    if folder is None:
         return None
+    file = folder / _name(question, answers, *about)
+    try:
+        answer = json.loads(file.read_text(encoding="utf-8"))["answer"] if kept.trusted(file) else None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        return None
+    return answer if type(answer) is type(answers[0]) and answer in answers else None
 
 
-def remember(file: Path, choice: Choice) -> None:
+def remember(question: str, answers: list, answer: Any, *about: str) -> None:
     """Whole or not at all: another process may do the same."""
-    with tempfile.NamedTemporaryFile("w", dir=file.parent, delete=False, encoding="utf-8") as stream:
-        json.dump(asdict(choice), stream)
-    os.replace(stream.name, file)
+    folder = kept.folder()
+    if folder is None:
+        return
+    try:
+        with tempfile.TemporaryDirectory(dir=folder) as making:
+            with open(os.path.join(making, "choice"), "w", encoding="utf-8") as stream:
+                json.dump({"question": question, "answer": answer}, stream)
+            os.replace(stream.name, folder / _name(question, answers, *about))
+    except OSError as error:
+        logger.info("qwenkern: a measurement cannot be kept in %s: %s", folder, error.strerror)
+
+
+def _name(question: str, answers: list, *about: str) -> str:
+    """Of a file for this processor, the C files, torch and so many threads."""
+    facts = (*map(str, answers), *about, processor(), torch.__version__, str(threads.count()))
+    return f"choice-{question.replace(' ', '-')}-{hashlib.sha256(digest(*facts).encode()).hexdigest()[:16]}.json"

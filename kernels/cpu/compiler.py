@@ -1,0 +1,133 @@
+"""From the C files to a library with a manifest beside it, and whether a library is what its manifest says.
+
+setup.py uses this file, too, before anything is installed: it imports the standard library only."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+SOURCES = Path(__file__).parent
+FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
+ANSWER, COMPILE = 10, 120  # seconds that a compiler may take to say its version, and for the files
+
+
+class CompilerError(Exception):
+    """The compiler failed. One line says how."""
+
+
+class NoCompiler(CompilerError):
+    """There is none, or it does not answer: it need not be asked again."""
+
+
+class Refused(Exception):
+    """A library is not what it should be. One line says why."""
+
+
+def files() -> list[Path]:
+    """Everything that a library is compiled from."""
+    return sorted(SOURCES.glob("*.[ch]"))
+
+
+def digest(*facts: str) -> str:
+    """A hash of the C files and of what else is given."""
+    parts = [file.name.encode() + b"\0" + file.read_bytes() for file in files()]
+    return hashlib.sha256(b"\0".join([*parts, *(fact.encode() for fact in facts)])).hexdigest()
+
+
+def command() -> list[str]:
+    """The compiler that CC names, else the first of cc, gcc and clang. Raises NoCompiler where CC is not one."""
+    given = os.environ.get("CC", "").strip()
+    if not given:
+        return [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
+    try:
+        return shlex.split(given)
+    except ValueError as error:
+        raise NoCompiler(f"CC is {given!r}, which is no command line: {error}") from None
+
+
+def answers() -> str:
+    """The first line that the compiler says of itself. Raises NoCompiler where it says nothing in ANSWER seconds, which
+    is remembered: whoever waits for one that hangs does so once."""
+    said = _asked(tuple(command()))
+    if isinstance(said, NoCompiler):
+        raise said
+    return said
+
+
+@functools.cache
+def _asked(compiler: tuple[str, ...]) -> str | NoCompiler:
+    try:
+        return _run([*compiler, "--version"], ANSWER, NoCompiler).partition("\n")[0]
+    except NoCompiler as error:
+        return error
+
+
+def compile_to(library: Path, flags: Sequence[str]) -> None:
+    """Compiles the C files and writes the manifest beside the library, each whole or not at all: others may do the
+    same at once. Raises CompilerError, or OSError where the folder cannot be written to."""
+    compiler, version, hashed = command(), answers(), digest()  # before: who edits meanwhile compiles anew
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        made = Path(folder, library.name)
+        sources = [str(file) for file in files() if file.suffix == ".c"]
+        _run([*compiler, *FLAGS, *flags, *sources, "-o", str(made), "-lm"], COMPILE)
+        written = {
+            "sources": hashed,
+            "library": hashlib.sha256(made.read_bytes()).hexdigest(),
+            "compiler": " ".join([*compiler, f"({version})"]),
+            "flags": [*FLAGS, *flags],
+        }
+        manifest = made.with_suffix(".json")
+        manifest.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+        for file in (made, manifest):
+            _flush(file)
+            os.replace(file, library.with_name(file.name))
+
+
+def check(library: Path, flags: Sequence[str]) -> None:
+    """Raises Refused, with the reason, unless a library, its manifest and the C files are what belongs together."""
+    manifest = library.with_suffix(".json")
+    try:
+        said = json.loads(manifest.read_text(encoding="utf-8"))
+        sources, hashed, with_flags = said["sources"], said["library"], said["flags"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise Refused(f"{manifest} is missing or damaged: {type(error).__name__}: {error}") from None
+    try:
+        content = library.read_bytes()
+    except OSError as error:
+        raise Refused(f"{library} cannot be read: {error.strerror}") from None
+    if hashed != hashlib.sha256(content).hexdigest():
+        raise Refused(f"{library} is damaged: its hash is not the one in {manifest.name}")
+    if sources != digest() or with_flags != [*FLAGS, *flags]:
+        raise Refused(f"{library} was built from other sources than those in {SOURCES}")
+
+
+def _run(arguments: Iterable[str], seconds: float, failure: type[CompilerError] = CompilerError) -> str:
+    arguments = list(arguments)
+    name = f"the C compiler {shlex.join(arguments[:1])}"
+    try:
+        done = subprocess.run(
+            arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds
+        )
+    except OSError as error:
+        raise NoCompiler(f"{name} cannot be run: {error.strerror}") from None
+    except subprocess.TimeoutExpired:
+        raise NoCompiler(f"{name} did not answer within {seconds:.0f} s") from None
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+        raise failure(f"{name} failed with exit code {done.returncode}{': ' + said[0] if said else ''}")
+    return done.stdout
+
+
+def _flush(file: Path) -> None:
+    """To the disk before the file gets its name: a power cut leaves all of it or none."""
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())

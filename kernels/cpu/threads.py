@@ -1,0 +1,109 @@
+"""How many threads the C functions use.
+
+One a physical core: two on one core share its multipliers, and neither reads memory faster. Fewer where a cpuset, a
+cgroup's quota or torch allows fewer: a thread that waits for its share of time holds up all the others."""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+
+import torch
+
+VARIABLE = "QWENKERN_THREADS"
+_asked: int | None = None
+
+
+def count() -> int:
+    """Threads of the next call: what ``use`` was given or QWENKERN_THREADS says, else one for each physical core that
+    this process may run on, no more than a cgroup's quota rounded up; but for QWENKERN_THREADS never more than
+    torch.get_num_threads().
+
+    Cores and quota are read once. Raises ValueError where QWENKERN_THREADS is no whole number of at least 1."""
+    if _asked is not None:
+        return min(_asked, torch.get_num_threads())
+    if given := os.environ.get(VARIABLE):
+        return _number(given)
+    return min(available(), torch.get_num_threads())
+
+
+def use(threads: int) -> None:
+    """So many threads in this process from now on, torch's own among them."""
+    global _asked
+    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
+        raise ValueError(f"threads is {threads!r}; expected a whole number of at least 1")
+    torch.set_num_threads(threads)
+    _asked = threads
+
+
+@functools.cache
+def _number(given: str) -> int:
+    if not given.strip().isdecimal() or int(given) < 1:
+        raise ValueError(f"{VARIABLE} is {given!r}; expected a whole number of at least 1, or unset")
+    return int(given)
+
+
+@functools.cache
+def available() -> int:
+    """Physical cores that this process may use, or as many as its cgroup's quota pays for."""
+    quota = cgroup_quota()
+    cores = physical_cores(allowed())
+    return cores if quota is None else min(cores, quota)
+
+
+def allowed() -> frozenset[int]:
+    """The logical processors of this process's affinity mask, which taskset and cpusets set."""
+    if hasattr(os, "sched_getaffinity"):
+        return frozenset(os.sched_getaffinity(0))
+    return frozenset(range(os.cpu_count() or 1))  # macOS: torch knows its fast cores
+
+
+def physical_cores(processors: frozenset[int], system: Path = Path("/sys/devices/system/cpu")) -> int:
+    """How many cores these logical processors are; each its own where the system does not say."""
+    cores = set()
+    for processor in processors:
+        try:
+            cores.add((system / f"cpu{processor}" / "topology" / "thread_siblings_list").read_text().strip())
+        except OSError:
+            cores.add(str(processor))
+    return len(cores)
+
+
+def cgroup_quota(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Processors' worth of time that this process may use, rounded up; None without a limit. Groups lie within groups,
+    and the least of them counts."""
+    try:
+        lines = process.read_text().splitlines()
+    except OSError:
+        return None
+    shares = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            shares += [_share(folder / "cpu.max") for folder in _upwards(root, path)]
+        elif "cpu" in controllers.split(","):  # version 1, mounted under the controllers' names or under its own
+            mounts = (root / controllers, root / "cpu")
+            shares += [
+                _share(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
+                for mount in mounts
+                for folder in _upwards(mount, path)
+            ]
+    known = [share for share in shares if share is not None]
+    return max(1, min(-(-quota // period) for quota, period in known)) if known else None
+
+
+def _upwards(mount: Path, path: str) -> list[Path]:
+    """A group's folder and those it lies in. Inside a container the path may be that of the host: then the mount
+    itself is the group."""
+    inner = Path(path.lstrip("/"))
+    return [mount / inner, *(mount / above for above in inner.parents)]
+
+
+def _share(*files: Path) -> tuple[int, int] | None:
+    """Microseconds of processor time in each period: of one file of two numbers, or of two files."""
+    try:
+        quota, period = " ".join(file.read_text() for file in files).split()
+        return (int(quota), int(period)) if quota.isdecimal() and int(period) > 0 else None  # not "max", nor -1
+    except (OSError, ValueError):
+        return None
