@@ -47,9 +47,9 @@ PAGE, LINE = mmap.PAGESIZE, 64  # a storage starts at a multiple of LINE, as tor
 SIZE, DATA = 1 << 30, 1 << 20  # bytes of the file, and where tensors start in it
 NAN = 0xFF  # each byte of it, in bfloat16 and in float32
 # Products [tokens, k] x [k, n] of more terms are left to the processor that the tests run on. What is left has every
-# number of tokens up to 21, whole and broken groups of rows and columns, 100 tokens (two parts of them) and a K of
-# several parts.
-PRODUCTS = 1 << 25
+# number of tokens up to 16 with each n and k, more tokens in whole and broken groups, 100 of them (two parts) with the
+# smallest n and k, and a k of several parts with up to 21.
+PRODUCTS = 1 << 24
 PATIENCE = 300  # seconds that a run may take
 
 
