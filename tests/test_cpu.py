@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from itertools import pairwise
 
+import emulated
 import pytest
 import torch
 from tolerances import assert_as_close_as
@@ -26,6 +27,8 @@ def in_c(request, monkeypatch):
         if targets.machine() != "x86_64":
             pytest.skip("vectors have one width here")
         monkeypatch.setenv("CC", "gcc -mno-avx")
+    elif name in emulated.PROCESSORS and targets.machine() == "x86_64":
+        emulated.use(name, request, monkeypatch)
     elif name not in [target.name for target in targets.usable()]:
         pytest.skip(f"this processor does not have what {name} needs")
     monkeypatch.setenv(targets.FORCED, "native" if name == "narrow" else name)

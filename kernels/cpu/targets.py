@@ -35,6 +35,10 @@ _ARM = frozenset({"asimd", "atomics", "crc32", "asimdrdm", "asimddp"})
 # clang splits vectors of 64 bytes in halves for x86-64-v4 unless it is told not to; gcc takes the option as well.
 _WHOLE = "-mprefer-vector-width=512"
 
+# gcc for Arm moves loads so far ahead that their values leave no register for some sums, unless it is told not to;
+# clang ignores the option.
+_IN_ORDER = "-fno-schedule-insns"
+
 # Best first.
 TARGETS = (
     Target(
@@ -49,11 +53,11 @@ TARGETS = (
     Target(
         "armv8.6-bf16",
         "aarch64",
-        ("-march=armv8.2-a+dotprod+bf16+i8mm", "-DPAIRS"),
+        ("-march=armv8.2-a+dotprod+bf16+i8mm", _IN_ORDER, "-DPAIRS"),
         _ARM | {"bf16", "i8mm"},
         floats="armv8.2-dotprod",
     ),
-    Target("armv8.2-dotprod", "aarch64", ("-march=armv8.2-a+dotprod",), _ARM),
+    Target("armv8.2-dotprod", "aarch64", ("-march=armv8.2-a+dotprod", _IN_ORDER), _ARM),
 )
 
 # What macOS calls those that not all of Apple's processors have.
