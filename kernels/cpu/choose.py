@@ -211,6 +211,7 @@ def remember(question: str, answers: list, answer: Any, *about: str) -> None:
 
 
 def _name(question: str, answers: list, *about: str) -> str:
-    """Of a file for this processor, the C files, torch and so many threads."""
-    facts = (*map(str, answers), *about, processor(), torch.__version__, str(threads.count()))
+    """Of a file for this processor, the C files, torch and what it may use, and so many threads."""
+    rivals = (torch.__version__, torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
+    facts = (*map(str, answers), *about, processor(), *rivals, str(threads.count()))
     return f"choice-{question.replace(' ', '-')}-{hashlib.sha256(digest(*facts).encode()).hexdigest()[:16]}.json"

@@ -7,6 +7,7 @@ import os
 import torch
 from torch import Tensor
 
+from . import threads
 from .build import library, multiplies
 from .choose import rows_size
 from .tape import run, scratch
@@ -46,7 +47,7 @@ def linear(
     out = x.new_empty(num_tokens, n, dtype=out_dtype)
     new_residual = None if residual is None else x.new_empty(num_tokens, k)
     few = num_tokens <= MAX_TOKENS
-    rows = scratch(rows_size(library(), num_tokens, k, 0 if few else torch.get_num_threads()))
+    rows = scratch(rows_size(library(), num_tokens, k, 0 if few else threads.count()))
     strides = (0 if t is None else t.stride(0) for t in (x, residual, weight, addend))
     run(
         "few_tokens" if few else "many_tokens",
@@ -109,7 +110,7 @@ def apply_rope(
         (*outs, q, k, positions.long().contiguous(), cos_sin),
         (num_tokens, num_q_heads, num_kv_heads, head_dim, q.stride(0), k.stride(0)),
         -1.0 if inverse else 1.0,
-        _threads(q.numel() + k.numel()),
+        _team(q.numel() + k.numel()),
     )
     return outs[0], outs[1]
 
@@ -136,7 +137,7 @@ def _normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> t
         (out, new_residual, x, residual, weight),
         (*x.shape, x.stride(0), 0 if residual is None else residual.stride(0)),
         eps,
-        _threads(x.numel()),
+        _team(x.numel()),
     )
     return out, new_residual
 
@@ -153,7 +154,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     gate, up = _rows(gate), _rows(up)
-    run("silu_mul", (out, gate, up), (*gate.shape, gate.stride(0), up.stride(0)), threads=_threads(gate.numel()))
+    run("silu_mul", (out, gate, up), (*gate.shape, gate.stride(0), up.stride(0)), team=_team(gate.numel()))
     return out
 
 
@@ -213,7 +214,7 @@ def _dense_heads(x: Tensor) -> Tensor:
     return x if x.stride(1) == x.shape[2] else x.contiguous()
 
 
-def _threads(elements: int) -> int | None:
+def _team(elements: int) -> int | None:
     """How many share the work of an op over so many elements; None: all."""
     return 1 if elements <= SMALL else None
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import threads
 from .build import library
 from .call import Call
 
@@ -42,7 +43,7 @@ class Tape:
         self.calls: list[Call] = []
         self._kept: list[Tensor | None] = []
         self.scratch = Scratch()
-        self._threads = torch.get_num_threads()
+        self._threads = threads.count()
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
@@ -76,19 +77,19 @@ class _OnlyViews(TorchDispatchMode):
 
 
 def run(
-    op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0, threads: int | None = None
+    op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0, team: int | None = None
 ) -> None:
     """Runs a C function, in a team of its own, or adds the call to the tape that is being recorded."""
     call = Call.of(op, tensors, sizes, scalar)
     if is_recording():
         _recording.tape.add(call, tensors)
     else:
-        play(ctypes.byref(call), 1, threads)
+        play(ctypes.byref(call), 1, team)
 
 
-def play(calls: Any, count: int, threads: int | None = None) -> None:
-    """Runs so many calls that lie one after the other."""
-    library().run(calls, count, threads or torch.get_num_threads())
+def play(calls: Any, count: int, team: int | None = None) -> None:
+    """Runs so many calls that lie one after the other, in ``team`` threads (default: threads.count())."""
+    library().run(calls, count, team or threads.count())
 
 
 def scratch(size: int) -> Tensor:
