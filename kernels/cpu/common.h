@@ -23,6 +23,7 @@ typedef struct {
     int index, threads;  /* which thread of how many */
     int loops, victim;   /* how many loops it has begun, and whose share of the last one it takes from: its own is 0 */
     long tasks, alone;   /* of that loop; without others: how many are done */
+    long patience;       /* ns that it waits awake for the others */
 } worker;
 
 long first(worker *me, long tasks); /* the first task of a loop that is this thread's, or -1 */

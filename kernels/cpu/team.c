@@ -2,7 +2,8 @@
  *
  * They are torch's own where torch uses OpenMP: `parallel` is then GOMP_parallel, found in the process, so that two pools
  * do not compete for the cores. Elsewhere they are threads of ours. Either way a thread that waits does so here, awake for
- * PATIENCE and asleep after that: when other programs need the cores, waiting costs little of them.
+ * at most PATIENCE and asleep after that: when other programs need the cores, waiting costs little of them. Where a thread
+ * waits in vain, because there are more threads than cores, it is awake for half as long the next time.
  *
  * A loop is shared out in equal ranges, one a thread, from which its tasks are taken one by one; a thread that is through
  * with its own takes from the others'. So a thread reads what lies together, and one that lost its core delays no more than
@@ -15,6 +16,7 @@
 #include <time.h>
 
 #define PATIENCE 100000 /* ns: more than the tasks of a team differ by, less than a time slice */
+#define IMPATIENCE 1000 /* ns */
 
 /* OpenMP's functions, set by Python where torch uses it; otherwise null */
 void (*parallel)(void (*work)(void *), void *of, unsigned threads, unsigned flags) = 0;
@@ -60,17 +62,19 @@ static inline void relax(void) {
 #endif
 }
 
-/* Waits until the number is no longer `old` */
-static void await(number *n, unsigned old) {
+/* Waits until the number is no longer `old`; patience is how many ns awake */
+static void await(number *n, unsigned old, long *patience) {
     long until = 0;
-    for (int turn = 1; atomic_load_explicit(&n->value, memory_order_acquire) == old; turn++) {
+    for (int turn = 0; atomic_load_explicit(&n->value, memory_order_acquire) == old; turn++) {
         relax();
         if (turn % 64) continue;
         long now = nanoseconds();
-        if (!until) until = now + PATIENCE;
+        if (!until) until = now + *patience;
         else if (now > until) break;
     }
-    if (atomic_load_explicit(&n->value, memory_order_acquire) != old) return;
+    int in_vain = atomic_load_explicit(&n->value, memory_order_acquire) == old;
+    if (until) *patience = in_vain ? *patience / 2 + IMPATIENCE : least(*patience * 2, PATIENCE);
+    if (!in_vain) return;
     pthread_mutex_lock(&n->mutex);
     atomic_fetch_add(&n->sleepers, 1);
     while (atomic_load(&n->value) == old) pthread_cond_wait(&n->changed, &n->mutex);
@@ -86,10 +90,10 @@ static void change(number *n) {
     pthread_mutex_unlock(&n->mutex);
 }
 
-static void meet_at(barrier *b, int threads) {
+static void meet_at(barrier *b, int threads, long *patience) {
     unsigned round = atomic_load_explicit(&b->round.value, memory_order_acquire);
     if (atomic_fetch_add(&b->arrived, 1) + 1 < (unsigned)threads) {
-        await(&b->round, round);
+        await(&b->round, round, patience);
         return;
     }
     atomic_store(&b->arrived, 0);
@@ -97,7 +101,7 @@ static void meet_at(barrier *b, int threads) {
 }
 
 void meet(worker *me) {
-    if (me->threads > 1) meet_at(&me->team->barrier, me->threads);
+    if (me->threads > 1) meet_at(&me->team->barrier, me->threads, &me->patience);
 }
 
 /* How many tasks of a thread's share are taken; a loop's counters are set to 0 during the one before it */
@@ -128,7 +132,7 @@ long next(worker *me) {
 }
 
 static void work(team *team, int index, int threads) {
-    worker me = {.team = team, .index = index, .threads = threads};
+    worker me = {.team = team, .index = index, .threads = threads, .patience = PATIENCE};
     if (index < threads) play(team->calls, team->count, &me);
 }
 
@@ -153,11 +157,12 @@ typedef struct {
 
 static void *wait_for_teams(void *of) {
     arrival mine = *(arrival *)of;
+    long patience = PATIENCE, of_end = PATIENCE;
     free(of);
     for (;; mine.teams++) {
-        await(&pool.teams, mine.teams);
+        await(&pool.teams, mine.teams, &patience);
         work(pool.team, mine.index, pool.team->threads);
-        meet_at(&pool.end, pool.threads + 1);
+        meet_at(&pool.end, pool.threads + 1, &of_end);
     }
     return 0;
 }
@@ -211,6 +216,7 @@ void run(const call *calls, long count, int threads) {
     pool.team = &team;
     change(&pool.teams);
     work(&team, 0, team.threads);
-    meet_at(&pool.end, pool.threads + 1);
+    long patience = PATIENCE;
+    meet_at(&pool.end, pool.threads + 1, &patience);
     pthread_mutex_unlock(&pool.mutex);
 }
