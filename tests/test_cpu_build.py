@@ -417,7 +417,7 @@ print(cpu.threads.count())
 # The wheel
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def installed(tmp_path_factory) -> Path:
     """A folder with the package installed from a wheel that was built from a copy of these files."""
     folder = tmp_path_factory.mktemp("wheel")
