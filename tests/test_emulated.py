@@ -27,7 +27,7 @@ def gate(columns: int) -> Tensor:
 
 
 def silu(out: Tensor, x: Tensor, columns: int) -> None:
-    run("silu_mul", (out, x, x), (1, columns, columns, columns), threads=1)
+    run("silu_mul", (out, x, x), (1, columns, columns, columns), team=1)
 
 
 def test_views_of_one_storage_keep_their_places():

@@ -10,6 +10,8 @@
 #define COMMON_H
 #include "vectors.h"
 
+#define EXPORTED __attribute__((visibility("default"))) /* to Python; other libraries may have names like ours */
+
 typedef struct {
     long op; /* its place in OPS (step.c) */
     void *tensors[10];

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 SOURCES = Path(__file__).parent
-FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
+FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC", "-fvisibility=hidden")
 ANSWER, COMPILE = 10, 120  # seconds that a compiler may take to say its version, and for the files
 
 

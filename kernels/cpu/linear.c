@@ -13,7 +13,7 @@
 #define LEAST_TOKENS 96 /* of a task of many tokens: packing then costs little */
 
 /* How many bytes before it is needed w is asked for, as choose.py measured it. 0: the processor sees to it alone. */
-long ahead = 0;
+EXPORTED long ahead = 0;
 
 #define TOKENS 4 /* and up to 4 rows of w are multiplied at a time; AVX2 has registers for 4 x 2 or 2 x 4 sums */
 #if LANES == 8 && defined(__x86_64__)

@@ -100,4 +100,4 @@ void play(const call *calls, long count, worker *me) {
 }
 
 /* What ops.py lays scratch memory out by */
-const long block_columns = BLOCK, chunk = CHUNK;
+EXPORTED const long block_columns = BLOCK, chunk = CHUNK;

@@ -19,8 +19,8 @@
 #define IMPATIENCE 1000 /* ns */
 
 /* OpenMP's functions, set by Python where torch uses it; otherwise null */
-void (*parallel)(void (*work)(void *), void *of, unsigned threads, unsigned flags) = 0;
-int (*present)(void) = 0; /* threads of the region, which may be fewer than were asked for */
+EXPORTED void (*parallel)(void (*work)(void *), void *of, unsigned threads, unsigned flags) = 0;
+EXPORTED int (*present)(void) = 0; /* threads of the region, which may be fewer than were asked for */
 
 typedef struct { /* a number that threads wait to see changed */
     atomic_uint value, sleepers;
@@ -197,7 +197,7 @@ static void make_threads(int wanted) {
     }
 }
 
-void run(const call *calls, long count, int threads) {
+EXPORTED void run(const call *calls, long count, int threads) {
     if (threads <= 1) {
         worker me = {.threads = 1};
         play(calls, count, &me);
