@@ -3,6 +3,7 @@
 #include "common.h"
 #include "panels.h"
 
+#include <stdatomic.h>
 #include <unistd.h>
 
 #define MAX_TOKENS 16 /* that read w row by row */
@@ -24,11 +25,13 @@ EXPORTED long ahead = 0;
 
 /* What x may take of a core's first cache */
 static long l1_bytes(void) {
-    static long size; /* asking can cost microseconds */
+    static atomic_long known; /* asking can cost microseconds */
+    long size = atomic_load_explicit(&known, memory_order_relaxed);
 #ifdef _SC_LEVEL1_DCACHE_SIZE
     if (!size) size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #endif
     if (size < 1 << 14) size = 1 << 15;
+    atomic_store_explicit(&known, size, memory_order_relaxed);
     return size - (1 << 14);
 }
 
