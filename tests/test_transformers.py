@@ -19,6 +19,7 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
+from twins import in_other_orders
 
 from qwenkern import RequestError
 from qwenkern.integrations import transformers as integration
@@ -83,10 +84,21 @@ def test_logits_are_as_close_to_float64(path, kind, dtype, mask):
     model = make(kind, dtype)
     with torch.no_grad():
         truth = copy.deepcopy(model).double()(IDS, attention_mask=mask).logits
-        peer = model(IDS, attention_mask=mask).logits
+        peers = [each(IDS, attention_mask=mask).logits for each in in_other_orders(model)]
         out = apply_qwenkern(model)(IDS, attention_mask=mask).logits
     rows = torch.ones_like(IDS).bool() if mask is None else mask.bool()  # of what was padded, the rest is nobody's
-    assert_as_close_as(out[rows], peer[rows], truth[rows])
+    assert_as_close_as(out[rows], [peer[rows] for peer in peers], truth[rows])
+
+
+@pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
+def test_other_orders_are_the_same_function(kind):
+    """Or what they err by would allow us anything. In float64, where norms stay in float32, as they do in transformers:
+    so these, too, differ by roundings, and by no more than a whole run in float32."""
+    with torch.no_grad():
+        truth, *others = (each(IDS).logits for each in in_other_orders(make(kind).double()))
+        peer = make(kind)(IDS).logits
+    for other in others:
+        assert_as_close_as(other.float(), peer, truth)
 
 
 @pytest.mark.parametrize(
