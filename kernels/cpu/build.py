@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import hashlib
@@ -21,7 +22,7 @@ from . import choose
 
 logger = logging.getLogger(__name__)
 _FOLDER = Path(__file__).parent
-_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-fopenmp", "-shared", "-fPIC")
+_FLAGS = ("-O3", "-march=native", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC")
 _VARIANTS = {"floats": (), "pairs": ("-DPAIRS",)}  # the second one where the processor multiplies pairs of bfloat16
 
 
@@ -73,7 +74,17 @@ def _load(compiler: list[str], key: str, variant: str) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(built))
     loaded.run.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
     loaded.run.restype = None
+    _share_threads(loaded)
     return loaded
+
+
+def _share_threads(loaded: ctypes.CDLL) -> None:
+    """Lets the functions run in the threads of torch's OpenMP, where it has one: two pools would compete for the cores."""
+    process = ctypes.CDLL(None)
+    with contextlib.suppress(AttributeError):
+        parallel, present = process.GOMP_parallel, process.omp_get_num_threads
+        ctypes.c_void_p.in_dll(loaded, "parallel").value = ctypes.cast(parallel, ctypes.c_void_p).value
+        ctypes.c_void_p.in_dll(loaded, "present").value = ctypes.cast(present, ctypes.c_void_p).value
 
 
 def can(compiler: list[str], variant: str) -> bool:

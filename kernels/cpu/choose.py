@@ -78,8 +78,8 @@ def _linear(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> Callable[
 
 def rows_size(library: ctypes.CDLL, tokens: int, k: int, threads: int) -> int:
     """float32 values of scratch memory that the linears ask for."""
-    wide, chunk = (ctypes.c_long.in_dll(library, name).value for name in ("wide", "chunk"))
-    return tokens * k + threads * (tokens + chunk) * wide
+    columns, chunk = (ctypes.c_long.in_dll(library, name).value for name in ("block_columns", "chunk"))
+    return tokens * k + threads * (tokens + chunk) * columns
 
 
 def _fastest(ways: Mapping[Key, Callable[[], object]]) -> dict[Key, float]:

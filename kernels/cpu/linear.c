@@ -1,10 +1,26 @@
 /* out = x w^T behind an optional add + RMSNorm, before an optional SwiGLU, bias and addend: w [N, K] is read once for all
- * tokens, row by row for few of them, and for many as panels of WIDE rows that are transposed on the way. */
+ * tokens, row by row for few of them, and for many as panels that are packed on the way. */
 #include "common.h"
+#include "panels.h"
 
 #include <unistd.h>
 
-#define BLOCK 16
+#define MAX_TOKENS 16 /* that read w row by row */
+#define RUN 64        /* rows of w that are summed before anything else is done with them */
+#define ROWS 16       /* rows of w whose sums wait for the next part of K */
+
+#define TASKS 4          /* of many tokens, for each thread, at least */
+#define LEAST_TOKENS 96  /* of such a task: packing then costs little */
+
+/* How many bytes before it is needed w is asked for, as choose.py measured it. 0: the processor sees to it alone. */
+long ahead = 0;
+
+#define TOKENS 4 /* and up to 4 rows of w are multiplied at a time; AVX2 has registers for 4 x 2 or 2 x 4 sums */
+#if LANES == 8 && defined(__x86_64__)
+#define ROWS_WITH(COUNT) ((COUNT) > 2 ? 2 : 4)
+#else
+#define ROWS_WITH(COUNT) 4
+#endif
 
 /* What x may take of a core's first cache */
 static long l1_bytes(void) {
@@ -16,55 +32,90 @@ static long l1_bytes(void) {
     return size - (1 << 14);
 }
 
-/* How many bytes before it is needed w is asked for, as build.py measured it. 0: the processor sees to it alone. */
-long ahead = 0;
+typedef struct { /* a part [K] of some rows of w and of x */
+    const bf16 *w;
+    const operand *x;
+    long w_stride, x_stride, K;
+    long early;               /* bytes before it is needed that w is asked for */
+    floats (*so_far)[TOKENS]; /* a row: what the parts before have summed, unless this one is the first */
+    float *out;               /* [count, RUN]: the sums, if this one is the last */
+    int is_first, is_last;
+} part;
 
-/* A part [K] of one row of w times that of COUNT rows of x. A sum is two sums of LANES values that alternate; they go
- * on from so_far [COUNT, 2] unless this part is the first, and end in out [COUNT, RUN] if it is the last. */
-#define DEFINE_DOTS(COUNT)                                                                                       \
-    static void dots_##COUNT(float *out, floats *so_far, const operand *x, long x_stride, const bf16 *w, long K, \
-                             long early, int is_first, int is_last) {                                            \
-        floats sums[COUNT][2] = {0};                                                                             \
-        if (!is_first) memcpy(sums, so_far, sizeof sums);                                                        \
-        for (long k = 0; k < K; k += 2 * STEP)                                                                   \
-            for (int half = 0; half < 2 && k + half * STEP < K; half++) {                                        \
-                long at = k + half * STEP;                                                                       \
-                __builtin_prefetch((const char *)(w + at) + early, 0, 2);                                        \
-                pairs weights = load_pairs(w + at);                                                              \
-                for (int i = 0; i < COUNT; i++)                                                                  \
-                    sums[i][half] = add_products(sums[i][half], weights, x + i * x_stride + at);                 \
-            }                                                                                                    \
-        if (!is_last) memcpy(so_far, sums, sizeof sums);                                                         \
-        else                                                                                                     \
-            for (int i = 0; i < COUNT; i++) out[i * RUN] = sum(sums[i][0] + sums[i][1]);                         \
-    }
-DEFINE_DOTS(8)
-DEFINE_DOTS(4)
-DEFINE_DOTS(2)
-DEFINE_DOTS(1)
-
-/* Rows of w [rows, K] times x [count, K]: out [count, RUN]. Row by row, which is how a processor best fetches ahead; in
- * parts of K so short that those of x stay in the L1 cache, and of BLOCK rows, whose sums then wait in the L2 cache. */
-static void dots(float *out, const operand *x, const bf16 *w, long rows, long w_stride, long count, long K) {
-    long part = l1_bytes() / (count * (long)sizeof *x) / (2 * STEP) * (2 * STEP);
-    if (part > K || part == 0) part = K;
-    floats so_far[BLOCK][MAX_TOKENS][2];
-    for (long block = 0; block < rows; block += BLOCK)
-        for (long k = 0; k < K; k += part) {
-            long some = K - k < part ? K - k : part;
-            for (long row = block; row < rows && row < block + BLOCK; row++) {
-                const bf16 *from = w + row * w_stride + k;
-                long early = part == K ? ahead : ahead ? 2 * w_stride * (long)sizeof *w : 0; /* two rows further on */
-#define DOTS(COUNT)                                                                                        \
-    for (; i + COUNT <= count; i += COUNT, early = 0)                                                      \
-    dots_##COUNT(out + i * RUN + row, so_far[row - block][i], x + i * K + k, K, from, some, early, k == 0, \
-                 k + some == K)
-                long i = 0;
-                DOTS(8);
-                DOTS(4);
-                DOTS(2);
-                DOTS(1);
+/* A sum is one chain in each lane, over w's values in the order of operands, whatever is summed beside it */
+ALWAYS void dots_of(const int rows, const int count, const part *p) {
+    const bf16 *w = p->w;
+    const operand *x = p->x;
+    long w_stride = p->w_stride, x_stride = p->x_stride, K = p->K, early = p->early;
+    floats sums[4][TOKENS];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++) sums[r][i] = p->is_first ? (floats){0} : p->so_far[r][i];
+    for (long k = 0; k < K; k += LINE) {
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) __builtin_prefetch((const char *)(w + r * w_stride + k) + early, 0, 2);
+#pragma GCC unroll 8
+        for (long at = k; at < k + LINE; at += LANES * PER) {
+            operands weights[4];
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                weights[r] = operands_at(w + r * w_stride, at);
+                KEEP(weights[r]);
             }
+#pragma GCC unroll 4
+            for (int i = 0; i < count; i++) {
+                operands token = load_operands(x + i * x_stride + at);
+                KEEP(token);
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) sums[r][i] = add_products(sums[r][i], weights[r], token);
+            }
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) KEEP(weights[r]); /* so that no sum takes its register */
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+        for (int i = 0; i < count; i++)
+            if (p->is_last) p->out[i * RUN + r] = sum(sums[r][i]);
+            else p->so_far[r][i] = sums[r][i];
+}
+static void dots_1(const part *p) { dots_of(ROWS_WITH(1), 1, p); }
+static void dots_2(const part *p) { dots_of(ROWS_WITH(2), 2, p); }
+static void dots_3(const part *p) { dots_of(ROWS_WITH(3), 3, p); }
+static void dots_4(const part *p) { dots_of(ROWS_WITH(4), 4, p); }
+static void row_1(const part *p) { dots_of(1, 1, p); }
+static void row_2(const part *p) { dots_of(1, 2, p); }
+static void row_3(const part *p) { dots_of(1, 3, p); }
+static void row_4(const part *p) { dots_of(1, 4, p); }
+static void (*const DOTS[TOKENS])(const part *) = {dots_1, dots_2, dots_3, dots_4};
+static void (*const ROW[TOKENS])(const part *) = {row_1, row_2, row_3, row_4};
+
+/* Rows of w [rows, K] times x [count, K]: out [count, RUN]. In the order in which w lies, which is how a processor best
+ * fetches what comes; ROWS of them for all tokens, in parts of K so short that those of x stay in the L1 cache. */
+static void dots(float *out, const operand *x, const bf16 *w, long rows, long w_stride, long count, long K) {
+    floats so_far[ROWS][TOKENS];
+    long turns = parts_of(count, TOKENS);
+    for (long block = 0; block < rows; block += ROWS)
+        for (long turn = 0; turn < turns; turn++) {
+            long token = count * turn / turns, some = count * (turn + 1) / turns - token;
+            long length = least(K, l1_bytes() / (some * (long)sizeof *x) / LINE * LINE), together = ROWS_WITH(some);
+            long early = turn ? 0 : length == K ? ahead : ahead ? 2 * together * w_stride * (long)sizeof *w : 0;
+            for (long k = 0; k < K; k += length)
+                for (long row = block, end = least(rows, block + ROWS); row < end; row += end - row < together ? 1 : together) {
+                    part p = {.w = w + row * w_stride + k,
+                              .x = x + token * K + k,
+                              .w_stride = w_stride,
+                              .x_stride = K,
+                              .K = least(length, K - k),
+                              .early = early,
+                              .so_far = so_far + row - block,
+                              .out = out + token * RUN + row,
+                              .is_first = k == 0,
+                              .is_last = k + length >= K};
+                    (end - row < together ? ROW : DOTS)[some - 1](&p);
+                }
         }
 }
 
@@ -73,21 +124,20 @@ static inline void finish(const call *c, floats value, const float *up, long tok
     const bf16 *bias = c->tensors[8], *addend = c->tensors[9];
     long N = c->sizes[1], addend_stride = c->sizes[6], out_is_float = c->sizes[7], at = token * N + row;
     if (bias) value += load_some(bias + row, some);
-    if (up) value = rounded_floats(silu(rounded_floats(value))) * rounded_floats(load(up));
-    if (addend) value = rounded_floats(value) + load_some(addend + token * addend_stride + row, some);
+    if (up) value = rounded(silu(rounded(value))) * rounded(load(up));
+    if (addend) value = rounded(value) + load_some(addend + token * addend_stride + row, some);
     halves near = narrow_floats(value);
     if (out_is_float) store_some((float *)c->tensors[0] + at, &value, some, sizeof(float));
     else store_some((bf16 *)c->tensors[0] + at, &near, some, sizeof(bf16));
 }
 
 /* x [T, K] as operands in dense rows, normed */
-static const operand *dense_rows(const call *c) {
+static const operand *dense_rows(const call *c, worker *me) {
     bf16 *new_residual = c->tensors[1];
     operand *dense = c->tensors[2];
     const bf16 *x = c->tensors[3], *residual = c->tensors[4], *norm_weight = c->tensors[5];
     long T = c->sizes[0], K = c->sizes[2], x_stride = c->sizes[3], residual_stride = c->sizes[4];
-#pragma omp for
-    for (long token = 0; token < T; token++) {
+    for (long token = first(me, T); token >= 0; token = next(me)) {
         const bf16 *from = x + token * x_stride;
         bf16 normed[norm_weight ? K : 1];
         if (norm_weight) {
@@ -97,60 +147,68 @@ static const operand *dense_rows(const call *c) {
         }
         to_operands(dense + token * K, from, K);
     }
+    meet(me);
     return dense;
 }
 
-/* T up to MAX_TOKENS and K a multiple of 32. May be null: residual and new_residual, norm_weight, up, bias, addend.
+/* T up to MAX_TOKENS and K a multiple of LINE. May be null: residual and new_residual, norm_weight, up, bias, addend.
  * x, residual, addend, w and up have rows of any stride; out [T, N], new_residual [T, K] are dense; rows is [T, K]. */
-void few_tokens(const call *c) {
+void few_tokens(const call *c, worker *me) {
     const bf16 *w = c->tensors[6], *up = c->tensors[7];
-    const operand *rows = dense_rows(c);
+    const operand *rows = dense_rows(c, me);
     long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5];
-    long run = up ? RUN : LANES; /* two weights are read in turns: long ones, for what the processor fetches ahead */
-#pragma omp for schedule(static)
-    for (long first = 0; first < N; first += run) {
+    long run = up ? RUN : ROWS; /* two weights are read in turns: long ones, for what the processor fetches itself */
+    for (long task = first(me, parts_of(N, run)); task >= 0; task = next(me)) {
         float sums[MAX_TOKENS][RUN], ups[MAX_TOKENS][RUN];
-        long count = N - first < run ? N - first : run;
-        dots(sums[0], rows, w + first * w_stride, count, w_stride, T, K);
-        if (up) dots(ups[0], rows, up + first * w_stride, count, w_stride, T, K);
+        long start = task * run, count = least(run, N - start);
+        dots(sums[0], rows, w + start * w_stride, count, w_stride, T, K);
+        if (up) dots(ups[0], rows, up + start * w_stride, count, w_stride, T, K);
         for (long token = 0; token < T; token++)
             for (long i = 0; i < count; i += LANES)
-                finish(c, load(sums[token] + i), up ? ups[token] + i : 0, token, first + i,
-                       count - i < LANES ? count - i : LANES);
+                finish(c, load(sums[token] + i), up ? ups[token] + i : 0, token, start + i, least(count - i, LANES));
     }
+    meet(me);
 }
 
-/* A panel of w [.., K]: rows n .. n + WIDE of w, or half of them of w and half of up; beyond N the last row again */
-static void pack_panel(column *panel, const bf16 *w, const bf16 *up, long n, long N, long K, long stride) {
-    const bf16 *rows[WIDE];
-    long mine = up ? WIDE / 2 : WIDE;
-    for (long i = 0; i < WIDE; i++) {
-        long row = n + i % mine < N ? n + i % mine : N - 1;
-        rows[i] = (i < mine ? w : up) + row * stride;
-    }
-    pack_transposed(panel, rows, K);
-}
-
-/* As few_tokens, for any T; rows is followed by sums [T, WIDE] and a panel [CHUNK, WIDE] of every thread */
-void many_tokens(const call *c) {
-    const bf16 *w = c->tensors[6], *up = c->tensors[7];
-    const operand *rows = dense_rows(c);
-    long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5], width = up ? WIDE / 2 : WIDE;
-    float *sums = (float *)c->tensors[2] + T * K + omp_get_thread_num() * (T + CHUNK) * WIDE;
-    column *panel = (column *)(sums + T * WIDE);
-#pragma omp for schedule(dynamic)
-    for (long n = 0; n < N; n += width) {
-        for (long k = 0; k < K; k += CHUNK) {
-            long some = K - k < CHUNK ? K - k : CHUNK;
-            pack_panel(panel, w + k, up ? up + k : 0, n, N, some, w_stride);
-            for (long first = 0; first < T; first += TALL)
-                multiply(sums + first * WIDE, WIDE, rows + first * K + k, K, panel, VECTORS, some / PER,
-                         T - first < TALL ? T - first : TALL, k > 0);
+/* BLOCK rows of w from n on, or half of them of w and half of up, as panels; beyond N the last row again */
+static void pack_block(operands *panels, const bf16 *w, const bf16 *up, long n, long N, long K, long stride) {
+    long mine = up ? BLOCK / 2 : BLOCK;
+    for (long panel = 0; panel < PANELS; panel++) {
+        const bf16 *rows[WIDE];
+        for (long i = 0; i < WIDE; i++) {
+            long at = panel * WIDE + i;
+            rows[i] = (at < mine ? w : up) + least(n + at % mine, N - 1) * stride;
         }
-        long count = N - n < width ? N - n : width;
-        for (long token = 0; token < T; token++)
-            for (long i = 0; i < count; i += LANES)
-                finish(c, load(sums + token * WIDE + i), up ? sums + token * WIDE + WIDE / 2 + i : 0, token, n + i,
-                       count - i < LANES ? count - i : LANES);
+        pack_transposed(panels + panel * (K / PER) * VECTORS, rows, K);
     }
+}
+
+/* As few_tokens, for any T. A task is BLOCK rows of w and a part of the tokens: all of them where that keeps every thread
+ * busy, since each part packs w anew. rows is followed by sums [T, BLOCK] and panels [CHUNK, BLOCK] of every thread. */
+void many_tokens(const call *c, worker *me) {
+    const bf16 *w = c->tensors[6], *up = c->tensors[7];
+    const operand *rows = dense_rows(c, me);
+    long T = c->sizes[0], N = c->sizes[1], K = c->sizes[2], w_stride = c->sizes[5], width = up ? BLOCK / 2 : BLOCK;
+    float *sums = (float *)c->tensors[2] + T * K + me->index * (T + CHUNK) * BLOCK;
+    operands *panels = (operands *)(sums + T * BLOCK);
+    long blocks = parts_of(N, width), wanted = parts_of(TASKS * me->threads, blocks);
+    long tokens = parts_of(T, least(wanted, parts_of(T, LEAST_TOKENS))); /* of a task */
+    long length = parts_of(parts_of(K, parts_of(K, CHUNK)), LINE) * LINE, turns = parts_of(T, tokens);
+    for (long task = first(me, blocks * turns); task >= 0; task = next(me)) {
+        long n = task / turns * width, start = task % turns * tokens, count = least(tokens, T - start);
+        for (long k = 0; k < K; k += length) {
+            long some = least(length, K - k);
+            pack_block(panels, w + k, up ? up + k : 0, n, N, some, w_stride);
+            for (long token = 0; token < count; token += TALL)
+                for (long panel = 0; panel < PANELS; panel++)
+                    multiply(sums + token * BLOCK + panel * WIDE, BLOCK, rows + (start + token) * K + k, K,
+                             panels + panel * (some / PER) * VECTORS, VECTORS, some / PER, least(count - token, TALL), k > 0);
+        }
+        long columns = least(width, N - n);
+        for (long token = 0; token < count; token++)
+            for (long i = 0; i < columns; i += LANES)
+                finish(c, load(sums + token * BLOCK + i), up ? sums + token * BLOCK + BLOCK / 2 + i : 0, start + token,
+                       n + i, least(columns - i, LANES));
+    }
+    meet(me);
 }

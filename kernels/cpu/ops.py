@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 
 import torch
@@ -15,15 +14,16 @@ from .tape import run, scratch
 MAX_TOKENS = 16  # of a linear that reads its weights row by row
 MAX_GROUP = 16  # query heads of a key-value head
 SPLIT = 128  # cached tokens that a thread attends to at a time
-LANES = 16  # values of a row that are computed at once
-STEP = 32  # and multiplied; all as in C
+BLOCK = 64  # cached tokens that are packed at a time
+LANES = 16  # values of a row that are computed at once, at most
+LINE = 32  # values of a row that are multiplied at a time; all as in C
 HEAD_DIMS = (32, 64, 96, 128)
 SMALL = 1 << 15  # elements that one thread is through with before it has woken another
 
 
 def takes_linear(x: Tensor) -> bool:
     """Whether x [T, K] is of a kind that linear takes."""
-    return x.shape[1] % STEP == 0 and _usable(x) and (len(x) <= MAX_TOKENS or multiplies())
+    return x.shape[1] % LINE == 0 and _usable(x) and (len(x) <= MAX_TOKENS or multiplies())
 
 
 def linear(
@@ -76,7 +76,7 @@ def takes_heads(q: Tensor, k_pages: Tensor) -> bool:
 
 
 def takes_prefill(q: Tensor, k_pages: Tensor) -> bool:
-    return takes_heads(q, k_pages) and q.shape[2] % _wide() == 0 and multiplies()
+    return takes_heads(q, k_pages) and multiplies()
 
 
 def rope_and_cache(
@@ -189,11 +189,11 @@ def prefill_attention(
     q = _dense_heads(q)
     (_, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    blocks = sum(-(-length // _wide()) for length in lengths.tolist())
+    blocks = sum(-(-length // BLOCK) for length in lengths.tolist())
     tables, lengths, starts = (t.int().contiguous() for t in (block_tables, lengths, query_starts))
     run(
         "prefill_attention",
-        (out, scratch(2 * blocks * num_kv_heads * head_dim * _wide()), q, k_pages, v_pages, tables, lengths, starts),
+        (out, scratch(2 * blocks * num_kv_heads * head_dim * BLOCK), q, k_pages, v_pages, tables, lengths, starts),
         (
             *(len(lengths), page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
             *(q.stride(0), tables.stride(0)),
@@ -216,11 +216,6 @@ def _dense_heads(x: Tensor) -> Tensor:
 def _threads(elements: int) -> int | None:
     """How many share the work of an op over so many elements; None: all."""
     return 1 if elements <= SMALL else None
-
-
-def _wide() -> int:
-    """Cached tokens of a block."""
-    return ctypes.c_long.in_dll(library(), "wide").value
 
 
 def _usable(x: Tensor) -> bool:

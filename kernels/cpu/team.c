@@ -1,0 +1,216 @@
+/* The threads that carry calls out together.
+ *
+ * They are torch's own where torch uses OpenMP: `parallel` is then GOMP_parallel, found in the process, so that two pools
+ * do not compete for the cores. Elsewhere they are threads of ours. Either way a thread that waits does so here, awake for
+ * PATIENCE and asleep after that: when other programs need the cores, waiting costs little of them.
+ *
+ * A loop is shared out in equal ranges, one a thread, from which its tasks are taken one by one; a thread that is through
+ * with its own takes from the others'. So a thread reads what lies together, and one that lost its core delays no more than
+ * the task that it is at. */
+#include "common.h"
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdlib.h>
+#include <time.h>
+
+#define PATIENCE 100000 /* ns: more than the tasks of a team differ by, less than a time slice */
+
+/* OpenMP's functions, set by Python where torch uses it; otherwise null */
+void (*parallel)(void (*work)(void *), void *of, unsigned threads, unsigned flags) = 0;
+int (*present)(void) = 0; /* threads of the region, which may be fewer than were asked for */
+
+typedef struct { /* a number that threads wait to see changed */
+    atomic_uint value, sleepers;
+    pthread_mutex_t mutex;
+    pthread_cond_t changed;
+} number;
+
+typedef struct {
+    _Alignas(128) atomic_uint arrived;
+    _Alignas(128) number round;
+} barrier;
+
+typedef struct {
+    _Alignas(128) atomic_long taken;
+} share;
+
+struct team {
+    int threads; /* at most */
+    const call *calls;
+    long count;
+    share *shares; /* [2, threads]: of this loop and of the one after it */
+    atomic_int joined;
+    barrier barrier;
+};
+
+#define NUMBER {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER}
+
+static long nanoseconds(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return now.tv_sec * 1000000000L + now.tv_nsec;
+}
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("isb");
+#endif
+}
+
+/* Waits until the number is no longer `old` */
+static void await(number *n, unsigned old) {
+    long until = 0;
+    for (int turn = 1; atomic_load_explicit(&n->value, memory_order_acquire) == old; turn++) {
+        relax();
+        if (turn % 64) continue;
+        long now = nanoseconds();
+        if (!until) until = now + PATIENCE;
+        else if (now > until) break;
+    }
+    if (atomic_load_explicit(&n->value, memory_order_acquire) != old) return;
+    pthread_mutex_lock(&n->mutex);
+    atomic_fetch_add(&n->sleepers, 1);
+    while (atomic_load(&n->value) == old) pthread_cond_wait(&n->changed, &n->mutex);
+    atomic_fetch_sub(&n->sleepers, 1);
+    pthread_mutex_unlock(&n->mutex);
+}
+
+static void change(number *n) {
+    atomic_fetch_add(&n->value, 1);
+    if (!atomic_load(&n->sleepers)) return; /* whoever counts itself after this sees the new value */
+    pthread_mutex_lock(&n->mutex);
+    pthread_cond_broadcast(&n->changed);
+    pthread_mutex_unlock(&n->mutex);
+}
+
+static void meet_at(barrier *b, int threads) {
+    unsigned round = atomic_load_explicit(&b->round.value, memory_order_acquire);
+    if (atomic_fetch_add(&b->arrived, 1) + 1 < (unsigned)threads) {
+        await(&b->round, round);
+        return;
+    }
+    atomic_store(&b->arrived, 0);
+    change(&b->round);
+}
+
+void meet(worker *me) {
+    if (me->threads > 1) meet_at(&me->team->barrier, me->threads);
+}
+
+/* How many tasks of a thread's share are taken; a loop's counters are set to 0 during the one before it */
+static atomic_long *taken_of(const worker *me, int loop, int thread) {
+    return &me->team->shares[loop % 2 * me->threads + thread].taken;
+}
+
+long first(worker *me, long tasks) {
+    me->tasks = tasks;
+    me->alone = me->victim = 0;
+    me->loops++;
+    if (me->threads > 1) atomic_store_explicit(taken_of(me, me->loops + 1, me->index), 0, memory_order_relaxed);
+    return next(me);
+}
+
+long next(worker *me) {
+    int threads = me->threads;
+    if (threads == 1) return me->alone < me->tasks ? me->alone++ : -1;
+    for (; me->victim < threads; me->victim++) {
+        int of = (me->index + me->victim) % threads;
+        long start = me->tasks * of / threads, end = me->tasks * (of + 1) / threads;
+        atomic_long *taken = taken_of(me, me->loops, of);
+        if (atomic_load_explicit(taken, memory_order_relaxed) >= end - start) continue;
+        long task = start + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
+        if (task < end) return task;
+    }
+    return -1;
+}
+
+static void work(team *team, int index, int threads) {
+    worker me = {.team = team, .index = index, .threads = threads};
+    if (index < threads) play(team->calls, team->count, &me);
+}
+
+static void work_in_region(void *of) {
+    team *team = of;
+    work(team, atomic_fetch_add(&team->joined, 1), present());
+}
+
+/* Threads of ours, made when they are first needed. Each waits for teams, and all of them for the end of one. */
+static struct {
+    pthread_mutex_t mutex; /* one caller at a time */
+    int threads;
+    team *team;
+    number teams;
+    barrier end;
+} pool = {.mutex = PTHREAD_MUTEX_INITIALIZER, .teams = NUMBER, .end = {.round = NUMBER}};
+
+typedef struct {
+    int index;
+    unsigned teams; /* that there were before it */
+} arrival;
+
+static void *wait_for_teams(void *of) {
+    arrival mine = *(arrival *)of;
+    free(of);
+    for (;; mine.teams++) {
+        await(&pool.teams, mine.teams);
+        work(pool.team, mine.index, pool.team->threads);
+        meet_at(&pool.end, pool.threads + 1);
+    }
+    return 0;
+}
+
+/* Threads do not survive a fork, and a lock may be held by one of them */
+static void forget_threads(void) {
+    memset(&pool, 0, sizeof pool);
+    pthread_mutex_init(&pool.mutex, 0);
+    pthread_mutex_init(&pool.teams.mutex, 0);
+    pthread_cond_init(&pool.teams.changed, 0);
+    pthread_mutex_init(&pool.end.round.mutex, 0);
+    pthread_cond_init(&pool.end.round.changed, 0);
+}
+
+static void register_fork(void) { pthread_atfork(0, 0, forget_threads); }
+
+/* At least so many, or as many as the system allows */
+static void make_threads(int wanted) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork);
+    while (pool.threads < wanted) {
+        arrival *mine = malloc(sizeof *mine);
+        if (!mine) return;
+        *mine = (arrival){pool.threads + 1, atomic_load(&pool.teams.value)};
+        pthread_t thread;
+        if (pthread_create(&thread, 0, wait_for_teams, mine)) {
+            free(mine);
+            return;
+        }
+        pthread_detach(thread);
+        pool.threads++;
+    }
+}
+
+void run(const call *calls, long count, int threads) {
+    if (threads <= 1) {
+        worker me = {.threads = 1};
+        play(calls, count, &me);
+        return;
+    }
+    share shares[2 * threads];
+    memset(shares, 0, sizeof shares);
+    team team = {.threads = threads, .calls = calls, .count = count, .shares = shares, .barrier = {.round = NUMBER}};
+    if (parallel) {
+        parallel(work_in_region, &team, threads, 0);
+        return;
+    }
+    pthread_mutex_lock(&pool.mutex);
+    make_threads(threads - 1);
+    if (team.threads > pool.threads + 1) team.threads = pool.threads + 1;
+    pool.team = &team;
+    change(&pool.teams);
+    work(&team, 0, team.threads);
+    meet_at(&pool.end, pool.threads + 1);
+    pthread_mutex_unlock(&pool.mutex);
+}

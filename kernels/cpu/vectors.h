@@ -1,0 +1,186 @@
+/* Vectors as wide as the machine's registers, and what is computed on them one value beside the other.
+ *
+ * bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds. LANES float32 fill a register: 16
+ * with AVX-512, 8 with AVX2, 4 with NEON and elsewhere. A sum over a row has LANES partial sums, so its last bits differ
+ * from one width to another; on one machine they depend on nothing but the row. */
+#ifndef VECTORS_H
+#define VECTORS_H
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#define LANES 16
+#elif defined(__AVX2__)
+#include <immintrin.h>
+#define LANES 8
+#else
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#define LANES 4
+#endif
+
+#define STEP (2 * LANES) /* bfloat16 of a register */
+#define LINE 32          /* of a cache line: rows that are multiplied are a multiple of it */
+#define ALWAYS static inline __attribute__((always_inline))
+
+typedef uint16_t bf16;
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef float float8 __attribute__((vector_size(32)));
+typedef float float4 __attribute__((vector_size(16)));
+
+/* KEEP(x): x is in a register from here on, and not loaded again at each use */
+#if defined(__x86_64__)
+#define KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
+#elif defined(__aarch64__)
+#define KEEP(VECTOR) __asm__("" : "+w"(VECTOR))
+#else
+#define KEEP(VECTOR)
+#endif
+
+ALWAYS float widen(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+ALWAYS bf16 narrow(float x) { /* to the nearest, ties to even */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    if (x != x) return 0x7FC0;
+    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
+}
+
+ALWAYS pairs load_pairs(const bf16 *from) {
+    pairs values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+ALWAYS floats load(const float *from) {
+    floats values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+ALWAYS void store(float *to, floats values) { memcpy(to, &values, sizeof values); }
+
+ALWAYS floats low(pairs x) { return (floats)(x << 16); }
+
+ALWAYS floats high(pairs x) { return (floats)(x & 0xFFFF0000); }
+
+/* Compilers convert between 16 and 32 bits in more steps than the processor needs, where nobody tells them better */
+ALWAYS floats widen_halves(halves values) {
+#if LANES == 16
+    return (floats)((pairs)_mm512_cvtepu16_epi32((__m256i)values) << 16);
+#elif LANES == 8
+    return (floats)((pairs)_mm256_cvtepu16_epi32((__m128i)values) << 16);
+#else
+    return (floats)(__builtin_convertvector(values, pairs) << 16);
+#endif
+}
+
+/* To the nearest, ties to even, in the low half; NaN stays NaN */
+ALWAYS pairs nearest(floats x) {
+    pairs bits = (pairs)x, ordered = (pairs)(x == x);
+    return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & ordered) | (~ordered & 0x7FC0);
+}
+
+ALWAYS halves narrow_floats(floats x) {
+#if LANES == 16
+    return (halves)_mm512_cvtepi32_epi16((__m512i)nearest(x));
+#elif LANES == 8
+    __m256i near = (__m256i)nearest(x);
+    return (halves)_mm_packus_epi32(_mm256_castsi256_si128(near), _mm256_extracti128_si256(near, 1));
+#else
+    return __builtin_convertvector(nearest(x), halves);
+#endif
+}
+
+ALWAYS floats rounded(floats x) { return (floats)(nearest(x) << 16); }
+
+ALWAYS floats load_wide(const bf16 *from) {
+    halves values;
+    memcpy(&values, from, sizeof values);
+    return widen_halves(values);
+}
+
+ALWAYS void store_narrow(bf16 *to, floats values) {
+    halves near = narrow_floats(values);
+    memcpy(to, &near, sizeof near);
+}
+
+/* The first `count` of LANES values; a copy of unknown size is a call, so all of them are a case of their own */
+ALWAYS floats load_some(const bf16 *from, long count) {
+    if (count == LANES) return load_wide(from);
+    halves values = {0};
+    memcpy(&values, from, count * sizeof *from);
+    return widen_halves(values);
+}
+
+ALWAYS void store_some(void *to, const void *values, long count, long size) {
+    if (count < LANES) memcpy(to, values, count * size);
+    else if (size == sizeof(bf16)) memcpy(to, values, LANES * sizeof(bf16));
+    else memcpy(to, values, LANES * sizeof(float));
+}
+
+ALWAYS float sum(floats x) { /* by halves, so that it stays in vector registers */
+#if LANES == 16
+    float8 eights[2];
+    memcpy(eights, &x, sizeof x);
+    float8 eight = eights[0] + eights[1];
+#elif LANES == 8
+    float8 eight = x;
+#endif
+#if LANES >= 8
+    float4 fours[2];
+    memcpy(fours, &eight, sizeof fours);
+    float4 four = fours[0] + fours[1];
+#else
+    float4 four = x;
+#endif
+    return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+ALWAYS floats larger(floats a, floats b) { /* b where a is NaN */
+    pairs larger = (pairs)(a > b);
+    return (floats)((larger & (pairs)a) | (~larger & (pairs)b));
+}
+
+ALWAYS float largest(floats x) {
+    float maximum = x[0];
+    for (int i = 1; i < LANES; i++) maximum = x[i] > maximum ? x[i] : maximum;
+    return maximum;
+}
+
+/* exp(x) for x <= 0: 2^n times the Taylor series of exp around 0 on half of an octave */
+ALWAYS floats exponential(floats x) {
+    pairs normal = (pairs)(x > -87.0f); /* all ones or zero; below, the result is subnormal: zero */
+    x = (floats)((pairs)x & normal);
+    floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer nearest is in the low bits */
+    floats n = shifted - 12582912.0f;
+    floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f; /* ln 2 in two parts */
+    floats series = r * (1.0f / 5040) + 1.0f / 720;
+    series = series * r + 1.0f / 120;
+    series = series * r + 1.0f / 24;
+    series = series * r + 1.0f / 6;
+    series = series * r + 0.5f;
+    series = series * r + 1.0f;
+    series = series * r + 1.0f;
+    pairs power = ((pairs)shifted - 0x4B400000 + 127) << 23;
+    return (floats)((pairs)(series * (floats)power) & normal);
+}
+
+/* x / (1 + exp(-x)) */
+ALWAYS floats silu(floats x) {
+    pairs negative = (pairs)(x < 0);
+    floats e = exponential((floats)((pairs)x | 0x80000000));
+    floats numerator = (floats)((negative & (pairs)e) | (~negative & 0x3F800000)); /* or 1 */
+    return x * numerator / (1 + e);
+}
+#endif
