@@ -20,7 +20,7 @@ from qwenkern import Model
 from qwenkern.integrations import transformers as integration
 from qwenkern.kernels import dispatch
 
-pytestmark = [pytest.mark.demo, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.demo, pytest.mark.processor, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]
 
 WINDOW = 256
 SHARE = 16  # tokens of each language and program
@@ -178,11 +178,12 @@ def test_greedy_text_of_transformers_with_our_pieces(request, monkeypatch, their
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_text_is_that_of_transformers(request, truth, theirs, prompt, dtype):
-    """64 tokens."""
+    """In bfloat16, which differs from step to step, 64 tokens: beyond a page of the cache."""
+    count = 64 if dtype == "bfloat16" else 32
     model, peer = request.getfixturevalue(dtype), truth if dtype == "float32" else theirs
     ids = model.tokenizer.encode(prompt)
-    ours = model.generate(ids, max_tokens=64, ignore_eos=True).token_ids
-    out = _greedy(peer, ids, 64)
+    ours = model.generate(ids, max_tokens=count, ignore_eos=True).token_ids
+    out = _greedy(peer, ids, count)
     _assert_same_text(truth, dtype, ids, ours, out)
 
 
@@ -190,13 +191,13 @@ def test_greedy_text_is_that_of_transformers(request, truth, theirs, prompt, dty
 def test_alone_in_a_batch_and_in_chunks(request, truth, dtype):
     """The same greedy tokens whichever way a sequence is run; in bfloat16 up to near-ties."""
     model = request.getfixturevalue(dtype)
-    prompts = [model.tokenizer.encode(prompt) for prompt in (*PROMPTS, "a", "x" * 300, "The sun", "Гора " * 40)]
-    alone = [model.generate(prompt, max_tokens=24, ignore_eos=True).token_ids for prompt in prompts]
-    others = {"batch": [c.token_ids for c in model.generate(prompts, max_tokens=24, ignore_eos=True)]}
+    prompts = [model.tokenizer.encode(prompt) for prompt in (*PROMPTS, "a", "x" * 150, "The sun", "Гора " * 20)]
+    alone = [model.generate(prompt, max_tokens=12, ignore_eos=True).token_ids for prompt in prompts]
+    others = {"batch": [c.token_ids for c in model.generate(prompts, max_tokens=12, ignore_eos=True)]}
     usual = model.prefill_chunk
     try:
-        for model.prefill_chunk in (1, 33):
-            chunked = model.generate(prompts[5:], max_tokens=24, ignore_eos=True)
+        for model.prefill_chunk in (1, 13):
+            chunked = model.generate(prompts[5:], max_tokens=12, ignore_eos=True)
             others[f"chunk {model.prefill_chunk}"] = alone[:5] + [completion.token_ids for completion in chunked]
     finally:
         model.prefill_chunk = usual

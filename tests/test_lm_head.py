@@ -47,6 +47,7 @@ def test_top_k_of_all(ops, device):
     assert ids.sort().values.tolist() == [list(range(9))] * 3
 
 
+@pytest.mark.processor
 def test_of_equal_logits_the_lower_id_comes_first(ops, device):
     """Within a tile, and among tiles."""
     x, residual, norm_weight, eps, weight = _exact_inputs(400, 64, device)

@@ -60,6 +60,7 @@ def test_the_completion_is_its_tokens_text(model):
     assert completion.text == model.tokenizer.decode(completion.token_ids)
 
 
+@pytest.mark.processor
 def test_forward_gives_the_logits_of_transformers_for_one_and_for_many(model):
     ids = torch.arange(40).reshape(2, 20)
     logits = model.forward(ids)

@@ -13,8 +13,14 @@ HEADS = {"0.5B": (14, 2, 64), "3B": (16, 2, 128), "7B": (28, 4, 128), "one head"
 CHANGED = (8, 9)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_heads(ops, device, tokens, heads):
+    assert_matches_twin(ops, "norm_qkv_rope", *_inputs(tokens, 128, *heads, torch.bfloat16, device), changed=CHANGED)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("heads", [HEADS["odd"], HEADS["one head"]], ids=["odd", "one head"])
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_norm_qkv_rope(ops, device, tokens, heads, dtype):
     assert_matches_twin(ops, "norm_qkv_rope", *_inputs(tokens, 128, *heads, dtype, device), changed=CHANGED)
@@ -28,6 +34,7 @@ def test_sizes(ops, device, tokens, hidden):
     )
 
 
+@pytest.mark.processor
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("bias", [True, False])
 def test_equal_to_its_two_halves(ops, device, dtype, bias):
