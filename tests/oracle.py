@@ -100,5 +100,12 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0,
     return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
 
 
+def exact(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, steps: int = 64) -> Tensor:
+    """Whole numbers up to ``steps`` over 64. Their products and sums have fewer bits than float32 keeps, so any order
+    of summing gives the same: bits that no matrix library promises may be asked for."""
+    generator = torch.Generator().manual_seed(hash((shape, seed)))
+    return (torch.randint(-steps, steps + 1, shape, generator=generator) / 64).to(device, dtype)
+
+
 def _poison(dtype: torch.dtype) -> float | int:
     return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min

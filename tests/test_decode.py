@@ -16,6 +16,7 @@ from qwenkern.generate import Limits, generate
 from qwenkern.kernels import cpu, dispatch, waits_for_host
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
+pytestmark = pytest.mark.processor
 IN_C = replace(TINY, intermediate_size=192)  # a multiple of what cpu.c reads at once
 
 

@@ -1,33 +1,43 @@
 """The real demo model (Qwen2.5-Coder-0.5B-Instruct) against transformers on the same bfloat16 weights.
 
-The truth is transformers in float32 on the weights rounded to bfloat16.
+The truth is transformers in float32 on the weights rounded to bfloat16. Ours in bfloat16 runs as it does for anybody:
+in C where there is a compiler.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
 import torch
-from tolerances import MEAN_KL_FLOAT32, MEAN_KL_RATIO, NEAR_TIE, mean_kl
+from tolerances import MARGIN_FLOAT32, MEAN_KL_FLOAT32, NEAR_TIE, RMS_RATIO, ROOT_KL_RATIO, divergences
+from torch import Tensor
 from twins import twin
 
 from qwenkern import Model
 from qwenkern.integrations import transformers as integration
 from qwenkern.kernels import dispatch
 
-pytestmark = [pytest.mark.demo, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.demo, pytest.mark.processor, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]
 
-WINDOW = 512
-NUM_WINDOWS = 4
+WINDOW = 256
+SHARE = 16  # tokens of each language and program
 PROMPTS = [
     "def quicksort(items):",
     "Write one sentence about the sea.",
     "用一句话介绍长城。",
     "Напиши короткое предложение о зиме.",
 ]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def as_for_anybody():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("QWENKERN_KERNELS", raising=False)
+        patch.setattr(dispatch, "INTERPRETED", False)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -55,60 +65,83 @@ def truth(float32):
 
 @pytest.fixture(scope="module")
 def windows(bfloat16):
-    """2,048 tokens of mixed text: every language and program of the collection has a share."""
-    texts = [entry["text"] for entry in json.loads((Path(__file__).parent / "data" / "texts.json").read_text("utf-8"))]
-    stride = 7  # visits all texts, in an order that mixes them
-    order = [texts[n * stride % len(texts)] for n in range(len(texts))]
-    ids = bfloat16.tokenizer.encode("\n".join(order))
-    assert len(ids) >= WINDOW * NUM_WINDOWS
-    return torch.tensor(ids[: WINDOW * NUM_WINDOWS]).reshape(NUM_WINDOWS, WINDOW)
+    """752 tokens of mixed text: every language and program of the collection has a share."""
+    entries = json.loads((Path(__file__).parent / "data" / "texts.json").read_text("utf-8"))
+    first = {each["language"]: each["text"] for each in reversed(entries) if not each["language"].startswith("edge")}
+    shares = [bfloat16.tokenizer.encode(text + "\n")[:SHARE] for text in first.values()]
+    ids = [token for share in shares for token in share]
+    assert len(ids) > 45 * SHARE
+    return torch.tensor(ids).split(WINDOW)
 
 
 @dataclass
 class Agreement:
-    kl: float
-    top1: float
+    """How far from the truth's each token's logits are."""
+
+    kl: Tensor  # nats
+    margin: Tensor  # nats: the error of the difference between the truth's two likeliest tokens
+    same: Tensor  # whether the likeliest token is the truth's
+
+    @classmethod
+    def of(cls, truth: Tensor, logits: Tensor) -> Agreement:
+        best = truth.topk(2).indices
+        margins = [each.float().gather(1, best).diff().squeeze(1) for each in (logits, truth)]
+        same = truth.argmax(-1) == logits.argmax(-1)
+        return cls(divergences(truth, logits), (margins[0] - margins[1]).abs(), same)
 
 
 @pytest.fixture(scope="module")
 def agreements(bfloat16, float32, theirs, truth, windows):
-    """Each implementation's distance from the truth, teacher-forced over all windows."""
-    sums = {name: Agreement(0.0, 0.0) for name in ("ours float32", "ours bfloat16", "theirs bfloat16")}
+    """Each implementation's distance from the truth, teacher-forced over all windows.
+
+    752 tokens are enough: over the same tokens two bfloat16 runs differ in the mean of the root of their divergence by
+    1.2 % (one standard deviation), a quarter of what ROOT_KL_RATIO allows. Without the root, which keeps a few unsure
+    tokens from deciding, it takes 2,048."""
+    found = {name: [] for name in ("ours float32", "ours bfloat16", "theirs bfloat16")}
     with torch.no_grad():
         for ids in windows:
             expected = truth(ids[None]).logits[0]
-            for name, logits in (
-                ("ours float32", float32.forward(ids)),
-                ("ours bfloat16", bfloat16.forward(ids)),
-                ("theirs bfloat16", theirs(ids[None]).logits[0]),
-            ):
-                sums[name].kl += mean_kl(expected, logits) / NUM_WINDOWS
-                sums[name].top1 += (expected.argmax(-1) == logits.argmax(-1)).double().mean().item() / NUM_WINDOWS
-    for name, agreement in sums.items():
-        print(f"{name}: mean KL {agreement.kl:.3e} nats, top-1 {agreement.top1:.4%}")
-    return sums
+            found["ours float32"].append(Agreement.of(expected, float32.forward(ids)))
+            found["ours bfloat16"].append(Agreement.of(expected, bfloat16.forward(ids)))
+            found["theirs bfloat16"].append(Agreement.of(expected, theirs(ids[None]).logits[0]))
+    found = {
+        name: Agreement(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Agreement)))
+        for name, parts in found.items()
+    }
+    for name, each in found.items():
+        print(
+            f"{name}: mean KL {each.kl.mean():.3e} nats, of its root {each.kl.sqrt().mean():.3e}, "
+            f"margin's error {_rms(each.margin):.3g}, at most {each.margin.max():.3g} nats, "
+            f"top-1 {each.same.double().mean():.2%} of {len(each.same)}"
+        )
+    return found
+
+
+def _rms(x: Tensor) -> float:
+    return x.square().mean().sqrt().item()
 
 
 def test_float32_is_transformers_float32(agreements):
-    assert agreements["ours float32"].kl <= MEAN_KL_FLOAT32
-    assert agreements["ours float32"].top1 == 1.0
+    ours = agreements["ours float32"]
+    assert ours.kl.mean() <= MEAN_KL_FLOAT32
+    assert ours.margin.max() <= MARGIN_FLOAT32  # so the likeliest token can differ only between two so close
 
 
 def test_bfloat16_is_as_close_to_the_truth_as_transformers(agreements):
     ours, theirs = agreements["ours bfloat16"], agreements["theirs bfloat16"]
-    assert 0 < ours.kl <= MEAN_KL_RATIO * theirs.kl
-    assert ours.top1 >= theirs.top1
+    assert 0 < ours.kl.sqrt().mean() <= ROOT_KL_RATIO * theirs.kl.sqrt().mean()
+    assert _rms(ours.margin) <= RMS_RATIO * _rms(theirs.margin)
 
 
 def _first_difference(ours, theirs):
     return next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), None)
 
 
-def _margin(truth, ids, first, second):
+def _likelier(truth, ids, first, second):
     """How much likelier, in nats, the truth finds the first of two next tokens."""
     with torch.no_grad():
         logprobs = truth(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-    return (logprobs[first] - logprobs[second]).abs().item()
+    return (logprobs[first] - logprobs[second]).item()
 
 
 def _greedy(model, ids, count):
@@ -118,23 +151,22 @@ def _greedy(model, ids, count):
 
 
 def _assert_same_text(truth, dtype, ids, ours, theirs):
-    """In float32. In bfloat16 texts may part where the truth finds the two tokens almost equally likely."""
+    """In float32. In bfloat16 texts may part where transformers erred, and ours is the likelier token by the truth; or
+    where the truth finds theirs hardly likelier."""
     where = _first_difference(ours, theirs)
     if dtype == "float32":
         assert where is None
     elif where is not None:
-        margin = _margin(truth, ids + ours[:where], ours[where], theirs[where])
-        print(f"parts at token {where}, where the truth's margin is {margin:.4f} nats")
-        assert margin < NEAR_TIE
+        lost = _likelier(truth, ids + ours[:where], theirs[where], ours[where])
+        print(f"parts at token {where}, where the truth finds theirs likelier by {lost:.4f} nats")
+        assert lost < NEAR_TIE
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_text_of_transformers_with_our_pieces(request, monkeypatch, theirs, truth, dtype):
-    """bfloat16 in C where a compiler is there; also the few tokens that are otherwise left to transformers."""
-    monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
+    """Also the few tokens that are otherwise left to transformers."""
     monkeypatch.setattr(integration, "FEW", 0)
     monkeypatch.setattr(integration, "INTERPRETED", False)
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
     model, peer = request.getfixturevalue(dtype), truth if dtype == "float32" else theirs
     patched = integration.apply_qwenkern(twin(model))
     for prompt in PROMPTS[:2]:
@@ -146,11 +178,12 @@ def test_greedy_text_of_transformers_with_our_pieces(request, monkeypatch, their
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_greedy_text_is_that_of_transformers(request, truth, theirs, prompt, dtype):
-    """64 tokens; where they part, the truth must find the two tokens almost equally likely."""
+    """In bfloat16, which differs from step to step, 64 tokens: beyond a page of the cache."""
+    count = 64 if dtype == "bfloat16" else 32
     model, peer = request.getfixturevalue(dtype), truth if dtype == "float32" else theirs
     ids = model.tokenizer.encode(prompt)
-    ours = model.generate(ids, max_tokens=64, ignore_eos=True).token_ids
-    out = _greedy(peer, ids, 64)
+    ours = model.generate(ids, max_tokens=count, ignore_eos=True).token_ids
+    out = _greedy(peer, ids, count)
     _assert_same_text(truth, dtype, ids, ours, out)
 
 
@@ -158,13 +191,13 @@ def test_greedy_text_is_that_of_transformers(request, truth, theirs, prompt, dty
 def test_alone_in_a_batch_and_in_chunks(request, truth, dtype):
     """The same greedy tokens whichever way a sequence is run; in bfloat16 up to near-ties."""
     model = request.getfixturevalue(dtype)
-    prompts = [model.tokenizer.encode(prompt) for prompt in (*PROMPTS, "a", "x" * 300, "The sun", "Гора " * 40)]
-    alone = [model.generate(prompt, max_tokens=24, ignore_eos=True).token_ids for prompt in prompts]
-    others = {"batch": [c.token_ids for c in model.generate(prompts, max_tokens=24, ignore_eos=True)]}
+    prompts = [model.tokenizer.encode(prompt) for prompt in (*PROMPTS, "a", "x" * 150, "The sun", "Гора " * 20)]
+    alone = [model.generate(prompt, max_tokens=12, ignore_eos=True).token_ids for prompt in prompts]
+    others = {"batch": [c.token_ids for c in model.generate(prompts, max_tokens=12, ignore_eos=True)]}
     usual = model.prefill_chunk
     try:
-        for model.prefill_chunk in (1, 33):
-            chunked = model.generate(prompts[5:], max_tokens=24, ignore_eos=True)
+        for model.prefill_chunk in (1, 13):
+            chunked = model.generate(prompts[5:], max_tokens=12, ignore_eos=True)
             others[f"chunk {model.prefill_chunk}"] = alone[:5] + [completion.token_ids for completion in chunked]
     finally:
         model.prefill_chunk = usual
@@ -174,7 +207,7 @@ def test_alone_in_a_batch_and_in_chunks(request, truth, dtype):
             if dtype == "float32":
                 assert where is None, name
             elif where is not None:
-                margin = _margin(truth, prompt + expected[:where], expected[where], found[where])
+                margin = abs(_likelier(truth, prompt + expected[:where], expected[where], found[where]))
                 print(f"{name}: parts at token {where}, margin {margin:.4f} nats")
                 assert margin < NEAR_TIE, name
 

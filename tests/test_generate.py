@@ -15,6 +15,7 @@ PROMPTS = [
     [n * 7 % 503 for n in range(start, start + length)]
     for start, length in ((0, 1), (5, 2), (9, 63), (3, 64), (8, 65), (4, 130), (2, 17), (6, 200))
 ]
+pytestmark = pytest.mark.processor
 
 
 @pytest.fixture(scope="module")

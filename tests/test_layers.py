@@ -23,6 +23,7 @@ MAPPING = {
     for name, layer in {"RMSNorm": "RMSNorm", "SiluAndMul": "SiluAndMul", "rotary_pos_emb": "RotaryPosEmb"}.items()
 }
 DTYPES = [torch.bfloat16, torch.float32]
+pytestmark = pytest.mark.processor
 
 
 @hub.use_kernel_forward_from_hub("SiluAndMul")

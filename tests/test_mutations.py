@@ -2,35 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
+from pathlib import Path
 
 import mutants
 import pytest
-import test_attention
-import test_decode_attention
-import test_linear
-import test_lm_head
-import test_prefill_attention
-import test_rms_norm
-import test_rms_norm_backward
-import test_rope
-import test_swiglu
-import test_swiglu_backward
 import torch
 
-MODULES = (
-    test_attention,
-    test_decode_attention,
-    test_linear,
-    test_lm_head,
-    test_prefill_attention,
-    test_rms_norm,
-    test_rms_norm_backward,
-    test_rope,
-    test_swiglu,
-    test_swiglu_backward,
-)
-MUTATIONS = [mutation for module in MODULES for mutation in module.MUTATIONS]
+FILES = [
+    file for file in sorted(Path(__file__).parent.glob("test_*.py")) if "\nMUTATIONS = [\n" in file.read_text("utf-8")
+]
+MUTATIONS = [mutation for file in FILES for mutation in importlib.import_module(file.stem).MUTATIONS]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and its interpreter is off")

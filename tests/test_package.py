@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -112,3 +113,11 @@ def test_the_bare_name_kernels_is_refused(tmp_path):
 
 def test_the_package_is_typed():
     assert (ROOT / "qwenkern" / "py.typed").exists()
+
+
+@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs everything")
+@pytest.mark.xdist_group("one worker")
+def test_a_group_stays_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest 9.2 does not read what pytest-xdist 3.8 writes: then times are taken beside other tests, and what a whole
+    file shares is made by each worker."""
+    assert request.node.nodeid.endswith("@one worker")

@@ -28,7 +28,7 @@ CONFIG = Config(
     head_dim=64,
     max_position_embeddings=16384,
 )
-pytestmark = pytest.mark.xdist_group("speed")
+pytestmark = [pytest.mark.xdist_group("speed"), pytest.mark.processor]
 
 
 @pytest.fixture

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from toy import CHAT_TEMPLATE, byte_library
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
 from qwenkern import Config, Model
 
@@ -55,6 +57,21 @@ def twin(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
     theirs.load_state_dict(weights, strict=True, assign=True)
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # its buffers are not in the state
     return theirs.eval()
+
+
+def in_other_orders(model: PreTrainedModel, count: int = 8) -> Iterator[PreTrainedModel]:
+    """transformers' model, and the same function with its hidden units numbered otherwise, so that sums over them have
+    other orders: what rounding does to it, not what it did to one order of them."""
+    yield model
+    for seed in range(1, count):
+        order = torch.randperm(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
+        other = copy.deepcopy(model)
+        for name, parameter in other.named_parameters():
+            if any(part in name for part in ("o_proj", "down_proj", "norm")):  # these write hidden units
+                parameter.data = parameter.data[order]
+            elif name.endswith("weight"):  # and these read them
+                parameter.data = parameter.data[:, order]
+        yield other
 
 
 def unpacked(model: Model) -> dict[str, torch.Tensor]:
