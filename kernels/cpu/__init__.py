@@ -5,12 +5,13 @@ without a second copy of them, and multiplies many tokens near the processor's p
 measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs. A
 Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in one call.
 
-    ops.py       which tensors it takes, and the calls    common.h    numbers, vectors, what all of C shares
-    call.py      one call                                 linear.c, attention.c, step.c
-    tape.py      calls recorded and replayed              threads.py  how many threads run them
-    build.py     the library in use                       targets.py  which processors it is compiled for
-    compiler.py  how it is compiled                       kept.py     where what is made or measured here is kept
-    choose.py    what is fastest
+    ops.py       which tensors it takes, and the calls    vectors.h   registers of each width, and what is computed on them
+    call.py      one call                                 panels.h    products of many rows
+    tape.py      calls recorded and replayed              common.h    calls, and how loops are shared out
+    build.py     the library in use                       team.c      threads
+    compiler.py  how it is compiled                       linear.c, attention.c, step.c   the ops
+    targets.py   which processors it is compiled for      threads.py  how many threads run them
+    choose.py    what is fastest                          kept.py     where what is made or measured here is kept
 """
 
 from . import threads
