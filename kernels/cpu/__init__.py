@@ -5,7 +5,7 @@ without a second copy of them, and multiplies many tokens near the processor's p
 measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs. A
 Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in one call.
 
-    ops.py       which tensors it takes, and the calls    vectors.h   registers of each width, and what is computed on them
+    ops.py       which tensors it takes, and the calls    vectors.h   registers of each width
     call.py      one call                                 panels.h    products of many rows
     tape.py      calls recorded and replayed              common.h    calls, and how loops are shared out
     build.py     the library in use                       team.c      threads
