@@ -2,8 +2,8 @@
 
 Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's, and
 torch may have a matrix unit that beats both. Weights: some processors fetch far enough in advance by themselves, others
-must be asked. All of it is timed in turns on the C functions themselves. A choice is kept for the next process only
-where two halves of its readings make the same and no other program had the cores meanwhile."""
+must be asked. All of it is timed in turns on the C functions themselves, as processor time of one thread, so that other
+programs count little. A choice is kept for the next process only where two halves of its readings make the same."""
 
 from __future__ import annotations
 
@@ -15,29 +15,27 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import kept, threads
+from . import kept
 from .call import Call
 from .compiler import digest
 from .targets import processor
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 0.1  # that readings may take, once there are enough of them
+SECONDS = 0.15  # that readings may take, once there are enough of them
 ROUNDS = 4  # enough: two in each half
 TOKENS = 128
-DISTANCES = (0, 4096, 8192)  # bytes that weights are asked for before they are needed
+DISTANCES = (0, 4096, 8192, 16384)  # bytes that weights are asked for before they are needed
 WEIGHTS = 128 << 20  # bytes, more than the caches of most processors hold
 CLEARLY = 1.1  # how many times as fast as ours torch must be to run in our place
-BUSY = 0.05  # of the time that measuring takes: others then had the cores for too much of it
-NOTABLY = 0.97  # the share of the time without asking in advance that must be left to do so
+NEARLY = 0.95  # of the best speed, which a shorter distance must reach to be preferred
 QUESTIONS = {
     "products": "which library multiplies faster",
     "many tokens": "what multiplies many tokens",
@@ -84,8 +82,8 @@ def prefetch(library: ctypes.CDLL, target: str) -> int:
         return {distance: reading(distance) for distance in DISTANCES}
 
     def rule(seconds: Mapping[int, float]) -> int:
-        best = _fastest(seconds)
-        return best if seconds[best] < NOTABLY * seconds[0] else 0
+        best = min(seconds.values())
+        return next(distance for distance in DISTANCES if NEARLY * seconds[distance] <= best)
 
     return _choice("prefetch", list(DISTANCES), ways, rule, target)
 
@@ -105,13 +103,13 @@ def _ones(*shape: int) -> torch.Tensor:
 
 def _linear(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> Callable[[], object]:
     """x times w transposed; what it works on stays alive with it."""
-    (tokens, k), n, team = x.shape, len(w), threads.count()
-    out, rows = x.new_empty(tokens, n), torch.empty(rows_size(library, tokens, k, team), device="cpu")
+    (tokens, k), n = x.shape, len(w)
+    out, rows = x.new_empty(tokens, n), torch.empty(rows_size(library, tokens, k, 1), device="cpu")
     tensors = (out, None, rows, x, None, None, w)
     call = Call.of("few_tokens" if tokens == 1 else "many_tokens", tensors, (tokens, n, k, k, 0, k, 0, 0))
 
     def run(tensors: object = tensors) -> None:
-        library.run(ctypes.byref(call), 1, team)
+        library.run(ctypes.byref(call), 1, 1)
 
     return run
 
@@ -127,23 +125,29 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
     known = remembered(question, answers, *about)
     if known is not None:
         return known
-    started, waited = time.perf_counter(), _waited()
-    with _disable_current_modes():  # a tape that is being recorded, or a trace, has no part in this
+    started = time.perf_counter()
+    with _disable_current_modes(), _one_thread():  # a tape that is being recorded, or a trace, has no part in this
         readings = _readings(ways())
     chosen, agreed = decide(readings, rule)
-    seconds, waited = time.perf_counter() - started, _waited() - waited
-    doubts = [] if agreed else ["its readings disagree"]
-    if waited > BUSY * seconds:
-        doubts.append(f"threads waited {waited:.2f} s for cores that others had")
-    best = ", ".join(f"{way} {1e3 * min(times):.2f} ms" for way, times in readings.items())
     logger.info(
         "qwenkern: measured in %.2f s, %s: %s (%s)%s",
-        *(seconds, QUESTIONS[question], chosen, best),
-        f"; {' and '.join(doubts)}, so the next process measures again" if doubts else "",
+        *(time.perf_counter() - started, QUESTIONS[question], chosen),
+        ", ".join(f"{way} {1e3 * min(times):.2f} ms" for way, times in readings.items()),
+        "" if agreed else "; its readings disagree, so the next process measures again",
     )
-    if not doubts:
+    if agreed:
         remember(question, answers, chosen, *about)
     return chosen
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _fastest(seconds: Mapping) -> Any:
@@ -159,19 +163,11 @@ def _readings(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]
     rounds = 0
     while rounds < ROUNDS or (time.perf_counter() < ends and rounds < 10 * ROUNDS):
         for way, run in ways.items():
-            started = time.perf_counter()
+            started = time.thread_time()
             run()
-            readings[way].append(time.perf_counter() - started)
+            readings[way].append(time.thread_time() - started)
         rounds += 1
     return readings
-
-
-def _waited() -> float:
-    """Seconds that the threads of this process have been ready to run and had no core; 0 where nobody counts them."""
-    counters = Path("/proc/self/task").glob("*/schedstat")
-    with contextlib.suppress(OSError, ValueError, IndexError):  # a thread that has just ended
-        return sum(int(counter.read_text().split()[1]) for counter in counters) / 1e9
-    return 0.0
 
 
 def decide(readings: Mapping[Any, list[float]], rule: Callable[[Mapping], Any]) -> tuple[Any, bool]:
@@ -211,7 +207,7 @@ def remember(question: str, answers: list, answer: Any, *about: str) -> None:
 
 
 def _name(question: str, answers: list, *about: str) -> str:
-    """Of a file for this processor, the C files, torch and what it may use, and so many threads."""
+    """Of a file for this processor, the C files, torch and what it may use."""
     rivals = (torch.__version__, torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
-    facts = (*map(str, answers), *about, processor(), *rivals, str(threads.count()))
+    facts = (*map(str, answers), *about, processor(), *rivals)
     return f"choice-{question.replace(' ', '-')}-{hashlib.sha256(digest(*facts).encode()).hexdigest()[:16]}.json"
