@@ -8,7 +8,7 @@ ops what a CUDA graph is to kernels: it plays a whole step in one call.
     ops.py    which tensors it takes, and the calls          common.h     numbers, vectors, what all of C shares
     call.py   one call                                       linear.c, attention.c, step.c
     tape.py   calls recorded and replayed
-    build.py  the compiler; choose.py, what is fastest
+    build.py  the compiler; choose.py, what is fastest       ceilings.c: loops that benchmarks take shares of
 """
 
 from .build import library, multiplies
