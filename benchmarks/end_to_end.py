@@ -16,6 +16,7 @@ values, at most at the bandwidth of a loop that only reads; a prompt's products 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import statistics
 import tempfile
@@ -103,9 +104,8 @@ def load(model: str, device: torch.device, layers: int, room: int) -> Model:
         return Model.from_pretrained(model, device=device, dtype="bfloat16", cache_tokens=room)
     config = Config.from_name(model)
     if layers:
-        config = Config(
-            **{name: getattr(config, name) for name in config.__dataclass_fields__} | {"num_hidden_layers": layers}
-        )
+        fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        config = Config(**fields | {"num_hidden_layers": layers})
     return Model.from_config(config, device=device, dtype="bfloat16", cache_tokens=room)
 
 
@@ -173,8 +173,8 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")
     if "llama.cpp file" in names and (file is None or file.suffix != ".gguf"):
         raise typer.BadParameter("llama.cpp file: the model is no GGUF file", param_hint="--peers")
-    if (busy or twice) and (place.type != "cpu" or (busy and twice) or len(batches) + len(prompts) > 2):
-        raise typer.BadParameter("--busy or --twice: one of them, on a CPU, with one batch of one prompt length")
+    if (busy or twice) and (place.type != "cpu" or (busy and twice) or batches != [1] or len(prompts) > 1):
+        raise typer.BadParameter("--busy or --twice: one of them, on a CPU, one sequence and prompt length")
     threads = threads or torch.get_num_threads()
     use(threads)
     facts: dict[str, Any] = circumstances(place) | {"model": model, "new_tokens": new_tokens, "note": note}
@@ -193,61 +193,59 @@ def main(
                 engines[name] = make(name, loaded, file, folder, threads)
             except MISSING as error:
                 console.print(f"[yellow]left out[/yellow] {name}: {error}", soft_wrap=True)
-                continue
-            if engines[name].facts:
-                facts.setdefault("programs", {})[name] = engines[name].facts
+        facts["programs"] = {name: each.facts for name, each in engines.items() if each.facts}
         rates = {name: rate(each, loaded.config, prompts[0], new_tokens) for name, each in engines.items()}
         if busy:
-            rows = contention.calm_and_busy(rates, busy, repeats)
-            show, document = tables.contention, facts | {"busy": busy, "rows": rows}
+            document = facts | {"busy": busy, "rows": contention.calm_and_busy(rates, busy, repeats)}
         elif twice:
             pairs: dict[str, tuple[contention.Rate, contention.Rate]] = {}
             for name, read in rates.items():
+                given = (decoder, name, model, layers, threads, prompts[0], new_tokens)
                 if name.startswith("llama.cpp"):  # whose readings are processes anyway
                     pairs[name] = (read, read)
-                    continue
-                given = (decoder, name, model, layers, threads, prompts[0], new_tokens)
-                first, second = (stack.enter_context(contention.process(*given)) for _ in range(2))
-                pairs[name] = (first, second)
-            rows = contention.alone_and_together(pairs, repeats)
-            show, document = tables.contention, facts | {"twice": True, "rows": rows}
+                else:
+                    first, second = (stack.enter_context(contention.process(*given)) for _ in range(2))
+                    pairs[name] = (first, second)
+            document = facts | {"twice": True, "rows": contention.alone_and_together(pairs, repeats)}
         else:
             rows, limits = [], []
-            show, document = tables.end_to_end, facts
-            for count in batches:
-                for length in prompts:
-                    found, rounds = measure(
-                        engines, loaded.config, count, length, new_tokens, repeats, lambda: roofline(place, threads)
-                    )
-                    rows, limits = rows + found, limits + rounds
-                    document = facts | {"peak_gb": _peak_gb(place), "roofline": _spread(limits), "rows": rows}
-                    if json_file:  # each time, since a run on a lent machine may be cut off
-                        results.save(json_file, document)
+            for count, length in itertools.product(batches, prompts):
+                found, rounds = measure(
+                    engines, loaded.config, count, length, new_tokens, repeats, lambda: roofline(place, threads)
+                )
+                rows, limits = rows + found, limits + rounds
+                document = facts | {"peak_gb": _peak_gb(place), "roofline": spreads(limits), "rows": rows}
+                if json_file:  # each time, since a run on a lent machine may be cut off
+                    results.save(json_file, document)
     if json_file:
         results.save(json_file, document)
-    title, headings, cells = show(document)
+    _print(console, document)
+    failed = {row["engine"] for row in document["rows"] if "error" in row}
+    raise typer.Exit(1 if "qwenkern" in failed else 0)
+
+
+def _print(console: Console, document: dict[str, Any]) -> None:
+    title, headings, cells = (tables.end_to_end if "roofline" in document else tables.contention)(document)
     table = Table(title=title, title_justify="left")
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=heading == "engine")
     for each in cells:
         table.add_row(*each)
     console.print(table)
-    console.print(
-        f"ready after {facts['load_seconds']:.1f} s; {facts['predicted_gb']:.1f} GB predicted, weights and cache"
-    )
-    if place.type == "cuda":
-        console.print(f"at most {_peak_gb(place):.1f} GB of GPU memory were in use, the peers' included")
-    for row in rows:
+    predicted = f"{document['predicted_gb']:.1f} GB predicted for weights and cache"
+    console.print(f"ready after {document['load_seconds']:.1f} s; {predicted}")
+    if document.get("peak_gb"):
+        console.print(f"at most {document['peak_gb']:.1f} GB of GPU memory were in use, the peers' included")
+    for row in document["rows"]:
         if "error" in row:
             console.print(f"[red]failed[/red] {row['engine']}: {row['error']}", soft_wrap=True)
-    raise typer.Exit(1 if any(row["engine"] == "qwenkern" and "error" in row for row in rows) else 0)
 
 
 def _peak_gb(device: torch.device) -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
-def _spread(limits: list[Roofline]) -> dict[str, list[float]]:
+def spreads(limits: list[Roofline]) -> dict[str, list[float]]:
     """Median, least and most of each limit."""
     return {
         name: results.middle_and_ends([getattr(limit, name) for limit in limits])

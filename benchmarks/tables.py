@@ -147,7 +147,7 @@ def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: in
 def _whole_model(document: dict[str, Any]) -> str:
     said = f"{document['model']}, bfloat16. {_when(document)}"
     if document.get("target"):
-        said += f" C for {document['target']}, {document['threads']} threads."
+        said += f" C for {document['target']}."
     for name, facts in document.get("programs", {}).items():
         said += f" {name}: build {facts.get('build_number')}, {' '.join(facts['flags'])}."
     if document.get("note"):
