@@ -166,7 +166,7 @@ def main(
     """Time a whole model beside other engines."""
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     batches, prompts = numbers(batch), numbers(prompt_tokens)
-    console = Console(width=None if Console().is_terminal else 160)
+    console = Console(width=None if Console().is_terminal else 172)
     file = None if model.lower() in FAMILY else sources.resolve(model)
     names = beside.split(",") if beside else ["transformers", "compiled" if place.type == "cuda" else "llama.cpp"]
     if unknown := set(names) - set(PEERS):

@@ -50,7 +50,8 @@ class Programs:
             decode = self._bench("-p", "0", "-n", str(new), "-d", str(prompt))
             return prefill["avg_ns"] / 1e9, decode["avg_ns"] / 1e9
         room = batch * (-(-(prompt + new) // 256) * 256)  # it rounds each sequence's share up to 256 tokens
-        sizes = {"-npp": prompt, "-ntg": new, "-npl": batch, "-c": room}
+        # One sequence comes last, since at its end the program may lose what it has not yet printed.
+        sizes = {"-npp": prompt, "-ntg": new, "-npl": f"{batch},1", "-c": room}
         options = [str(part) for pair in sizes.items() for part in pair]
         found = _rows([self.batched, *self.common, *options, "--output-format", "jsonl"])[0]
         return found["t_pp"], found["t_tg"]

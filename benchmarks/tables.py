@@ -119,9 +119,7 @@ def end_to_end(document: dict[str, Any]) -> Shown:
     if limits := document.get("roofline"):
         products = {"float32": limits["float32"], "bfloat16": limits["bfloat16"]}
         peaks = " and ".join(f"{each[0] / 1e9:.0f} GFLOP/s in {name}" for name, each in products.items() if each[0])
-        said += (
-            f" Reads {_spread(limits['bandwidth'], ' GB/s', 1e9, 0)}; multiply-add peak, GFLOP/s: {', '.join(peaks)}."
-        )
+        said += f" A read loop reaches {_spread(limits['bandwidth'], ' GB/s', 1e9, 0)}, multiply-adds {peaks}."
     return said, headings, rows
 
 

@@ -32,9 +32,10 @@ value = lambda name: int(given[given.index(name) + 1])
 with open({log!r}, "a") as log:
     log.write(json.dumps([os.path.basename(sys.argv[0]), *given]) + "\\n")
 if "-npl" in given:
-    prompt, new, count = value("-npp"), value("-ntg"), value("-npl")
+    prompt, new, counts = value("-npp"), value("-ntg"), given[given.index("-npl") + 1]
     print("some other line")
-    print(json.dumps({{"t_pp": count * prompt / 100, "t_tg": count * new / 50}}))
+    for count in map(int, counts.split(",")):
+        print(json.dumps({{"pl": count, "t_pp": count * prompt / 100, "t_tg": count * new / 50}}))
 else:
     prompt, new = value("-p"), value("-n")
     found = {{"build_number": 7, "build_commit": "abc", "cpu_info": "c", "n_threads": value("--threads")}}
@@ -241,7 +242,7 @@ def test_end_to_end_of_random_weights(tmp_path, threads, programs):
     assert found["programs"]["llama.cpp"]["build_number"] == 7
     assert {"target", "load_before", "roofline", "commit", "date"} <= set(found)
     assert (found["threads"], found["note"]) == (1, "a stand-in")
-    assert "% of bandwidth limit" in " ".join(said.split())
+    assert all(word in said for word in ("speed-up", "bandwidth", "GFLOP/s in float32", "build 7"))
 
 
 def test_a_missing_peer_is_said(tmp_path, threads, monkeypatch):
@@ -256,7 +257,7 @@ def test_decoding_beside_a_busy_process(tmp_path, threads):
     assert [row["engine"] for row in found["rows"]] == ["qwenkern", "transformers"]
     assert found["busy"] == 1
     assert all(row["share"][0] > 0 for row in found["rows"])
-    assert "beside 1 busy process" in " ".join(said.split())
+    assert "busy process" in said
 
 
 def test_busy_processes_end_with_the_block_and_with_their_parent():
