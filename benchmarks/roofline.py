@@ -16,7 +16,7 @@ from qwenkern.benchmarks.timing import ceilings
 from qwenkern.kernels import cpu
 
 BYTES = 1 << 28  # that are read, more than any cache of a processor with a few cores
-ROUNDS = 200_000  # of a dozen multiply-adds or more in each thread: some 10 ms
+ROUNDS = 4_000_000  # of a dozen multiply-adds of vectors or more, in each thread: some 10 ms
 
 
 @dataclass(frozen=True)

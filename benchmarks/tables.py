@@ -129,7 +129,7 @@ def contention(document: dict[str, Any]) -> Shown:
     beside = f"beside {count} busy process{'es' if count > 1 else ''}" if count else "both at once"
     rows = []
     for row in document["rows"]:
-        speeds = [_spread(row[name], "") for name in ("calm_tokens_per_second", "tokens_per_second")]
+        speeds = [_spread(row[name], "", digits=1) for name in ("calm_tokens_per_second", "tokens_per_second")]
         rows.append([row["engine"], *speeds, _spread([100 * share for share in row["share"]], " %", digits=0)])
     return _whole_model(document), ["engine", "calm, tokens/s", f"{beside}, tokens/s", "of calm"], rows
 

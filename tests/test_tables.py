@@ -59,7 +59,7 @@ def test_shares_beside_other_work_are_shown():
     row["share"] = [0.5, 0.45, 0.55]
     _, headings, rows = tables.contention({**facts, "busy": 2, "rows": [row]})
     assert headings == ["engine", "calm, tokens/s", "beside 2 busy processes, tokens/s", "of calm"]
-    assert rows == [["qwenkern", "30.00 (29.00 to 31.00)", "15.00 (14.00 to 16.00)", "50 % (45 to 55)"]]
+    assert rows == [["qwenkern", "30.0 (29.0 to 31.0)", "15.0 (14.0 to 16.0)", "50 % (45 to 55)"]]
     assert tables.contention({**facts, "twice": True, "rows": [row]})[1][2] == "both at once, tokens/s"
 
 
