@@ -140,7 +140,8 @@ def test_the_roofline_is_that_of_our_c():
     found = roofline.roofline(torch.device("cpu"), 1)
     assert found.bandwidth > 1e9
     assert found.float32 > 1e9
-    assert found.bfloat16 == 0 or found.bfloat16 > found.float32 / 2  # half on some Intel processors
+    # Pairs are twice the products of one instruction, at half the rate on some; more, and the compiler left some out.
+    assert found.bfloat16 == 0 or found.float32 / 4 < found.bfloat16 < found.float32 * 4
     assert found.peak == max(found.float32, found.bfloat16)
 
 

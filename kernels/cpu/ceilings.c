@@ -18,6 +18,11 @@
 #endif
 #define STREAMS 8 /* places that a thread reads from at once: one alone does not fill the queues of the memory */
 #define MOST_THREADS 256
+#ifdef __aarch64__
+#define UNKNOWN(vector) __asm__ volatile("" : "+w"(vector)) /* to the compiler: it may have changed */
+#else
+#define UNKNOWN(vector) __asm__ volatile("" : "+x"(vector))
+#endif
 
 typedef float floats __attribute__((vector_size(WIDTH)));
 typedef uint64_t words __attribute__((vector_size(WIDTH)));
@@ -47,15 +52,14 @@ static void *read_part(void *given) {
 static void *multiply_add_part(void *given) {
     work *part = given;
     long rounds = part->count;
-    floats sums[SUMS], x = {0}, y = {0};
-#pragma GCC unroll 16
-    for (int s = 0; s < SUMS; s++)
-        sums[s] = x + (float)s;
+    floats sums[SUMS] = {0}, x = {0}, y = {0};
     x += 0.999f, y += 1e-3f;
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 16
-        for (int s = 0; s < SUMS; s++)
-            sums[s] = sums[s] * x + y;
+        for (int s = 0; s < SUMS; s++) {
+            UNKNOWN(y); /* else the product is made once and only added */
+            sums[s] += x * y;
+        }
 #pragma GCC unroll 16
     for (int s = 0; s < SUMS; s++)
         part->result += sums[s][0];
@@ -70,7 +74,7 @@ static void *multiply_add_pairs_part(void *given) {
     __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80), y = (__m512bh)_mm512_set1_epi32(0x3a803a80);
 #pragma GCC unroll 16
     for (int s = 0; s < SUMS; s++)
-        sums[s] = _mm512_set1_ps((float)s);
+        sums[s] = _mm512_set1_ps((float)s); /* equal ones would be one to the compiler */
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 16
         for (int s = 0; s < SUMS; s++)
@@ -111,8 +115,8 @@ double read_memory(const void *data, long bytes, int threads) {
     return in_threads(read_part, parts, threads);
 }
 
-/* How many operations (a multiply-add is two) `rounds` of each thread were: of float32, and of pairs of bfloat16 added
- * to float32; 0 where the processor has no such products. */
+/* How many operations (a multiply-add is two) so many rounds of each thread were: of float32, and of pairs of bfloat16
+ * added to float32; 0 where the processor has no such products. */
 double multiply_add(long rounds, int threads) {
     work parts[MOST_THREADS] = {0};
     for (int t = 0; t < at_most(threads); t++)
