@@ -168,7 +168,7 @@ def main(
     batches, prompts = numbers(batch), numbers(prompt_tokens)
     console = Console(width=None if Console().is_terminal else 172)
     file = None if model.lower() in FAMILY else sources.resolve(model)
-    names = beside.split(",") if beside else ["transformers", "compiled" if place.type == "cuda" else "llama.cpp"]
+    names = beside.split(",") if beside else ["transformers", "compiled"] + ["llama.cpp"] * (place.type == "cpu")
     if unknown := set(names) - set(PEERS):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")
     if "llama.cpp file" in names and (file is None or file.suffix != ".gguf"):
