@@ -1,20 +1,23 @@
-"""Time to the first token and tokens a second of a whole model, beside transformers on the same weights in one run.
+"""Prompts and decoding of a whole model in tokens a second, beside other engines on the same weights in one run.
 
     python benchmarks/end_to_end.py                                   the demo model on a CPU
     python benchmarks/end_to_end.py --model qwen2.5-3b                random weights; on a GPU where there is one
-    python benchmarks/end_to_end.py --batch 1,16 --prompt-tokens 128,4096 --json FILE
+    python benchmarks/end_to_end.py --batch 1,8 --prompt-tokens 128,512 --threads 2 --json FILE
+    python benchmarks/end_to_end.py --busy 2                          decoding beside two busy processes
+    python benchmarks/end_to_end.py --twice                           two processes that decode at once
 
 All take turns, on the weights that qwenkern holds: transformers looks at the same memory, as it is, with our pieces or
-Liger's, or compiled; llama.cpp reads them in bfloat16 from a GGUF file made of them, or (`llama.cpp file`) the
-quantised GGUF file that the model came from. A decode rate is what more tokens cost more: (time of n + 1 tokens - time
-of 1 token) / n. The floor reads every weight, and the cached keys and values, at the bandwidth that a copy reaches in
-the same run.
+Liger's, or compiled; llama.cpp's own programs read them in bfloat16 from a GGUF file made of them, or (`llama.cpp
+file`) the quantised GGUF file that the model came from. In each round the roofline is measured and every engine read
+once; speed-ups and shares are taken within a round. A decode step must read every weight and the cached keys and
+values, at most at the bandwidth of a loop that only reads; a prompt's products end at the multiply-add peak.
 """
 
 from __future__ import annotations
 
 import contextlib
-import importlib
+import itertools
+import os
 import statistics
 import tempfile
 import time
@@ -28,75 +31,119 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config, Model, sources
-from qwenkern.benchmarks import peers, results
+from qwenkern.benchmarks import contention, llama_cpp, peers, results, tables
+from qwenkern.benchmarks.roofline import Roofline, prompt_operations, roofline, step_bytes
 from qwenkern.benchmarks.run import numbers
-from qwenkern.benchmarks.timing import ceilings, circumstances
+from qwenkern.benchmarks.timing import circumstances
 from qwenkern.config import FAMILY
+from qwenkern.kernels.cpu import build
 
-
-def llama_cpp_on(model: Model, room: int) -> peers.Generate:
-    """llama.cpp on a bfloat16 copy of the model's weights. It maps the file, which may therefore be gone by name."""
-    importlib.import_module("llama_cpp")  # before a file of gigabytes is written in vain
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder, "model.gguf")
-        peers.write_gguf(model, file)
-        return peers.llama_cpp(file, room)
-
-
-def seconds(generate: peers.Generate, prompts: list[list[int]], count: int) -> float:
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    synchronize()
-    started = time.perf_counter()
-    generate(prompts, count)
-    synchronize()
-    return time.perf_counter() - started
+PEERS = ("transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
+MISSING = (ImportError, FileNotFoundError)  # raised where a peer is not installed
 
 
 def measure(
-    engines: dict[str, peers.Generate], vocabulary: int, batch: int, prompt: int, new: int, repeats: int
-) -> dict[str, dict[str, Any]]:
-    """Seconds to the first token and tokens a second of each engine, read in turns; a ratio is ours over theirs, taken
-    within a round. An engine that fails is reported and left out."""
-    generator = torch.Generator().manual_seed(0)
-    prompts = torch.randint(0, vocabulary, (batch, prompt), generator=generator).tolist()
-    firsts: dict[str, list[float]] = {name: [] for name in engines}
-    rates: dict[str, list[float]] = {name: [] for name in engines}
-    failed: dict[str, str] = {}
+    engines: dict[str, peers.Engine],
+    config: Config,
+    batch: int,
+    prompt: int,
+    new: int,
+    repeats: int,
+    limits: Callable[[], Roofline],
+) -> tuple[list[dict[str, Any]], list[Roofline]]:
+    """A row for each engine, read in turns, and the roofline of each round. A speed-up is that of the first engine over
+    another one. An engine that fails is reported and left out."""
+    prompts, failed, found = random_prompts(config, batch, prompt), {}, []
+    readings: dict[str, list[peers.Reading]] = {name: [] for name in engines}
     for turn in range(repeats + 1):
-        for name, generate in engines.items():
+        limit = limits()
+        for name, engine in engines.items():
             if name in failed:
                 continue
             try:
-                first, all_of_them = seconds(generate, prompts, 1), seconds(generate, prompts, new + 1)
+                reading = engine.read(prompts, new)
             except Exception as error:  # a peer that cannot do this is a result
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 continue
             if turn:  # the first one warms up
-                firsts[name].append(first)
-                rates[name].append(batch * new / max(all_of_them - first, 1e-9))
-    mine = next(iter(engines))
-    found: dict[str, dict[str, Any]] = {name: {"error": error} for name, error in failed.items()}
-    for name in engines.keys() - failed.keys():
-        speedup = [a / b for a, b in zip(rates[mine], rates[name], strict=True)] if rates[mine] else []
-        sooner = [b / a for a, b in zip(firsts[mine], firsts[name], strict=True)] if firsts[mine] else []
-        found[name] = {
-            "first_token_seconds": statistics.median(firsts[name]),
-            "tokens_per_second": statistics.median(rates[name]),
-            "ours_sooner": _range(sooner),
-            "ours_faster": _range(speedup),
-        }
-    return {name: found[name] for name in engines}
+                readings[name].append(reading)
+        if turn:
+            found.append(limit)
+    operations = prompt_operations(config, batch, prompt)
+    mine, rows = next(iter(engines)), []
+    for name, engine in engines.items():
+        row: dict[str, Any] = {"batch": batch, "prompt": prompt, "engine": name}
+        rows.append(row)
+        if name in failed:
+            row["error"] = failed[name]
+            continue
+        each = readings[name]
+        moved = step_bytes(config, engine.weights, batch, prompt + new // 2) / batch
+        row["first_token_seconds"] = statistics.median(reading.first for reading in each)
+        row["prompt_tokens_per_second"] = batch * prompt / row["first_token_seconds"]
+        row["tokens_per_second"] = statistics.median(reading.rate for reading in each)
+        pairs = list(zip(each, found, strict=True))
+        row["of_bandwidth"] = statistics.median(reading.rate * moved / limit.bandwidth for reading, limit in pairs)
+        if engine.in_16_bits:
+            row["of_peak"] = statistics.median(operations / reading.first / limit.peak for reading, limit in pairs)
+        if name != mine and mine not in failed:
+            both = list(zip(readings[mine], each, strict=True))
+            row["prompt_speedup"] = results.middle_and_ends([theirs.first / ours.first for ours, theirs in both])
+            row["decode_speedup"] = results.middle_and_ends([ours.rate / theirs.rate for ours, theirs in both])
+    return rows, found
 
 
-def _range(ratios: list[float]) -> list[float]:
-    """Median, least and most."""
-    return [statistics.median(ratios), min(ratios), max(ratios)] if ratios else []
+def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, config.vocab_size, (batch, length), generator=generator).tolist()
 
 
-def step_bytes(config: Config, batch: int, context: int, itemsize: int) -> int:
-    """What a decode step must read: every weight but the embedding's other rows, and the cache."""
-    weights = config.num_parameters - (0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size)
-    return itemsize * weights + batch * context * config.kv_bytes_per_token(itemsize)
+def load(model: str, device: torch.device, layers: int, room: int) -> Model:
+    """The model in bfloat16; of a size of the family, with random weights and perhaps fewer layers."""
+    if model.lower() not in FAMILY:
+        return Model.from_pretrained(model, device=device, dtype="bfloat16", cache_tokens=room)
+    config = Config.from_name(model)
+    if layers:
+        fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
+        config = Config(**fields | {"num_hidden_layers": layers})
+    return Model.from_config(config, device=device, dtype="bfloat16", cache_tokens=room)
+
+
+def make(name: str, loaded: Model, file: Path | None, folder: Path, threads: int) -> peers.Engine:
+    """An engine by its name; llama.cpp's bfloat16 file is written to ``folder``. Raises one of MISSING."""
+    if name == "qwenkern":
+        return peers.qwenkern(loaded)
+    if name.startswith("llama.cpp"):
+        llama_cpp.find("llama-bench")  # before a file of gigabytes is written in vain
+        if name == "llama.cpp":
+            peers.write_gguf(loaded, file := folder / "model.gguf")
+        assert file
+        return peers.llama_cpp(file, threads)
+    changes = {"patched": peers.patched, "liger": peers.with_liger}
+    return peers.transformers(loaded, name == "compiled", changes.get(name, lambda peer: peer))
+
+
+def decoder(name: str, model: str, layers: int, threads: int, prompt: int, new: int) -> contention.Rate:
+    """The decode rate of one sequence on a CPU, in a process that holds nothing else."""
+    use(threads)
+    loaded = load(model, torch.device("cpu"), layers, prompt + new + 64)
+    return rate(make(name, loaded, None, Path(), threads), loaded.config, prompt, new)
+
+
+def rate(engine: peers.Engine, config: Config, prompt: int, new: int) -> contention.Rate:
+    prompts = random_prompts(config, 1, prompt)
+    return lambda: engine.read(prompts, new).rate
+
+
+def use(threads: int) -> None:
+    """So many threads in qwenkern, torch, and the processes that this one starts."""
+    os.environ["QWENKERN_THREADS"] = str(threads)
+    torch.set_num_threads(threads)
+
+
+def target() -> str:
+    """What our C is compiled for."""
+    return getattr(build, "target", lambda: "native")() or "none"
 
 
 def main(
@@ -107,104 +154,103 @@ def main(
     batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1",
     prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "128",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after the first.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1)] = 5,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; one more comes first and is not counted.")] = 5,
     layers: Annotated[int, typer.Option(help="Fewer layers than the size has; only with random weights.")] = 0,
-    beside: Annotated[
-        str,
-        typer.Option(
-            "--peers",
-            help="With commas: transformers, patched (by us), liger, compiled, llama.cpp, 'llama.cpp file'.",
-        ),
-    ] = "",
+    threads: Annotated[int, typer.Option(min=0, help="On a CPU, of each engine; 0: as many as torch takes.")] = 0,
+    beside: Annotated[str, typer.Option("--peers", help=f"With commas: {', '.join(PEERS)}.")] = "",
+    busy: Annotated[int, typer.Option(min=0, help="Decode calm, and beside so many busy processes, one a core.")] = 0,
+    twice: Annotated[bool, typer.Option("--twice", help="Decode in one process, and in two at once.")] = False,
+    note: Annotated[str, typer.Option(help="Kept with the result, for instance how llama.cpp was built.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
-    """Time a whole model beside transformers."""
+    """Time a whole model beside other engines."""
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     batches, prompts = numbers(batch), numbers(prompt_tokens)
+    console = Console(width=None if Console().is_terminal else 172)
+    file = None if model.lower() in FAMILY else sources.resolve(model)
+    names = beside.split(",") if beside else ["transformers", "compiled"] + ["llama.cpp"] * (place.type == "cpu")
+    if unknown := set(names) - set(PEERS):
+        raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")
+    if "llama.cpp file" in names and (file is None or file.suffix != ".gguf"):
+        raise typer.BadParameter("llama.cpp file: the model is no GGUF file", param_hint="--peers")
+    if (busy or twice) and (place.type != "cpu" or (busy and twice) or batches != [1] or len(prompts) > 1):
+        raise typer.BadParameter("--busy or --twice: one of them, on a CPU, one sequence and prompt length")
+    threads = threads or torch.get_num_threads()
+    use(threads)
+    facts: dict[str, Any] = circumstances(place) | {"model": model, "new_tokens": new_tokens, "note": note}
+    if place.type == "cpu":
+        facts |= {"threads": threads, "target": target(), "load_before": os.getloadavg()[0]}
     room = max(batches) * (max(prompts) + new_tokens + 64)
     started = time.perf_counter()
-    if model.lower() in FAMILY:
-        config = Config.from_name(model)
-        if layers:
-            config = Config(**{**_fields(config), "num_hidden_layers": layers})
-        loaded = Model.from_config(config, device=place, dtype="bfloat16", cache_tokens=room)
-    else:
-        loaded = Model.from_pretrained(model, device=place, dtype="bfloat16", cache_tokens=room)
-    load, config = time.perf_counter() - started, loaded.config
-    file = None if model.lower() in FAMILY else sources.resolve(model)
-    makers: dict[str, Callable[[], peers.Generate]] = {
-        "transformers": lambda: peers.transformers(loaded),
-        "patched": lambda: peers.transformers(loaded, change=peers.patched),
-        "liger": lambda: peers.transformers(loaded, change=peers.with_liger),
-        "compiled": lambda: peers.transformers(loaded, static=True),
-        "llama.cpp": lambda: llama_cpp_on(loaded, room),
-        "llama.cpp file": lambda: peers.llama_cpp(file, room),
-    }
-    chosen = beside.split(",") if beside else ["transformers", "compiled" if place.type == "cuda" else "llama.cpp"]
-    if unknown := set(chosen) - set(makers):
-        raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(makers)}", param_hint="--peers")
-    engines: dict[str, peers.Generate] = {"qwenkern": peers.qwenkern(loaded)}
-    for name in chosen:
-        if name == "llama.cpp file" and (file is None or file.suffix != ".gguf"):
-            raise typer.BadParameter("llama.cpp file: the model is no GGUF file", param_hint="--peers")
-        with contextlib.suppress(ImportError):
-            engines[name] = makers[name]()
-    limits, console = ceilings(place), Console(width=None if Console().is_terminal else 140)
-    table = Table(title=f"{model}, bfloat16, copy {limits.copy / 1e9:.0f} GB/s", title_justify="left")
-    for heading in (
-        "batch",
-        "prompt",
-        "engine",
-        "first token s",
-        "tokens/s",
-        "% of floor",
-        "ours faster",
-        "ours sooner",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    facts = circumstances(place) | {"model": model, "layers": config.num_hidden_layers, "new_tokens": new_tokens}
-    facts |= {
-        "load_seconds": load,
-        "predicted_gb": (2 * config.num_parameters + room * config.kv_bytes_per_token(2)) / 1e9,
-    }
-    rows = []
-    for count in batches:
-        for length in prompts:
-            floor = limits.copy / step_bytes(config, count, length + new_tokens // 2, 2) * count
-            found = measure(engines, config.vocab_size, count, length, new_tokens, repeats)
-            for name, each in found.items():
-                rows.append(
-                    {"batch": count, "prompt": length, "engine": name, "floor_tokens_per_second": floor, **each}
+    loaded = load(model, place, layers, room)
+    facts |= {"load_seconds": time.perf_counter() - started, "layers": loaded.config.num_hidden_layers}
+    facts["predicted_gb"] = (2 * loaded.config.num_parameters + room * loaded.config.kv_bytes_per_token(2)) / 1e9
+    with contextlib.ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        engines: dict[str, peers.Engine] = {}
+        for name in ["qwenkern", *names]:
+            try:
+                engines[name] = make(name, loaded, file, folder, threads)
+            except MISSING as error:
+                console.print(f"[yellow]left out[/yellow] {name}: {error}", soft_wrap=True)
+        facts["programs"] = {name: each.facts for name, each in engines.items() if each.facts}
+        rates = {name: rate(each, loaded.config, prompts[0], new_tokens) for name, each in engines.items()}
+        if busy:
+            document = facts | {"busy": busy, "rows": contention.calm_and_busy(rates, busy, repeats)}
+        elif twice:
+            pairs: dict[str, tuple[contention.Rate, contention.Rate]] = {}
+            for name, read in rates.items():
+                given = (decoder, name, model, layers, threads, prompts[0], new_tokens)
+                if name.startswith("llama.cpp"):  # whose readings are processes anyway
+                    pairs[name] = (read, read)
+                else:
+                    first, second = (stack.enter_context(contention.process(*given)) for _ in range(2))
+                    pairs[name] = (first, second)
+            document = facts | {"twice": True, "rows": contention.alone_and_together(pairs, repeats)}
+        else:
+            rows, limits = [], []
+            for count, length in itertools.product(batches, prompts):
+                found, rounds = measure(
+                    engines, loaded.config, count, length, new_tokens, repeats, lambda: roofline(place, threads)
                 )
-                table.add_row(str(count), str(length), name, *_cells(each, floor))
-            if json_file:  # each time, since a run on a lent machine may be cut off
-                peak = torch.cuda.max_memory_allocated() / 1e9 if place.type == "cuda" else 0.0
-                ends = {"peak_gb": peak, "ceilings": {"copy": limits.copy, "matrix": limits.matrix}, "rows": rows}
-                results.save(json_file, facts | ends)
+                rows, limits = rows + found, limits + rounds
+                document = facts | {"peak_gb": _peak_gb(place), "roofline": spreads(limits), "rows": rows}
+                if json_file:  # each time, since a run on a lent machine may be cut off
+                    results.save(json_file, document)
+    if json_file:
+        results.save(json_file, document)
+    _print(console, document)
+    failed = {row["engine"] for row in document["rows"] if "error" in row}
+    raise typer.Exit(1 if "qwenkern" in failed else 0)
+
+
+def _print(console: Console, document: dict[str, Any]) -> None:
+    title, headings, cells = (tables.end_to_end if "roofline" in document else tables.contention)(document)
+    table = Table(title=title, title_justify="left")
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=heading == "engine")
+    for each in cells:
+        table.add_row(*each)
     console.print(table)
-    console.print(f"ready after {load:.1f} s; {facts['predicted_gb']:.1f} GB predicted for weights and cache")
-    if place.type == "cuda":
-        memory = torch.cuda.max_memory_allocated() / 1e9
-        console.print(f"at most {memory:.1f} GB of GPU memory were in use, the peers' included")
-    for row in rows:
+    predicted = f"{document['predicted_gb']:.1f} GB predicted for weights and cache"
+    console.print(f"ready after {document['load_seconds']:.1f} s; {predicted}")
+    if document.get("peak_gb"):
+        console.print(f"at most {document['peak_gb']:.1f} GB of GPU memory were in use, the peers' included")
+    for row in document["rows"]:
         if "error" in row:
             console.print(f"[red]failed[/red] {row['engine']}: {row['error']}", soft_wrap=True)
-    raise typer.Exit(1 if any(row["engine"] == "qwenkern" and "error" in row for row in rows) else 0)
 
 
-def _cells(found: dict[str, Any], floor: float) -> list[str]:
-    if "error" in found:
-        return ["[red]failed[/red]"]
-    return [
-        f"{found['first_token_seconds']:.3f}",
-        f"{found['tokens_per_second']:.1f}",
-        f"{found['tokens_per_second'] / floor:.0%}",
-        *("{:.2f} ({:.2f}..{:.2f})".format(*found[name]) for name in ("ours_faster", "ours_sooner")),
-    ]
+def _peak_gb(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated() / 1e9 if device.type == "cuda" else 0.0
 
 
-def _fields(config: Config) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in config.__dataclass_fields__}
+def spreads(limits: list[Roofline]) -> dict[str, list[float]]:
+    """Median, least and most of each limit."""
+    return {
+        name: results.middle_and_ends([getattr(limit, name) for limit in limits])
+        for name in ("bandwidth", "float32", "bfloat16")
+    }
 
 
 if __name__ == "__main__":

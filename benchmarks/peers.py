@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,59 @@ import torch
 from torch import Tensor
 
 from qwenkern import Model
+from qwenkern.benchmarks import llama_cpp as programs
 
 Generate = Callable[[list[list[int]], int], Any]  # prompts, and how many tokens to add to each
 
 
-def qwenkern(model: Model) -> Generate:
-    return lambda prompts, count: model.generate(prompts, max_tokens=count, temperature=0, ignore_eos=True)
+@dataclass(frozen=True)
+class Reading:
+    """One measurement of an engine."""
+
+    first: float  # seconds until every prompt's first token
+    rate: float  # tokens a second, of all sequences together, after it
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What is measured, and what its shares of the roofline are taken from."""
+
+    read: Callable[[list[list[int]], int], Reading]  # prompts of equal length, and how many tokens after the first
+    weights: int  # bytes of them that a decode step reads
+    in_16_bits: bool = True  # else its products are not those of the multiply-add peak
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def timed(generate: Generate) -> Callable[[list[list[int]], int], Reading]:
+    """A decode rate is what more tokens cost more: (time of n + 1 tokens - time of 1 token) / n."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+
+    def seconds(prompts: list[list[int]], count: int) -> float:
+        synchronize()
+        started = time.perf_counter()
+        generate(prompts, count)
+        synchronize()
+        return time.perf_counter() - started
+
+    def read(prompts: list[list[int]], new: int) -> Reading:
+        first, whole = seconds(prompts, 1), seconds(prompts, new + 1)
+        return Reading(first, len(prompts) * new / max(whole - first, 1e-9))
+
+    return read
+
+
+def qwenkern(model: Model) -> Engine:
+    def generate(prompts: list[list[int]], count: int) -> Any:
+        return model.generate(prompts, max_tokens=count, temperature=0, ignore_eos=True)
+
+    return Engine(timed(generate), step_weights(model))
+
+
+def step_weights(model: Model) -> int:
+    """Bytes of weights that a decode step reads: all but the other rows of an embedding that is not the head, too."""
+    config = model.config
+    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return 2 * (config.num_parameters - embedding)
 
 
 def patched(peer: Any) -> Any:
@@ -33,37 +82,45 @@ def with_liger(peer: Any) -> Any:
     return peer
 
 
-def transformers(model: Model, static: bool = False, change: Callable[[Any], Any] = lambda peer: peer) -> Generate:
+def transformers(model: Model, static: bool = False, change: Callable[[Any], Any] = lambda peer: peer) -> Engine:
     """transformers over the weights of ours: eager with its dynamic cache, or compiled with a static one; ``change`` is
     what is done to it first."""
+    from transformers import CompileConfig
+
     peer = change(transformers_model(model))
     device = next(model.module.parameters()).device
+    compiled: dict[str, Any] = {"cache_implementation": "static"}
+    if device.type == "cpu":  # where transformers compiles only if it is told to
+        compiled["compile_config"] = CompileConfig(mode="default")
+        compiled["compile_config"]._compile_all_devices = True
 
     @torch.inference_mode()
     def generate(prompts: list[list[int]], count: int) -> Any:
         ids = torch.tensor(prompts, device=device)
         settings = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False, "pad_token_id": 0}
-        settings |= {"cache_implementation": "static"} if static else {}
+        settings |= compiled if static else {}
         return peer.generate(ids, attention_mask=torch.ones_like(ids), **settings)
 
-    return generate
+    return Engine(timed(generate), step_weights(model))
 
 
-def llama_cpp(file: Path, room: int) -> Generate:
-    """llama.cpp through its Python package, on a GGUF file: one sequence after the other."""
-    from llama_cpp import Llama
+def llama_cpp(file: Path, threads: int) -> Engine:
+    """llama.cpp's own programs on a GGUF file. Raises FileNotFoundError where they are missing, RuntimeError where they
+    cannot read the file."""
+    import gguf
 
-    threads = torch.get_num_threads()
-    engine = Llama(str(file), n_ctx=room, n_threads=threads, n_threads_batch=threads, verbose=False)
+    found = programs.Programs(file, threads)
 
-    def generate(prompts: list[list[int]], count: int) -> None:
-        for prompt in prompts:
-            tokens = engine.generate(prompt, temp=0.0, reset=True)
-            for _ in range(count):
-                next(tokens)
-            engine.reset()
+    def read(prompts: list[list[int]], new: int) -> Reading:
+        prefill, decode = found.seconds(len(prompts), len(prompts[0]), new)
+        return Reading(prefill, len(prompts) * new / decode)
 
-    return generate
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
+    if "output.weight" in tensors:  # else the embedding is the head, too
+        del tensors["token_embd.weight"]
+    weights = sum(int(tensor.n_bytes) for tensor in tensors.values())
+    types = {tensor.tensor_type.name for tensor in tensors.values()}
+    return Engine(read, weights, types <= {"BF16", "F16", "F32"}, found.facts)
 
 
 def transformers_model(model: Model) -> Any:
@@ -80,6 +137,7 @@ def transformers_model(model: Model) -> Any:
                 rms_norm_eps=config.rms_norm_eps,
                 tie_word_embeddings=config.tie_word_embeddings,
                 rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+                attn_implementation="sdpa",
             )
         )
     weights = unpacked(model)

@@ -100,5 +100,10 @@ def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
     return Spread.of([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
+def middle_and_ends(values: Sequence[float]) -> list[float]:
+    """Median, least and most, or nothing of nothing."""
+    return [statistics.median(values), min(values), max(values)] if values else []
+
+
 def geometric_mean(values: Iterable[float]) -> float:
     return statistics.geometric_mean(list(values))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +96,73 @@ def _ratio(row: dict[str, Any] | None) -> str:
     return f"{row['ratio']['p50']:.2f}" + ("" if row["same"] else " *")
 
 
-def end_to_end(document: dict[str, Any]) -> str:
+Shown = tuple[str, list[str], list[list[str]]]  # a line above, headings, cells
+
+
+def end_to_end(document: dict[str, Any]) -> Shown:
     """Losses are printed like wins."""
     rows = []
     for row in document["rows"]:
         cells = [str(row["batch"]), str(row["prompt"]), row["engine"]]
         if "error" in row:
-            rows.append([*cells, "failed", "", "", "", ""])
+            rows.append([*cells, "failed", *[""] * 5])
             continue
-        share = row["tokens_per_second"] / row["floor_tokens_per_second"]
-        cells += [f"{row['first_token_seconds']:.3f}", f"{row['tokens_per_second']:.1f}", f"{share:.0%}"]
-        rows.append(cells + ["{:.2f} ({:.2f} to {:.2f})".format(*row[name]) for name in ("ours_faster", "ours_sooner")])
-    headings = ["batch", "prompt", "engine", "first token s", "tokens/s", "of the floor", "ours faster", "ours sooner"]
-    return f"{document['model']}, bfloat16. {_when(document)}\n\n{markdown(headings, rows)}"
+        for rate, share, speedup in (
+            ("prompt_tokens_per_second", "of_peak", "prompt_speedup"),
+            ("tokens_per_second", "of_bandwidth", "decode_speedup"),
+        ):
+            cells += [f"{row[rate]:.1f}", f"{row[share]:.0%}" if share in row else "", _spread(row.get(speedup), "")]
+        rows.append(cells)
+    headings = ["sequences", "prompt", "engine", "prompt tokens/s", "% of multiply-add peak", "speed-up, prompt"]
+    headings += ["decode tokens/s", "% of bandwidth limit", "speed-up, decode"]
+    said = _whole_model(document)
+    if limits := document.get("roofline"):
+        products = {"float32": limits["float32"], "bfloat16": limits["bfloat16"]}
+        peaks = " and ".join(f"{each[0] / 1e9:.0f} GFLOP/s in {name}" for name, each in products.items() if each[0])
+        said += f" A read loop reaches {_spread(limits['bandwidth'], ' GB/s', 1e9, 0)}, multiply-adds {peaks}."
+    return said, headings, rows
+
+
+def contention(document: dict[str, Any]) -> Shown:
+    """Decoding beside busy processes, or in two processes at once."""
+    count = document.get("busy")
+    beside = f"beside {count} busy process{'es' if count > 1 else ''}" if count else "both at once"
+    rows = []
+    for row in document["rows"]:
+        speeds = [_spread(row[name], "", digits=1) for name in ("calm_tokens_per_second", "tokens_per_second")]
+        rows.append([row["engine"], *speeds, _spread([100 * share for share in row["share"]], " %", digits=0)])
+    return _whole_model(document), ["engine", "calm, tokens/s", f"{beside}, tokens/s", "of calm"], rows
+
+
+def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: int = 2) -> str:
+    """Median (least to most)."""
+    if not values:
+        return ""
+    middle, least, most = (f"{value / over:.{digits}f}" for value in values)
+    return f"{middle}{unit} ({least} to {most})"
+
+
+def _whole_model(document: dict[str, Any]) -> str:
+    said = f"{document['model']}, bfloat16. {_when(document)}"
+    if document.get("target"):
+        said += f" C for {document['target']}."
+    for name, facts in document.get("programs", {}).items():
+        said += f" {name}: build {facts.get('build_number')}, {' '.join(facts['flags'])}."
+    if document.get("note"):
+        said += f" {document['note'].rstrip('.')}."
+    if "load_before" in document:
+        said += f" Load average before: {document['load_before']:.1f}."
+    return said
+
+
+def shown(make: Callable[[dict[str, Any]], Shown]) -> Callable[[dict[str, Any]], str]:
+    """The same as text for a document."""
+
+    def text(document: dict[str, Any]) -> str:
+        said, headings, rows = make(document)
+        return f"{said}\n\n{markdown(headings, rows)}"
+
+    return text
 
 
 def _when(document: dict[str, Any]) -> str:
@@ -120,8 +174,9 @@ def _when(document: dict[str, Any]) -> str:
 # What each block is made of: a kind of table, and the results that are shown so, one below the other.
 MAKERS = {
     "kernels": (kernels, "*/kernels*.json"),
-    "end_to_end": (end_to_end, "*/end_to_end.json"),
-    "end_to_end_more": (end_to_end, "*/end_to_end_*.json"),
+    "end_to_end": (shown(end_to_end), "*/end_to_end.json"),
+    "end_to_end_more": (shown(end_to_end), "*/end_to_end_*.json"),
+    "contention": (shown(contention), "*/contention*.json"),
 }
 
 

@@ -27,7 +27,40 @@ def test_what_failed_is_shown():
     facts = {"device": "d", "torch": "t", "triton": "t", "date": "2026-01-01"}
     assert "| swiglu | 1 | failed |" in tables.kernels({**facts, "rows": [row]})
     broken = {"batch": 1, "prompt": 2, "engine": "peer", "error": "no"}
-    assert "| 1 | 2 | peer | failed |" in tables.end_to_end({**facts, "model": "m", "rows": [broken]})
+    assert "| 1 | 2 | peer | failed |" in tables.shown(tables.end_to_end)({**facts, "model": "m", "rows": [broken]})
+
+
+def test_losses_are_printed_like_wins_and_nobody_beside_himself():
+    facts = {"device": "d", "torch": "t", "triton": "t", "date": "2026-01-01", "model": "m", "target": "x86-64-v3"}
+    facts |= {"programs": {"llama.cpp": {"build_number": 7, "flags": ["--flash-attn", "on"]}}, "load_before": 0.25}
+    facts |= {"note": "llama.cpp for AVX2.", "roofline": {"bandwidth": [3e10, 2e10, 4e10], "float32": [1e11] * 3}}
+    facts["roofline"]["bfloat16"] = [0.0] * 3
+    speeds = {"batch": 8, "prompt": 128, "prompt_tokens_per_second": 145.26, "tokens_per_second": 30.0}
+    mine = {**speeds, "engine": "qwenkern", "of_bandwidth": 0.851, "of_peak": 0.7}
+    theirs = {**speeds, "engine": "llama.cpp file", "of_bandwidth": 0.5}
+    theirs |= {"prompt_speedup": [0.5, 0.4, 0.6], "decode_speedup": [1.1, 1.0, 1.25]}
+    said, headings, rows = tables.end_to_end({**facts, "rows": [mine, theirs]})
+    assert rows[0] == ["8", "128", "qwenkern", "145.3", "70%", "", "30.0", "85%", ""]
+    assert rows[1][5:] == ["0.50 (0.40 to 0.60)", "30.0", "50%", "1.10 (1.00 to 1.25)"]
+    assert len(headings) == len(rows[0]) == len(rows[1])
+    for part in (
+        "C for x86-64-v3.",
+        "llama.cpp: build 7, --flash-attn on.",
+        "llama.cpp for AVX2.",
+        "Load average before: 0.2.",
+        "A read loop reaches 30 GB/s (20 to 40), multiply-adds 100 GFLOP/s in float32.",
+    ):
+        assert part in said
+
+
+def test_shares_beside_other_work_are_shown():
+    facts = {"device": "d", "torch": "t", "triton": "t", "date": "2026-01-01", "model": "m"}
+    row = {"engine": "qwenkern", "calm_tokens_per_second": [30, 29, 31], "tokens_per_second": [15, 14, 16]}
+    row["share"] = [0.5, 0.45, 0.55]
+    _, headings, rows = tables.contention({**facts, "busy": 2, "rows": [row]})
+    assert headings == ["engine", "calm, tokens/s", "beside 2 busy processes, tokens/s", "of calm"]
+    assert rows == [["qwenkern", "30.0 (29.0 to 31.0)", "15.0 (14.0 to 16.0)", "50 % (45 to 55)"]]
+    assert tables.contention({**facts, "twice": True, "rows": [row]})[1][2] == "both at once, tokens/s"
 
 
 def test_every_result_is_dated():

@@ -10,8 +10,9 @@ Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in o
     tape.py      calls recorded and replayed              common.h    calls, and how loops are shared out
     build.py     the library in use                       team.c      threads
     compiler.py  how it is compiled                       linear.c, attention.c, step.c   the ops
-    targets.py   which processors it is compiled for      threads.py  how many threads run them
-    choose.py    what is fastest                          kept.py     where what is made or measured here is kept
+    targets.py   which processors it is compiled for      ceilings.c  loops that benchmarks take shares of
+    choose.py    what is fastest                          threads.py  how many threads run them
+    kept.py      where what is made or measured here is kept
 """
 
 from . import threads
