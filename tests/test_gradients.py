@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.experimental.proxy_tensor import make_fx
+from twins import renumbered
 
 from qwenkern import kernels
 from qwenkern.kernels import dispatch, reference
@@ -268,16 +271,28 @@ def _theirs(layer, x, cos_sin, positions):
     return layer(x[None], position_ids=positions[None], position_embeddings=(cos, sin))[0]
 
 
+@pytest.mark.processor
 def test_gradients_of_a_layer(ops, layers):
-    """Of the input and every parameter, beside transformers' own layer and the same in float64."""
-    found = []
-    for function, dtype in ((None, torch.float32), (_theirs, torch.float32), (_theirs, torch.float64)):
+    """Of the input and every parameter, beside transformers' own layer, its sums in several orders, and the same in
+    float64."""
+
+    def gradients(function, dtype, order):
         layer, x, *places = layers(dtype)
-        out = function(layer, x, *places) if function else _layer(ops, layer, x, *places)
+        for name, parameter in layer.named_parameters():
+            parameter.data = renumbered(name, parameter.data, order)
+        x = x.detach()[:, order].requires_grad_()
+        out = function(layer, x, *places)
         out.square().sum().backward()
-        found.append({"out": out.detach(), "x": x.grad} | {name: each.grad for name, each in layer.named_parameters()})
-    for name, ours in found[0].items():
-        assert_as_close_as(ours, found[1][name], found[2][name])
+        back = order.argsort()
+        found = {name: renumbered(name, each.grad, back) for name, each in layer.named_parameters()}
+        return found | {"out": out.detach()[:, back], "x": x.grad[:, back]}
+
+    orders = [torch.arange(64), *(torch.randperm(64, generator=torch.Generator().manual_seed(n)) for n in range(7))]
+    truth, other = (gradients(_theirs, torch.float64, order) for order in orders[:2])
+    peers = [gradients(_theirs, torch.float32, order) for order in orders]
+    for name, ours in gradients(partial(_layer, ops), torch.float32, orders[0]).items():
+        assert_as_close_as(other[name].float(), peers[0][name], truth[name])  # in any order it is the same function
+        assert_as_close_as(ours, [peer[name] for peer in peers], truth[name])
 
 
 def test_less_is_kept_for_the_backward_pass(layers, capsys):

@@ -67,11 +67,15 @@ def in_other_orders(model: PreTrainedModel, count: int = 8) -> Iterator[PreTrain
         order = torch.randperm(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
         other = copy.deepcopy(model)
         for name, parameter in other.named_parameters():
-            if any(part in name for part in ("o_proj", "down_proj", "norm")):  # these write hidden units
-                parameter.data = parameter.data[order]
-            elif name.endswith("weight"):  # and these read them
-                parameter.data = parameter.data[:, order]
+            parameter.data = renumbered(name, parameter.data, order)
         yield other
+
+
+def renumbered(name: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """A parameter of transformers' layers, or its gradient, with hidden units in this order."""
+    if any(part in name for part in ("o_proj", "down_proj", "norm")):  # these write hidden units
+        return parameter[order]
+    return parameter[:, order] if name.endswith("weight") else parameter  # and these read them
 
 
 def unpacked(model: Model) -> dict[str, torch.Tensor]:
