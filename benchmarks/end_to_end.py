@@ -143,7 +143,7 @@ def use(threads: int) -> None:
 
 def target() -> str:
     """What our C is compiled for."""
-    return getattr(build, "target", lambda: "native")() or "none"
+    return build.target() or "none"
 
 
 def main(
