@@ -1,6 +1,6 @@
 /* Steps of a small model by two callers at once, each with teams of several sizes, for ThreadSanitizer to watch: see
- * test_races.py. Every op takes part, and most read what the one before has written. Ends with 1 where a team of several
- * threads gives other bits than one thread. */
+ * test_races.py. Every op takes part, and reads what others have written. Ends with 1 where a team of several threads
+ * gives other bits than one thread. */
 #include "common.h"
 
 #include <pthread.h>
@@ -92,30 +92,30 @@ static void fill_all(void) {
 static void make_calls(call *calls, results *to, float *scratch, batch *b) {
     long T = b->tokens, is_decode = T == S, linear = is_decode ? FEW_TOKENS : MANY_TOKENS;
     double eps = 1e-6, scale = 1 / sqrt(D);
-    call attention = is_decode ? (call){DECODE_ATTENTION,
-                                        {to->attended, scratch, to->q, to->keys, to->values, pages, lengths},
-                                        {S, SPLITS, PAGE, HKV, G, D, H, PAGES},
-                                        scale}
-                               : (call){PREFILL_ATTENTION,
-                                        {to->attended, scratch, to->q, to->keys, to->values, pages, lengths, b->starts},
-                                        {S, PAGE, HKV, G, D, H, PAGES},
-                                        scale};
+    call decode = {DECODE_ATTENTION,
+                   {to->attended, scratch, to->rotated_q, to->keys, to->values, pages, lengths},
+                   {S, SPLITS, PAGE, HKV, G, D, H, PAGES},
+                   scale};
+    call prefill = {PREFILL_ATTENTION,
+                    {to->attended, scratch, to->rotated_q, to->keys, to->values, pages, lengths, b->starts},
+                    {S, PAGE, HKV, G, D, H, PAGES},
+                    scale};
     call made[OPS] = {
         {EMBEDDING, {to->x, table, b->ids}, {T, H, H}},
         {linear, {to->qkv, to->sum, scratch, to->x, to->x, norm, w_qkv, 0, bias}, {T, QKV, H, H, H, H}, eps},
         {ROPE_AND_CACHE,
          {to->q, to->keys, to->values, to->qkv, b->positions, b->slots, cos_sin},
          {T, HQ, HKV, D, QKV}},
-        attention,
+        {APPLY_ROPE,
+         {to->rotated_q, to->rotated_k, to->q, to->qkv + H, b->positions, cos_sin},
+         {T, HQ, HKV, D, H, QKV},
+         -1},
+        is_decode ? decode : prefill,
         {linear, {to->projected, 0, scratch, to->attended, 0, 0, w_o, 0, 0, to->sum}, {T, H, H, H, 0, H, H}},
         {linear, {to->gated, 0, scratch, to->projected, 0, norm, w_gate, w_up}, {T, F, H, H, 0, H}, eps},
         {SILU_MUL, {to->gated_again, to->gated, to->gated}, {T, F, F, F}},
         {ADD_RMS_NORM, {to->normed, to->last_sum, to->projected, to->sum, norm}, {T, H, H, H}, eps},
         {linear, {to->logits, 0, scratch, to->gated_again, 0, 0, w_down, 0, 0, to->last_sum}, {T, H, F, F, 0, F, H, 1}},
-        {APPLY_ROPE,
-         {to->rotated_q, to->rotated_k, to->q, to->qkv + H, b->positions, cos_sin},
-         {T, HQ, HKV, D, H, QKV},
-         -1},
     };
     memcpy(calls, made, sizeof made);
 }
