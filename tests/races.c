@@ -1,0 +1,164 @@
+/* Steps of a small model by two callers at once, each with teams of several sizes, for ThreadSanitizer to watch: see
+ * test_races.py. Every op takes part, and reads what others have written. Ends with 1 where a team of several threads
+ * gives other bits than one thread. */
+#include "common.h"
+
+#include <pthread.h>
+#include <stdio.h>
+#include <stdlib.h>
+
+extern const long block_columns, chunk;
+void run(const call *calls, long count, int threads);
+
+enum { /* as OPS in step.c */
+    EMBEDDING,
+    ROPE_AND_CACHE,
+    FEW_TOKENS,
+    MANY_TOKENS,
+    DECODE_ATTENTION,
+    PREFILL_ATTENTION,
+    APPLY_ROPE,
+    ADD_RMS_NORM,
+    SILU_MUL
+};
+enum { D = 32, HKV = 2, G = 2, HQ = HKV * G, H = HQ * D, QKV = (HQ + 2 * HKV) * D, F = 320, VOCABULARY = 50 };
+enum { S = 3, PAGE = 16, PAGES = 20, CACHED = S * PAGES * PAGE * HKV * D, SPLITS = 3, LONGEST = 300, BLOCKS = 9 };
+enum { TOKENS = 61, TEAM = 4, STEPS = 2, OPS = 10 }; /* TOKENS of the larger batch */
+
+/* What all callers read */
+static bf16 table[VOCABULARY * H], w_qkv[QKV * H], w_o[H * H], w_gate[F * H], w_up[F * H], w_down[H * F];
+static bf16 bias[QKV], norm[H];
+static bf16 old_keys[CACHED], old_values[CACHED];
+static float cos_sin[LONGEST * D];
+static int32_t pages[S * PAGES], lengths[S] = {300, 17, 140};
+
+typedef struct { /* the last tokens of each sequence */
+    long tokens;
+    int64_t ids[TOKENS], positions[TOKENS], slots[TOKENS];
+    int32_t starts[S + 1];
+} batch;
+static batch batches[STEPS];
+
+typedef struct {
+    float logits[TOKENS * H];
+    bf16 x[TOKENS * H], sum[TOKENS * H], qkv[TOKENS * QKV], q[TOKENS * H], attended[TOKENS * H], projected[TOKENS * H];
+    bf16 rotated_q[TOKENS * H], rotated_k[TOKENS * HKV * D], last_sum[TOKENS * H], normed[TOKENS * H];
+    bf16 gated[TOKENS * F], gated_again[TOKENS * F];
+    bf16 keys[CACHED], values[CACHED];
+} results;
+
+typedef struct {
+    int teams[TEAM]; /* the sizes, in turn */
+    long turns;
+} caller;
+
+static void fill(bf16 *values, long count, float size) {
+    static uint32_t state = 1;
+    for (long i = 0; i < count; i++) {
+        state = state * 1664525 + 1013904223;
+        values[i] = narrow(((state >> 8) / (float)(1 << 23) - 1) * size);
+    }
+}
+
+/* `counts` of a batch are the new tokens of each sequence */
+static void fill_batch(batch *b, const int *counts) {
+    for (int s = 0; s < S; s++) {
+        b->starts[s] = b->tokens;
+        for (int i = lengths[s] - counts[s]; i < lengths[s]; i++) {
+            long token = b->tokens++;
+            b->ids[token] = (7 * token + s) % VOCABULARY;
+            b->positions[token] = i;
+            b->slots[token] = pages[s * PAGES + i / PAGE] * PAGE + i % PAGE;
+        }
+    }
+    b->starts[S] = b->tokens;
+}
+
+static void fill_all(void) {
+    bf16 *weights[] = {table, w_qkv, w_o, w_gate, w_up, w_down, bias, norm, old_keys, old_values};
+    long counts[] = {VOCABULARY * H, QKV * H, H * H, F * H, F * H, H * F, QKV, H, CACHED, CACHED};
+    for (int i = 0; i < 10; i++) fill(weights[i], counts[i], i ? 0.2f : 1);
+    for (long position = 0; position < LONGEST; position++)
+        for (long i = 0; i < D / 2; i++) {
+            cos_sin[position * D + i] = cosf(position / (1.0f + i));
+            cos_sin[position * D + D / 2 + i] = sinf(position / (1.0f + i));
+        }
+    for (int i = 0; i < S * PAGES; i++) pages[i] = (i * 7) % (S * PAGES);
+    fill_batch(batches, (int[S]){1, 1, 1});
+    fill_batch(batches + 1, (int[S]){20, 4, 37});
+}
+
+/* The ops of a step, in an order in which one reads what another has written */
+static void make_calls(call *calls, results *to, float *scratch, batch *b) {
+    long T = b->tokens, is_decode = T == S, linear = is_decode ? FEW_TOKENS : MANY_TOKENS;
+    double eps = 1e-6, scale = 1 / sqrt(D);
+    call decode = {DECODE_ATTENTION,
+                   {to->attended, scratch, to->rotated_q, to->keys, to->values, pages, lengths},
+                   {S, SPLITS, PAGE, HKV, G, D, H, PAGES},
+                   scale};
+    call prefill = {PREFILL_ATTENTION,
+                    {to->attended, scratch, to->rotated_q, to->keys, to->values, pages, lengths, b->starts},
+                    {S, PAGE, HKV, G, D, H, PAGES},
+                    scale};
+    call made[OPS] = {
+        {EMBEDDING, {to->x, table, b->ids}, {T, H, H}},
+        {linear, {to->qkv, to->sum, scratch, to->x, to->x, norm, w_qkv, 0, bias}, {T, QKV, H, H, H, H}, eps},
+        {ROPE_AND_CACHE,
+         {to->q, to->keys, to->values, to->qkv, b->positions, b->slots, cos_sin},
+         {T, HQ, HKV, D, QKV}},
+        {APPLY_ROPE,
+         {to->rotated_q, to->rotated_k, to->q, to->qkv + H, b->positions, cos_sin},
+         {T, HQ, HKV, D, H, QKV},
+         -1},
+        is_decode ? decode : prefill,
+        {linear, {to->projected, 0, scratch, to->attended, 0, 0, w_o, 0, 0, to->sum}, {T, H, H, H, 0, H, H}},
+        {linear, {to->gated, 0, scratch, to->projected, 0, norm, w_gate, w_up}, {T, F, H, H, 0, H}, eps},
+        {SILU_MUL, {to->gated_again, to->gated, to->gated}, {T, F, F, F}},
+        {ADD_RMS_NORM, {to->normed, to->last_sum, to->projected, to->sum, norm}, {T, H, H, H}, eps},
+        {linear, {to->logits, 0, scratch, to->gated_again, 0, 0, w_down, 0, 0, to->last_sum}, {T, H, F, F, 0, F, H, 1}},
+    };
+    memcpy(calls, made, sizeof made);
+}
+
+/* With a team of so many threads, in memory that holds NaN and an older cache */
+static void take_step(results *to, float *scratch, batch *b, int threads) {
+    call calls[OPS];
+    memset(to, 0xFF, sizeof *to);
+    memcpy(to->keys, old_keys, sizeof old_keys);
+    memcpy(to->values, old_values, sizeof old_values);
+    make_calls(calls, to, scratch, b);
+    run(calls, OPS, threads);
+}
+
+static void *work(void *of) {
+    const caller *mine = of;
+    long linear = TOKENS * F + TEAM * (TOKENS + chunk) * block_columns, decode = S * HQ * SPLITS * (D + 2);
+    long prefill = 2 * BLOCKS * HKV * D * block_columns;
+    float *scratch = aligned_alloc(64, (linear + decode + prefill) / 16 * 64 + 64);
+    results *expected = malloc(STEPS * sizeof *expected), *found = malloc(sizeof *found);
+    if (!scratch || !expected || !found) exit(2);
+    for (int i = 0; i < STEPS; i++) take_step(expected + i, scratch, batches + i, 1);
+    for (long turn = 0; turn < mine->turns; turn++)
+        for (int team = 0; team < TEAM; team++)
+            for (int i = 0; i < STEPS; i++) {
+                take_step(found, scratch, batches + i, mine->teams[team]);
+                if (!memcmp(found, expected + i, sizeof *found)) continue;
+                printf("the results of %d threads differ from those of one\n", mine->teams[team]);
+                exit(1);
+            }
+    free(scratch);
+    free(expected);
+    free(found);
+    return 0;
+}
+
+int main(int count, char **words) { /* how often each caller goes through its teams */
+    long turns = count > 1 ? atol(words[1]) : 1;
+    caller callers[] = {{{1, 2, 4, 3}, turns}, {{4, 1, 3, 2}, turns}};
+    pthread_t other;
+    fill_all();
+    if (pthread_create(&other, 0, work, callers + 1)) return 2;
+    work(callers);
+    pthread_join(other, 0);
+    return 0;
+}
