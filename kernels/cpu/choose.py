@@ -32,10 +32,10 @@ logger = logging.getLogger(__name__)
 SECONDS = 0.15  # that readings may take, once there are enough of them
 ROUNDS = 4  # enough: two in each half
 TOKENS = 128
-DISTANCES = (0, 4096, 8192, 16384)  # bytes that weights are asked for before they are needed
+DISTANCES = (0, 4096, 16384)  # bytes that weights are asked for before they are needed
 WEIGHTS = 128 << 20  # bytes, more than the caches of most processors hold
 CLEARLY = 1.1  # how many times as fast as ours torch must be to run in our place
-NEARLY = 0.95  # of the best speed, which a shorter distance must reach to be preferred
+NEARLY = 0.97  # of the best speed, which a shorter distance must reach to be preferred
 QUESTIONS = {
     "products": "which library multiplies faster",
     "many tokens": "what multiplies many tokens",
