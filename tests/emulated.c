@@ -1,6 +1,6 @@
-/* Serves the ops of kernels/cpu to tests/emulated.py from another processor, which qemu-user emulates. Both programs map
- * one file: the calls lie at its start, with offsets in place of pointers, the tensors behind them. A byte on standard
- * input asks for a run, one on standard output says that it is over. */
+/* Serves the ops of kernels/cpu to tests/emulated.py from another processor, which qemu-user emulates. Both programs
+ * map one file: the calls lie at its start, with offsets in place of pointers, the tensors behind them. A byte on
+ * standard input asks for a run, one on standard output says that it is over. */
 #include "common.h"
 
 #include <signal.h>
@@ -13,7 +13,7 @@ extern long ahead;
 extern const long block_columns, chunk;
 void run(const call *calls, long count, int threads);
 
-typedef struct { /* as `Header` in emulated.py */
+typedef struct {                      /* as `Header` in emulated.py */
     long ahead, block_columns, chunk; /* the library's */
     long threads, calls, guards;      /* of a run */
     long fault;                       /* where memory was touched that no tensor has */

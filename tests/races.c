@@ -11,15 +11,15 @@ extern const long block_columns, chunk;
 void run(const call *calls, long count, int threads);
 
 enum { /* as OPS in step.c */
-    EMBEDDING,
-    ROPE_AND_CACHE,
-    FEW_TOKENS,
-    MANY_TOKENS,
-    DECODE_ATTENTION,
-    PREFILL_ATTENTION,
-    APPLY_ROPE,
-    ADD_RMS_NORM,
-    SILU_MUL
+       EMBEDDING,
+       ROPE_AND_CACHE,
+       FEW_TOKENS,
+       MANY_TOKENS,
+       DECODE_ATTENTION,
+       PREFILL_ATTENTION,
+       APPLY_ROPE,
+       ADD_RMS_NORM,
+       SILU_MUL
 };
 enum { D = 32, HKV = 2, G = 2, HQ = HKV * G, H = HQ * D, QKV = (HQ + 2 * HKV) * D, F = 320, VOCABULARY = 50 };
 enum { S = 3, PAGE = 16, PAGES = 20, CACHED = S * PAGES * PAGE * HKV * D, SPLITS = 3, LONGEST = 300, BLOCKS = 9 };
@@ -103,9 +103,7 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
     call made[OPS] = {
         {EMBEDDING, {to->x, table, b->ids}, {T, H, H}},
         {linear, {to->qkv, to->sum, scratch, to->x, to->x, norm, w_qkv, 0, bias}, {T, QKV, H, H, H, H}, eps},
-        {ROPE_AND_CACHE,
-         {to->q, to->keys, to->values, to->qkv, b->positions, b->slots, cos_sin},
-         {T, HQ, HKV, D, QKV}},
+        {ROPE_AND_CACHE, {to->q, to->keys, to->values, to->qkv, b->positions, b->slots, cos_sin}, {T, HQ, HKV, D, QKV}},
         {APPLY_ROPE,
          {to->rotated_q, to->rotated_k, to->q, to->qkv + H, b->positions, cos_sin},
          {T, HQ, HKV, D, H, QKV},

@@ -1,6 +1,6 @@
-/* Attention over a paged cache, read where it lies: of one query token a sequence, and of many. Both go through the cache
- * in blocks of BLOCK tokens, packed for `multiply`, with the running maximum and sum of flash attention (Dao et al. 2022,
- * arXiv:2205.14135). */
+/* Attention over a paged cache, read where it lies: of one query token a sequence, and of many. Both go through the
+ * cache in blocks of BLOCK tokens, packed for `multiply`, with the running maximum and sum of flash attention (Dao et
+ * al. 2022, arXiv:2205.14135). */
 #include "common.h"
 #include "panels.h"
 
@@ -27,8 +27,8 @@ static void places(long *at, const int32_t *table, long start, long count, long 
 
 /* Packs BLOCK cached tokens of one head; tokens from count on, which may hold anything, as 0. Meanwhile asks for the
  * `later` tokens of the next block, which lie at `after`. */
-static void pack(operands *keys, operands *values, const bf16 *k, const bf16 *v, const long *at, long count, const long *after,
-                 long later, long D) {
+static void pack(operands *keys, operands *values, const bf16 *k, const bf16 *v, const long *at, long count,
+                 const long *after, long later, long D) {
     static const bf16 zeros[MAX_HEAD];
     const bf16 *k_rows[BLOCK], *v_rows[BLOCK];
     for (long i = 0; i < BLOCK; i++) {
@@ -54,7 +54,7 @@ static void pack(operands *keys, operands *values, const bf16 *k, const bf16 *v,
     }
 }
 
-typedef struct { /* what some rows of queries have seen so far */
+typedef struct {                                             /* what some rows of queries have seen so far */
     float sums[ROWS][MAX_HEAD] __attribute__((aligned(64))); /* of exp(score - maximum) v */
     float maxima[ROWS], totals[ROWS];                        /* of the exponentials */
 } attended;
@@ -67,8 +67,8 @@ static void begin(attended *so_far, long rows) {
     }
 }
 
-/* One row's scores [BLOCK], of which it sees the first `seen`, become weights; what it has seen before is scaled to the new
- * maximum */
+/* One row's scores [BLOCK], of which it sees the first `seen`, become weights; what it has seen before is scaled to the
+ * new maximum */
 static void soften(operand *weights, float *scores, attended *so_far, long row, long seen, long D, float scale) {
     floats highest = {0}, total = {0};
     highest += so_far->maxima[row];
@@ -97,20 +97,20 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
 }
 
 /* `rows` queries q [rows, D] over one packed block; row r sees the first `first` + r / G of its tokens */
-static void attend(attended *so_far, long base, const operand *q, const operands *keys, const operands *values, long rows,
-                   long first, long G, long D, float scale) {
+static void attend(attended *so_far, long base, const operand *q, const operands *keys, const operands *values,
+                   long rows, long first, long G, long D, float scale) {
     float scores[ROWS][BLOCK] __attribute__((aligned(64)));
     operand weights[ROWS][BLOCK];
     long panels = least(PANELS, parts_of(first + (rows - 1) / G, WIDE)), d = 0; /* that any row sees */
     for (long r = 0; r < rows; r += TALL)
         for (long panel = 0; panel < panels; panel++)
-            multiply(scores[r] + panel * WIDE, BLOCK, q + r * D, D, keys + panel * (D / PER) * VECTORS, VECTORS, D / PER,
-                     least(rows - r, TALL), 0);
+            multiply(scores[r] + panel * WIDE, BLOCK, q + r * D, D, keys + panel * (D / PER) * VECTORS, VECTORS,
+                     D / PER, least(rows - r, TALL), 0);
     for (long r = 0; r < rows; r++) soften(weights[r], scores[r], so_far, base + r, first + r / G, D, scale);
     for (; d + WIDE <= D; d += WIDE)
         for (long r = 0; r < rows; r += TALL)
-            multiply(so_far->sums[base + r] + d, MAX_HEAD, weights[r], BLOCK, values + d / LANES, D / LANES, BLOCK / PER,
-                     least(rows - r, TALL), 1);
+            multiply(so_far->sums[base + r] + d, MAX_HEAD, weights[r], BLOCK, values + d / LANES, D / LANES,
+                     BLOCK / PER, least(rows - r, TALL), 1);
     for (; d < D; d += LANES)
         for (long r = 0; r < rows; r += TALL)
             narrow_multiply(so_far->sums[base + r] + d, MAX_HEAD, weights[r], BLOCK, values + d / LANES, D / LANES,
@@ -118,10 +118,11 @@ static void attend(attended *so_far, long base, const operand *q, const operands
 }
 
 /* What the tokens start .. end of one sequence add for `heads` key-value heads with G query heads each. A head's part
- * [G, D + 2], `stride` floats apart, holds the sum of exp(score - maximum) v, that of the exponentials, and the maximum. */
-static void attend_split(float *parts, long stride, const operand *q, const bf16 *k, const bf16 *v, const int32_t *table,
-                         long start, long end, long length, long page_size, long token_size, long heads, long G, long D,
-                         float scale) {
+ * [G, D + 2], `stride` floats apart, holds the sum of exp(score - maximum) v, that of the exponentials, and the
+ * maximum. */
+static void attend_split(float *parts, long stride, const operand *q, const bf16 *k, const bf16 *v,
+                         const int32_t *table, long start, long end, long length, long page_size, long token_size,
+                         long heads, long G, long D, float scale) {
     block packed;
     attended so_far;
     begin(&so_far, heads * G);
@@ -144,7 +145,8 @@ static void attend_split(float *parts, long stride, const operand *q, const bf16
 }
 
 /* One query token a sequence: out and q [S, Hkv G, D], q's sequences of any stride; pages [.., page_size, Hkv, D];
- * parts [S, Hkv, splits, G, D + 2]. A split is SPLIT tokens whatever the batch, so that no other sequence changes a bit. */
+ * parts [S, Hkv, splits, G, D + 2]. A split is SPLIT tokens whatever the batch, so that no other sequence changes a
+ * bit. */
 void decode_attention(const call *c, worker *me) {
     bf16 *out = c->tensors[0];
     float *parts = c->tensors[1];
@@ -154,15 +156,17 @@ void decode_attention(const call *c, worker *me) {
     long D = c->sizes[5], q_stride = c->sizes[6], table_stride = c->sizes[7];
     long part = G * (D + 2), used = 0; /* splits of the longest sequence */
     for (long s = 0; s < S; s++) used = lengths[s] > used * SPLIT ? parts_of(lengths[s], SPLIT) : used;
-    long together = least(Hkv, ROWS / G), groups = parts_of(Hkv, together); /* heads of a task, which lie side by side */
+    long together = least(Hkv, ROWS / G),
+         groups = parts_of(Hkv, together); /* heads of a task, which lie side by side */
     for (long task = first(me, S * used * groups); task >= 0; task = next(me)) {
         long head = task % groups * together, split = task / groups % used, s = task / groups / used;
         long start = split * SPLIT, end = least(start + SPLIT, lengths[s]), heads = least(together, Hkv - head);
         if (start >= end) continue;
         operand query[ROWS * MAX_HEAD];
         to_operands(query, q + s * q_stride + head * G * D, heads * G * D);
-        attend_split(parts + ((s * Hkv + head) * splits + split) * part, splits * part, query, k + head * D, v + head * D,
-                     tables + s * table_stride, start, end, lengths[s], page_size, Hkv * D, heads, G, D, c->scalar);
+        attend_split(parts + ((s * Hkv + head) * splits + split) * part, splits * part, query, k + head * D,
+                     v + head * D, tables + s * table_stride, start, end, lengths[s], page_size, Hkv * D, heads, G, D,
+                     c->scalar);
     }
     meet(me);
     for (long row = first(me, S * Hkv * G); row >= 0; row = next(me)) {
@@ -183,8 +187,8 @@ void decode_attention(const call *c, worker *me) {
 }
 
 /* Causal attention of the rows query_starts[s] .. query_starts[s + 1] of q [T, Hkv G, D], which are the last tokens of
- * sequence s; out is dense; packed holds the keys and values of every sequence, block by block: [Hkv, blocks, 2, BLOCK, D]
- * operands */
+ * sequence s; out is dense; packed holds the keys and values of every sequence, block by block: [Hkv, blocks, 2, BLOCK,
+ * D] operands */
 void prefill_attention(const call *c, worker *me) {
     bf16 *out = c->tensors[0];
     operands *packed = c->tensors[1];
@@ -216,7 +220,8 @@ void prefill_attention(const call *c, worker *me) {
             of_sequence += Hkv * parts_of(lengths[s], BLOCK);
         }
         long head = (task - before) % Hkv, from = (task - before) / Hkv * tokens, count = starts[s + 1] - starts[s];
-        long some = least(tokens, count - from), seen = lengths[s] - count + from + 1; /* by the first, itself included */
+        long some = least(tokens, count - from),
+             seen = lengths[s] - count + from + 1; /* by the first, itself included */
         const bf16 *mine = q + (starts[s] + from) * q_stride + head * G * D;
         operand queries[ROWS * MAX_HEAD];
         for (long i = 0; i < some; i++) to_operands(queries + i * G * D, mine + i * q_stride, G * D);

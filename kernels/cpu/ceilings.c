@@ -1,5 +1,6 @@
-/* What this processor reaches at best, for benchmarks: a loop that only reads, and loops that only multiply and add. All
- * are compiled for the same target as the ops, so a build for narrower vectors has the ceiling of narrower vectors. */
+/* What this processor reaches at best, for benchmarks: a loop that only reads, and loops that only multiply and add.
+ * All are compiled for the same target as the ops, so a build for narrower vectors has the ceiling of narrower vectors.
+ */
 #include "common.h"
 
 #include <pthread.h>
@@ -31,8 +32,7 @@ static void *read_part(void *given) {
             const words *from = (const words *)(part->from + s * stream + at);
             sums[s] += (from[0] ^ from[1]) + (from[2] ^ from[3]);
         }
-    for (int s = 0; s < STREAMS; s++)
-        all += sums[s];
+    for (int s = 0; s < STREAMS; s++) all += sums[s];
     part->result = (double)all[0];
     return 0;
 }
@@ -49,8 +49,7 @@ static void *multiply_add_part(void *given) {
             sums[s] += x * y;
         }
 #pragma GCC unroll 16
-    for (int s = 0; s < SUMS; s++)
-        part->result += sums[s][0];
+    for (int s = 0; s < SUMS; s++) part->result += sums[s][0];
     return 0;
 }
 
@@ -61,15 +60,12 @@ static void *multiply_add_pairs_part(void *given) {
     __m512 sums[SUMS];
     __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80), y = (__m512bh)_mm512_set1_epi32(0x3a803a80);
 #pragma GCC unroll 16
-    for (int s = 0; s < SUMS; s++)
-        sums[s] = _mm512_set1_ps((float)s); /* equal ones would be one to the compiler */
+    for (int s = 0; s < SUMS; s++) sums[s] = _mm512_set1_ps((float)s); /* equal ones would be one to the compiler */
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 16
-        for (int s = 0; s < SUMS; s++)
-            sums[s] = _mm512_dpbf16_ps(sums[s], x, y);
+        for (int s = 0; s < SUMS; s++) sums[s] = _mm512_dpbf16_ps(sums[s], x, y);
 #pragma GCC unroll 16
-    for (int s = 0; s < SUMS; s++)
-        part->result += sums[s][0];
+    for (int s = 0; s < SUMS; s++) part->result += sums[s][0];
     return 0;
 }
 #endif
@@ -79,14 +75,11 @@ static double in_threads(void *(*function)(void *), work *parts, int threads) {
     pthread_t others[MOST_THREADS];
     int started = 1;
     double result = 0;
-    while (started < threads && !pthread_create(&others[started], 0, function, &parts[started]))
-        started++;
-    for (int t = started; t < threads; t++)
-        function(&parts[t]);
+    while (started < threads && !pthread_create(&others[started], 0, function, &parts[started])) started++;
+    for (int t = started; t < threads; t++) function(&parts[t]);
     function(&parts[0]);
     for (int t = 1; t < threads; t++) {
-        if (t < started)
-            pthread_join(others[t], 0);
+        if (t < started) pthread_join(others[t], 0);
         result += parts[t].result;
     }
     return result + parts[0].result;
@@ -98,8 +91,7 @@ static int at_most(int threads) { return threads < MOST_THREADS ? threads : MOST
 EXPORTED double read_memory(const void *data, long bytes, int threads) {
     work parts[MOST_THREADS] = {0};
     long part = bytes / (threads = at_most(threads)) / 64 * 64;
-    for (int t = 0; t < threads; t++)
-        parts[t] = (work){(const char *)data + t * part, part, 0};
+    for (int t = 0; t < threads; t++) parts[t] = (work){(const char *)data + t * part, part, 0};
     return in_threads(read_part, parts, threads);
 }
 
@@ -107,8 +99,7 @@ EXPORTED double read_memory(const void *data, long bytes, int threads) {
  * added to float32; 0 where the processor has no such products. */
 EXPORTED double multiply_add(long rounds, int threads) {
     work parts[MOST_THREADS] = {0};
-    for (int t = 0; t < at_most(threads); t++)
-        parts[t].count = rounds;
+    for (int t = 0; t < at_most(threads); t++) parts[t].count = rounds;
     in_threads(multiply_add_part, parts, at_most(threads));
     return 2.0 * SUMS * (WIDTH / 4) * rounds * at_most(threads);
 }
@@ -116,8 +107,7 @@ EXPORTED double multiply_add(long rounds, int threads) {
 EXPORTED double multiply_add_pairs(long rounds, int threads) {
 #ifdef __AVX512BF16__
     work parts[MOST_THREADS] = {0};
-    for (int t = 0; t < at_most(threads); t++)
-        parts[t].count = rounds;
+    for (int t = 0; t < at_most(threads); t++) parts[t].count = rounds;
     in_threads(multiply_add_pairs_part, parts, at_most(threads));
     return 4.0 * SUMS * (WIDTH / 4) * rounds * at_most(threads);
 #else

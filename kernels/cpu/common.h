@@ -22,10 +22,10 @@ typedef struct {
 typedef struct team team;
 typedef struct {
     team *team;
-    int index, threads;  /* which thread of how many */
-    int loops, victim;   /* how many loops it has begun, and whose share of the last one it takes from: its own is 0 */
-    long tasks, alone;   /* of that loop; without others: how many are done */
-    long patience;       /* ns that it waits awake for the others */
+    int index, threads; /* which thread of how many */
+    int loops, victim;  /* how many loops it has begun, and whose share of the last one it takes from: its own is 0 */
+    long tasks, alone;  /* of that loop; without others: how many are done */
+    long patience;      /* ns that it waits awake for the others */
 } worker;
 
 long first(worker *me, long tasks); /* the first task of a loop that is this thread's, or -1 */
@@ -38,8 +38,8 @@ op embedding, rope_and_cache, few_tokens, many_tokens, decode_attention, prefill
 void play(const call *calls, long count, worker *me);
 
 /* One token's row [K], added to the residual and normalised; K a multiple of LANES */
-static inline void normalise(bf16 *normed, bf16 *new_residual, const bf16 *x, const bf16 *residual, const bf16 *norm_weight,
-                             float eps, long K) {
+static inline void normalise(bf16 *normed, bf16 *new_residual, const bf16 *x, const bf16 *residual,
+                             const bf16 *norm_weight, float eps, long K) {
     floats squares = {0};
     for (long k = 0; k < K; k += LANES) {
         floats wide = load_wide(x + k);

@@ -1,5 +1,5 @@
-/* out = x w^T behind an optional add + RMSNorm, before an optional SwiGLU, bias and addend: w [N, K] is read once for all
- * tokens, row by row for few of them, and for many as panels that are packed on the way. */
+/* out = x w^T behind an optional add + RMSNorm, before an optional SwiGLU, bias and addend: w [N, K] is read once for
+ * all tokens, row by row for few of them, and for many as panels that are packed on the way. */
 #include "common.h"
 #include "panels.h"
 
@@ -104,20 +104,22 @@ static void dots(float *out, const operand *x, const bf16 *w, long rows, long w_
         for (long turn = 0; turn < turns; turn++) {
             long token = count * turn / turns, some = count * (turn + 1) / turns - token;
             long length = least(K, l1_bytes() / (some * (long)sizeof *x) / LINE * LINE), together = ROWS_WITH(some);
-            long early = turn ? 0 : length == K ? ahead : ahead ? 2 * together * w_stride * (long)sizeof *w : 0;
+            long rows_ahead = turns > 1 ? ROWS : 2 * together, row_bytes = w_stride * (long)sizeof *w;
+            long early = turns == 1 && length == K ? ahead : ahead ? rows_ahead * row_bytes : 0;
             for (long k = 0; k < K; k += length)
-                for (long row = block, end = least(rows, block + ROWS); row < end; row += end - row < together ? 1 : together) {
+                for (long row = block, end = least(rows, block + ROWS), step; row < end; row += step) {
+                    step = end - row < together ? 1 : together;
                     part p = {.w = w + row * w_stride + k,
                               .x = x + token * K + k,
                               .w_stride = w_stride,
                               .x_stride = K,
                               .K = least(length, K - k),
-                              .early = early,
+                              .early = row / 4 % turns == turn ? early : 0, /* each row in one of the turns */
                               .so_far = so_far + row - block,
                               .out = out + token * RUN + row,
                               .is_first = k == 0,
                               .is_last = k + length >= K};
-                    (end - row < together ? ROW : DOTS)[some - 1](&p);
+                    (step == 1 ? ROW : DOTS)[some - 1](&p);
                 }
         }
 }
@@ -186,8 +188,9 @@ static void pack_block(operands *panels, const bf16 *w, const bf16 *up, long n, 
     }
 }
 
-/* As few_tokens, for any T. A task is BLOCK rows of w and a part of the tokens: all of them where that keeps every thread
- * busy, since each part packs w anew. rows is followed by sums [T, BLOCK] and panels [CHUNK, BLOCK] of every thread. */
+/* As few_tokens, for any T. A task is BLOCK rows of w and a part of the tokens: all of them where that keeps every
+ * thread busy, since each part packs w anew. rows is followed by sums [T, BLOCK] and panels [CHUNK, BLOCK] of every
+ * thread. */
 void many_tokens(const call *c, worker *me) {
     const bf16 *w = c->tensors[6], *up = c->tensors[7];
     const operand *rows = dense_rows(c, me);
@@ -205,7 +208,8 @@ void many_tokens(const call *c, worker *me) {
             for (long token = 0; token < count; token += TALL)
                 for (long panel = 0; panel < PANELS; panel++)
                     multiply(sums + token * BLOCK + panel * WIDE, BLOCK, rows + (start + token) * K + k, K,
-                             panels + panel * (some / PER) * VECTORS, VECTORS, some / PER, least(count - token, TALL), k > 0);
+                             panels + panel * (some / PER) * VECTORS, VECTORS, some / PER, least(count - token, TALL),
+                             k > 0);
         }
         long columns = least(width, N - n);
         for (long token = 0; token < count; token++)

@@ -6,8 +6,8 @@
  *               panel of b:  k  ──► [ WIDE columns ]     TALL x VECTORS sums stay in registers while
  *      a: TALL rows of k ──────► out [TALL, WIDE]        k goes through the panel
  *
- * PAIRS, which targets.py sets where the processor has such products, multiplies pairs of bfloat16 as the processor does;
- * without it they are widened to float32 first. */
+ * PAIRS, which targets.py sets where the processor has such products, multiplies pairs of bfloat16 as the processor
+ * does; without it they are widened to float32 first. */
 #ifndef PANELS_H
 #define PANELS_H
 #include "vectors.h"
@@ -24,8 +24,9 @@
 #define PANELS (BLOCK / WIDE)
 #define CHUNK (PANELS == 1 ? 1024 : 512) /* of K: what is packed of it stays in the L2 cache */
 
-/* What is multiplied: `operands` fill a register. Rows are multiplied in an order of their own: of each STEP of bf16 first
- * those with an even place, which lie in the low halves of pairs, then the others. Pairs are multiplied as they are. */
+/* What is multiplied: `operands` fill a register. Rows are multiplied in an order of their own: of each STEP of bf16
+ * first those with an even place, which lie in the low halves of pairs, then the others. Pairs are multiplied as they
+ * are. */
 #ifdef PAIRS
 typedef bf16 operand;
 typedef pairs operands;
@@ -158,8 +159,8 @@ ALWAYS void add_row(const int vectors, floats *sums, const operand *a, const ope
 }
 
 /* out [rows, vectors] = (adds: +=) a [rows, PER steps] times b, whose rows are b_stride vectors apart */
-ALWAYS void multiply_rows(const int rows, const int vectors, float *out, long out_stride, const operand *a, long a_stride,
-                          const operands *b, long b_stride, long steps, int adds) {
+ALWAYS void multiply_rows(const int rows, const int vectors, float *out, long out_stride, const operand *a,
+                          long a_stride, const operands *b, long b_stride, long steps, int adds) {
     floats sums[TALL][VECTORS];
 #pragma GCC unroll 6
     for (int i = 0; i < rows; i++)
@@ -181,10 +182,10 @@ ALWAYS void multiply_rows(const int rows, const int vectors, float *out, long ou
         for (int j = 0; j < vectors; j++) store(out + i * out_stride + j * LANES, sums[i][j]);
 }
 
-#define DEFINE_MULTIPLY(NAME, ROWS, COLUMNS)                                                                          \
-    __attribute__((noinline)) static void NAME(float *out, long out_stride, const operand *a, long a_stride,         \
-                                               const operands *b, long b_stride, long steps, int adds) {               \
-        multiply_rows(ROWS, COLUMNS, out, out_stride, a, a_stride, b, b_stride, steps, adds);                         \
+#define DEFINE_MULTIPLY(NAME, ROWS, COLUMNS)                                                                 \
+    __attribute__((noinline)) static void NAME(float *out, long out_stride, const operand *a, long a_stride, \
+                                               const operands *b, long b_stride, long steps, int adds) {     \
+        multiply_rows(ROWS, COLUMNS, out, out_stride, a, a_stride, b, b_stride, steps, adds);                \
     }
 DEFINE_MULTIPLY(multiply_6, 6, VECTORS)
 DEFINE_MULTIPLY(multiply_2, 2, VECTORS)
@@ -193,8 +194,8 @@ DEFINE_MULTIPLY(narrow_multiply_6, 6, 1)
 DEFINE_MULTIPLY(narrow_multiply_1, 1, 1)
 
 /* The same for any number of rows up to TALL. A sum is one chain over a's columns, whatever the rows beside it. */
-static inline void multiply(float *out, long out_stride, const operand *a, long a_stride, const operands *b, long b_stride,
-                            long steps, long rows, int adds) {
+static inline void multiply(float *out, long out_stride, const operand *a, long a_stride, const operands *b,
+                            long b_stride, long steps, long rows, int adds) {
     if (rows == TALL) {
         multiply_6(out, out_stride, a, a_stride, b, b_stride, steps, adds);
         return;

@@ -15,7 +15,8 @@ void embedding(const call *c, worker *me) {
     meet(me);
 }
 
-/* One head [D], its halves rotated by the angles whose cosines and sines a row of the table has; D a multiple of STEP */
+/* One head [D], its halves rotated by the angles whose cosines and sines a row of the table has; D a multiple of STEP
+ */
 static inline void rotate(bf16 *to, const bf16 *from, const float *row, float sign, long D) {
     for (long i = 0; i < D / 2; i += LANES) {
         floats first = load_wide(from + i), second = load_wide(from + D / 2 + i);
@@ -61,8 +62,8 @@ void rope_and_cache(const call *c, worker *me) {
     meet(me);
 }
 
-/* x [T, K] and residual, rows of any stride: out [T, K] is their sum new_residual [T, K], normalised; without a residual
- * x itself is. K a multiple of LANES */
+/* x [T, K] and residual, rows of any stride: out [T, K] is their sum new_residual [T, K], normalised; without a
+ * residual x itself is. K a multiple of LANES */
 void add_rms_norm(const call *c, worker *me) {
     bf16 *out = c->tensors[0], *new_residual = c->tensors[1];
     const bf16 *x = c->tensors[2], *residual = c->tensors[3], *norm_weight = c->tensors[4];

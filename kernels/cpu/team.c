@@ -1,13 +1,13 @@
 /* The threads that carry calls out together.
  *
- * They are torch's own where torch uses OpenMP: `parallel` is then GOMP_parallel, found in the process, so that two pools
- * do not compete for the cores. Elsewhere they are threads of ours. Either way a thread that waits does so here, awake for
- * at most PATIENCE and asleep after that: when other programs need the cores, waiting costs little of them. Where a thread
- * waits in vain, because there are more threads than cores, it is awake for half as long the next time.
+ * They are torch's own where torch uses OpenMP: `parallel` is then GOMP_parallel, found in the process, so that two
+ * pools do not compete for the cores. Elsewhere they are threads of ours. Either way a thread that waits does so here,
+ * awake for at most PATIENCE and asleep after that: when other programs need the cores, waiting costs little of them.
+ * Where a thread waits in vain, because there are more threads than cores, it is awake for half as long the next time.
  *
- * A loop is shared out in equal ranges, one a thread, from which its tasks are taken one by one; a thread that is through
- * with its own takes from the others'. So a thread reads what lies together, and one that lost its core delays no more than
- * the task that it is at. */
+ * A loop is shared out in equal ranges, one a thread, from which its tasks are taken one by one; a thread that is
+ * through with its own takes from the others'. So a thread reads what lies together, and one that lost its core delays
+ * no more than the task that it is at. */
 #include "common.h"
 
 #include <pthread.h>
@@ -46,7 +46,8 @@ struct team {
     barrier barrier;
 };
 
-#define NUMBER {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER}
+#define NUMBER \
+    { .mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER }
 
 static long nanoseconds(void) {
     struct timespec now;

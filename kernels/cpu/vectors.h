@@ -1,8 +1,8 @@
 /* Vectors as wide as the machine's registers, and what is computed on them one value beside the other.
  *
- * bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds. LANES float32 fill a register: 16
- * with AVX-512, 8 with AVX2, 4 with NEON and elsewhere. A sum over a row has LANES partial sums, so its last bits differ
- * from one width to another; on one machine they depend on nothing but the row. */
+ * bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds. LANES float32 fill a register:
+ * 16 with AVX-512, 8 with AVX2, 4 with NEON and elsewhere. A sum over a row has LANES partial sums, so its last bits
+ * differ from one width to another; on one machine they depend on nothing but the row. */
 #ifndef VECTORS_H
 #define VECTORS_H
 #include <math.h>
