@@ -16,11 +16,14 @@
 /* How many bytes before it is needed w is asked for, as choose.py measured it. 0: the processor sees to it alone. */
 EXPORTED long ahead = 0;
 
-#define TOKENS 4 /* and up to 4 rows of w are multiplied at a time; AVX2 has registers for 4 x 2 or 2 x 4 sums */
-#if LANES == 8 && defined(__x86_64__)
-#define ROWS_WITH(COUNT) ((COUNT) > 2 ? 2 : 4)
+/* Few tokens: so many rows of x with so many rows of w at a time. AVX2 has registers for 8 sums; products of pairs are
+ * so fast that passing over w less often counts for more than sums of more rows. */
+#ifdef PAIRS
+#define TOKENS 8
+#define ROWS_WITH(COUNT) ((COUNT) > 4 ? 2 : 4)
 #else
-#define ROWS_WITH(COUNT) 4
+#define TOKENS 4
+#define ROWS_WITH(COUNT) ((COUNT) > 2 && LANES == 8 ? 2 : 4)
 #endif
 
 /* What x may take of a core's first cache */
@@ -53,7 +56,7 @@ ALWAYS void dots_of(const int rows, const int count, const part *p) {
     floats sums[4][TOKENS];
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < count; i++) sums[r][i] = p->is_first ? (floats){0} : p->so_far[r][i];
     for (long k = 0; k < K; k += LINE) {
 #pragma GCC unroll 4
@@ -66,7 +69,7 @@ ALWAYS void dots_of(const int rows, const int count, const part *p) {
                 weights[r] = operands_at(w + r * w_stride, at);
                 KEEP(weights[r]);
             }
-#pragma GCC unroll 4
+#pragma GCC unroll 8
             for (int i = 0; i < count; i++) {
                 operands token = load_operands(x + i * x_stride + at);
                 KEEP(token);
@@ -79,7 +82,7 @@ ALWAYS void dots_of(const int rows, const int count, const part *p) {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < rows; r++)
-#pragma GCC unroll 4
+#pragma GCC unroll 8
         for (int i = 0; i < count; i++)
             if (p->is_last) p->out[i * RUN + r] = sum(sums[r][i]);
             else p->so_far[r][i] = sums[r][i];
@@ -92,8 +95,21 @@ static void row_1(const part *p) { dots_of(1, 1, p); }
 static void row_2(const part *p) { dots_of(1, 2, p); }
 static void row_3(const part *p) { dots_of(1, 3, p); }
 static void row_4(const part *p) { dots_of(1, 4, p); }
-static void (*const DOTS[TOKENS])(const part *) = {dots_1, dots_2, dots_3, dots_4};
-static void (*const ROW[TOKENS])(const part *) = {row_1, row_2, row_3, row_4};
+#if TOKENS > 4
+static void dots_5(const part *p) { dots_of(ROWS_WITH(5), 5, p); }
+static void dots_6(const part *p) { dots_of(ROWS_WITH(6), 6, p); }
+static void dots_7(const part *p) { dots_of(ROWS_WITH(7), 7, p); }
+static void dots_8(const part *p) { dots_of(ROWS_WITH(8), 8, p); }
+static void row_5(const part *p) { dots_of(1, 5, p); }
+static void row_6(const part *p) { dots_of(1, 6, p); }
+static void row_7(const part *p) { dots_of(1, 7, p); }
+static void row_8(const part *p) { dots_of(1, 8, p); }
+#define MORE(NAME) , NAME##_5, NAME##_6, NAME##_7, NAME##_8
+#else
+#define MORE(NAME)
+#endif
+static void (*const DOTS[TOKENS])(const part *) = {dots_1, dots_2, dots_3, dots_4 MORE(dots)};
+static void (*const ROW[TOKENS])(const part *) = {row_1, row_2, row_3, row_4 MORE(row)};
 
 /* Rows of w [rows, K] times x [count, K]: out [count, RUN]. In the order in which w lies, which is how a processor best
  * fetches what comes; ROWS of them for all tokens, in parts of K so short that those of x stay in the L1 cache. */
