@@ -10,7 +10,7 @@ from tolerances import assert_as_close_as
 
 from qwenkern import kernels
 from qwenkern.kernels import cpu, dispatch, reference
-from qwenkern.kernels.cpu import build, choose, targets
+from qwenkern.kernels.cpu import build, choose, tape, targets
 
 EPS = 1e-6
 
@@ -91,6 +91,19 @@ def test_a_tokens_bits_depend_on_neither_batch_nor_threads(k: int) -> None:
         torch.set_num_threads(threads)
 
 
+def test_scratch_memory_does_not_follow_torchs_defaults() -> None:
+    x, w = tensor(300, 896, seed=0), tensor(70, 896, seed=1)
+    expected = cpu.linear(x, w)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            tape._recording.__dict__.pop("scratch", None)
+            out = cpu.linear(x, w)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, expected)
+
+
 def test_rows_may_have_any_stride() -> None:
     x, w = tensor(3, 200, seed=0)[:, :64], tensor(9, 100, seed=1)[:, :64]
     assert torch.equal(cpu.linear(x, w)[0], cpu.linear(x.contiguous(), w.contiguous())[0])
@@ -146,6 +159,27 @@ def test_queries_far_apart_do_not_overflow() -> None:
     out = cpu.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
     truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, lengths, starts, 1.0)
     assert_as_close_as(out, reference.prefill_attention(q, k, v, tables, lengths, starts, 1.0), truth)
+
+
+def test_a_block_table_may_be_part_of_a_wider_one() -> None:
+    q, k, v, tables, counts = cached([40, 70], 14, 2, 64)
+    wider = torch.cat((tables, torch.full((2, 11), 1 << 30, dtype=torch.int32)), dim=1)[:, : tables.shape[1]]
+    expected = cpu.decode_attention(q, k, v, tables, counts, 0.125)
+    assert torch.equal(cpu.decode_attention(q, k, v, wider, counts, 0.125), expected)
+
+
+def test_a_key_that_is_no_number_is_not_hidden() -> None:
+    q, k, v, tables, counts = cached([40, 70], 14, 2, 64)
+    k[tables[1, 0], 3, 1, 5] = torch.nan
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    expected = torch.zeros(2, 14, dtype=torch.bool)
+    expected[1, 7:] = True  # the heads of the second key-value head
+    for out in (
+        cpu.decode_attention(q, k, v, tables, counts, 0.125),
+        cpu.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+    ):
+        assert torch.equal(out.isnan().all(-1), expected)
+        assert torch.equal(out.isnan().any(-1), expected)
 
 
 def test_scores_far_apart_do_not_overflow() -> None:

@@ -6,7 +6,9 @@ import contextlib
 import ctypes
 import functools
 import logging
+import os
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +19,9 @@ from .targets import Target
 logger = logging.getLogger(__name__)
 PROBLEMS = (compiler.CompilerError, compiler.Refused, OSError)
 BUILT = Path(__file__).parent / "built"  # what setup.py puts into a wheel; a source checkout has none
+
+
+_deciding = threading.RLock()  # one thread compiles and measures; others wait for what it decides
 
 
 class Loaded(NamedTuple):
@@ -41,12 +46,25 @@ def target() -> str | None:
 @functools.cache
 def multiplies() -> bool:
     """Whether many tokens run here faster than in torch; measured when it is first asked."""
+    with _deciding:
+        return _multiplies()
+
+
+@functools.cache
+def loaded() -> Loaded | None:
+    """The library in use, decided when it is first asked for."""
+    with _deciding:
+        return _loaded()
+
+
+@functools.cache
+def _multiplies() -> bool:
     found = loaded()
     return found is not None and choose.multiplies(found.library, found.target.name)
 
 
 @functools.cache
-def loaded() -> Loaded | None:
+def _loaded() -> Loaded | None:
     """The best of this processor's targets that can be had. One that multiplies pairs of bfloat16 gives way to the one
     that widens them where that measures faster."""
     candidates = targets.usable()
@@ -72,8 +90,8 @@ def check_environment() -> None:
 
 def forget() -> None:
     """The next call decides anew."""
-    loaded.cache_clear()
-    multiplies.cache_clear()
+    for decided in (loaded, multiplies, _loaded, _multiplies):
+        decided.cache_clear()
 
 
 def describe() -> dict[str, str]:
@@ -97,6 +115,8 @@ def _first(candidates: list[Target]) -> Loaded | None:
             break
         except PROBLEMS as error:
             problem = problem or error
+            if isinstance(error, compiler.NoCompiler) and not BUILT.is_dir():
+                break  # the other targets would wait for it, too
     if problem is not None:
         instead = f"the C functions for {found.target.name} run" if found else "torch runs in place of C, slower"
         warnings.warn(f"qwenkern: {problem}; {instead}", stacklevel=2)
@@ -156,6 +176,8 @@ def _open(file: Path, target: Target, origin: str) -> Loaded:
 
 def _share_threads(library: ctypes.CDLL) -> None:
     """Lets the functions run in the threads of torch's OpenMP, where it has one: two pools would compete for cores."""
+    if os.name != "posix":
+        return
     process = ctypes.CDLL(None)
     with contextlib.suppress(AttributeError):
         parallel, present = process.GOMP_parallel, process.omp_get_num_threads

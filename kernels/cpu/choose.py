@@ -104,7 +104,7 @@ def _ones(*shape: int) -> torch.Tensor:
 def _linear(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> Callable[[], object]:
     """x times w transposed; what it works on stays alive with it."""
     (tokens, k), n = x.shape, len(w)
-    out, rows = x.new_empty(tokens, n), torch.empty(rows_size(library, tokens, k, 1), device="cpu")
+    out, rows = x.new_empty(tokens, n), torch.empty(rows_size(library, tokens, k, 1), dtype=torch.float32, device="cpu")
     tensors = (out, None, rows, x, None, None, w)
     call = Call.of("few_tokens" if tokens == 1 else "many_tokens", tensors, (tokens, n, k, k, 0, k, 0, 0))
 

@@ -33,7 +33,7 @@ static long l1_bytes(void) {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
     if (!size) size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #endif
-    if (size < 1 << 14) size = 1 << 15;
+    if (size < 1 << 15) size = 1 << 15; /* or unknown */
     atomic_store_explicit(&known, size, memory_order_relaxed);
     return size - (1 << 14);
 }

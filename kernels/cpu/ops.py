@@ -166,12 +166,13 @@ def decode_attention(
     splits = -(-block_tables.shape[1] * page_size // SPLIT)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     parts = scratch(num_sequences * num_q_heads * splits * (head_dim + 2))
+    tables, lengths = (t.int().contiguous() for t in (block_tables, lengths))
     run(
         "decode_attention",
-        (out, parts, q, k_pages, v_pages, block_tables.int().contiguous(), lengths.int().contiguous()),
+        (out, parts, q, k_pages, v_pages, tables, lengths),
         (
             *(num_sequences, splits, page_size, num_kv_heads, num_q_heads // num_kv_heads, head_dim),
-            *(q.stride(0), block_tables.stride(0)),
+            *(q.stride(0), tables.stride(0)),
         ),
         scale,
     )

@@ -77,6 +77,13 @@ ALWAYS void to_operands(operand *to, const bf16 *from, long K) {
 #endif
 }
 
+/* Four values of two vectors, by their places in both */
+#ifdef __clang__
+#define SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else /* gcc has the function above from version 12 on */
+#define SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (pairs){__VA_ARGS__})
+#endif
+
 /* LANES x LANES of 32 bits: 2 x 2, 4 x 4, then quarters of a vector */
 ALWAYS void transpose(pairs *square) {
 #if LANES == 16
@@ -116,13 +123,11 @@ ALWAYS void transpose(pairs *square) {
         a[i + 4] = _mm256_permute2x128_si256(first, second, 0x31);
     }
 #else
-    pairs b[] = {__builtin_shufflevector(square[0], square[1], 0, 4, 2, 6),
-                 __builtin_shufflevector(square[0], square[1], 1, 5, 3, 7),
-                 __builtin_shufflevector(square[2], square[3], 0, 4, 2, 6),
-                 __builtin_shufflevector(square[2], square[3], 1, 5, 3, 7)};
+    pairs b[] = {SHUFFLE(square[0], square[1], 0, 4, 2, 6), SHUFFLE(square[0], square[1], 1, 5, 3, 7),
+                 SHUFFLE(square[2], square[3], 0, 4, 2, 6), SHUFFLE(square[2], square[3], 1, 5, 3, 7)};
     for (int i = 0; i < 2; i++) {
-        square[i] = __builtin_shufflevector(b[i], b[i + 2], 0, 1, 4, 5);
-        square[i + 2] = __builtin_shufflevector(b[i], b[i + 2], 2, 3, 6, 7);
+        square[i] = SHUFFLE(b[i], b[i + 2], 0, 1, 4, 5);
+        square[i + 2] = SHUFFLE(b[i], b[i + 2], 2, 3, 6, 7);
     }
 #endif
 }

@@ -23,12 +23,17 @@ class Scratch:
     """Memory that is used again, larger when more is asked for: fresh pages would cost more than a small op."""
 
     def __init__(self) -> None:
-        self._memory = torch.empty(0)
+        self._memory = _floats(0)
 
     def __call__(self, size: int) -> Tensor:
         if self._memory.numel() < size:
-            self._memory = torch.empty(size)
+            self._memory = _floats(size)
         return self._memory
+
+
+def _floats(size: int) -> Tensor:
+    """Whatever torch's default dtype and device are."""
+    return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 class NotRecordable(RuntimeError):

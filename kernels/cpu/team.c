@@ -17,6 +17,8 @@
 
 #define PATIENCE 100000 /* ns: more than the tasks of a team differ by, less than a time slice */
 #define IMPATIENCE 1000 /* ns */
+#define MOST 1024       /* threads */
+#define STACK (1 << 20) /* bytes of a thread of ours: attention needs a quarter of them, some systems give less */
 
 /* OpenMP's functions, set by Python where torch uses it; otherwise null */
 EXPORTED void (*parallel)(void (*work)(void *), void *of, unsigned threads, unsigned flags) = 0;
@@ -168,8 +170,9 @@ static void *wait_for_teams(void *of) {
     return 0;
 }
 
-/* Threads do not survive a fork, and a lock may be held by one of them */
+/* Threads do not survive a fork, OpenMP's neither, and a lock may be held by one of them */
 static void forget_threads(void) {
+    parallel = 0;
     memset(&pool, 0, sizeof pool);
     pthread_mutex_init(&pool.mutex, 0);
     pthread_mutex_init(&pool.teams.mutex, 0);
@@ -178,24 +181,26 @@ static void forget_threads(void) {
     pthread_cond_init(&pool.end.round.changed, 0);
 }
 
-static void register_fork(void) { pthread_atfork(0, 0, forget_threads); }
+__attribute__((constructor)) static void register_fork(void) { pthread_atfork(0, 0, forget_threads); }
 
 /* At least so many, or as many as the system allows */
 static void make_threads(int wanted) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork);
+    pthread_attr_t large;
+    pthread_attr_init(&large);
+    pthread_attr_setstacksize(&large, STACK);
     while (pool.threads < wanted) {
         arrival *mine = malloc(sizeof *mine);
-        if (!mine) return;
+        if (!mine) break;
         *mine = (arrival){pool.threads + 1, atomic_load(&pool.teams.value)};
         pthread_t thread;
-        if (pthread_create(&thread, 0, wait_for_teams, mine)) {
+        if (pthread_create(&thread, &large, wait_for_teams, mine)) {
             free(mine);
-            return;
+            break;
         }
         pthread_detach(thread);
         pool.threads++;
     }
+    pthread_attr_destroy(&large);
 }
 
 EXPORTED void run(const call *calls, long count, int threads) {
@@ -204,6 +209,7 @@ EXPORTED void run(const call *calls, long count, int threads) {
         play(calls, count, &me);
         return;
     }
+    if (threads > MOST) threads = MOST;
     share shares[2 * threads];
     memset(shares, 0, sizeof shares);
     team team = {.threads = threads, .calls = calls, .count = count, .shares = shares, .barrier = {.round = NUMBER}};

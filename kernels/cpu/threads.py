@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 VARIABLE = "QWENKERN_THREADS"
+MOST = 1024  # as C has it: more is a mistake, and each costs memory
 _asked: int | None = None
 
 
@@ -20,7 +21,7 @@ def count() -> int:
     this process may run on, no more than a cgroup's quota rounded up; but for QWENKERN_THREADS never more than
     torch.get_num_threads().
 
-    Cores and quota are read once. Raises ValueError where QWENKERN_THREADS is no whole number of at least 1."""
+    Cores and quota are read once. Raises ValueError where QWENKERN_THREADS is no whole number from 1 to MOST."""
     if _asked is not None:
         return min(_asked, torch.get_num_threads())
     if given := os.environ.get(VARIABLE):
@@ -31,16 +32,16 @@ def count() -> int:
 def use(threads: int) -> None:
     """So many threads in this process from now on, torch's own among them."""
     global _asked
-    if not isinstance(threads, int) or isinstance(threads, bool) or threads < 1:
-        raise ValueError(f"threads is {threads!r}; expected a whole number of at least 1")
+    if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MOST:
+        raise ValueError(f"threads is {threads!r}; expected a whole number from 1 to {MOST}")
     torch.set_num_threads(threads)
     _asked = threads
 
 
 @functools.cache
 def _number(given: str) -> int:
-    if not given.strip().isdecimal() or int(given) < 1:
-        raise ValueError(f"{VARIABLE} is {given!r}; expected a whole number of at least 1, or unset")
+    if not given.strip().isdecimal() or not 1 <= int(given) <= MOST:
+        raise ValueError(f"{VARIABLE} is {given!r}; expected a whole number from 1 to {MOST}, or unset")
     return int(given)
 
 

@@ -160,7 +160,7 @@ ALWAYS float largest(floats x) {
 
 /* exp(x) for x <= 0: 2^n times the Taylor series of exp around 0 on half of an octave */
 ALWAYS floats exponential(floats x) {
-    pairs normal = (pairs)(x > -87.0f); /* all ones or zero; below, the result is subnormal: zero */
+    pairs normal = ~(pairs)(x <= -87.0f); /* all ones or zero; below, the result is subnormal: zero. NaN stays NaN */
     x = (floats)((pairs)x & normal);
     floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer nearest is in the low bits */
     floats n = shifted - 12582912.0f;
