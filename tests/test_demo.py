@@ -80,8 +80,8 @@ class Agreement:
     """How far from the truth's each token's logits are."""
 
     kl: Tensor  # nats
-    margin: Tensor  # nats: the error of the difference between the truth's two likeliest tokens
-    same: Tensor  # whether the likeliest token is the truth's
+    margin: Tensor  # nats: the error of the difference between the truth's two most probable tokens
+    same: Tensor  # whether the greedy token is the truth's
 
     @classmethod
     def of(cls, truth: Tensor, logits: Tensor) -> Agreement:
@@ -125,7 +125,7 @@ def _rms(x: Tensor) -> float:
 def test_float32_is_transformers_float32(agreements):
     ours = agreements["ours float32"]
     assert ours.kl.mean() <= MEAN_KL_FLOAT32
-    assert ours.margin.max() <= MARGIN_FLOAT32  # so the likeliest token can differ only between two so close
+    assert ours.margin.max() <= MARGIN_FLOAT32  # so the greedy token can differ only between two so close
 
 
 @pytest.mark.processor

@@ -7,7 +7,6 @@ programs count little. A choice is kept for the next process only where two halv
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import hashlib
 import json
@@ -15,14 +14,14 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import kept
+from . import kept, threads
 from .call import Call
 from .compiler import digest
 from .targets import processor
@@ -126,7 +125,10 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
     if known is not None:
         return known
     started = time.perf_counter()
-    with _disable_current_modes(), _one_thread():  # a tape that is being recorded, or a trace, has no part in this
+    with (
+        _disable_current_modes(),
+        threads.one_in_torch(),
+    ):  # a tape that is being recorded, or a trace, has no part in this
         readings = _readings(ways())
     chosen, agreed = decide(readings, rule)
     logger.info(
@@ -138,16 +140,6 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
     if agreed:
         remember(question, answers, chosen, *about)
     return chosen
-
-
-@contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _fastest(seconds: Mapping) -> Any:

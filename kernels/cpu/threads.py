@@ -5,8 +5,10 @@ cgroup's quota or torch allows fewer: a thread that waits for its share of time 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,6 +38,17 @@ def use(threads: int) -> None:
         raise ValueError(f"threads is {threads!r}; expected a whole number from 1 to {MOST}")
     torch.set_num_threads(threads)
     _asked = threads
+
+
+@contextlib.contextmanager
+def one_in_torch() -> Iterator[None]:
+    """While it lasts, torch's operations use one thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @functools.cache

@@ -18,14 +18,14 @@ pool of two Python threads is no faster than one: they wait for the interpreter'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import numpy as np
 import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qwenkern.errors import CheckpointError
+from qwenkern.kernels.cpu import threads
 
 _CHUNK = 1 << 19  # weights: 2 MiB as float32
 
@@ -77,20 +77,10 @@ def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor
     flat = out.view(-1, block_size)
     decode = _copy if kind in _PLAIN else _decode
     step = _CHUNK // block_size
-    with torch.no_grad(), _one_thread():
+    with torch.no_grad(), threads.one_in_torch():
         for start in range(0, len(rows), step):
             decode(rows[start : start + step], kind, flat[start : start + step])
     return out
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _copy(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> None:
