@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tolerances import MARGIN_FLOAT32, MEAN_KL_FLOAT32, NEAR_TIE, RMS_RATIO, ROOT_KL_RATIO, divergences
+from tolerances import BATCH_TIE, MARGIN_FLOAT32, MEAN_KL_FLOAT32, NEAR_TIE, RMS_RATIO, ROOT_KL_RATIO, divergences
 from torch import Tensor
 from twins import twin
 
@@ -193,13 +193,14 @@ def test_greedy_text_is_that_of_transformers(request, truth, theirs, prompt, dty
 def test_alone_in_a_batch_and_in_chunks(request, truth, dtype):
     """The same greedy tokens whichever way a sequence is run; in bfloat16 up to near-ties."""
     model = request.getfixturevalue(dtype)
+    count = 24 if dtype == "bfloat16" else 12
     prompts = [model.tokenizer.encode(prompt) for prompt in (*PROMPTS, "a", "x" * 150, "The sun", "Гора " * 20)]
-    alone = [model.generate(prompt, max_tokens=12, ignore_eos=True).token_ids for prompt in prompts]
-    others = {"batch": [c.token_ids for c in model.generate(prompts, max_tokens=12, ignore_eos=True)]}
+    alone = [model.generate(prompt, max_tokens=count, ignore_eos=True).token_ids for prompt in prompts]
+    others = {"batch": [c.token_ids for c in model.generate(prompts, max_tokens=count, ignore_eos=True)]}
     usual = model.prefill_chunk
     try:
         for model.prefill_chunk in (1, 13):
-            chunked = model.generate(prompts[5:], max_tokens=12, ignore_eos=True)
+            chunked = model.generate(prompts[5:], max_tokens=count, ignore_eos=True)
             others[f"chunk {model.prefill_chunk}"] = alone[:5] + [completion.token_ids for completion in chunked]
     finally:
         model.prefill_chunk = usual
@@ -211,7 +212,7 @@ def test_alone_in_a_batch_and_in_chunks(request, truth, dtype):
             elif where is not None:
                 margin = abs(_likelier(truth, prompt + expected[:where], expected[where], found[where]))
                 print(f"{name}: parts at token {where}, margin {margin:.4f} nats")
-                assert margin < NEAR_TIE, name
+                assert margin < BATCH_TIE, name
 
 
 def test_it_writes_sense(bfloat16):

@@ -16,6 +16,7 @@ NEAR_TIE = (
 )
 DIFFERING = 0.01  # share of elements, at most, where float32 sums in another order tip a rounding
 FLOAT64_RELATIVE = 64 * torch.finfo(torch.float64).eps  # one formula in float64, its terms in another order
+BATCH_TIE = 0.25  # nats between two tokens that our own bfloat16 may swap in another batch or in chunks
 ROOT_KL_RATIO = 1.05  # a bfloat16 run's distance from the truth, at most, over transformers' own: its square is 1.1
 
 
