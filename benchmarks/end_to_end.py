@@ -141,11 +141,6 @@ def use(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def target() -> str:
-    """What our C is compiled for."""
-    return build.target() or "none"
-
-
 def main(
     model: Annotated[
         str, typer.Option(help="What `generate` takes, or a size of the family (random weights).")
@@ -179,7 +174,7 @@ def main(
     use(threads)
     facts: dict[str, Any] = circumstances(place) | {"model": model, "new_tokens": new_tokens, "note": note}
     if place.type == "cpu":
-        facts |= {"threads": threads, "target": target(), "load_before": os.getloadavg()[0]}
+        facts |= {"threads": threads, "target": build.target() or "none", "load_before": os.getloadavg()[0]}
     room = max(batches) * (max(prompts) + new_tokens + 64)
     started = time.perf_counter()
     loaded = load(model, place, layers, room)

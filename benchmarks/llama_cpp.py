@@ -15,7 +15,7 @@ from typing import Any
 
 FOLDER = "QWENKERN_LLAMA_CPP"
 LIMIT = 900  # seconds that a program may take
-FACTS = "build_number build_commit cpu_info backends n_threads n_batch n_ubatch load_mode type_k type_v"
+FACTS = "build_number build_commit cpu_info backends n_threads n_batch n_ubatch flash_attn load_mode type_k type_v"
 # The fastest of those tried on two cores: see docs/performance.md.
 SETTINGS = ("--flash-attn", "on")
 
@@ -38,10 +38,7 @@ class Programs:
         self.bench, self.batched = find("llama-bench"), find("llama-batched-bench")
         self.common = ["--model", str(file), "--threads", str(threads), *SETTINGS]
         first = self._bench("-p", "1", "-n", "0")
-        names = (
-            "build_number build_commit cpu_info backends n_threads n_batch n_ubatch flash_attn load_mode type_k type_v"
-        )
-        self.facts = {name: first[name] for name in names.split() if name in first} | {"flags": list(SETTINGS)}
+        self.facts = {name: first[name] for name in FACTS.split() if name in first} | {"flags": list(SETTINGS)}
 
     def seconds(self, batch: int, prompt: int, new: int) -> tuple[float, float]:
         """What ``batch`` prompts of ``prompt`` tokens take, and then ``new`` more tokens of each."""

@@ -15,8 +15,7 @@ void embedding(const call *c, worker *me) {
     meet(me);
 }
 
-/* One head [D], its halves rotated by the angles whose cosines and sines a row of the table has; D a multiple of STEP
- */
+/* One head [D], its halves rotated by the angles whose cosines and sines a row of the table has */
 static inline void rotate(bf16 *to, const bf16 *from, const float *row, float sign, long D) {
     for (long i = 0; i < D / 2; i += LANES) {
         floats first = load_wide(from + i), second = load_wide(from + D / 2 + i);

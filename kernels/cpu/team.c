@@ -16,7 +16,7 @@
 #include <time.h>
 
 #define PATIENCE 100000 /* ns: more than the tasks of a team differ by, less than a time slice */
-#define IMPATIENCE 1000 /* ns */
+#define IMPATIENCE 1000 /* ns: patience does not fall below twice this */
 #define MOST 1024       /* threads */
 #define STACK (1 << 20) /* bytes of a thread of ours: attention needs a quarter of them, some systems give less */
 

@@ -42,20 +42,6 @@ typedef float float4 __attribute__((vector_size(16)));
 #define KEEP(VECTOR)
 #endif
 
-ALWAYS float widen(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float value;
-    memcpy(&value, &bits, 4);
-    return value;
-}
-
-ALWAYS bf16 narrow(float x) { /* to the nearest, ties to even */
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if (x != x) return 0x7FC0;
-    return (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
-}
-
 ALWAYS pairs load_pairs(const bf16 *from) {
     pairs values;
     memcpy(&values, from, sizeof values);
