@@ -413,8 +413,10 @@ def test_a_configuration_that_does_not_fit_the_tensors_is_refused_before_anythin
     refused(tmp_path, r"12 of 51 tensors are missing: layer 3$")
     write_config(tmp_path, num_hidden_layers=2)
     refused(tmp_path, r"unknown tensor model\.layers\.2\.")
+    write_config(tmp_path, num_hidden_layers=1024)
+    refused(tmp_path, r"has 39 tensors; expected those of a model of 1024 layers")
     write_config(tmp_path, num_hidden_layers=16_000_000)
-    refused(tmp_path, r"has 39 tensors; expected those of a model of 16000000 layers")
+    refused(tmp_path, r"num_hidden_layers is 16000000; expected a whole number from 1 to 1024", ConfigError)
 
 
 def test_integers_in_a_file_are_refused_when_loaded(tmp_path):

@@ -209,8 +209,8 @@ def test_missing_tensors_and_wrong_shapes_are_found_before_any_weight_is_read(tm
     write_model(path, numbers=NUMBERS | {"feed_forward_length": 768})
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight has shape \(512, 256\); expected \(768, 256\)"):
         open_checkpoint(path)
-    write_model(path, numbers=NUMBERS | {"block_count": 9_000_000})
-    with pytest.raises(CheckpointError, match=r"has 14 tensors; expected those of a model of 9000000 layers"):
+    write_model(path, numbers=NUMBERS | {"block_count": 900})
+    with pytest.raises(CheckpointError, match=r"has 14 tensors; expected those of a model of 900 layers"):
         open_checkpoint(path)
     write_model(path, numbers={key: NUMBERS[key] for key in NUMBERS if key != "context_length"})
     with pytest.raises(ConfigError, match=r"tiny\.gguf: context_length is missing"):
