@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import Config
 from .errors import RequestError
+from .rope import RopeTable
 
 PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 
@@ -54,6 +55,7 @@ class PagedCache:
         shape = (config.num_hidden_layers, num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.rope = RopeTable(config, num_pages * page_size, device)  # of the positions that its sequences reach
         self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache
         self._free = list(range(num_pages - 1, -1, -1))
         self._users = [0] * num_pages
@@ -86,6 +88,7 @@ class PagedCache:
             page = self._free.pop()
             self._users[page] = 1
             table.pages.append(page)
+        self.rope.reach(len(table.pages) * self.page_size)
 
     def release(self, table: BlockTable) -> None:
         """Takes back every page that no other sequence shares, and empties the table."""

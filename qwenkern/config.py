@@ -259,8 +259,8 @@ def _refuse_windows(fields: Mapping[str, Any], config: Config) -> None:
             raise ConfigError(f"{source}: layer_types[{i}] is {shown(kind)}; expected 'full_attention'")
         if kind == "sliding_attention" and (window is None or window < config.context_length):
             raise ConfigError(
-                f"{source}: layer {i} has sliding-window attention over {window} tokens, which is not built; expected "
-                f"'full_attention', or use_sliding_window and a sliding_window of at least the context, "
+                f"{source}: layer {i} has sliding-window attention (sliding_window {window}), which is not built; "
+                "expected 'full_attention', or use_sliding_window and a sliding_window of at least the context, "
                 f"{config.context_length}"
             )
 

@@ -139,7 +139,7 @@ REFUSALS = {
     "no model type": ({"model_type": None}, "model_type is None"),
     "sliding window": (
         {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 35},
-        "layer 35 has sliding-window attention over 4096 tokens, which is not built",
+        r"layer 35 has sliding-window attention \(sliding_window 4096\), which is not built",
     ),
     "sliding window of text": ({"use_sliding_window": True, "sliding_window": "4096"}, "sliding_window is '4096'"),
     "no truth for a flag": ({"use_sliding_window": 1}, "use_sliding_window is 1; expected true or false"),

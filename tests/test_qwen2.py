@@ -12,7 +12,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from twins import TINY, tiny_model, twin
 
 from qwenkern import YarnScaling
-from qwenkern.qwen2 import inverse_frequencies
+from qwenkern.rope import inverse_frequencies
 
 SHAPES = {
     "tied": replace(TINY, tie_word_embeddings=True),
