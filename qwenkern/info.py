@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .checkpoint.packing import slots
+from .checkpoint.packing import EMBEDDING, HEAD, slots
 from .config import FAMILY, Config
 from .errors import RequestError
 from .kernels import cpu
@@ -110,6 +110,8 @@ def _against_itself(config: Config) -> list[str]:
 
 def _against_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     expected = {name: slot.shape for name, slot in slots(config).items()}
+    if config.tie_word_embeddings and EMBEDDING not in shapes:  # either of the two will do
+        expected[HEAD] = expected.pop(EMBEDDING)
     found = [
         f"tensor {name} has shape {tuple(shapes[name])}; the configuration makes it {shape}"
         for name, shape in expected.items()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,12 @@ class Qwen2(nn.Module):
         x, residual = self.model(batch, cache)
         norm_weight, eps = self.model.norm.weight, self.config.rms_norm_eps
         return ops.lm_head_top_k(x, residual, norm_weight, eps, self.lm_head.weight, 1)[1][:, 0]
+
+    def untie(self) -> None:
+        """Gives the output weights of its own where they were the embedding's. Their values are undefined."""
+        weight = self.model.embed_tokens.weight
+        self.config = replace(self.config, tie_word_embeddings=False)
+        self.lm_head = Weights(*weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 class Decoder(nn.Module):

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import Qwen2ForCausalLM
+from twins import TINY as TINY_MODEL
+from twins import save_checkpoint, tiny_model
 
+from qwenkern import Model
 from qwenkern.checkpoint import load_weights, open_checkpoint
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError, ConfigError
@@ -180,13 +184,49 @@ def test_a_superfluous_lm_head_is_accepted_when_it_repeats_the_embedding(head_fi
     assert module["lm_head"].weight.isnan().sum() == 1
 
 
-@pytest.mark.parametrize("row", [0, 23])
-def test_a_superfluous_lm_head_that_differs_is_refused(row):
+@pytest.mark.parametrize("head_first", [True, False])
+def test_an_lm_head_alone_is_the_embedding_too(head_first):
     weights = random_weights(TIED)
-    head = weights["model.embed_tokens.weight"].clone()
-    head[row, 7] += 1
-    with pytest.raises(CheckpointError, match=r"here: lm_head\.weight differs from model\.embed_tokens\.weight"):
-        load(weights | {"lm_head.weight": head}, TIED)
+    head = {"lm_head.weight": weights.pop("model.embed_tokens.weight")}
+    module = load(head | weights if head_first else weights | head, TIED)
+    assert_holds(module, expected_state(random_weights(TIED), TIED))
+
+
+TIES = {
+    "embedding alone": lambda embedding: {"model.embed_tokens.weight": embedding},
+    "head alone": lambda embedding: {"lm_head.weight": embedding},
+    "equal": lambda embedding: {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.clone()},
+    "coarser head": lambda embedding: {"model.embed_tokens.weight": embedding, "lm_head.weight": embedding.bfloat16()},
+    "coarser embedding": lambda embedding: {
+        "model.embed_tokens.weight": embedding.bfloat16(),
+        "lm_head.weight": embedding,
+    },
+    "another last row": lambda embedding: {
+        "model.embed_tokens.weight": embedding,
+        "lm_head.weight": torch.cat((embedding[:-1], embedding[:1])),
+    },
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("form", TIES)
+def test_embeddings_are_tied_where_transformers_ties_them(form, dtype, tmp_path, caplog):
+    save_checkpoint(tiny_model(replace(TINY_MODEL, tie_word_embeddings=True, num_hidden_layers=1)), tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    weights |= TIES[form](weights.pop("model.embed_tokens.weight"))
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    model = Model.from_pretrained(tmp_path, device="cpu", dtype=dtype)
+    ours = model.module
+    tied = theirs.lm_head.weight is theirs.model.embed_tokens.weight
+    assert (ours.lm_head.weight is ours.model.embed_tokens.weight) == tied == model.config.tie_word_embeddings
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+    assert torch.equal(ours.model.embed_tokens.weight, theirs.model.embed_tokens.weight)
+    warned = "lm_head.weight differs from model.embed_tokens.weight, although the configuration says" in caplog.text
+    assert warned == (not tied)
+    shared = Model.from_transformers(theirs)
+    assert shared.config.tie_word_embeddings == tied
+    assert torch.equal(shared.forward([1, 2, 3]), model.forward([1, 2, 3]))
 
 
 K_PROJ = "model.layers.1.self_attn.k_proj.weight"

@@ -154,10 +154,6 @@ def half_loaded(model):
     model.model.layers[1].mlp.to("meta")
 
 
-def says_tied(model):
-    model.config.tie_word_embeddings = True
-
-
 def slides(model):
     model.config.layer_types = ["sliding_attention"] * 2
 
@@ -182,7 +178,6 @@ def turned(model):
         (mixed, RequestError, r"model.norm.weight is bfloat16 on cpu, and model.embed_tokens.weight float32 on cpu"),
         (wide, RequestError, "is float64; expected bfloat16, float16 or float32"),
         (half_loaded, RequestError, r"layers.1.mlp.gate_proj.weight is on the device meta; expected"),
-        (says_tied, ConfigError, "tie_word_embeddings is true, and lm_head.weight has memory of its own"),
         (slides, ConfigError, r"sliding-window attention \(sliding_window None\), which is not built"),
         (adapted, RequestError, "unknown tensor model.layers.0.mlp.extra.weight"),
         (reshaped, RequestError, r"model.norm.weight has shape \(64,\); expected \(128,\)"),

@@ -33,6 +33,12 @@ def test_the_family_does_not_contradict_itself(name):
     assert contradictions(FAMILY[name], name, shapes, generation, 151665) == []
 
 
+def test_a_tied_head_alone_is_no_contradiction():
+    shapes = {tensor: slot.shape for tensor, slot in slots(SMALL).items()}
+    shapes["lm_head.weight"] = shapes.pop("model.embed_tokens.weight")
+    assert contradictions(SMALL, shapes=shapes) == []
+
+
 def test_the_card_that_says_3b_and_means_another():
     """A card in circulation: hidden 2304, 48 query and 8 key-value heads."""
     card = replace(SMALL, hidden_size=2304, num_attention_heads=48, num_key_value_heads=8, head_dim=48)
