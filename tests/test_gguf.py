@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from gguf.quants import dequantize as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenkern import sources
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.checkpoint.dequantize import SUPPORTED
 from qwenkern.checkpoint.gguf_container import read_container
@@ -50,10 +52,12 @@ NAMES = {
 }
 
 
-def write_model(path: Path, kind: Q = Q.F32, extra=lambda writer: None, names=NAMES, numbers=NUMBERS) -> dict:
+def write_model(
+    path: Path, kind: Q = Q.F32, extra=lambda writer: None, names=NAMES, numbers=NUMBERS, **options
+) -> dict:
     """A tiny model, its matrices in `kind`. Returns llama.cpp's name -> the bytes that were written and their type."""
     random = np.random.default_rng(0)
-    writer = GGUFWriter(path, "qwen2")
+    writer = GGUFWriter(path, "qwen2", **options)
     for key, value in numbers.items():
         writer.add_uint32(f"qwen2.{key}", value)
     writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
@@ -165,13 +169,134 @@ def test_another_alignment(tmp_path):
     assert {name: info.offset for name, info in ours.items()} == theirs
 
 
+@pytest.mark.parametrize("name", ["TINY.GGUF", "tiny.Gguf", "sha256-1234", "tiny", "tiny.bin", "tiny.gguf.part"])
+def test_a_file_of_any_name_is_known_by_its_first_bytes(name, tmp_path):
+    write_model(tmp_path / name)
+    assert open_checkpoint(tmp_path / name).config.vocab_size == VOCAB
+    assert sources.resolve(str(tmp_path / name)) == tmp_path / name
+
+
+# --- models in parts --------------------------------------------------------------------------------------------------
+
+
+def write_parts(folder: Path, name: str = "tiny.gguf", **options) -> list[Path]:
+    """The same model by the gguf library's own splitting; some of its tensors in each part."""
+    folder.mkdir(exist_ok=True)
+    write_model(folder / name, Q.Q4_K, split_max_tensors=5, **options)
+    return sorted(folder.glob("*-of-*"))
+
+
+@pytest.mark.parametrize("ending", ["gguf", "GGUF"])
+@pytest.mark.parametrize("small_first_shard", [False, True])
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_any_part_of_a_model_loads_all_of_it(given, small_first_shard, ending, tmp_path):
+    whole = tmp_path / "whole.gguf"
+    write_model(whole, Q.Q4_K)
+    parts = write_parts(tmp_path / "parts", small_first_shard=small_first_shard)
+    assert len(parts) == 3 + small_first_shard
+    assert parts[0].name == f"tiny-00001-of-0000{len(parts)}.gguf"
+    parts = [part.rename(part.with_suffix(f".{ending}")) for part in parts]
+    ours, expected = open_checkpoint(parts[given]), open_checkpoint(whole)
+    assert replace(ours.config, source="") == replace(expected.config, source="")
+    assert ours.shapes == expected.shapes
+    assert {k for k in ours.metadata if not k.startswith("split.")} == set(expected.metadata)
+    theirs = dict(expected.tensors(torch.float32))
+    found = dict(ours.tensors(torch.float32))
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], theirs[name]) for name in theirs)
+
+
+def test_missing_parts_are_named(tmp_path):
+    first, second, third = write_parts(tmp_path)
+    first.unlink()
+    third.unlink()
+    message = r"00002-of-00003\.gguf: is part 2 of the 3 .*: tiny-00001-of-00003\.gguf, tiny-00003-of-00003\.gguf; exp"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(second)
+
+
+def test_a_part_under_another_name_is_refused(tmp_path):
+    first, second, third = write_parts(tmp_path)
+    second.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match=r"renamed\.gguf: is part 2 of the 3 of a model; expected a name"):
+        open_checkpoint(tmp_path / "renamed.gguf")
+    third.rename(second)
+    (tmp_path / "renamed.gguf").rename(third)
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: split\.no is 2; expected 1, as its name"):
+        open_checkpoint(first)
+
+
+def test_a_part_of_another_model_is_refused(tmp_path):
+    first, second, _ = write_parts(tmp_path)
+    other = tmp_path / "other"
+    more = NAMES | {"output.weight": ("lm_head.weight", (VOCAB, HIDDEN))}
+    (part := write_parts(other, names=more)[1]).replace(second)
+    assert not part.exists()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: split\.tensors\.count is 15; expected 14"):
+        open_checkpoint(first)
+    shuffled = dict(reversed(NAMES.items()))
+    write_parts(other, names=shuffled)[1].replace(second)
+    with pytest.raises(CheckpointError, match=r"tensor .* is in tiny-0000[12]-of-00003\.gguf, too; expected it in one"):
+        open_checkpoint(first)
+
+
+def test_metadata_of_a_later_part_must_agree(tmp_path):
+    def part(number: int, name: str, more: list[bytes], total: int = 2) -> None:
+        split = [
+            key_value("split.no", V.UINT16, struct.pack("<H", number)),
+            key_value("split.count", V.UINT16, struct.pack("<H", 2)),
+            key_value("split.tensors.count", V.INT32, struct.pack("<i", total)),
+        ]
+        raw = container([*split, *more], [tensor(name, [8])], bytes(64))
+        (tmp_path / f"x-0000{number + 1}-of-00002.gguf").write_bytes(raw)
+
+    part(0, "a", [QWEN2])
+    part(1, "b", [LLAMA])
+    with pytest.raises(CheckpointError, match=r"x-00002.*general\.architecture is 'llama'; expected 'qwen2', as its"):
+        open_checkpoint(tmp_path / "x-00001-of-00002.gguf")
+    part(0, "a", [QWEN2], total=3)
+    part(1, "b", [], total=3)
+    with pytest.raises(
+        CheckpointError, match=r"x-00001.*: split\.tensors\.count is 3, and the 2 parts have 2; expected"
+    ):
+        open_checkpoint(tmp_path / "x-00002-of-00002.gguf")
+    part(0, "a", [QWEN2])
+    part(1, "b", [])
+    with pytest.raises(CheckpointError, match=r"unknown tensor a; expected llama\.cpp's names"):
+        open_checkpoint(tmp_path / "x-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_parts_that_are_links_elsewhere(follow, tmp_path, monkeypatch):
+    first, second, _ = write_parts(tmp_path / "model")
+    second.rename(tmp_path / "secret")
+    second.symlink_to(tmp_path / "secret")
+    if follow:
+        monkeypatch.setenv("QWENKERN_FOLLOW_LINKS", "1")
+        assert len(open_checkpoint(first).shapes) == 14
+    else:
+        with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: is a link to .*secret, outside of .*model"):
+            open_checkpoint(first)
+
+
 # --- models that are not ours -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (lambda w: w.add_uint16("split.count", 3), r"one of 3 parts of a model; merge them.*llama-gguf-split --merge"),
+        (
+            lambda w: (w.add_uint16("split.count", 3), w.add_uint16("split.no", 1)),
+            r"part 2 of the 3 of a model; expected a name that ends in -00002-of-00003\.gguf.*llama-gguf-split --merge",
+        ),
+        (lambda w: (w.add_uint16("split.count", 3), w.add_uint16("split.no", 3)), r"split.no is 3 and split.count 3"),
+        (lambda w: w.add_string("split.count", "3"), r"split.no is 0 and split.count '3'"),
+        (lambda w: w.add_array("split.count", [3]), r"split.no is 0 and split.count \[3\]"),
+        (lambda w: w.add_int32("split.count", -1), r"split.no is 0 and split.count -1"),
+        (
+            lambda w: w.add_uint64("split.count", 2**63),
+            r"part 1 of the 9223372036854775808 of a model; expected a name",
+        ),
         (lambda w: w.add_string("tokenizer.ggml.eos_token_id", "x"), r"eos_token_id.* is 'x'; expected a token's id"),
     ],
 )
@@ -435,9 +560,10 @@ def test_the_demo_model_is_what_the_gguf_library_reads(demo_path):
         "blk.23.attn_k.bias": "model.layers.23.self_attn.k_proj.bias",
         "output_norm.weight": "model.norm.weight",
     }
-    infos = {theirs: checkpoint.container.tensors[name] for name, theirs in wanted.items()}
+    container = read_container(demo_path)
+    infos = {theirs: container.tensors[name] for name, theirs in wanted.items()}
     ours = {name: tensor for name, tensor in checkpoint.tensors(torch.float32) if name in infos}
     for theirs, info in infos.items():
-        expected = oracle(checkpoint.container.blocks(info), info.kind).reshape(info.shape)
+        expected = oracle(container.blocks(info), info.kind).reshape(info.shape)
         assert np.array_equal(ours[theirs].numpy(), expected), theirs
         assert float(ours[theirs].abs().max()) < 1000

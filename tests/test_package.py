@@ -31,7 +31,7 @@ ORDER = [
 ]
 ORDER += ["Model"]
 LEAVES = {"errors": set(), "reading": {"errors"}, "config": {"errors", "reading"}}
-LEAVES |= {"sources": {"errors"}, "sampling": {"errors"}}
+LEAVES |= {"sources": {"errors", "reading"}, "sampling": {"errors"}}
 
 
 def _imports(file: Path) -> set[str]:
