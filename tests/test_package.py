@@ -31,7 +31,7 @@ ORDER = [
 ]
 ORDER += ["Model"]
 LEAVES = {"errors": set(), "reading": {"errors"}, "config": {"errors", "reading"}}
-LEAVES |= {"sources": {"errors", "reading"}, "sampling": {"errors"}}
+LEAVES |= {"download": {"errors"}, "sources": {"errors", "reading", "config", "download"}, "sampling": {"errors"}}
 
 
 def _imports(file: Path) -> set[str]:

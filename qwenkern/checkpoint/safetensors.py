@@ -44,8 +44,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
 def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
     """Reads config.json, generation_config.json, the index and the header of every file. Raises CheckpointError."""
+    file = folder / "config.json"
+    config = Config.from_json(file) if file.exists() else None  # first: it may say that the weights are of another kind
     files = _weight_files(folder)
-    if not (folder / "config.json").is_file():
+    if config is None:
         raise CheckpointError(f"{folder}: has weights but no config.json")
     headers = {file: _header(file) for file in files}
     for file, expected in files.items():
@@ -57,7 +59,7 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
             raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
     return SafetensorsCheckpoint(
         path=folder,
-        config=Config.from_json(folder / "config.json"),
+        config=config,
         generation=read_json(folder / "generation_config.json"),
         metadata={},
         shapes={name: shape for header in headers.values() for name, shape in header.items()},
