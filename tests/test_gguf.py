@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -418,11 +419,31 @@ BAD = {
     ),
     "huge array of numbers": (
         container([key_value("k", V.ARRAY, struct.pack("<IQ", V.INT32, HUGE))]),
-        r"the value of 'k' needs 36893488147419103232 bytes",
+        r"key 'k' holds an array of 9223372036854775808 elements; expected at most 2097152",
     ),
     "huge array of strings": (
-        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, HUGE))]),
-        r"the value of 'k' needs 73786976294838206464 bytes",
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 2**64 - 1))]),
+        r"key 'k' holds an array of 18446744073709551615 elements; expected at most 2097152",
+    ),
+    "array beyond the file": (
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.INT32, 1 << 21))]),
+        r"the value of 'k' needs 8388608 bytes, \d+ are left; the file is truncated or damaged",
+    ),
+    "strings beyond the file": (
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 1 << 21))]),
+        r"the value of 'k' needs 16777216 bytes, \d+ are left; the file is truncated or damaged",
+    ),
+    "arrays in arrays in arrays": (
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.ARRAY, 1) * 1000)]),
+        r"key 'k' holds an array of arrays",
+    ),
+    "name of 65 bytes": (
+        container((), [tensor("a" * 65, [8])], bytes(64)),
+        r"name has 65 characters; expected at most",
+    ),
+    "key of 100,000 bytes, twice": (
+        container([key_value("k" * 100_000, V.UINT8, b"\0")] * 2),
+        r"key 'k{400,}\.\.\. \(header",
     ),
     "array of strings that ends early": (
         container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 2) + string("x" * 30))])[:87],
@@ -495,6 +516,39 @@ def test_a_bad_file_is_refused(name, tmp_path):
     path.write_bytes(raw)
     with pytest.raises(CheckpointError, match=rf"bad\.gguf: .*{message}"):
         open_checkpoint(path)
+
+
+ZEROS = 40 << 30  # bytes of a hole after the header: they take no room on the disk
+LARGE = {
+    "a string": (key_value("k", V.STRING, struct.pack("<Q", 1 << 34)), "a string of 17179869184 bytes does not fit"),
+    "a key": (
+        struct.pack("<Q", 1 << 34),
+        "a key: a string of 17179869184 bytes does not fit in the .* of the 67108864",
+    ),
+    "bytes": (key_value("k", V.ARRAY, struct.pack("<IQ", V.UINT8, 1 << 34)), "an array of 17179869184 elements"),
+    "strings": (key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 1 << 30)), "an array of 1073741824 elements"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_file_that_is_mostly_a_hole_takes_no_memory(name, tmp_path):
+    start, message = LARGE[name]
+    path = tmp_path / "hole.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + start)
+    os.truncate(path, ZEROS)
+    with pytest.raises(CheckpointError, match=rf"hole\.gguf: .*{message}"):
+        read_container(path)
+
+
+@pytest.mark.parametrize("counts", [(1 << 20, 0), (0, 1 << 20), (1 << 20, 1 << 20)])
+def test_counts_that_only_a_hole_could_hold(counts, tmp_path):
+    path = tmp_path / "hole.gguf"
+    path.write_bytes(container(counts=counts))
+    os.truncate(path, ZEROS)
+    with pytest.raises(
+        CheckpointError, match=r"hole\.gguf: .*(expected at most 65536|67108864 that a header may have)"
+    ):
+        read_container(path)
 
 
 @pytest.mark.parametrize("version", [2, 3])

@@ -146,7 +146,7 @@ def _slot(name: str, shape: tuple[int, ...], table: Mapping[str, Slot], source: 
         return None
     slot = table.get(EMBEDDING if name == HEAD and HEAD not in table else name)
     if slot is None:
-        raise CheckpointError(f"{source}: unknown tensor {name}; expected the {len(table)} of a Qwen2.5 model")
+        raise CheckpointError(f"{source}: unknown tensor {name[:200]}; expected the {len(table)} of a Qwen2.5 model")
     if shape != slot.shape:
         raise CheckpointError(f"{source}: tensor {name} has shape {shape}; expected {slot.shape}")
     return slot
