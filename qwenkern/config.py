@@ -148,10 +148,11 @@ class Config:
                 "original_max_position_embeddings": fields.get("rope.scaling.original_context_length"),
             }
             scaling = _yarn(rope, context, source)
-        head_dim = fields.get("attention.key_length") or _head_dim(hidden, heads, source)
+        head_dim = fields.get("attention.key_length")
+        head_dim = _head_dim(hidden, heads, source) if head_dim is None else _whole(source, "head_dim", head_dim)
         for name in ("rope.dimension_count", "attention.value_length"):
-            if fields.get(name, head_dim) != head_dim:
-                raise ConfigError(f"{source}: {name} is {shown(fields[name])}; expected the heads' {shown(head_dim)}")
+            if (found := fields.get(name, head_dim)) != head_dim:
+                raise ConfigError(f"{source}: {name} is {shown(found)}; expected the heads' {shown(head_dim)}")
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden,

@@ -277,6 +277,8 @@ def test_missing_file(tmp_path):
         ({"qwen2.attention.head_count": 0}, "0 attention heads"),
         ({"qwen2.attention.head_count": [16] * 36}, r"\[16, 16, .*\.\.\. attention heads"),
         ({"qwen2.rope.dimension_count": 64}, "rope.dimension_count is 64; expected the heads' 128"),
+        ({"qwen2.attention.key_length": math.nan}, "head_dim is nan; expected a whole number"),
+        ({"qwen2.attention.key_length": 0}, "head_dim is 0; expected a whole number"),
         ({"qwen2.attention.value_length": 64}, "attention.value_length is 64; expected the heads' 128"),
         ({"qwen2.rope.freq_base": math.nan}, "rope_theta is nan"),
         ({"qwen2.attention.layer_norm_rms_epsilon": "small"}, "rms_norm_eps is 'small'"),
