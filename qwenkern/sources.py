@@ -75,12 +75,14 @@ def licence(model: str) -> str | None:
 
 def resolve(model: str | Path, progress: Progress | None = None) -> Path:
     """The local path of a model: a path is returned as it is, a name is pulled unless it is cached already."""
+    if not isinstance(model, (str, Path)):
+        raise RequestError(f"model is of type {type(model).__name__}; expected a path, a name or a hub id")
     if path := _local(model):
         return path
     text = str(model)
     if not text.strip():
         raise RequestError(f"model: found {text!r}, expected a folder, a .gguf file, a name or a hub id")
-    if os.path.isfile(os.path.expanduser(text)) and text.lower() not in _names():
+    if os.path.isfile(_expanded(text)) and text.lower() not in _names():
         raise CheckpointError(f"{text}: found a file of another kind, expected a folder or a GGUF file")
     path_like = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf") or text.count("/") > 1
     if isinstance(model, Path) or path_like or os.path.isabs(text) or "\\" in text:
@@ -117,7 +119,7 @@ def _names() -> list[str]:
 
 def _local(model: str | Path) -> Path | None:
     """The path that ``model`` names on this machine, if there is a folder or GGUF file."""
-    path = os.path.expanduser(model)  # os.path answers False where pathlib raises (a text too long, a NUL)
+    path = _expanded(model)  # os.path answers False where pathlib raises (a text too long, a NUL)
     if os.path.isfile(path):
         return Path(path) if is_gguf(path) else None
     if not os.path.isdir(path):
@@ -126,6 +128,13 @@ def _local(model: str | Path) -> Path | None:
         holds_model = any(file == "config.json" or file.endswith(".gguf") for file in os.listdir(path))
         return Path(path) if holds_model else None
     return Path(path)
+
+
+def _expanded(model: str | Path) -> str:
+    try:
+        return os.path.expanduser(model)
+    except ValueError:  # after "~", what can be nobody's name
+        return str(model)
 
 
 def _pull_snapshot(hub_id: str) -> Path:

@@ -715,6 +715,19 @@ def test_unknown_names_are_refused_with_the_closest(hub, name, hint):
     assert not hub
 
 
+@pytest.mark.parametrize("name", [None, 5, b"demo", ["demo"]])
+def test_what_is_no_name(name):
+    with pytest.raises(RequestError, match="model is of type"):
+        sources.resolve(name)
+
+
+@pytest.mark.parametrize("name", ["~no\0body/x", "~\ud800"])
+def test_a_home_that_can_be_nobodys(hub, name):
+    assert sources.licence(name) is None
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        sources.resolve(name)
+
+
 @pytest.mark.parametrize("name", ["", "  "])
 def test_an_empty_name(name):
     with pytest.raises(RequestError, match="model: found"):
