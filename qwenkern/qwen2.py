@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from . import kernels as ops
 from .cache import Batch, PagedCache
 from .config import Config
+from .errors import RequestError
 
 HUGE_PAGE = 2 << 20
 
@@ -141,7 +142,14 @@ class Weights(nn.Module):
 
     def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(_empty(shape, dtype, device), requires_grad=False)
+        try:
+            weight = _empty(shape, dtype, device)
+        except (OSError, OverflowError, RuntimeError) as error:  # what mmap and torch say where there is no memory
+            reason = str(error).partition("\n")[0]
+            raise RequestError(
+                f"device {device} gives no memory for weights of shape {list(shape)} in {dtype}: {reason}"
+            ) from error
+        self.weight = nn.Parameter(weight, requires_grad=False)
         if bias:
             self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False)
 

@@ -240,6 +240,10 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
             r"unknown tensor model\.layers\.0\.mlp\.gate_up",
         ),
         ({"model.layers.3.mlp.up_proj.weight": torch.ones(12, 8)}, r"unknown tensor model\.layers\.3\.mlp\.up_proj"),
+        (
+            {"model.layers.0.mlp.up_proj.qweight": torch.ones(1, 12).int()},
+            r"model\.layers\.0\.mlp\.up_proj\.qweight is of weights quantised by GPTQ or AWQ, which is not built",
+        ),
         ({K_PROJ: torch.ones(24, 8)}, r"k_proj\.weight has shape \(24, 8\); expected \(12, 8\)"),
         ({K_PROJ: torch.ones(8, 12)}, r"k_proj\.weight has shape \(8, 12\); expected \(12, 8\)"),
         ({K_PROJ: torch.ones(96)}, r"k_proj\.weight has shape \(96,\); expected \(12, 8\)"),
@@ -433,6 +437,17 @@ def test_folders_without_what_is_needed(tmp_path):
     refused(tmp_path, r"hidden_size is missing", ConfigError)
 
 
+@pytest.mark.parametrize("weights", ["whole", "damaged", "none"])
+def test_quantised_weights_are_refused_from_the_configuration(weights, tmp_path):
+    write_single(tmp_path)
+    if weights != "whole":
+        (tmp_path / "model.safetensors").write_bytes(b"x")
+    if weights == "none":
+        (tmp_path / "model.safetensors").unlink()
+    write_config(tmp_path, quantization_config={"quant_method": "gptq", "bits": 4})
+    refused(tmp_path, r"config\.json: quantization_config says that the weights are quantised by 'gptq'", ConfigError)
+
+
 def test_several_files_without_an_index_are_refused(tmp_path):
     write_sharded(tmp_path)
     (tmp_path / INDEX).unlink()
@@ -483,6 +498,7 @@ BAD = {
     "garbage": b"this is no safetensors file at all",
     "length beyond the file": raw_file({}, length=1000),
     "length beyond any file": raw_file({}, length=2**63),
+    "a header of 16 MB": raw_file(json.dumps({"a": entry(0, 16)}).encode() + b" " * (1 << 24), bytes(16)),
     "not JSON": raw_file(b"{]"),
     "not an object": raw_file(b"[1, 2]"),
     "deep": raw_file(b"[" * 100_000),
