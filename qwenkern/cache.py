@@ -84,11 +84,11 @@ class PagedCache:
                 f"the key-value cache has room for {self.num_free_tokens} more tokens of its {self.num_tokens}, and a "
                 f"sequence needs {num_tokens} more: pass a larger cache_tokens to Model.from_pretrained"
             )
+        self.rope.reach((len(table.pages) + missing) * self.page_size)  # first: a page without its angles would be used
         for _ in range(missing):
             page = self._free.pop()
             self._users[page] = 1
             table.pages.append(page)
-        self.rope.reach(len(table.pages) * self.page_size)
 
     def release(self, table: BlockTable) -> None:
         """Takes back every page that no other sequence shares, and empties the table."""

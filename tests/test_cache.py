@@ -112,6 +112,22 @@ def test_angles_are_those_of_transformers_as_far_as_sequences_reach(yarn):
     assert cache.rope.cos_sin.data_ptr() == address  # captured steps read there
 
 
+def test_no_page_is_given_before_its_angles_are_there(monkeypatch):
+    cache = PagedCache(replace(TINY, max_position_embeddings=1 << 20), 1 << 20, torch.float32, torch.device("cpu"))
+    table, block = BlockTable(), cache.rope._block
+
+    def interrupt(rows):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.rope, "reach", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.extend(table, 2 * block)
+    cache.rope.cos_sin[block:] = torch.nan
+    cache.extend(table, 2 * block)
+    assert cache.rope.cos_sin[: 2 * block].isfinite().all()
+
+
 def test_a_context_of_millions_costs_nothing_until_it_is_used():
     config = replace(TINY, max_position_embeddings=1 << 24, num_hidden_layers=1, num_key_value_heads=1, head_dim=16)
     before = psutil.Process().memory_info().rss
