@@ -30,7 +30,12 @@ ORDER = [
     "completion",
 ]
 ORDER += ["Model"]
-LEAVES = {"errors": set(), "reading": {"errors"}, "config": {"errors", "reading"}}
+LEAVES = {
+    "errors": set(),
+    "reading": {"errors"},
+    "config_fields": {"errors"},
+    "config": {"errors", "reading", "config_fields"},
+}
 LEAVES |= {"download": {"errors"}, "sources": {"errors", "reading", "config", "download"}, "sampling": {"errors"}}
 
 
