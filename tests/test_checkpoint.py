@@ -426,6 +426,17 @@ def test_other_paths_are_refused(name, message, tmp_path):
     refused(tmp_path / name, message)
 
 
+def test_paths_that_the_system_refuses(tmp_path, monkeypatch):
+    refused(Path("x" * 5000), r"^x{500}: cannot be read: File name too long$")
+    write_single(tmp_path)
+
+    def not_for_you(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_file", not_for_you)  # as in a folder of another user
+    refused(tmp_path, r"cannot be read: Permission denied")
+
+
 def test_folders_without_what_is_needed(tmp_path):
     refused(tmp_path, r"has no \.safetensors files$")
     (tmp_path / "q.gguf").write_bytes(b"x")

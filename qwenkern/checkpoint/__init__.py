@@ -31,6 +31,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     Pickle files are never opened: unpickling runs whatever code the file contains.
     """
     path = Path(path)
+    try:
+        return _open(path)
+    except OSError as error:  # a folder that may not be read, a name that is too long
+        raise CheckpointError(f"{str(path)[:500]}: cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
     if path.is_dir() or is_gguf(path):
