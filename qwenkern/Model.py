@@ -55,7 +55,7 @@ class Model:
         self.tokenizer = tokenizer
         self.generation = dict(generation)  # the checkpoint's defaults for sampling
         self.dtype = module.model.norm.weight.dtype
-        self.device = module.cos_sin.device
+        self.device = module.model.norm.weight.device
         for name, value in (("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise RequestError(f"{name} is {value!r}; expected a whole number of at least 1, or None")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, RequestError
+from .reading import read_json, read_text
 
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
 
@@ -56,7 +57,7 @@ class ChatTemplate:
         """
         files = {"default": folder / "chat_template.jinja"}
         files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
-        templates = {name: (_read_text(file), str(file)) for name, file in files.items() if file.is_file()}
+        templates = {name: (read_text(file), str(file)) for name, file in files.items() if file.is_file()}
         for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
             if not templates and (found := read_json(file).get("chat_template")) is not None:
                 entries = [{"name": "default", "template": found}] if isinstance(found, str) else found
@@ -193,23 +194,3 @@ def _environment() -> Any:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
     return environment
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no file. Raises CheckpointError for anything else."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(_read_text(file))
-    except (ValueError, RecursionError) as fault:
-        raise CheckpointError(f"{file}: not readable as JSON: {fault}") from fault
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}; expected a JSON object")
-    return content
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise CheckpointError(f"{file}: not readable as UTF-8 text: {fault}") from fault

@@ -4,17 +4,16 @@ A leaf of the package: standard library only."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from . import config_fields as check
+from .config_fields import YarnScaling
+from .errors import ConfigError, shown
+from .reading import read_json
 
-# Sizes above this are damage, not models: the largest of the family has 152,064 of anything.
-_LARGEST = 1 << 24
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -25,28 +24,6 @@ _COUNTS = (
     "head_dim",
     "max_position_embeddings",
 )
-
-
-@dataclass(frozen=True)
-class YarnScaling:
-    """YaRN context extension (Peng et al. 2023, https://arxiv.org/abs/2309.00071).
-
-    ``factor`` stretches ``original_max_position_embeddings``. Frequencies that turn more than ``beta_fast`` times in
-    the original context are kept, those that turn less than ``beta_slow`` times are interpolated, with a ramp between.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    attention_factor: float | None = None  # multiplies cos and sin; None: 0.1 ln(factor) + 1, the paper's equation 22
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True  # the ramp's ends are rounded outwards to whole dimensions
-
-    @property
-    def attention_scale(self) -> float:
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
 @dataclass(frozen=True)
@@ -70,11 +47,15 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-                raise ConfigError(f"{self.source}: {name} is {value!r}; expected a whole number from 1 to {_LARGEST}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            _positive(self.source, name, getattr(self, name))
+            check.whole(
+                self.source,
+                name,
+                getattr(self, name),
+                check.MOST_LAYERS if name == "num_hidden_layers" else check.LARGEST,
+            )
+        check.positive(self.source, "rms_norm_eps", self.rms_norm_eps)
+        if check.positive(self.source, "rope_theta", self.rope_theta) <= 1:
+            raise ConfigError(f"{self.source}: rope_theta is {self.rope_theta}; expected a number above 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"{self.source}: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
@@ -86,12 +67,9 @@ class Config:
     @classmethod
     def from_json(cls, path: str | Path) -> Config:
         """Reads a Hugging Face config.json, in the spelling of transformers 4 or 5."""
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: cannot be read as a model's config.json: {error}") from error
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+        if not Path(path).exists():
+            raise ConfigError(f"{path}: no such file; expected a model's config.json")
+        fields = read_json(Path(path), ConfigError)
         return cls.from_dict(fields, source=str(path))
 
     @classmethod
@@ -99,37 +77,36 @@ class Config:
         """From the fields of a config.json. ``source`` names them in messages."""
         if fields.get("model_type") != "qwen2":
             raise ConfigError(
-                f"{source}: model_type is {fields.get('model_type')!r}; qwenkern runs 'qwen2', the dense Qwen2.5 models"
+                f"{source}: model_type is {shown(fields.get('model_type'))}; qwenkern runs 'qwen2', the dense Qwen2.5 "
+                "models"
             )
-        if not isinstance(fields.get("layer_types") or [], list):
-            raise ConfigError(f"{source}: layer_types is {fields['layer_types']!r}; expected a list")
-        if fields.get("use_sliding_window") or "sliding_attention" in (fields.get("layer_types") or ()):
-            raise ConfigError(f"{source}: use_sliding_window is true; sliding-window attention is not built yet")
+        check.refuse_quantised(fields, source)
         if fields.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{source}: hidden_act is {fields['hidden_act']!r}; expected 'silu'")
-        layers = _required(fields, "num_hidden_layers", source)
-        if fields.get("layer_types") is not None and len(fields["layer_types"]) != layers:
-            raise ConfigError(f"{source}: layer_types has {len(fields['layer_types'])} entries for {layers} layers")
-        heads = _required(fields, "num_attention_heads", source)
+            raise ConfigError(f"{source}: hidden_act is {shown(fields['hidden_act'])}; expected 'silu'")
+        layers = check.required(fields, "num_hidden_layers", source)
+        heads = check.required(fields, "num_attention_heads", source)
         max_positions = fields.get("max_position_embeddings", 32768)
-        theta, scaling = _rope(fields, max_positions, source)
-        hidden = _required(fields, "hidden_size", source)
-        return cls(
-            vocab_size=_required(fields, "vocab_size", source),
+        theta, scaling = check.rope(fields, max_positions, source)
+        hidden = check.required(fields, "hidden_size", source)
+        head_dim = fields.get("head_dim")
+        config = cls(
+            vocab_size=check.required(fields, "vocab_size", source),
             hidden_size=hidden,
-            intermediate_size=_required(fields, "intermediate_size", source),
+            intermediate_size=check.required(fields, "intermediate_size", source),
             num_hidden_layers=layers,
             num_attention_heads=heads,
-            num_key_value_heads=_or(fields.get("num_key_value_heads"), heads),
-            head_dim=_or(fields.get("head_dim"), _head_dim(hidden, heads, source)),
+            num_key_value_heads=check.given_or(fields.get("num_key_value_heads"), heads),
+            head_dim=check.head_dim_of(hidden, heads, source) if head_dim is None else head_dim,
             max_position_embeddings=max_positions,
             rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
-            dtype=str(_or(fields.get("torch_dtype"), _or(fields.get("dtype"), "bfloat16"))),
+            tie_word_embeddings=check.flag(fields, "tie_word_embeddings", False, source),
+            dtype=str(check.given_or(fields.get("torch_dtype"), check.given_or(fields.get("dtype"), "bfloat16"))),
             source=source,
         )
+        check.refuse_windows(fields, config.num_hidden_layers, config.context_length, source)
+        return config
 
     @classmethod
     def from_gguf(
@@ -139,28 +116,35 @@ class Config:
         the vocabulary and whether the output is tied are read off its tensors, not its metadata."""
         if metadata.get("general.architecture") != "qwen2":
             raise ConfigError(
-                f"{source}: general.architecture is {metadata.get('general.architecture')!r}; qwenkern runs 'qwen2', "
-                "the dense Qwen2.5 models"
+                f"{source}: general.architecture is {shown(metadata.get('general.architecture'))}; qwenkern runs "
+                "'qwen2', the dense Qwen2.5 models"
             )
         fields = {key.removeprefix("qwen2."): value for key, value in metadata.items() if key.startswith("qwen2.")}
-        hidden, heads = (_required(fields, name, source) for name in ("embedding_length", "attention.head_count"))
-        context = _required(fields, "context_length", source)
+        hidden, heads = (check.required(fields, name, source) for name in ("embedding_length", "attention.head_count"))
+        context = check.required(fields, "context_length", source)
         scaling = None
         if fields.get("rope.scaling.type", "none") != "none":
-            rope = {
+            scaled = {
                 "rope_type": fields["rope.scaling.type"],
                 "factor": fields.get("rope.scaling.factor"),
                 "original_max_position_embeddings": fields.get("rope.scaling.original_context_length"),
             }
-            scaling = _yarn(rope, context, source)
+            scaling = check.yarn(scaled, context, source)
+        head_dim = fields.get("attention.key_length")
+        head_dim = (
+            check.head_dim_of(hidden, heads, source) if head_dim is None else check.whole(source, "head_dim", head_dim)
+        )
+        for name in ("rope.dimension_count", "attention.value_length"):
+            if (found := fields.get(name, head_dim)) != head_dim:
+                raise ConfigError(f"{source}: {name} is {shown(found)}; expected the heads' {shown(head_dim)}")
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden,
-            intermediate_size=_required(fields, "feed_forward_length", source),
-            num_hidden_layers=_required(fields, "block_count", source),
+            intermediate_size=check.required(fields, "feed_forward_length", source),
+            num_hidden_layers=check.required(fields, "block_count", source),
             num_attention_heads=heads,
             num_key_value_heads=fields.get("attention.head_count_kv", heads),
-            head_dim=fields.get("attention.key_length") or _head_dim(hidden, heads, source),
+            head_dim=head_dim,
             max_position_embeddings=context,
             # GGUF keeps float32: 1e-6 comes as 9.99999997e-07, which this turns into the number that was meant
             rms_norm_eps=_shortest(fields.get("attention.layer_norm_rms_epsilon", 1e-6)),
@@ -216,74 +200,6 @@ class Config:
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
         """Bytes that one token occupies in the key-value cache of all layers."""
         return 2 * self.num_hidden_layers * self.kv_size * bytes_per_element
-
-
-def _rope(fields: Mapping[str, Any], max_positions: int, source: str) -> tuple[float, YarnScaling | None]:
-    """Theta and scaling: `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ConfigError(f"{source}: rope_parameters or rope_scaling is {rope!r}; expected an object")
-    outer, inner = fields.get("rope_theta"), rope.get("rope_theta")
-    if outer is not None and inner is not None and outer != inner:
-        raise ConfigError(
-            f"{source}: rope_theta is {outer} at the top and {inner} in rope_parameters; expected one value"
-        )
-    theta = _or(_or(inner, outer), 10000.0)  # transformers' default when a qwen2 config names none
-    return theta, _yarn(rope, max_positions, source)
-
-
-def _yarn(rope: Mapping[str, Any], max_positions: int, source: str) -> YarnScaling | None:
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
-        return None
-    if kind != "yarn":
-        raise ConfigError(f"{source}: rope scaling of type {kind!r} is not built; expected 'yarn' or 'default'")
-    if rope.get("mscale") or rope.get("mscale_all_dim"):
-        raise ConfigError(f"{source}: rope scaling has mscale, which no Qwen2.5 model uses; expected attention_factor")
-    original = _or(rope.get("original_max_position_embeddings"), max_positions)
-    if not isinstance(original, int) or isinstance(original, bool) or not 0 < original <= _LARGEST:
-        raise ConfigError(
-            f"{source}: original_max_position_embeddings is {original!r}; expected a positive whole number"
-        )
-    attention_factor = rope.get("attention_factor")
-    scaling = YarnScaling(
-        factor=_positive(source, "rope scaling's factor", rope.get("factor")),
-        original_max_position_embeddings=original,
-        attention_factor=attention_factor
-        if attention_factor is None
-        else _positive(source, "rope scaling's attention_factor", attention_factor),
-        beta_fast=_positive(source, "rope scaling's beta_fast", rope.get("beta_fast") or 32.0),
-        beta_slow=_positive(source, "rope scaling's beta_slow", rope.get("beta_slow") or 1.0),
-        truncate=bool(rope.get("truncate", True)),
-    )
-    if scaling.factor < 1 or scaling.factor * original > _LARGEST:
-        raise ConfigError(f"{source}: rope scaling's factor is {scaling.factor}; expected 1 to {_LARGEST // original}")
-    return scaling
-
-
-def _head_dim(hidden: Any, heads: Any, source: str) -> int:
-    if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
-        raise ConfigError(
-            f"{source}: hidden_size {hidden!r} cannot be divided evenly among {heads!r} attention heads; "
-            "expected a multiple, or head_dim to be given"
-        )
-    return hidden // heads
-
-
-def _required(fields: Mapping[str, Any], name: str, source: str) -> Any:
-    if fields.get(name) is None:
-        raise ConfigError(f"{source}: {name} is missing")
-    return fields[name]
-
-
-def _positive(source: str, name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{source}: {name} is {value!r}; expected a positive finite number")
-    return float(value)
-
-
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
 
 
 def _shortest(value: Any) -> Any:

@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from .checkpoint.packing import slots
+from .checkpoint.packing import EMBEDDING, HEAD, slots
 from .config import FAMILY, Config
-from .errors import RequestError
+from .errors import RequestError, shown
 from .kernels import cpu
 
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![a-z])", re.IGNORECASE)
@@ -81,8 +81,10 @@ def _against_name(config: Config, name: str) -> list[str]:
     key = f"qwen2.5-{stated[1]}b"
     published = FAMILY[key].num_parameters if key in FAMILY else float(stated[1]) * 1e9
     found = []
-    if abs(config.num_parameters / published - 1) > 0.05:
-        found.append(f"the name says {stated[0]}, and the configuration makes {config.num_parameters:,} parameters")
+    if abs(config.num_parameters - published) > 0.05 * published:
+        found.append(
+            f"the name says {stated[0][:20]}, and the configuration makes {config.num_parameters:,} parameters"
+        )
     if key in FAMILY:
         for field in _SIZES:
             ours, theirs = getattr(config, field), getattr(FAMILY[key], field)
@@ -110,6 +112,8 @@ def _against_itself(config: Config) -> list[str]:
 
 def _against_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     expected = {name: slot.shape for name, slot in slots(config).items()}
+    if config.tie_word_embeddings and EMBEDDING not in shapes:  # either of the two will do
+        expected[HEAD] = expected.pop(EMBEDDING)
     found = [
         f"tensor {name} has shape {tuple(shapes[name])}; the configuration makes it {shape}"
         for name, shape in expected.items()
@@ -124,10 +128,10 @@ def _against_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> l
 
 def _against_tokens(config: Config, generation: Mapping[str, Any], num_tokens: int | None) -> list[str]:
     found = []
-    ends = generation.get("eos_token_id") or []
-    for token in [ends] if isinstance(ends, int) else ends:
-        if not 0 <= token < config.vocab_size:
-            found.append(f"eos_token_id {token} is outside the vocabulary of {config.vocab_size}")
+    ends = generation.get("eos_token_id")
+    for token in ends if isinstance(ends, (list, tuple)) else [ends]:
+        if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
+            found.append(f"eos_token_id {shown(token)} is outside the vocabulary of {config.vocab_size}")
     if num_tokens is not None and num_tokens > config.vocab_size:
         found.append(f"the tokenizer has ids up to {num_tokens - 1}; vocab_size is {config.vocab_size}")
     return found

@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
+from qwenkern.reading import LARGEST, read_json, unique
 
 from .base import Checkpoint
+from .links import inside
 
 _INDEX = "model.safetensors.index.json"
-_LARGEST_JSON = 100_000_000  # bytes: the safetensors format's own limit for a header
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,10 +44,11 @@ class SafetensorsCheckpoint(Checkpoint):
 
 def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
     """Reads config.json, generation_config.json, the index and the header of every file. Raises CheckpointError."""
+    file = folder / "config.json"
+    config = Config.from_json(file) if file.exists() else None  # first: it may say that the weights are of another kind
     files = _weight_files(folder)
-    if not (folder / "config.json").is_file():
+    if config is None:
         raise CheckpointError(f"{folder}: has weights but no config.json")
-    generation = folder / "generation_config.json"
     headers = {file: _header(file) for file in files}
     for file, expected in files.items():
         found = headers[file].keys()
@@ -58,8 +59,8 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
             raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
     return SafetensorsCheckpoint(
         path=folder,
-        config=Config.from_json(folder / "config.json"),
-        generation=_read_json(generation) if generation.is_file() else {},
+        config=config,
+        generation=read_json(folder / "generation_config.json"),
         metadata={},
         shapes={name: shape for header in headers.values() for name, shape in header.items()},
         files={file: tuple(header) for file, header in headers.items()},
@@ -78,7 +79,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     found = sorted(folder.glob("*.safetensors"))
     single = [file for file in found if file.name == "model.safetensors"] or found
     if len(single) == 1:
-        return {_inside(folder, single[0].name, "the folder"): None}
+        return {inside(folder, single[0].name, "the folder"): None}
     if found:
         raise CheckpointError(
             f"{folder}: has {len(found)} .safetensors files and no {_INDEX} to say what belongs together"
@@ -95,7 +96,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     index = folder / _INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index}: expected an object weight_map from tensors to files, found {weight_map!r:.100}"
@@ -108,57 +109,25 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{index}: tensor {tensor} is in {name!r}; expected the bare name of a .safetensors file"
             )
         if name not in paths:
-            paths[name] = _inside(folder, name, _INDEX)
+            paths[name] = inside(folder, name, _INDEX)
         files.setdefault(paths[name], set()).add(tensor)
     return dict(sorted(files.items()))
-
-
-def _inside(folder: Path, name: str, named_by: str) -> Path:
-    """The path of `name`, after a look at where it leads: a checkpoint must not make us read files elsewhere.
-
-    The Hugging Face hub's cache keeps .../snapshots/<revision>/<name> as links to .../blobs/<hash>.
-    """
-    path, home = folder / name, folder.resolve()
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
-        raise CheckpointError(f"{path}: is missing; {named_by} names it") from error
-    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if not target.is_file() or target.parent not in allowed:
-        raise CheckpointError(f"{path}: leads to {target}; expected a file inside {folder}")
-    return path
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the order of the data, checked by the library, then by us for names that occur twice."""
     with _errors(file):
-        with safe_open(file, framework="pt"):
-            pass
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            entries = json.loads(stream.read(min(length, _LARGEST_JSON)), object_pairs_hook=_unique)
+            if length > LARGEST:
+                raise ValueError(f"its header has {length} bytes; expected at most {LARGEST}")
+            text = stream.read(length)
+        with safe_open(file, framework="pt"):
+            pass
+        entries = json.loads(text, object_pairs_hook=unique)
         entries.pop("__metadata__", None)
         ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
         return {name: tuple(entries[name]["shape"]) for name in ordered}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    with _errors(file):
-        if file.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{file.stat().st_size} bytes; expected at most {_LARGEST_JSON}")
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object, found {type(content).__name__}")
-        return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{twice!r} occurs twice")
-    return content
 
 
 @contextmanager
