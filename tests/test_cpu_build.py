@@ -217,6 +217,39 @@ def test_a_cache_that_cannot_be_used_ends_nothing(fresh, monkeypatch, caplog, ki
     assert not [record for record in caplog.records if "compiler" in record.getMessage()]
 
 
+# What is compiled
+
+
+def test_no_array_on_the_stack_grows_with_what_is_given():
+    for file in compiler.files():
+        if file.suffix == ".c":
+            flags = ["-Wvla", "-Werror=vla", "-Walloca", "-Werror=alloca", *targets.native().flags]
+            subprocess.run([*compiler.command(), *flags, "-fsyntax-only", str(file)], check=True, capture_output=True)
+
+
+def test_a_row_of_a_normed_linear_may_have_any_length():
+    """Nothing of a row's length lies on a stack, which in a thread may be small."""
+    code = """
+import threading, torch
+threading.stack_size(1 << 20)
+from qwenkern import kernels
+from qwenkern.kernels import cpu, reference
+x = torch.ones(1, 8 << 20, dtype=torch.bfloat16)
+assert cpu.takes_linear(x)
+def run():
+    print(kernels.norm_linear(x, x, x[0], 1e-6, x[:, :1].expand(1, 8 << 20).contiguous())[0].item())
+for team in (1, 2):
+    torch.set_num_threads(team)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+"""
+    hidden = ("TRITON_INTERPRET", "QWENKERN_KERNELS")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.split() == [str(float(8 << 20))] * 2, (done.returncode, done.stderr)
+
+
 # What is measured
 
 
