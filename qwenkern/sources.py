@@ -128,11 +128,14 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]  #
 
 
 def cache_dir() -> Path:
-    """``$QWENKERN_CACHE``, else ``$XDG_CACHE_HOME/qwenkern``, else ``~/.cache/qwenkern``."""
-    if own := os.environ.get("QWENKERN_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "qwenkern"
+    """``$QWENKERN_CACHE``, which may be relative to the current folder, else ``$XDG_CACHE_HOME/qwenkern`` where that is
+    absolute, as its specification demands, else ``~/.cache/qwenkern``. Raises CheckpointError where nobody's home."""
+    own, shared = os.environ.get("QWENKERN_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    folder = Path(own or Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern"))
+    try:
+        return folder.expanduser().absolute()
+    except (RuntimeError, OSError) as error:  # nobody's home; a current folder that was deleted
+        raise CheckpointError(f"{folder}: {error}; set QWENKERN_CACHE to a folder for downloads") from error
 
 
 def licence(model: str) -> str | None:

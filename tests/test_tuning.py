@@ -31,6 +31,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, T
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QWENKERN_CONFIG_DIR", str(tmp_path))
     tuning.forget()
+    tuning._warn_once.cache_clear()
     yield tmp_path
     tuning.forget()
 
@@ -55,17 +56,44 @@ def test_the_nearest_entry_is_laid_over_the_heuristic(folder):
     assert tuning.lookup("linear", DEVICE, SIZES, heuristic) == heuristic
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"entries": [{"sizes": 1, "config": {}}]}', '{"entries": [1]}'])
-def test_a_damaged_file_is_named(folder, text):
+DAMAGED = [
+    "{",
+    "[]",
+    "[" * 100_000,
+    '{"entries": 5}',
+    '{"entries": [1]}',
+    '{"entries": [{"sizes": 1, "config": {}}]}',
+    '{"entries": [{"sizes": {"rows": 0, "columns": 1}, "config": {}}]}',
+    '{"entries": [{"sizes": {"rows": 1, "columns": 1}, "config": {"BLOCK": "wide"}}]}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_file_is_named_and_ends_no_forward_pass(folder, text):
     _tuned(folder, text)
     with pytest.raises(ValueError, match=r"swiglu\.json is not a tuned configuration"):
-        tuning.lookup("swiglu", DEVICE, SIZES, {})
+        tuning.read_entries(folder / "some-card-80-gb" / "swiglu.json")
+    with pytest.warns(UserWarning, match=r"swiglu\.json is not a tuned configuration.*; the kernel's own choice"):
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
+
+
+def test_an_entry_without_a_size_is_named(folder):
+    _tuned(folder, [{"sizes": {"rows": 1}, "config": {"BLOCK": 2}}])
+    with pytest.warns(UserWarning, match="swiglu for Some Card .* has no size columns"):
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
+
+
+def test_a_folder_that_cannot_be_looked_into_is_as_none(folder, monkeypatch):
+    for odd in ("/proc/self/mem/x", str(folder / "file" / "in a file"), "~nobody", "x" * 5000):
+        (folder / "file").write_text("")
+        monkeypatch.setenv("QWENKERN_CONFIG_DIR", odd)
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
 
 
 def test_an_unknown_field_is_named(folder):
     _tuned(folder, [{"sizes": SIZES, "config": {"BLOK": 1}}])
-    with pytest.raises(ValueError, match=r"swiglu for Some Card .* sets BLOK, and the kernel has BLOCK"):
-        tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1})
+    with pytest.warns(UserWarning, match=r"swiglu for Some Card .* sets BLOK, and the kernel has BLOCK"):
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
 
 
 def test_a_kernel_runs_with_what_was_tuned(folder, ops):
