@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import tuning
-from .triton_if_any import INSTALLED, INTERPRETED
+from .triton_if_any import INSTALLED, INTERPRETED, ensure_cache
 
 
 def op(
@@ -131,6 +131,8 @@ def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:
         unsupported = "anything, for Triton is not installed"
     if unsupported and x.is_cuda:
         _warn_once(unsupported)
+    if not (unsupported or INTERPRETED):
+        ensure_cache()
     return not unsupported
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -115,6 +118,27 @@ def test_what_was_tuned_for_other_pages_stays_within_one(folder):
     assert _config(tuning.INTERPRETER, 2, 64, 64, 2)["BLOCK_N"] == 64
     assert _config(tuning.INTERPRETER, 2, 64, 48, 2)["BLOCK_N"] == 16
     assert _config(tuning.INTERPRETER, 2, 64, 64, 4)["BLOCK_N"] == 32  # float32 keeps its own
+
+
+def test_triton_compiles_where_its_folder_cannot_be_written(compiling):
+    """As for a user without a home."""
+    code = """
+import os, warnings, torch, triton
+from triton.runtime.cache import get_cache_manager
+from qwenkern.kernels import dispatch, tuning
+with warnings.catch_warnings(record=True) as said, tuning.offline(tuning.Device("any", "cuda", 90, 132, 232448)):
+    warnings.simplefilter("always")
+    assert dispatch.runs_on_triton(torch.empty(1, device="meta"))
+    assert dispatch.runs_on_triton(torch.empty(1, device="meta"))
+print(*(each.message for each in said))
+print(os.path.isfile(get_cache_manager("0" * 64).put(b"compiled", "kernel.cubin")), triton.knobs.cache.dir)
+"""
+    environment = compiling | {"TRITON_CACHE_DIR": "/proc/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    said, kept = done.stdout.splitlines()
+    assert said == "qwenkern: Triton keeps no compiled kernels in /proc/nowhere: No such file or directory"
+    assert kept.startswith("True ")
+    assert not Path(kept.split()[1]).exists()  # it goes with the process
 
 
 SPACE = {"BLOCK": (16, 32, 64), "num_warps": (1, 2)}
