@@ -1,44 +1,11 @@
 """The ops of the graph: tensors and numbers in, tensors out. dispatch.py says what runs where."""
 
-if __name__ == "kernels":
-    raise ImportError(
-        "this folder is the package qwenkern.kernels, and the bare name `kernels` belongs to another library: "
-        "write `from qwenkern import kernels`"
-    )
+if __name__ == "kernels":  # found by its folder's name, which is another library's
+    from .namesake import hand_over
 
-try:
-    import triton  # noqa: F401
-except ImportError:  # where there is no Triton, the twins are all there is
-    from contextlib import nullcontext as dependent_launches
-
-    from .reference import (
-        add_rms_norm,
-        apply_rope,
-        attention,
-        decode_attention,
-        embedding,
-        linear,
-        lm_head,
-        lm_head_top_k,
-        norm_linear,
-        norm_qkv_rope,
-        norm_swiglu_linear,
-        prefill_attention,
-        rms_norm,
-        rms_norm_backward,
-        rope_and_cache,
-        silu_mul,
-        silu_mul_backward,
-        swiglu,
-        swiglu_backward,
-    )
-    from .reference import (
-        invariant_tokens as invariant_tokens,
-    )
-    from .reference import (
-        waits_for_host as waits_for_host,
-    )
+    hand_over()
 else:
+    from . import layers as layers
     from .attention import attention
     from .decode_attention import decode_attention
     from .decode_attention import waits_for_host as waits_for_host
@@ -54,8 +21,6 @@ else:
     from .rope import apply_rope, rope_and_cache
     from .swiglu import silu_mul, swiglu
     from .swiglu_backward import silu_mul_backward, swiglu_backward
-
-from . import layers as layers  # of the ops above
 
 __all__ = [
     "add_rms_norm",

@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 
 import torch
-import triton
 from torch import Tensor
 
 from . import reference
@@ -21,6 +20,7 @@ from .decode_attention import unsupported as unsupported_one
 from .dispatch import op, runs_on_triton
 from .prefill_attention import attend as attend_many
 from .prefill_attention import unsupported as unsupported_many
+from .triton_if_any import triton
 
 PAGE = 64  # what a page's length is rounded up to; the kernels never look beyond a sequence's own
 

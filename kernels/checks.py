@@ -34,26 +34,33 @@ def check_tensor(
     all of it."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, and is {type(tensor).__name__}")
-    found, leading = tensor.shape, shape[0] == "..."
-    at = len(found) - len(shape) + leading
-    fits, empty = at >= 0 if leading else at == 0, False
-    if fits:  # a loop by hand: this is called several times for an op that takes microseconds
-        for want in shape[1:] if leading else shape:
-            if want != found[at]:
-                fits, empty = fits and not isinstance(want, int), empty or not found[at]
-            at += 1
-    if not fits:
-        raise ValueError(f"{op}: {name} must have shape {_text(shape)}, and has {_text(tensor.shape)}")
-    if empty:
-        raise ValueError(f"{op}: {name} is empty, with shape {_text(tensor.shape)}")
-    if tensor.dtype not in dtypes if like is None else tensor.dtype != like.dtype:
-        allowed = dtypes if like is None else (like.dtype,)
-        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-        raise TypeError(f"{op}: {name} must be {names}, and is {str(tensor.dtype).removeprefix('torch.')}")
-    if dense and not tensor.is_contiguous():
-        raise ValueError(f"{op}: {name} must be contiguous, and has strides {_text(tensor.stride())}")
-    if tensor.stride(-1) != 1 and found[-1] != 1:
-        raise ValueError(f"{op}: {name}'s last dimension must be contiguous, and its stride is {tensor.stride(-1)}")
+    try:
+        found, leading = tensor.shape, shape[0] == "..."
+        at = len(found) - len(shape) + leading
+        fits, empty = at >= 0 if leading else at == 0, False
+        if fits:  # a loop by hand: this is called several times for an op that takes microseconds
+            for want in shape[1:] if leading else shape:
+                if want != found[at]:
+                    fits, empty = fits and not isinstance(want, int), empty or not found[at]
+                at += 1
+        if not fits:
+            raise ValueError(f"{op}: {name} must have shape {_text(shape)}, and has {_text(tensor.shape)}")
+        if empty:
+            raise ValueError(f"{op}: {name} is empty, with shape {_text(tensor.shape)}")
+        if tensor.dtype not in dtypes if like is None else tensor.dtype != like.dtype:
+            allowed = dtypes if like is None else (like.dtype,)
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            raise TypeError(f"{op}: {name} must be {names}, and is {str(tensor.dtype).removeprefix('torch.')}")
+        if dense and not tensor.is_contiguous():
+            raise ValueError(f"{op}: {name} must be contiguous, and has strides {_text(tensor.stride())}")
+        if tensor.stride(-1) != 1:
+            if tensor.layout is not torch.strided:
+                raise RuntimeError
+            if found[-1] != 1:
+                stride = tensor.stride(-1)
+                raise ValueError(f"{op}: {name}'s last dimension must be contiguous, and its stride is {stride}")
+    except RuntimeError:  # or torch's, where a layout has no sizes or strides
+        raise TypeError(f"{op}: {name} must be a dense tensor, and is {_layout(tensor)}") from None
 
 
 def check_device(op: str, **tensors: Tensor | None) -> None:
@@ -86,8 +93,8 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
         raise ValueError(f"{op}: {name} must be within {low} and {high - 1}, and one is {wrong}")
 
 
-def check_cache(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, head_dim: int) -> None:
-    """Raises unless both are [num_pages, page_size, Hkv, D] in the dtype of ``like``."""
+def check_cache(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, head_dim: int | str = "D") -> None:
+    """Raises unless both are [num_pages, page_size, Hkv, D] in the dtype of ``like``, with this D, or any."""
     check_tensor(op, "k_pages", k_pages, ("pages", "page size", "Hkv", head_dim), like=like, dense=True)
     check_tensor(op, "v_pages", v_pages, tuple(k_pages.shape), like=like, dense=True)
 
@@ -106,6 +113,10 @@ def check_paged(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tabl
     if can_look_at(lengths):
         pages = torch.arange(block_tables.shape[1]) * page_size
         check_range(op, "block_tables", block_tables[pages < lengths[:, None]], 0, num_pages)
+
+
+def _layout(tensor: Tensor) -> str:
+    return "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
 
 
 def _text(sizes: Sequence[int | str]) -> str:

@@ -21,8 +21,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu, reference, tuning
@@ -30,6 +28,7 @@ from .checks import check_paged
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, dot, wait_for_inputs
 from .rope import HEAD_DIMS
+from .triton_if_any import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_GROUP = 64

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
+from torch.nn import Parameter
 
 from . import tuning
-
-INTERPRETED = triton.knobs.runtime.interpret
+from .triton_if_any import INSTALLED, INTERPRETED, ensure_cache
 
 
 def op(
@@ -46,12 +46,21 @@ def op(
 
         @functools.wraps(function)
         def public(*args: Any, **keywords: Any) -> Any:
-            first = args[0] if args else None
+            given = (*args, *keywords.values()) if keywords else args
             if torch.autograd.forward_ad._current_level >= 0:
-                _refuse_tangents(name, (*args, *keywords.values()))
-            if torch.compiler.is_compiling() or _wants_gradient(args, keywords) or _is_watched(first):
+                _refuse_tangents(name, given)
+            if torch.compiler.is_compiling() or _is_traced():
                 return getattr(torch.ops.qwenkern, name)(*args, **keywords)
-            if isinstance(first, Tensor) and first.is_cuda and first.device.index != torch.cuda.current_device():
+            if _is_for_torch(given):
+                _refuse_negated(function, mutates, args, keywords)
+                return getattr(torch.ops.qwenkern, name)(*args, **keywords)
+            first = given[0] if given and isinstance(given[0], Tensor) else _first_tensor(given)
+            if first is None or first.is_cpu:
+                return function(*args, **keywords)
+            if first.is_meta and not tuning.is_offline():  # shapes alone, where all are; else the op says which is not
+                alone = all(each.is_meta for each in given if isinstance(each, Tensor))
+                return (getattr(torch.ops.qwenkern, name) if alone else function)(*args, **keywords)
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
                 with torch.cuda.device(first.device):  # Triton launches on the current device
                     return function(*args, **keywords)
             return function(*args, **keywords)
@@ -62,21 +71,44 @@ def op(
     return register
 
 
-def _wants_gradient(args: tuple[Any, ...], keywords: dict[str, Any]) -> bool:
-    return torch.is_grad_enabled() and any(
-        isinstance(each, Tensor) and each.requires_grad for each in (*args, *keywords.values())
-    )
+def _is_for_torch(given: Iterable[Any]) -> bool:
+    """Whether torch must see an argument itself: it wants a gradient, or is a subclass, which may have no memory of
+    its own (DTensor, torchao's), or is negated when it is read. A launcher would not know."""
+    wants_gradient = torch.is_grad_enabled()
+    for each in given:
+        kind = type(each)
+        if kind is Tensor or kind is Parameter:
+            if each.is_neg() or (wants_gradient and each.requires_grad):
+                return True
+        elif isinstance(each, Tensor):
+            return True
+    return False
 
 
-def _is_watched(x: Any) -> bool:
-    """Whether torch follows what happens to x (tracing, vmap), or x has no memory, or is negated when it is read: a
-    launcher's work, which torch does not see, would be missing or wrong."""
+def _is_traced() -> bool:
+    """Whether torch follows what happens: a launcher's work, which it does not see, would be missing."""
     return (
-        (isinstance(x, Tensor) and (type(x) not in (Tensor, torch.nn.Parameter) or x.is_neg()))
-        or torch.jit.is_tracing()
+        torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None
     )
+
+
+def _first_tensor(given: Iterable[Any]) -> Tensor | None:
+    return next((each for each in given if isinstance(each, Tensor)), None)
+
+
+def _refuse_negated(
+    function: Callable, names: tuple[str, ...], args: tuple[Any, ...], keywords: dict[str, Any]
+) -> None:
+    """Raises where an argument to be written to is negated when it is read: torch has no way to write to it."""
+    if names:
+        given = inspect.signature(function).bind(*args, **keywords).arguments
+        for each in names:
+            if isinstance(given[each], Tensor) and given[each].is_neg():
+                raise ValueError(
+                    f"{function.__name__}: {each} is written to, and is a negated view; expected a plain one"
+                )
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
@@ -95,8 +127,12 @@ def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:
         return False
     if x.dtype == torch.float64 or not x.numel():  # nothing to launch
         return False
+    if not INSTALLED:
+        unsupported = "anything, for Triton is not installed"
     if unsupported and x.is_cuda:
         _warn_once(unsupported)
+    if not (unsupported or INTERPRETED):
+        ensure_cache()
     return not unsupported
 
 

@@ -17,11 +17,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
-
 from . import tuning
 from .language import INTERPRETED, cast, dot, prefetch, round_to
+from .triton_if_any import tl, triton
 
 MAX_TOKENS = 16  # above, a library's matrix product is as fast
 IN_FLIGHT = (

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from . import triton_if_any
+from .triton_if_any import gdc_launch_dependents, gdc_wait, tl, triton
 
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+INTERPRETED = tl.constexpr(triton_if_any.INTERPRETED)
 
 
 @triton.jit

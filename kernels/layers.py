@@ -18,14 +18,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import apply_rope, reference, rms_norm, swiglu
+from . import reference
+from .rms_norm import rms_norm
+from .rope import apply_rope
+from .swiglu import swiglu
 
 
 class RMSNorm(nn.Module):
     """x [..., H] over its root mean square, times the weight."""
 
     can_torch_compile = True
-    has_backward = getattr(rms_norm, "has_gradient", True)  # where there is no Triton, it is torch's
+    has_backward = rms_norm.has_gradient
 
     weight: Tensor
     variance_epsilon: float
@@ -39,7 +42,7 @@ class SiluAndMul(nn.Module):
     """silu(gate) * up of x [..., 2 F], gate in the first half: [..., F]."""
 
     can_torch_compile = True
-    has_backward = getattr(swiglu, "has_gradient", True)
+    has_backward = swiglu.has_gradient
 
     def forward(self, x: Tensor) -> Tensor:
         return (swiglu if _is_plain(x) else reference.swiglu)(x)
@@ -50,7 +53,7 @@ class RotaryPosEmb(nn.Module):
     either half the same. Computed in float32 and rounded once."""
 
     can_torch_compile = True
-    has_backward = getattr(apply_rope, "has_gradient", True)
+    has_backward = apply_rope.has_gradient
 
     def forward(self, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
         if unsqueeze_dim not in (1, 2):

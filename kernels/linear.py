@@ -17,8 +17,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu, reference, tuning
@@ -28,6 +26,7 @@ from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, pref
 from .language import cast, silu, wait_for_inputs
 from .rms_norm import add_rms_norm
 from .swiglu import swiglu
+from .triton_if_any import tl, triton
 
 
 @triton.jit

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu, reference, tuning
@@ -25,6 +23,7 @@ from .few_tokens import MAX_TOKENS, accumulate, config, padded, prefetch_weight,
 from .language import wait_for_inputs
 from .linear import check_normed, unsupported
 from .rms_norm import add_rms_norm
+from .triton_if_any import tl, triton
 
 MAX_TOP_K = 16  # more: the logits, and torch's topk
 

@@ -21,8 +21,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu, reference, tuning
@@ -30,6 +28,7 @@ from .checks import INTEGERS, check_device, check_paged, check_tensor
 from .decode_attention import LOG2_E
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, dot, wait_for_inputs
+from .triton_if_any import tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 

@@ -14,8 +14,6 @@ A rotation needs elements i and i + D/2 of a head, so a program takes BLOCK_N / 
 
 from __future__ import annotations
 
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import tuning
@@ -25,6 +23,7 @@ from .few_tokens import MAX_TOKENS, accumulate, config, padded, prefetch_weight,
 from .language import cast, round_to, wait_for_inputs
 from .linear import check_normed, new_residual_like, norm_linear, unsupported
 from .rope import check_places, rope_and_cache, unsupported_heads
+from .triton_if_any import tl, triton
 
 
 @triton.jit
@@ -199,13 +198,13 @@ def norm_qkv_rope(
     gives: (q [T, Hq, D], new residual [T, K]).
 
     Changes k_pages and v_pages. Arguments and errors are those of the two."""
-    name, head_dim = "norm_qkv_rope", k_pages.shape[-1]
+    name = "norm_qkv_rope"
     check_normed(name, x, residual, norm_weight, weight)
     if bias is not None:
         check_tensor(name, "bias", bias, (len(weight),), like=x)
         check_device(name, x=x, bias=bias)
     check_places(name, x, "weight", len(weight), positions, cos_sin, k_pages, v_pages, slots)
-    if len(x) > MAX_TOKENS or not runs_on_triton(x, unsupported(x) or unsupported_heads(head_dim)):
+    if len(x) > MAX_TOKENS or not runs_on_triton(x, unsupported(x) or unsupported_heads(k_pages.shape[-1])):
         qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
         return rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots), residual
     q_out, _ = _fake_norm_qkv_rope(

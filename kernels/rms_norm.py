@@ -14,8 +14,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu, reference, tuning
@@ -23,6 +21,7 @@ from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, wait_for_inputs
 from .rms_norm_backward import add_rms_norm_gradient, rms_norm_gradient
+from .triton_if_any import tl, triton
 
 MAX_HIDDEN = 32768  # a row must fit in a program's registers
 

@@ -20,14 +20,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, wait_for_inputs
+from .triton_if_any import tl, triton
 
 MAX_HIDDEN = 16384  # a row and its sum must fit in a program's registers: to 8192 without spills, twice that with some
 

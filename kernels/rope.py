@@ -15,14 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu, reference, tuning
 from .checks import INTEGERS, check_cache, check_device, check_range, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, wait_for_inputs
+from .triton_if_any import tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128)
 
@@ -169,8 +168,8 @@ def check_places(
     slots: Tensor,
 ) -> None:
     """Raises unless q, k and v of x's tokens, ``width`` elements a token from ``source``, can go where these say."""
+    check_cache(name, k_pages, v_pages, like=x)
     head_dim = k_pages.shape[-1]
-    check_cache(name, k_pages, v_pages, like=x, head_dim=head_dim)
     _check_table(name, x, head_dim, positions, cos_sin)
     check_tensor(name, "slots", slots, (len(x),), dtypes=INTEGERS)
     check_device(
@@ -193,6 +192,8 @@ def _fake_apply_rope(
 
 def _save_angles(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, _, cos_sin, positions, ctx.inverse = inputs
+    if ctx.needs_input_grad[2]:
+        raise NotImplementedError("apply_rope has no gradient of cos_sin; expected a table that requires none")
     ctx.save_for_backward(cos_sin, positions)
 
 

@@ -11,8 +11,6 @@ where transformers rounds it. Bytes moved: 3 T F elements.
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import cpu, reference, tuning
@@ -20,6 +18,7 @@ from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
 from .swiglu_backward import config, silu_mul_gradient, swiglu_gradient
+from .triton_if_any import tl, triton
 
 
 @triton.jit

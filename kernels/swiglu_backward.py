@@ -15,14 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
+from .triton_if_any import tl, triton
 
 for _op in ("swiglu", "swiglu_backward"):
     tuning.SPACES[_op] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}

@@ -17,6 +17,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,17 +127,31 @@ def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, 
     if _trial is not None and _trial.op == op:
         _trial.seen.append((sizes, heuristic))
         return {**heuristic, **_trial.config}
-    entries = _entries(op, device.folder, os.environ.get("QWENKERN_CONFIG_DIR", ""))
-    if not entries:
+    try:
+        entries = _entries(op, device.folder, os.environ.get("QWENKERN_CONFIG_DIR", ""))
+        return {**heuristic, **_nearest(entries, sizes, heuristic)}
+    except ValueError as error:  # what somebody tuned may be stale or damaged, and ends no forward pass
+        _warn_once(f"{op} for {device.name}: {error}")
         return heuristic
-    nearest = min(entries, key=lambda entry: _distance(entry["sizes"], sizes))
-    unknown = set(nearest["config"]) - set(heuristic)
-    if unknown:
-        raise ValueError(
-            f"the tuned configuration of {op} for {device.name} sets {', '.join(sorted(unknown))}, "
-            f"and the kernel has {', '.join(heuristic)}"
-        )
-    return {**heuristic, **nearest["config"]}
+
+
+def _nearest(entries: list[dict[str, Any]], sizes: dict[str, int], heuristic: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of the nearest entry. Raises ValueError where one is not of this kernel."""
+    if not entries:
+        return {}
+    for entry in entries:
+        if missing := set(sizes) - set(entry["sizes"]):
+            raise ValueError(f"a tuned configuration has no size {', '.join(sorted(missing))}")
+        if unknown := set(entry["config"]) - set(heuristic):
+            raise ValueError(
+                f"a tuned configuration sets {', '.join(sorted(unknown))}, and the kernel has {', '.join(heuristic)}"
+            )
+    return min(entries, key=lambda entry: _distance(entry["sizes"], sizes))["config"]
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"qwenkern: {problem}; the kernel's own choice is used in its place", stacklevel=4)
 
 
 def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> float:
@@ -146,18 +161,24 @@ def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> float:
 @remember
 def _entries(op: str, folder: str, override: str) -> list[dict[str, Any]]:
     for root in (override, Path(__file__).parent / "tuned"):
-        file = Path(root) / folder / f"{op}.json"
-        if root and file.is_file():
-            return read_entries(file)
+        file = os.path.join(root, folder, f"{op}.json")
+        if root and os.path.isfile(file):  # os.path answers False where pathlib raises
+            return read_entries(Path(file))
     return []
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:
-    """The entries of a tuned file. Raises ValueError that names the file where it is none."""
+    """The entries of a tuned file: sizes and fields of configurations are whole numbers, sizes from 1 on. Raises
+    ValueError that names the file where it is none."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
-        if not all(isinstance(entry["sizes"], dict) and isinstance(entry["config"], dict) for entry in entries):
-            raise TypeError("sizes and config must be objects")
-    except (ValueError, KeyError, TypeError) as error:
+        for entry in entries:
+            if not (_are_numbers(entry["sizes"], 1) and _are_numbers(entry["config"], 0)):
+                raise TypeError("sizes and config must be objects of whole numbers")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{file} is not a tuned configuration: {error!r}") from error
     return entries
+
+
+def _are_numbers(values: object, least: int) -> bool:
+    return isinstance(values, dict) and all(type(value) is int and value >= least for value in values.values())

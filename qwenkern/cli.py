@@ -147,8 +147,15 @@ def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo")
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(help="Name of a size, hub id, folder or .gguf file.")] = "demo",
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Only measure anew what is fastest on this CPU, and say what changed.")
+    ] = False,
 ) -> None:
     """Parameters, memory by context, contradictions among the numbers, and how this CPU computes. Loads no weights."""
+    if renew:
+        for name, value in facts.renewed().items():
+            Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
+        return
     config, warnings = _facts(model)
     table = Table(title=f"{model}: {config.num_parameters:,} parameters", title_justify="left")
     table.add_column("part")

@@ -10,6 +10,7 @@ from .checkpoint.packing import EMBEDDING, HEAD, slots
 from .config import FAMILY, Config
 from .errors import RequestError, shown
 from .kernels import cpu
+from .kernels.triton_if_any import triton
 
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![a-z])", re.IGNORECASE)
 _SIZES = (
@@ -46,13 +47,28 @@ def memory(config: Config, bytes_per_element: int = 2) -> dict[int, int]:
 
 
 def processor() -> dict[str, str]:
-    """What the C kernels were compiled for, where they come from, their threads, and what was measured on this CPU.
+    """Which Triton there is, what the C kernels were compiled for, where they come from, their threads, and what was
+    measured on this CPU.
 
     Raises RequestError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
     try:
-        return cpu.describe()
+        return {"Triton": triton.__version__ or "not installed, so torch runs on a GPU"} | cpu.describe()
     except ValueError as error:
         raise RequestError(str(error)) from None
+
+
+def renewed() -> dict[str, str]:
+    """Measures anew what is fastest on this CPU: what ``processor`` then says of it, and what was so before.
+
+    Raises RequestError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
+    try:
+        found = cpu.renew()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+    return {
+        name: f"{now}, as before" if before and now.startswith(before) else f"{now}, before: {before or 'nothing'}"
+        for name, (now, before) in found.items()
+    }
 
 
 def contradictions(

@@ -182,6 +182,110 @@ def test_a_key_that_is_no_number_is_not_hidden() -> None:
         assert torch.equal(out.isnan().any(-1), expected)
 
 
+def softmax_attention(q, k, v, tables, counts, scale: float) -> torch.Tensor:
+    """decode_attention in float64, as the formula has it."""
+    rows = []
+    for query, table, count in zip(q.double(), tables.long(), counts.tolist(), strict=True):
+        keys, values = (pages.double()[table].flatten(0, 1)[:count] for pages in (k, v))
+        group = len(query) // keys.shape[1]
+        keys, values = (each.repeat_interleave(group, dim=1) for each in (keys, values))
+        weights = torch.einsum("hd,thd->ht", query, keys).mul(scale).softmax(-1)
+        rows.append(torch.einsum("ht,thd->hd", weights, values))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_attention_is_as_finite_as_its_formula(where: str, value: float) -> None:
+    """One such number among those that are seen, in a first block of tokens and in a later one."""
+    for token in (3, 150):
+        q, k, v, tables, counts = cached([40, 200], 14, 2, 64)
+        if where == "q":
+            q[1, 9, 5] = value
+        else:
+            {"k": k, "v": v}[where][tables[1, token // 16], token % 16, 1, 5] = value
+        truth = softmax_attention(q, k, v, tables, counts, 0.125)
+        starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+        for out in (
+            cpu.decode_attention(q, k, v, tables, counts, 0.125),
+            cpu.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+        ):
+            assert_same_where_not_finite(out, truth)
+
+
+def test_a_block_of_keys_that_weigh_nothing_hides_no_other() -> None:
+    """All scores of the first block are -infinity, as they are before anything is seen."""
+    q, k, v, tables, counts = cached([200, 200], 14, 2, 64)
+    q[:, :, 5] = 1.0
+    for length in (64, 128, 200):
+        k[tables[1].long().repeat_interleave(16)[:length], torch.arange(length) % 16, :, 5] = -torch.inf
+        truth = softmax_attention(q, k, v, tables, counts, 0.125)
+        assert truth[1].isnan().all() == (length == 200)
+        starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+        for out in (
+            cpu.decode_attention(q, k, v, tables, counts, 0.125),
+            cpu.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+        ):
+            assert_same_where_not_finite(out, truth)
+
+
+def assert_same_where_not_finite(out: torch.Tensor, truth: torch.Tensor) -> None:
+    """NaN and the infinities stand in the same places; what else there is, is close."""
+    out, truth = out.double(), truth.double()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(out), kind(truth)), kind.__name__
+    finite = truth.isfinite()
+    assert_as_close_as(out[finite].bfloat16(), truth[finite].bfloat16(), truth[finite])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("tokens", [3, 21])
+def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float) -> None:
+    """One such number in each argument of each op."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    x, residual, norm, w = (
+        tensor(tokens, 96, seed=0),
+        tensor(tokens, 96, seed=1),
+        tensor(96, seed=2),
+        tensor(14, 96, seed=3),
+    )
+    bias, addend, heads = tensor(14, seed=4), tensor(tokens, 14, seed=5), tensor(tokens, 3, 32, seed=6)
+    calls = {
+        "linear": (x, w, bias, addend),
+        "norm_linear": (x, residual, norm, EPS, w, bias),
+        "norm_swiglu_linear": (x, residual, norm, EPS, w),
+        "lm_head": (x, residual, norm, EPS, w),
+        "add_rms_norm": (x, residual, norm, EPS),
+        "rms_norm": (x, norm, EPS),
+        "silu_mul": (x, residual),
+        "apply_rope": (heads, heads + 1, angles(tokens, 32), torch.arange(tokens)),
+        "embedding": (torch.arange(tokens) % 14, w),
+    }
+    for name, given in calls.items():
+        for place, spoiled in enumerate(given):
+            if not isinstance(spoiled, torch.Tensor) or not spoiled.is_floating_point():
+                continue
+            args = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+            args[place].view(-1)[args[place].numel() // 2 + 1] = value
+            outs, expected = getattr(kernels, name)(*args), getattr(reference, name)(*args)
+            for out, peer in zip(
+                *(each if isinstance(each, tuple) else (each,) for each in (outs, expected)), strict=True
+            ):
+                for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                    assert torch.equal(kind(out), kind(peer)), (name, place, kind.__name__)
+
+
+def test_zeros_keep_their_sign() -> None:
+    x = tensor(3, 64, seed=0)
+    x[:, ::2] = -0.0
+    weight, tiny = tensor(64, seed=1), torch.full((3, 64), 1e-39).bfloat16()  # subnormal
+    for name, args in {"rms_norm": (x, weight, EPS), "silu_mul": (x, tiny + 1)}.items():
+        out, expected = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+        assert torch.equal(out.signbit(), expected.signbit())
+        assert torch.equal(out == 0, expected == 0)
+    assert torch.equal(cpu.rms_norm(tiny, weight, EPS), reference.rms_norm(tiny, weight, EPS))
+
+
 def test_scores_far_apart_do_not_overflow() -> None:
     q, k, v, tables, counts = cached([300], 14, 2, 64)
     q = q * 100

@@ -7,12 +7,15 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
 import qwenkern
+from qwenkern import download, info
 from qwenkern.errors import RequestError
 from qwenkern.kernels import cpu
 from qwenkern.kernels.cpu import build, choose, compiler, kept, targets, threads
@@ -123,7 +126,7 @@ def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     assert runs()
     assert cpu.target() == os.environ[targets.FORCED]
     assert "compiles its C functions" in caplog.text
-    assert fresh.stat().st_mode & 0o077 == 0
+    assert fresh.stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
     [library] = fresh.glob("*.so")
     said = json.loads(library.with_suffix(".json").read_text())
     assert said["sources"] == compiler.digest()
@@ -135,7 +138,7 @@ def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     assert "compiled on this machine" in cpu.describe()["CPU"]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "manifest", "another's"])
+@pytest.mark.parametrize("damage", ["truncated", "garbage", "manifest", "another's", "planted"])
 def test_a_kept_library_that_is_not_what_it_was_is_compiled_anew(fresh, caplog, damage):
     assert runs()
     [library] = fresh.glob("*.so")
@@ -143,12 +146,17 @@ def test_a_kept_library_that_is_not_what_it_was_is_compiled_anew(fresh, caplog, 
     library.unlink()  # it is mapped: truncating it would end this process
     library.write_bytes({"truncated": content[:-100], "garbage": b"\x7fELF" * 100}.get(damage, content))
     library.chmod(0o777 if damage == "another's" else 0o700)
+    if damage == "planted":
+        if os.getuid() != 0:
+            pytest.skip("only root may give a file away")
+        os.chown(library, 4242, 4242)
     if damage == "manifest":
         manifest.write_text('{"library": []')
     caplog.clear()
     build.forget()
     assert runs()
-    assert {"manifest": "missing or damaged", "another's": "another user's"}.get(damage, "is damaged") in caplog.text
+    reasons = {"manifest": "missing or damaged", "another's": "another user's", "planted": "another user's"}
+    assert reasons.get(damage, "is damaged") in caplog.text
     assert library.read_bytes() == content
     assert kept.trusted(library)
 
@@ -217,6 +225,198 @@ def test_a_cache_that_cannot_be_used_ends_nothing(fresh, monkeypatch, caplog, ki
     assert not [record for record in caplog.records if "compiler" in record.getMessage()]
 
 
+# What is compiled
+
+
+def test_no_array_on_the_stack_grows_with_what_is_given():
+    for file in compiler.files():
+        if file.suffix == ".c":
+            flags = ["-Wvla", "-Werror=vla", "-Walloca", "-Werror=alloca", *targets.native().flags]
+            subprocess.run([*compiler.command(), *flags, "-fsyntax-only", str(file)], check=True, capture_output=True)
+
+
+def test_a_row_of_a_normed_linear_may_have_any_length():
+    """Nothing of a row's length lies on a stack, which in a thread may be small."""
+    code = """
+import threading, torch
+threading.stack_size(1 << 20)
+from qwenkern import kernels
+from qwenkern.kernels import cpu, reference
+x = torch.ones(1, 8 << 20, dtype=torch.bfloat16)
+assert cpu.takes_linear(x)
+def run():
+    print(kernels.norm_linear(x, x, x[0], 1e-6, x[:, :1].expand(1, 8 << 20).contiguous())[0].item())
+for team in (1, 2):
+    torch.set_num_threads(team)
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+"""
+    hidden = ("TRITON_INTERPRET", "QWENKERN_KERNELS")
+    environment = {name: value for name, value in os.environ.items() if name not in hidden}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=environment)
+    assert done.stdout.split() == [str(float(8 << 20))] * 2, (done.returncode, done.stderr)
+
+
+# Where it is kept
+
+
+def test_whatever_the_umask_nobody_else_may_write(fresh, monkeypatch):
+    before = os.umask(0)
+    try:
+        assert runs()
+        choose.remember("prefetch", [0, 1], 1)
+    finally:
+        os.umask(before)
+    assert len(list(fresh.iterdir())) >= 3
+    for each in (fresh, *fresh.iterdir()):
+        assert kept.trusted(each), each
+        assert os.access(each, os.R_OK)
+    monkeypatch.setattr(compiler, "compile_to", None)
+    build.forget()
+    assert runs()
+
+
+@pytest.mark.parametrize(("user", "mode"), [(0, 0o755), (4242, 0o700)])
+def test_what_root_makes_others_may_read(fresh, monkeypatch, user, mode):
+    """As in an image that root builds, and that runs as another user."""
+    monkeypatch.setattr(kept.os, "getuid", lambda: user)
+    monkeypatch.setattr(kept, "trusted", lambda path: True)
+    assert kept.folder().stat().st_mode & 0o777 == mode
+
+
+ANOTHER_USER = """
+import os, sys
+from pathlib import Path
+import torch
+from qwenkern.kernels import cpu
+from qwenkern.kernels.cpu import build
+os.setgroups([])
+os.setresgid(4242, 4242, 4242)
+os.setresuid(4242, 4242, 4242)
+x = torch.ones(2, 32).bfloat16()
+print(cpu.takes_linear(x), build.loaded() and build.loaded().origin)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may become another user")
+@pytest.mark.parametrize(("mode", "origin"), [(0o755, "compiled on this machine"), (0o700, "for this process only")])
+def test_another_user_runs_from_what_root_has_made(tmp_path, mode, origin):
+    hidden = ("QWENKERN_KERNELS", "TRITON_INTERPRET", "CC")
+    with tempfile.TemporaryDirectory() as place:  # where another user may look, as into no folder of pytest's
+        os.chmod(place, 0o755)
+        environment = {name: value for name, value in os.environ.items() if name not in hidden}
+        environment |= {"QWENKERN_CACHE": place, targets.FORCED: targets.usable()[-1].name}
+
+        def run(code: str, **more: str) -> subprocess.CompletedProcess:
+            command = [sys.executable, "-c", code]
+            return subprocess.run(command, capture_output=True, text=True, check=True, env=environment | more)
+
+        run("from qwenkern.kernels import cpu; cpu.library(), cpu.multiplies()")
+        os.chmod(Path(place, "compiled"), mode)
+        done = run(ANOTHER_USER, **({"PATH": ""} if mode == 0o755 else {}))
+        assert done.stdout.startswith("True"), done.stderr
+        assert origin in done.stdout
+        assert ("it cannot be read" in done.stderr) == (mode == 0o700)
+
+
+def test_a_warm_cache_needs_no_compiler(fresh, monkeypatch, recwarn):
+    """Nor the one that filled it: an image without any runs what another has compiled."""
+    best = targets.usable()[0]._replace(name="odd", needs=frozenset({"anything"}), floats=None)
+    monkeypatch.setattr(targets, "usable", lambda: [best])
+    assert runs()
+    for cc in ("", "no-such-compiler", "gcc '"):
+        monkeypatch.setenv("CC", cc)
+        monkeypatch.setenv("PATH", "")
+        compiler._asked.cache_clear()
+        build.forget()
+        assert runs()
+        assert cpu.describe()["CPU"].startswith("C for odd, compiled on this machine")
+    assert not recwarn.list
+    [library] = fresh.glob("*.so")
+    library.write_bytes(b"something else")
+    build.forget()
+    with pytest.warns(UserWarning, match="gcc '"):
+        assert not runs()
+
+
+def test_a_folder_that_is_only_read_is_used(fresh, monkeypatch, caplog):
+    assert runs()
+    monkeypatch.setattr(os, "replace", _read_only)
+    monkeypatch.setattr(os, "utime", _read_only)
+    monkeypatch.setattr(compiler, "compile_to", None)
+    for file in fresh.iterdir():
+        os.chmod(file, 0o444)
+    build.forget()
+    caplog.clear()
+    assert runs()
+    assert not caplog.records
+
+
+def _read_only(*_: object, **__: object) -> None:
+    raise OSError(30, "Read-only file system")
+
+
+@pytest.mark.parametrize(("own", "shared", "expected"), [
+    ("own", "", "own"), ("~/own", "", "home/own"), ("", "", "home/.cache/qwenkern"),
+    ("", "relative", "home/.cache/qwenkern"), ("", "{}/xdg", "xdg/qwenkern"),
+])  # fmt: skip
+def test_the_folder_is_the_one_of_downloads(fresh, monkeypatch, tmp_path, own, shared, expected):
+    monkeypatch.chdir(tmp_path)
+    for name, value in {"QWENKERN_CACHE": own, "XDG_CACHE_HOME": shared, "HOME": f"{tmp_path}/home"}.items():
+        monkeypatch.setenv(name, value.format(tmp_path))
+    assert kept.folder() == tmp_path / expected / "compiled"
+    assert download.cache_dir() == tmp_path / expected
+    monkeypatch.chdir("/")
+    assert kept.folder() == tmp_path / expected / "compiled"
+
+
+def test_the_compiler_needs_no_other_folder(fresh, monkeypatch):
+    """A read-only system may have nowhere for its temporary files."""
+    monkeypatch.setenv("TMPDIR", "/proc/nowhere")
+    assert runs()
+
+
+def test_what_nobody_used_for_long_goes_when_something_new_comes(fresh):
+    fresh.mkdir(parents=True)
+    long_ago, names = time.time() - 31 * kept.DAY, []
+    for name in (
+        "0123456789abcdef-x86-64-v3.so",
+        "0123456789abcdef-x86-64-v3.json",
+        "choice-prefetch-0123456789abcdef.json",
+    ):
+        (fresh / name).write_text("")
+        os.utime(fresh / name, (long_ago, long_ago))
+    (fresh / "making-x").mkdir()
+    os.utime(fresh / "making-x", (long_ago, long_ago))
+    for name in ("notes.txt", "0123456789abcdef-x86-64-v3.so.bak", "choice.json"):
+        (fresh / name).write_text("")
+        os.utime(fresh / name, (long_ago, long_ago))
+        names.append(name)
+    recent = fresh / "fedcba9876543210-x86-64-v4.so"
+    recent.write_text("")
+    assert runs()
+    left = {file.name for file in fresh.iterdir()}
+    assert {
+        name for name in left if not name.startswith("choice-") and build._key(targets.usable()[-1]) not in name
+    } == {
+        *names,
+        recent.name,
+    }
+
+
+def test_what_is_used_stays(fresh):
+    assert runs()
+    long_ago = time.time() - 31 * kept.DAY
+    for file in fresh.iterdir():
+        os.utime(file, (long_ago, long_ago))
+    build.forget()
+    assert runs()
+    kept.tidy(fresh)
+    assert list(fresh.glob("*.so"))
+    assert list(fresh.glob("choice-prefetch-*"))
+
+
 # What is measured
 
 
@@ -254,6 +454,32 @@ def test_the_fastest_is_chosen_and_remembered(fresh, monkeypatch, differs, expec
     assert len(list(fresh.iterdir())) == 3
     monkeypatch.setattr(choose, "_readings", None)
     assert chosen() == expected
+
+
+def test_a_choice_is_kept_with_its_day_and_the_load(fresh, monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (7.25, 1, 1))
+    assert runs()
+    assert "load 7.2" in choose.measured["prefetch"]
+    said = cpu.describe()["weights"]
+    assert said.endswith(f"(measured {time.strftime('%Y-%m-%d')}, load 7.2)")
+    build.forget()
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0, 0))
+    monkeypatch.setattr(choose, "_readings", None)
+    assert cpu.describe()["weights"] == said
+
+
+def test_everything_is_measured_anew_when_asked(fresh, monkeypatch):
+    seconds = {0: 1.0, 4096: 0.5, 16384: 0.4}
+    monkeypatch.setattr(choose, "_readings", lambda ways: {way: [seconds.get(way, 1.0)] * 4 for way in ways})
+    assert cpu.describe()["weights"].startswith("asked for 16384 bytes")
+    seconds[0] = 0.3
+    found = info.renewed()
+    assert found["weights"].startswith("not asked for in advance (measured")
+    assert found["weights"].endswith("before: asked for 16384 bytes in advance")
+    assert found["threads"].endswith("as before")
+    build.forget()
+    monkeypatch.setattr(choose, "_readings", None)
+    assert cpu.describe()["weights"].startswith("not asked for in advance")
 
 
 def test_a_doubtful_measurement_is_used_and_not_kept(fresh, monkeypatch, caplog):

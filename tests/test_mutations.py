@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 from pathlib import Path
 
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 FILES = [
-    file for file in sorted(Path(__file__).parent.glob("test_*.py")) if "\nMUTATIONS = [\n" in file.read_text("utf-8")
+    file
+    for file in sorted(Path(__file__).parent.glob("test_*.py"))
+    if re.search(r"^MUTATIONS\b", file.read_text("utf-8"), re.MULTILINE)
 ]
 MUTATIONS = [mutation for file in FILES for mutation in importlib.import_module(file.stem).MUTATIONS]
 

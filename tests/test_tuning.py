@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -31,6 +34,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, T
 def folder(tmp_path, monkeypatch):
     monkeypatch.setenv("QWENKERN_CONFIG_DIR", str(tmp_path))
     tuning.forget()
+    tuning._warn_once.cache_clear()
     yield tmp_path
     tuning.forget()
 
@@ -55,17 +59,44 @@ def test_the_nearest_entry_is_laid_over_the_heuristic(folder):
     assert tuning.lookup("linear", DEVICE, SIZES, heuristic) == heuristic
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"entries": [{"sizes": 1, "config": {}}]}', '{"entries": [1]}'])
-def test_a_damaged_file_is_named(folder, text):
+DAMAGED = [
+    "{",
+    "[]",
+    "[" * 100_000,
+    '{"entries": 5}',
+    '{"entries": [1]}',
+    '{"entries": [{"sizes": 1, "config": {}}]}',
+    '{"entries": [{"sizes": {"rows": 0, "columns": 1}, "config": {}}]}',
+    '{"entries": [{"sizes": {"rows": 1, "columns": 1}, "config": {"BLOCK": "wide"}}]}',
+]
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_file_is_named_and_ends_no_forward_pass(folder, text):
     _tuned(folder, text)
     with pytest.raises(ValueError, match=r"swiglu\.json is not a tuned configuration"):
-        tuning.lookup("swiglu", DEVICE, SIZES, {})
+        tuning.read_entries(folder / "some-card-80-gb" / "swiglu.json")
+    with pytest.warns(UserWarning, match=r"swiglu\.json is not a tuned configuration.*; the kernel's own choice"):
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
+
+
+def test_an_entry_without_a_size_is_named(folder):
+    _tuned(folder, [{"sizes": {"rows": 1}, "config": {"BLOCK": 2}}])
+    with pytest.warns(UserWarning, match="swiglu for Some Card .* has no size columns"):
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
+
+
+def test_a_folder_that_cannot_be_looked_into_is_as_none(folder, monkeypatch):
+    for odd in ("/proc/self/mem/x", str(folder / "file" / "in a file"), "~nobody", "x" * 5000):
+        (folder / "file").write_text("")
+        monkeypatch.setenv("QWENKERN_CONFIG_DIR", odd)
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
 
 
 def test_an_unknown_field_is_named(folder):
     _tuned(folder, [{"sizes": SIZES, "config": {"BLOK": 1}}])
-    with pytest.raises(ValueError, match=r"swiglu for Some Card .* sets BLOK, and the kernel has BLOCK"):
-        tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1})
+    with pytest.warns(UserWarning, match=r"swiglu for Some Card .* sets BLOK, and the kernel has BLOCK"):
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
 
 
 def test_a_kernel_runs_with_what_was_tuned(folder, ops):
@@ -87,6 +118,27 @@ def test_what_was_tuned_for_other_pages_stays_within_one(folder):
     assert _config(tuning.INTERPRETER, 2, 64, 64, 2)["BLOCK_N"] == 64
     assert _config(tuning.INTERPRETER, 2, 64, 48, 2)["BLOCK_N"] == 16
     assert _config(tuning.INTERPRETER, 2, 64, 64, 4)["BLOCK_N"] == 32  # float32 keeps its own
+
+
+def test_triton_compiles_where_its_folder_cannot_be_written(compiling):
+    """As for a user without a home."""
+    code = """
+import os, warnings, torch, triton
+from triton.runtime.cache import get_cache_manager
+from qwenkern.kernels import dispatch, tuning
+with warnings.catch_warnings(record=True) as said, tuning.offline(tuning.Device("any", "cuda", 90, 132, 232448)):
+    warnings.simplefilter("always")
+    assert dispatch.runs_on_triton(torch.empty(1, device="meta"))
+    assert dispatch.runs_on_triton(torch.empty(1, device="meta"))
+print(*(each.message for each in said))
+print(os.path.isfile(get_cache_manager("0" * 64).put(b"compiled", "kernel.cubin")), triton.knobs.cache.dir)
+"""
+    environment = compiling | {"TRITON_CACHE_DIR": "/proc/nowhere"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    said, kept = done.stdout.splitlines()
+    assert said == "qwenkern: Triton keeps no compiled kernels in /proc/nowhere: No such file or directory"
+    assert kept.startswith("True ")
+    assert not Path(kept.split()[1]).exists()  # it goes with the process
 
 
 SPACE = {"BLOCK": (16, 32, 64), "num_warps": (1, 2)}

@@ -16,7 +16,7 @@ Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in o
 """
 
 from . import threads
-from .build import check_environment, describe, library, multiplies, target
+from .build import check_environment, describe, library, multiplies, renew, target
 from .call import OPS
 from .ops import (
     MAX_TOKENS,
@@ -59,6 +59,7 @@ __all__ = [
     "multiplies",
     "play",
     "prefill_attention",
+    "renew",
     "rms_norm",
     "rope_and_cache",
     "silu_mul",

@@ -67,6 +67,10 @@ static void begin(attended *so_far, long rows) {
     }
 }
 
+/* What exponents are taken from. Where all scores are -infinity so far, exponentials of them are 0, and no difference
+ * of infinities; a score of infinity makes all that comes of it NaN, as it does in torch. */
+static inline float base_of(float maximum) { return maximum == -INFINITY ? 0 : maximum; }
+
 /* One row's scores [BLOCK], of which it sees the first `seen`, become weights; what it has seen before is scaled to the
  * new maximum */
 static void soften(operand *weights, float *scores, attended *so_far, long row, long seen, long D, float scale) {
@@ -79,9 +83,9 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
         store(scores + i, score);
         highest = larger(score, highest);
     }
-    float maximum = largest(highest);
+    float maximum = largest(highest), base = base_of(maximum);
     for (long i = 0; i < BLOCK; i += LANES) {
-        floats weight = exponential(load(scores + i) - maximum);
+        floats weight = exponential(load(scores + i) - base);
 #ifdef PAIRS
         store_narrow(weights + i, weight);
 #else
@@ -89,7 +93,7 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
 #endif
         total += weight;
     }
-    float old = expf(so_far->maxima[row] - maximum);
+    float old = expf(so_far->maxima[row] - base);
     so_far->maxima[row] = maximum;
     so_far->totals[row] = so_far->totals[row] * old + sum(total);
     if (old != 1)
@@ -175,6 +179,7 @@ void decode_attention(const call *c, worker *me) {
         float maximum = -INFINITY, total = 0, sums[MAX_HEAD] = {0};
         for (long i = 0; i < count; i++)
             if (of_row[i * stride + D + 1] > maximum) maximum = of_row[i * stride + D + 1];
+        maximum = base_of(maximum);
         for (long i = 0; i < count; i++) {
             const float *of_split = of_row + i * stride;
             float weight = expf(of_split[D + 1] - maximum);

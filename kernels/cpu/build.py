@@ -95,15 +95,38 @@ def forget() -> None:
 
 
 def describe() -> dict[str, str]:
-    """What runs on this CPU: target, threads, and what was measured; loads, and measures, what is not known yet."""
+    """What runs on this CPU: target, threads, and what was measured, with the day and the load; loads, and measures,
+    what is not known yet."""
+    return {name: says + (f" (measured {when})" if when else "") for name, (says, when) in _described().items()}
+
+
+def renew() -> dict[str, tuple[str, str]]:
+    """Measures everything anew, whatever is remembered, and keeps what readings agree on. What describe says after it,
+    and before it."""
+    before = _described()
+    forget()
+    with choose.renewing():
+        _described()
+    after = describe()
+    return {name: (says, before[name][0] if name in before else "") for name, says in after.items()}
+
+
+def _described() -> dict[str, tuple[str, str]]:
+    """By what it is about: what is so, and when it was measured, if it was."""
     found = loaded()
-    said = {"CPU": f"C for {found.target.name}, {found.origin}" if found else "no C, so torch runs"}
-    said["threads"] = str(threads.count())
-    if found:
-        said["many tokens"] = "multiplied in C" if multiplies() else "multiplied by torch"
-        distance = choose.get_prefetch(found.library)
-        said["weights"] = f"asked for {distance} bytes in advance" if distance else "not asked for in advance"
-    return said
+    if not found:
+        return {"CPU": ("no C, so torch runs", ""), "threads": (str(threads.count()), "")}
+    many, distance = multiplies(), choose.get_prefetch(found.library)
+    when = {question: choose.measured.get(question, "") for question in choose.QUESTIONS}
+    return {
+        "CPU": (f"C for {found.target.name}, {found.origin}", when["products"]),
+        "threads": (str(threads.count()), ""),
+        "many tokens": ("multiplied in C" if many else "multiplied by torch", when["many tokens"]),
+        "weights": (
+            f"asked for {distance} bytes in advance" if distance else "not asked for in advance",
+            when["prefetch"],
+        ),
+    }
 
 
 def _first(candidates: list[Target]) -> Loaded | None:
@@ -133,20 +156,20 @@ def _load(target: Target) -> Loaded:
         except compiler.Refused as reason:
             logger.warning("qwenkern: %s", reason)
     folder = kept.folder()
-    if folder is not None:
-        file = folder / f"{_key(target)}-{name}"
-        try:
-            if file.exists():
-                if not kept.trusted(file):
-                    raise compiler.Refused(f"{file} may be another user's work")
-                return _open(file, target, "compiled on this machine")
-        except compiler.Refused as reason:
-            logger.warning("qwenkern: %s", reason)
-    compiler.answers()
+    file = folder and folder / f"{_key(target)}-{name}"
+    if file and (found := _kept(file, target)):
+        return found
+    try:
+        compiler.answers()
+    except compiler.NoCompiler:
+        if found := _made_elsewhere(folder, target):
+            return found
+        raise
     logger.warning("qwenkern: compiles its C functions for %s: some seconds, once", target.name)
-    if folder is not None:
+    if file:
         try:
             compiler.compile_to(file, target.flags)
+            kept.tidy(folder)
             return _open(file, target, "compiled on this machine")
         except (OSError, compiler.Refused) as error:  # a full or read-only disk, one that nothing may be run from
             logger.warning("qwenkern: cannot keep what it compiles in %s: %s", folder, error)
@@ -155,10 +178,35 @@ def _load(target: Target) -> Loaded:
         return _open(Path(place, name), target, "compiled for this process only")
 
 
+def _kept(file: Path, target: Target) -> Loaded | None:
+    """A library that an earlier process compiled, if it is there and what it should be."""
+    try:
+        if not kept.trusted(file):
+            raise compiler.Refused(f"{file} may be another user's work")
+        found = _open(file, target, "compiled on this machine")
+    except FileNotFoundError:
+        return None
+    except (OSError, compiler.Refused) as reason:
+        logger.warning("qwenkern: %s", reason)
+        return None
+    for each in (file, file.with_suffix(".json")):
+        kept.used(each)
+    return found
+
+
+def _made_elsewhere(folder: Path | None, target: Target) -> Loaded | None:
+    """A library of the same files and flags by another compiler, where there is none here: as an image is run that
+    another one filled the cache of."""
+    files = sorted(folder.glob(f"*-{target.name}.so")) if folder and target.needs else ()
+    fits = (file for file in files if file.name[17:] == f"{target.name}.so" and compiler.fits(file, target.flags))
+    return next(filter(None, (_kept(file, target) for file in fits)), None)
+
+
 def _key(target: Target) -> str:
     """Of a library that was compiled here: other C files, flags, or a compiler of another name make another."""
     native = () if target.needs else (targets.processor(),)
-    return compiler.digest(*compiler.FLAGS, *target.flags, *compiler.command(), *native)[:16]
+    named = compiler.given() or compiler.command()[0]
+    return compiler.digest(*compiler.FLAGS, *target.flags, named, *native)[:16]
 
 
 def _open(file: Path, target: Target, origin: str) -> Loaded:

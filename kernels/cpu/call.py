@@ -31,9 +31,19 @@ class Call(ctypes.Structure):
 
     @classmethod
     def of(cls, op: str, tensors: Sequence[Tensor | None], sizes: Sequence[int], scalar: float = 0.0) -> Call:
-        pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        pointers = [0 if tensor is None else tensor.data_ptr() or _no_address(op, tensor) for tensor in tensors]
         layout = _layout(len(pointers), len(sizes))  # packed at once: arrays of ctypes cost as much as a small op
         return cls.from_buffer_copy(layout.pack(_NUMBER[op], *pointers, *sizes, scalar))
+
+
+def _no_address(op: str, tensor: Tensor) -> int:
+    """Of an empty tensor; others must have one. Raises TypeError."""
+    if tensor.numel():
+        raise TypeError(
+            f"{op}: a tensor of shape {list(tensor.shape)} has no memory; expected one whose values lie in memory "
+            "(its storage was freed, or it stands for other tensors or for zeros that nobody wrote)"
+        )
+    return 0
 
 
 @functools.cache

@@ -3,10 +3,12 @@
 Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's, and
 torch may have a matrix unit that beats both. Weights: some processors fetch far enough in advance by themselves, others
 must be asked. All of it is timed in turns on the C functions themselves, as processor time of one thread, so that other
-programs count little. A choice is kept for the next process only where two halves of its readings make the same."""
+programs count little. A choice is kept for the next process only where two halves of its readings make the same, and
+with it when it was measured and what the machine's load was."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -14,7 +16,7 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ DISTANCES = (0, 4096, 16384)  # bytes that weights are asked for before they are
 WEIGHTS = 128 << 20  # bytes, more than the caches of most processors hold
 CLEARLY = 1.1  # how many times as fast as ours torch must be to run in our place
 NEARLY = 0.97  # of the best speed, which a shorter distance must reach to be preferred
+_renewing = False
+measured: dict[str, str] = {}  # by question: when what this process goes by was measured, beside what load
 QUESTIONS = {
     "products": "which library multiplies faster",
     "many tokens": "what multiplies many tokens",
@@ -121,10 +125,10 @@ def rows_size(library: ctypes.CDLL, tokens: int, k: int, threads: int) -> int:
 
 def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callable[[Mapping], Any], *about: str) -> Any:
     """The answer that was kept, else the one that rule picks of the seconds that each way takes."""
-    known = remembered(question, answers, *about)
+    known = None if _renewing else remembered(question, answers, *about)
     if known is not None:
         return known
-    started = time.perf_counter()
+    started, measured[question] = time.perf_counter(), _now()
     with (
         _disable_current_modes(),
         threads.one_in_torch(),
@@ -132,14 +136,33 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
         readings = _readings(ways())
     chosen, agreed = decide(readings, rule)
     logger.info(
-        "qwenkern: measured in %.2f s, %s: %s (%s)%s",
-        *(time.perf_counter() - started, QUESTIONS[question], chosen),
+        "qwenkern: measured in %.2f s, %s, %s: %s (%s)%s",
+        *(time.perf_counter() - started, measured[question], QUESTIONS[question], chosen),
         ", ".join(f"{way} {1e3 * min(times):.2f} ms" for way, times in readings.items()),
         "" if agreed else "; its readings disagree, so the next process measures again",
     )
     if agreed:
         remember(question, answers, chosen, *about)
+    else:
+        measured[question] += ", readings disagree"
     return chosen
+
+
+def _now() -> str:
+    """The day, and the load average of the last minute, where the system has one."""
+    load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
+    return time.strftime("%Y-%m-%d") + load
+
+
+@contextlib.contextmanager
+def renewing() -> Iterator[None]:
+    """While it lasts, everything is measured, whatever is remembered."""
+    global _renewing
+    _renewing = True
+    try:
+        yield
+    finally:
+        _renewing = False
 
 
 def _fastest(seconds: Mapping) -> Any:
@@ -178,10 +201,15 @@ def remembered(question: str, answers: list, *about: str) -> Any | None:
         return None
     file = folder / _name(question, answers, *about)
     try:
-        answer = json.loads(file.read_text(encoding="utf-8"))["answer"] if kept.trusted(file) else None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+        said = json.loads(file.read_text(encoding="utf-8")) if kept.trusted(file) else {}
+        answer, when = said["answer"], str(said.get("measured", "by an earlier version"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
-    return answer if type(answer) is type(answers[0]) and answer in answers else None
+    if type(answer) is not type(answers[0]) or answer not in answers:
+        return None
+    measured[question] = when
+    kept.used(file)
+    return answer
 
 
 def remember(question: str, answers: list, answer: Any, *about: str) -> None:
@@ -190,9 +218,10 @@ def remember(question: str, answers: list, answer: Any, *about: str) -> None:
     if folder is None:
         return
     try:
-        with tempfile.TemporaryDirectory(dir=folder) as making:
+        with tempfile.TemporaryDirectory(dir=folder, prefix="making-") as making:
             with open(os.path.join(making, "choice"), "w", encoding="utf-8") as stream:
-                json.dump({"question": question, "answer": answer}, stream)
+                json.dump({"question": question, "answer": answer, "measured": measured.get(question, _now())}, stream)
+            os.chmod(stream.name, 0o644)  # whatever the umask
             os.replace(stream.name, folder / _name(question, answers, *about))
     except OSError as error:
         logger.info("qwenkern: a measurement cannot be kept in %s: %s", folder, error.strerror)

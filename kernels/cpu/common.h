@@ -37,9 +37,8 @@ op embedding, rope_and_cache, few_tokens, many_tokens, decode_attention, prefill
     silu_mul;
 void play(const call *calls, long count, worker *me);
 
-/* One token's row [K], added to the residual and normalised; K a multiple of LANES */
-static inline void normalise(bf16 *normed, bf16 *new_residual, const bf16 *x, const bf16 *residual,
-                             const bf16 *norm_weight, float eps, long K) {
+/* What a token's row [K], added to the residual, is multiplied by to be normalised; K a multiple of LANES */
+static inline float norm_scale(bf16 *new_residual, const bf16 *x, const bf16 *residual, float eps, long K) {
     floats squares = {0};
     for (long k = 0; k < K; k += LANES) {
         floats wide = load_wide(x + k);
@@ -47,10 +46,13 @@ static inline void normalise(bf16 *normed, bf16 *new_residual, const bf16 *x, co
         if (new_residual) store_narrow(new_residual + k, wide);
         squares += wide * wide;
     }
-    const bf16 *from = new_residual ? new_residual : x;
-    float scale = 1.0f / sqrtf(sum(squares) / K + eps);
+    return 1.0f / sqrtf(sum(squares) / K + eps);
+}
+
+/* A part [K] of a row, normalised */
+static inline void apply_norm(bf16 *normed, const bf16 *row, const bf16 *norm_weight, float scale, long K) {
     for (long k = 0; k < K; k += LANES)
-        store_narrow(normed + k, rounded(load_wide(from + k) * scale) * load_wide(norm_weight + k));
+        store_narrow(normed + k, rounded(load_wide(row + k) * scale) * load_wide(norm_weight + k));
 }
 
 static inline long least(long a, long b) { return a < b ? a : b; }

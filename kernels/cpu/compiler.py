@@ -43,15 +43,19 @@ def digest(*facts: str) -> str:
     return hashlib.sha256(b"\0".join([*parts, *(fact.encode() for fact in facts)])).hexdigest()
 
 
+def given() -> str:
+    """What CC says."""
+    return os.environ.get("CC", "").strip()
+
+
 def command() -> list[str]:
     """The compiler that CC names, else the first of cc, gcc and clang. Raises NoCompiler where CC is not one."""
-    given = os.environ.get("CC", "").strip()
-    if not given:
+    if not given():
         return [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
     try:
-        return shlex.split(given)
+        return shlex.split(given())
     except ValueError as error:
-        raise NoCompiler(f"CC is {given!r}, which is no command line: {error}") from None
+        raise NoCompiler(f"CC is {given()!r}, which is no command line: {error}") from None
 
 
 def answers() -> str:
@@ -75,10 +79,10 @@ def compile_to(library: Path, flags: Sequence[str]) -> None:
     """Compiles the C files and writes the manifest beside the library, each whole or not at all: others may do the
     same at once. Raises CompilerError, or OSError where the folder cannot be written to."""
     compiler, version, hashed = command(), answers(), digest()  # before: who edits meanwhile compiles anew
-    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=library.parent, prefix="making-") as folder:
         made = Path(folder, library.name)
         sources = [str(file) for file in files() if file.suffix == ".c"]
-        _run([*compiler, *FLAGS, *flags, *sources, "-o", str(made), "-lm"], COMPILE)
+        _run([*compiler, *FLAGS, *flags, *sources, "-o", str(made), "-lm"], COMPILE, place=folder)
         written = {
             "sources": hashed,
             "library": hashlib.sha256(made.read_bytes()).hexdigest(),
@@ -89,6 +93,7 @@ def compile_to(library: Path, flags: Sequence[str]) -> None:
         manifest.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         for file in (made, manifest):
             _flush(file)
+            file.chmod(0o644)  # whatever the umask: others may read it, and not write to it
             os.replace(file, library.with_name(file.name))
 
 
@@ -110,12 +115,31 @@ def check(library: Path, flags: Sequence[str]) -> None:
         raise Refused(f"{library} was built from other sources than those in {SOURCES}")
 
 
-def _run(arguments: Iterable[str], seconds: float, failure: type[CompilerError] = CompilerError) -> str:
+def fits(library: Path, flags: Sequence[str]) -> bool:
+    """Whether check would pass."""
+    try:
+        check(library, flags)
+    except Refused:
+        return False
+    return True
+
+
+def _run(
+    arguments: Iterable[str], seconds: float, failure: type[CompilerError] = CompilerError, place: str | None = None
+) -> str:
+    """What a program says. ``place`` is for its temporary files, for there may be no other folder to write to."""
     arguments = list(arguments)
+    environment = None if place is None else os.environ | dict.fromkeys(("TMPDIR", "TMP", "TEMP"), place)
     name = f"the C compiler {shlex.join(arguments[:1])}"
     try:
         done = subprocess.run(
-            arguments, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=seconds
+            arguments,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+            env=environment,
         )
     except OSError as error:
         raise NoCompiler(f"{name} cannot be run: {error.strerror}") from None

@@ -4,20 +4,28 @@ What lies there is loaded and run, so it must be ours alone; where it cannot be,
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
+import re
+import shutil
 import stat
+import time
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
+DAY = 24 * 60 * 60  # seconds
+UNUSED = 30  # days
+_OURS = re.compile(r"[0-9a-f]{16}-[a-z0-9.-]+\.(so|json)|choice-[a-z-]+-[0-9a-f]{16}\.json")
 
 
 def folder() -> Path | None:
-    """``compiled`` below QWENKERN_CACHE, else ``$XDG_CACHE_HOME/qwenkern``, else ``~/.cache/qwenkern``. None, which is
-    said once, where it cannot be made or others may write to it."""
-    own, shared = os.environ.get("QWENKERN_CACHE"), os.environ.get("XDG_CACHE_HOME")
-    return _made(own or str(Path(shared or "~/.cache", "qwenkern")))
+    """``compiled`` below QWENKERN_CACHE, else ``$XDG_CACHE_HOME/qwenkern`` where that is absolute, as its specification
+    demands, else ``~/.cache/qwenkern``. None, which is said once, where it cannot be made or others may write to it. A
+    relative one is below the folder that was the current one when it was first needed."""
+    own, shared = os.environ.get("QWENKERN_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    return _made(own or str(Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern")))
 
 
 def trusted(path: Path) -> bool:
@@ -28,16 +36,43 @@ def trusted(path: Path) -> bool:
     return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
+def used(file: Path) -> None:
+    """Notes that a file was needed, once a day."""
+    with contextlib.suppress(OSError):  # a read-only folder: nothing is tidied there either
+        if time.time() - file.stat().st_mtime > DAY:
+            os.utime(file)
+
+
+def tidy(folder: Path) -> None:
+    """Removes what earlier versions compiled and measured and nobody has used for UNUSED days, and what has not been
+    finished for a day. Files that are not ours by name stay; what another process has loaded lives on there."""
+    now = time.time()
+    for file in folder.iterdir():
+        with contextlib.suppress(OSError):  # another process tidies at once
+            age = (now - file.stat().st_mtime) / DAY
+            if _OURS.fullmatch(file.name) and age > UNUSED:
+                file.unlink()
+            elif file.name.startswith("making-") and age > 1:
+                shutil.rmtree(file)
+
+
 @functools.cache
 def _made(root: str) -> Path | None:
     try:
-        path = Path(root).expanduser() / "compiled"
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not trusted(path) and path.stat().st_uid == os.getuid():
-            path.chmod(0o700)  # made by an earlier version, under a generous umask
-        if trusted(path):
+        path = Path(root).expanduser().absolute() / "compiled"
+        as_root = hasattr(os, "getuid") and os.getuid() == 0
+        mode = 0o755 if as_root else 0o700  # what root makes in an image is there for whoever runs it
+        if not path.is_dir():
+            path.mkdir(mode=mode, parents=True, exist_ok=True)
+            path.chmod(mode)  # whatever the umask
+        elif not trusted(path) and path.stat().st_uid == os.getuid():
+            path.chmod(mode)  # made by an earlier version, under a generous umask
+        if not trusted(path):
+            reason = "others may write to it"
+        elif not os.access(path, os.R_OK | os.X_OK):
+            reason = "it cannot be read"
+        else:
             return path
-        reason = "others may write to it"
     except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
         reason = getattr(error, "strerror", None) or str(error)
     logger.warning("qwenkern: keeps no compiled C and no measurements in %s/compiled: %s", root, reason)

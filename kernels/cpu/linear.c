@@ -9,6 +9,7 @@
 #define MAX_TOKENS 16 /* that read w row by row */
 #define RUN 64        /* rows of w that are summed before anything else is done with them */
 #define ROWS 16       /* rows of w whose sums wait for the next part of K */
+#define NORMED 4096   /* values of a row that are normalised at a time */
 
 #define TASKS 4         /* for each thread, at least, where there is enough to do */
 #define LEAST_TOKENS 96 /* of a task of many tokens: packing then costs little */
@@ -160,13 +161,17 @@ static const operand *dense_rows(const call *c, worker *me) {
     long T = c->sizes[0], K = c->sizes[2], x_stride = c->sizes[3], residual_stride = c->sizes[4];
     for (long token = first(me, T); token >= 0; token = next(me)) {
         const bf16 *from = x + token * x_stride;
-        bf16 normed[norm_weight ? K : 1];
-        if (norm_weight) {
-            normalise(normed, new_residual ? new_residual + token * K : 0, from,
-                      residual ? residual + token * residual_stride : 0, norm_weight, c->scalar, K);
-            from = normed;
+        if (!norm_weight) {
+            to_operands(dense + token * K, from, K);
+            continue;
         }
-        to_operands(dense + token * K, from, K);
+        bf16 *sum = new_residual ? new_residual + token * K : 0, normed[NORMED];
+        float scale = norm_scale(sum, from, residual ? residual + token * residual_stride : 0, c->scalar, K);
+        for (long k = 0; k < K; k += NORMED) {
+            long some = least(K - k, NORMED);
+            apply_norm(normed, (sum ? sum : from) + k, norm_weight + k, scale, some);
+            to_operands(dense + token * K + k, normed, some);
+        }
     }
     meet(me);
     return dense;

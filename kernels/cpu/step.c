@@ -67,9 +67,12 @@ void add_rms_norm(const call *c, worker *me) {
     bf16 *out = c->tensors[0], *new_residual = c->tensors[1];
     const bf16 *x = c->tensors[2], *residual = c->tensors[3], *norm_weight = c->tensors[4];
     long T = c->sizes[0], K = c->sizes[1], x_stride = c->sizes[2], residual_stride = c->sizes[3];
-    for (long token = first(me, T); token >= 0; token = next(me))
-        normalise(out + token * K, residual ? new_residual + token * K : 0, x + token * x_stride,
-                  residual ? residual + token * residual_stride : 0, norm_weight, c->scalar, K);
+    for (long token = first(me, T); token >= 0; token = next(me)) {
+        const bf16 *row = x + token * x_stride;
+        bf16 *sum = residual ? new_residual + token * K : 0;
+        float scale = norm_scale(sum, row, residual ? residual + token * residual_stride : 0, c->scalar, K);
+        apply_norm(out + token * K, sum ? sum : row, norm_weight, scale, K);
+    }
     meet(me);
 }
 

@@ -18,6 +18,7 @@
 #define PATIENCE 100000 /* ns: more than the tasks of a team differ by, less than a time slice */
 #define IMPATIENCE 1000 /* ns: patience does not fall below twice this */
 #define MOST 1024       /* threads */
+#define FEW 16          /* threads whose shares lie on the caller's stack, which may be small */
 #define STACK (1 << 20) /* bytes of a thread of ours: attention needs a quarter of them, some systems give less */
 
 /* OpenMP's functions, set by Python where torch uses it; otherwise null */
@@ -210,11 +211,15 @@ EXPORTED void run(const call *calls, long count, int threads) {
         return;
     }
     if (threads > MOST) threads = MOST;
-    share shares[2 * threads];
-    memset(shares, 0, sizeof shares);
+    share few[2 * FEW] = {0}, *shares = few, *many = 0;
+    if (threads > FEW) {
+        if (posix_memalign((void **)&many, sizeof *many, 2 * threads * sizeof *many)) threads = FEW;
+        else shares = memset(many, 0, 2 * threads * sizeof *many);
+    }
     team team = {.threads = threads, .calls = calls, .count = count, .shares = shares, .barrier = {.round = NUMBER}};
     if (parallel) {
         parallel(work_in_region, &team, threads, 0);
+        free(many);
         return;
     }
     pthread_mutex_lock(&pool.mutex);
@@ -226,4 +231,5 @@ EXPORTED void run(const call *calls, long count, int threads) {
     long patience = PATIENCE;
     meet_at(&pool.end, pool.threads + 1, &patience);
     pthread_mutex_unlock(&pool.mutex);
+    free(many);
 }

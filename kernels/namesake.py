@@ -1,0 +1,44 @@
+"""What the bare name `kernels` means where this folder is found by it, as from the root of a checkout: Hugging Face's
+library, whose name it is, or nothing. In this project the folder is the package qwenkern.kernels."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import module_from_spec
+from types import ModuleType
+
+NAME = "kernels"
+
+
+def hand_over() -> None:
+    """Loads the library in this folder's place, or leaves there what a folder that is no package would be: a module
+    without file, version and contents, which transformers takes for one that is not installed."""
+    ours = sys.modules.pop(NAME)
+    del sys.modules[__name__]
+    elsewhere = [entry for entry in sys.path if not _is_here(os.path.join(entry or os.curdir, NAME))]
+    found = (finder.find_spec(NAME, elsewhere) for finder in sys.meta_path)
+    spec = next((spec for spec in found if spec is not None and spec.loader is not None), None)
+    if spec is None:
+        sys.modules[NAME] = _nothing(ours)
+    else:
+        sys.modules[NAME] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[NAME])
+
+
+def _is_here(folder: str) -> bool:
+    return os.path.realpath(folder) == os.path.dirname(os.path.realpath(__file__))
+
+
+def _nothing(ours: ModuleType) -> ModuleType:
+    empty = ModuleType(NAME)
+    empty.__spec__, empty.__path__ = ours.__spec__, []
+
+    def missing(name: str) -> None:
+        raise AttributeError(
+            f"module 'kernels' has no attribute {name!r}: the library of that name is not installed, and the folder of "
+            "that name is the package qwenkern.kernels: write `from qwenkern import kernels`"
+        )
+
+    empty.__getattr__ = missing
+    return empty
