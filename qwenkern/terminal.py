@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import codecs
 import contextlib
+import errno
 import io
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -31,6 +33,7 @@ class _Stderr(Console):
         self.quiet = True
 
 
+_OF_WRITING = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)  # what a stream says, without a name
 stderr = _Stderr(stderr=True, highlight=False)
 
 
@@ -44,6 +47,12 @@ def complain(error: object) -> None:
     """Says an error on stderr."""
     note("[red]error:[/]", end=" ")
     note(str(error), markup=False, soft_wrap=True)
+
+
+def warn(message: Warning | str, *_: Any, **__: Any) -> None:
+    """warnings.showwarning without the place in the code, which is nothing to a reader of the command line."""
+    note("[yellow]warning:[/]", end=" ")
+    note(str(message), markup=False, soft_wrap=True)
 
 
 def read_stdin() -> str:
@@ -88,7 +97,7 @@ def command(function: Callable[..., Any]) -> typer.Typer:
 def run(app: typer.Typer) -> NoReturn:
     """Runs the program with the arguments of the command line, and exits."""
     try:
-        _prepare_streams()
+        _prepare()
         code = app(standalone_mode=False) or 0  # what typer.Exit says
         sys.stdout.flush()
     except Error as error:
@@ -101,7 +110,8 @@ def run(app: typer.Typer) -> NoReturn:
     except BrokenPipeError:
         code = 141
     except OSError as error:
-        complain(f"{error.filename}: {error.strerror}" if error.filename else f"standard output: {error.strerror}")
+        file = error.filename or ("standard output" if error.errno in _OF_WRITING else None)
+        complain(f"{file}: {error.strerror}" if file else error)
         code = 1
     except Exception as error:
         if not hasattr(error, "exit_code"):
@@ -112,7 +122,7 @@ def run(app: typer.Typer) -> NoReturn:
     _exit(code)
 
 
-def _prepare_streams() -> None:
+def _prepare() -> None:
     for number in range(3):
         try:
             os.fstat(number)
@@ -127,6 +137,7 @@ def _prepare_streams() -> None:
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="strict")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may not know a character
+    warnings.showwarning = warn
     if os.environ.get("COLUMNS") == "0":  # where nobody knows the width; rich prints nothing then
         del os.environ["COLUMNS"]
 

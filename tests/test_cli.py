@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -118,6 +119,19 @@ def test_errors_are_a_line_and_an_exit_code(run, folder, arguments, message, cod
     assert message in " ".join(err.split())
     assert "Traceback" not in err
     assert (out, found) == ("", code)
+
+
+def test_a_warning_is_a_line(run, folder, monkeypatch):
+    actual = cli.Model.from_pretrained
+
+    def warns(*arguments, **keywords):
+        warnings.warn("nobody has a compiler here " + 20 * "and so on ", stacklevel=1)
+        return actual(*arguments, **keywords)
+
+    monkeypatch.setattr(cli.Model, "from_pretrained", warns)
+    _, err, code = run("generate", "-m", folder, "--max-tokens", 2, "Hi")
+    assert code == 0
+    assert err.splitlines()[0] == "warning: nobody has a compiler here " + 20 * "and so on "
 
 
 def test_info_of_a_size_needs_no_file(run):
