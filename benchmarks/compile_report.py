@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from qwenkern import Config
+from qwenkern import Config, terminal
 from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
@@ -202,4 +202,4 @@ def _document(models: list[str], rows: list[Row]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    terminal.run(terminal.command(main))

@@ -30,7 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwenkern import Config, Model, sources
+from qwenkern import Config, Model, sources, terminal
 from qwenkern.benchmarks import contention, llama_cpp, peers, results, tables
 from qwenkern.benchmarks.roofline import Roofline, prompt_operations, roofline, step_bytes
 from qwenkern.benchmarks.run import numbers
@@ -249,4 +249,4 @@ def spreads(limits: list[Roofline]) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    terminal.run(terminal.command(main))

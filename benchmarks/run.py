@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwenkern import Config
+from qwenkern import Config, terminal
 from qwenkern.benchmarks import results, where
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
@@ -312,4 +312,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    terminal.run(terminal.command(main))

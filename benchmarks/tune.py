@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import qwenkern.kernels
-from qwenkern import Config
+from qwenkern import Config, terminal
 from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.run import check, expected, numbers
@@ -277,4 +277,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    terminal.run(terminal.command(main))

@@ -10,7 +10,7 @@ from .dispatch import op
 
 
 def _fake_embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    return weight.new_empty(len(ids), weight.shape[1])
+    return weight.new_empty(ids.shape[0], weight.shape[1])
 
 
 @op(fake=_fake_embedding)

@@ -77,8 +77,10 @@ def angles(cos: Tensor, sin: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     cos_sin = torch.cat((cos.narrow(-1, 0, half), sin.narrow(-1, 0, half)), dim=-1).flatten(0, -2)
     cos_sin = cos_sin if cos_sin.dtype == torch.float64 else cos_sin.float()
     positions = torch.arange(num_tokens, device=cos.device)
-    # one row of angles for all sequences, where there are fewer
-    return cos_sin, positions if len(cos_sin) == num_tokens else positions % len(cos_sin)
+    rows = cos_sin.shape[0]
+    if rows == num_tokens and not torch.compiler.is_compiling():  # there lengths may be open, and are not compared
+        return cos_sin, positions
+    return cos_sin, positions % rows  # one row of angles for all sequences, where there are fewer
 
 
 def _is_plain(x: Tensor) -> bool:

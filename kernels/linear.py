@@ -173,19 +173,19 @@ def _arrivals(device: torch.device, tiles: int) -> Tensor:
 
 
 def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    return x.new_empty(len(x), len(weight))
+    return x.new_empty(x.shape[0], weight.shape[0])
 
 
 def _fake_norm_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), len(weight)), torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _fake_norm_swiglu_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), len(weight) // 2), torch.empty_like(x, memory_format=torch.contiguous_format)
+    return x.new_empty(x.shape[0], weight.shape[0] // 2), torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 @op(fake=_fake_linear)
@@ -204,7 +204,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         if cpu.takes_linear(x):
             return cpu.linear(x, weight, bias=bias, addend=residual)[0]
         return reference.linear(x, weight, bias, residual)
-    out = x.new_empty(len(x), len(weight))
+    out = x.new_empty(x.shape[0], weight.shape[0])
     _launch_linear("linear", out, None, x, None, None, weight, None, bias, residual, 0.0)
     return out
 

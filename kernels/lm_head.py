@@ -176,13 +176,13 @@ def _config(x: Tensor, weight: Tensor) -> dict[str, int]:
 
 
 def _fake_lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor) -> Tensor:
-    return x.new_empty(len(x), len(weight), dtype=torch.float32)
+    return x.new_empty(x.shape[0], weight.shape[0], dtype=torch.float32)
 
 
 def _fake_lm_head_top_k(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, k: int
 ) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), k, dtype=torch.float32), x.new_empty(len(x), k, dtype=torch.int64)
+    return x.new_empty(x.shape[0], k, dtype=torch.float32), x.new_empty(x.shape[0], k, dtype=torch.int64)
 
 
 @op(fake=_fake_lm_head)

@@ -176,7 +176,7 @@ def _fake_norm_qkv_rope(
     slots: Tensor,
 ) -> tuple[Tensor, Tensor]:
     _, _, num_kv_heads, head_dim = k_pages.shape
-    q = x.new_empty(len(x), len(weight) // head_dim - 2 * num_kv_heads, head_dim)
+    q = x.new_empty(x.shape[0], weight.shape[0] // head_dim - 2 * num_kv_heads, head_dim)
     return q, new_residual_like(x, x)
 
 

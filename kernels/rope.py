@@ -208,7 +208,7 @@ def _fake_rope_and_cache(
     qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
 ) -> Tensor:
     _, _, num_kv_heads, head_dim = k_pages.shape
-    return qkv.new_empty(len(qkv), qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // head_dim - 2 * num_kv_heads, head_dim)
 
 
 @op(fake=_fake_apply_rope, gradient=(_save_angles, _rotate_back))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,12 +15,13 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from . import info as facts
-from . import sources
+from . import sources, terminal
 from .checkpoint import open_checkpoint
 from .completion import Completion, Stream
 from .config import FAMILY, Config
 from .errors import Error
 from .Model import Model
+from .terminal import note, stderr
 from .tokenizer import Tokenizer
 
 app = typer.Typer(
@@ -30,7 +30,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Qwen2.5 language models on fused Triton kernels.",
 )
-stderr = Console(stderr=True, highlight=False)
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, folder of safetensors, or .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
@@ -73,7 +72,7 @@ def generate(
 ) -> None:
     """Complete a text, or with --chat answer a question."""
     if prompt is None:
-        prompt = sys.stdin.read()
+        prompt = terminal.read_stdin()
     loaded = _load(model, device, dtype, threads)
     params = {
         "max_tokens": max_tokens,
@@ -118,8 +117,8 @@ def chat(
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  input() then edits the line and remembers earlier ones
     messages = _with_system(system, [])
-    stderr.print("[dim]Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves.[/]")
-    while (said := _ask()) not in (None, "/exit"):
+    note("[dim]Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves.[/]")
+    while (said := terminal.ask("> ")) not in (None, "/exit"):
         if said == "/reset":
             messages = _with_system(system, [])
         elif said:
@@ -129,7 +128,7 @@ def chat(
             except KeyboardInterrupt:  # before the first token
                 continue
             except Error as error:  # say, a conversation longer than the context: the program goes on
-                _complain(error)
+                terminal.complain(error)
                 continue
             messages = [*turn, {"role": "assistant", "content": answer.text}]
 
@@ -140,8 +139,8 @@ def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo")
     with _progress() as progress:
         path = sources.resolve(model, lambda done, total: progress("download", done, total))
     if licence := sources.licence(model):
-        stderr.print(f"licence: {licence}")
-    print(path)
+        note(f"licence: {licence}")
+    typer.echo(os.fsencode(path))  # the bytes that the file system knows it by
 
 
 @app.command()
@@ -204,31 +203,12 @@ def tune(context: typer.Context) -> None:
 
 def _program(program: Callable[..., None], name: str, arguments: list[str]) -> None:
     """Runs a program of benchmarks/ with the arguments of a subcommand."""
-    inner = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    inner.command()(program)
-    inner(arguments, prog_name=name, standalone_mode=True)
+    raise typer.Exit(terminal.command(program)(arguments, prog_name=name, standalone_mode=False) or 0)
 
 
-def main() -> None:
-    """Entry point: errors become one line on stderr and exit code 1, Ctrl-C exit code 130."""
-    try:
-        app(standalone_mode=False)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
-    except Error as error:
-        _complain(error)
-        sys.exit(1)
-    except (KeyboardInterrupt, typer.Abort):
-        sys.exit(130)
-    except BrokenPipeError:
-        # the reader of a pipe left; give the interpreter's last flush somewhere to go
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
-    except Exception as error:
-        if not hasattr(error, "exit_code"):
-            raise
-        error.show()  # a wrong command line: click says how it should be
-        sys.exit(error.exit_code)
+def main() -> NoReturn:
+    """Entry point. terminal.py says how it ends."""
+    terminal.run(app)
 
 
 def _load(model: str, device: str, dtype: str, threads: int | None) -> Model:
@@ -269,7 +249,7 @@ def _write(stream: Stream, on_interrupt: str = "exit") -> Completion:
     ended = time.perf_counter()
     if first is not None:
         rate = (completion.num_tokens - 1) / max(ended - first, 1e-9)
-        stderr.print(
+        note(
             f"[dim]{completion.num_prompt_tokens} prompt tokens, first text after {first - started:.2f} s; "
             f"{completion.num_tokens} tokens, {rate:.1f} tokens/s"
             f"{' (stopped)' if interrupted else ''}[/]"
@@ -277,17 +257,6 @@ def _write(stream: Stream, on_interrupt: str = "exit") -> Completion:
     if interrupted and on_interrupt == "exit":
         raise KeyboardInterrupt
     return completion
-
-
-def _ask() -> str | None:
-    """A line from the user, "" after Ctrl-C, None at the end of input."""
-    try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except KeyboardInterrupt:
-        print()
-        return ""
-    except EOFError:
-        return None
 
 
 def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
@@ -313,8 +282,3 @@ def _facts(model: str) -> tuple[Config, list[str]]:
         checkpoint.generation,
         tokenizer.vocab_size,
     )
-
-
-def _complain(error: Error) -> None:
-    stderr.print("[red]error:[/]", end=" ")
-    stderr.print(str(error), markup=False)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,9 @@ import torch
 from toy import byte_tokenizer
 from twins import TINY, save_checkpoint, tiny_model
 
-from qwenkern import Model, cli
+from qwenkern import Model, cli, terminal
+from qwenkern.benchmarks import run as run_benchmarks
+from qwenkern.completion import Stream
 from qwenkern.kernels import cpu
 
 
@@ -118,6 +121,19 @@ def test_errors_are_a_line_and_an_exit_code(run, folder, arguments, message, cod
     assert (out, found) == ("", code)
 
 
+def test_a_warning_is_a_line(run, folder, monkeypatch):
+    actual = cli.Model.from_pretrained
+
+    def warns(*arguments, **keywords):
+        warnings.warn("nobody has a compiler here " + 20 * "and so on ", stacklevel=1)
+        return actual(*arguments, **keywords)
+
+    monkeypatch.setattr(cli.Model, "from_pretrained", warns)
+    _, err, code = run("generate", "-m", folder, "--max-tokens", 2, "Hi")
+    assert code == 0
+    assert err.splitlines()[0] == "warning: nobody has a compiler here " + 20 * "and so on "
+
+
 def test_info_of_a_size_needs_no_file(run):
     out, _, code = run("info", "qwen2.5-3b")
     assert code == 0
@@ -194,14 +210,132 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
         os.close(end)
 
 
-def test_a_reader_that_leaves_makes_no_noise(folder):
-    arguments = ["qwenkern", "generate", "-m", str(folder), "x"]
-    program = f"import sys; sys.argv = {arguments}; from qwenkern.cli import main; main()"
+QWENKERN = f"{sys.executable} -m qwenkern"
+GENERATE = QWENKERN + " generate -m . --max-tokens 4"
+
+
+@pytest.mark.parametrize(
+    ("line", "said", "code"),
+    [
+        (GENERATE + " <&-", "error: standard input is closed; expected a prompt there, or as an argument", 1),
+        (r"printf 'a\200' | " + GENERATE, "error: standard input: byte 0x80 at 1 is no utf-8; expected text", 1),
+        (QWENKERN + " chat -m . <&-", "Ctrl-C stops an answer", 0),
+        (r"printf '\200' | " + QWENKERN + " chat -m .", "error: standard input: byte 0x80 at 0 is no utf-8", 1),
+        (GENERATE + " Hi >&-", "error: standard output is closed; expected somewhere to write to", 1),
+        (GENERATE + " Hi > /dev/full", "error: standard output: No space left on device", 1),
+        (QWENKERN + " info qwen2.5-3b > /dev/full", "error: standard output: No space left on device", 1),
+        (QWENKERN + " bench --help > /dev/full", "error: standard output: No space left on device", 1),
+        (QWENKERN + " --help >&- 2>&-", "", 1),
+        ("{ " + GENERATE + " Hi; echo $? >&2; } | true", "141", 0),
+        ("{ " + QWENKERN + " info qwen2.5-3b; echo $? >&2; } | true", "141", 0),
+    ],
+    ids=lambda value: value.replace(sys.executable, "python") if isinstance(value, str) else str(value),
+)
+def test_streams_as_a_shell_may_hand_them_over(folder, line, said, code):
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder, check=False)
+    assert done.returncode == code
+    assert said in done.stderr
+    assert not re.search("Traceback|Exception", done.stderr)
+    if code:
+        assert done.stdout == ""
+        assert len(done.stderr.splitlines()) <= 2
+
+
+@pytest.mark.parametrize("streams", ["2> /dev/full", "2>&-"])
+def test_remarks_that_nobody_hears_change_nothing(folder, model, streams):
+    line = f"{GENERATE} Hi {streams}"
+    done = subprocess.run(line, shell=True, capture_output=True, cwd=folder, check=False)
+    assert (done.stdout.decode(), done.returncode) == (model.generate("Hi", max_tokens=4).text + "\n", 0)
+
+
+def test_a_terminal_that_knows_ascii_only(folder, model):
+    """What it cannot show is escaped; what is read is UTF-8 all the same."""
+    expected = model.generate("Grüße", max_tokens=9).text
+    assert not expected.isascii()
     done = subprocess.run(
-        f'{sys.executable} -c "{program}" | true', shell=True, capture_output=True, text=True, cwd=folder, check=False
+        [*QWENKERN.split(), "generate", "-m", ".", "--max-tokens", "9"],
+        input="Grüße".encode(),
+        capture_output=True,
+        cwd=folder,
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        check=True,
     )
-    assert "Traceback" not in done.stderr
-    assert "Exception" not in done.stderr
+    assert done.stdout == expected.encode("ascii", "backslashreplace") + b"\n"
+
+
+@pytest.mark.parametrize("environment", [{"COLUMNS": "1"}, {"COLUMNS": "0"}, {"NO_COLOR": "1", "TERM": "nonsense"}])
+def test_terminals_of_odd_widths(run, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    out, err, code = run("info", "qwen2.5-3b")
+    assert (err, code) == ("", 0)
+    assert "36,864" in out.replace("\n", "")
+    assert "\x1b" not in out
+
+
+def test_no_home_and_an_empty_environment(folder, model):
+    line = f"env -i {GENERATE} Hi"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder, check=True)
+    assert done.stdout == model.generate("Hi", max_tokens=4).text + "\n"
+
+
+def test_a_path_is_printed_as_the_bytes_that_it_is(model, tmp_path):
+    save_checkpoint(model, tmp_path / "here")
+    folder = (tmp_path / "here").rename(tmp_path / os.fsdecode(b"caf\xe9"))
+    done = subprocess.run([*QWENKERN.split(), "pull", folder], capture_output=True, cwd=tmp_path, check=True)
+    assert done.stdout == os.fsencode(folder) + b"\n"
+
+
+@pytest.fixture
+def interrupts():
+    """A program that ends by Ctrl-C gives the signal back to the system."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupted(*_, **__):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    ("arguments", "where"),
+    [
+        (["generate", "-m", "{folder}", "Hi"], (cli.Model, "from_pretrained")),
+        (["generate", "-m", "{folder}", "Hi"], (cli.Model, "stream")),
+        (["generate", "-m", "{folder}", "Hi"], (Stream, "__next__")),
+        (["generate", "-m", "{folder}"], (terminal, "read_stdin")),
+        (["chat", "-m", "{folder}"], (cli.Model, "from_pretrained")),
+        (["pull", "demo"], (cli.sources, "resolve")),
+        (["info", "{folder}"], (cli, "open_checkpoint")),
+        (["bench", "--op", "rms_norm"], (run_benchmarks, "_cases")),
+    ],
+)
+def test_ctrl_c_ends_without_a_word(run, folder, monkeypatch, interrupts, arguments, where):
+    monkeypatch.setattr(*where, interrupted)
+    out, err, code = run(*[argument.format(folder=folder) for argument in arguments])
+    assert code == 130
+    assert "Traceback" not in err
+    assert out.strip() == ""
+
+
+def test_signals_while_it_generates(tmp_path):
+    """Ctrl-C, several times, is exit code 130; SIGTERM ends it as it ends others."""
+    save_checkpoint(tiny_model(replace(TINY, max_position_embeddings=16384)), folder := tmp_path / "Tiny-Qwen2.5")
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)):
+        program = subprocess.Popen(
+            [*QWENKERN.split(), "generate", "-m", str(folder), "go on and on"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            cwd=folder,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a suite in the background ignores it
+        )
+        program.stdout.read(1)  # the first of 16,372 tokens, more than a pipe holds
+        for _ in range(3):
+            program.send_signal(number)
+        _, err = program.communicate(timeout=60)
+        assert program.returncode == code
+        assert b"Traceback" not in err
 
 
 def test_a_folder_loads_to_the_same_model(folder, model):

@@ -17,6 +17,7 @@ from torch import Tensor
 from twins import twin
 
 from qwenkern import Model
+from qwenkern.integrations import layers
 from qwenkern.integrations import transformers as integration
 from qwenkern.kernels import dispatch
 
@@ -167,8 +168,8 @@ def _assert_same_text(truth, dtype, ids, ours, theirs):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_greedy_text_of_transformers_with_our_pieces(request, monkeypatch, theirs, truth, dtype):
     """Also the few tokens that are otherwise left to transformers."""
-    monkeypatch.setattr(integration, "FEW", 0)
-    monkeypatch.setattr(integration, "INTERPRETED", False)
+    monkeypatch.setattr(layers, "FEW", 0)
+    monkeypatch.setattr(layers, "INTERPRETED", False)
     model, peer = request.getfixturevalue(dtype), truth if dtype == "float32" else theirs
     patched = integration.apply_qwenkern(twin(model))
     for prompt in PROMPTS[:2]:

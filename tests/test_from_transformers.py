@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from dataclasses import replace
 
 import peft
@@ -94,6 +95,24 @@ def test_a_change_to_one_is_a_change_to_both():
     after = ours.forward([1, 2, 3])
     assert not torch.equal(after, before)
     assert after.argmax(-1).tolist() == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize(
+    "copier", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_a_copy_has_weights_of_its_own(copier):
+    theirs = loaded()
+    ours = Model.from_transformers(theirs, cache_tokens=64)
+    before = ours.forward([1, 2, 3])
+    for module in theirs.modules():
+        vars(module).pop("_kernel_funcs", None)  # of `kernels`, which nothing pickles
+    other = copier(theirs)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.mul_(2)
+    assert torch.equal(ours.forward([1, 2, 3]), before)
+    assert not torch.equal(Model.from_transformers(other, cache_tokens=64).forward([1, 2, 3]), before)
+    assert torch.equal(ours.forward([1, 2, 3]), before)
 
 
 def test_a_second_time_packs_nothing():

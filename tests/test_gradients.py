@@ -340,3 +340,38 @@ def test_whoever_follows_tensors_sees_the_ops(monkeypatch, choice):
     assert torch.equal(norm(torch._neg_view(x)), norm(-x))
     with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="no forward-mode derivative"):
         norm(forward_ad.make_dual(x, other))
+
+
+def test_fakes_leave_the_number_of_rows_open():
+    """A graph for any number of rows has no condition on it, and no number of its own."""
+    weight, norm, table, eps = torch.randn(48, 16), torch.ones(16), torch.randn(9, 4), 1e-6
+    pages = torch.zeros(2, 4, 1, 4)
+
+    class EveryOp(torch.nn.Module):
+        def forward(self, x, ids):
+            wide = kernels.linear(x, weight)
+            heads = wide.unflatten(1, (-1, 4))
+            return (
+                wide,
+                *kernels.norm_linear(x, x, norm, eps, weight),
+                *kernels.norm_swiglu_linear(x, x, norm, eps, weight),
+                kernels.lm_head(x, None, norm, eps, weight),
+                *kernels.lm_head_top_k(x, None, norm, eps, weight, 3),
+                *kernels.add_rms_norm(x, x, norm, eps),
+                kernels.swiglu(wide),
+                kernels.silu_mul(wide, wide),
+                *kernels.apply_rope(heads, heads, table, ids),
+                kernels.embedding(ids, weight),
+                kernels.rope_and_cache(wide, ids, table, pages.clone(), pages.clone(), ids),
+                *kernels.norm_qkv_rope(x, x, norm, eps, weight, None, ids, table, pages.clone(), pages.clone(), ids),
+                *kernels.layers.angles(wide[None], wide[None], x.shape[0]),
+            )
+
+    def inputs(rows):
+        return torch.randn(rows, 16), torch.arange(rows)
+
+    rows = torch.export.Dim("rows", max=8)
+    program = torch.export.export(EveryOp(), inputs(3), dynamic_shapes=({0: rows}, {0: rows}))
+    given = inputs(5)
+    for out, expected in zip(program.module()(*given), EveryOp()(*given), strict=True):
+        torch.testing.assert_close(out, expected)

@@ -8,73 +8,31 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module, remove_hook_from_submodules
+from small_models import IDS, MODELS, PADDED, SIZES, is_patched, make, state
 from tolerances import assert_as_close_as
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
+from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2 import modeling_qwen2
 from twins import in_other_orders
 
 from qwenkern import RequestError
+from qwenkern.integrations import layers
 from qwenkern.integrations import transformers as integration
 from qwenkern.integrations.transformers import PIECES, apply_qwenkern, register_attention, revert
 
-SIZES = {
-    "vocab_size": 211,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-QWEN2 = Qwen2ForCausalLM, Qwen2Config(**SIZES)
-MODELS = {
-    "qwen2": QWEN2,
-    "qwen2 with windows": (
-        Qwen2ForCausalLM,
-        Qwen2Config(**SIZES, use_sliding_window=True, sliding_window=5, max_window_layers=1),
-    ),
-    "llama": (LlamaForCausalLM, LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True)),
-    "mistral": (MistralForCausalLM, MistralConfig(**SIZES, sliding_window=6)),
-}
-IDS = torch.randint(3, 211, (2, 9), generator=torch.Generator().manual_seed(0))
-PADDED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9])
 pytestmark = pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
 
 
 @pytest.fixture(autouse=True)
 def whatever_pays(monkeypatch):
-    monkeypatch.setattr(integration, "FEW", 0)
+    monkeypatch.setattr(layers, "FEW", 0)
 
 
 @pytest.fixture(params=["reference", "triton"])
 def path(request, monkeypatch):
     """On the twins, and through the kernels in Triton's interpreter."""
     monkeypatch.setenv("QWENKERN_KERNELS", request.param)
-    monkeypatch.setattr(integration, "INTERPRETED", request.param == "triton")
+    monkeypatch.setattr(layers, "INTERPRETED", request.param == "triton")
     return request.param
-
-
-def make(kind=QWEN2, dtype=torch.float32, attention="sdpa"):
-    """A random model whose logits are far enough apart for greedy text to be interesting."""
-    make_model, config = kind
-    torch.manual_seed(0)
-    model = make_model(copy.deepcopy(config)).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            parameter.mul_(8) if not name.endswith("norm.weight") else parameter.add_(torch.rand_like(parameter) - 0.5)
-    model.set_attn_implementation(attention)
-    return model.to(dtype)
 
 
 @pytest.mark.processor
@@ -144,8 +102,8 @@ def test_attention_by_name(path, how):
 
 def test_our_attention_is_what_runs(monkeypatch, path):
     calls = []
-    actual = integration.ops.attention
-    monkeypatch.setattr(integration.ops, "attention", lambda *args: calls.append(args[0].shape) or actual(*args))
+    actual = layers.ops.attention
+    monkeypatch.setattr(layers.ops, "attention", lambda *args: calls.append(args[0].shape) or actual(*args))
     model = apply_qwenkern(make())
     with torch.no_grad():
         model(IDS)
@@ -183,9 +141,8 @@ REPLACED = {
 @pytest.mark.parametrize("piece", PIECES)
 def test_every_piece_can_be_switched(piece):
     model = apply_qwenkern(make(), **{name: name == piece for name in PIECES}).model
-    replaced = [name for name, module in model.named_modules() if "forward" in vars(module)]
-    layers = [name.replace("#", layer) for name in REPLACED[piece] for layer in ("0", "1")]
-    assert sorted(replaced) == sorted(set(layers))
+    replaced = [name for name, module in model.named_modules() if isinstance(module, layers.Patched)]
+    assert sorted(replaced) == sorted({name.replace("#", layer) for name in REPLACED[piece] for layer in ("0", "1")})
 
 
 def test_few_tokens_on_a_cpu_are_left_to_transformers(monkeypatch):
@@ -193,20 +150,20 @@ def test_few_tokens_on_a_cpu_are_left_to_transformers(monkeypatch):
     model = make()
     with torch.no_grad():
         expected = model(IDS).logits
-    monkeypatch.setattr(integration, "FEW", IDS.numel() * 64 + 1)
-    monkeypatch.setattr(integration, "INTERPRETED", False)
-    monkeypatch.setattr(integration, "ops", None)
+    monkeypatch.setattr(layers, "FEW", IDS.numel() * 64 + 1)
+    monkeypatch.setattr(layers, "INTERPRETED", False)
+    monkeypatch.setattr(layers, "ops", None)
     with torch.no_grad():
         assert torch.equal(apply_qwenkern(model)(IDS).logits, expected)
 
 
 def test_revert_gives_back_what_was_there():
     model = make()
-    before = {name: dict(vars(module)) for name, module in model.named_modules()}
+    before = state(model)
     with torch.no_grad():
         expected = model(IDS).logits
     assert revert(apply_qwenkern(model)) is model
-    assert {name: dict(vars(module)) for name, module in model.named_modules()} == before
+    assert state(model) == before
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, expected)
     assert revert(model) is model
@@ -215,23 +172,22 @@ def test_revert_gives_back_what_was_there():
 def test_again_and_with_other_pieces():
     model = make()
     apply_qwenkern(model)
-    forward = model.model.norm.forward
+    before = state(model)
     apply_qwenkern(model)
-    assert model.model.norm.forward is forward, "nothing was done twice"
+    assert state(model) == before, "nothing was done twice"
     apply_qwenkern(model, rms_norm=False)
-    assert "forward" not in vars(model.model.norm)
-    assert "forward" in vars(model.model.layers[0].mlp)
+    assert type(model.model.norm) is modeling_qwen2.Qwen2RMSNorm
+    assert isinstance(model.model.layers[0].mlp, layers.MLP)
 
 
 def test_other_models_are_left_alone():
     model, other = make(), make()
     clone = copy.deepcopy(apply_qwenkern(model))
-    assert not any("forward" in vars(module) for module in other.modules())
+    assert not is_patched(other)
     assert Qwen2ForCausalLM.forward.__module__.startswith("transformers")
     revert(model)
-    assert clone.model.norm.forward.__self__ is clone.model.norm
-    revert(clone)
-    assert not any("forward" in vars(module) for module in clone.modules())
+    assert is_patched(clone)
+    assert not is_patched(revert(clone))
 
 
 def test_state_hooks_and_saving_are_as_before(tmp_path):
@@ -325,7 +281,7 @@ def test_inside_peft(path):
     learns = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert learns
     assert all("lora_" in name for name in learns)
-    assert not any("forward" in vars(module) for module in revert(model).modules())
+    assert not is_patched(revert(model))
 
 
 def test_norms_that_an_adapter_wraps_stay(path):
@@ -348,7 +304,7 @@ def test_with_accelerates_hooks(path):
     apply_qwenkern(model)
     remove_hook_from_submodules(model)
     torch.testing.assert_close(model(IDS).logits, expected)
-    assert not any("forward" in vars(module) for module in revert(model).model.layers)
+    assert not is_patched(revert(model))
     mlp = apply_qwenkern(model).model.layers[0].mlp
     add_hook_to_module(mlp, seen := Counts())
     revert(model)
@@ -384,7 +340,7 @@ def test_a_layer_called_by_hand(path):
         found = [layer(ids, None, None, None, False, angles) for angles in (table, (table[0], -table[1]))]
     for each, other in zip(found, expected, strict=True):
         torch.testing.assert_close(each, other)
-    assert "forward" not in vars(revert(model).model.layers[0])
+    assert not is_patched(revert(model))
 
 
 def test_autocast_keeps_its_dtypes():
@@ -472,11 +428,11 @@ def another_attention():
 )
 def test_bad_models_are_named_and_left_alone(broken, message):
     model = broken()
-    before = [dict(vars(module)) for module in model.modules()] if isinstance(model, torch.nn.Module) else None
+    before = state(model) if isinstance(model, torch.nn.Module) else None
     with pytest.raises(RequestError, match=message):
         apply_qwenkern(model)
     if before:
-        assert [dict(vars(module)) for module in model.modules()] == before
+        assert state(model) == before
 
 
 def test_a_patch_on_top_must_go_first():

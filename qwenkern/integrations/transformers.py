@@ -3,7 +3,7 @@
     apply_qwenkern(model)                                   a loaded model, in place; revert(model) undoes it
     register_attention()                                    then attn_implementation="qwenkern", as for any other
 
-What is replaced is the `forward` of single modules (instances, never classes), so other models are left alone, and
+What is replaced is the class of single modules, by a subclass (layers.py), so other models are left alone, and
 parameters, state dict, hooks, device moves and PEFT's adapters stay what they were. Linear layers are called, not
 replaced, so quantised ones work. Everything that is replaced has a gradient; attention falls back to torch's where one
 is wanted, or where there is a mask. On a CPU few tokens run as transformers' own: there nothing is gained.
@@ -13,79 +13,21 @@ from __future__ import annotations
 
 import functools
 import logging
-import sys
 import types
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from .. import kernels as ops
 from ..errors import RequestError
-
-try:
-    from ..kernels.dispatch import INTERPRETED
-except ImportError:  # no Triton
-    INTERPRETED = False
+from . import layers
+from .layers import attention_forward, is_norm, patch_of, patched
 
 logger = logging.getLogger(__name__)
 TESTED = ("5.17", "5.22")  # the first and the last minor version that the tests have run with
 MODEL_TYPES = ("qwen2", "llama", "mistral")  # whose layers look alike
 PIECES = ("rms_norm", "rope", "swiglu", "attention")
-FEW = 1 << 15  # values below which, on a CPU, torch's own operations are as fast as calls of ours
-_MARK = "_qwenkern"
-
-
-@dataclass
-class Patch:
-    """What was done to a model."""
-
-    pieces: frozenset[str]
-    # module, our forward bound to it, and what accelerate had kept aside as the real one
-    replaced: list[tuple[nn.Module, types.MethodType, Any]] = field(default_factory=list)
-
-    def replace(self, module: nn.Module, function: Callable) -> None:
-        if any(module is each for each, *_ in self.replaced):
-            return  # layers may share a module
-        if not (home := _origin(type(module).forward)).startswith("transformers.models."):
-            raise RequestError(
-                f"forward of {type(module).__name__} is that of {home}; expected transformers' own: undo "
-                "the other patch, or switch the piece off"
-            )
-        hooked = hasattr(module, "_hf_hook")  # by accelerate, which calls what it keeps as _old_forward
-        if not hooked and "forward" in module.__dict__:
-            raise RequestError(
-                f"forward of {type(module).__name__} was replaced already, by {_origin(module.forward)}; expected a "
-                "model as transformers made it: undo the other patch first"
-            )
-        method = types.MethodType(function, module)
-        self.replaced.append((module, method, module.__dict__.get("_old_forward")))
-        setattr(module, "_old_forward" if hooked else "forward", method)
-
-    def check(self) -> None:
-        """Raises if somebody else has replaced one of ours since."""
-        for module, method, _ in self.replaced:
-            if _place(module, method) is None:
-                found = module.__dict__.get("forward")
-                raise RequestError(
-                    f"forward of {type(module).__name__} was replaced after apply_qwenkern, by {_origin(found)}; undo "
-                    "that first"
-                )
-
-    def restore(self) -> None:
-        for module, method, kept in reversed(self.replaced):
-            if _place(module, method) == "forward":
-                del module.__dict__["forward"]
-            else:  # under accelerate's hooks, which may have come before us or after
-                module._old_forward = kept or types.MethodType(type(module).forward, module)
-
-
-def _place(module: nn.Module, method: types.MethodType) -> str | None:
-    """Where a module keeps this forward: accelerate moves it when hooks come and go."""
-    return next((name for name in ("forward", "_old_forward") if module.__dict__.get(name) is method), None)
 
 
 def apply_qwenkern(
@@ -97,34 +39,21 @@ def apply_qwenkern(
     rms_norm: RMSNorm, fused with the addition before it where a layer adds first. rope: rotary embedding of q and k.
     swiglu: silu(gate) * up. attention: with ``attn_implementation="sdpa"``, where there is neither mask nor gradient.
 
-    Raises RequestError for a model of another kind, another activation, or one that something else patched."""
+    Raises RequestError for a model of another kind, another activation, or one that something else patched. Whatever
+    raises, an interrupt too, leaves all modules as they were."""
     _check_version()
     decoder = _decoder(model)
     pieces = frozenset(name for name, on in zip(PIECES, (rms_norm, rope, swiglu, attention), strict=True) if on)
-    if decoder.__dict__.get(_MARK) is not None:
-        if decoder.__dict__[_MARK].pieces == pieces:
-            return model
-        revert(model)
     _check_model(decoder, pieces)
-    patch = Patch(pieces)
-    try:
-        _apply(decoder, patch)
-    except RequestError:
-        patch.restore()
-        raise
-    decoder.__dict__[_MARK] = patch
+    _change(_originals(decoder) | dict(_wanted(decoder, pieces)))
     return model
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Gives back what apply_qwenkern replaced; nothing happens to a model that it did not touch."""
-    decoder = _decoder(model)
-    patch = decoder.__dict__.get(_MARK)
-    if patch is None:
-        return model
-    patch.check()
-    patch.restore()
-    del decoder.__dict__[_MARK]
+    """Gives back what apply_qwenkern replaced; nothing happens to a model that it did not touch.
+
+    Raises RequestError where something else was put on top. Whatever raises leaves all modules as they were."""
+    _change(_originals(_decoder(model)))
     return model
 
 
@@ -139,183 +68,104 @@ def register_attention() -> None:
     AttentionMaskInterface.register("qwenkern", sdpa_mask)
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **keywords: Any,
-) -> tuple[Tensor, None]:
-    """An attention function of transformers: query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D], out [B, Tq, Hq, D].
-
-    Our kernel where the attention is causal and nothing else; torch's with a mask (padding, sliding windows, packed
-    sequences), dropout, a gradient, or on a CPU. What torch's does not take raises there."""
-    causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    plain = (
-        attention_mask is None and not dropout and causal and not any(keywords.get(name) is not None for name in _EXTRA)
-    )
-    wants_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
-    if not plain or wants_gradient or not (query.is_cuda or INTERPRETED):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout, scaling, is_causal, **keywords
-        )
-    queries = query.shape[2]
-    if queries > 1:  # a static cache that was empty: without a mask, what comes behind the prompt is not to be seen
-        key, value = key[:, :, :queries], value[:, :, :queries]
-    return ops.attention(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling), None
-
-
-_EXTRA = ("position_bias", "cache", "softcap", "s_aux")  # that change what is computed
-
-
-def _apply(decoder: nn.Module, patch: Patch) -> None:
-    tables = _Tables()
+def _wanted(decoder: nn.Module, pieces: frozenset[str]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+    """The modules that pieces replace, and the class that each is to have."""
     implementation = decoder.config._attn_implementation
-    attends = "attention" in patch.pieces and implementation == "sdpa"
-    if "attention" in patch.pieces and implementation not in ("sdpa", "qwenkern"):
+    attends = "attention" in pieces and implementation == "sdpa"
+    if "attention" in pieces and implementation not in ("sdpa", "qwenkern"):
         _log_once(
             f"attention stays on {implementation!r}: load the model with attn_implementation='sdpa' to replace it"
         )
     for layer in decoder.layers:
-        if "rms_norm" in patch.pieces:
-            norms = [norm for norm in (layer.input_layernorm, layer.post_attention_layernorm) if _is_norm(norm)]
+        if "rms_norm" in pieces:
+            norms = [norm for norm in (layer.input_layernorm, layer.post_attention_layernorm) if is_norm(norm)]
             for norm in norms:
-                patch.replace(norm, _norm_forward)
+                yield norm, patched(_own_class(norm), layers.RMSNorm)
             if len(norms) == 2:
-                patch.replace(layer, _layer_forward)
-        if "swiglu" in patch.pieces:
+                yield layer, patched(_own_class(layer), layers.DecoderLayer)
+        if "swiglu" in pieces:
             if "silu" not in (found := type(layer.mlp.act_fn).__name__).lower():
                 raise RequestError(f"act_fn of {type(layer.mlp).__name__} is a {found}; expected SiLU, or swiglu=False")
-            patch.replace(layer.mlp, _mlp_forward)
-        if "rope" in patch.pieces or attends:
-            rotates = tables if "rope" in patch.pieces else None
-            patch.replace(layer.self_attn, _attention_with(rotates, attends))
-    if "rms_norm" in patch.pieces and _is_norm(decoder.norm):
-        patch.replace(decoder.norm, _norm_forward)
+            yield layer.mlp, patched(_own_class(layer.mlp), layers.MLP)
+        if "rope" in pieces or attends:
+            own = _own_class(layer.self_attn)
+            yield layer.self_attn, patched(own, layers.Attention, rotates="rope" in pieces, attends=attends)
+    if "rms_norm" in pieces and is_norm(decoder.norm):
+        yield decoder.norm, patched(_own_class(decoder.norm), layers.RMSNorm)
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Not what an adapter has wrapped: that does more than normalise."""
-    return type(module).__name__.endswith("RMSNorm")
-
-
-def _norm_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
-    # autocast: the product is of the wider dtype
-    if not _pays(hidden_states) or hidden_states.dtype != self.weight.dtype:
-        return type(self).forward(self, hidden_states)
-    return ops.rms_norm(_dense(hidden_states), self.weight, self.variance_epsilon)
-
-
-def _mlp_forward(self: nn.Module, x: Tensor) -> Tensor:
-    if not _pays(x) or _has_hooks(self.act_fn):
-        return type(self).forward(self, x)
-    return self.down_proj(ops.silu_mul(_dense(self.gate_proj(x)), _dense(self.up_proj(x))))
-
-
-def _layer_forward(
-    self: nn.Module,
-    hidden_states: Tensor,
-    attention_mask: Tensor | None = None,
-    position_ids: Tensor | None = None,
-    past_key_values: Any = None,
-    use_cache: bool | None = False,
-    position_embeddings: tuple[Tensor, Tensor] | None = None,
-    **keywords: Any,
-) -> Tensor:
-    """A decoder layer whose first addition is fused with the norm behind it."""
-    keywords |= {
-        "attention_mask": attention_mask,
-        "position_ids": position_ids,
-        "past_key_values": past_key_values,
-        "use_cache": use_cache,
-        "position_embeddings": position_embeddings,
-    }
-    if not _pays(hidden_states):
-        return type(self).forward(self, hidden_states, **keywords)
-    residual = _dense(hidden_states)
-    hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(residual), **keywords)
-    norm = self.post_attention_layernorm
-    if _has_hooks(norm) or not _is_norm(norm) or not hidden_states.dtype == residual.dtype == norm.weight.dtype:
-        # whoever looks at the norm's input and output finds them; autocast mixes dtypes
-        residual = residual + hidden_states
-        hidden_states = norm(residual)
-    else:
-        hidden_states, residual = ops.add_rms_norm(_dense(hidden_states), residual, norm.weight, norm.variance_epsilon)
-    return residual + self.mlp(hidden_states)
-
-
-def _attention_with(tables: _Tables | None, attends: bool) -> Callable[..., tuple[Tensor, Tensor | None]]:
-    """The forward of an attention module: its projections, our rotation (or its own), its cache, our attention (or the
-    one that its config names). A closure, since torch 2.11's compiler takes no other callable for a method."""
-
-    def forward(
-        self: nn.Module,
-        hidden_states: Tensor,
-        position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
-        **keywords: Any,
-    ) -> tuple[Tensor, Tensor | None]:
-        if not _pays(hidden_states):
-            return type(self).forward(
-                self, hidden_states, position_embeddings, attention_mask, past_key_values, **keywords
-            )
-        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
-        q, k, v = (_dense(project(hidden_states)).view(shape) for project in (self.q_proj, self.k_proj, self.v_proj))
-        modeling = sys.modules[type(self).__module__]
-        if tables is None:
-            q, k = modeling.apply_rotary_pos_emb(q.transpose(1, 2), k.transpose(1, 2), *position_embeddings)
-        else:
-            flat = q.flatten(0, 1), k.flatten(0, 1)
-            flat = ops.apply_rope(*flat, *tables.of(*position_embeddings, len(flat[0])))
-            q, k = (each.view(shape).transpose(1, 2) for each in flat)
-        v = v.transpose(1, 2)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        implementation = self.config._attn_implementation
-        if attends and implementation == "sdpa":
-            attend = attention_forward
-        else:
-            attend = modeling.ALL_ATTENTION_FUNCTIONS.get_interface(implementation, modeling.eager_attention_forward)
-        window = (
-            self.sliding_window if hasattr(self, "sliding_window") else getattr(self.config, "sliding_window", None)
+def _own_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module without our patch. Raises where its forward is not transformers' own."""
+    patch = patch_of(module)
+    own = patch.original if patch else type(module)
+    if not (home := _origin(own.forward)).startswith("transformers.models."):
+        raise RequestError(
+            f"forward of {own.__name__} is that of {home}; expected transformers' own: undo the other patch, or switch "
+            "the piece off"
         )
-        out, weights = attend(
-            self,
-            q,
-            k,
-            v,
-            attention_mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            sliding_window=window,
-            **keywords,
+    hooked = hasattr(module, "_hf_hook")  # by accelerate, which calls what it keeps as _old_forward
+    found = module.__dict__.get("_old_forward" if hooked else "forward")
+    if found is not None and not _is_own(module, found):
+        raise RequestError(
+            f"forward of {own.__name__} was replaced already, by {_origin(found)}; expected a model as transformers "
+            "made it: undo the other patch first"
         )
-        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), weights
-
-    return forward
+    return own
 
 
-class _Tables:
-    """transformers' cosines and sines as our kernel reads them, made once for all layers of a pass."""
+def _originals(decoder: nn.Module) -> dict[nn.Module, type[nn.Module]]:
+    """The modules that are patched, and the class that each had."""
+    return {module: patch.original for module in decoder.modules() if (patch := patch_of(module))}
 
-    def __init__(self) -> None:
-        self._kept: tuple[Tensor, Tensor, int, tuple[Tensor, Tensor]] | None = None
 
-    def of(self, cos: Tensor, sin: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-        """angles, in kernels/layers.py, of these."""
-        if torch.compiler.is_compiling():  # the compiler sees that the layers do the same
-            return ops.layers.angles(cos, sin, num_tokens)
-        kept = self._kept
-        if kept is None or kept[0] is not cos or kept[1] is not sin or kept[2] != num_tokens:
-            self._kept = kept = cos, sin, num_tokens, ops.layers.angles(cos, sin, num_tokens)
-        return kept[3]
+def _change(classes: dict[nn.Module, type[nn.Module]]) -> None:
+    """Gives each module its class. All or none: what raises on the way, an interrupt too, undoes it."""
+    before = {}
+    for module, new in classes.items():
+        if (patch_of(module) or type(module)) is not new:
+            _check_top(module)
+            before[module] = type(module)
+    try:
+        for module in before:
+            _become(module, classes[module])
+    except BaseException:
+        for module, old in before.items():
+            _become(module, old)
+        raise
+
+
+def _become(module: nn.Module, new: type[nn.Module]) -> None:
+    """Changes a module's class, and with it what accelerate has bound of its forward. Doing it twice does no harm."""
+    if _is_own(module, module.__dict__.get("forward")):
+        module.__dict__.pop(
+            "forward", None
+        )  # left there when hooks went; a copy would compute with this module's weights
+    if _is_own(module, module.__dict__.get("_old_forward")):
+        module._old_forward = types.MethodType(new.forward, module)
+    module.__class__ = new
+
+
+def _check_top(module: nn.Module) -> None:
+    """Raises where somebody else has replaced the class or the forward of a module since we did."""
+    patch = patch_of(module)
+    if patch is None:
+        return
+    found = module.__dict__.get("_old_forward" if hasattr(module, "_hf_hook") else "forward")
+    if type(module) is not patch or (found is not None and not _is_own(module, found)):
+        by = _origin(found) if type(module) is patch else type(module).__module__
+        raise RequestError(f"forward of {patch.__name__} was replaced after apply_qwenkern, by {by}; undo that first")
+
+
+def _is_own(module: nn.Module, function: Any) -> bool:
+    """Whether a function is the module's own forward, patched or not: accelerate keeps it in the instance while its
+    hooks are there, and leaves it there when they go."""
+    patch = patch_of(module)
+    own = patch.original if patch else type(module)
+    return (
+        isinstance(function, types.MethodType)
+        and function.__self__ is module
+        and (function.__func__ is own.forward or _origin(function) == layers.__name__)
+    )
 
 
 def _decoder(model: nn.Module) -> nn.Module:
@@ -349,24 +199,8 @@ def _touched(decoder: nn.Module) -> Iterator[nn.Module]:
     yield decoder.norm
 
 
-def _dense(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether more happens when the module is called than its forward: torch's hooks, or accelerate's, which may bring
-    the weight first."""
-    own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return bool(own) or hasattr(module, "_hf_hook")
-
-
 def _origin(function: Any) -> str:
     return getattr(function, "__module__", None) or type(function).__module__
-
-
-def _pays(x: Tensor) -> bool:
-    """Whether ours is faster: not for few values on a CPU, where transformers' own runs then."""
-    return x.is_cuda or INTERPRETED or x.numel() >= FEW
 
 
 @functools.cache

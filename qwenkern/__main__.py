@@ -1,0 +1,6 @@
+"""``python -m qwenkern`` is ``qwenkern``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()
