@@ -136,14 +136,14 @@ def _read_stamp(source: Download) -> str | None:
         descriptor = os.open(source.stamp, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))
     except OSError:
         return None
-    with open(descriptor, encoding="ascii", errors="replace") as file:
+    with open(descriptor, encoding="utf-8", errors="replace") as file:
         return file.read(1000) if _is_ours(os.fstat(descriptor)) else None
 
 
 def _write_stamp(source: Download, status: os.stat_result) -> None:
     with contextlib.suppress(OSError):  # in a cache that cannot be written to, the file is read every time
         descriptor, temporary = tempfile.mkstemp(dir=source.stamp.parent, prefix=source.stamp.name)
-        with open(descriptor, "w", encoding="ascii") as file:
+        with open(descriptor, "w", encoding="utf-8") as file:
             file.write(_stamp(source, status))
         os.chmod(temporary, 0o644)  # for whoever uses this cache, too
         os.replace(temporary, source.stamp)
