@@ -16,7 +16,8 @@ ROOT = Path(qwenkern.__file__).parents[1]
 KERNELS = Path(qwenkern.kernels.__file__).parent
 
 # Each room may import those to its left; see docs/architecture.md.
-ORDER = ["errors", "config", "kernels", "cache", "qwen2", "sampling", "tokenizer", "generate", "completion", "Model"]
+ORDER = ["errors", "config", "kernels", "cache", "qwen2", "sampling", "tokenizer", "scheduler"]
+ORDER += ["generate", "completion", "Model"]
 LEAVES = {"config": {"errors"}, "errors": set(), "sources": {"errors"}, "sampling": {"errors"}}
 
 
