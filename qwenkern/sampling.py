@@ -166,8 +166,9 @@ def _check_choice(logits: Tensor, rows: Sequence[Row], changed: list[int]) -> No
             continue
         params = rows[index].params
         if top == -math.inf:
-            waits = "" if len(rows[index].output_ids) >= params.min_tokens else " and min_tokens"
-            raise RequestError(f"logit_bias{waits} forbid every token; expected at least one that may be drawn")
+            is_early = len(rows[index].output_ids) < params.min_tokens
+            by = " and ".join(["logit_bias"] * bool(params.logit_bias) + ["min_tokens"] * is_early)
+            raise RequestError(f"every token is forbidden by {by}; expected at least one that may be drawn")
         raise RequestError(
             f"repetition_penalty {params.repetition_penalty} makes a logit {top}; expected a value that keeps it finite"
         )
