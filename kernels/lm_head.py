@@ -76,6 +76,7 @@ def _lm_head_kernel(
         at = tokens.to(tl.int64)[None, :] * vocabulary + ids
         tl.store(logits_ptr + at, logits, mask=(tokens < num_tokens)[None, :] & (ids < vocabulary))
     else:
+        logits = tl.where(logits != logits, float("inf"), logits)  # a maximum would pass over NaN
         logits = tl.where(ids < vocabulary, logits, float("-inf"))
         ids = tl.broadcast_to(ids, [BLOCK_N, BLOCK_T])
         at = (tokens * tl.num_programs(0) + tile) * TOP_K
@@ -120,7 +121,7 @@ def _top_k_kernel(
         value = tl.max(best, axis=0)
         taken = tl.min(tl.where(best == value, best_id, 0x7FFFFFFF), axis=0)
         tl.store(values_ptr + token * TOP_K + place, value)
-        # logits that are NaN leave no id; the first one is at least a row of the embedding
+        # too few logits above -inf leave no id; the first one is at least a row of the embedding
         tl.store(ids_ptr + token * TOP_K + place, tl.where(taken == 0x7FFFFFFF, 0, taken).to(tl.int64))
 
 
@@ -211,7 +212,8 @@ def lm_head_top_k(
     """The k largest logits of each token [T, k] float32, largest first, and their ids [T, k] int64.
 
     Of equal logits the lower id comes first: k = 1 is the arg-max. k up to 16 and up to 16 tokens never write the
-    logits. A token whose logits are NaN has no order, and gets some ids of the vocabulary."""
+    logits. NaN comes first, as NaN or as +inf: a token's first value is not finite where one of its logits is NaN or
+    +inf."""
     check_normed("lm_head_top_k", x, residual, norm_weight, weight)
     if not 1 <= k <= len(weight):
         raise ValueError(f"lm_head_top_k: k must be within 1 and the vocabulary's {len(weight)}, and is {k}")

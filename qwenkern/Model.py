@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from . import generate as engine
 from . import sources
-from .cache import BlockTable, PagedCache
+from .cache import PagedCache
 from .checkpoint import load_weights, open_checkpoint
 from .completion import Completion, Score, Stream
 from .config import Config
 from .decode import DecodeSteps
-from .errors import RequestError
+from .errors import NonFiniteError, RequestError
 from .kernels import cpu, invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
@@ -39,7 +40,7 @@ class Model:
     >>> model = Model.from_pretrained("Qwen/Qwen2.5-3B-Instruct")
     >>> model.chat([{"role": "user", "content": "Hello!"}]).text
 
-    Safe to use from several threads: forward passes take turns."""
+    Safe to use from several threads: forward passes take turns, and who finds the key-value cache full waits."""
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class Model:
         ours = as_tokenizer(tokenizer, model)
         return cls(module, ours, generation_defaults(model), cache_tokens, prefill_chunk, deterministic)
 
-    def _run(self, sequences: list[engine.Sequence]) -> Iterator[tuple[engine.Sequence, str]]:
+    def _run(self, sequences: list[engine.Sequence]) -> Generator[tuple[engine.Sequence, str]]:
         if self._steps is None or self._steps.cache is not self.cache:
             self._steps = DecodeSteps(self.module, self.cache)
         limits = engine.Limits(self.prefill_chunk)
@@ -249,20 +250,15 @@ class Model:
             logits = logits[: len(targets)]
             chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
             logprobs += chosen.tolist()
+        if wrong := [position for position, value in enumerate(logprobs) if not math.isfinite(value)]:
+            raise NonFiniteError.at(wrong[0], self.dtype, "score")
         return Score(ids, logprobs)
 
     def _logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Logits of a sequence, chunk by chunk."""
         self._check_ids(ids)
         self._check_fits(len(ids), None)
-        table = BlockTable()
-        try:
-            for start in range(0, len(ids), self.prefill_chunk):
-                with self.cache.lock:
-                    logits = engine.forward(self.module, self.cache, [(table, ids[start : start + self.prefill_chunk])])
-                yield logits
-        finally:
-            self.cache.release(table)
+        return engine.all_logits(self.module, self.cache, ids, self.prefill_chunk)
 
     def _sequences(
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None

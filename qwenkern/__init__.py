@@ -7,7 +7,7 @@
 
 from .completion import Completion, Score, Stream
 from .config import Config, YarnScaling
-from .errors import CheckpointError, ConfigError, Error, RequestError
+from .errors import CheckpointError, ConfigError, Error, NonFiniteError, RequestError
 from .Model import Model  # `import qwenkern.Model` works too: this name hides the module behind its class
 from .sampling import SamplingParams, TokenLogprob
 
@@ -20,6 +20,7 @@ __all__ = [
     "ConfigError",
     "Error",
     "Model",
+    "NonFiniteError",
     "RequestError",
     "SamplingParams",
     "Score",

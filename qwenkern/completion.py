@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass
 
 import torch
 
+from .errors import RequestError
 from .generate import Sequence
 from .sampling import TokenLogprob
 
@@ -45,19 +46,30 @@ class Completion:
 
 
 class Stream:
-    """Text as it comes: iterate over the pieces, then read ``completion``. Closing it stops the model."""
+    """Text as it comes: iterate over the pieces, then read ``completion``. Closing it stops the model.
 
-    def __init__(self, steps: Iterator[tuple[Sequence, str]], sequence: Sequence) -> None:
+    A stream that is open and not read keeps its room in the key-value cache until another call needs it. Its tokens are
+    then computed again when it is read on, once there is room."""
+
+    def __init__(self, steps: Generator[tuple[Sequence, str]], sequence: Sequence) -> None:
         self._steps = steps
         self._sequence = sequence
+        self._closed = False
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
-        for _, text in self._steps:
-            if text:
-                return text
+        try:
+            for _, text in self._steps:
+                if self._closed:  # by another thread, during this step
+                    self._steps.close()
+                elif text:
+                    return text
+        except ValueError as error:
+            if not _is_being_read(error):
+                raise
+            raise RequestError("another thread is reading this stream; expected one reader at a time") from None
         raise StopIteration
 
     def __enter__(self) -> Stream:
@@ -67,13 +79,23 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stops the model; the text so far stays in ``completion``."""
-        self._steps.close()
+        """Stops the model; the text so far stays in ``completion``. While another thread reads, its iteration ends
+        after the step in progress."""
+        self._closed = True
+        try:
+            self._steps.close()
+        except ValueError as error:
+            if not _is_being_read(error):
+                raise
 
     @property
     def completion(self) -> Completion:
         """Everything so far."""
         return Completion.of(self._sequence)
+
+
+def _is_being_read(error: ValueError) -> bool:
+    return error.args == ("generator already executing",)
 
 
 @dataclass(frozen=True)
@@ -84,6 +106,8 @@ class Score:
     logprobs: list[float]  # of token_ids[1:]: nothing comes before the first
 
     @property
-    def perplexity(self) -> float:
-        """exp of the mean negative log-probability."""
+    def perplexity(self) -> float | None:
+        """exp of the mean negative log-probability; None for a text of one token, which has none."""
+        if not self.logprobs:
+            return None
         return torch.tensor(self.logprobs, dtype=torch.float64).mean().neg().exp().item()

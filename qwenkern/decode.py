@@ -20,7 +20,7 @@ from torch import Tensor
 from .cache import Batch, PagedCache
 from .kernels import cpu, dependent_launches, waits_for_host
 from .qwen2 import Qwen2
-from .sampling import Row, Settings, draw
+from .sampling import Row, Settings, draw, or_not_finite
 
 Read = Callable[[], list[int]]
 
@@ -162,13 +162,14 @@ class DecodeStep:
         pages = batch.block_tables.gather(1, (batch.positions // size)[:, None])[:, 0]
         torch.add(batch.positions % size, pages, alpha=size, out=batch.slots)
         if self._width == 1:
-            tokens = self._model.likeliest(batch, self._cache)
+            largest, tokens = self._model.likeliest(batch, self._cache)
         else:
-            tokens = draw(self._model(batch, self._cache), self._settings, self._width)
-        batch.ids.copy_(tokens)
+            logits = self._model(batch, self._cache)
+            largest, tokens = logits.amax(-1), draw(logits, self._settings, self._width)
+        batch.ids.copy_(tokens)  # the next replay runs before the host has seen whether these are right
         batch.positions.add_(self._moves)
         batch.lengths.add_(self._moves)
-        return tokens
+        return or_not_finite(tokens, largest)
 
 
 class DecodeSteps:

@@ -18,6 +18,21 @@ class ConfigError(Error):
     """A model's configuration is incomplete, contradicts itself, or asks for something that is not built."""
 
 
+class NonFiniteError(Error, ArithmeticError):
+    """A model computed logits that are not finite: its dtype overflows, or its weights are damaged."""
+
+    @classmethod
+    def at(cls, position: int, dtype: object, where: str) -> NonFiniteError:
+        """position: of the token that was read last, counted from 0. where: in which sequence."""
+        name = str(dtype).removeprefix("torch.")
+        wider = "dtype='bfloat16' or 'float32'" if name == "float16" else "dtype='float32'"
+        return cls(
+            f"{where}: the logits after position {position} are not finite (NaN or infinite), computed in {name}: "
+            + (f"try {wider}; if that does not help, " if name != "float32" else "")
+            + "the weights are damaged: expected finite numbers in every tensor of the checkpoint"
+        )
+
+
 class RequestError(Error, ValueError):
     """An argument of a call is out of range: a prompt, a sampling parameter, a device."""
 

@@ -1,7 +1,8 @@
 """The loop that turns prompts into text: prefill, decode, sample, until every sequence has ended.
 
 Each step runs the tokens of some sequences that are not in the cache yet: a chunk of the prompts first, then one token
-of every sequence. A sequence that the cache has no room for waits, and starts again from its tokens when it has.
+of every sequence. A sequence that the cache has no room for waits, or loses its pages to another, as scheduler.py says,
+and starts again from its tokens.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from torch import Tensor
 
 from .cache import BlockTable, PagedCache
 from .decode import DecodeStep, DecodeSteps
+from .errors import NonFiniteError
 from .qwen2 import Qwen2
-from .sampling import BELOW_ONE, SamplingParams, TokenLogprob, draw_width, sample
+from .sampling import BELOW_ONE, NOT_FINITE, SamplingParams, TokenLogprob, draw_width, sample
+from .scheduler import Call
 from .tokenizer import Detokenizer
 
 MAX_BATCH = 64  # sequences that decode together
@@ -29,11 +32,12 @@ class Limits:
     """What one pass may hold.
 
     ``alone`` is the promise that a sequence's bits do not depend on its company: prompts are read one at a time, and a
-    sequence starts when the cache has room for all of it, so that none is ever evicted and computed anew. The ops keep
-    their part of it up to ``max_batch``."""
+    sequence starts when the cache has room for all of it, so that it keeps its pages. Only a stream that nobody reads
+    can lose them; what it decoded is then decoded again, token by token, for the same bits. The ops keep their part of
+    the promise up to ``max_batch``."""
 
     prefill_chunk: int  # prompt tokens
-    max_batch: int = MAX_BATCH  # sequences
+    max_batch: int = MAX_BATCH  # rows of logits: sequences, and completions of the same prompt that start with them
     alone: bool = False
 
 
@@ -81,6 +85,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.table = BlockTable()
+        self.started = 0
         self.output_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
@@ -139,57 +144,89 @@ def generate(
     """Runs sequences to their ends. Yields each one whenever it has a new token, with the text that became certain.
     Decodes with captured ``steps`` where there are any.
 
-    Closing the iterator gives the pages back. Prompts are processed in chunks, so memory does not grow with their
-    length."""
-    waiting, running = deque(sequences), []
-    try:
-        while waiting or running:
-            for sequence, token in _advance(model, cache, waiting, running, limits, steps):
-                text = sequence.accept(token)
-                if sequence.finish_reason:
-                    cache.release(sequence.table)
-                    running.remove(sequence)
-                yield sequence, text
-    finally:
-        for sequence in running:
-            cache.release(sequence.table)
+    Closing the iterator gives the pages back, and so does an error, which ends all of these sequences and no others.
+    Prompts are processed in chunks, so memory does not grow with their length. Raises NonFiniteError where a token's
+    logits are not finite."""
+    call = Call(cache, sequences)
+    return call.serve(_generate(model, call, limits, steps))
+
+
+def _generate(model: Qwen2, call: Call, limits: Limits, steps: DecodeSteps | None) -> Iterator[tuple[Sequence, str]]:
+    while call.waiting or call.running:
+        for sequence, token in _advance(model, call, limits, steps):
+            if token == NOT_FINITE:
+                raise _not_finite(call.cache, sequence)
+            text = sequence.accept(token)
+            if sequence.finish_reason:
+                call.end(sequence)
+            yield sequence, text
+
+
+def all_logits(model: Qwen2, cache: PagedCache, ids: list[int], chunk: int) -> Iterator[Tensor]:
+    """Logits after every token of a sequence, chunk by chunk: float32 [chunk, V]."""
+    sequence = Sequence(ids, SamplingParams(), frozenset(), max_tokens=1)
+    call = Call(cache, [sequence])
+    return call.serve(_all_logits(model, call, sequence, chunk))
+
+
+def _all_logits(model: Qwen2, call: Call, sequence: Sequence, chunk: int) -> Iterator[Tensor]:
+    done = 0
+    while done < len(sequence.prompt_ids):
+        with call.cache.lock:
+            call.take_back()
+            if call.running or call.start(len(sequence.prompt_ids)):
+                start = sequence.table.length  # before ``done`` where its pages went to another meanwhile
+                ids = sequence.prompt_ids[start : start + chunk]
+                logits = forward(model, call.cache, [(sequence.table, ids)])
+            else:
+                logits = None
+        if logits is None:
+            call.wait()
+        elif start == done:
+            done += len(logits)
+            yield logits
+
+
+def _not_finite(cache: PagedCache, sequence: Sequence) -> NonFiniteError:
+    where = f"prompt_index {sequence.prompt_index}, sample_index {sequence.sample_index}"
+    position = len(sequence.prompt_ids) + len(sequence.output_ids) - 1
+    return NonFiniteError.at(position, cache.k.dtype, where)
 
 
 def _advance(
-    model: Qwen2,
-    cache: PagedCache,
-    waiting: deque[Sequence],
-    running: list[Sequence],
-    limits: Limits,
-    steps: DecodeSteps | None,
+    model: Qwen2, call: Call, limits: Limits, steps: DecodeSteps | None
 ) -> Iterable[tuple[Sequence, TokenLogprob | int]]:
     """The next token of some sequences: of one pass, or of many that need no decision in between."""
+    cache = call.cache
     with cache.lock:
-        _admit(cache, waiting, running, limits)
-        parts = _next_parts(cache, waiting, running, limits)
+        call.take_back()
+        _admit(call, limits)
+        parts = _next_parts(call, limits)
         rows = [sequence for sequence, _ in parts]
         goes_ahead = (
-            (steps and steps.ahead)
+            (steps and steps.ahead and rows)
             and all(row.output_ids and len(row.pending_ids) == 1 and not row.params.needs_host for row in rows)
-            and sum(cache.missing_pages(row.table, 1) for row in rows) <= cache.num_free_pages
+            and cache.has_room(call.missing())
             and steps.step(len(rows), draw_width(rows, model.config.vocab_size))
         )
-        if not goes_ahead:
+        if rows and not goes_ahead:
             ends = list(accumulate(len(ids) for _, ids in parts))
             tables = [(sequence.table, ids) for sequence, ids in parts]
             captured = steps if all(row.output_ids for row in rows) else None  # not for a prompt of one token
             logits = forward(model, cache, tables, [end - 1 for end in ends], captured)
             complete = {row: sequence for row, sequence in enumerate(rows) if not sequence.pending_ids}
-            sampled, chosen = _fork(cache, complete, waiting, running, limits)
+            sampled, chosen = _fork(call, complete, limits)
             return zip(sampled, sample(logits[chosen], sampled), strict=True) if sampled else ()
-    return _decode_ahead(cache, rows, steps, draw_width(rows, model.config.vocab_size))
+    if not rows:
+        call.wait()
+        return ()
+    return _decode_ahead(call, rows, steps, draw_width(rows, model.config.vocab_size))
 
 
-def _decode_ahead(
-    cache: PagedCache, rows: list[Sequence], steps: DecodeSteps, width: int
-) -> Iterator[tuple[Sequence, int]]:
+def _decode_ahead(call: Call, rows: list[Sequence], steps: DecodeSteps, width: int) -> Iterator[tuple[Sequence, int]]:
     """Tokens of sequences that each have one pending token, until one of them ends or the cache is full. Steps are
     launched before the tokens of the last ones are read; what a sequence decodes beyond its end is thrown away."""
+    cache = call.cache
     me, unread, launches = object(), deque(), 0
     most = min(sequence.max_tokens - len(sequence.output_ids) for sequence in rows)
     while True:
@@ -200,8 +237,9 @@ def _decode_ahead(
                 step = steps.step(len(rows), width)
                 fresh = step.user is not me  # at first, or since another generation used it
                 drains = fresh and bool(unread)
-                goes_on = sum(cache.missing_pages(row.table, 1) for row in rows) <= cache.num_free_pages
+                goes_on = all(cache.holds(row.table) for row in rows) and cache.has_room(call.missing())
                 if goes_on and not drains:
+                    step.user = None  # until all of it has worked
                     _launch(cache, rows, step, fresh)
                     step.user = me
                     unread.append(step.tokens())
@@ -251,63 +289,50 @@ def forward(
     return logits
 
 
-def _admit(cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], limits: Limits) -> None:
+def _admit(call: Call, limits: Limits) -> None:
     """Starts waiting sequences, in order, while there is room for all of their tokens."""
-    while waiting and len(running) < limits.max_batch:
-        needed = len(waiting[0].pending_ids)
-        if limits.alone:
-            needed += waiting[0].max_tokens - 1  # the last one is never cached
-        if running and cache.missing_pages(waiting[0].table, needed) > cache.num_free_pages:
+    while call.waiting:
+        sequence = call.waiting[0]
+        rows = sum(1 + len(each.siblings) for each in [*call.running, sequence])
+        if call.running and rows > limits.max_batch:
+            call.leave_line()
             return
-        cache.extend(waiting[0].table, needed)  # raises where even an empty cache is too small
-        running.append(waiting.popleft())
+        to_come = sequence.max_tokens - len(sequence.output_ids) - 1 if limits.alone else 0  # the last is never cached
+        if not call.start(len(sequence.pending_ids) + to_come):
+            return
 
 
-def _next_parts(
-    cache: PagedCache, waiting: deque[Sequence], running: list[Sequence], limits: Limits
-) -> list[tuple[Sequence, list[int]]]:
-    """What the next pass computes: a chunk of unfinished prompts, or else the last token of every sequence."""
+def _next_parts(call: Call, limits: Limits) -> list[tuple[Sequence, list[int]]]:
+    """What the next pass computes: a chunk of unfinished prompts, or else the next token of every sequence."""
     parts, budget = [], limits.prefill_chunk
-    for sequence in running:
+    for sequence in call.running:
         pending = sequence.pending_ids
+        if limits.alone and len(pending) > 1:  # what was decoded at first is decoded again
+            pending = pending[: max(1, len(sequence.prompt_ids) - sequence.table.length)]
         if len(pending) > 1 and budget and not (limits.alone and parts):
             parts.append((sequence, pending[:budget]))
             budget -= len(parts[-1][1])
     if parts:
         return parts
-    while sum(cache.missing_pages(sequence.table, 1) for sequence in running) > cache.num_free_pages:
-        if len(running) == 1:
-            break  # nobody left to make room: let the cache say so
-        latest = running.pop()
-        cache.release(latest.table)
-        waiting.appendleft(latest)
-    return [(sequence, sequence.pending_ids) for sequence in running]
+    call.grow()
+    return [(sequence, sequence.pending_ids[:1]) for sequence in call.running]
 
 
-def _fork(
-    cache: PagedCache,
-    complete: dict[int, Sequence],
-    waiting: deque[Sequence],
-    running: list[Sequence],
-    limits: Limits,
-) -> tuple[list[Sequence], list[int]]:
-    """The sequences to sample for, each with its row of logits: the complete ones and the siblings that start there."""
+def _fork(call: Call, complete: dict[int, Sequence], limits: Limits) -> tuple[list[Sequence], list[int]]:
+    """The sequences to sample for, each with its row of logits: the complete ones and the siblings that start there.
+    Siblings that find no room wait, and the first of them starts the others."""
     sampled, rows = [], []
     for row, sequence in complete.items():
-        siblings, sequence.siblings = sequence.siblings, []
+        siblings, sequence.siblings = deque(sequence.siblings), []
         started = [sequence]
-        for sibling in siblings:
-            to_come = sibling.max_tokens - 1 if limits.alone else 0
-            # a page at least: for a copy of the one that is being filled
-            if cache.num_free_pages <= cache.missing_pages(sequence.table, to_come) or (
-                limits.alone and len(running) == limits.max_batch
-            ):
-                waiting.append(sibling)
-                continue
-            sibling.table = cache.fork(sequence.table)
-            cache.extend(sibling.table, to_come)
-            started.append(sibling)
-            running.append(sibling)
+        while siblings and len(call.running) < limits.max_batch:
+            if not call.fork(sequence, siblings[0], siblings[0].max_tokens - 1 if limits.alone else 0):
+                break
+            started.append(siblings.popleft())
+        if siblings:
+            first, *others = siblings
+            first.siblings = others
+            call.waiting.appendleft(first)
         sampled += started
         rows += [row] * len(started)
     return sampled, rows

@@ -46,11 +46,13 @@ class Qwen2(nn.Module):
             x, residual = x[rows], residual[rows]
         return ops.lm_head(x, residual, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.weight)
 
-    def likeliest(self, batch: Batch, cache: PagedCache) -> Tensor:
-        """As forward, but only the likeliest token after each one: ids [T]. Of equal ones the lowest."""
+    def likeliest(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
+        """As forward, but only the largest logit after each token, [T] float32, and its id, [T]. Of equal ones the
+        lowest. It is NaN or +inf where one of the logits is."""
         x, residual = self.model(batch, cache)
         norm_weight, eps = self.model.norm.weight, self.config.rms_norm_eps
-        return ops.lm_head_top_k(x, residual, norm_weight, eps, self.lm_head.weight, 1)[1][:, 0]
+        values, ids = ops.lm_head_top_k(x, residual, norm_weight, eps, self.lm_head.weight, 1)
+        return values[:, 0], ids[:, 0]
 
     def untie(self) -> None:
         """Gives the output weights of its own where they were the embedding's. Their values are undefined."""

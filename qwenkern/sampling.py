@@ -17,6 +17,7 @@ MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
 FEW = 64  # tokens to choose from, where no row of a batch wants more: cheaper than to sort the vocabulary
 BELOW_ONE = 1 - 2**-24  # in float32: a number closer to 1 would become 1, and draw what top_k or top_p ruled out
+NOT_FINITE = -1  # in place of a token id where a row of logits has NaN or infinity on top
 _GREEDY_BELOW = 1e-6  # a temperature so small cannot be told from 0 in float32
 
 
@@ -133,16 +134,44 @@ class Row(Protocol):
 @torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[Row]) -> list[TokenLogprob | int]:
     """The next token of each row of logits [R, V] (float32, may be overwritten): an id, or a TokenLogprob where the
-    row asks for log-probabilities."""
+    row asks for log-probabilities, or NOT_FINITE.
+
+    Raises RequestError where a row's biases and penalties leave no token to draw."""
+    finite = [math.isfinite(top) for top in logits.amax(-1).tolist()]  # a maximum is NaN where anything is
     logprobs = _logprobs(logits, rows)
-    for row, sequence in zip(logits, rows, strict=True):
-        if sequence.params.changes_logits:
-            _penalise(row, sequence)
-    numbers = [0.0 if row.params.is_greedy else row.uniform() for row in rows]
-    device = logits.device
-    settings = Settings(torch.tensor(Settings.of(rows), device=device), torch.tensor(numbers, device=device))
-    ids = draw(logits, settings, draw_width(rows, logits.shape[-1])).tolist()
-    return [ids[index] if of is None else _with_logprobs(of, ids[index]) for index, of in enumerate(logprobs)]
+    changed = [index for index, row in enumerate(rows) if row.params.changes_logits and finite[index]]
+    for index in changed:
+        _penalise(logits[index], rows[index])
+    if changed:
+        _check_choice(logits, rows, changed)
+    width = draw_width(rows, logits.shape[-1])
+    settings = None
+    if width > 1:
+        numbers = [0.0 if row.params.is_greedy else row.uniform() for row in rows]
+        device = logits.device
+        settings = Settings(torch.tensor(Settings.of(rows), device=device), torch.tensor(numbers, device=device))
+    tokens: list[TokenLogprob | int] = draw(logits, settings, width).tolist()
+    for index, of in enumerate(logprobs):
+        if not finite[index]:
+            tokens[index] = NOT_FINITE
+        elif of is not None:
+            tokens[index] = _with_logprobs(of, tokens[index])
+    return tokens
+
+
+def _check_choice(logits: Tensor, rows: Sequence[Row], changed: list[int]) -> None:
+    """RequestError where what a row asks for makes all of its logits -inf, or one of them NaN or +inf."""
+    for index, top in zip(changed, logits[changed].amax(-1).tolist(), strict=True):
+        if math.isfinite(top):
+            continue
+        params = rows[index].params
+        if top == -math.inf:
+            is_early = len(rows[index].output_ids) < params.min_tokens
+            by = " and ".join(["logit_bias"] * bool(params.logit_bias) + ["min_tokens"] * is_early)
+            raise RequestError(f"every token is forbidden by {by}; expected at least one that may be drawn")
+        raise RequestError(
+            f"repetition_penalty {params.repetition_penalty} makes a logit {top}; expected a value that keeps it finite"
+        )
 
 
 def _penalise(row: Tensor, sequence: Row) -> None:
@@ -195,9 +224,15 @@ def draw_width(rows: Sequence[Row], vocabulary: int) -> int:
     return next((width for width in (1, FEW) if largest <= width), vocabulary)
 
 
-def draw(logits: Tensor, settings: Settings, width: int) -> Tensor:
+def or_not_finite(ids: Tensor, largest: Tensor) -> Tensor:
+    """Token ids [R], and NOT_FINITE where the largest logit of the row [R] is NaN or infinite."""
+    return torch.where(largest.abs() < math.inf, ids, NOT_FINITE)
+
+
+def draw(logits: Tensor, settings: Settings | None, width: int) -> Tensor:
     """One token id [R] a row of logits [R, V] among its ``width`` likeliest, by inverting the cumulative distribution
-    at the row's random number. Nothing waits for a device, so it can be captured in a CUDA graph."""
+    at the row's random number; with width 1 it takes no settings. Nothing waits for a device, so it can be captured in
+    a CUDA graph. A row that is not finite gets some id."""
     likeliest = logits.argmax(-1)
     if width == 1:
         return likeliest

@@ -10,7 +10,7 @@ import torch
 from toy import byte_tokenizer
 from twins import TINY, tiny_model
 
-from qwenkern import SamplingParams
+from qwenkern import NonFiniteError, SamplingParams
 from qwenkern.decode import Cpu, DecodeStep, DecodeSteps
 from qwenkern.generate import Limits, generate
 from qwenkern.kernels import cpu, dispatch, waits_for_host
@@ -207,6 +207,22 @@ def test_two_generators_share_the_captured_steps(ahead, plain):
     for _ in range(12):
         next(one), next(two)
     assert [row.output_ids for row in rows] == expected
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 1}])
+def test_what_is_not_finite_ends_the_run_ahead(ahead, plain, how):
+    """At the token where it does without, although another step was launched."""
+    full = plain.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how).token_ids
+    at = next(index for index in range(5, 30) if full[index] not in PROMPTS[1] + full[:index])
+    messages = []
+    for model in (plain, ahead):
+        with torch.no_grad():
+            model.module.model.embed_tokens.weight[full[at]] = float("nan")
+        with pytest.raises(NonFiniteError, match=f"after position {len(PROMPTS[1]) + at} ") as raised:
+            model.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how)
+        messages.append(str(raised.value))
+        assert model.cache.num_free_tokens == model.cache.num_tokens
+    assert messages[0] == messages[1]
 
 
 def test_a_full_cache_ends_the_run_ahead_and_evicts(plain):

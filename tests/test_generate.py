@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+
 import pytest
 import torch
 from toy import END, byte_tokenizer
 from twins import TINY, tiny_model, twin
 
-from qwenkern import RequestError
+from qwenkern import NonFiniteError, RequestError, SamplingParams
+from qwenkern import generate as generate_module
 from qwenkern.cache import PagedCache
-from qwenkern.generate import StopStrings
+from qwenkern.generate import Limits, StopStrings
 
 PROMPTS = [
     [n * 7 % 503 for n in range(start, start + length)]
@@ -96,6 +100,110 @@ def test_forks_that_find_no_page_wait(greedy):
     assert [completion.token_ids for completion in completions] == [greedy[5]] * 6
 
 
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_no_pass_has_more_rows_than_the_limit(model, deterministic):
+    """Completions of one prompt wait like sequences do, and what they say stays the same."""
+    how = {"temperature": 1.0, "seed": 5, "max_tokens": 6, "ignore_eos": True}
+    expected = [each.token_ids for prompt in PROMPTS[:4] for each in model.generate(prompt, n=5, **how)]
+    sequences = model._sequences(PROMPTS[:4], SamplingParams(n=5, **how))
+    rows, tokens = [], []
+    sampled = generate_module.sample
+    forward = generate_module.forward
+
+    def sample_spy(logits, *args):
+        rows.append(len(logits))
+        return sampled(logits, *args)
+
+    def forward_spy(model, cache, parts, *args):
+        rows.append(len(parts))
+        tokens.append(sum(len(ids) for _, ids in parts))
+        return forward(model, cache, parts, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generate_module, "sample", sample_spy)
+        patch.setattr(generate_module, "forward", forward_spy)
+        first = [sequence for sequence in sequences if not sequence.sample_index]
+        limits = Limits(512, max_batch=10, alone=deterministic)
+        for _ in generate_module.generate(model.module, model.cache, first, limits):
+            pass
+    assert [sequence.output_ids for sequence in sequences] == expected
+    assert max(rows) == 10
+    assert sum(tokens) == sum(map(len, PROMPTS[:4])) + 5 * 4 * 5, "a prompt was computed twice"
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_more_completions_than_a_pass_holds(model, deterministic):
+    how = {"temperature": 1.0, "seed": 5, "max_tokens": 3, "ignore_eos": True}
+    expected = model.generate(PROMPTS[3], n=7, **how)
+    sequences = model._sequences([PROMPTS[3]], SamplingParams(n=7, **how))
+    limits = Limits(512, max_batch=3, alone=deterministic)
+    sizes = [0]
+    for _ in generate_module.generate(model.module, model.cache, sequences[:1], limits):
+        sizes.append(len(next(iter(model.cache.calls)).running))
+    assert [sequence.output_ids for sequence in sequences] == [each.token_ids for each in expected]
+    assert max(sizes) <= 3
+
+
+DAMAGED = [7, 300, 21]  # its second token has NaN for an embedding
+
+
+def damaged(value: float = float("nan"), **keywords):
+    model = tiny_model(**keywords)
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight[300, 3] = value
+    return model
+
+
+@pytest.mark.parametrize(
+    "how", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 4, "temperature": 1.0}, {"logprobs": 2}]
+)
+def test_logits_that_are_not_finite_are_an_error(how):
+    model = damaged()
+    fine = model.generate([7, 21], max_tokens=5, **how).token_ids
+    assert len(fine) == 5
+    with pytest.raises(
+        NonFiniteError, match=r"^prompt_index 1, sample_index 0: .*after position 2 .*float32: the weights"
+    ):
+        model.generate([[7, 21], DAMAGED, [9]], max_tokens=50, ignore_eos=True, **how)
+    assert model.cache.num_free_tokens == model.cache.num_tokens
+    others = model.stream([7, 21], max_tokens=5, ignore_eos=True, temperature=0)
+    next(others._steps)
+    with pytest.raises(NonFiniteError), model.stream(DAMAGED, max_tokens=5) as stream:
+        list(stream)
+    assert len(list(others._steps)) == 4, "another call goes on"
+
+
+def test_the_position_is_that_of_the_token_read_last():
+    """Token 300 is drawn, not given."""
+    model = damaged(prefill_chunk=2)
+    bias = {300: 100.0}
+    with pytest.raises(NonFiniteError, match="after position 4 "):
+        model.generate([7, 21, 3, 4], max_tokens=5, temperature=0, logit_bias=bias)
+    assert model.generate([7, 21, 3, 4], max_tokens=1, temperature=0, logit_bias=bias).token_ids == [300]
+
+
+def test_scores_of_what_is_not_finite_are_an_error():
+    model = damaged(prefill_chunk=1)
+    assert len(model.score([7, 300]).logprobs) == 1, "what comes after 300 is not asked for"
+    with pytest.raises(NonFiniteError, match=r"^score: the logits after position 1 .*float32"):
+        model.score(DAMAGED)
+    assert model.cache.num_free_tokens == model.cache.num_tokens
+    assert model.forward(DAMAGED).isnan().any(-1).tolist() == [False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advice"),
+    [
+        (torch.float16, "float16: try dtype='bfloat16' or 'float32'; if that does not help, the weights are damaged"),
+        (torch.bfloat16, "bfloat16: try dtype='float32'; if"),
+    ],
+)
+def test_an_overflow_says_what_to_try(dtype, advice):
+    model = damaged(float("inf"), dtype=dtype)
+    with pytest.raises(NonFiniteError, match=advice):
+        model.generate(DAMAGED, max_tokens=5)
+
+
 def test_the_largest_random_number_draws_what_is_allowed(model, monkeypatch):
     monkeypatch.setattr("random.Random.random", lambda self: 1 - 2**-53)
     likeliest = model.generate([1, 2], max_tokens=1, logprobs=3, temperature=0).logprobs[0].top
@@ -117,6 +225,71 @@ def test_two_streams_may_be_read_in_turns(model, greedy):
     assert [stream.completion.token_ids for stream in streams] == [greedy[3], greedy[5]]
     for stream in streams:
         stream.close()
+
+
+def test_a_stream_may_be_closed_while_another_thread_reads_it(model):
+    stream = model.stream([65, 66, 67], max_tokens=400, ignore_eos=True)
+    reading, go_on = threading.Event(), threading.Event()
+    accept = type(stream._sequence).accept
+
+    def slow(sequence, token):
+        reading.set()
+        go_on.wait(20)
+        return accept(sequence, token)
+
+    stream._sequence.accept = slow.__get__(stream._sequence)
+    pieces: list[str] = []
+    reader = threading.Thread(target=lambda: pieces.extend(stream))
+    reader.start()
+    assert reading.wait(20)
+    with pytest.raises(RequestError, match="another thread is reading this stream; expected one reader at a time"):
+        next(stream)
+    stream.close()
+    go_on.set()
+    reader.join(20)
+    assert not reader.is_alive()
+    assert pieces == []
+    assert stream.completion.num_tokens == 1
+    assert model.cache.num_free_tokens == model.cache.num_tokens
+
+
+def test_streams_that_are_forgotten_give_their_pages_back(model):
+    """Also when the collector finds them while another call holds the lock."""
+
+    def forget(in_a_cycle: bool):
+        stream = model.stream(PROMPTS[5], max_tokens=50, ignore_eos=True)
+        next(stream._steps)
+        if in_a_cycle:
+            stream.itself = stream
+
+    forget(in_a_cycle=False)
+    assert model.cache.num_free_tokens == model.cache.num_tokens
+    forget(in_a_cycle=True)
+    assert model.cache.num_free_tokens < model.cache.num_tokens
+    with model.cache.lock:
+        gc.collect()
+    assert model.cache.num_free_tokens == model.cache.num_tokens
+
+
+def test_an_error_of_the_reader_takes_no_pages(model):
+    def reads():
+        for _ in model.stream([65, 66, 67], max_tokens=50, ignore_eos=True):
+            raise KeyError("theirs")
+
+    with pytest.raises(KeyError, match="theirs"):
+        reads()
+    assert model.cache.num_free_tokens == model.cache.num_tokens
+
+    def reads_with():
+        with model.stream([65, 66, 67], max_tokens=50, ignore_eos=True) as stream:
+            kept.append(stream)
+            next(stream)
+            raise KeyError("theirs")
+
+    kept = []
+    with pytest.raises(KeyError, match="theirs"):
+        reads_with()
+    assert model.cache.num_free_tokens == model.cache.num_tokens
 
 
 def test_threads_may_share_a_model(model, greedy):

@@ -75,6 +75,19 @@ def test_twin(ops, device):
     assert torch.equal(logits.gather(1, ids), values)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(("tokens", "row", "k"), [(1, 0, 1), (3, 402, 1), (3, 200, 5), (17, 200, 1)])
+def test_what_is_not_finite_is_seen_in_the_first_value(ops, device, tokens, row, k, value):
+    x, residual, norm_weight, eps, weight = _inputs(tokens, 403, 64, torch.bfloat16, device)
+    weight[row, (x + residual)[0].argmax()] = value
+    logits = ops.lm_head(x, residual, norm_weight, eps, weight)
+    values, ids = ops.lm_head_top_k(x, residual, norm_weight, eps, weight, k)
+    seen = logits.isnan().any(-1) | (logits == float("inf")).any(-1)
+    assert seen.any(), "nothing to see"
+    assert (~values[:, 0].isfinite()).tolist() == seen.tolist()
+    assert ((ids >= 0) & (ids < 403)).all()
+
+
 @pytest.mark.gpu
 def test_bits_do_not_depend_on_the_company(ops):
     device = torch.device("cuda")
@@ -134,6 +147,14 @@ MUTATIONS = [
         "logits",
         test_top_k_of_all,
         {},
+    ),
+    Mutation(
+        "a maximum passes over NaN",
+        "lm_head.py",
+        'tl.where(logits != logits, float("inf"), logits)',
+        "logits",
+        test_what_is_not_finite_is_seen_in_the_first_value,
+        {"tokens": 3, "row": 200, "k": 5, "value": float("nan")},
     ),
     Mutation(
         "what was taken stays",

@@ -84,6 +84,7 @@ def test_score_is_the_log_softmax_of_forward(model):
     assert score.perplexity == pytest.approx(expected.mean().neg().exp().item(), rel=1e-4)
     assert model.score("abc").token_ids == model.tokenizer.encode("abc")
     assert model.score([5]).logprobs == []
+    assert model.score([5]).perplexity is None
 
 
 def test_random_weights_are_reproducible():

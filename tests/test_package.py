@@ -36,6 +36,7 @@ ORDER = [
 ]
 ORDER += [
     "sampling",
+    "scheduler",
     "decode",
     "generate",
     "completion",

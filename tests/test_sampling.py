@@ -11,7 +11,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from qwenkern import RequestError, SamplingParams, TokenLogprob
-from qwenkern.sampling import sample
+from qwenkern.sampling import NOT_FINITE, sample
 
 VOCABULARY = 60
 
@@ -46,6 +46,51 @@ def test_temperature_zero_takes_the_likeliest(logits):
     assert _choose(logits, FakeRow(SamplingParams(temperature=0))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-9))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-5))) == logits.argmax().item()
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {}, {"top_k": 5}, {"logprobs": 2}, {"min_tokens": 3}], ids=str)
+@pytest.mark.parametrize("values", [[math.nan], [math.inf], [math.inf, math.nan], [-math.inf] * VOCABULARY], ids=str)
+def test_a_row_that_is_not_finite_gets_no_token(logits, fields, values):
+    """And those beside it get theirs."""
+    damaged = logits.clone()
+    damaged[-len(values) :] = torch.tensor(values)
+    rows = [
+        FakeRow(SamplingParams(**fields), output_ids=[1, 2], end_ids=frozenset([3]), seed=seed) for seed in range(3)
+    ]
+    alone = [sample(logits[None].clone(), [row]) for row in rows]
+    rows = [
+        FakeRow(SamplingParams(**fields), output_ids=[1, 2], end_ids=frozenset([3]), seed=seed) for seed in range(3)
+    ]
+    tokens = sample(torch.stack([logits, damaged, logits]), rows)
+    assert tokens[1] == NOT_FINITE
+    assert [tokens[0], tokens[2]] == [*alone[0], *alone[2]]
+
+
+def test_minus_infinity_is_a_logit_like_any_other(logits):
+    logits[logits.argmax()] = -math.inf
+    assert _choose(logits, FakeRow(SamplingParams(temperature=0))) == logits.argmax().item()
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 0}, {}, {"top_k": 5}, {"top_p": 0.5}, {"logprobs": 2}], ids=str)
+def test_where_all_tokens_are_forbidden_none_is_drawn(logits, fields):
+    bias = dict.fromkeys(range(VOCABULARY), -math.inf)
+    with pytest.raises(RequestError, match="every token is forbidden by logit_bias; expected at least one"):
+        _choose(logits, FakeRow(SamplingParams(logit_bias=bias, **fields)))
+    del bias[7]
+    for seed in range(20):
+        token = _choose(logits, FakeRow(SamplingParams(logit_bias=bias, **fields), seed=seed))
+        assert getattr(token, "token_id", token) == 7
+    ends = frozenset([7])
+    with pytest.raises(RequestError, match="every token is forbidden by logit_bias and min_tokens;"):
+        _choose(logits, FakeRow(SamplingParams(logit_bias=bias, min_tokens=2, **fields), end_ids=ends, output_ids=[1]))
+    late = FakeRow(SamplingParams(logit_bias=bias, min_tokens=2, **fields), end_ids=ends, output_ids=[1, 1])
+    assert getattr(token := _choose(logits, late), "token_id", token) == 7
+
+
+def test_a_penalty_that_makes_a_logit_infinite_is_named(logits):
+    row = FakeRow(SamplingParams(repetition_penalty=1e-300), prompt_ids=[logits.argmax().item()])
+    with pytest.raises(RequestError, match="repetition_penalty 1e-300 makes a logit inf"):
+        _choose(logits, row)
 
 
 FILTERS = [
