@@ -20,7 +20,7 @@ from .checkpoint import load_weights, open_checkpoint
 from .completion import Completion, Score, Stream
 from .config import Config
 from .decode import DecodeSteps
-from .errors import RequestError
+from .errors import ConfigError, RequestError
 from .kernels import cpu, invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
@@ -82,7 +82,8 @@ class Model:
         model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
             safetensors, or a .gguf file, whose weights are dequantised.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (that of the checkpoint; bfloat16 for GGUF), "bfloat16", "float16", "float32".
+        dtype: "auto" (that of config.json, else of the first weight; bfloat16 for GGUF), "bfloat16", "float16",
+            "float32".
         cache_tokens: room of the key-value cache, shared by all sequences. prefill_chunk: prompt tokens a pass.
         deterministic: the same bits for a prompt in whatever batch it comes. Without it that holds for the decode steps
             of up to 16 sequences on our kernels. It costs throughput, not latency: prompts are read one by one, at most
@@ -411,6 +412,11 @@ def _dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> to
         name = config.dtype.removeprefix("torch.")
         if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "float16"  # before Ampere
+        if name not in _DTYPES:
+            raise ConfigError(
+                f"{config.source}: dtype is {config.dtype!r:.100}; expected {', '.join(map(repr, _DTYPES))}, or one of "
+                "them given as dtype="
+            )
     if name not in _DTYPES:
         raise RequestError(f"dtype is {dtype!r} ({name}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[name]

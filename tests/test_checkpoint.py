@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from transformers import Qwen2ForCausalLM
 
 from qwenkern.checkpoint import load_weights, open_checkpoint
 from qwenkern.config import Config
@@ -295,7 +296,7 @@ def test_a_folder_with_one_file(name, tmp_path):
     assert_holds(loaded(tmp_path), expected_state(random_weights()))
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.path == tmp_path
-    assert replace(checkpoint.config, source="tiny") == TINY
+    assert replace(checkpoint.config, source="tiny") == replace(TINY, dtype="float32")  # as the file has them
     assert (checkpoint.generation, checkpoint.metadata) == ({}, {})
     tensors = dict(checkpoint.tensors(torch.bfloat16))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
@@ -326,6 +327,29 @@ def test_the_layout_of_the_hub_cache(sharded, tmp_path):
     assert_holds(loaded(snapshot), expected_state(random_weights()))
     (tmp_path / "nickname").symlink_to(snapshot)
     assert_holds(loaded(tmp_path / "nickname"), expected_state(random_weights()))
+
+
+@pytest.mark.parametrize(
+    "said", [{}, {"dtype": None, "torch_dtype": None}, {"torch_dtype": "float16"}, {"dtype": "float32"}]
+)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, "mixed"], ids=str)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_dtype_is_the_one_that_transformers_takes(shards, stored, said, tmp_path):
+    weights = random_weights(dtype=torch.bfloat16 if stored == "mixed" else stored)
+    if stored == "mixed":
+        weights |= {name: tensor.float() for name, tensor in weights.items() if "norm" in name or "layers.0" in name}
+        weights["lm_head.weight"] = weights["lm_head.weight"].half()
+    (write_single if shards == 1 else write_sharded)(tmp_path, weights)
+    write_config(tmp_path, **said)
+    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert open_checkpoint(tmp_path).config.dtype == str(theirs.dtype).removeprefix("torch.")
+
+
+def test_of_two_spellings_of_the_dtype_the_newer_counts(tmp_path):
+    write_single(tmp_path)
+    write_config(tmp_path, torch_dtype="float16", dtype="bfloat16")
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert open_checkpoint(tmp_path).config.dtype == "bfloat16"
 
 
 def test_generation_config_is_passed_on(tmp_path):

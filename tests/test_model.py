@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -10,10 +11,10 @@ import pytest
 import torch
 from tolerances import assert_as_close_as
 from toy import byte_tokenizer
-from twins import TINY, in_other_orders, tiny_model, twin
+from twins import TINY, in_other_orders, save_checkpoint, tiny_model, twin
 
 import qwenkern
-from qwenkern import Completion, Config, Model, RequestError, SamplingParams
+from qwenkern import Completion, Config, ConfigError, Model, RequestError, SamplingParams
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +172,32 @@ def test_forward_refuses_what_are_no_ids(model, ids):
 def test_bad_places_to_run(keywords, message):
     with pytest.raises(RequestError, match=message):
         Model.from_config(TINY, **keywords)
+
+
+@pytest.mark.parametrize("named", ["int8", 5, "float64", ["bfloat16"]], ids=str)
+def test_a_dtype_that_we_do_not_compute_in(named, tmp_path):
+    """Of the checkpoint: it matters to dtype="auto" alone."""
+    save_checkpoint(tiny_model(), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"torch_dtype": named}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(
+        ConfigError, match=r"config\.json: dtype is .*; expected 'bfloat16', 'float16', 'float32', or one of"
+    ):
+        Model.from_pretrained(tmp_path, device="cpu")
+    assert Model.from_pretrained(tmp_path, device="cpu", dtype="float16").dtype == torch.float16
+
+
+def test_weights_of_float32_without_a_word_on_it_stay_what_they_are(tmp_path):
+    saved = tiny_model()
+    save_checkpoint(saved, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["torch_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    loaded = Model.from_pretrained(tmp_path, device="cpu")
+    for (name, theirs), (_, ours) in zip(
+        saved.module.named_parameters(), loaded.module.named_parameters(), strict=True
+    ):
+        assert torch.equal(theirs, ours), name
 
 
 def test_every_error_is_an_error_of_ours():

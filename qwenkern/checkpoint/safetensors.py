@@ -24,6 +24,7 @@ from .base import Checkpoint
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # the format's words for torch's
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
             raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
     return SafetensorsCheckpoint(
         path=folder,
-        config=Config.from_json(folder / "config.json"),
+        config=Config.from_json(folder / "config.json", dtype=_stored_dtype(next(iter(files)))),
         generation=read_json(folder / "generation_config.json"),
         metadata={},
         shapes={name: shape for header in headers.values() for name, shape in header.items()},
@@ -141,6 +142,13 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         entries.pop("__metadata__", None)
         ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
         return {name: tuple(entries[name]["shape"]) for name in ordered}
+
+
+def _stored_dtype(file: Path) -> str:
+    """The dtype of a file's first floating weight: what transformers takes where config.json names none."""
+    with _errors(file), safe_open(file, framework="pt") as opened:
+        stored = (opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118  (it is no mapping)
+        return next((_DTYPES[kind] for kind in stored if kind in _DTYPES), "bfloat16")
 
 
 @contextmanager
