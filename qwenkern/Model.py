@@ -21,6 +21,7 @@ from .completion import Completion, Score, Stream
 from .config import Config
 from .decode import DecodeSteps
 from .errors import ConfigError, RequestError
+from .generation import Generation
 from .kernels import cpu, invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
@@ -45,7 +46,7 @@ class Model:
         self,
         module: Qwen2,
         tokenizer: Tokenizer | None,
-        generation: Mapping[str, Any],
+        generation: Generation | None = None,
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
         deterministic: bool = False,
@@ -53,7 +54,7 @@ class Model:
         self.module = module
         self.config = module.config
         self.tokenizer = tokenizer
-        self.generation = dict(generation)  # the checkpoint's defaults for sampling
+        self.generation = generation or Generation()  # what the checkpoint says of it
         self.dtype = module.model.norm.weight.dtype
         self.device = module.cos_sin.device
         for name, value in (("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens)):
@@ -114,10 +115,7 @@ class Model:
             progress=progress and (lambda done: progress("load", done, checkpoint.num_bytes(dtype))),
         )
         logger.info("loaded %s as %s on %s in %.1f s", path, dtype, device, time.perf_counter() - started)
-        generation = dict(checkpoint.generation)
-        if checkpoint.metadata:  # a GGUF names one end; Qwen2.5 has two, <|im_end|> and <|endoftext|>
-            generation["eos_token_id"] = sorted(tokenizer.end_of_text_ids)
-        return cls(module, tokenizer, generation, cache_tokens, prefill_chunk, deterministic)
+        return cls(module, tokenizer, checkpoint.generation, cache_tokens, prefill_chunk, deterministic)
 
     @classmethod
     def from_config(
@@ -141,7 +139,7 @@ class Model:
         device = _device(device)
         module = Qwen2(config, _dtype(dtype, config, device), device)
         initialise(module, seed)
-        return cls(module, tokenizer, {}, cache_tokens, prefill_chunk, deterministic)
+        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic)
 
     @classmethod
     def from_transformers(
@@ -181,21 +179,28 @@ class Model:
         return engine.generate(self.module, self.cache, sequences, limits, self._steps)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **keywords: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
     ) -> Completion | list[Completion]:
         """Completes one prompt or a list of them, together and without padding.
 
         A prompt is a text, a list of token ids, or a list of chat messages. Sampling is given as SamplingParams or by
         its fields as keywords. One prompt with n = 1 gives a Completion; anything else a list of them, prompt by
-        prompt, n of each."""
+        prompt, n of each. tools: as in `chat`, for messages."""
         params = _params(params, keywords)
         single = _is_prompt(prompts)
-        sequences = self._sequences([prompts] if single else prompts, params)
+        completions = self._complete(self._sequences([prompts] if single else prompts, params, tools))
+        return completions[0] if single and params.n == 1 else completions
+
+    def _complete(self, sequences: list[engine.Sequence]) -> list[Completion]:
         first = [sequence for sequence in sequences if sequence.sample_index == 0]  # the others fork from these
         for _ in self._run(first):
             pass
-        completions = [Completion.of(sequence) for sequence in sequences]
-        return completions[0] if single and params.n == 1 else completions
+        return [Completion.of(sequence) for sequence in sequences]
 
     def stream(
         self,
@@ -227,7 +232,8 @@ class Model:
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each. tools: functions that the
         model may call, as JSON schemas; it answers a call in <tool_call> tags."""
         params = _params(params, keywords)
-        return self.generate(self._encode(messages, tools), params)
+        completions = self._complete(self._sequences([messages], params, tools))
+        return completions[0] if params.n == 1 else completions
 
     @torch.inference_mode()
     def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
@@ -255,7 +261,7 @@ class Model:
     def _logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Logits of a sequence, chunk by chunk."""
         self._check_ids(ids)
-        self._check_fits(len(ids), None)
+        self._room_after(len(ids))
         table = BlockTable()
         try:
             for start in range(0, len(ids), self.prefill_chunk):
@@ -269,19 +275,20 @@ class Model:
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[engine.Sequence]:
         """Checked requests: prompt by prompt, n of each, the first of each n with the others as its siblings."""
-        params = params.with_defaults(self.generation)
+        params = params.with_defaults(self.generation.sampling)
         self._check_params(params)
-        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
         sequences = []
         for prompt_index, prompt in enumerate(prompts):
             ids = self._encode(prompt, tools)
             self._check_ids(ids)
+            end_ids = self._end_ids(params, is_chat=not isinstance(prompt, str) and not _is_ids(prompt))
+            max_tokens = self._max_tokens(len(ids), params)
             group = [
                 engine.Sequence(
                     prompt_ids=ids,
                     params=params,
                     end_ids=end_ids,
-                    max_tokens=self._check_fits(len(ids), params.max_tokens),
+                    max_tokens=max_tokens,
                     detokenizer=self.tokenizer and Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
                     prompt_index=prompt_index,
                     sample_index=sample_index,
@@ -306,7 +313,7 @@ class Model:
         if isinstance(prompt, str):
             if tools:
                 raise RequestError("tools need chat messages as the prompt, found a text")
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode_prompt(prompt)
         return self.tokenizer.encode_chat(prompt, tools=tools)
 
     def _check_ids(self, ids: list[int]) -> None:
@@ -318,19 +325,32 @@ class Model:
                 f"the prompt has token id {low if low < 0 else high}; expected 0 to {self.config.vocab_size - 1}"
             )
 
-    def _check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """How many tokens may follow the prompt; RequestError where it, or max_tokens after it, are too many."""
+    def _room_after(self, num_tokens: int) -> tuple[int, str]:
+        """How many tokens may follow so many, and what would be full then; RequestError where they are too many."""
         cached = self.cache.num_tokens
         room, where = min((self.config.context_length, "context length"), (cached, "key-value cache (cache_tokens)"))
-        if num_prompt_tokens > room:
-            raise RequestError(f"the prompt has {num_prompt_tokens} tokens, and the {where} is {room}")
-        if max_tokens is not None and num_prompt_tokens + max_tokens > room:
-            raise RequestError(
-                f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} make "
-                f"{num_prompt_tokens + max_tokens}, and the {where} is {room}"
-            )
+        if num_tokens > room:
+            raise RequestError(f"the prompt has {num_tokens} tokens, and the {where} is {room}")
         # the last token that is sampled need not be cached, so a full context still gives one
-        return max_tokens if max_tokens is not None else max(1, room - num_prompt_tokens)
+        return max(1, room - num_tokens), f"the {where} is {room}"
+
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """How many tokens may follow the prompt; RequestError where more are asked for than there is room."""
+        room, limit = self._room_after(num_prompt_tokens)
+        if params.max_tokens is None:
+            wanted = self.generation.max_tokens_after(num_prompt_tokens)
+            if wanted is not None and wanted < params.min_tokens:
+                raise RequestError(
+                    f"min_tokens is {params.min_tokens}, and {self.generation.source} allows {wanted} tokens after "
+                    f"{num_prompt_tokens} of a prompt; expected max_tokens, which goes before that"
+                )
+            return room if wanted is None else min(wanted, room)
+        if params.max_tokens > room:
+            raise RequestError(
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens {params.max_tokens} make "
+                f"{num_prompt_tokens + params.max_tokens}, and {limit}"
+            )
+        return params.max_tokens
 
     def _check_params(self, params: SamplingParams) -> None:
         width = self.config.vocab_size
@@ -340,12 +360,15 @@ class Model:
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; expected stop_token_ids")
 
-    @property
-    def _end_ids(self) -> frozenset[int]:
-        listed = self.generation.get("eos_token_id")
-        if listed is None:
-            return frozenset(self.tokenizer.end_of_text_ids) if self.tokenizer else frozenset()
-        return frozenset([listed] if isinstance(listed, int) else listed)
+    def _end_ids(self, params: SamplingParams, is_chat: bool) -> frozenset[int]:
+        """The ids that end a text; see generation.py."""
+        ends = set() if params.ignore_eos else set(self.generation.end_ids)
+        if self.tokenizer and not params.ignore_eos:
+            ends |= self.tokenizer.end_of_text_ids
+            if is_chat:
+                ends |= self.tokenizer.end_of_turn_ids
+        width = self.config.vocab_size  # a tokenizer may have more ids than the model has logits: those never come
+        return frozenset(params.stop_token_ids) | {token for token in ends if token < width}
 
     def _default_cache_tokens(self) -> int:
         """What is left of a GPU's memory, less a share for activations; on a CPU, where memory is taken only as it is

@@ -17,17 +17,18 @@ MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
 FEW = 64  # tokens to choose from, where no row of a batch wants more: cheaper than to sort the vocabulary
 BELOW_ONE = 1 - 2**-24  # in float32: a number closer to 1 would become 1, and draw what top_k or top_p ruled out
+_NEUTRAL = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 _GREEDY_BELOW = 1e-6  # a temperature so small cannot be told from 0 in float32
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a caller asks of the text. ``None`` means: as the checkpoint's generation_config.json says, else neutral.
+    """What a caller asks of the text. ``None`` means: as the checkpoint says (docs/generation.md), else neutral.
 
     The next token is drawn after these steps, in this order: repetition, presence and frequency penalty, logit_bias,
     temperature, top_k, top_p, min_p. Raises RequestError for a value out of its range."""
 
-    max_tokens: int | None = None  # None: until the model ends its text or the context is full
+    max_tokens: int | None = None  # None: as the checkpoint says, else until the model's end or a full context
     min_tokens: int = 0  # before so many, neither an end-of-text id nor a stop string ends the text
     temperature: float | None = None  # 0: greedy, the most likely token
     top_k: int | None = None  # only the k most likely tokens; 0: all
@@ -72,20 +73,9 @@ class SamplingParams:
             _whole("logit_bias's token id", token, 0)
             _number(f"logit_bias[{token}]", bias, -math.inf, 1000.0)
 
-    def with_defaults(self, generation: Mapping[str, Any]) -> SamplingParams:
-        """Fills what is None from the fields of a generation_config.json (transformers' GenerationConfig).
-
-        There, ``do_sample: false`` (or absent) means greedy, whatever temperature it names."""
-        defaults: dict[str, Any] = {
-            "temperature": 1.0,
-            "top_k": 0,
-            "top_p": 1.0,
-            "min_p": 0.0,
-            "repetition_penalty": 1.0,
-        }
-        defaults |= {name: generation[name] for name in defaults if generation.get(name) is not None}
-        if not generation.get("do_sample", False):
-            defaults["temperature"] = 0.0
+    def with_defaults(self, sampling: Mapping[str, float]) -> SamplingParams:
+        """Fills what is None from the checkpoint's values (Generation.sampling), else with what changes nothing."""
+        defaults = _NEUTRAL | sampling
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property
@@ -245,7 +235,7 @@ def _whole(name: str, value: Any, low: int, high: int | None = None, optional: b
 def _number(name: str, value: Any, low: float, high: float, optional: bool = False, open_below: bool = False) -> None:
     if value is None and optional:
         return
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value  # not NaN
     if not is_number or not low <= value <= high or (open_below and value == low):
         span = f"{'above' if open_below else 'from'} {low} to {high}"
         raise RequestError(f"{name} is {value!r}; expected a number {span}" + (" or None" if optional else ""))

@@ -11,14 +11,16 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from .chat_template import ChatTemplate, plain
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, ConfigError, RequestError
+from .generation import END_TOKENS, check_eos_token
 from .reading import read_json
 
 # Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
@@ -45,7 +47,8 @@ class Tokenizer:
 
     vocab_size       width of the model's output; ids that no token has, up to it, decode to nothing
     special_ids      ids that `decode` leaves out
-    end_of_text_ids  ids that end a reply: <|im_end|>, <|endoftext|> and the checkpoint's own
+    beginning_ids    ids that the checkpoint puts before a text, such as a beginning-of-text token; Qwen2.5 has none
+    end_of_text_ids  ids that end a text: those of generation.END_TOKENS that it has, and the checkpoint's own
     """
 
     def __init__(
@@ -82,10 +85,11 @@ class Tokenizer:
         self._chat_template = chat_template or ChatTemplate({}, {}, source)
         self.vocab_size = vocab_size
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        ends = (self.id_of(token) for token in ("<|im_end|>", "<|endoftext|>", *eos_tokens))
-        self.end_of_text_ids = frozenset(token_id for token_id in ends if token_id is not None)
+        ends = {token_id for token_id, token in self._added.items() if token in END_TOKENS}
+        ends |= {self.id_of(token) for token in eos_tokens} - {None}
+        self.end_of_text_ids = frozenset(ends)
         with _guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
-            library.encode(_PROBE)
+            self.beginning_ids = _beginning(library)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -105,6 +109,7 @@ class Tokenizer:
         named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
         tokens = {name: token for name, token in named.items() if isinstance(token, str)}
         width = read_json(folder / "config.json").get("vocab_size")
+        check_eos_token(config.get("eos_token"), library.token_to_id, width, folder / "tokenizer_config.json")
         used = 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
         return cls(
             library,
@@ -163,17 +168,24 @@ class Tokenizer:
             ]
         )
         named = {}
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("pad", "padding")):
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("eom", "eom"), ("pad", "padding")):
             key = f"tokenizer.ggml.{key}_token_id"
             if (token_id := metadata.get(key)) is not None:
-                if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-                    raise CheckpointError(f"{source}: {key} is {token_id!r}; expected an id below {len(tokens)}")
+                if type(token_id) is not int or not 0 <= token_id < len(tokens):
+                    raise ConfigError(f"{source}: {key} is {token_id!r:.100}; expected an id below {len(tokens)}")
                 named[f"{name}_token"] = tokens[token_id]
-        ends = [named[name] for name in ("eos_token", "eot_token") if name in named]
+        ends = [named[name] for name in ("eos_token", "eot_token", "eom_token") if name in named]
+        key, begins = "tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.add_bos_token", False)
+        if not isinstance(begins, bool):
+            raise ConfigError(f"{source}: {key} is {begins!r:.100}; expected true or false")
+        if begins and "bos_token" not in named:
+            raise ConfigError(f"{source}: {key} is true; expected tokenizer.ggml.bos_token_id beside it")
+        if begins:
+            begin_with(library, named["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
         return cls(library, source, len(tokens), ends, ChatTemplate.from_gguf(metadata, named, source))
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """Ids of `text`. Nothing is put before or after it: Qwen2.5 has no beginning-of-text token.
+        """Ids of `text`. Nothing is put before or after it; see `encode_prompt`.
 
         A special token spelled out in the text becomes that token, as chat templates need; with allow_special=False
         the text comes from a stranger and every character of it is text. Raises RequestError for what is not a str or
@@ -191,6 +203,26 @@ class Tokenizer:
         error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
         with _guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
             return library.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text` as what a model goes on from, or scores: `beginning_ids` first, unless it begins with them.
+
+        An end that a tokenizer puts after a text, where it is asked to, is left out: nothing goes on from there.
+        """
+        ids, beginning = self.encode(text), list(self.beginning_ids)
+        return ids if ids[: len(beginning)] == beginning else beginning + ids
+
+    @cached_property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """The id that the chat template writes after an answer; empty where it writes none, or there is no template."""
+        answer = "(the answer)"
+        messages = [{"role": "user", "content": "(the question)"}, {"role": "assistant", "content": answer}]
+        try:
+            text = self.render_chat(messages, add_generation_prompt=False)
+        except RequestError:  # no template, or one that takes no such conversation
+            return frozenset()
+        end = self._any_special.search(text, text.rfind(answer) + len(answer)) if answer in text else None
+        return frozenset({self._library.token_to_id(end[0])} if end else ())
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`, U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the vocabulary."""
@@ -307,6 +339,24 @@ def _guard(error: type[Exception], complaint: str) -> Iterator[None]:
         raise
     except BaseException as fault:
         raise error(f"{complaint}: {fault}") from fault
+
+
+def begin_with(library: tokenizers.Tokenizer, token: str, token_id: int) -> None:
+    """Makes the library put a token before every text."""
+    named = {"id": "BEGIN", "ids": [token_id], "tokens": [token]}
+    library.post_processor = processors.TemplateProcessing(
+        single="BEGIN $A", pair="BEGIN $A $B", special_tokens=[named]
+    )
+
+
+def _beginning(library: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The ids that the library's post-processor puts before a text."""
+    bare = library.encode(_PROBE, add_special_tokens=False).ids
+    whole = library.encode(_PROBE).ids
+    starts = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
+    if (start := next(starts, None)) is None:
+        raise ValueError("its post-processor changes a text's ids")
+    return tuple(whole[:start])
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

@@ -297,7 +297,7 @@ def test_a_folder_with_one_file(name, tmp_path):
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.path == tmp_path
     assert replace(checkpoint.config, source="tiny") == replace(TINY, dtype="float32")  # as the file has them
-    assert (checkpoint.generation, checkpoint.metadata) == ({}, {})
+    assert (checkpoint.generation.end_ids, checkpoint.metadata) == (frozenset(), {})
     tensors = dict(checkpoint.tensors(torch.bfloat16))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == checkpoint.shapes
@@ -355,7 +355,8 @@ def test_of_two_spellings_of_the_dtype_the_newer_counts(tmp_path):
 def test_generation_config_is_passed_on(tmp_path):
     write_single(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 3], "top_p": 0.8}')
-    assert open_checkpoint(tmp_path).generation == {"eos_token_id": [5, 3], "top_p": 0.8}
+    generation = open_checkpoint(tmp_path).generation
+    assert (generation.end_ids, generation.sampling) == ({3, 5}, {"temperature": 0.0, "top_p": 0.8})
 
 
 def test_tensors_of_the_wanted_dtype_are_views_of_the_mapped_file(tmp_path):

@@ -16,8 +16,8 @@ ROOT = Path(qwenkern.__file__).parents[1]
 KERNELS = Path(qwenkern.kernels.__file__).parent
 
 # Each room may import those to its left; see docs/architecture.md.
-ORDER = ["errors", "reading", "config", "kernels", "cache", "qwen2", "sampling", "tokenizer", "generate", "completion"]
-ORDER += ["Model"]
+ORDER = ["errors", "reading", "config", "kernels", "cache", "qwen2", "sampling", "generation", "tokenizer"]
+ORDER += ["generate", "completion", "Model"]
 LEAVES = {"errors": set(), "reading": {"errors"}, "config": {"errors", "reading"}}
 LEAVES |= {"sources": {"errors"}, "sampling": {"errors"}}
 

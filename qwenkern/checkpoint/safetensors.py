@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
+from qwenkern.generation import Generation
 from qwenkern.reading import LARGEST, read_json, unique
 
 from .base import Checkpoint
@@ -55,10 +56,11 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
                 [("the index", n) for n in expected - found] + [("the file", n) for n in found - expected]
             )
             raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
+    config = Config.from_json(folder / "config.json", dtype=_stored_dtype(next(iter(files))))
     return SafetensorsCheckpoint(
         path=folder,
-        config=Config.from_json(folder / "config.json", dtype=_stored_dtype(next(iter(files)))),
-        generation=read_json(folder / "generation_config.json"),
+        config=config,
+        generation=Generation.from_folder(folder, config.vocab_size),
         metadata={},
         shapes={name: shape for header in headers.values() for name, shape in header.items()},
         files={file: tuple(header) for file, header in headers.items()},
