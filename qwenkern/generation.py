@@ -15,7 +15,8 @@ implement is one warning.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -116,7 +117,7 @@ class Generation:
         Raises ConfigError for a value that cannot be meant, CheckpointError for a file that cannot be read."""
         own, general = folder / "generation_config.json", folder / "config.json"
         config = read_json(general)
-        said, source = (read_json(own), own) if own.exists() else (config, general)
+        said, source = (read_json(own), own) if os.path.lexists(own) else (config, general)
         return cls.from_fields(said, vocab_size, str(source)).with_ends(config, vocab_size, str(general))
 
     @classmethod
@@ -184,12 +185,12 @@ class Generation:
         return self.max_length - num_prompt_tokens
 
 
-def check_eos_token(token: Any, id_of: Callable[[str], int | None], width: Any, file: Path) -> None:
+def check_eos_token(token: Any, vocab: Mapping[str, int], width: Any, file: Path) -> None:
     """Refuses what is no token, or one that no logit stands for, as the `eos_token` of a tokenizer_config.json."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
         raise ConfigError(f"{file}: eos_token is {_shown(token)}; expected a text, or an object with its content")
-    token_id = None if token is None else id_of(text)
+    token_id = None if token is None else vocab.get(text)
     if token_id is not None and isinstance(width, int) and token_id >= width:
         raise ConfigError(f"{file}: eos_token is {text!r}, with id {token_id}; expected one below vocab_size {width}")
     if token is not None and token_id is None:

@@ -109,8 +109,9 @@ class Tokenizer:
         named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
         tokens = {name: token for name, token in named.items() if isinstance(token, str)}
         width = read_json(folder / "config.json").get("vocab_size")
-        check_eos_token(config.get("eos_token"), library.token_to_id, width, folder / "tokenizer_config.json")
-        used = 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocab = library.get_vocab(with_added_tokens=True)
+        check_eos_token(config.get("eos_token"), vocab, width, folder / "tokenizer_config.json")
+        used = 1 + max(vocab.values(), default=-1)
         return cls(
             library,
             str(file),
@@ -216,13 +217,16 @@ class Tokenizer:
     def end_of_turn_ids(self) -> frozenset[int]:
         """The id that the chat template writes after an answer; empty where it writes none, or there is no template."""
         answer = "(the answer)"
-        messages = [{"role": "user", "content": "(the question)"}, {"role": "assistant", "content": answer}]
-        try:
-            text = self.render_chat(messages, add_generation_prompt=False)
-        except RequestError:  # no template, or one that takes no such conversation
-            return frozenset()
-        end = self._any_special.search(text, text.rfind(answer) + len(answer)) if answer in text else None
-        return frozenset({self._library.token_to_id(end[0])} if end else ())
+        turns = [{"role": "user", "content": "(the question)"}, {"role": "assistant", "content": answer}]
+        for messages in (turns, [{"role": "system", "content": "(the rule)"}, *turns]):
+            try:
+                text = self.render_chat(messages, add_generation_prompt=False)
+            except RequestError:  # there is no template, or it takes other conversations only
+                continue
+            _, found, after = text.rpartition(answer)
+            if found and (end := self._any_special.search(after)):
+                return frozenset({self._library.token_to_id(end[0])})
+        return frozenset()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`, U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the vocabulary."""
@@ -246,7 +250,10 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe"), or None."""
-        return self._library.token_to_id(token)
+        try:
+            return self._library.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate, which no token has
+            return None
 
     def render_chat(
         self,

@@ -134,6 +134,10 @@ def test_generation_defaults_and_tokenizer():
     assert ours.tokenizer.encode("wörld") == toy.encode("wörld")
     assert ours.tokenizer.vocab_size == TINY.vocab_size
     assert ours.tokenizer.encode_chat([{"role": "user", "content": "ab"}]) == toy.encode("ab")
+    library.bos_token = "<|im_start|>"
+    library.add_bos_token = True
+    begun = Model.from_transformers(theirs, library, cache_tokens=64).score("ab").token_ids
+    assert begun == library("ab")["input_ids"] == [257, *toy.encode("ab")]
     assert Model.from_transformers(theirs, toy, cache_tokens=64).tokenizer is toy
     assert Model.from_transformers(theirs, cache_tokens=64).tokenizer is None
 

@@ -17,7 +17,7 @@ from toy import CHAT_TEMPLATE
 from transformers import GenerationConfig, Qwen2ForCausalLM
 from twins import save_checkpoint, tiny_model, unpacked
 
-from qwenkern import Config, ConfigError, Model, RequestError, SamplingParams
+from qwenkern import CheckpointError, Config, ConfigError, Model, RequestError, SamplingParams
 from qwenkern import generation as room
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.generation import Generation
@@ -172,6 +172,12 @@ def test_config_json_counts_without_a_generation_config(original, files, tmp_pat
 OTHER_TEMPLATE = CHAT_TEMPLATE.replace("<|im_end|>", "<|turn_over|>")
 
 
+def test_the_end_of_turn_of_a_template_that_wants_a_system_message(original, tmp_path):
+    template = "{% if messages[0].role != 'system' %}{{ raise_exception('no') }}{% endif %}" + OTHER_TEMPLATE
+    model = load(folder(original, tmp_path, tokenizer_config={"chat_template": template}))
+    assert model.tokenizer.end_of_turn_ids == {IDS["<|turn_over|>"]}
+
+
 @pytest.mark.parametrize("form", ["folder", "gguf"])
 def test_a_chat_ends_at_the_templates_end_of_turn(original, form, tmp_path):
     if form == "folder":
@@ -247,10 +253,17 @@ def test_eos_token_beyond_the_logits(original, tmp_path):
         load(tmp_path)
 
 
-def test_eos_token_that_the_vocabulary_lacks_is_said(original, tmp_path, caplog):
-    model = load(folder(original, tmp_path, tokenizer_config={"eos_token": "<|nowhere|>"}))
+@pytest.mark.parametrize("token", ["<|nowhere|>", "\ud800", ""])
+def test_eos_token_that_the_vocabulary_lacks_is_said(original, token, tmp_path, caplog):
+    model = load(folder(original, tmp_path, tokenizer_config={"eos_token": token}))
     assert model._end_ids(NOTHING, is_chat=False) == USUAL
-    assert "eos_token is '<|nowhere|>', which the vocabulary does not have: it ends nothing" in caplog.text
+    assert f"eos_token is {token!r}, which the vocabulary does not have: it ends nothing" in caplog.text
+
+
+def test_a_generation_config_that_leads_nowhere_is_refused(original, tmp_path):
+    (folder(original, tmp_path) / "generation_config.json").symlink_to(tmp_path / "nothing.json")
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: not readable"):
+        open_checkpoint(tmp_path)
 
 
 def test_ends_beyond_the_logits_forbid_nothing(original):
