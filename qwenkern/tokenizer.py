@@ -17,8 +17,9 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from .chat_template import ChatTemplate, plain, read_json
+from .chat_template import ChatTemplate, Conversation, read_json
 from .errors import CheckpointError, RequestError
+from .messages import plain, unused_characters
 
 # Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
 QWEN2_SPLIT = (
@@ -238,25 +239,24 @@ class Tokenizer:
         content does count. Without such strings this is encode(render_chat(...)). Not covered: a token whose halves lie
         in two fields that a template joins with nothing between (Qwen's never does). Errors as render_chat and encode.
         """
-        text = self.render_chat(messages, tools, add_generation_prompt, **variables)
+        chat, text = self._chat_template.read(messages, tools, add_generation_prompt, **variables)
         # Strings that look like a token are hidden behind private characters while the template runs: then every token
         # still in the text is the template's, and what lies between is encoded as text, whole.
-        unused = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in text)
-        hidden = dict(zip(self._added.values(), unused, strict=False))
+        hidden = dict(zip(self._added.values(), unused_characters(text), strict=False))
         if len(hidden) < len(self._added):
             raise RequestError("messages: they use every private character; expected some to be free")
 
         def hide(value: Any) -> Any:
             return plain(value, "messages", lambda s: self._any_added.sub(lambda found: hidden[found[0]], s))
 
-        guarded = hide([messages, tools, variables])
-        for message, original in zip(guarded[0], messages, strict=True):
-            if original["role"] == "assistant" and isinstance(original.get("content"), str):
+        guarded = Conversation(hide(chat.messages), hide(chat.tools), hide(chat.variables), chat.add_generation_prompt)
+        for message, original in zip(guarded.messages, chat.messages, strict=True):
+            if original["role"] == "assistant" and "content" in original:
                 message["content"] = self._any_special.sub(lambda found: hidden[found[0]], original["content"])
-        if guarded == plain([messages, tools, variables], "messages"):
+        if guarded == chat:
             return self.encode(text)
         shown = {ord(character): token for token, character in hidden.items()}
-        rendered = self.render_chat(guarded[0], guarded[1], add_generation_prompt, **guarded[2])
+        rendered = self._chat_template.write(guarded)
         if rendered.translate(shown) != text:
             raise RequestError(
                 f"messages: they spell special tokens and the chat template of {self._source} reads or rewrites those; "

@@ -659,8 +659,8 @@ MESSAGE = {"role": "user", "content": "hello"}
         ([{"role": 3, "content": "hello"}], "messages[0]: role is 3; expected a string"),
         ([{"role": "user"}], "messages[0]: content is missing; expected a string"),
         ([MESSAGE, {"role": "assistant", "content": None}], "messages[1]: content is missing; expected a string"),
-        ([{"role": "user", "content": ["hello"]}], "messages[0]: content is a list; expected a string"),
-        ([MESSAGE | {"image": object()}], "messages holds a object; expected strings, numbers, lists and dicts"),
+        ([{"role": "user", "content": ["hello"]}], "messages[0].content[0] is a str; expected a dict"),
+        ([MESSAGE | {"image": object()}], "messages[0] holds a object; expected strings, numbers, lists and dicts"),
         (
             [{"role": "critic", "content": "hello"}],
             "chat template of toy.gguf does not accept them: TemplateError: no critics",
