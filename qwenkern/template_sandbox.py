@@ -32,7 +32,7 @@ STEPS_PER_CHARACTER = 40  # and for each character of its input: templates copy 
 LARGEST_TEMPLATE = 200_000  # characters; those of published models have up to 30,000
 _LARGEST_INT = 10_000  # bits
 _DEEPEST = 1000  # levels of nesting: below them, to hash a tuple would overflow the stack
-_ITEM, _CALL, _NEW_OBJECT = 8, 20, 64  # steps of an item in a new list, of a call, of a new namespace
+_ITEM, _CALL, _NEW_OBJECT = 8, 30, 64  # steps of an item in a new list, of a call, of a new namespace
 
 _left: ContextVar[list[int]] = ContextVar("steps left")
 
@@ -55,7 +55,7 @@ def _spend(steps: int) -> None:
     left = _left.get()
     left[0] -= steps
     if left[0] < 0:
-        raise TooCostly("it takes too many steps, as a loop without end or a text that doubles does")
+        raise TooCostly("it takes more steps than any template for so long a conversation needs")
 
 
 def _refuse(what: str) -> NoReturn:
@@ -129,7 +129,7 @@ def _drawn(items: Iterator[Any]) -> Iterator[Any]:
 def _times(left: Any, right: Any) -> None:
     for value, count in ((left, right), (right, left)):
         if isinstance(value, (str, list, tuple)) and isinstance(count, int):
-            _spend(max(count, 0) * (len(value) if isinstance(value, str) else _ITEM * len(value)))
+            _spend(max(count, 0) * len(value))
 
 
 def _power(base: Any, exponent: Any) -> None:
@@ -202,6 +202,11 @@ def _concat(context: Any, *values: Any) -> str:
     return _made((markup_join if context.autoescape else str_join)([_printed(value) for value in values]))
 
 
+def _sliced(value: Any) -> Any:
+    _spend(_len(value))
+    return value
+
+
 def _key(value: Any) -> Any:
     if not isinstance(value, str):
         _walk(value)
@@ -254,7 +259,7 @@ class _Rewriter(NodeTransformer):
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
         self.generic_visit(node)
-        return self._filter("made", node, at=node) if isinstance(node.arg, nodes.Slice) else node
+        return self._filter("slice made", node, at=node) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Pair:
         self.generic_visit(node)
@@ -289,9 +294,11 @@ def _deep(*values: Any, **named: Any) -> None:
 def _of_json(
     value: Any, ensure_ascii: Any = False, indent: Any = None, separators: Any = None, *_: Any, **__: Any
 ) -> None:
-    lines = _size(value)
-    width = len(indent) if isinstance(indent, str) else max(_whole(indent), 0)
-    _spend(lines * (width * (1 + _walk(value)) + _size(separators)))
+    size = _size(value)
+    if width := len(indent) if isinstance(indent, str) else max(_whole(indent), 0):
+        _spend(size * width * (1 + _walk(value)))
+    if separators is not None:
+        _spend(size * _size(separators))
 
 
 def _of_int(value: Any, *rest: Any, **named: Any) -> None:
@@ -321,9 +328,9 @@ def _of_replace(text: Any, old: Any, new: Any = "", *_: Any, **__: Any) -> None:
     _spend(str(text).count(str(old)) * len(str(new)))
 
 
-def _of_join(values: Any, separator: Any = "", *_: Any, **__: Any) -> None:
-    _walk(values, separator)
-    _spend(_len(values) * len(str(separator)))
+def _of_join(values: Any, d: Any = "", *_: Any, **__: Any) -> None:
+    _walk(values, d)
+    _spend(_len(values) * len(str(d)))
 
 
 def _of_round(value: Any, precision: Any = 0, *_: Any, **__: Any) -> None:
@@ -332,12 +339,12 @@ def _of_round(value: Any, precision: Any = 0, *_: Any, **__: Any) -> None:
         _refuse(f"it rounds to {precision} digits")
 
 
-def _of_rows(values: Any, count: Any = 1, *_: Any, **__: Any) -> None:
-    _spend(_ITEM * (_len(values) + max(_whole(count), 0)))
+def _of_rows(values: Any, count: Any = 0, *_: Any, linecount: Any = 0, slices: Any = 0, **__: Any) -> None:
+    _spend(_ITEM * (_len(values) + sum(max(_whole(number), 0) for number in (count, linecount, slices))))
 
 
-def _shallow(value: Any = None, *rest: Any, **named: Any) -> None:
-    _spend(_ITEM * _len(value))
+def _of_choice(value: Any, *rest: Any, **named: Any) -> None:
+    _spend(_ITEM * _len(value))  # what is dropped is read, too
     _walk(rest, named)
 
 
@@ -345,9 +352,9 @@ def _whole(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
-_FILTERS: dict[str, Callable[..., None]] = {  # what each costs before it runs
-    **dict.fromkeys(_words("attr batch d default first items last list map reject rejectattr reverse"), _shallow),
-    **dict.fromkeys(_words("safe select selectattr count length"), _shallow),
+_FILTERS: dict[str, Callable[..., None]] = {  # what each costs before it runs; arguments are named as Jinja does
+    **dict.fromkeys(_words("attr count d default first items last length list map reverse safe"), _free),
+    **dict.fromkeys(_words("reject rejectattr select selectattr"), _of_choice),
     **dict.fromkeys(_words("abs capitalize dictsort e escape filesizeformat float forceescape groupby"), _deep),
     **dict.fromkeys(_words("lower max min random sort string title trim truncate unique upper"), _deep),
     **dict.fromkeys(_words("urlencode wordcount"), _deep),
@@ -382,17 +389,8 @@ def _priced(function: Callable[..., Any], cost: Callable[..., None]) -> Callable
     return priced
 
 
-_READERS = {
-    "do_join",
-    "do_sum",
-    "sync_do_join",
-    "sync_do_sum",
-    "do_dictsort",
-    "do_sort",
-    "do_min",
-    "do_max",
-    "do_unique",
-}
+_READERS = set(_words("do_join do_sum sync_do_join sync_do_sum do_dictsort do_sort do_min do_max do_unique do_groupby"))
+_READERS |= {"sync_do_groupby"}
 
 
 # Calls
@@ -426,6 +424,7 @@ _METHODS: dict[type, set[str]] = {
     list: {"copy", "count", "index"},
     tuple: {"count", "index"},
     float: {"is_integer"},
+    type: {"fromkeys"},  # of dict
     LoopContext: {"cycle", "changed"},
     Cycler: {"next", "reset"},
 }
@@ -442,7 +441,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self.filters |= filters
         self.filters = {name: _priced(self.filters[name], cost) for name, cost in _FILTERS.items()}
         self.filters |= {"spend": _spend_filter, "spend and": _spend_and, "compare": _compare, "key": _key}
-        self.filters |= {"~": _concat, "made": _made}
+        self.filters |= {"~": _concat, "slice made": _sliced}
         self.tests = {name: _priced(test, _deep if name in _LONG_TESTS else _free) for name, test in self.tests.items()}
         del self.globals["lipsum"]
         self.globals |= functions
@@ -456,7 +455,8 @@ class Sandbox(ImmutableSandboxedEnvironment):
             _spend(len(left) + len(right))
             return left + right
         _OPERATORS[operator](left, right)
-        return _made(self.binop_table[operator](left, right))
+        result = self.binop_table[operator](left, right)
+        return result if isinstance(result, (list, tuple)) else _made(result)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
         if isinstance(argument, tuple):
