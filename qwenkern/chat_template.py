@@ -18,8 +18,8 @@ from typing import Any
 
 from .errors import CheckpointError, RequestError
 from .messages import plain, read_messages, size, unused_characters
+from .reading import read_json, read_text
 
-LARGEST_FILE = 20_000_000  # bytes of a JSON file or a template; parsed, JSON takes up to 20 times as much memory
 _MOST_TEMPLATES = 64
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
 _MOST_TRIALS = 8  # renderings to find out whether a template ignores messages of unusual roles
@@ -262,28 +262,3 @@ def _environment() -> Any:
         lstrip_blocks=True,
         extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no file. Raises CheckpointError for anything else."""
-    if not file.is_file():
-        return {}
-    try:
-        content = json.loads(read_text(file))
-    except (ValueError, RecursionError) as fault:
-        raise CheckpointError(f"{file}: not readable as JSON: {fault}") from fault
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds a {type(content).__name__}; expected a JSON object")
-    return content
-
-
-def read_text(file: Path, largest: int = LARGEST_FILE) -> str:
-    """A file's text. Raises CheckpointError where it has more bytes than `largest`, or is not UTF-8."""
-    try:
-        with file.open("rb") as opened:
-            content = opened.read(largest + 1)
-        if len(content) > largest:
-            raise CheckpointError(f"{file}: has more than {largest} bytes; expected a smaller file")
-        return content.decode("utf-8")
-    except (OSError, UnicodeDecodeError) as fault:
-        raise CheckpointError(f"{file}: not readable as UTF-8 text: {fault}") from fault

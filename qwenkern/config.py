@@ -4,7 +4,6 @@ A leaf of the package: standard library only."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError
+from .reading import read_json
 
 # Sizes above this are damage, not models: the largest of the family has 152,064 of anything.
 _LARGEST = 1 << 24
@@ -86,12 +86,9 @@ class Config:
     @classmethod
     def from_json(cls, path: str | Path) -> Config:
         """Reads a Hugging Face config.json, in the spelling of transformers 4 or 5."""
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ConfigError(f"{path}: cannot be read as a model's config.json: {error}") from error
-        if not isinstance(fields, dict):
-            raise ConfigError(f"{path}: expected a JSON object, found {type(fields).__name__}")
+        if not Path(path).exists():
+            raise ConfigError(f"{path}: no such file; expected a model's config.json")
+        fields = read_json(Path(path), ConfigError)
         return cls.from_dict(fields, source=str(path))
 
     @classmethod

@@ -17,9 +17,10 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from .chat_template import ChatTemplate, Conversation, read_json
+from .chat_template import ChatTemplate, Conversation
 from .errors import CheckpointError, RequestError
 from .messages import plain, unused_characters
+from .reading import read_json
 
 # Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
 QWEN2_SPLIT = (

@@ -475,14 +475,15 @@ def test_a_file_that_shrinks_by_one_byte_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"cannot be read: "),
-        ("{", r"cannot be read: "),
-        ("[]", r"cannot be read: expected a JSON object, found list"),
-        ("[" * 100_000, r"cannot be read: "),
+        ("", r"not readable as JSON: "),
+        ("{", r"not readable as JSON: "),
+        ("[]", r"holds a list; expected a JSON object"),
+        ("[" * 100_000, r"not readable as JSON: "),
+        ("1" * 5000, r"not readable as JSON: "),
         ("{}", r"expected an object weight_map from tensors to files, found None"),
         ('{"weight_map": {}}', r"expected an object weight_map from tensors to files, found \{\}"),
         ('{"weight_map": ["a"]}', r"expected an object weight_map"),
-        ('{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', r"cannot be read: 'a' occurs twice"),
+        ('{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', r"not readable as JSON: 'a' occurs twice"),
         ('{"weight_map": {"a": 3}}', r"tensor a is in 3; expected the bare name of a \.safetensors file"),
     ],
 )
@@ -559,7 +560,7 @@ def test_index_and_files_must_agree(tmp_path):
     refused(tmp_path, r"tensor model\.norm\.weight is in the (file|index) only")
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "expected a JSON object, found list"), ("{", "cannot be read")])
+@pytest.mark.parametrize(("text", "message"), [("[1]", "holds a list"), ("{", "not readable")])
 def test_a_damaged_generation_config_is_refused(text, message, tmp_path):
     write_single(tmp_path)
     (tmp_path / "generation_config.json").write_text(text)

@@ -185,7 +185,7 @@ def test_what_is_no_json_object(tmp_path, content):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(ConfigError, match=r"config.json.*No such file"):
+    with pytest.raises(ConfigError, match=r"config.json: no such file"):
         Config.from_json(tmp_path / "config.json")
 
 

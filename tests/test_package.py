@@ -16,8 +16,10 @@ ROOT = Path(qwenkern.__file__).parents[1]
 KERNELS = Path(qwenkern.kernels.__file__).parent
 
 # Each room may import those to its left; see docs/architecture.md.
-ORDER = ["errors", "config", "kernels", "cache", "qwen2", "sampling", "tokenizer", "generate", "completion", "Model"]
-LEAVES = {"config": {"errors"}, "errors": set(), "sources": {"errors"}, "sampling": {"errors"}}
+ORDER = ["errors", "reading", "config", "kernels", "cache", "qwen2", "sampling", "tokenizer", "generate", "completion"]
+ORDER += ["Model"]
+LEAVES = {"errors": set(), "reading": {"errors"}, "config": {"errors", "reading"}}
+LEAVES |= {"sources": {"errors"}, "sampling": {"errors"}}
 
 
 def _imports(file: Path) -> set[str]:

@@ -12,18 +12,17 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
+from qwenkern.reading import LARGEST, read_json, unique
 
 from .base import Checkpoint
 
 _INDEX = "model.safetensors.index.json"
-_LARGEST_JSON = 100_000_000  # bytes: the safetensors format's own limit for a header
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -47,7 +46,6 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
     files = _weight_files(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder}: has weights but no config.json")
-    generation = folder / "generation_config.json"
     headers = {file: _header(file) for file in files}
     for file, expected in files.items():
         found = headers[file].keys()
@@ -59,7 +57,7 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
     return SafetensorsCheckpoint(
         path=folder,
         config=Config.from_json(folder / "config.json"),
-        generation=_read_json(generation) if generation.is_file() else {},
+        generation=read_json(folder / "generation_config.json"),
         metadata={},
         shapes={name: shape for header in headers.values() for name, shape in header.items()},
         files={file: tuple(header) for file, header in headers.items()},
@@ -95,7 +93,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
 
 def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     index = folder / _INDEX
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"{index}: expected an object weight_map from tensors to files, found {weight_map!r:.100}"
@@ -132,33 +130,17 @@ def _inside(folder: Path, name: str, named_by: str) -> Path:
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the order of the data, checked by the library, then by us for names that occur twice."""
     with _errors(file):
-        with safe_open(file, framework="pt"):
-            pass
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            entries = json.loads(stream.read(min(length, _LARGEST_JSON)), object_pairs_hook=_unique)
+            if length > LARGEST:
+                raise ValueError(f"its header has {length} bytes; expected at most {LARGEST}")
+            text = stream.read(length)
+        with safe_open(file, framework="pt"):
+            pass
+        entries = json.loads(text, object_pairs_hook=unique)
         entries.pop("__metadata__", None)
         ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
         return {name: tuple(entries[name]["shape"]) for name in ordered}
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    with _errors(file):
-        if file.stat().st_size > _LARGEST_JSON:
-            raise ValueError(f"{file.stat().st_size} bytes; expected at most {_LARGEST_JSON}")
-        content = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
-        if not isinstance(content, dict):
-            raise ValueError(f"expected a JSON object, found {type(content).__name__}")
-        return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
-        raise ValueError(f"{twice!r} occurs twice")
-    return content
 
 
 @contextmanager

@@ -1,0 +1,53 @@
+"""The small files of a checkpoint, read as text or as JSON: never more of them than a bound, whatever was downloaded.
+
+A leaf of the package: standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from .errors import CheckpointError, Error
+
+LARGEST = 1 << 24  # characters: some hundred times the largest index, template or configuration of the family
+
+
+def read_text(file: Path, error: type[Error] = CheckpointError) -> str:
+    """The text of a file in UTF-8. Raises ``error`` where it cannot be read or is larger than LARGEST."""
+    try:
+        if os.path.exists(file) and not os.path.isfile(file):  # reading from a named pipe would wait for its writer
+            raise error(f"{file}: expected a file, found something else of that name")
+        with open(file, encoding="utf-8") as stream:
+            text = stream.read(LARGEST + 1)
+    except (OSError, UnicodeDecodeError) as fault:
+        raise error(f"{file}: not readable as UTF-8 text: {fault}") from fault
+    if len(text) > LARGEST:
+        raise error(f"{file}: has {os.path.getsize(file)} bytes; expected at most {LARGEST} characters")
+    return text
+
+
+def read_json(file: Path, error: type[Error] = CheckpointError) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no file. Raises ``error`` for anything else, and for a name that
+    occurs twice in an object: which of the values counts would be a guess."""
+    if not os.path.lexists(file):
+        return {}
+    text = read_text(file, error)
+    try:
+        content = json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as fault:
+        raise error(f"{file}: not readable as JSON: {fault}") from fault
+    if not isinstance(content, dict):
+        raise error(f"{file}: holds a {type(content).__name__}; expected a JSON object")
+    return content
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For json.loads: the pairs of an object as a dict. Raises ValueError for a name that occurs twice."""
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        raise ValueError(f"{twice!r} occurs twice")
+    return content
