@@ -9,23 +9,23 @@ from __future__ import annotations
 import codecs
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models
 
 from .chat_template import ChatTemplate, Conversation
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, RequestError, shown
 from .messages import plain, unused_characters
 from .reading import read_json
+from .tokenizer_files import check_parts, guard, open_library, qwen2_library
 
-# Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Names that llama.cpp (src/llama-vocab.cpp) gives Qwen2's expression, and whose models compose text as Qwen2 does. It
+# has more for other vocabularies ("megrez", "kormo", "f2llmv2"; "stablelm2", "hunyuan", "solar-open"), none of which a
+# Qwen2.5 model has.
+_QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _PROBE = "Hello, wörld!  It's 2024 \n\n\t" + "a" * 64 + " " * 64 + "x"
 _RETRY_LIMIT = 10_000_000  # of the expression engine, per match
@@ -65,6 +65,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{source}: the vocabulary has no token for {len(missing)} of the 256 bytes ({', '.join(missing[:4])})"
             )
+        check_parts(library, source)
         library.no_truncation()
         library.no_padding()
         library.model.dropout = None
@@ -85,22 +86,19 @@ class Tokenizer:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         ends = (self.id_of(token) for token in ("<|im_end|>", "<|endoftext|>", *eos_tokens))
         self.end_of_text_ids = frozenset(token_id for token_id in ends if token_id is not None)
-        with _guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
+        with guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
             library.encode(_PROBE)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """From a Hugging Face folder: tokenizer.json, and where present tokenizer_config.json, chat_template.jinja,
+        """From a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt), and where present
+        tokenizer_config.json, added_tokens.json, special_tokens_map.json, chat_template.jinja,
         additional_chat_templates/, chat_template.json and config.json (for vocab_size).
 
         Raises CheckpointError, naming the file, where one is missing or damaged.
         """
         folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file; expected the tokenizer of a Qwen2.5 checkpoint")
-        with _guard(CheckpointError, f"{file}: not a tokenizer that the tokenizers library can read"):
-            library = tokenizers.Tokenizer.from_file(str(file))
+        library, file = open_library(folder)
         config = read_json(folder / "tokenizer_config.json")
         named = {name: token for name, token in config.items() if name.endswith("_token")}
         named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
@@ -121,9 +119,10 @@ class Tokenizer:
 
         Raises CheckpointError, naming the key, for anything but a sound gpt2-style vocabulary with qwen2 splitting.
         """
-        for key, wanted in (("model", "gpt2"), ("pre", "qwen2")):
-            if (found := metadata.get(f"tokenizer.ggml.{key}")) != wanted:
-                raise CheckpointError(f"{source}: tokenizer.ggml.{key} is {found!r}; expected {wanted!r}")
+        for key, wanted in (("model", ("gpt2",)), ("pre", _QWEN2_PRE)):
+            if (found := metadata.get(f"tokenizer.ggml.{key}")) not in wanted:
+                names = " or ".join(map(repr, wanted))
+                raise CheckpointError(f"{source}: tokenizer.ggml.{key} is {shown(found)}; expected {names}")
         tokens = _list_of(str, metadata, "tokenizer.ggml.tokens", source)
         types = _list_of(int, metadata, "tokenizer.ggml.token_type", source)
         merges = [merge.split(" ") for merge in _list_of(str, metadata, "tokenizer.ggml.merges", source)]
@@ -143,17 +142,9 @@ class Tokenizer:
         if len(vocab) != len(types) - types.count(_UNUSED):
             twice = next(token for n, token in enumerate(tokens) if types[n] != _UNUSED and vocab[token] != n)
             raise CheckpointError(f"{source}: tokenizer.ggml.tokens has {twice!r} twice; expected distinct tokens")
-        with _guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
-            library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in merges]))
-        # What a GGUF leaves unsaid. transformers 5.23 forgets the normalizer here, so text in NFD gets other ids.
-        library.normalizer = normalizers.NFC()
-        library.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        library.decoder = decoders.ByteLevel()
+        with guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
+            # A GGUF leaves the steps unsaid. transformers 5.23 forgets the normalizer, so text in NFD gets other ids.
+            library = qwen2_library(vocab, [tuple(merge) for merge in merges])
         # A GGUF calls <|fim_prefix|> and its kin control tokens, while the official tokenizer.json has them as text
         # that decode shows; each file is taken at its word, since ids are the same either way.
         library.add_tokens(
@@ -190,7 +181,7 @@ class Tokenizer:
         library = self._library if allow_special else self._plain
         # Qwen's expression meets the engine's limit only on a longer run of blanks; sooner, the expression is at fault.
         error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
-        with _guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
+        with guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
             return library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -296,17 +287,6 @@ class Detokenizer:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
-
-
-@contextmanager
-def _guard(error: type[Exception], complaint: str) -> Iterator[None]:
-    """Faults of the Rust library as ours. Some are panics, which pyo3 raises as a bare BaseException."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as fault:
-        raise error(f"{complaint}: {fault}") from fault
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

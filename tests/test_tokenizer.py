@@ -23,7 +23,8 @@ from tokenizers import AddedToken, normalizers
 
 from qwenkern import tokenizer as room
 from qwenkern.errors import CheckpointError, RequestError
-from qwenkern.tokenizer import QWEN2_SPLIT, Detokenizer, Tokenizer
+from qwenkern.tokenizer import Detokenizer, Tokenizer
+from qwenkern.tokenizer_files import QWEN2_SPLIT
 
 TEXTS = json.loads(Path(__file__).with_name("data").joinpath("texts.json").read_text("utf-8"))
 PROSE = [text for text in TEXTS if ":" not in text["language"]]
@@ -432,7 +433,8 @@ def test_a_special_token_left_out_does_not_break_a_character(toy):
     [
         ({"ggml__model": "llama"}, "toy.gguf: tokenizer.ggml.model is 'llama'; expected 'gpt2'"),
         ({"ggml__model": None}, "tokenizer.ggml.model is None; expected 'gpt2'"),
-        ({"ggml__pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'; expected 'qwen2'"),
+        ({"ggml__pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'; expected 'qwen2' or 'deepseek-r1-qwen'"),
+        ({"ggml__pre": ["qwen2"]}, "tokenizer.ggml.pre is ['qwen2']; expected 'qwen2' or 'deepseek-r1-qwen'"),
         ({"ggml__tokens": None}, "tokenizer.ggml.tokens is missing; expected a list of str"),
         ({"ggml__tokens": "abc"}, "tokenizer.ggml.tokens is a str; expected a list of str"),
         ({"ggml__tokens": ["a", 3]}, "tokenizer.ggml.tokens[1] is 3; expected str"),
@@ -555,14 +557,16 @@ def test_tokenizer_json_of_another_kind(tmp_path, changes, message):
         Tokenizer.from_folder(toy_folder(tmp_path, **changes))
 
 
-def test_an_expression_that_panics_at_load(tmp_path):
+def test_an_expression_that_panics_at_load(tmp_path, monkeypatch):
     """The engine gives up on (a+a+)+y before a run of a's, and the library turns that into a Rust panic."""
+    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(a+a+)+y"})
     toy_folder(tmp_path, pre_tokenizer=split_by("(a+a+)+y"))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer fails on a line of text: .*retry-limit"):
         Tokenizer.from_folder(tmp_path)
 
 
 def test_an_expression_that_panics_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(q+q+)+y"})
     tokenizer = Tokenizer.from_folder(toy_folder(tmp_path, pre_tokenizer=split_by("(q+q+)+y")))
     for allow_special in (True, False):
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer gave up on a text of 64 characters"):
