@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,12 +16,13 @@ from torch import Tensor
 
 from . import generate as engine
 from . import sources
+from .arguments import flag, is_whole, whole
 from .cache import BlockTable, PagedCache
 from .checkpoint import load_weights, open_checkpoint
 from .completion import Completion, Score, Stream
 from .config import Config
 from .decode import DecodeSteps
-from .errors import ConfigError, RequestError
+from .errors import ConfigError, RequestError, shown
 from .generation import Generation
 from .kernels import cpu, invariant_tokens
 from .qwen2 import Qwen2, initialise
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or the messages of a chat
 
+_NO_IDS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -57,12 +60,10 @@ class Model:
         self.generation = generation or Generation()  # what the checkpoint says of it
         self.dtype = module.model.norm.weight.dtype
         self.device = module.cos_sin.device
-        for name, value in (("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise RequestError(f"{name} is {value!r}; expected a whole number of at least 1, or None")
-        self.prefill_chunk = prefill_chunk or (512 if self.device.type == "cpu" else 4096)
-        self.cache = PagedCache(self.config, cache_tokens or self._default_cache_tokens(), self.dtype, self.device)
-        self.deterministic = deterministic
+        chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
+        self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
+        self.cache = PagedCache(self.config, self._cache_tokens(cache_tokens), self.dtype, self.device)
+        self.deterministic = flag("deterministic", deterministic)
         self._steps: DecodeSteps | None = None
 
     @classmethod
@@ -96,6 +97,8 @@ class Model:
 
         Raises CheckpointError, ConfigError or RequestError, naming what was found and what was expected."""
         _use_threads(threads)
+        if progress is not None and not callable(progress):
+            raise RequestError(f"progress is {shown(progress)}; expected a function or None")
         device = _device(device)
         path = sources.resolve(model, progress=progress and (lambda done, total: progress("download", done, total)))
         started = time.perf_counter()
@@ -136,6 +139,11 @@ class Model:
         Without a tokenizer, prompts are token ids and completions have no text."""
         _use_threads(threads)
         config = Config.from_name(config) if isinstance(config, str) else config
+        if not isinstance(config, Config):
+            raise RequestError(f"config is of type {type(config).__name__}; expected a Config or a name")
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
+        seed = whole("seed", seed, -(2**63), 2**64 - 1)
         device = _device(device)
         module = Qwen2(config, _dtype(dtype, config, device), device)
         initialise(module, seed)
@@ -238,12 +246,18 @@ class Model:
     @torch.inference_mode()
     def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T]."""
-        ids = torch.as_tensor(ids)
-        if ids.dtype.is_floating_point or ids.dim() not in (1, 2):
+        try:
+            ids = torch.as_tensor(ids)
+            rows = ids.tolist() if ids.dim() == 2 else [ids.tolist()]
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # ragged, too large, on no device
+            raise RequestError(f"ids are {shown(ids)}; expected [T] or [B, T] integers: {error}") from error
+        if ids.dtype in _NO_IDS or ids.dtype.is_floating_point or ids.dim() not in (1, 2):
             raise RequestError(
                 f"ids have shape {list(ids.shape)} and dtype {ids.dtype}; expected [T] or [B, T] integers"
             )
-        rows = [torch.cat(list(self._logits(row))) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
+        if not rows:
+            raise RequestError(f"ids have shape {list(ids.shape)}; expected at least one row")
+        rows = [torch.cat(list(self._logits(row))) for row in rows]
         return rows[0] if ids.dim() == 1 else torch.stack(rows)
 
     @torch.inference_mode()
@@ -302,8 +316,14 @@ class Model:
         return sequences
 
     def _encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        if not isinstance(tools, list | tuple | None):
+            raise RequestError(f"tools: found {shown(tools)}; expected a list of dicts, one function schema each")
         if _is_ids(prompt):
-            return [int(token) for token in prompt]
+            if tools:
+                raise RequestError("tools need chat messages as the prompt, found token ids")
+            if isinstance(prompt, range):
+                prompt = prompt[: self.config.context_length + 1]  # more of it would be refused, but after long
+            return [operator.index(token) for token in prompt]
         if not isinstance(prompt, (str, list, tuple)):
             raise RequestError(
                 f"prompt is of type {type(prompt).__name__}; expected a text, a list of token ids or of chat messages"
@@ -370,6 +390,17 @@ class Model:
         width = self.config.vocab_size  # a tokenizer may have more ids than the model has logits: those never come
         return frozenset(params.stop_token_ids) | {token for token in ends if token < width}
 
+    def _cache_tokens(self, asked: int | None) -> int:
+        """What is asked for, as far as the device has memory for it at all; else the default."""
+        asked = whole("cache_tokens", asked, 1, optional=True)
+        if asked is None:
+            return self._default_cache_tokens()
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.mem_get_info(self.device)[1] if on_gpu else _machine_memory()
+        if (most := memory // self.config.kv_bytes_per_token(self.dtype.itemsize)) < asked:
+            raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {self.device} would hold {most}")
+        return asked
+
     def _default_cache_tokens(self) -> int:
         """What is left of a GPU's memory, less a share for activations; on a CPU, where memory is taken only as it is
         used, four contexts or half of the machine's memory."""
@@ -378,8 +409,7 @@ class Model:
             free, total = torch.cuda.mem_get_info(self.device)
             tokens, most = int(free - 0.1 * total) // per_token, 64 * self.config.context_length
         else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            tokens, most = memory // 2 // per_token, 4 * self.config.context_length
+            tokens, most = _machine_memory() // 2 // per_token, 4 * self.config.context_length
         if tokens < 1:
             raise RequestError(f"{self.device} has no memory left for a key-value cache; expected a smaller model")
         return min(tokens, most)
@@ -395,7 +425,7 @@ def _params(params: SamplingParams | None, keywords: dict[str, Any]) -> Sampling
 
 
 def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple, range)) and all(type(token) is int for token in prompt)
+    return isinstance(prompt, range) or (isinstance(prompt, (list, tuple)) and all(map(is_whole, prompt)))
 
 
 def _is_prompt(prompts: Any) -> bool:
@@ -405,8 +435,13 @@ def _is_prompt(prompts: Any) -> bool:
     return _is_ids(prompts) or all(isinstance(message, Mapping) for message in prompts)
 
 
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _use_threads(threads: int | None) -> None:
     """Also looks at what the environment says of the CPU, before any weight is read."""
+    threads = whole("threads", threads, 1, cpu.threads.MOST, optional=True)
     try:
         if threads is not None:
             cpu.threads.use(threads)
@@ -416,30 +451,33 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    expected = "expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
+    if not isinstance(device, (str, torch.device)):
+        raise RequestError(f"device is {shown(device)}; {expected}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise RequestError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise RequestError(f"device is {shown(device)}; {expected}") from error
     if found.type not in ("cpu", "cuda"):
-        raise RequestError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise RequestError(f"device is {shown(device)}; {expected}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device is {device!r}, and torch sees {torch.cuda.device_count()} CUDA devices")
     return found
 
 
 def _dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
     if name == "auto":
         name = config.dtype.removeprefix("torch.")
         if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "float16"  # before Ampere
         if name not in _DTYPES:
             raise ConfigError(
-                f"{config.source}: dtype is {config.dtype!r:.100}; expected {', '.join(map(repr, _DTYPES))}, or one of "
+                f"{config.source}: dtype is {shown(config.dtype)}; expected {', '.join(map(repr, _DTYPES))}, or one of "
                 "them given as dtype="
             )
     if name not in _DTYPES:
-        raise RequestError(f"dtype is {dtype!r} ({name}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
+        raise RequestError(f"dtype is {shown(dtype)} ({name:.80}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[name]

@@ -3,6 +3,8 @@ expected."""
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class Error(Exception):
     """Base of every error that qwenkern raises on purpose."""
@@ -18,3 +20,12 @@ class ConfigError(Error):
 
 class RequestError(Error, ValueError):
     """An argument of a call is out of range: a prompt, a sampling parameter, a device."""
+
+
+def shown(value: Any, length: int = 80) -> str:
+    """What was found, for a message: its repr, shortened, also where a number has more digits than Python writes."""
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError) as fault:  # over 4,300 digits; something that holds itself too deeply
+        text = f"a {type(value).__name__} that cannot be written: {fault}"
+    return text if len(text) <= length else text[: length - 3] + "..."

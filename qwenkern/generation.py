@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError, RequestError
+from .errors import ConfigError, RequestError, shown
 from .reading import read_json
 from .sampling import SamplingParams
 
@@ -132,7 +132,7 @@ class Generation:
         for name, value in sampling.items():
             _check(source, name, value, **{name: value})
         if not isinstance(samples := fields.get("do_sample", False), bool):
-            raise ConfigError(f"{source}: do_sample is {_shown(samples)}; expected true or false")
+            raise ConfigError(f"{source}: do_sample is {shown(samples)}; expected true or false")
         sampling["temperature"] = sampling.get("temperature", 1.0) if samples else 0.0
         _warn_of_others(fields, source)
         generation = cls(
@@ -149,7 +149,7 @@ class Generation:
         ends = {key: metadata[key] for key in _END_KEYS if key in metadata}
         for key, value in ends.items():
             if not _is_id(value, vocab_size):
-                raise ConfigError(f"{source}: {key} is {_shown(value)}; expected a token id below {vocab_size}")
+                raise ConfigError(f"{source}: {key} is {shown(value)}; expected a token id below {vocab_size}")
         sampling = {}
         for key, name in _SAMPLING_KEYS.items():
             if (value := metadata.get(key)) is not None:
@@ -168,7 +168,7 @@ class Generation:
         ids = listed if isinstance(listed, list) else [listed]
         if not all(_is_id(token, vocab_size) for token in ids):
             raise ConfigError(
-                f"{source}: eos_token_id is {_shown(listed)}; expected a token id below {vocab_size}, or a list of them"
+                f"{source}: eos_token_id is {shown(listed)}; expected a token id below {vocab_size}, or a list of them"
             )
         return replace(self, end_ids=self.end_ids | frozenset(ids))
 
@@ -189,7 +189,7 @@ def check_eos_token(token: Any, vocab: Mapping[str, int], width: Any, file: Path
     """Refuses what is no token, or one that no logit stands for, as the `eos_token` of a tokenizer_config.json."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
-        raise ConfigError(f"{file}: eos_token is {_shown(token)}; expected a text, or an object with its content")
+        raise ConfigError(f"{file}: eos_token is {shown(token)}; expected a text, or an object with its content")
     token_id = None if token is None else vocab.get(text)
     if token_id is not None and isinstance(width, int) and token_id >= width:
         raise ConfigError(f"{file}: eos_token is {text!r}, with id {token_id}; expected one below vocab_size {width}")
@@ -203,7 +203,7 @@ def _check(source: str, name: str, value: Any, **as_params: Any) -> None:
         SamplingParams(**as_params)
     except RequestError as error:
         expected = str(error).split("; expected ")[-1]
-        raise ConfigError(f"{source}: {name} is {_shown(value)}; expected {expected}") from error
+        raise ConfigError(f"{source}: {name} is {shown(value)}; expected {expected}") from error
 
 
 def _is_id(value: Any, vocab_size: int) -> bool:
@@ -214,8 +214,3 @@ def _warn_of_others(fields: Mapping[str, Any], source: str) -> None:
     ignored = [name for name, neutral in _NOT_BUILT.items() if fields.get(name, neutral) not in (neutral, None, [], {})]
     if ignored:
         logger.warning("%s: %s: qwenkern does not have this, and goes on without it", source, ", ".join(ignored))
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:100] + "..."

@@ -16,10 +16,23 @@ ROOT = Path(qwenkern.__file__).parents[1]
 KERNELS = Path(qwenkern.kernels.__file__).parent
 
 # Each room may import those to its left; see docs/architecture.md.
-ORDER = ["errors", "reading", "config", "kernels", "cache", "qwen2", "sampling", "generation", "tokenizer"]
-ORDER += ["generate", "completion", "Model"]
+ORDER = [
+    "errors",
+    "arguments",
+    "reading",
+    "config",
+    "kernels",
+    "cache",
+    "qwen2",
+    "sampling",
+    "generation",
+    "tokenizer",
+    "generate",
+    "completion",
+]
+ORDER += ["Model"]
 LEAVES = {"errors": set(), "reading": {"errors"}, "config": {"errors", "reading"}}
-LEAVES |= {"sources": {"errors"}, "sampling": {"errors"}}
+LEAVES |= {"arguments": {"errors"}, "sources": {"errors"}, "sampling": {"arguments", "errors"}}
 
 
 def _imports(file: Path) -> set[str]:

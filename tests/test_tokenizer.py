@@ -23,7 +23,8 @@ from tokenizers import AddedToken, normalizers
 
 from qwenkern import tokenizer as room
 from qwenkern.errors import CheckpointError, ConfigError, RequestError
-from qwenkern.tokenizer import QWEN2_SPLIT, Detokenizer, Tokenizer
+from qwenkern.tokenizer import Detokenizer, Tokenizer
+from qwenkern.tokenizer_files import QWEN2_SPLIT
 
 TEXTS = json.loads(Path(__file__).with_name("data").joinpath("texts.json").read_text("utf-8"))
 PROSE = [text for text in TEXTS if ":" not in text["language"]]
@@ -339,6 +340,29 @@ def test_a_text_begins_as_transformers_begins_it(kind, said, tmp_path):
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize("bos", ["<|im_start|>", None, {"content": "<|im_start|>", "__type": "AddedToken"}], ids=str)
+@pytest.mark.parametrize("said", [True, False, None])
+def test_without_a_tokenizer_json_add_bos_token_counts(said, bos, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    toy = Tokenizer.from_gguf(toy_metadata(), "toy.gguf")
+    toy._library.model.save(str(tmp_path))
+    added = {n: {"content": token, "special": True} for n, token in toy._added.items()}
+    config = {"bos_token": bos, "added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer"}
+    config |= {} if said is None else {"add_bos_token": said}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 270}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).encode_prompt("hello") == theirs("hello")["input_ids"]
+
+
+def test_add_bos_token_that_says_neither(tmp_path):
+    toy = Tokenizer.from_gguf(toy_metadata(), "toy.gguf")
+    toy._library.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>", "add_bos_token": "yes"}')
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: add_bos_token is 'yes'; expected true or false"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_a_beginning_comes_once(tmp_path):
     ours = Tokenizer.from_folder(toy_folder(tmp_path, post_processor=around(BEGIN, A)))
     assert ours.beginning_ids == (IM_START,)
@@ -507,7 +531,8 @@ def test_a_special_token_left_out_does_not_break_a_character(toy):
     [
         ({"ggml__model": "llama"}, "toy.gguf: tokenizer.ggml.model is 'llama'; expected 'gpt2'"),
         ({"ggml__model": None}, "tokenizer.ggml.model is None; expected 'gpt2'"),
-        ({"ggml__pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'; expected 'qwen2'"),
+        ({"ggml__pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'; expected 'qwen2' or 'deepseek-r1-qwen'"),
+        ({"ggml__pre": ["qwen2"]}, "tokenizer.ggml.pre is ['qwen2']; expected 'qwen2' or 'deepseek-r1-qwen'"),
         ({"ggml__tokens": None}, "tokenizer.ggml.tokens is missing; expected a list of str"),
         ({"ggml__tokens": "abc"}, "tokenizer.ggml.tokens is a str; expected a list of str"),
         ({"ggml__tokens": ["a", 3]}, "tokenizer.ggml.tokens[1] is 3; expected str"),
@@ -644,14 +669,16 @@ def test_tokenizer_json_of_another_kind(tmp_path, changes, message):
         Tokenizer.from_folder(toy_folder(tmp_path, **changes))
 
 
-def test_an_expression_that_panics_at_load(tmp_path):
+def test_an_expression_that_panics_at_load(tmp_path, monkeypatch):
     """The engine gives up on (a+a+)+y before a run of a's, and the library turns that into a Rust panic."""
+    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(a+a+)+y"})
     toy_folder(tmp_path, pre_tokenizer=split_by("(a+a+)+y"))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer fails on a line of text: .*retry-limit"):
         Tokenizer.from_folder(tmp_path)
 
 
 def test_an_expression_that_panics_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(q+q+)+y"})
     tokenizer = Tokenizer.from_folder(toy_folder(tmp_path, pre_tokenizer=split_by("(q+q+)+y")))
     for allow_special in (True, False):
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer gave up on a text of 64 characters"):
@@ -748,8 +775,8 @@ MESSAGE = {"role": "user", "content": "hello"}
         ([{"role": 3, "content": "hello"}], "messages[0]: role is 3; expected a string"),
         ([{"role": "user"}], "messages[0]: content is missing; expected a string"),
         ([MESSAGE, {"role": "assistant", "content": None}], "messages[1]: content is missing; expected a string"),
-        ([{"role": "user", "content": ["hello"]}], "messages[0]: content is a list; expected a string"),
-        ([MESSAGE | {"image": object()}], "messages holds a object; expected strings, numbers, lists and dicts"),
+        ([{"role": "user", "content": ["hello"]}], "messages[0].content[0] is a str; expected a dict"),
+        ([MESSAGE | {"image": object()}], "messages[0] holds a object; expected strings, numbers, lists and dicts"),
         (
             [{"role": "critic", "content": "hello"}],
             "chat template of toy.gguf does not accept them: TemplateError: no critics",
