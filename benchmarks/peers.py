@@ -144,7 +144,7 @@ def transformers_model(model: Model) -> Any:
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     peer.load_state_dict(weights, strict=True, assign=True)
-    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(model.module.cos_sin.device)
+    peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(model.device)
     return peer.eval()
 
 

@@ -59,7 +59,7 @@ class Model:
         self.tokenizer = tokenizer
         self.generation = generation or Generation()  # what the checkpoint says of it
         self.dtype = module.model.norm.weight.dtype
-        self.device = module.cos_sin.device
+        self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
         self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
         self.cache = PagedCache(self.config, self._cache_tokens(cache_tokens), self.dtype, self.device)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .config import Config
 from .errors import RequestError
+from .rope import RopeTable
 
 PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 
@@ -54,6 +55,7 @@ class PagedCache:
         shape = (config.num_hidden_layers, num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.rope = RopeTable(config, num_pages * page_size, device)  # of the positions that its sequences reach
         self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache
         self._free = list(range(num_pages - 1, -1, -1))
         self._users = [0] * num_pages
@@ -82,6 +84,7 @@ class PagedCache:
                 f"the key-value cache has room for {self.num_free_tokens} more tokens of its {self.num_tokens}, and a "
                 f"sequence needs {num_tokens} more: pass a larger cache_tokens to Model.from_pretrained"
             )
+        self.rope.reach((len(table.pages) + missing) * self.page_size)  # first: a page without its angles would be used
         for _ in range(missing):
             page = self._free.pop()
             self._users[page] = 1

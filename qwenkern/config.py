@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .errors import ConfigError
+from .errors import ConfigError, shown
 from .reading import read_json
 
-# Sizes above this are damage, not models: the largest of the family has 152,064 of anything.
-_LARGEST = 1 << 24
+# Sizes above these are damage, not models: the largest of the family has 152,064 of anything, and 80 layers.
+_LARGEST, _MOST_LAYERS = 1 << 24, 1024
 _COUNTS = (
     "vocab_size",
     "hidden_size",
@@ -70,11 +70,10 @@ class Config:
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= _LARGEST:
-                raise ConfigError(f"{self.source}: {name} is {value!r}; expected a whole number from 1 to {_LARGEST}")
-        for name in ("rms_norm_eps", "rope_theta"):
-            _positive(self.source, name, getattr(self, name))
+            _whole(self.source, name, getattr(self, name), _MOST_LAYERS if name == "num_hidden_layers" else _LARGEST)
+        _positive(self.source, "rms_norm_eps", self.rms_norm_eps)
+        if _positive(self.source, "rope_theta", self.rope_theta) <= 1:
+            raise ConfigError(f"{self.source}: rope_theta is {self.rope_theta}; expected a number above 1")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"{self.source}: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} "
@@ -97,37 +96,36 @@ class Config:
         the fields name none."""
         if fields.get("model_type") != "qwen2":
             raise ConfigError(
-                f"{source}: model_type is {fields.get('model_type')!r}; qwenkern runs 'qwen2', the dense Qwen2.5 models"
+                f"{source}: model_type is {shown(fields.get('model_type'))}; qwenkern runs 'qwen2', the dense Qwen2.5 "
+                "models"
             )
-        if not isinstance(fields.get("layer_types") or [], list):
-            raise ConfigError(f"{source}: layer_types is {fields['layer_types']!r}; expected a list")
-        if fields.get("use_sliding_window") or "sliding_attention" in (fields.get("layer_types") or ()):
-            raise ConfigError(f"{source}: use_sliding_window is true; sliding-window attention is not built yet")
+        _refuse_quantised(fields, source)
         if fields.get("hidden_act", "silu") != "silu":
-            raise ConfigError(f"{source}: hidden_act is {fields['hidden_act']!r}; expected 'silu'")
+            raise ConfigError(f"{source}: hidden_act is {shown(fields['hidden_act'])}; expected 'silu'")
         layers = _required(fields, "num_hidden_layers", source)
-        if fields.get("layer_types") is not None and len(fields["layer_types"]) != layers:
-            raise ConfigError(f"{source}: layer_types has {len(fields['layer_types'])} entries for {layers} layers")
         heads = _required(fields, "num_attention_heads", source)
         max_positions = fields.get("max_position_embeddings", 32768)
         theta, scaling = _rope(fields, max_positions, source)
         hidden = _required(fields, "hidden_size", source)
-        return cls(
+        head_dim = fields.get("head_dim")
+        config = cls(
             vocab_size=_required(fields, "vocab_size", source),
             hidden_size=hidden,
             intermediate_size=_required(fields, "intermediate_size", source),
             num_hidden_layers=layers,
             num_attention_heads=heads,
             num_key_value_heads=_or(fields.get("num_key_value_heads"), heads),
-            head_dim=_or(fields.get("head_dim"), _head_dim(hidden, heads, source)),
+            head_dim=_head_dim(hidden, heads, source) if head_dim is None else head_dim,
             max_position_embeddings=max_positions,
             rms_norm_eps=fields.get("rms_norm_eps", 1e-6),
             rope_theta=theta,
             rope_scaling=scaling,
-            tie_word_embeddings=bool(fields.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_flag(fields, "tie_word_embeddings", False, source),
             dtype=str(_or(fields.get("dtype"), _or(fields.get("torch_dtype"), dtype))),
             source=source,
         )
+        _refuse_windows(fields, config)
+        return config
 
     @classmethod
     def from_gguf(
@@ -137,8 +135,8 @@ class Config:
         the vocabulary and whether the output is tied are read off its tensors, not its metadata."""
         if metadata.get("general.architecture") != "qwen2":
             raise ConfigError(
-                f"{source}: general.architecture is {metadata.get('general.architecture')!r}; qwenkern runs 'qwen2', "
-                "the dense Qwen2.5 models"
+                f"{source}: general.architecture is {shown(metadata.get('general.architecture'))}; qwenkern runs "
+                "'qwen2', the dense Qwen2.5 models"
             )
         fields = {key.removeprefix("qwen2."): value for key, value in metadata.items() if key.startswith("qwen2.")}
         hidden, heads = (_required(fields, name, source) for name in ("embedding_length", "attention.head_count"))
@@ -151,6 +149,11 @@ class Config:
                 "original_max_position_embeddings": fields.get("rope.scaling.original_context_length"),
             }
             scaling = _yarn(rope, context, source)
+        head_dim = fields.get("attention.key_length")
+        head_dim = _head_dim(hidden, heads, source) if head_dim is None else _whole(source, "head_dim", head_dim)
+        for name in ("rope.dimension_count", "attention.value_length"):
+            if (found := fields.get(name, head_dim)) != head_dim:
+                raise ConfigError(f"{source}: {name} is {shown(found)}; expected the heads' {shown(head_dim)}")
         return cls(
             vocab_size=vocab_size,
             hidden_size=hidden,
@@ -158,7 +161,7 @@ class Config:
             num_hidden_layers=_required(fields, "block_count", source),
             num_attention_heads=heads,
             num_key_value_heads=fields.get("attention.head_count_kv", heads),
-            head_dim=fields.get("attention.key_length") or _head_dim(hidden, heads, source),
+            head_dim=head_dim,
             max_position_embeddings=context,
             # GGUF keeps float32: 1e-6 comes as 9.99999997e-07, which this turns into the number that was meant
             rms_norm_eps=_shortest(fields.get("attention.layer_norm_rms_epsilon", 1e-6)),
@@ -216,15 +219,64 @@ class Config:
         return 2 * self.num_hidden_layers * self.kv_size * bytes_per_element
 
 
+def _refuse_quantised(fields: Mapping[str, Any], source: str) -> None:
+    """Raises ConfigError for weights that are not numbers of bfloat16, float16 or float32."""
+    for name in ("quantization_config", "compression_config"):  # the second: compressed-tensors, in earlier files
+        found = fields.get(name)
+        if found in (None, {}):
+            continue
+        if not isinstance(found, Mapping):
+            raise ConfigError(f"{source}: {name} is {shown(found)}; expected an object")
+        loads_bits = found.get("load_in_4bit") or found.get("load_in_8bit")
+        method = found.get("quant_method") or ("bitsandbytes" if loads_bits else None)
+        raise ConfigError(
+            f"{source}: {name} says that the weights are quantised by {shown(method)}, which is not built; expected "
+            "bfloat16, float16 or float32: take the model that this one was made from, or a GGUF file of it"
+        )
+
+
+def _refuse_windows(fields: Mapping[str, Any], config: Config) -> None:
+    """Raises ConfigError where transformers' Qwen2 would give a layer a window shorter than the context.
+
+    Its rule: ``layer_types`` says which layers have the window, else those from ``max_window_layers`` on; without
+    ``use_sliding_window``, or with ``sliding_window`` null, there is no window."""
+    source, layers = config.source, config.num_hidden_layers
+    window = None
+    if _flag(fields, "use_sliding_window", False, source) and fields.get("sliding_window", 4096) is not None:
+        window = _whole(source, "sliding_window", fields.get("sliding_window", 4096))
+    types = fields.get("layer_types")
+    if types is None and window is not None:
+        first = fields.get("max_window_layers", 28)
+        if type(first) is not int or first < 0:
+            raise ConfigError(f"{source}: max_window_layers is {shown(first)}; expected a whole number from 0 up")
+        types = ["sliding_attention" if i >= first else "full_attention" for i in range(layers)]
+    if types is None:
+        return
+    if not isinstance(types, list):
+        raise ConfigError(f"{source}: layer_types is {shown(types)}; expected a list")
+    if len(types) != layers:
+        raise ConfigError(f"{source}: layer_types has {len(types)} entries for {layers} layers")
+    for i, kind in enumerate(types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise ConfigError(f"{source}: layer_types[{i}] is {shown(kind)}; expected 'full_attention'")
+        if kind == "sliding_attention" and (window is None or window < config.context_length):
+            raise ConfigError(
+                f"{source}: layer {i} has sliding-window attention (sliding_window {window}), which is not built; "
+                "expected 'full_attention', or use_sliding_window and a sliding_window of at least the context, "
+                f"{config.context_length}"
+            )
+
+
 def _rope(fields: Mapping[str, Any], max_positions: int, source: str) -> tuple[float, YarnScaling | None]:
     """Theta and scaling: `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
-    rope = fields.get("rope_parameters") or fields.get("rope_scaling") or {}
+    rope = _or(_or(fields.get("rope_parameters") or None, fields.get("rope_scaling")), {})
     if not isinstance(rope, Mapping):
-        raise ConfigError(f"{source}: rope_parameters or rope_scaling is {rope!r}; expected an object")
+        raise ConfigError(f"{source}: rope_parameters or rope_scaling is {shown(rope)}; expected an object")
     outer, inner = fields.get("rope_theta"), rope.get("rope_theta")
     if outer is not None and inner is not None and outer != inner:
         raise ConfigError(
-            f"{source}: rope_theta is {outer} at the top and {inner} in rope_parameters; expected one value"
+            f"{source}: rope_theta is {shown(outer)} at the top and {shown(inner)} in rope_parameters; expected one "
+            "value"
         )
     theta = _or(_or(inner, outer), 10000.0)  # transformers' default when a qwen2 config names none
     return theta, _yarn(rope, max_positions, source)
@@ -235,14 +287,11 @@ def _yarn(rope: Mapping[str, Any], max_positions: int, source: str) -> YarnScali
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ConfigError(f"{source}: rope scaling of type {kind!r} is not built; expected 'yarn' or 'default'")
+        raise ConfigError(f"{source}: rope scaling of type {shown(kind)} is not built; expected 'yarn' or 'default'")
     if rope.get("mscale") or rope.get("mscale_all_dim"):
         raise ConfigError(f"{source}: rope scaling has mscale, which no Qwen2.5 model uses; expected attention_factor")
-    original = _or(rope.get("original_max_position_embeddings"), max_positions)
-    if not isinstance(original, int) or isinstance(original, bool) or not 0 < original <= _LARGEST:
-        raise ConfigError(
-            f"{source}: original_max_position_embeddings is {original!r}; expected a positive whole number"
-        )
+    given = _or(rope.get("original_max_position_embeddings"), max_positions)
+    original = _whole(source, "original_max_position_embeddings", given)
     attention_factor = rope.get("attention_factor")
     scaling = YarnScaling(
         factor=_positive(source, "rope scaling's factor", rope.get("factor")),
@@ -252,7 +301,7 @@ def _yarn(rope: Mapping[str, Any], max_positions: int, source: str) -> YarnScali
         else _positive(source, "rope scaling's attention_factor", attention_factor),
         beta_fast=_positive(source, "rope scaling's beta_fast", rope.get("beta_fast") or 32.0),
         beta_slow=_positive(source, "rope scaling's beta_slow", rope.get("beta_slow") or 1.0),
-        truncate=bool(rope.get("truncate", True)),
+        truncate=_flag(rope, "truncate", True, source),
     )
     if scaling.factor < 1 or scaling.factor * original > _LARGEST:
         raise ConfigError(f"{source}: rope scaling's factor is {scaling.factor}; expected 1 to {_LARGEST // original}")
@@ -262,7 +311,7 @@ def _yarn(rope: Mapping[str, Any], max_positions: int, source: str) -> YarnScali
 def _head_dim(hidden: Any, heads: Any, source: str) -> int:
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
         raise ConfigError(
-            f"{source}: hidden_size {hidden!r} cannot be divided evenly among {heads!r} attention heads; "
+            f"{source}: hidden_size {shown(hidden)} cannot be divided evenly among {shown(heads)} attention heads; "
             "expected a multiple, or head_dim to be given"
         )
     return hidden // heads
@@ -274,10 +323,24 @@ def _required(fields: Mapping[str, Any], name: str, source: str) -> Any:
     return fields[name]
 
 
+def _whole(source: str, name: str, value: Any, largest: int = _LARGEST) -> int:
+    if type(value) is not int or not 0 < value <= largest:
+        raise ConfigError(f"{source}: {name} is {shown(value)}; expected a whole number from 1 to {largest}")
+    return value
+
+
 def _positive(source: str, name: str, value: Any) -> float:
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
-        raise ConfigError(f"{source}: {name} is {value!r}; expected a positive finite number")
+    """In the range of a float32's normal numbers, which is what these are computed with."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 2**-126 <= value < 2**128:
+        raise ConfigError(f"{source}: {name} is {shown(value)}; expected a positive finite number, as float32 has them")
     return float(value)
+
+
+def _flag(fields: Mapping[str, Any], name: str, default: bool, source: str) -> bool:
+    value = _or(fields.get(name), default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{source}: {name} is {shown(value)}; expected true or false")
+    return value
 
 
 def _or(value: Any, default: Any) -> Any:

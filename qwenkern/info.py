@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .checkpoint.packing import slots
+from .checkpoint.packing import EMBEDDING, HEAD, slots
 from .config import FAMILY, Config
 from .errors import RequestError
 from .kernels import cpu
@@ -81,8 +81,10 @@ def _against_name(config: Config, name: str) -> list[str]:
     key = f"qwen2.5-{stated[1]}b"
     published = FAMILY[key].num_parameters if key in FAMILY else float(stated[1]) * 1e9
     found = []
-    if abs(config.num_parameters / published - 1) > 0.05:
-        found.append(f"the name says {stated[0]}, and the configuration makes {config.num_parameters:,} parameters")
+    if abs(config.num_parameters - published) > 0.05 * published:
+        found.append(
+            f"the name says {stated[0][:20]}, and the configuration makes {config.num_parameters:,} parameters"
+        )
     if key in FAMILY:
         for field in _SIZES:
             ours, theirs = getattr(config, field), getattr(FAMILY[key], field)
@@ -110,6 +112,8 @@ def _against_itself(config: Config) -> list[str]:
 
 def _against_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     expected = {name: slot.shape for name, slot in slots(config).items()}
+    if config.tie_word_embeddings and EMBEDDING not in shapes:  # either of the two will do
+        expected[HEAD] = expected.pop(EMBEDDING)
     found = [
         f"tensor {name} has shape {tuple(shapes[name])}; the configuration makes it {shape}"
         for name, shape in expected.items()

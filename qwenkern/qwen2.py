@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from . import kernels as ops
 from .cache import Batch, PagedCache
 from .config import Config
+from .errors import RequestError
 
 HUGE_PAGE = 2 << 20
 
@@ -34,22 +36,27 @@ class Qwen2(nn.Module):
             if config.tie_word_embeddings
             else Weights(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         )
-        self.register_buffer("cos_sin", rope_table(config).to(device), persistent=False)
 
     def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
         """Runs the T tokens of a batch and writes their keys and values into the cache.
 
         Returns float32 logits [T, vocabulary], or those of ``rows`` only (indices into the batch's tokens)."""
-        x, residual = self.model(batch, cache, self.cos_sin)
+        x, residual = self.model(batch, cache)
         if rows is not None:
             x, residual = x[rows], residual[rows]
         return ops.lm_head(x, residual, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.weight)
 
     def likeliest(self, batch: Batch, cache: PagedCache) -> Tensor:
         """As forward, but only the likeliest token after each one: ids [T]. Of equal ones the lowest."""
-        x, residual = self.model(batch, cache, self.cos_sin)
+        x, residual = self.model(batch, cache)
         norm_weight, eps = self.model.norm.weight, self.config.rms_norm_eps
         return ops.lm_head_top_k(x, residual, norm_weight, eps, self.lm_head.weight, 1)[1][:, 0]
+
+    def untie(self) -> None:
+        """Gives the output weights of its own where they were the embedding's. Their values are undefined."""
+        weight = self.model.embed_tokens.weight
+        self.config = replace(self.config, tie_word_embeddings=False)
+        self.lm_head = Weights(*weight.shape, dtype=weight.dtype, device=weight.device)
 
 
 class Decoder(nn.Module):
@@ -61,10 +68,10 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config, dtype, device) for _ in range(config.num_hidden_layers))
         self.norm = Weights(config.hidden_size, dtype=dtype, device=device)
 
-    def forward(self, batch: Batch, cache: PagedCache, cos_sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
         x, residual = ops.embedding(batch.ids, self.embed_tokens.weight), None
         for layer, k_pages, v_pages in zip(self.layers, cache.k, cache.v, strict=True):
-            x, residual = layer(x, residual, batch, k_pages, v_pages, cos_sin)
+            x, residual = layer(x, residual, batch, k_pages, v_pages, cache.rope.cos_sin)
         return x, residual
 
 
@@ -135,7 +142,14 @@ class Weights(nn.Module):
 
     def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.weight = nn.Parameter(_empty(shape, dtype, device), requires_grad=False)
+        try:
+            weight = _empty(shape, dtype, device)
+        except (OSError, OverflowError, RuntimeError) as error:  # what mmap and torch say where there is no memory
+            reason = str(error).partition("\n")[0]
+            raise RequestError(
+                f"device {device} gives no memory for weights of shape {list(shape)} in {dtype}: {reason}"
+            ) from error
+        self.weight = nn.Parameter(weight, requires_grad=False)
         if bias:
             self.bias = nn.Parameter(torch.empty(shape[0], dtype=dtype, device=device), requires_grad=False)
 
@@ -154,40 +168,10 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     return whole[start : start + size].view(dtype).view(shape)
 
 
-def rope_table(config: Config) -> Tensor:
-    """Cosines and sines of every position's angles: [context, D] float32, cosines in the first half of a row."""
-    positions = torch.arange(config.context_length, dtype=torch.float32)
-    angles = positions[:, None] * inverse_frequencies(config)
-    scale = config.rope_scaling.attention_scale if config.rope_scaling else 1.0
-    return torch.cat((angles.cos() * scale, angles.sin() * scale), dim=-1)
-
-
-def inverse_frequencies(config: Config) -> Tensor:
-    """Radians per position of each pair of dimensions: [D / 2] float32, with YaRN's blend where the config asks for it
-    (Peng et al. 2023, arXiv:2309.00071, section 3.2)."""
-    dim, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
-    wavelengths = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
-    if yarn is None:
-        return 1.0 / wavelengths
-
-    def pair_that_turns(times: float) -> float:
-        """The (fractional) pair of dimensions that makes so many turns within the original context."""
-        positions_a_turn = yarn.original_max_position_embeddings / (times * 2 * math.pi)
-        return dim * math.log(positions_a_turn) / (2 * math.log(theta))
-
-    first, last = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
-    if yarn.truncate:
-        first, last = math.floor(first), math.ceil(last)
-    first, last = max(first, 0), min(last, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
-    kept = 1 - ramp.clamp(0, 1)  # 1: too fast to need stretching, 0: stretched by the whole factor
-    return (1 - kept) / (yarn.factor * wavelengths) + kept / wavelengths
-
-
 @torch.no_grad()
 def initialise(model: Qwen2, seed: int) -> None:
     """Fills the parameters with random numbers in place: what a benchmark needs where no checkpoint is at hand."""
-    generator = torch.Generator(model.cos_sin.device).manual_seed(seed)
+    generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1 and name.endswith("norm.weight"):
             parameter.fill_(1.0)

@@ -1,4 +1,4 @@
-"""The small files of a checkpoint, read as text or as JSON: never more of them than a bound, whatever was downloaded.
+"""The small files of a checkpoint as text or as JSON, within a bound, and how a large one begins.
 
 A leaf of the package: standard library only."""
 
@@ -41,6 +41,19 @@ def read_json(file: Path, error: type[Error] = CheckpointError) -> dict[str, Any
     if not isinstance(content, dict):
         raise error(f"{file}: holds a {type(content).__name__}; expected a JSON object")
     return content
+
+
+def is_gguf(path: str | os.PathLike[str]) -> bool:
+    """Whether this is a file that ends in .gguf, in whatever case, or begins with the four bytes of one."""
+    if not os.path.isfile(path):
+        return False
+    if os.fspath(path).lower().endswith(".gguf"):
+        return True
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(4) == b"GGUF"
+    except OSError:  # whoever opens it will say why it cannot be read
+        return False
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

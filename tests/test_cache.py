@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import psutil
 import pytest
 import torch
+from transformers import Qwen2Config
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 from twins import TINY
 
-from qwenkern import RequestError
+from qwenkern import RequestError, YarnScaling
 from qwenkern.cache import BlockTable, PagedCache
+from qwenkern.rope import inverse_frequencies
 
 
 @pytest.fixture
@@ -86,3 +92,46 @@ def test_too_many_tokens_are_refused_and_nothing_is_taken(cache):
     assert other.pages == []
     cache.extend(other, 8)
     assert cache.num_free_pages == 0
+
+
+@pytest.mark.parametrize("yarn", [None, YarnScaling(8.0, 2048)], ids=["plain", "yarn"])
+def test_angles_are_those_of_transformers_as_far_as_sequences_reach(yarn):
+    config = replace(TINY, max_position_embeddings=16384, rope_scaling=yarn)
+    cache = PagedCache(config, 20_000, torch.float32, torch.device("cpu"), page_size=1000)
+    theirs = Qwen2RotaryEmbedding(Qwen2Config(head_dim=config.head_dim, rope_parameters={"rope_theta": 1e6}))
+    if yarn:  # its frequencies have a test of their own
+        theirs.inv_freq, theirs.attention_scaling = inverse_frequencies(config), yarn.attention_scale
+    table, address = BlockTable(), cache.rope.cos_sin.data_ptr()
+    assert cache.rope.cos_sin.shape == (16384, config.head_dim)
+    for length in (1, 999, 1000, 1001, 9000, 16384):
+        cache.rope.cos_sin[cache.rope._computed :] = torch.nan
+        cache.extend(table, length - table.length)
+        table.length = length
+        angles = [each[0, :, : config.head_dim // 2] for each in theirs(torch.empty(0), torch.arange(length)[None])]
+        assert torch.equal(cache.rope.cos_sin[:length], torch.cat(angles, dim=-1))
+    assert cache.rope.cos_sin.data_ptr() == address  # captured steps read there
+
+
+def test_no_page_is_given_before_its_angles_are_there(monkeypatch):
+    cache = PagedCache(replace(TINY, max_position_embeddings=1 << 20), 1 << 20, torch.float32, torch.device("cpu"))
+    table, block = BlockTable(), cache.rope._block
+
+    def interrupt(rows):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.rope, "reach", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cache.extend(table, 2 * block)
+    cache.rope.cos_sin[block:] = torch.nan
+    cache.extend(table, 2 * block)
+    assert cache.rope.cos_sin[: 2 * block].isfinite().all()
+
+
+def test_a_context_of_millions_costs_nothing_until_it_is_used():
+    config = replace(TINY, max_position_embeddings=1 << 24, num_hidden_layers=1, num_key_value_heads=1, head_dim=16)
+    before = psutil.Process().memory_info().rss
+    cache = PagedCache(config, 1 << 24, torch.bfloat16, torch.device("cpu"))
+    cache.extend(BlockTable(), 100)
+    assert cache.rope.cos_sin.shape == (1 << 24, 16)  # 1 GiB
+    assert psutil.Process().memory_info().rss - before < 1 << 28

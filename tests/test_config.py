@@ -137,12 +137,33 @@ def test_gguf_metadata_of_the_3b():
 REFUSALS = {
     "another model": ({"model_type": "llama"}, "model_type is 'llama'.*'qwen2'"),
     "no model type": ({"model_type": None}, "model_type is None"),
-    "sliding window": ({"use_sliding_window": True}, "use_sliding_window is true.*not built"),
-    "sliding layers": ({"layer_types": ["sliding_attention"] * 36}, "sliding"),
+    "sliding window": (
+        {"use_sliding_window": True, "sliding_window": 4096, "max_window_layers": 35},
+        r"layer 35 has sliding-window attention \(sliding_window 4096\), which is not built",
+    ),
+    "sliding window of text": ({"use_sliding_window": True, "sliding_window": "4096"}, "sliding_window is '4096'"),
+    "no truth for a flag": ({"use_sliding_window": 1}, "use_sliding_window is 1; expected true or false"),
+    "window layers": ({"use_sliding_window": True, "max_window_layers": None}, "max_window_layers is None; expected a"),
     "layer types too short": ({"layer_types": ["full_attention"] * 3}, "3 entries for 36 layers"),
     "layer types no list": ({"layer_types": 5}, "layer_types is 5; expected a list"),
+    "layer types 0": ({"layer_types": 0}, "layer_types is 0; expected a list"),
+    "layer types empty": ({"layer_types": []}, "0 entries for 36 layers"),
+    "layer types of numbers": ({"layer_types": [0] * 36}, r"layer_types\[0\] is 0; expected 'full_attention'"),
+    "other layer types": (
+        {"layer_types": ["full_attention"] * 35 + ["linear_attention"]},
+        r"layer_types\[35\] is 'linear_attention'; expected 'full_attention'",
+    ),
+    "gptq": (
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        "quantised by 'gptq', which is not built; expected bfloat16, .* a GGUF file of it",
+    ),
+    "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "quantised by 'bitsandbytes'"),
+    "compressed tensors": ({"compression_config": {"quant_method": "compressed-tensors"}}, "by 'compressed-tensors'"),
+    "quantised by something": ({"quantization_config": {"bits": 4}}, "quantised by None"),
+    "quantization config of text": ({"quantization_config": "gptq"}, "quantization_config is 'gptq'; expected an obj"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
     "indivisible hidden size": ({"hidden_size": 2050}, "hidden_size 2050 .* 16 attention heads"),
+    "layers beyond any model": ({"num_hidden_layers": 1 << 24}, "num_hidden_layers is 16777216; expected .* 1 to 1024"),
     "indivisible heads": ({"num_key_value_heads": 3}, "16 query heads cannot share 3 key-value heads"),
     "zero heads": ({"num_attention_heads": 0}, "0 attention heads"),
     "odd head": ({"head_dim": 127}, "head_dim is 127"),
@@ -154,14 +175,31 @@ REFUSALS = {
     "zero eps": ({"rms_norm_eps": 0}, "rms_norm_eps is 0"),
     "eps not a number": ({"rms_norm_eps": math.nan}, "rms_norm_eps is nan"),
     "theta": ({"rope_theta": -1.0}, "rope_theta is -1.0"),
+    "theta of 400 digits": ({"rope_theta": 10**400}, r"rope_theta is 10{76}\.\.\.; expected a positive finite number"),
+    "theta infinite": ({"rope_theta": math.inf}, "rope_theta is inf"),
+    "theta below 1": ({"rope_theta": 0.5}, "rope_theta is 0.5; expected a number above 1"),
+    "theta of text": ({"rope_theta": "1e6"}, "rope_theta is '1e6'"),
+    "eps of 400 digits": ({"rms_norm_eps": 10**400}, "rms_norm_eps is 1000"),
+    "eps that float32 has not": ({"rms_norm_eps": 1e-60}, "rms_norm_eps is 1e-60"),
+    "400 digits": ({"hidden_size": 10**400}, "hidden_size is 10{76}\\.\\.\\.; expected"),
+    "head of 400 digits": ({"head_dim": 10**400}, "head_dim is 10{76}\\.\\.\\.; expected a whole number"),
+    "head of 0": ({"head_dim": 0}, "head_dim is 0; expected a whole number"),
+    "long text": ({"model_type": "x" * 10_000}, "model_type is 'x{76}\\.\\.\\.; qwenkern runs"),
+    "text for a flag": ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false'; expected true or false"),
     "two thetas": ({"rope_parameters": {"rope_theta": 1.0, "rope_type": "default"}}, "rope_theta is 1000000.0 .* 1.0"),
     "unknown rope scaling": ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "type 'linear' is not built"),
     "rope scaling no object": ({"rope_scaling": "yarn"}, "'yarn'; expected an object"),
     "yarn without factor": ({"rope_scaling": {"type": "yarn"}}, "factor is None"),
     "yarn factor below 1": ({"rope_scaling": YARN | {"factor": 0.5}}, "factor is 0.5"),
     "yarn factor huge": ({"rope_scaling": YARN | {"factor": 1e9}}, "factor is 1000000000.0"),
+    "yarn factor of 400 digits": ({"rope_scaling": YARN | {"factor": 10**400}}, "factor is 1000"),
+    "yarn beta": ({"rope_scaling": YARN | {"beta_fast": 1e-320}}, "beta_fast is 1e-320"),
+    "yarn attention": ({"rope_scaling": YARN | {"attention_factor": math.nan}}, "attention_factor is nan"),
     "yarn mscale": ({"rope_scaling": YARN | {"mscale": 1.0}}, "mscale"),
-    "yarn original": ({"rope_scaling": YARN | {"original_max_position_embeddings": 0}}, "is 0; expected a positive"),
+    "yarn original": (
+        {"rope_scaling": YARN | {"original_max_position_embeddings": 0}},
+        "original_max_position_embeddings is 0; expected a whole",
+    ),
 }
 
 
@@ -172,6 +210,46 @@ def test_refusals_name_the_file_and_the_number(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message) as refusal:
         Config.from_json(path)
     assert str(path) in str(refusal.value)
+
+
+def test_a_head_dim_that_is_given_needs_no_division():
+    assert Config.from_dict(QWEN_3B | {"hidden_size": 2050, "head_dim": 64}).head_dim == 64
+    gguf = GGUF_3B | {"qwen2.embedding_length": 2050, "qwen2.attention.key_length": 64}
+    assert Config.from_gguf(gguf, vocab_size=9, tie_word_embeddings=True).head_dim == 64
+
+
+def test_a_number_of_more_digits_than_python_writes():
+    with pytest.raises(ConfigError, match=r"vocab_size is a int that cannot be written: .*digits"):
+        Config.from_dict(QWEN_3B | {"vocab_size": 10**5000})
+
+
+@pytest.mark.parametrize("types", [None, "full", "sliding", "last"])
+@pytest.mark.parametrize("first", [0, 1, 3, 4, 70])
+@pytest.mark.parametrize("window", [None, 16, 127, 128, 4096])
+@pytest.mark.parametrize("use", [False, True])
+def test_windows_run_where_transformers_gives_no_layer_one_that_is_shorter_than_the_context(use, window, first, types):
+    fields = QWEN_3B | {"num_hidden_layers": 4, "max_position_embeddings": 128, "use_sliding_window": use}
+    fields |= {"sliding_window": window, "max_window_layers": first}
+    if types:
+        kinds = {"full": ["full_attention"] * 4, "sliding": ["sliding_attention"] * 4}
+        fields["layer_types"] = kinds.get(types, ["full_attention"] * 3 + ["sliding_attention"])
+    theirs = Qwen2Config(**{name: value for name, value in fields.items() if name != "model_type"})
+    slides = "sliding_attention" in theirs.layer_types
+    if slides and (theirs.sliding_window is None or theirs.sliding_window < 128):  # None: transformers fails later
+        with pytest.raises(ConfigError, match=r"layer \d has sliding-window attention"):
+            Config.from_dict(fields)
+    else:
+        assert Config.from_dict(fields) == Config.from_dict(
+            QWEN_3B | {"num_hidden_layers": 4, "max_position_embeddings": 128}
+        )
+
+
+def test_the_context_of_a_window_is_the_stretched_one():
+    with pytest.raises(ConfigError, match=r"at least the context, 131072"):
+        Config.from_dict(
+            QWEN_3B
+            | {"rope_scaling": YARN, "use_sliding_window": True, "sliding_window": 131071, "max_window_layers": 0}
+        )
 
 
 @pytest.mark.parametrize(
@@ -197,6 +275,14 @@ def test_missing_file(tmp_path):
         ({"qwen2.embedding_length": 2049}, "2049"),
         ({"qwen2.rope.scaling.type": "linear"}, "'linear' is not built"),
         ({"qwen2.attention.head_count": 0}, "0 attention heads"),
+        ({"qwen2.attention.head_count": [16] * 36}, r"\[16, 16, .*\.\.\. attention heads"),
+        ({"qwen2.rope.dimension_count": 64}, "rope.dimension_count is 64; expected the heads' 128"),
+        ({"qwen2.attention.key_length": math.nan}, "head_dim is nan; expected a whole number"),
+        ({"qwen2.attention.key_length": 0}, "head_dim is 0; expected a whole number"),
+        ({"qwen2.attention.value_length": 64}, "attention.value_length is 64; expected the heads' 128"),
+        ({"qwen2.rope.freq_base": math.nan}, "rope_theta is nan"),
+        ({"qwen2.attention.layer_norm_rms_epsilon": "small"}, "rms_norm_eps is 'small'"),
+        ({"qwen2.rope.scaling.type": "yarn", "qwen2.rope.scaling.factor": math.inf}, "factor is inf"),
     ],
 )
 def test_gguf_refusals(change, message):

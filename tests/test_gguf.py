@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from gguf.quants import dequantize as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from qwenkern import sources
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.checkpoint.dequantize import SUPPORTED
 from qwenkern.checkpoint.gguf_container import read_container
@@ -51,10 +54,12 @@ NAMES = {
 }
 
 
-def write_model(path: Path, kind: Q = Q.F32, extra=lambda writer: None, names=NAMES, numbers=NUMBERS) -> dict:
+def write_model(
+    path: Path, kind: Q = Q.F32, extra=lambda writer: None, names=NAMES, numbers=NUMBERS, **options
+) -> dict:
     """A tiny model, its matrices in `kind`. Returns llama.cpp's name -> the bytes that were written and their type."""
     random = np.random.default_rng(0)
-    writer = GGUFWriter(path, "qwen2")
+    writer = GGUFWriter(path, "qwen2", **options)
     for key, value in numbers.items():
         writer.add_uint32(f"qwen2.{key}", value)
     writer.add_float32("qwen2.attention.layer_norm_rms_epsilon", 1e-6)
@@ -163,13 +168,134 @@ def test_another_alignment(tmp_path):
     assert {name: info.offset for name, info in ours.items()} == theirs
 
 
+@pytest.mark.parametrize("name", ["TINY.GGUF", "tiny.Gguf", "sha256-1234", "tiny", "tiny.bin", "tiny.gguf.part"])
+def test_a_file_of_any_name_is_known_by_its_first_bytes(name, tmp_path):
+    write_model(tmp_path / name)
+    assert open_checkpoint(tmp_path / name).config.vocab_size == VOCAB
+    assert sources.resolve(str(tmp_path / name)) == tmp_path / name
+
+
+# --- models in parts --------------------------------------------------------------------------------------------------
+
+
+def write_parts(folder: Path, name: str = "tiny.gguf", **options) -> list[Path]:
+    """The same model by the gguf library's own splitting; some of its tensors in each part."""
+    folder.mkdir(exist_ok=True)
+    write_model(folder / name, Q.Q4_K, split_max_tensors=5, **options)
+    return sorted(folder.glob("*-of-*"))
+
+
+@pytest.mark.parametrize("ending", ["gguf", "GGUF"])
+@pytest.mark.parametrize("small_first_shard", [False, True])
+@pytest.mark.parametrize("given", [0, 1, 2])
+def test_any_part_of_a_model_loads_all_of_it(given, small_first_shard, ending, tmp_path):
+    whole = tmp_path / "whole.gguf"
+    write_model(whole, Q.Q4_K)
+    parts = write_parts(tmp_path / "parts", small_first_shard=small_first_shard)
+    assert len(parts) == 3 + small_first_shard
+    assert parts[0].name == f"tiny-00001-of-0000{len(parts)}.gguf"
+    parts = [part.rename(part.with_suffix(f".{ending}")) for part in parts]
+    ours, expected = open_checkpoint(parts[given]), open_checkpoint(whole)
+    assert replace(ours.config, source="") == replace(expected.config, source="")
+    assert ours.shapes == expected.shapes
+    assert {k for k in ours.metadata if not k.startswith("split.")} == set(expected.metadata)
+    theirs = dict(expected.tensors(torch.float32))
+    found = dict(ours.tensors(torch.float32))
+    assert found.keys() == theirs.keys()
+    assert all(torch.equal(found[name], theirs[name]) for name in theirs)
+
+
+def test_missing_parts_are_named(tmp_path):
+    first, second, third = write_parts(tmp_path)
+    first.unlink()
+    third.unlink()
+    message = r"00002-of-00003\.gguf: is part 2 of the 3 .*: tiny-00001-of-00003\.gguf, tiny-00003-of-00003\.gguf; exp"
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(second)
+
+
+def test_a_part_under_another_name_is_refused(tmp_path):
+    first, second, third = write_parts(tmp_path)
+    second.rename(tmp_path / "renamed.gguf")
+    with pytest.raises(CheckpointError, match=r"renamed\.gguf: is part 2 of the 3 of a model; expected a name"):
+        open_checkpoint(tmp_path / "renamed.gguf")
+    third.rename(second)
+    (tmp_path / "renamed.gguf").rename(third)
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: split\.no is 2; expected 1, as its name"):
+        open_checkpoint(first)
+
+
+def test_a_part_of_another_model_is_refused(tmp_path):
+    first, second, _ = write_parts(tmp_path)
+    other = tmp_path / "other"
+    more = NAMES | {"output.weight": ("lm_head.weight", (VOCAB, HIDDEN))}
+    (part := write_parts(other, names=more)[1]).replace(second)
+    assert not part.exists()
+    with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: split\.tensors\.count is 15; expected 14"):
+        open_checkpoint(first)
+    shuffled = dict(reversed(NAMES.items()))
+    write_parts(other, names=shuffled)[1].replace(second)
+    with pytest.raises(CheckpointError, match=r"tensor .* is in tiny-0000[12]-of-00003\.gguf, too; expected it in one"):
+        open_checkpoint(first)
+
+
+def test_metadata_of_a_later_part_must_agree(tmp_path):
+    def part(number: int, name: str, more: list[bytes], total: int = 2) -> None:
+        split = [
+            key_value("split.no", V.UINT16, struct.pack("<H", number)),
+            key_value("split.count", V.UINT16, struct.pack("<H", 2)),
+            key_value("split.tensors.count", V.INT32, struct.pack("<i", total)),
+        ]
+        raw = container([*split, *more], [tensor(name, [8])], bytes(64))
+        (tmp_path / f"x-0000{number + 1}-of-00002.gguf").write_bytes(raw)
+
+    part(0, "a", [QWEN2])
+    part(1, "b", [LLAMA])
+    with pytest.raises(CheckpointError, match=r"x-00002.*general\.architecture is 'llama'; expected 'qwen2', as its"):
+        open_checkpoint(tmp_path / "x-00001-of-00002.gguf")
+    part(0, "a", [QWEN2], total=3)
+    part(1, "b", [], total=3)
+    with pytest.raises(
+        CheckpointError, match=r"x-00001.*: split\.tensors\.count is 3, and the 2 parts have 2; expected"
+    ):
+        open_checkpoint(tmp_path / "x-00002-of-00002.gguf")
+    part(0, "a", [QWEN2])
+    part(1, "b", [])
+    with pytest.raises(CheckpointError, match=r"unknown tensor a; expected llama\.cpp's names"):
+        open_checkpoint(tmp_path / "x-00001-of-00002.gguf")
+
+
+@pytest.mark.parametrize("follow", [False, True])
+def test_parts_that_are_links_elsewhere(follow, tmp_path, monkeypatch):
+    first, second, _ = write_parts(tmp_path / "model")
+    second.rename(tmp_path / "secret")
+    second.symlink_to(tmp_path / "secret")
+    if follow:
+        monkeypatch.setenv("QWENKERN_FOLLOW_LINKS", "1")
+        assert len(open_checkpoint(first).shapes) == 14
+    else:
+        with pytest.raises(CheckpointError, match=r"00002-of-00003\.gguf: is a link to .*secret, outside of .*model"):
+            open_checkpoint(first)
+
+
 # --- models that are not ours -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        (lambda w: w.add_uint16("split.count", 3), r"one of 3 parts of a model; merge them.*llama-gguf-split --merge"),
+        (
+            lambda w: (w.add_uint16("split.count", 3), w.add_uint16("split.no", 1)),
+            r"part 2 of the 3 of a model; expected a name that ends in -00002-of-00003\.gguf.*llama-gguf-split --merge",
+        ),
+        (lambda w: (w.add_uint16("split.count", 3), w.add_uint16("split.no", 3)), r"split.no is 3 and split.count 3"),
+        (lambda w: w.add_string("split.count", "3"), r"split.no is 0 and split.count '3'"),
+        (lambda w: w.add_array("split.count", [3]), r"split.no is 0 and split.count \[3\]"),
+        (lambda w: w.add_int32("split.count", -1), r"split.no is 0 and split.count -1"),
+        (
+            lambda w: w.add_uint64("split.count", 2**63),
+            r"part 1 of the 9223372036854775808 of a model; expected a name",
+        ),
     ],
 )
 def test_metadata_that_is_refused(extra, message, tmp_path):
@@ -206,8 +332,8 @@ def test_missing_tensors_and_wrong_shapes_are_found_before_any_weight_is_read(tm
     write_model(path, numbers=NUMBERS | {"feed_forward_length": 768})
     with pytest.raises(CheckpointError, match=r"gate_proj\.weight has shape \(512, 256\); expected \(768, 256\)"):
         open_checkpoint(path)
-    write_model(path, numbers=NUMBERS | {"block_count": 9_000_000})
-    with pytest.raises(CheckpointError, match=r"has 14 tensors; expected those of a model of 9000000 layers"):
+    write_model(path, numbers=NUMBERS | {"block_count": 900})
+    with pytest.raises(CheckpointError, match=r"has 14 tensors; expected those of a model of 900 layers"):
         open_checkpoint(path)
     write_model(path, numbers={key: NUMBERS[key] for key in NUMBERS if key != "context_length"})
     with pytest.raises(ConfigError, match=r"tiny\.gguf: context_length is missing"):
@@ -290,11 +416,31 @@ BAD = {
     ),
     "huge array of numbers": (
         container([key_value("k", V.ARRAY, struct.pack("<IQ", V.INT32, HUGE))]),
-        r"the value of 'k' needs 36893488147419103232 bytes",
+        r"key 'k' holds an array of 9223372036854775808 elements; expected at most 2097152",
     ),
     "huge array of strings": (
-        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, HUGE))]),
-        r"the value of 'k' needs 73786976294838206464 bytes",
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 2**64 - 1))]),
+        r"key 'k' holds an array of 18446744073709551615 elements; expected at most 2097152",
+    ),
+    "array beyond the file": (
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.INT32, 1 << 21))]),
+        r"the value of 'k' needs 8388608 bytes, \d+ are left; the file is truncated or damaged",
+    ),
+    "strings beyond the file": (
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 1 << 21))]),
+        r"the value of 'k' needs 16777216 bytes, \d+ are left; the file is truncated or damaged",
+    ),
+    "arrays in arrays in arrays": (
+        container([key_value("k", V.ARRAY, struct.pack("<IQ", V.ARRAY, 1) * 1000)]),
+        r"key 'k' holds an array of arrays",
+    ),
+    "name of 65 bytes": (
+        container((), [tensor("a" * 65, [8])], bytes(64)),
+        r"name has 65 characters; expected at most",
+    ),
+    "key of 100,000 bytes, twice": (
+        container([key_value("k" * 100_000, V.UINT8, b"\0")] * 2),
+        r"key 'k{400,}\.\.\. \(header",
     ),
     "array of strings that ends early": (
         container([key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 2) + string("x" * 30))])[:87],
@@ -369,6 +515,39 @@ def test_a_bad_file_is_refused(name, tmp_path):
         open_checkpoint(path)
 
 
+ZEROS = 40 << 30  # bytes of a hole after the header: they take no room on the disk
+LARGE = {
+    "a string": (key_value("k", V.STRING, struct.pack("<Q", 1 << 34)), "a string of 17179869184 bytes does not fit"),
+    "a key": (
+        struct.pack("<Q", 1 << 34),
+        "a key: a string of 17179869184 bytes does not fit in the .* of the 67108864",
+    ),
+    "bytes": (key_value("k", V.ARRAY, struct.pack("<IQ", V.UINT8, 1 << 34)), "an array of 17179869184 elements"),
+    "strings": (key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 1 << 30)), "an array of 1073741824 elements"),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_a_file_that_is_mostly_a_hole_takes_no_memory(name, tmp_path):
+    start, message = LARGE[name]
+    path = tmp_path / "hole.gguf"
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + start)
+    os.truncate(path, ZEROS)
+    with pytest.raises(CheckpointError, match=rf"hole\.gguf: .*{message}"):
+        read_container(path)
+
+
+@pytest.mark.parametrize("counts", [(1 << 20, 0), (0, 1 << 20), (1 << 20, 1 << 20)])
+def test_counts_that_only_a_hole_could_hold(counts, tmp_path):
+    path = tmp_path / "hole.gguf"
+    path.write_bytes(container(counts=counts))
+    os.truncate(path, ZEROS)
+    with pytest.raises(
+        CheckpointError, match=r"hole\.gguf: .*(expected at most 65536|67108864 that a header may have)"
+    ):
+        read_container(path)
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_the_same_bytes_without_the_damage_are_read(version, tmp_path):
     tensors = [tensor("a", [8]), tensor("b", [32, 2], Q.Q8_0, offset=32)]
@@ -432,9 +611,10 @@ def test_the_demo_model_is_what_the_gguf_library_reads(demo_path):
         "blk.23.attn_k.bias": "model.layers.23.self_attn.k_proj.bias",
         "output_norm.weight": "model.norm.weight",
     }
-    infos = {theirs: checkpoint.container.tensors[name] for name, theirs in wanted.items()}
+    container = read_container(demo_path)
+    infos = {theirs: container.tensors[name] for name, theirs in wanted.items()}
     ours = {name: tensor for name, tensor in checkpoint.tensors(torch.float32) if name in infos}
     for theirs, info in infos.items():
-        expected = oracle(checkpoint.container.blocks(info), info.kind).reshape(info.shape)
+        expected = oracle(container.blocks(info), info.kind).reshape(info.shape)
         assert np.array_equal(ours[theirs].numpy(), expected), theirs
         assert float(ours[theirs].abs().max()) < 1000

@@ -32,6 +32,12 @@ def test_the_family_does_not_contradict_itself(name):
     assert contradictions(FAMILY[name], name, shapes, 151665) == []
 
 
+def test_a_tied_head_alone_is_no_contradiction():
+    shapes = {tensor: slot.shape for tensor, slot in slots(SMALL).items()}
+    shapes["lm_head.weight"] = shapes.pop("model.embed_tokens.weight")
+    assert contradictions(SMALL, shapes=shapes) == []
+
+
 def test_the_card_that_says_3b_and_means_another():
     """A card in circulation: hidden 2304, 48 query and 8 key-value heads."""
     card = replace(SMALL, hidden_size=2304, num_attention_heads=48, num_key_value_heads=8, head_dim=48)
@@ -53,6 +59,8 @@ SHAPES = {tensor: slot.shape for tensor, slot in slots(SMALL).items()}
             {},
             "max_position_embeddings is 65536; YaRN stretches 32768 to 131072",
         ),
+        (SMALL, {"name": "tiny-0B"}, "the name says 0B, and the configuration makes 3,085,938,688 parameters"),
+        (SMALL, {"name": "9" * 200 + "B"}, "and the configuration makes 3,085,938,688 parameters"),
         (SMALL, {"num_tokens": 152000}, "the tokenizer has ids up to 151999; vocab_size is 151936"),
         (SMALL, {"shapes": SHAPES | {"lm_head.weight": (1, 1)}}, "1 tensors of the file are not in the configuration"),
         (SMALL, {"shapes": SHAPES | {"model.norm.weight": (7,)}}, "model.norm.weight has shape (7,)"),

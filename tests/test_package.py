@@ -22,6 +22,7 @@ ORDER = [
     "reading",
     "config",
     "kernels",
+    "rope",
     "cache",
     "qwen2",
     "sampling",
@@ -32,7 +33,8 @@ ORDER = [
 ]
 ORDER += ["Model"]
 LEAVES = {"errors": set(), "reading": {"errors"}, "config": {"errors", "reading"}}
-LEAVES |= {"arguments": {"errors"}, "sources": {"errors"}, "sampling": {"arguments", "errors"}}
+LEAVES |= {"download": {"errors"}, "sources": {"errors", "reading", "config", "download"}}
+LEAVES |= {"arguments": {"errors"}, "sampling": {"arguments", "errors"}}
 
 
 def _imports(file: Path) -> set[str]:

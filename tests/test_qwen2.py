@@ -11,8 +11,8 @@ from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from twins import TINY, tiny_model, twin
 
-from qwenkern import YarnScaling
-from qwenkern.qwen2 import inverse_frequencies
+from qwenkern import RequestError, YarnScaling
+from qwenkern.rope import inverse_frequencies
 
 SHAPES = {
     "tied": replace(TINY, tie_word_embeddings=True),
@@ -69,6 +69,13 @@ def test_tied_embeddings_are_one_tensor():
     model = tiny_model(replace(TINY, tie_word_embeddings=True))
     assert model.module.lm_head.weight.data_ptr() == model.module.model.embed_tokens.weight.data_ptr()
     assert sum(p.numel() for p in model.module.parameters()) == model.config.num_parameters
+
+
+@pytest.mark.parametrize("hidden", [1 << 23, 1 << 24])
+def test_weights_that_no_memory_holds(hidden):
+    config = replace(TINY, vocab_size=1 << 24, hidden_size=hidden)
+    with pytest.raises(RequestError, match=rf"device cpu gives no memory for weights of shape \[16777216, {hidden}\]"):
+        tiny_model(config)
 
 
 ON_KERNELS = {

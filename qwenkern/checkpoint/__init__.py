@@ -12,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwenkern.errors import CheckpointError
+from qwenkern.reading import is_gguf
 
 from .base import Checkpoint
 from .packing import check_shapes, load_weights
@@ -23,15 +24,16 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens a folder (config.json and *.safetensors) or a .gguf file: reads and checks its header, not its weights.
+    """Opens a folder (config.json and *.safetensors) or a GGUF file: reads and checks its header, not its weights.
 
+    A GGUF file is one by its ending or by its first four bytes; of a split one any part may be given.
     Raises CheckpointError for anything else or a damaged file, ConfigError for a model that qwenkern does not run.
     Pickle files are never opened: unpickling runs whatever code the file contains.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
-    if path.is_dir() or path.suffix == ".gguf":
+    if path.is_dir() or is_gguf(path):
         if path.is_dir():
             checkpoint = open_safetensors(path)
         else:
@@ -40,8 +42,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
             checkpoint = open_gguf(path)
         check_shapes(checkpoint.shapes, checkpoint.config, source=str(path))
         return checkpoint
-    if path.suffix in _PICKLES:
+    if path.suffix.lower() in _PICKLES:
         raise CheckpointError(f"{path}: is a pickle file, which qwenkern never opens; convert it to safetensors")
-    if path.suffix == ".safetensors":
+    if path.suffix.lower() == ".safetensors":
         raise CheckpointError(f"{path}: is one file of weights; give the folder that also has its config.json")
-    raise CheckpointError(f"{path}: expected a folder with config.json and *.safetensors, or a .gguf file")
+    raise CheckpointError(f"{path}: expected a folder with config.json and *.safetensors, or a GGUF file")

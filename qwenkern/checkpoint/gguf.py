@@ -15,12 +15,13 @@ from pathlib import Path
 import torch
 
 from qwenkern.config import Config
-from qwenkern.errors import CheckpointError
+from qwenkern.errors import CheckpointError, shown
 from qwenkern.generation import Generation
 
 from .base import Checkpoint
 from .dequantize import SUPPORTED, dequantize
-from .gguf_container import Container, TensorInfo, read_container
+from .gguf_container import Container, TensorInfo
+from .gguf_parts import read_parts
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -42,48 +43,47 @@ _LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class GgufCheckpoint(Checkpoint):
-    """infos: where each tensor is in the container, under Hugging Face's names."""
+    """places: the file that each tensor is in and where in it, under Hugging Face's names."""
 
-    container: Container = field(repr=False)
-    infos: Mapping[str, TensorInfo] = field(repr=False)
+    places: Mapping[str, tuple[Container, TensorInfo]] = field(repr=False)
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """See Checkpoint.tensors. Every tensor is dequantized into new memory."""
-        for name, info in self.infos.items():
+        for name, (container, info) in self.places.items():
             weights = torch.empty(info.shape, dtype=dtype, device="cpu")
-            yield name, dequantize(self.container.blocks(info), info.kind, weights)
+            yield name, dequantize(container.blocks(info), info.kind, weights)
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
-    """Reads and checks the header of a .gguf file. Raises CheckpointError; ConfigError if no model has its numbers."""
-    container = read_container(path)
-    metadata = container.metadata
+    """Reads and checks the header of a GGUF file, or of all parts of the model that it is a part of.
+
+    Raises CheckpointError; ConfigError if no model has its numbers."""
+    parts = read_parts(path)
+    metadata = next(iter(parts.values())).metadata
     if (architecture := metadata.get("general.architecture")) != "qwen2":
-        raise CheckpointError(f"{path}: general.architecture is {architecture!r}; expected 'qwen2'")
-    if (parts := metadata.get("split.count", 1)) not in (0, 1):
-        raise CheckpointError(
-            f"{path}: is one of {parts} parts of a model; "
-            "merge them first: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
-        )
-    infos = {_hugging_face_name(info.name, path): info for info in container.tensors.values()}
-    for info in container.tensors.values():
-        if info.kind not in SUPPORTED:
-            names = ", ".join(kind.name for kind in sorted(SUPPORTED))
-            raise CheckpointError(f"{path}: tensor {info.name} has type {info.kind.name}; expected one of {names}")
-    embedding = infos.get("model.embed_tokens.weight")
-    if embedding is None:
+        raise CheckpointError(f"{path}: general.architecture is {shown(architecture)}; expected 'qwen2'")
+    places: dict[str, tuple[Container, TensorInfo]] = {}
+    for file, container in parts.items():
+        for info in container.tensors.values():
+            if info.kind not in SUPPORTED:
+                names = ", ".join(kind.name for kind in sorted(SUPPORTED))
+                raise CheckpointError(f"{file}: tensor {info.name} has type {info.kind.name}; expected one of {names}")
+            places[_hugging_face_name(info.name, file)] = container, info
+    if "model.embed_tokens.weight" not in places:
         raise CheckpointError(f"{path}: has no tensor token_embd.weight")
     config = Config.from_gguf(
-        metadata, vocab_size=embedding.shape[0], tie_word_embeddings="lm_head.weight" not in infos, source=str(path)
+        metadata,
+        vocab_size=places["model.embed_tokens.weight"][1].shape[0],
+        tie_word_embeddings="lm_head.weight" not in places,
+        source=str(path),
     )
     return GgufCheckpoint(
         path=path,
         config=config,
         generation=Generation.from_gguf(metadata, config.vocab_size, str(path)),
         metadata=metadata,
-        shapes={name: info.shape for name, info in infos.items()},
-        container=container,
-        infos=infos,
+        shapes={name: info.shape for name, (_, info) in places.items()},
+        places=places,
     )
 
 

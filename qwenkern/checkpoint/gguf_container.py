@@ -44,6 +44,8 @@ _FORMATS = {
 _MIN_KEY_VALUE = 8 + 4 + 1  # bytes of the shortest possible: an empty key, a type, one byte
 _MIN_TENSOR = 8 + 4 + 8 + 4 + 8
 _MAX_DIMS = 4
+# Far above any model's: Qwen2.5's header has 6 MB, with arrays of 151,936 elements, and its largest model 963 tensors.
+_MAX_HEADER, _MAX_ELEMENTS, _MAX_ENTRIES, _MAX_NAME = 1 << 26, 1 << 21, 1 << 16, 64
 _DEFAULT_ALIGNMENT = 32
 
 
@@ -88,6 +90,7 @@ class _Header:
 
     def __init__(self, data: mmap.mmap, source: str) -> None:
         self.data, self.size, self.at, self.source = data, len(data), 0, source
+        self.end = min(self.size, _MAX_HEADER)  # nothing of the header lies beyond
         self.metadata: dict[str, Any] = {}
         self.alignment = _DEFAULT_ALIGNMENT
 
@@ -103,6 +106,8 @@ class _Header:
         num_tensors, num_key_values = struct.unpack_from("<QQ", self.data, 8)
         self.at = 24
         self.need(num_key_values * _MIN_KEY_VALUE + num_tensors * _MIN_TENSOR, "its key-values and tensors")
+        if max(num_tensors, num_key_values) > _MAX_ENTRIES:
+            self.fail(f"has {num_tensors} tensors and {num_key_values} key-values; expected at most {_MAX_ENTRIES}")
         for _ in range(num_key_values):
             self.read_key_value()
         return num_tensors
@@ -124,7 +129,10 @@ class _Header:
         kind = self.value_type(key)
         if kind == GGUFValueType.ARRAY:
             self.fail(f"key {key!r} holds an array of arrays; expected an array of numbers, bools or strings")
-        return self.values(kind, self.number("<Q", key), key)
+        count = self.number("<Q", key)
+        if count > _MAX_ELEMENTS:
+            self.fail(f"key {key!r} holds an array of {count} elements; expected at most {_MAX_ELEMENTS}")
+        return self.values(kind, count, key)
 
     def values(self, kind: GGUFValueType, count: int, key: str) -> list[Any]:
         what = f"the value of {key!r}"
@@ -143,7 +151,7 @@ class _Header:
     def strings(self, count: int, what: str) -> list[str]:
         self.need(8 * count, what)
         # 303,323 rounds for a vocabulary: local names, and one look at the bounds for each string
-        data, at, size, length_at = self.data, self.at, self.size, struct.Struct("<Q").unpack_from
+        data, at, size, length_at = self.data, self.at, self.end, struct.Struct("<Q").unpack_from
         found: list[str] = []
         try:
             for _ in range(count):
@@ -153,6 +161,7 @@ class _Header:
                     self.at = begin - 8
                     self.fail(
                         f"{what}: a string of {at - begin} bytes does not fit in the {size - begin} that are left"
+                        f"{self.of_a_header()}"
                     )
                 found.append(str(data[begin:at], "utf-8"))
         except UnicodeDecodeError as error:
@@ -191,6 +200,8 @@ class _Header:
 
     def read_tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:
         name = self.string("a tensor's name")
+        if len(name) > _MAX_NAME:
+            self.fail(f"a tensor's name has {len(name)} characters; expected at most {_MAX_NAME}")
         n_dims = self.number("<I", name)
         if not 1 <= n_dims <= _MAX_DIMS:
             self.fail(f"tensor {name} has {n_dims} dimensions; expected 1 to {_MAX_DIMS}")
@@ -221,6 +232,12 @@ class _Header:
     def need(self, count: int, what: str) -> None:
         if count > self.size - self.at:
             self.fail(f"{what} needs {count} bytes, {self.size - self.at} are left; the file is truncated or damaged")
+        if count > self.end - self.at:
+            self.fail(f"{what} needs {count} bytes, {self.end - self.at} are left{self.of_a_header()}")
+
+    def of_a_header(self) -> str:
+        return f" of the {_MAX_HEADER} that a header may have" if self.end < self.size else ""
 
     def fail(self, message: str) -> NoReturn:
-        raise CheckpointError(f"{self.source}: {message} (header read up to byte {self.at})")
+        shortened = message if len(message) <= 500 else message[:500] + "..."
+        raise CheckpointError(f"{self.source}: {shortened} (header read up to byte {self.at})")

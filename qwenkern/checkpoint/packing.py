@@ -6,6 +6,7 @@ whole difference between the two.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
@@ -15,13 +16,16 @@ import torch
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
 
+logger = logging.getLogger(__name__)
+
 # the model's name in a layer -> the names of the checkpoint, from the first row down
 _PACKED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IGNORED = ".rotary_emb.inv_freq"  # in some old checkpoints; the configuration has what it says
+_QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMPARED_ROWS = 8192
 
@@ -61,11 +65,11 @@ def slots(config: Config) -> dict[str, Slot]:
                     in_layer[name] = Slot(f"{packed}.{kind}", layer[name], start)
                     start += layer[name][0]
     table = {
-        _EMBEDDING: Slot(_EMBEDDING, (config.vocab_size, hidden)),
+        EMBEDDING: Slot(EMBEDDING, (config.vocab_size, hidden)),
         "model.norm.weight": Slot("model.norm.weight", (hidden,)),
     }
     if not config.tie_word_embeddings:
-        table[_HEAD] = Slot(_HEAD, (config.vocab_size, hidden))
+        table[HEAD] = Slot(HEAD, (config.vocab_size, hidden))
     for i in range(config.num_hidden_layers):
         prefix = f"model.layers.{i}."
         for name, slot in in_layer.items():
@@ -95,11 +99,12 @@ def load_weights(
 ) -> None:
     """Copies every tensor into the parameters of `module`, which are allocated, on any device, of any float dtype.
 
+    Where the configuration says that the output is the embedding, either may be given, as in transformers. Both may,
+    too: if they differ in the module's dtype, the output is untied, which a warning says.
+
     tensors: (Hugging Face's name, tensor of bfloat16, float16 or float32). source: names the checkpoint in messages.
     progress: called after each tensor with the bytes of all tensors so far.
-    Raises CheckpointError for a tensor that is unknown, missing, given twice, or of the wrong shape or dtype, and for
-    an output embedding that differs from the input embedding where the configuration says that they are one.
-    """
+    Raises CheckpointError for a tensor that is unknown, missing, given twice, or of the wrong shape or dtype."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     table = slots(config)
     seen: set[str] = set()
@@ -121,27 +126,40 @@ def load_weights(
         if progress is not None:
             progress(done)
     _check_complete(seen, table, source)
-    if tied_head is not None and not _same_bits(parameters[_EMBEDDING].data, tied_head):
-        raise CheckpointError(
-            f"{source}: {_HEAD} differs from {_EMBEDDING}, but the configuration says tie_word_embeddings; "
-            f"expected equal tensors, no {_HEAD}, or tie_word_embeddings false"
-        )
+    if tied_head is not None:
+        embedding = parameters[EMBEDDING].data
+        if EMBEDDING not in seen:
+            embedding.copy_(tied_head)
+        elif not _same_bits(embedding, tied_head):
+            logger.warning(
+                "%s: %s differs from %s, although the configuration says tie_word_embeddings; both are used",
+                source,
+                HEAD,
+                EMBEDDING,
+            )
+            module.untie()
+            module.get_parameter(HEAD).data.copy_(tied_head)
 
 
 def _slot(name: str, shape: tuple[int, ...], table: Mapping[str, Slot], source: str) -> Slot | None:
-    """Where a tensor goes; None for one that is not needed. A superfluous lm_head gets the slot of what it repeats."""
+    """Where a tensor goes; None for one that is not needed. An lm_head that is tied has the embedding's slot."""
     if name.endswith(_IGNORED):
         return None
-    slot = table.get(_EMBEDDING if name == _HEAD and _HEAD not in table else name)
+    slot = table.get(EMBEDDING if name == HEAD and HEAD not in table else name)
+    if slot is None and name.endswith(_QUANTISED):  # without a quantization_config, as early GPTQ had them
+        raise CheckpointError(
+            f"{source}: tensor {name[:200]} is of weights quantised by GPTQ or AWQ, which is not built"
+        )
     if slot is None:
-        raise CheckpointError(f"{source}: unknown tensor {name}; expected the {len(table)} of a Qwen2.5 model")
+        raise CheckpointError(f"{source}: unknown tensor {name[:200]}; expected the {len(table)} of a Qwen2.5 model")
     if shape != slot.shape:
         raise CheckpointError(f"{source}: tensor {name} has shape {shape}; expected {slot.shape}")
     return slot
 
 
 def _check_complete(found: Container[str], table: Mapping[str, Slot], source: str) -> None:
-    if missing := [name for name in table if name not in found]:
+    stands_in = {EMBEDDING} if HEAD in found and HEAD not in table else set()
+    if missing := [name for name in table if name not in found and name not in stands_in]:
         raise CheckpointError(
             f"{source}: {len(missing)} of {len(table)} tensors are missing: {_summary(missing, table)}"
         )

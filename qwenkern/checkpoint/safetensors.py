@@ -22,6 +22,7 @@ from qwenkern.generation import Generation
 from qwenkern.reading import LARGEST, read_json, unique
 
 from .base import Checkpoint
+from .links import inside
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -45,8 +46,10 @@ class SafetensorsCheckpoint(Checkpoint):
 
 def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
     """Reads config.json, generation_config.json, the index and the header of every file. Raises CheckpointError."""
+    file = folder / "config.json"
+    config = Config.from_json(file) if file.exists() else None  # first: it may say that the weights are of another kind
     files = _weight_files(folder)
-    if not (folder / "config.json").is_file():
+    if config is None:
         raise CheckpointError(f"{folder}: has weights but no config.json")
     headers = {file: _header(file) for file in files}
     for file, expected in files.items():
@@ -56,7 +59,7 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
                 [("the index", n) for n in expected - found] + [("the file", n) for n in found - expected]
             )
             raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
-    config = Config.from_json(folder / "config.json", dtype=_stored_dtype(next(iter(files))))
+    config = Config.from_json(folder / "config.json", dtype=_stored_dtype(next(iter(files))))  # now that it is known
     return SafetensorsCheckpoint(
         path=folder,
         config=config,
@@ -79,7 +82,7 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
     found = sorted(folder.glob("*.safetensors"))
     single = [file for file in found if file.name == "model.safetensors"] or found
     if len(single) == 1:
-        return {_inside(folder, single[0].name, "the folder"): None}
+        return {inside(folder, single[0].name, "the folder"): None}
     if found:
         raise CheckpointError(
             f"{folder}: has {len(found)} .safetensors files and no {_INDEX} to say what belongs together"
@@ -109,25 +112,9 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
                 f"{index}: tensor {tensor} is in {name!r}; expected the bare name of a .safetensors file"
             )
         if name not in paths:
-            paths[name] = _inside(folder, name, _INDEX)
+            paths[name] = inside(folder, name, _INDEX)
         files.setdefault(paths[name], set()).add(tensor)
     return dict(sorted(files.items()))
-
-
-def _inside(folder: Path, name: str, named_by: str) -> Path:
-    """The path of `name`, after a look at where it leads: a checkpoint must not make us read files elsewhere.
-
-    The Hugging Face hub's cache keeps .../snapshots/<revision>/<name> as links to .../blobs/<hash>.
-    """
-    path, home = folder / name, folder.resolve()
-    try:
-        target = path.resolve(strict=True)
-    except (OSError, RuntimeError) as error:  # RuntimeError: a loop of links, up to Python 3.12
-        raise CheckpointError(f"{path}: is missing; {named_by} names it") from error
-    allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if not target.is_file() or target.parent not in allowed:
-        raise CheckpointError(f"{path}: leads to {target}; expected a file inside {folder}")
-    return path
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:

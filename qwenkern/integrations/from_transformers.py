@@ -15,16 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenkern.checkpoint.packing import check_shapes, slots
+from qwenkern.checkpoint.packing import EMBEDDING, HEAD, check_shapes, slots
 from qwenkern.config import Config
-from qwenkern.errors import CheckpointError, ConfigError, RequestError
+from qwenkern.errors import CheckpointError, RequestError
 from qwenkern.generation import Generation
-from qwenkern.qwen2 import Qwen2, Weights, rope_table
+from qwenkern.qwen2 import Qwen2, Weights
 from qwenkern.tokenizer import Tokenizer
 
 CLASS = "Qwen2ForCausalLM"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def shared_module(model: Any) -> Qwen2:
@@ -39,12 +38,12 @@ def shared_module(model: Any) -> Qwen2:
     if getattr(model.config, "quantization_config", None) is not None:
         raise RequestError("the model is quantised; expected weights of bfloat16, float16 or float32")
     weights = dict(model.named_parameters(remove_duplicate=False))
-    dtype, device = _common(weights)
+    dtype = _common(weights)
     config = Config.from_dict(model.config.to_dict(), source=f"the config of the {CLASS}")
-    config = replace(config, dtype=str(dtype).removeprefix("torch."))
+    tied = config.tie_word_embeddings and _are_one(weights.get(EMBEDDING), weights.get(HEAD))
+    config = replace(config, dtype=str(dtype).removeprefix("torch."), tie_word_embeddings=tied)
     _check(weights, config)
     module = Qwen2(config, dtype, torch.device("meta"))
-    module.cos_sin = rope_table(config).to(device)
     _share(module, weights)
     return module
 
@@ -72,8 +71,8 @@ def as_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
         return Tokenizer.from_folder(folder)
 
 
-def _common(weights: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.device]:
-    """The dtype and device of them all."""
+def _common(weights: Mapping[str, nn.Parameter]) -> torch.dtype:
+    """The dtype of them all, which are on one device."""
     first, one = next(iter(weights.items()))
     for name, weight in weights.items():
         if weight.is_meta:
@@ -87,7 +86,7 @@ def _common(weights: Mapping[str, nn.Parameter]) -> tuple[torch.dtype, torch.dev
             )
         if weight.stride(-1) != 1:
             raise RequestError(f"{name} has strides {list(weight.stride())}; expected contiguous rows")
-    return one.dtype, one.device
+    return one.dtype
 
 
 def _check(weights: Mapping[str, nn.Parameter], config: Config) -> None:
@@ -95,11 +94,11 @@ def _check(weights: Mapping[str, nn.Parameter], config: Config) -> None:
         check_shapes({name: tuple(weight.shape) for name, weight in weights.items()}, config, source=CLASS)
     except CheckpointError as error:
         raise RequestError(str(error)) from error
-    if config.tie_word_embeddings and weights[_HEAD].data_ptr() != weights[_EMBEDDING].data_ptr():
-        raise ConfigError(
-            f"{config.source}: tie_word_embeddings is true, and {_HEAD} has memory of its own; expected that of "
-            f"{_EMBEDDING}, or tie_word_embeddings false"
-        )
+
+
+def _are_one(embedding: nn.Parameter | None, head: nn.Parameter | None) -> bool:
+    """transformers leaves them two where a checkpoint has both and they differ, whatever its configuration says."""
+    return embedding is None or head is None or embedding.data_ptr() == head.data_ptr()
 
 
 def _share(module: Qwen2, weights: Mapping[str, nn.Parameter]) -> None:
