@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 import os
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,12 +17,14 @@ from torch import Tensor
 
 from . import generate as engine
 from . import sources
+from .arguments import flag, is_whole, whole
 from .cache import PagedCache
 from .checkpoint import load_weights, open_checkpoint
 from .completion import Completion, Score, Stream
 from .config import Config
 from .decode import DecodeSteps
-from .errors import NonFiniteError, RequestError
+from .errors import ConfigError, NonFiniteError, RequestError, shown
+from .generation import Generation
 from .kernels import cpu, invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
@@ -31,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or the messages of a chat
 
+_NO_IDS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -46,7 +50,7 @@ class Model:
         self,
         module: Qwen2,
         tokenizer: Tokenizer | None,
-        generation: Mapping[str, Any],
+        generation: Generation | None = None,
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
         deterministic: bool = False,
@@ -54,15 +58,13 @@ class Model:
         self.module = module
         self.config = module.config
         self.tokenizer = tokenizer
-        self.generation = dict(generation)  # the checkpoint's defaults for sampling
+        self.generation = generation or Generation()  # what the checkpoint says of it
         self.dtype = module.model.norm.weight.dtype
         self.device = module.model.norm.weight.device
-        for name, value in (("prefill_chunk", prefill_chunk), ("cache_tokens", cache_tokens)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise RequestError(f"{name} is {value!r}; expected a whole number of at least 1, or None")
-        self.prefill_chunk = prefill_chunk or (512 if self.device.type == "cpu" else 4096)
-        self.cache = PagedCache(self.config, cache_tokens or self._default_cache_tokens(), self.dtype, self.device)
-        self.deterministic = deterministic
+        chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
+        self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
+        self.cache = PagedCache(self.config, self._cache_tokens(cache_tokens), self.dtype, self.device)
+        self.deterministic = flag("deterministic", deterministic)
         self._steps: DecodeSteps | None = None
 
     @classmethod
@@ -83,7 +85,8 @@ class Model:
         model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
             safetensors, or a .gguf file, whose weights are dequantised.
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (that of the checkpoint; bfloat16 for GGUF), "bfloat16", "float16", "float32".
+        dtype: "auto" (that of config.json, else of the first weight; bfloat16 for GGUF), "bfloat16", "float16",
+            "float32".
         cache_tokens: room of the key-value cache, shared by all sequences. prefill_chunk: prompt tokens a pass.
         deterministic: the same bits for a prompt in whatever batch it comes. Without it that holds for the decode steps
             of up to 16 sequences on our kernels. It costs throughput, not latency: prompts are read one by one, at most
@@ -95,6 +98,8 @@ class Model:
 
         Raises CheckpointError, ConfigError or RequestError, naming what was found and what was expected."""
         _use_threads(threads)
+        if progress is not None and not callable(progress):
+            raise RequestError(f"progress is {shown(progress)}; expected a function or None")
         device = _device(device)
         path = sources.resolve(model, progress=progress and (lambda done, total: progress("download", done, total)))
         started = time.perf_counter()
@@ -114,10 +119,7 @@ class Model:
             progress=progress and (lambda done: progress("load", done, checkpoint.num_bytes(dtype))),
         )
         logger.info("loaded %s as %s on %s in %.1f s", path, dtype, device, time.perf_counter() - started)
-        generation = dict(checkpoint.generation)
-        if checkpoint.metadata:  # a GGUF names one end; Qwen2.5 has two, <|im_end|> and <|endoftext|>
-            generation["eos_token_id"] = sorted(tokenizer.end_of_text_ids)
-        return cls(module, tokenizer, generation, cache_tokens, prefill_chunk, deterministic)
+        return cls(module, tokenizer, checkpoint.generation, cache_tokens, prefill_chunk, deterministic)
 
     @classmethod
     def from_config(
@@ -138,10 +140,15 @@ class Model:
         Without a tokenizer, prompts are token ids and completions have no text."""
         _use_threads(threads)
         config = Config.from_name(config) if isinstance(config, str) else config
+        if not isinstance(config, Config):
+            raise RequestError(f"config is of type {type(config).__name__}; expected a Config or a name")
+        if not isinstance(tokenizer, Tokenizer | None):
+            raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
+        seed = whole("seed", seed, -(2**63), 2**64 - 1)
         device = _device(device)
         module = Qwen2(config, _dtype(dtype, config, device), device)
         initialise(module, seed)
-        return cls(module, tokenizer, {}, cache_tokens, prefill_chunk, deterministic)
+        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic)
 
     @classmethod
     def from_transformers(
@@ -181,21 +188,28 @@ class Model:
         return engine.generate(self.module, self.cache, sequences, limits, self._steps)
 
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | None = None, **keywords: Any
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
     ) -> Completion | list[Completion]:
         """Completes one prompt or a list of them, together and without padding.
 
         A prompt is a text, a list of token ids, or a list of chat messages. Sampling is given as SamplingParams or by
         its fields as keywords. One prompt with n = 1 gives a Completion; anything else a list of them, prompt by
-        prompt, n of each."""
+        prompt, n of each. tools: as in `chat`, for messages."""
         params = _params(params, keywords)
         single = _is_prompt(prompts)
-        sequences = self._sequences([prompts] if single else prompts, params)
+        completions = self._complete(self._sequences([prompts] if single else prompts, params, tools))
+        return completions[0] if single and params.n == 1 else completions
+
+    def _complete(self, sequences: list[engine.Sequence]) -> list[Completion]:
         first = [sequence for sequence in sequences if sequence.sample_index == 0]  # the others fork from these
         for _ in self._run(first):
             pass
-        completions = [Completion.of(sequence) for sequence in sequences]
-        return completions[0] if single and params.n == 1 else completions
+        return [Completion.of(sequence) for sequence in sequences]
 
     def stream(
         self,
@@ -227,17 +241,24 @@ class Model:
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each. tools: functions that the
         model may call, as JSON schemas; it answers a call in <tool_call> tags."""
         params = _params(params, keywords)
-        return self.generate(self._encode(messages, tools), params)
+        completions = self._complete(self._sequences([messages], params, tools))
+        return completions[0] if params.n == 1 else completions
 
     @torch.inference_mode()
     def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T]."""
-        ids = torch.as_tensor(ids)
-        if ids.dtype.is_floating_point or ids.dim() not in (1, 2):
+        try:
+            ids = torch.as_tensor(ids)
+            rows = ids.tolist() if ids.dim() == 2 else [ids.tolist()]
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # ragged, too large, on no device
+            raise RequestError(f"ids are {shown(ids)}; expected [T] or [B, T] integers: {error}") from error
+        if ids.dtype in _NO_IDS or ids.dtype.is_floating_point or ids.dim() not in (1, 2):
             raise RequestError(
                 f"ids have shape {list(ids.shape)} and dtype {ids.dtype}; expected [T] or [B, T] integers"
             )
-        rows = [torch.cat(list(self._logits(row))) for row in ids.reshape(-1, ids.shape[-1]).tolist()]
+        if not rows:
+            raise RequestError(f"ids have shape {list(ids.shape)}; expected at least one row")
+        rows = [torch.cat(list(self._logits(row))) for row in rows]
         return rows[0] if ids.dim() == 1 else torch.stack(rows)
 
     @torch.inference_mode()
@@ -257,26 +278,27 @@ class Model:
     def _logits(self, ids: list[int]) -> Iterator[Tensor]:
         """Logits of a sequence, chunk by chunk."""
         self._check_ids(ids)
-        self._check_fits(len(ids), None)
+        self._room_after(len(ids))
         return engine.all_logits(self.module, self.cache, ids, self.prefill_chunk)
 
     def _sequences(
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[engine.Sequence]:
         """Checked requests: prompt by prompt, n of each, the first of each n with the others as its siblings."""
-        params = params.with_defaults(self.generation)
+        params = params.with_defaults(self.generation.sampling)
         self._check_params(params)
-        end_ids = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else self._end_ids)
         sequences = []
         for prompt_index, prompt in enumerate(prompts):
             ids = self._encode(prompt, tools)
             self._check_ids(ids)
+            end_ids = self._end_ids(params, is_chat=not isinstance(prompt, str) and not _is_ids(prompt))
+            max_tokens = self._max_tokens(len(ids), params)
             group = [
                 engine.Sequence(
                     prompt_ids=ids,
                     params=params,
                     end_ids=end_ids,
-                    max_tokens=self._check_fits(len(ids), params.max_tokens),
+                    max_tokens=max_tokens,
                     detokenizer=self.tokenizer and Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
                     prompt_index=prompt_index,
                     sample_index=sample_index,
@@ -290,8 +312,14 @@ class Model:
         return sequences
 
     def _encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
+        if not isinstance(tools, list | tuple | None):
+            raise RequestError(f"tools: found {shown(tools)}; expected a list of dicts, one function schema each")
         if _is_ids(prompt):
-            return [int(token) for token in prompt]
+            if tools:
+                raise RequestError("tools need chat messages as the prompt, found token ids")
+            if isinstance(prompt, range):
+                prompt = prompt[: self.config.context_length + 1]  # more of it would be refused, but after long
+            return [operator.index(token) for token in prompt]
         if not isinstance(prompt, (str, list, tuple)):
             raise RequestError(
                 f"prompt is of type {type(prompt).__name__}; expected a text, a list of token ids or of chat messages"
@@ -301,7 +329,7 @@ class Model:
         if isinstance(prompt, str):
             if tools:
                 raise RequestError("tools need chat messages as the prompt, found a text")
-            return self.tokenizer.encode(prompt)
+            return self.tokenizer.encode_prompt(prompt)
         return self.tokenizer.encode_chat(prompt, tools=tools)
 
     def _check_ids(self, ids: list[int]) -> None:
@@ -313,19 +341,32 @@ class Model:
                 f"the prompt has token id {low if low < 0 else high}; expected 0 to {self.config.vocab_size - 1}"
             )
 
-    def _check_fits(self, num_prompt_tokens: int, max_tokens: int | None) -> int:
-        """How many tokens may follow the prompt; RequestError where it, or max_tokens after it, are too many."""
+    def _room_after(self, num_tokens: int) -> tuple[int, str]:
+        """How many tokens may follow so many, and what would be full then; RequestError where they are too many."""
         cached = self.cache.num_tokens
         room, where = min((self.config.context_length, "context length"), (cached, "key-value cache (cache_tokens)"))
-        if num_prompt_tokens > room:
-            raise RequestError(f"the prompt has {num_prompt_tokens} tokens, and the {where} is {room}")
-        if max_tokens is not None and num_prompt_tokens + max_tokens > room:
-            raise RequestError(
-                f"the prompt's {num_prompt_tokens} tokens and max_tokens {max_tokens} make "
-                f"{num_prompt_tokens + max_tokens}, and the {where} is {room}"
-            )
+        if num_tokens > room:
+            raise RequestError(f"the prompt has {num_tokens} tokens, and the {where} is {room}")
         # the last token that is sampled need not be cached, so a full context still gives one
-        return max_tokens if max_tokens is not None else max(1, room - num_prompt_tokens)
+        return max(1, room - num_tokens), f"the {where} is {room}"
+
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+        """How many tokens may follow the prompt; RequestError where more are asked for than there is room."""
+        room, limit = self._room_after(num_prompt_tokens)
+        if params.max_tokens is None:
+            wanted = self.generation.max_tokens_after(num_prompt_tokens)
+            if wanted is not None and wanted < params.min_tokens:
+                raise RequestError(
+                    f"min_tokens is {params.min_tokens}, and {self.generation.source} allows {wanted} tokens after "
+                    f"{num_prompt_tokens} of a prompt; expected max_tokens, which goes before that"
+                )
+            return room if wanted is None else min(wanted, room)
+        if params.max_tokens > room:
+            raise RequestError(
+                f"the prompt's {num_prompt_tokens} tokens and max_tokens {params.max_tokens} make "
+                f"{num_prompt_tokens + params.max_tokens}, and {limit}"
+            )
+        return params.max_tokens
 
     def _check_params(self, params: SamplingParams) -> None:
         width = self.config.vocab_size
@@ -335,12 +376,26 @@ class Model:
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer, and this model has none; expected stop_token_ids")
 
-    @property
-    def _end_ids(self) -> frozenset[int]:
-        listed = self.generation.get("eos_token_id")
-        if listed is None:
-            return frozenset(self.tokenizer.end_of_text_ids) if self.tokenizer else frozenset()
-        return frozenset([listed] if isinstance(listed, int) else listed)
+    def _end_ids(self, params: SamplingParams, is_chat: bool) -> frozenset[int]:
+        """The ids that end a text; see generation.py."""
+        ends = set() if params.ignore_eos else set(self.generation.end_ids)
+        if self.tokenizer and not params.ignore_eos:
+            ends |= self.tokenizer.end_of_text_ids
+            if is_chat:
+                ends |= self.tokenizer.end_of_turn_ids
+        width = self.config.vocab_size  # a tokenizer may have more ids than the model has logits: those never come
+        return frozenset(params.stop_token_ids) | {token for token in ends if token < width}
+
+    def _cache_tokens(self, asked: int | None) -> int:
+        """What is asked for, as far as the device has memory for it at all; else the default."""
+        asked = whole("cache_tokens", asked, 1, optional=True)
+        if asked is None:
+            return self._default_cache_tokens()
+        on_gpu = self.device.type == "cuda"
+        memory = torch.cuda.mem_get_info(self.device)[1] if on_gpu else _machine_memory()
+        if (most := memory // self.config.kv_bytes_per_token(self.dtype.itemsize)) < asked:
+            raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {self.device} would hold {most}")
+        return asked
 
     def _default_cache_tokens(self) -> int:
         """What is left of a GPU's memory, less a share for activations; on a CPU, where memory is taken only as it is
@@ -350,8 +405,7 @@ class Model:
             free, total = torch.cuda.mem_get_info(self.device)
             tokens, most = int(free - 0.1 * total) // per_token, 64 * self.config.context_length
         else:
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            tokens, most = memory // 2 // per_token, 4 * self.config.context_length
+            tokens, most = _machine_memory() // 2 // per_token, 4 * self.config.context_length
         if tokens < 1:
             raise RequestError(f"{self.device} has no memory left for a key-value cache; expected a smaller model")
         return min(tokens, most)
@@ -367,7 +421,7 @@ def _params(params: SamplingParams | None, keywords: dict[str, Any]) -> Sampling
 
 
 def _is_ids(prompt: Any) -> bool:
-    return isinstance(prompt, (list, tuple, range)) and all(type(token) is int for token in prompt)
+    return isinstance(prompt, range) or (isinstance(prompt, (list, tuple)) and all(map(is_whole, prompt)))
 
 
 def _is_prompt(prompts: Any) -> bool:
@@ -377,8 +431,13 @@ def _is_prompt(prompts: Any) -> bool:
     return _is_ids(prompts) or all(isinstance(message, Mapping) for message in prompts)
 
 
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
 def _use_threads(threads: int | None) -> None:
     """Also looks at what the environment says of the CPU, before any weight is read."""
+    threads = whole("threads", threads, 1, cpu.threads.MOST, optional=True)
     try:
         if threads is not None:
             cpu.threads.use(threads)
@@ -388,25 +447,33 @@ def _use_threads(threads: int | None) -> None:
 
 
 def _device(device: str | torch.device) -> torch.device:
+    expected = "expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
+    if not isinstance(device, (str, torch.device)):
+        raise RequestError(f"device is {shown(device)}; {expected}")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         found = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise RequestError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'") from error
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise RequestError(f"device is {shown(device)}; {expected}") from error
     if found.type not in ("cpu", "cuda"):
-        raise RequestError(f"device is {device!r}; expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        raise RequestError(f"device is {shown(device)}; {expected}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise RequestError(f"device is {device!r}, and torch sees {torch.cuda.device_count()} CUDA devices")
     return found
 
 
 def _dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
-    name = str(dtype).removeprefix("torch.")
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
     if name == "auto":
         name = config.dtype.removeprefix("torch.")
         if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
             name = "float16"  # before Ampere
+        if name not in _DTYPES:
+            raise ConfigError(
+                f"{config.source}: dtype is {shown(config.dtype)}; expected {', '.join(map(repr, _DTYPES))}, or one of "
+                "them given as dtype="
+            )
     if name not in _DTYPES:
-        raise RequestError(f"dtype is {dtype!r} ({name}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
+        raise RequestError(f"dtype is {shown(dtype)} ({name:.80}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[name]

@@ -1,40 +1,38 @@
 """Chat templates: a checkpoint's Jinja source turns messages into the text its model was trained on.
 
-A template is code that came with a download, so it runs in Jinja's immutable sandbox and is handed nothing but
-JSON-like values. The sandbox stops attribute tricks, mutation and huge `range`s; it cannot stop a template that merely
-loops for very long.
+A template is code that came with a download, so it runs in a sandbox that bounds its time and memory
+(template_sandbox.py) and is handed nothing but JSON-like values.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from .errors import CheckpointError, RequestError
+from .messages import plain, read_messages, size, unused_characters
 from .reading import read_json, read_text
 
+_MOST_TEMPLATES = 64
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
+_MOST_TRIALS = 8  # renderings to find out whether a template ignores messages of unusual roles
 
 
-def plain(value: Any, name: str, on_text: Callable[[str], str] = str.__str__) -> Any:
-    """A copy of `value` in plain JSON types, `on_text` applied to every string in it, dictionary keys included.
+@dataclass(frozen=True)
+class Conversation:
+    """What a template is handed, in plain types."""
 
-    Raises RequestError, naming the argument `name`, for any other type: an object's methods would be open to the
-    template.
-    """
-    if isinstance(value, str):
-        return on_text(value)
-    if value is None or isinstance(value, (bool, int, float)):
-        return value
-    if isinstance(value, Mapping):
-        return {plain(key, name, on_text): plain(item, name, on_text) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(item, name, on_text) for item in value]
-    raise RequestError(f"{name} holds a {type(value).__name__}; expected strings, numbers, lists and dicts only")
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    variables: dict[str, Any]
+    add_generation_prompt: bool
 
 
 class ChatTemplate:
@@ -57,6 +55,11 @@ class ChatTemplate:
         """
         files = {"default": folder / "chat_template.jinja"}
         files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+        if len(files) > _MOST_TEMPLATES:
+            raise CheckpointError(
+                f"{folder / 'additional_chat_templates'}: has {len(files) - 1} templates; expected fewer than "
+                f"{_MOST_TEMPLATES}"
+            )
         templates = {name: (read_text(file), str(file)) for name, file in files.items() if file.is_file()}
         for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
             if not templates and (found := read_json(file).get("chat_template")) is not None:
@@ -92,43 +95,98 @@ class ChatTemplate:
     ) -> str:
         """The prompt's text, equal to what transformers' apply_chat_template makes of the same template.
 
+        Before that, messages are read as messages.py says. The role "developer" is "system" to a template that does not
+        know it, as in llama.cpp.
+
         Raises RequestError for messages that are malformed or that the template refuses or would drop, and when there
         is no template; CheckpointError for a template that does not compile or that oversteps the sandbox.
         """
-        _check(messages, tools)
-        # A key whose value is None is an absent key: templates test for presence.
-        messages = [{k: v for k, v in message.items() if v is not None} for message in plain(messages, "messages")]
-        values = {
-            **self._tokens,
-            **plain(variables, "variables"),
-            "tools": plain(tools, "tools"),
-            "add_generation_prompt": add_generation_prompt,
-        }
-        name = "tool_use" if tools and "tool_use" in self._templates else "default"
-        text = self._run(name, messages, values)
-        for n, message in enumerate(messages):
-            # Qwen's template skips a role that it does not know: without this, a misspelt role would lose the message.
-            if message["role"] not in _USUAL_ROLES:
-                changed = [*messages[:n], {**message, "content": message.get("content", "") + "."}, *messages[n + 1 :]]
-                if self._run(name, changed, values) == text:
-                    raise RequestError(
-                        f"messages[{n}]: the chat template of {self._source} ignores the role {message['role']!r}; "
-                        f"expected one of {', '.join(_USUAL_ROLES)}"
-                    )
-        return text
+        return self.read(messages, tools, add_generation_prompt, **variables)[1]
 
-    def _run(self, name: str, messages: list[dict[str, Any]], values: dict[str, Any]) -> str:
+    def read(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> tuple[Conversation, str]:
+        """The conversation as the template takes it, and its text. Arguments and errors as `render`."""
+
+        def conversation(read_arguments: bool) -> Conversation:
+            read = read_messages(messages, read_arguments)
+            for message in read:
+                if message["role"] == "developer" and not knows_developers:
+                    message["role"] = "system"
+            return Conversation(read, plain(tools, "tools"), plain(variables, "variables"), add_generation_prompt)
+
+        _check_tools(tools)
+        knows_developers = any("developer" in source for source, _ in self._templates.values())
+        chat = conversation(read_arguments=True)
+        try:
+            text = self.write(chat)
+            as_text = _shows_python(chat, text)
+        except RequestError:
+            as_text = conversation(read_arguments=False) != chat
+            if not as_text:
+                raise
+        if as_text:  # a template that puts arguments into the text as they are (DeepSeek-R1's) wants JSON, not a dict
+            chat = conversation(read_arguments=False)
+            text = self.write(chat)
+        self._check_roles(chat, text)
+        return chat, text
+
+    def write(self, chat: Conversation) -> str:
+        """What the template makes of a conversation."""
         from jinja2.sandbox import SecurityError
 
+        from .template_sandbox import budget
+
+        name = "tool_use" if chat.tools and "tool_use" in self._templates else "default"
         template = self._compile(name)
         file = self._templates[name][1]
+        values = self._tokens | chat.variables
+        values |= {"tools": chat.tools, "add_generation_prompt": chat.add_generation_prompt}
         try:
-            return template.render(messages=messages, **values)
-        except (SecurityError, OverflowError) as fault:  # OverflowError: a range beyond the sandbox's bound
+            with budget(size([chat.messages, chat.tools, chat.variables])):
+                return template.render(messages=chat.messages, **values)
+        except (SecurityError, OverflowError, RecursionError) as fault:  # OverflowError: a range too large
             raise CheckpointError(f"{file}: the chat template oversteps its sandbox: {fault}") from fault
         except Exception as fault:
             what = f"{type(fault).__name__}: {fault}"
-            raise RequestError(f"messages: the chat template of {file} does not accept them: {what}") from fault
+            raise RequestError(f"messages: the chat template of {file} does not accept them: {what:.1000}") from fault
+
+    def _check_roles(self, chat: Conversation, text: str) -> None:
+        """Raises RequestError where the template skips a message for its role, as Qwen's does: a misspelt role would
+        lose the message."""
+        unusual = [n for n, message in enumerate(chat.messages) if message["role"] not in _USUAL_ROLES]
+        if not unusual:
+            return
+
+        def with_more(more: Mapping[int, str]) -> str:
+            changed = [
+                {**message, "content": message.get("content", "") + more[n]} if n in more else message
+                for n, message in enumerate(chat.messages)
+            ]
+            return self.write(replace(chat, messages=changed))
+
+        mark = next(unused_characters(text), "")
+        try:
+            found = re.findall(f"{mark}([0-9]+){mark}", with_more({n: f"{mark}{n}{mark}" for n in unusual}))
+        except RequestError:  # a template that looks into contents
+            found = []
+        seen = set(map(int, found)) if mark else set()
+        unseen = [n for n in unusual if n not in seen]
+        for n in unseen[:_MOST_TRIALS]:
+            if with_more({n: "."}) == text:
+                raise RequestError(
+                    f"messages[{n}]: the chat template of {self._source} ignores the role "
+                    f"{chat.messages[n]['role']!r:.80}; expected one of {', '.join(_USUAL_ROLES)}"
+                )
+        if len(unseen) > _MOST_TRIALS:
+            raise RequestError(
+                f"messages: {len(unseen)} have roles other than {', '.join(_USUAL_ROLES)}, and the chat template of "
+                f"{self._source} does not show their contents as they are; expected {_MOST_TRIALS} of such at most"
+            )
 
     def _compile(self, name: str) -> Any:
         if name not in self._templates:
@@ -138,30 +196,34 @@ class ChatTemplate:
                 "expected an Instruct checkpoint, or plain text through encode()"
             )
         if name not in self._compiled:
+            from .template_sandbox import LARGEST_TEMPLATE, budget
+
             source, file = self._templates[name]
+            if len(source) > LARGEST_TEMPLATE:
+                raise CheckpointError(
+                    f"{file}: the chat template has {len(source)} characters; expected {LARGEST_TEMPLATE} at most"
+                )
             try:
-                self._compiled[name] = _environment().from_string(source)
+                with budget():
+                    self._compiled[name] = _environment().from_string(source)
             except Exception as fault:  # not only TemplateSyntaxError: depth shows as RecursionError or SyntaxError
                 line = f", line {fault.lineno}" if getattr(fault, "lineno", None) else ""
                 raise CheckpointError(f"{file}: the chat template{line} does not compile: {fault}") from fault
         return self._compiled[name]
 
 
-def _check(messages: Any, tools: Any) -> None:
-    if not isinstance(messages, (list, tuple)) or not messages:
-        found = "an empty one" if isinstance(messages, (list, tuple)) else f"a {type(messages).__name__}"
-        raise RequestError(f"messages: found {found}; expected a list of at least one dict with role and content")
-    for n, message in enumerate(messages):
-        if not isinstance(message, Mapping):
-            raise RequestError(f"messages[{n}] is a {type(message).__name__}; expected a dict with role and content")
-        if not isinstance(message.get("role"), str):
-            raise RequestError(f"messages[{n}]: role is {message.get('role')!r}; expected a string such as 'user'")
-        content = message.get("content")
-        if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            found = "missing" if content is None else f"a {type(content).__name__}"
-            raise RequestError(f"messages[{n}]: content is {found}; expected a string")
+def _check_tools(tools: Any) -> None:
     if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)):
         raise RequestError(f"tools: found {tools!r:.80}; expected a list of dicts, one function schema each")
+
+
+def _shows_python(chat: Conversation, text: str) -> bool:
+    """Whether the arguments of a call stand in the text as Python writes a dict."""
+    calls = (call for message in chat.messages for call in message.get("tool_calls", []))
+    functions = (call["function"] if isinstance(call.get("function"), dict) else call for call in calls)
+    for arguments in islice((a for f in functions if isinstance(a := f.get("arguments"), dict) and a), 1):
+        return repr(arguments) in text
+    return False
 
 
 @cache
@@ -169,7 +231,8 @@ def _environment() -> Any:
     """Jinja as chat templates are written for: transformers' block trimming, filter and functions."""
     from jinja2 import TemplateError
     from jinja2.ext import Extension
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    from .template_sandbox import Sandbox
 
     class Generation(Extension):
         """`{% generation %}` marks the assistant's text for training; a prompt only needs what is inside."""
@@ -187,10 +250,15 @@ def _environment() -> Any:
     def raise_exception(message: str) -> None:
         raise TemplateError(message)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    def strftime_now(pattern: str) -> str:
+        if len(pattern) > 1000:
+            raise TemplateError("strftime_now takes 1,000 characters at most")
+        return datetime.now().strftime(pattern)
+
+    return Sandbox(
+        {"raise_exception": raise_exception, "strftime_now": strftime_now},
+        {"tojson": tojson},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, "jinja2.ext.loopcontrols"],
     )
-    environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = lambda pattern: datetime.now().strftime(pattern)
-    return environment

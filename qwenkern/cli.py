@@ -35,7 +35,7 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, f
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
 ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="one a physical core")]
-MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="to the end")]
+MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="the checkpoint's")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", show_default="the checkpoint's")]
 TopP = Annotated[
@@ -279,6 +279,5 @@ def _facts(model: str) -> tuple[Config, list[str]]:
         checkpoint.config,
         path.stem if path.is_file() else path.name,
         checkpoint.shapes,
-        checkpoint.generation,
         tokenizer.vocab_size,
     )

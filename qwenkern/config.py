@@ -65,16 +65,17 @@ class Config:
             raise ConfigError(f"{self.source}: head_dim is {self.head_dim}; rotary embedding needs an even number")
 
     @classmethod
-    def from_json(cls, path: str | Path) -> Config:
-        """Reads a Hugging Face config.json, in the spelling of transformers 4 or 5."""
+    def from_json(cls, path: str | Path, dtype: str = "bfloat16") -> Config:
+        """Reads a Hugging Face config.json, in the spelling of transformers 4 or 5. ``dtype`` as in `from_dict`."""
         if not Path(path).exists():
             raise ConfigError(f"{path}: no such file; expected a model's config.json")
         fields = read_json(Path(path), ConfigError)
-        return cls.from_dict(fields, source=str(path))
+        return cls.from_dict(fields, source=str(path), dtype=dtype)
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, Any], source: str = "config") -> Config:
-        """From the fields of a config.json. ``source`` names them in messages."""
+    def from_dict(cls, fields: Mapping[str, Any], source: str = "config", dtype: str = "bfloat16") -> Config:
+        """From the fields of a config.json. ``source`` names them in messages; ``dtype`` is that of the weights where
+        the fields name none."""
         if fields.get("model_type") != "qwen2":
             raise ConfigError(
                 f"{source}: model_type is {shown(fields.get('model_type'))}; qwenkern runs 'qwen2', the dense Qwen2.5 "
@@ -102,7 +103,7 @@ class Config:
             rope_theta=theta,
             rope_scaling=scaling,
             tie_word_embeddings=check.flag(fields, "tie_word_embeddings", False, source),
-            dtype=str(check.given_or(fields.get("torch_dtype"), check.given_or(fields.get("dtype"), "bfloat16"))),
+            dtype=str(check.given_or(fields.get("dtype"), check.given_or(fields.get("torch_dtype"), dtype))),
             source=source,
         )
         check.refuse_windows(fields, config.num_hidden_layers, config.context_length, source)

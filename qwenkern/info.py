@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from .checkpoint.packing import EMBEDDING, HEAD, slots
 from .config import FAMILY, Config
-from .errors import RequestError, shown
+from .errors import RequestError
 from .kernels import cpu
 from .kernels.triton_if_any import triton
 
@@ -75,19 +74,20 @@ def contradictions(
     config: Config,
     name: str = "",
     shapes: Mapping[str, tuple[int, ...]] | None = None,
-    generation: Mapping[str, Any] | None = None,
     num_tokens: int | None = None,
 ) -> list[str]:
     """A sentence for each number that another one contradicts; empty for a sound checkpoint.
 
-    name: of the model, which may state a size. shapes: of the checkpoint's tensors. generation: the fields of
-    generation_config.json. num_tokens: how many ids the tokenizer can produce."""
-    return [
+    name: of the model, which may state a size. shapes: of the checkpoint's tensors. num_tokens: how many ids the
+    tokenizer can produce."""
+    found = [
         *_against_name(config, name),
         *_against_itself(config),
         *(_against_tensors(config, shapes) if shapes is not None else ()),
-        *_against_tokens(config, generation or {}, num_tokens),
     ]
+    if num_tokens is not None and num_tokens > config.vocab_size:
+        found.append(f"the tokenizer has ids up to {num_tokens - 1}; vocab_size is {config.vocab_size}")
+    return found
 
 
 def _against_name(config: Config, name: str) -> list[str]:
@@ -139,15 +139,4 @@ def _against_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> l
         found.append(f"{len(missing)} tensors of the configuration are not in the file, {missing[0]} first")
     if unknown := [name for name in shapes if name not in expected and not name.endswith("inv_freq")]:
         found.append(f"{len(unknown)} tensors of the file are not in the configuration, {unknown[0]} first")
-    return found
-
-
-def _against_tokens(config: Config, generation: Mapping[str, Any], num_tokens: int | None) -> list[str]:
-    found = []
-    ends = generation.get("eos_token_id")
-    for token in ends if isinstance(ends, (list, tuple)) else [ends]:
-        if token is not None and (type(token) is not int or not 0 <= token < config.vocab_size):
-            found.append(f"eos_token_id {shown(token)} is outside the vocabulary of {config.vocab_size}")
-    if num_tokens is not None and num_tokens > config.vocab_size:
-        found.append(f"the tokenizer has ids up to {num_tokens - 1}; vocab_size is {config.vocab_size}")
     return found

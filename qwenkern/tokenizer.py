@@ -9,22 +9,25 @@ from __future__ import annotations
 import codecs
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, decoders, models
 
-from .chat_template import ChatTemplate, plain
-from .errors import CheckpointError, RequestError
+from .chat_template import ChatTemplate, Conversation
+from .errors import CheckpointError, ConfigError, RequestError, shown
+from .generation import END_TOKENS, check_eos_token
+from .messages import plain, unused_characters
 from .reading import read_json
+from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
 
-# Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
-QWEN2_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+# Names that llama.cpp (src/llama-vocab.cpp) gives Qwen2's expression, and whose models compose text as Qwen2 does. It
+# has more for other vocabularies ("megrez", "kormo", "f2llmv2"; "stablelm2", "hunyuan", "solar-open"), none of which a
+# Qwen2.5 model has.
+_QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _PROBE = "Hello, wörld!  It's 2024 \n\n\t" + "a" * 64 + " " * 64 + "x"
 _RETRY_LIMIT = 10_000_000  # of the expression engine, per match
@@ -45,7 +48,8 @@ class Tokenizer:
 
     vocab_size       width of the model's output; ids that no token has, up to it, decode to nothing
     special_ids      ids that `decode` leaves out
-    end_of_text_ids  ids that end a reply: <|im_end|>, <|endoftext|> and the checkpoint's own
+    beginning_ids    ids that the checkpoint puts before a text, such as a beginning-of-text token; Qwen2.5 has none
+    end_of_text_ids  ids that end a text: those of generation.END_TOKENS that it has, and the checkpoint's own
     """
 
     def __init__(
@@ -64,6 +68,7 @@ class Tokenizer:
             raise CheckpointError(
                 f"{source}: the vocabulary has no token for {len(missing)} of the 256 bytes ({', '.join(missing[:4])})"
             )
+        check_parts(library, source)
         library.no_truncation()
         library.no_padding()
         library.model.dropout = None
@@ -82,30 +87,30 @@ class Tokenizer:
         self._chat_template = chat_template or ChatTemplate({}, {}, source)
         self.vocab_size = vocab_size
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
-        ends = (self.id_of(token) for token in ("<|im_end|>", "<|endoftext|>", *eos_tokens))
-        self.end_of_text_ids = frozenset(token_id for token_id in ends if token_id is not None)
-        with _guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
-            library.encode(_PROBE)
+        ends = {token_id for token_id, token in self._added.items() if token in END_TOKENS}
+        ends |= {self.id_of(token) for token in eos_tokens} - {None}
+        self.end_of_text_ids = frozenset(ends)
+        with guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
+            self.beginning_ids = beginning_of(library, _PROBE)
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """From a Hugging Face folder: tokenizer.json, and where present tokenizer_config.json, chat_template.jinja,
+        """From a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt), and where present
+        tokenizer_config.json, added_tokens.json, special_tokens_map.json, chat_template.jinja,
         additional_chat_templates/, chat_template.json and config.json (for vocab_size).
 
         Raises CheckpointError, naming the file, where one is missing or damaged.
         """
         folder = Path(path)
-        file = folder / "tokenizer.json"
-        if not file.is_file():
-            raise CheckpointError(f"{file}: no such file; expected the tokenizer of a Qwen2.5 checkpoint")
-        with _guard(CheckpointError, f"{file}: not a tokenizer that the tokenizers library can read"):
-            library = tokenizers.Tokenizer.from_file(str(file))
+        library, file = open_library(folder)
         config = read_json(folder / "tokenizer_config.json")
         named = {name: token for name, token in config.items() if name.endswith("_token")}
         named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
         tokens = {name: token for name, token in named.items() if isinstance(token, str)}
         width = read_json(folder / "config.json").get("vocab_size")
-        used = 1 + max(library.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocab = library.get_vocab(with_added_tokens=True)
+        check_eos_token(config.get("eos_token"), vocab, width, folder / "tokenizer_config.json")
+        used = 1 + max(vocab.values(), default=-1)
         return cls(
             library,
             str(file),
@@ -120,9 +125,10 @@ class Tokenizer:
 
         Raises CheckpointError, naming the key, for anything but a sound gpt2-style vocabulary with qwen2 splitting.
         """
-        for key, wanted in (("model", "gpt2"), ("pre", "qwen2")):
-            if (found := metadata.get(f"tokenizer.ggml.{key}")) != wanted:
-                raise CheckpointError(f"{source}: tokenizer.ggml.{key} is {found!r}; expected {wanted!r}")
+        for key, wanted in (("model", ("gpt2",)), ("pre", _QWEN2_PRE)):
+            if (found := metadata.get(f"tokenizer.ggml.{key}")) not in wanted:
+                names = " or ".join(map(repr, wanted))
+                raise CheckpointError(f"{source}: tokenizer.ggml.{key} is {shown(found)}; expected {names}")
         tokens = _list_of(str, metadata, "tokenizer.ggml.tokens", source)
         types = _list_of(int, metadata, "tokenizer.ggml.token_type", source)
         merges = [merge.split(" ") for merge in _list_of(str, metadata, "tokenizer.ggml.merges", source)]
@@ -142,17 +148,9 @@ class Tokenizer:
         if len(vocab) != len(types) - types.count(_UNUSED):
             twice = next(token for n, token in enumerate(tokens) if types[n] != _UNUSED and vocab[token] != n)
             raise CheckpointError(f"{source}: tokenizer.ggml.tokens has {twice!r} twice; expected distinct tokens")
-        with _guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
-            library = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[tuple(merge) for merge in merges]))
-        # What a GGUF leaves unsaid. transformers 5.23 forgets the normalizer here, so text in NFD gets other ids.
-        library.normalizer = normalizers.NFC()
-        library.pre_tokenizer = pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(QWEN2_SPLIT), behavior="isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        library.decoder = decoders.ByteLevel()
+        with guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
+            # A GGUF leaves the steps unsaid. transformers 5.23 forgets the normalizer, so text in NFD gets other ids.
+            library = qwen2_library(vocab, [tuple(merge) for merge in merges])
         # A GGUF calls <|fim_prefix|> and its kin control tokens, while the official tokenizer.json has them as text
         # that decode shows; each file is taken at its word, since ids are the same either way.
         library.add_tokens(
@@ -163,17 +161,24 @@ class Tokenizer:
             ]
         )
         named = {}
-        for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("pad", "padding")):
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("eom", "eom"), ("pad", "padding")):
             key = f"tokenizer.ggml.{key}_token_id"
             if (token_id := metadata.get(key)) is not None:
-                if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-                    raise CheckpointError(f"{source}: {key} is {token_id!r}; expected an id below {len(tokens)}")
+                if type(token_id) is not int or not 0 <= token_id < len(tokens):
+                    raise ConfigError(f"{source}: {key} is {shown(token_id)}; expected an id below {len(tokens)}")
                 named[f"{name}_token"] = tokens[token_id]
-        ends = [named[name] for name in ("eos_token", "eot_token") if name in named]
+        ends = [named[name] for name in ("eos_token", "eot_token", "eom_token") if name in named]
+        key, begins = "tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.add_bos_token", False)
+        if not isinstance(begins, bool):
+            raise ConfigError(f"{source}: {key} is {shown(begins)}; expected true or false")
+        if begins and "bos_token" not in named:
+            raise ConfigError(f"{source}: {key} is true; expected tokenizer.ggml.bos_token_id beside it")
+        if begins:
+            begin_with(library, named["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
         return cls(library, source, len(tokens), ends, ChatTemplate.from_gguf(metadata, named, source))
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """Ids of `text`. Nothing is put before or after it: Qwen2.5 has no beginning-of-text token.
+        """Ids of `text`. Nothing is put before or after it; see `encode_prompt`.
 
         A special token spelled out in the text becomes that token, as chat templates need; with allow_special=False
         the text comes from a stranger and every character of it is text. Raises RequestError for what is not a str or
@@ -189,8 +194,31 @@ class Tokenizer:
         library = self._library if allow_special else self._plain
         # Qwen's expression meets the engine's limit only on a longer run of blanks; sooner, the expression is at fault.
         error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
-        with _guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
+        with guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
             return library.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text` as what a model goes on from, or scores: `beginning_ids` first, unless it begins with them.
+
+        An end that a tokenizer puts after a text, where it is asked to, is left out: nothing goes on from there.
+        """
+        ids, beginning = self.encode(text), list(self.beginning_ids)
+        return ids if ids[: len(beginning)] == beginning else beginning + ids
+
+    @cached_property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """The id that the chat template writes after an answer; empty where it writes none, or there is no template."""
+        answer = "(the answer)"
+        turns = [{"role": "user", "content": "(the question)"}, {"role": "assistant", "content": answer}]
+        for messages in (turns, [{"role": "system", "content": "(the rule)"}, *turns]):
+            try:
+                text = self.render_chat(messages, add_generation_prompt=False)
+            except RequestError:  # there is no template, or it takes other conversations only
+                continue
+            _, found, after = text.rpartition(answer)
+            if found and (end := self._any_special.search(after)):
+                return frozenset({self._library.token_to_id(end[0])})
+        return frozenset()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`, U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the vocabulary."""
@@ -214,7 +242,10 @@ class Tokenizer:
 
     def id_of(self, token: str) -> int | None:
         """The id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe"), or None."""
-        return self._library.token_to_id(token)
+        try:
+            return self._library.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate, which no token has
+            return None
 
     def render_chat(
         self,
@@ -239,25 +270,24 @@ class Tokenizer:
         content does count. Without such strings this is encode(render_chat(...)). Not covered: a token whose halves lie
         in two fields that a template joins with nothing between (Qwen's never does). Errors as render_chat and encode.
         """
-        text = self.render_chat(messages, tools, add_generation_prompt, **variables)
+        chat, text = self._chat_template.read(messages, tools, add_generation_prompt, **variables)
         # Strings that look like a token are hidden behind private characters while the template runs: then every token
         # still in the text is the template's, and what lies between is encoded as text, whole.
-        unused = (c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in text)
-        hidden = dict(zip(self._added.values(), unused, strict=False))
+        hidden = dict(zip(self._added.values(), unused_characters(text), strict=False))
         if len(hidden) < len(self._added):
             raise RequestError("messages: they use every private character; expected some to be free")
 
         def hide(value: Any) -> Any:
             return plain(value, "messages", lambda s: self._any_added.sub(lambda found: hidden[found[0]], s))
 
-        guarded = hide([messages, tools, variables])
-        for message, original in zip(guarded[0], messages, strict=True):
-            if original["role"] == "assistant" and isinstance(original.get("content"), str):
+        guarded = Conversation(hide(chat.messages), hide(chat.tools), hide(chat.variables), chat.add_generation_prompt)
+        for message, original in zip(guarded.messages, chat.messages, strict=True):
+            if original["role"] == "assistant" and "content" in original:
                 message["content"] = self._any_special.sub(lambda found: hidden[found[0]], original["content"])
-        if guarded == plain([messages, tools, variables], "messages"):
+        if guarded == chat:
             return self.encode(text)
         shown = {ord(character): token for token, character in hidden.items()}
-        rendered = self.render_chat(guarded[0], guarded[1], add_generation_prompt, **guarded[2])
+        rendered = self._chat_template.write(guarded)
         if rendered.translate(shown) != text:
             raise RequestError(
                 f"messages: they spell special tokens and the chat template of {self._source} reads or rewrites those; "
@@ -296,17 +326,6 @@ class Detokenizer:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
-
-
-@contextmanager
-def _guard(error: type[Exception], complaint: str) -> Iterator[None]:
-    """Faults of the Rust library as ours. Some are panics, which pyo3 raises as a bare BaseException."""
-    try:
-        yield
-    except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):
-        raise
-    except BaseException as fault:
-        raise error(f"{complaint}: {fault}") from fault
 
 
 def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:

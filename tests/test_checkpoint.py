@@ -339,8 +339,8 @@ def test_a_folder_with_one_file(name, tmp_path):
     assert_holds(loaded(tmp_path), expected_state(random_weights()))
     checkpoint = open_checkpoint(str(tmp_path))
     assert checkpoint.path == tmp_path
-    assert replace(checkpoint.config, source="tiny") == TINY
-    assert (checkpoint.generation, checkpoint.metadata) == ({}, {})
+    assert replace(checkpoint.config, source="tiny") == replace(TINY, dtype="float32")  # as the file has them
+    assert (checkpoint.generation.end_ids, checkpoint.metadata) == (frozenset(), {})
     tensors = dict(checkpoint.tensors(torch.bfloat16))
     assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == checkpoint.shapes
@@ -372,10 +372,34 @@ def test_the_layout_of_the_hub_cache(sharded, tmp_path):
     assert_holds(loaded(tmp_path / "nickname"), expected_state(random_weights()))
 
 
+@pytest.mark.parametrize(
+    "said", [{}, {"dtype": None, "torch_dtype": None}, {"torch_dtype": "float16"}, {"dtype": "float32"}]
+)
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16, torch.bfloat16, "mixed"], ids=str)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_the_dtype_is_the_one_that_transformers_takes(shards, stored, said, tmp_path):
+    weights = random_weights(dtype=torch.bfloat16 if stored == "mixed" else stored)
+    if stored == "mixed":
+        weights |= {name: tensor.float() for name, tensor in weights.items() if "norm" in name or "layers.0" in name}
+        weights["lm_head.weight"] = weights["lm_head.weight"].half()
+    (write_single if shards == 1 else write_sharded)(tmp_path, weights)
+    write_config(tmp_path, **said)
+    theirs = Qwen2ForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert open_checkpoint(tmp_path).config.dtype == str(theirs.dtype).removeprefix("torch.")
+
+
+def test_of_two_spellings_of_the_dtype_the_newer_counts(tmp_path):
+    write_single(tmp_path)
+    write_config(tmp_path, torch_dtype="float16", dtype="bfloat16")
+    assert Qwen2ForCausalLM.from_pretrained(tmp_path, dtype="auto").dtype == torch.bfloat16
+    assert open_checkpoint(tmp_path).config.dtype == "bfloat16"
+
+
 def test_generation_config_is_passed_on(tmp_path):
     write_single(tmp_path)
     (tmp_path / "generation_config.json").write_text('{"eos_token_id": [5, 3], "top_p": 0.8}')
-    assert open_checkpoint(tmp_path).generation == {"eos_token_id": [5, 3], "top_p": 0.8}
+    generation = open_checkpoint(tmp_path).generation
+    assert (generation.end_ids, generation.sampling) == ({3, 5}, {"temperature": 0.0, "top_p": 0.8})
 
 
 def test_tensors_of_the_wanted_dtype_are_views_of_the_mapped_file(tmp_path):

@@ -142,17 +142,21 @@ def test_one_packed_tensor_at_a_time_is_all_the_memory_it_takes(monkeypatch):
 
 def test_generation_defaults_and_tokenizer():
     theirs = loaded()
-    theirs.generation_config.update(do_sample=True, temperature=0.5, top_k=7, eos_token_id=[3, 4])
+    theirs.generation_config.update(do_sample=True, temperature=0.5, top_k=7, eos_token_id=[3, 4], max_new_tokens=5)
     library = PreTrainedTokenizerFast(tokenizer_object=byte_library(), eos_token="<|im_end|>")
     library.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
     ours = Model.from_transformers(theirs, library, cache_tokens=64, prefill_chunk=5, deterministic=True)
-    assert (ours.generation["temperature"], ours.generation["top_k"]) == (0.5, 7)
-    assert ours._end_ids == {3, 4}
+    assert ours.generation.sampling == {"temperature": 0.5, "top_k": 7}
+    assert (ours.generation.end_ids, ours.generation.max_new_tokens) == ({3, 4}, 5)
     assert (ours.cache.num_tokens, ours.prefill_chunk, ours.deterministic) == (64, 5, True)
     toy = byte_tokenizer(TINY.vocab_size)
     assert ours.tokenizer.encode("wörld") == toy.encode("wörld")
     assert ours.tokenizer.vocab_size == TINY.vocab_size
     assert ours.tokenizer.encode_chat([{"role": "user", "content": "ab"}]) == toy.encode("ab")
+    library.bos_token = "<|im_start|>"
+    library.add_bos_token = True
+    begun = Model.from_transformers(theirs, library, cache_tokens=64).score("ab").token_ids
+    assert begun == library("ab")["input_ids"] == [257, *toy.encode("ab")]
     assert Model.from_transformers(theirs, toy, cache_tokens=64).tokenizer is toy
     assert Model.from_transformers(theirs, cache_tokens=64).tokenizer is None
 

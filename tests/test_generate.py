@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
-from toy import END, byte_tokenizer
+from toy import byte_tokenizer
 from twins import TINY, tiny_model, twin
 
 from qwenkern import NonFiniteError, RequestError, SamplingParams
 from qwenkern import generate as generate_module
 from qwenkern.cache import PagedCache
 from qwenkern.generate import Limits, StopStrings
+from qwenkern.generation import Generation
 
 PROMPTS = [
     [n * 7 % 503 for n in range(start, start + length)]
@@ -300,20 +301,17 @@ def test_threads_may_share_a_model(model, greedy):
     assert found == greedy
 
 
-def test_an_end_id_ends_the_text(model, greedy):
+def test_an_end_id_ends_the_text(model, greedy, monkeypatch):
     end = greedy[5][6]
     expected = greedy[5][: greedy[5].index(end) + 1]
     completion = model.generate(PROMPTS[5], max_tokens=24, stop_token_ids=[end])
     assert (completion.token_ids, completion.finish_reason, completion.stop_reason) == (expected, "stop", end)
-    model.generation["eos_token_id"] = [END, end]
-    try:
-        assert model.generate(PROMPTS[5], max_tokens=24).token_ids == expected
-        assert model.generate(PROMPTS[5], max_tokens=24, ignore_eos=True).token_ids == greedy[5]
-        longer = model.generate(PROMPTS[5], max_tokens=24, min_tokens=12)
-        assert end not in longer.token_ids[:12]
-        assert longer.num_tokens >= 12
-    finally:
-        model.generation.clear()
+    monkeypatch.setattr(model, "generation", Generation(end_ids=frozenset({end})))
+    assert model.generate(PROMPTS[5], max_tokens=24).token_ids == expected
+    assert model.generate(PROMPTS[5], max_tokens=24, ignore_eos=True).token_ids == greedy[5]
+    longer = model.generate(PROMPTS[5], max_tokens=24, min_tokens=12)
+    assert end not in longer.token_ids[:12]
+    assert longer.num_tokens >= 12
 
 
 def test_max_tokens_and_the_context_end_it_for_length(model):
@@ -322,6 +320,9 @@ def test_max_tokens_and_the_context_end_it_for_length(model):
     full = model.generate([1] * 500, ignore_eos=True)
     assert (full.num_tokens, full.finish_reason) == (12, "length")
     brim = model.generate([1] * 512, ignore_eos=True)
+    assert model.generate([1] * 512, ignore_eos=True, max_tokens=1).token_ids == brim.token_ids
+    with pytest.raises(RequestError, match="512 tokens and max_tokens 2 make 514, and the context length is 512"):
+        model.generate([1] * 512, max_tokens=2)
     assert (brim.num_tokens, brim.finish_reason) == (1, "length")
 
 

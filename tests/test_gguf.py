@@ -20,6 +20,7 @@ from qwenkern.checkpoint import open_checkpoint
 from qwenkern.checkpoint.dequantize import SUPPORTED
 from qwenkern.checkpoint.gguf_container import read_container
 from qwenkern.errors import CheckpointError, ConfigError
+from qwenkern.generation import Generation
 
 Q, V = GGMLQuantizationType, GGUFValueType
 HIDDEN, FFN, KV, VOCAB = 256, 512, 64, 40
@@ -86,7 +87,7 @@ def test_a_model_of_each_type_is_what_the_gguf_library_reads(kind, tmp_path):
     checkpoint = open_checkpoint(tmp_path / "tiny.gguf")
     assert checkpoint.config.tie_word_embeddings
     assert (checkpoint.config.vocab_size, checkpoint.config.head_dim) == (VOCAB, 32)
-    assert checkpoint.generation == {}
+    assert checkpoint.generation == Generation(source=str(tmp_path / "tiny.gguf"))
     tensors = dict(checkpoint.tensors(torch.float32))
     assert sorted(tensors) == sorted(theirs for theirs, _ in NAMES.values())
     for name, (theirs, shape) in NAMES.items():
@@ -146,21 +147,18 @@ def test_generation_settings_come_from_the_metadata(tmp_path):
         writer.add_int32("general.sampling.top_k", 20)
         writer.add_float32("general.sampling.top_p", 0.75)
         writer.add_float32("general.sampling.min_p", 0.25)
+        writer.add_float32("general.sampling.penalty_repeat", 1.125)
 
     write_model(tmp_path / "tiny.gguf", extra=extra)
-    assert open_checkpoint(tmp_path / "tiny.gguf").generation == {
-        "eos_token_id": [7, 9],
-        "do_sample": True,
+    generation = open_checkpoint(tmp_path / "tiny.gguf").generation
+    assert generation.end_ids == {7, 9}
+    assert generation.sampling == {
         "temperature": 0.5,
         "top_k": 20,
         "top_p": 0.75,
         "min_p": 0.25,
+        "repetition_penalty": 1.125,
     }
-
-
-def test_one_end_token_named_twice_is_one(tmp_path):
-    write_model(tmp_path / "tiny.gguf", extra=lambda w: (w.add_eos_token_id(7), w.add_eot_token_id(7)))
-    assert open_checkpoint(tmp_path / "tiny.gguf").generation == {"eos_token_id": [7]}
 
 
 def test_another_alignment(tmp_path):
@@ -298,7 +296,6 @@ def test_parts_that_are_links_elsewhere(follow, tmp_path, monkeypatch):
             lambda w: w.add_uint64("split.count", 2**63),
             r"part 1 of the 9223372036854775808 of a model; expected a name",
         ),
-        (lambda w: w.add_string("tokenizer.ggml.eos_token_id", "x"), r"eos_token_id.* is 'x'; expected a token's id"),
     ],
 )
 def test_metadata_that_is_refused(extra, message, tmp_path):
@@ -604,7 +601,7 @@ def test_the_demo_model_is_what_the_gguf_library_reads(demo_path):
     checkpoint = open_checkpoint(demo_path)
     assert (checkpoint.config.num_hidden_layers, checkpoint.config.hidden_size) == (24, 896)
     assert checkpoint.config.tie_word_embeddings is False
-    assert checkpoint.generation["eos_token_id"] == [151645]
+    assert checkpoint.generation.end_ids == {151645}
     assert len(checkpoint.metadata["tokenizer.ggml.tokens"]) == checkpoint.config.vocab_size == 151936
     assert checkpoint.metadata["tokenizer.ggml.merges"][:2] == ["Ġ Ġ", "ĠĠ ĠĠ"]
     wanted = {

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from tokenizers import processors
 from tolerances import assert_as_close_as
-from toy import byte_tokenizer
-from twins import TINY, in_other_orders, tiny_model, twin
+from toy import CHAT_TEMPLATE, byte_library, byte_tokenizer
+from twins import TINY, in_other_orders, save_checkpoint, tiny_model, twin
 
 import qwenkern
-from qwenkern import Completion, Config, Model, RequestError, SamplingParams
+from qwenkern import Completion, Config, ConfigError, Model, RequestError, SamplingParams
+from qwenkern.chat_template import ChatTemplate
+from qwenkern.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -172,6 +176,55 @@ def test_forward_refuses_what_are_no_ids(model, ids):
 def test_bad_places_to_run(keywords, message):
     with pytest.raises(RequestError, match=message):
         Model.from_config(TINY, **keywords)
+
+
+@pytest.mark.parametrize("named", ["int8", 5, "float64", ["bfloat16"]], ids=str)
+def test_a_dtype_that_we_do_not_compute_in(named, tmp_path):
+    """Of the checkpoint: it matters to dtype="auto" alone."""
+    save_checkpoint(tiny_model(), tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text()) | {"torch_dtype": named}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(
+        ConfigError, match=r"config\.json: dtype is .*; expected 'bfloat16', 'float16', 'float32', or one of"
+    ):
+        Model.from_pretrained(tmp_path, device="cpu")
+    assert Model.from_pretrained(tmp_path, device="cpu", dtype="float16").dtype == torch.float16
+
+
+def test_weights_of_float32_without_a_word_on_it_stay_what_they_are(tmp_path):
+    saved = tiny_model()
+    save_checkpoint(saved, tmp_path)
+    fields = json.loads((tmp_path / "config.json").read_text())
+    del fields["torch_dtype"]
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    loaded = Model.from_pretrained(tmp_path, device="cpu")
+    for (name, theirs), (_, ours) in zip(
+        saved.module.named_parameters(), loaded.module.named_parameters(), strict=True
+    ):
+        assert torch.equal(theirs, ours), name
+
+
+def test_a_text_is_scored_and_completed_from_its_beginning():
+    """One tokenizer puts <|im_start|> before a text; the messages of a chat begin as their template says."""
+    library = byte_library()
+    library.post_processor = processors.TemplateProcessing(
+        single="<|im_start|> $A", special_tokens=[("<|im_start|>", 257)]
+    )
+    plain = tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size))
+    template = ChatTemplate.from_gguf({"tokenizer.chat_template": CHAT_TEMPLATE}, {}, "toy")
+    model = tiny_model(tokenizer=Tokenizer(library, "toy", TINY.vocab_size, chat_template=template))
+    ids = [257, *plain.tokenizer.encode("ab")]
+    assert model.score("ab") == plain.score(ids) != plain.score("ab")
+    expected = plain.generate(ids, max_tokens=6)
+    assert model.generate("ab", max_tokens=6) == expected
+    assert model.generate(["ab"], max_tokens=6)[0] == expected
+    with model.stream("ab", max_tokens=6) as stream:
+        assert "".join(stream) == expected.text
+    assert model.generate(ids, max_tokens=6) == expected  # ids are taken as they are
+    chat = [{"role": "user", "content": "ab"}]
+    assert model.chat(chat, max_tokens=6) == plain.chat(chat, max_tokens=6)
+    assert model.generate(model.tokenizer.render_chat(chat), max_tokens=6) == plain.chat(chat, max_tokens=6)
+    assert model.generate("", max_tokens=2).num_prompt_tokens == 1
 
 
 def test_every_error_is_an_error_of_ours():

@@ -21,6 +21,7 @@ KERNELS = Path(qwenkern.kernels.__file__).parent
 # Each room may import those before it, and no other; see docs/architecture.md.
 ORDER = [
     "errors",
+    "arguments",
     "reading",
     "config_fields",
     "config",
@@ -28,14 +29,18 @@ ORDER = [
     "rope",
     "cache",
     "qwen2",
+    "sampling",
+    "generation",
     "checkpoint",
     "download",
     "sources",
+    "template_sandbox",
+    "messages",
     "chat_template",
+    "tokenizer_files",
     "tokenizer",
 ]
 ORDER += [
-    "sampling",
     "scheduler",
     "decode",
     "generate",
@@ -56,7 +61,8 @@ LEAVES = {
     "kernels": set(),
     "download": {"errors"},
     "sources": {"errors", "reading", "config", "download"},
-    "sampling": {"errors"},
+    "arguments": {"errors"},
+    "sampling": {"arguments", "errors"},
 }
 
 

@@ -25,7 +25,7 @@ class FakeRow:
     seed: int = 0
 
     def __post_init__(self):
-        self.params = self.params.with_defaults({"do_sample": True})
+        self.params = self.params.with_defaults({"temperature": 1.0})
         self._random = random.Random(self.seed)
 
     def uniform(self) -> float:
@@ -187,12 +187,11 @@ def test_logprobs_are_the_models_own(logits):
     assert _choose(logits, FakeRow(SamplingParams(logprobs=0))).top == {}
 
 
-def test_defaults_of_generation_config():
-    generation = {"do_sample": True, "temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
-    filled = SamplingParams(top_k=3).with_defaults(generation)
+def test_defaults_are_the_checkpoints_then_neutral():
+    checkpoint = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05}
+    filled = SamplingParams(top_k=3).with_defaults(checkpoint)
     assert (filled.temperature, filled.top_k, filled.top_p) == (0.7, 3, 0.8)
     assert (filled.min_p, filled.repetition_penalty) == (0.0, 1.05)
-    assert SamplingParams().with_defaults(generation | {"do_sample": False}).is_greedy
     assert SamplingParams().with_defaults({}).is_greedy
     assert not SamplingParams(temperature=1.0).with_defaults({}).is_greedy
 

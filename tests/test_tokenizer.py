@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
 from qwenkern import tokenizer as room
-from qwenkern.errors import CheckpointError, RequestError
-from qwenkern.tokenizer import QWEN2_SPLIT, Detokenizer, Tokenizer
+from qwenkern.errors import CheckpointError, ConfigError, RequestError
+from qwenkern.tokenizer import Detokenizer, Tokenizer
+from qwenkern.tokenizer_files import QWEN2_SPLIT
 
 TEXTS = json.loads(Path(__file__).with_name("data").joinpath("texts.json").read_text("utf-8"))
 PROSE = [text for text in TEXTS if ":" not in text["language"]]
@@ -258,7 +259,15 @@ def test_any_ids_of_the_real_vocabulary_decode_as_the_library_does(demo, ids):
 @pytest.mark.demo
 def test_the_real_vocabulary(demo, demo_metadata):
     assert demo.vocab_size == 151_936
-    assert demo.end_of_text_ids == {151_643, 151_645}
+    assert demo.end_of_text_ids == {151_643, 151_645, 151_662, 151_663, 151_664}
+    assert [demo.token_bytes(n) for n in (151_662, 151_663, 151_664)] == [
+        b"<|fim_pad|>",
+        b"<|repo_name|>",
+        b"<|file_sep|>",
+    ]
+    assert demo.id_of("</s>") not in demo.end_of_text_ids  # a piece of text, and in llama.cpp's list
+    assert demo.end_of_turn_ids == {151_645}
+    assert demo.encode_prompt("a") == demo.encode("a")
     assert demo.id_of("<|im_start|>") == 151_644
     assert demo.id_of("[PAD151665]") is None
     assert demo.decode([151_665, 151_935]) == ""
@@ -282,6 +291,96 @@ def test_qwens_template_renders_as_transformers_does(demo, demo_metadata, chat, 
     assert demo.encode_chat(messages, tools, prompt) == demo.encode(wanted)
     if chat == "plain":
         assert "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." in wanted
+
+
+# What a tokenizer puts before a text
+
+
+BEGIN = {"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}
+END = {"SpecialToken": {"id": "<|endoftext|>", "type_id": 0}}
+A = {"Sequence": {"id": "A", "type_id": 0}}
+AS_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+def around(*single: dict) -> dict:
+    """A tokenizer.json's post_processor with this template."""
+    known = {"<|im_start|>": IM_START, "<|endoftext|>": END_OF_TEXT}
+    tokens = {name: {"id": name, "ids": [n], "tokens": [name]} for name, n in known.items()}
+    pair = [A, {"Sequence": {"id": "B", "type_id": 1}}]
+    return {"type": "TemplateProcessing", "single": list(single), "pair": pair, "special_tokens": tokens}
+
+
+PROCESSORS = {
+    "none": None,
+    "bytes, as Qwen2.5": AS_BYTES,
+    "a beginning": around(BEGIN, A),
+    "a beginning, as R1-Distill-Qwen": {"type": "Sequence", "processors": [AS_BYTES, around(BEGIN, A)]},
+    "both": around(BEGIN, A, END),
+    "an end": around(A, END),
+    "two": around(BEGIN, END, A),
+    "as BERT": {"type": "BertProcessing", "sep": ["<|endoftext|>", END_OF_TEXT], "cls": ["<|im_start|>", IM_START]},
+}
+
+
+@pytest.mark.parametrize("said", [{}, {"add_bos_token": True, "bos_token": "<|im_start|>"}, {"add_bos_token": False}])
+@pytest.mark.parametrize("kind", PROCESSORS)
+def test_a_text_begins_as_transformers_begins_it(kind, said, tmp_path):
+    """With a tokenizer.json its post-processor counts, and add_bos_token does not."""
+    transformers = pytest.importorskip("transformers")
+    toy_folder(tmp_path, post_processor=PROCESSORS[kind])
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"} | said))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 270}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    for text in ("hello", "", " ", "h", "Ø§ hello<|im_end|>h"):
+        wanted = theirs(text)["input_ids"]
+        if kind in ("both", "an end", "as BERT"):  # nothing goes on from an end
+            assert wanted.pop() == END_OF_TEXT
+        assert ours.encode_prompt(text) == wanted
+        assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("bos", ["<|im_start|>", None, {"content": "<|im_start|>", "__type": "AddedToken"}], ids=str)
+@pytest.mark.parametrize("said", [True, False, None])
+def test_without_a_tokenizer_json_add_bos_token_counts(said, bos, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    toy = Tokenizer.from_gguf(toy_metadata(), "toy.gguf")
+    toy._library.model.save(str(tmp_path))
+    added = {n: {"content": token, "special": True} for n, token in toy._added.items()}
+    config = {"bos_token": bos, "added_tokens_decoder": added, "tokenizer_class": "Qwen2Tokenizer"}
+    config |= {} if said is None else {"add_bos_token": said}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2", "vocab_size": 270}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert Tokenizer.from_folder(tmp_path).encode_prompt("hello") == theirs("hello")["input_ids"]
+
+
+def test_add_bos_token_that_says_neither(tmp_path):
+    toy = Tokenizer.from_gguf(toy_metadata(), "toy.gguf")
+    toy._library.model.save(str(tmp_path))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<|endoftext|>", "add_bos_token": "yes"}')
+    with pytest.raises(ConfigError, match=r"tokenizer_config\.json: add_bos_token is 'yes'; expected true or false"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_a_beginning_comes_once(tmp_path):
+    ours = Tokenizer.from_folder(toy_folder(tmp_path, post_processor=around(BEGIN, A)))
+    assert ours.beginning_ids == (IM_START,)
+    assert ours.encode_prompt("<|im_start|>h") == [IM_START, ord("h")] == ours.encode_prompt("h")
+    chat = [{"role": "user", "content": "hello"}]
+    assert ours.encode_chat(chat) == ours.encode(ours.render_chat(chat)) == ours.encode_prompt(ours.render_chat(chat))
+    assert ours.encode_chat(chat)[:2] != [IM_START, IM_START]
+
+
+def test_a_gguf_says_whether_a_text_begins_with_a_token():
+    said = {"ggml__bos_token_id": END_OF_TEXT, "ggml__add_eos_token": True}
+    assert Tokenizer.from_gguf(toy_metadata(**said), "toy.gguf").encode_prompt("h") == [ord("h")]
+    assert Tokenizer.from_gguf(toy_metadata(**said, ggml__add_bos_token=False), "toy.gguf").beginning_ids == ()
+    ours = Tokenizer.from_gguf(toy_metadata(**said, ggml__add_bos_token=True), "toy.gguf")
+    assert ours.encode_prompt("h") == [END_OF_TEXT, ord("h")]
+    assert ours.encode("h") == [ord("h")]
+    chat = [{"role": "user", "content": "<|endoftext|>hello"}]
+    assert END_OF_TEXT not in ours.encode_chat(chat)
 
 
 # Encoding
@@ -432,7 +531,8 @@ def test_a_special_token_left_out_does_not_break_a_character(toy):
     [
         ({"ggml__model": "llama"}, "toy.gguf: tokenizer.ggml.model is 'llama'; expected 'gpt2'"),
         ({"ggml__model": None}, "tokenizer.ggml.model is None; expected 'gpt2'"),
-        ({"ggml__pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'; expected 'qwen2'"),
+        ({"ggml__pre": "llama-bpe"}, "tokenizer.ggml.pre is 'llama-bpe'; expected 'qwen2' or 'deepseek-r1-qwen'"),
+        ({"ggml__pre": ["qwen2"]}, "tokenizer.ggml.pre is ['qwen2']; expected 'qwen2' or 'deepseek-r1-qwen'"),
         ({"ggml__tokens": None}, "tokenizer.ggml.tokens is missing; expected a list of str"),
         ({"ggml__tokens": "abc"}, "tokenizer.ggml.tokens is a str; expected a list of str"),
         ({"ggml__tokens": ["a", 3]}, "tokenizer.ggml.tokens[1] is 3; expected str"),
@@ -443,13 +543,27 @@ def test_a_special_token_left_out_does_not_break_a_character(toy):
         ({"ggml__merges": ["h e", "hello"]}, "tokenizer.ggml.merges[1] is 'hello'; expected two tokens and one space"),
         ({"ggml__merges": ["h e l"]}, "tokenizer.ggml.merges[0] is 'h e l'; expected two tokens and one space"),
         ({"ggml__merges": ["z z"]}, "tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"),
-        ({"ggml__eos_token_id": 270}, "tokenizer.ggml.eos_token_id is 270; expected an id below 270"),
-        ({"ggml__eos_token_id": -1}, "tokenizer.ggml.eos_token_id is -1; expected an id below 270"),
-        ({"ggml__bos_token_id": "x"}, "tokenizer.ggml.bos_token_id is 'x'; expected an id below 270"),
     ],
 )
 def test_damaged_metadata(changes, message):
     with pytest.raises(CheckpointError, match=re.escape(message)):
+        Tokenizer.from_gguf(toy_metadata(**changes), "toy.gguf")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"ggml__eos_token_id": 270}, "tokenizer.ggml.eos_token_id is 270; expected an id below 270"),
+        ({"ggml__eos_token_id": -1}, "tokenizer.ggml.eos_token_id is -1; expected an id below 270"),
+        ({"ggml__eot_token_id": True}, "tokenizer.ggml.eot_token_id is True; expected an id below 270"),
+        ({"ggml__eom_token_id": [266]}, "tokenizer.ggml.eom_token_id is [266]; expected an id below 270"),
+        ({"ggml__bos_token_id": "x"}, "tokenizer.ggml.bos_token_id is 'x'; expected an id below 270"),
+        ({"ggml__add_bos_token": "yes"}, "tokenizer.ggml.add_bos_token is 'yes'; expected true or false"),
+        ({"ggml__add_bos_token": True}, "tokenizer.ggml.add_bos_token is true; expected tokenizer.ggml.bos_token_id"),
+    ],
+)
+def test_metadata_that_says_no_token(changes, message):
+    with pytest.raises(ConfigError, match=re.escape("toy.gguf: " + message)):
         Tokenizer.from_gguf(toy_metadata(**changes), "toy.gguf")
 
 
@@ -555,14 +669,16 @@ def test_tokenizer_json_of_another_kind(tmp_path, changes, message):
         Tokenizer.from_folder(toy_folder(tmp_path, **changes))
 
 
-def test_an_expression_that_panics_at_load(tmp_path):
+def test_an_expression_that_panics_at_load(tmp_path, monkeypatch):
     """The engine gives up on (a+a+)+y before a run of a's, and the library turns that into a Rust panic."""
+    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(a+a+)+y"})
     toy_folder(tmp_path, pre_tokenizer=split_by("(a+a+)+y"))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer fails on a line of text: .*retry-limit"):
         Tokenizer.from_folder(tmp_path)
 
 
 def test_an_expression_that_panics_later(tmp_path, monkeypatch):
+    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(q+q+)+y"})
     tokenizer = Tokenizer.from_folder(toy_folder(tmp_path, pre_tokenizer=split_by("(q+q+)+y")))
     for allow_special in (True, False):
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer gave up on a text of 64 characters"):
@@ -659,8 +775,8 @@ MESSAGE = {"role": "user", "content": "hello"}
         ([{"role": 3, "content": "hello"}], "messages[0]: role is 3; expected a string"),
         ([{"role": "user"}], "messages[0]: content is missing; expected a string"),
         ([MESSAGE, {"role": "assistant", "content": None}], "messages[1]: content is missing; expected a string"),
-        ([{"role": "user", "content": ["hello"]}], "messages[0]: content is a list; expected a string"),
-        ([MESSAGE | {"image": object()}], "messages holds a object; expected strings, numbers, lists and dicts"),
+        ([{"role": "user", "content": ["hello"]}], "messages[0].content[0] is a str; expected a dict"),
+        ([MESSAGE | {"image": object()}], "messages[0] holds a object; expected strings, numbers, lists and dicts"),
         (
             [{"role": "critic", "content": "hello"}],
             "chat template of toy.gguf does not accept them: TemplateError: no critics",

@@ -12,20 +12,21 @@ from typing import Any
 import torch
 
 from qwenkern.config import Config
+from qwenkern.generation import Generation
 
 
 @dataclass(frozen=True)
 class Checkpoint(ABC):
     """An opened checkpoint: its header is read and checked, its weights are still on disk.
 
-    generation: the content of generation_config.json, or what GGUF has of it; {} where there is none.
+    generation: what generation_config.json and config.json, or GGUF's key-values, say of generating.
     metadata: GGUF's key-values, the vocabulary included; {} for safetensors.
     shapes: the tensors that `tensors` will give, under Hugging Face's names.
     """
 
     path: Path
     config: Config
-    generation: Mapping[str, Any]
+    generation: Generation
     metadata: Mapping[str, Any] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
 

@@ -11,12 +11,12 @@ import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError, shown
+from qwenkern.generation import Generation
 
 from .base import Checkpoint
 from .dequantize import SUPPORTED, dequantize
@@ -38,13 +38,6 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
-}
-_END_IDS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id")
-_SAMPLING = {
-    "general.sampling.temp": "temperature",
-    "general.sampling.top_k": "top_k",
-    "general.sampling.top_p": "top_p",
-    "general.sampling.min_p": "min_p",
 }
 
 
@@ -87,7 +80,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     return GgufCheckpoint(
         path=path,
         config=config,
-        generation=_generation(metadata, path),
+        generation=Generation.from_gguf(metadata, config.vocab_size, str(path)),
         metadata=metadata,
         shapes={name: info.shape for name, (_, info) in places.items()},
         places=places,
@@ -105,15 +98,3 @@ def _hugging_face_name(name: str, path: Path) -> str:
             f"{path}: tensor {name} scales rotary frequencies one by one, which no Qwen2.5 model does"
         )
     raise CheckpointError(f"{path}: unknown tensor {name}; expected llama.cpp's names for a Qwen2 model")
-
-
-def _generation(metadata: Mapping[str, Any], path: Path) -> dict[str, Any]:
-    """What generation_config.json would say."""
-    ends = [metadata[key] for key in _END_IDS if key in metadata]
-    for value in ends:
-        if type(value) is not int or value < 0:
-            raise CheckpointError(f"{path}: {' or '.join(_END_IDS)} is {value!r}; expected a token's id")
-    settings = {name: metadata[key] for key, name in _SAMPLING.items() if key in metadata}
-    if settings:
-        settings["do_sample"] = True
-    return ({"eos_token_id": list(dict.fromkeys(ends))} if ends else {}) | settings

@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
+from qwenkern.generation import Generation
 from qwenkern.reading import LARGEST, read_json, unique
 
 from .base import Checkpoint
@@ -25,6 +26,7 @@ from .links import inside
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # the format's words for torch's
 
 
 @dataclass(frozen=True)
@@ -57,10 +59,11 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
                 [("the index", n) for n in expected - found] + [("the file", n) for n in found - expected]
             )
             raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
+    config = Config.from_json(folder / "config.json", dtype=_stored_dtype(next(iter(files))))  # now that it is known
     return SafetensorsCheckpoint(
         path=folder,
         config=config,
-        generation=read_json(folder / "generation_config.json"),
+        generation=Generation.from_folder(folder, config.vocab_size),
         metadata={},
         shapes={name: shape for header in headers.values() for name, shape in header.items()},
         files={file: tuple(header) for file, header in headers.items()},
@@ -128,6 +131,13 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
         entries.pop("__metadata__", None)
         ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
         return {name: tuple(entries[name]["shape"]) for name in ordered}
+
+
+def _stored_dtype(file: Path) -> str:
+    """The dtype of a file's first floating weight: what transformers takes where config.json names none."""
+    with _errors(file), safe_open(file, framework="pt") as opened:
+        stored = (opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118  (it is no mapping)
+        return next((_DTYPES[kind] for kind in stored if kind in _DTYPES), "bfloat16")
 
 
 @contextmanager

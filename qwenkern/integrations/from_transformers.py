@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qwenkern.checkpoint.packing import EMBEDDING, HEAD, check_shapes, slots
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError, RequestError
+from qwenkern.generation import Generation
 from qwenkern.qwen2 import Qwen2, Weights
 from qwenkern.tokenizer import Tokenizer
 
@@ -47,10 +48,13 @@ def shared_module(model: Any) -> Qwen2:
     return module
 
 
-def generation_defaults(model: Any) -> dict[str, Any]:
-    """What of the model's generation_config differs from transformers' defaults: what it would save."""
-    settings = getattr(model, "generation_config", None)
-    return {} if settings is None else settings.to_diff_dict()
+def generation_defaults(model: Any) -> Generation:
+    """What the model's generation_config and config say of generating: what of them differs from transformers'
+    defaults, as they would be saved. Raises ConfigError as Generation.from_fields does."""
+    settings, width = getattr(model, "generation_config", None), model.config.vocab_size
+    fields = {} if settings is None else settings.to_diff_dict()
+    generation = Generation.from_fields(fields, width, f"the generation_config of the {CLASS}")
+    return generation.with_ends(model.config.to_dict(), width, f"the config of the {CLASS}")
 
 
 def as_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:

@@ -1,0 +1,55 @@
+"""Checks of arguments, one a kind: each returns the value as a plain Python one, or raises RequestError.
+
+An integer is what Python takes as an index (numpy's integers, an element of a tensor), but neither True nor False. A
+number is an integer or a real number, numpy's included, but not NaN.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+from typing import Any
+
+from .errors import RequestError, shown
+
+
+def is_whole(value: Any) -> bool:
+    return hasattr(type(value), "__index__") and not isinstance(value, bool)
+
+
+def whole(name: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> int | None:
+    """An integer from low to high, or None where it is optional."""
+    if value is None and optional:
+        return None
+    try:
+        number = operator.index(value) if is_whole(value) else None
+    except (TypeError, ValueError, RuntimeError):  # a tensor or an array of several
+        number = None
+    if number is None or number < low or (high is not None and number > high):
+        span = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise RequestError(f"{name} is {shown(value)}; expected a whole number {span}" + " or None" * optional)
+    return number
+
+
+def number(
+    name: str, value: Any, low: float, high: float, optional: bool = False, open_below: bool = False
+) -> float | int | None:
+    """A number from low to high, or above low where the range is open below; or None where it is optional."""
+    if value is None and optional:
+        return None
+    found = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    try:
+        float(found)
+    except (OverflowError, ValueError):  # more digits than a float holds
+        found = math.nan
+    if not low <= found <= high or (open_below and found == low):  # false for NaN
+        span = f"{'above' if open_below else 'from'} {low} to {high}"
+        raise RequestError(f"{name} is {shown(value)}; expected a number {span}" + " or None" * optional)
+    return found if type(found) in (int, float) else float(found)
+
+
+def flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise RequestError(f"{name} is {shown(value)}; expected True or False")
+    return value
