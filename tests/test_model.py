@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import processors
@@ -57,6 +58,37 @@ def test_chat_is_the_rendered_prompt(model):
     assert model.chat(messages, max_tokens=8) == expected
     assert model.generate(messages, max_tokens=8) == expected
     assert "".join(model.stream(messages, max_tokens=8)) == expected.text
+
+
+def test_tools_reach_the_template_from_every_call():
+    template = "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"
+    tokenizer = Tokenizer(
+        byte_library(),
+        "toy",
+        TINY.vocab_size,
+        (),
+        ChatTemplate.from_gguf({"tokenizer.chat_template": template}, {}, "toy"),
+    )
+    model = tiny_model(tokenizer=tokenizer)
+    messages, tools = [{"role": "user", "content": "hi"}], [{"name": "tide"}]
+    expected = model.generate("tidehi", max_tokens=4)
+    assert model.generate(messages, tools=tools, max_tokens=4) == expected
+    assert model.chat(messages, tools=tools, max_tokens=4) == expected
+    assert model.generate([messages], tools=tools, max_tokens=4) == [expected]
+    stream = model.stream(messages, tools=tools, max_tokens=4)
+    assert "".join(stream) == expected.text
+    for prompt, found in (("text", "a text"), ([1, 2], "token ids")):
+        with pytest.raises(RequestError, match=f"tools need chat messages as the prompt, found {found}"):
+            model.generate(prompt, tools=tools)
+    with pytest.raises(RequestError, match="tools: found 'tide'; expected a list of dicts"):
+        model.generate(messages, tools="tide")
+
+
+def test_ids_may_be_numpys_and_a_range(model):
+    expected = model.generate([3, 4, 5], max_tokens=4)
+    for ids in (list(np.arange(3, 6)), tuple(torch.arange(3, 6)), range(3, 6)):
+        assert model.generate(ids, max_tokens=4) == expected
+        assert model.score(ids).token_ids == [3, 4, 5]
 
 
 def test_the_completion_is_its_tokens_text(model):
@@ -114,6 +146,15 @@ BAD_PROMPTS = [
     (b"bytes", "prompt is of type bytes"),
     (["ab", ""], "the prompt is empty"),
     (["ab", 3.5], "prompt is of type float"),
+    ([True, False], "prompt is of type bool"),
+    ([[1], None], "prompt is of type NoneType"),
+    ([[1, [2]]], "prompt is of type int|expected"),
+    ({"role": "user"}, "prompt is of type dict"),
+    ({1, 2}, "prompt is of type set"),
+    (range(10**30), "token id 512; expected 0 to 502"),
+    ([1, 2**70], "token id 1180591620717411303424; expected 0 to 502"),
+    ([{"role": "user", "content": "a"}, "b"], "prompt is of type dict"),
+    ([{"role": "user", "content": [{"type": "image_url"}]}], "of type 'image_url'; expected 'text'"),
 ]
 
 
@@ -155,7 +196,29 @@ def test_without_a_tokenizer_only_ids(model):
         bare.generate([1], stop="x")
 
 
-@pytest.mark.parametrize("ids", [torch.zeros(2, 2, 2, dtype=torch.int64), torch.zeros(3), torch.tensor(3)], ids=str)
+NO_IDS = [
+    torch.zeros(2, 2, 2, dtype=torch.int64),
+    torch.zeros(3),
+    torch.tensor(3),
+    torch.tensor([True]),
+    torch.zeros(3, dtype=torch.complex64),
+    torch.zeros(3, dtype=torch.int64, device="meta"),
+    [],
+    [[1, 2], [3]],
+    [[[1]]],
+    [1, 2**70],
+    [1, None],
+    ["a"],
+    "text",
+    None,
+    [1.5],
+    [True],
+    {1: 2},
+    object(),
+]
+
+
+@pytest.mark.parametrize("ids", NO_IDS, ids=repr)
 def test_forward_refuses_what_are_no_ids(model, ids):
     with pytest.raises(RequestError, match=r"expected \[T\] or \[B, T\] integers"):
         model.forward(ids)
@@ -171,6 +234,24 @@ def test_forward_refuses_what_are_no_ids(model, ids):
         ({"dtype": torch.float64}, "dtype is torch.float64"),
         ({"prefill_chunk": -1}, "prefill_chunk is -1"),
         ({"cache_tokens": -1}, "cache_tokens is -1"),
+        ({"cache_tokens": True}, "cache_tokens is True"),
+        ({"cache_tokens": 10**15}, "cache_tokens is 1000000000000000; all memory of cpu would hold [0-9]+"),
+        ({"cache_tokens": 10**400}, "cache_tokens is 1000"),
+        ({"cache_tokens": "64"}, "cache_tokens is '64'"),
+        ({"prefill_chunk": True}, "prefill_chunk is True"),
+        ({"prefill_chunk": 2.0}, "prefill_chunk is 2.0"),
+        ({"deterministic": "yes"}, "deterministic is 'yes'; expected True or False"),
+        ({"threads": "2"}, "threads is '2'; expected a whole number from 1"),
+        ({"threads": 10**5000}, "threads is a int that cannot be written"),
+        ({"seed": "x"}, "seed is 'x'; expected a whole number"),
+        ({"seed": 2**64}, "seed is 18446744073709551616"),
+        ({"device": None}, "device is None; expected 'auto'"),
+        ({"device": 3}, "device is 3; expected 'auto'"),
+        ({"device": ["cpu"]}, r"device is \['cpu'\]; expected 'auto'"),
+        ({"device": "cuda:" + "9" * 40}, "device is 'cuda:999"),
+        ({"dtype": None}, "dtype is None"),
+        ({"dtype": ["float32"]}, r"dtype is \['float32'\]"),
+        ({"tokenizer": "x"}, "tokenizer is of type str; expected a Tokenizer or None"),
     ],
 )
 def test_bad_places_to_run(keywords, message):
@@ -225,6 +306,17 @@ def test_a_text_is_scored_and_completed_from_its_beginning():
     assert model.chat(chat, max_tokens=6) == plain.chat(chat, max_tokens=6)
     assert model.generate(model.tokenizer.render_chat(chat), max_tokens=6) == plain.chat(chat, max_tokens=6)
     assert model.generate("", max_tokens=2).num_prompt_tokens == 1
+
+
+@pytest.mark.parametrize("config", [None, 3, {}, b"qwen2.5-3b"])
+def test_what_is_no_config(config):
+    with pytest.raises(RequestError, match=r"config is of type .*; expected a Config or a name"):
+        Model.from_config(config)
+
+
+def test_a_chunk_may_be_larger_than_any_prompt():
+    small, large = (tiny_model(prefill_chunk=chunk) for chunk in (np.int64(512), 10**30))
+    assert large.generate([1, 2, 3], max_tokens=4) == small.generate([1, 2, 3], max_tokens=4)
 
 
 def test_every_error_is_an_error_of_ours():

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import enum
 import math
 import random
+import time
 from dataclasses import dataclass, field
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
 from qwenkern import RequestError, SamplingParams, TokenLogprob
+from qwenkern.errors import shown
+from qwenkern.generate import StopStrings
 from qwenkern.sampling import NOT_FINITE, sample
 
 VOCABULARY = 60
@@ -227,13 +233,87 @@ REFUSALS = [
     ({"stop": ""}, "stop contains ''"),
     ({"stop": ["a", 3]}, "stop contains 3"),
     ({"stop_token_ids": [-2]}, "stop_token_ids is -2"),
+    *(({name: 10**400}, f"{name} is 1000") for name in ("temperature", "top_p", "min_p", "seed", "n", "logprobs")),
+    *(({name: -(10**5000)}, f"{name} is a int that cannot be written") for name in ("max_tokens", "presence_penalty")),
+    ({"logit_bias": {1: -(10**400)}}, r"logit_bias\[1\] is -1000"),
+    ({"logit_bias": {10**400: True}}, "logit_bias.10000.* is True; expected a number"),
+    ({"temperature": True}, "temperature is True"),
+    ({"temperature": np.float64("nan")}, "temperature is .*nan"),
+    ({"n": np.bool_(True)}, "n is .*True"),
+    ({"n": torch.tensor([1, 2])}, "n is tensor"),
+    ({"n": 1.0}, "n is 1.0"),
+    ({"seed": "1"}, "seed is '1'"),
+    ({"ignore_eos": "no"}, "ignore_eos is 'no'; expected True or False"),
+    ({"ignore_eos": 1}, "ignore_eos is 1; expected True or False"),
+    ({"skip_special_tokens": None}, "skip_special_tokens is None; expected True or False"),
+    ({"stop": {"a": 1}}, "stop is {'a': 1}; expected a string, a list of strings or None"),
+    ({"stop": {"a"}}, "stop is {'a'}; expected a string"),
+    ({"stop": b"a"}, "stop is b'a'; expected a string"),
+    ({"stop": [b"a"]}, "stop contains b'a'"),
+    ({"stop": 3}, "stop is 3; expected a string"),
+    ({"stop": ["x"] * 100_000}, "stop has 100000 strings; expected 128 at most"),
+    ({"stop": "x" * 1025}, "stop contains one of 1025 characters; expected 1024 at most"),
+    ({"stop_token_ids": 3}, "stop_token_ids is 3; expected a list of token ids or None"),
+    ({"stop_token_ids": "12"}, "stop_token_ids is '12'; expected a list"),
+    ({"stop_token_ids": {1: 2}}, "stop_token_ids is {1: 2}; expected a list"),
+    ({"stop_token_ids": [True]}, "stop_token_ids is True"),
+    ({"stop_token_ids": [[]]}, r"stop_token_ids is \[\]"),
+    ({"stop_token_ids": [0] * 10**6}, "stop_token_ids has 1000000 ids or more; expected 262144 at most"),
+    ({"stop_token_ids": range(10**30)}, "stop_token_ids has 262145 ids or more; expected 262144 at most"),
+    ({"logit_bias": [1]}, r"logit_bias is \[1\]; expected a dict of token ids and numbers, or None"),
+    ({"logit_bias": dict.fromkeys(range(10**6), 0)}, "logit_bias has 1000000 ids; expected 262144 at most"),
+    ({"logit_bias": {"1": 0, 1: 0}}, "logit_bias has token id 1 twice"),
+    ({"logit_bias": {"-1": 0}}, "logit_bias's token id is '-1'"),
+    ({"logit_bias": {"1.0": 0}}, "logit_bias's token id is '1.0'"),
+    ({"logit_bias": {None: 0}}, "logit_bias's token id is None"),
+    ({"logit_bias": {1: None}}, r"logit_bias\[1\] is None"),
+    ({"logit_bias": {1: "2"}}, r"logit_bias\[1\] is '2'"),
 ]
 
 
-@pytest.mark.parametrize(("fields", "message"), REFUSALS, ids=str)
+@pytest.mark.parametrize(("fields", "message"), REFUSALS, ids=lambda value: shown(value, 40))
 def test_values_out_of_range(fields, message):
     with pytest.raises(RequestError, match=message):
         SamplingParams(**fields)
+
+
+def test_null_in_json_means_absent():
+    assert SamplingParams(stop=None, stop_token_ids=None, logit_bias=None) == SamplingParams()
+
+
+def test_what_is_an_integer_or_a_number_to_python_is_one_here():
+    class Count(enum.IntEnum):
+        THREE = 3
+
+    given = SamplingParams(
+        max_tokens=np.int64(3),
+        n=Count.THREE,
+        seed=torch.tensor(5),
+        temperature=np.float32(0.5),
+        top_p=Fraction(1, 2),
+        stop_token_ids=[*np.arange(3).tolist(), np.int32(7)],
+        logit_bias={"17": np.float64(1), np.int64(3): -math.inf},
+    )
+    wanted = SamplingParams(
+        max_tokens=3,
+        n=3,
+        seed=5,
+        temperature=0.5,
+        top_p=0.5,
+        stop_token_ids=[0, 1, 2, 7],
+        logit_bias={17: 1.0, 3: -math.inf},
+    )
+    assert given == wanted
+    plain = (given.max_tokens, given.n, given.seed, given.temperature, given.top_p, *given.stop_token_ids)
+    assert {type(value) for value in plain} == {int, float}
+
+
+def test_as_many_stop_strings_as_are_allowed_cost_little():
+    stops = StopStrings(tuple("ab" * n + "c" for n in range(384, 512)))
+    started = time.process_time()
+    passed = "".join(stops.add("ab") for _ in range(600))
+    assert time.process_time() - started < 10  # 2 s, the worst that a text can do
+    assert passed + stops.finish() == "ab" * 600
 
 
 def test_the_ends_of_ranges_are_allowed():

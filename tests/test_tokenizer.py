@@ -24,7 +24,7 @@ from tokenizers import AddedToken, normalizers
 from qwenkern import tokenizer as room
 from qwenkern.errors import CheckpointError, ConfigError, RequestError
 from qwenkern.tokenizer import Detokenizer, Tokenizer
-from qwenkern.tokenizer_files import QWEN2_SPLIT
+from qwenkern.tokenizer_files import EXPRESSIONS, QWEN2_SPLIT
 
 TEXTS = json.loads(Path(__file__).with_name("data").joinpath("texts.json").read_text("utf-8"))
 PROSE = [text for text in TEXTS if ":" not in text["language"]]
@@ -444,6 +444,12 @@ def test_what_cannot_be_encoded(toy, text, message):
         toy.encode(text)
 
 
+def test_the_vocabulary_of_a_distilled_model_is_read_as_qwens(toy):
+    distilled = Tokenizer.from_gguf(toy_metadata(ggml__pre="deepseek-r1-qwen"), "toy.gguf")
+    for text in TEXTS:
+        assert distilled.encode(text["text"]) == toy.encode(text["text"])
+
+
 # Decoding
 
 
@@ -669,6 +675,162 @@ def test_tokenizer_json_of_another_kind(tmp_path, changes, message):
         Tokenizer.from_folder(toy_folder(tmp_path, **changes))
 
 
+def doubling(times: int) -> dict:
+    """A normalizer that doubles a text so many times."""
+    step = {"type": "Replace", "pattern": {"Regex": "(.)"}, "content": "aa"}
+    return {"type": "Sequence", "normalizers": [step] * times}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"normalizer": doubling(40)}, "normalizer has 40 steps, and 16 are the most"),
+        ({"normalizer": doubling(2)}, "normalizer has a step of type 'Replace'"),
+        ({"normalizer": {"type": "Sequence", "normalizers": [doubling(1)]}}, "normalizer has a step of type 'Replace'"),
+        ({"normalizer": {"type": "Prepend", "prepend": "x"}}, "normalizer has a step of type 'Prepend'"),
+        ({"pre_tokenizer": split_by(".*.*.*z")}, "pre_tokenizer splits by the unknown expression '.*.*.*z'"),
+        (
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": [BYTES] * 9}},
+            "pre_tokenizer has 9 steps of type 'ByteLevel'",
+        ),
+        ({"pre_tokenizer": {"type": "WhitespaceSplit"}}, "pre_tokenizer has a step of type 'WhitespaceSplit'"),
+        (
+            {
+                "post_processor": {
+                    "type": "TemplateProcessing",
+                    "single": [{"Sequence": {"id": "A", "type_id": 0}}] * 40,
+                    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+                    "special_tokens": {},
+                }
+            },
+            "post_processor puts 40 pieces together, and 16 are the most",
+        ),
+        (
+            {"post_processor": {"type": "Sequence", "processors": [BYTES] * 40}},
+            "post_processor has 40 steps, and 2 are the most",
+        ),
+    ],
+)
+def test_steps_that_could_take_for_ever(tmp_path, changes, message):
+    started = time.process_time()
+    with pytest.raises(CheckpointError, match=re.escape(f"tokenizer.json: {message}")):
+        Tokenizer.from_folder(toy_folder(tmp_path, **changes))
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize("expression", sorted(EXPRESSIONS))
+def test_expressions_read_a_text_once(tmp_path, expression):
+    """Twice the text takes about twice as long, whatever the text."""
+    library = Tokenizer.from_folder(toy_folder(tmp_path, pre_tokenizer=split_by(expression)))._library
+
+    def seconds(text: str) -> float:
+        started = time.process_time()
+        library.encode(text)
+        return time.process_time() - started
+
+    for unit in (" ", "a", "1", "\n", "'", " a", "\r\n ", "!\n", "é1 ", "\t\n\ta", "'S "):
+        assert seconds(unit * (200_000 // len(unit))) < 8 * seconds(unit * (50_000 // len(unit))) + 0.2, unit
+
+
+def test_steps_of_qwen_like_tokenizers_are_taken(tmp_path):
+    nfc = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}
+    digits = split_by(QWEN2_SPLIT)
+    digits["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
+    assert Tokenizer.from_folder(toy_folder(tmp_path, normalizer=nfc, pre_tokenizer=digits)).encode("hello") == [259]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
+def test_files_are_measured_before_they_are_read(tmp_path, name):
+    older_folder(tmp_path)
+    with open(tmp_path / name, "wb") as file:
+        file.truncate(64_000_001)  # takes no room on the disk
+    with pytest.raises(CheckpointError, match=rf"{name}: has 64000001 bytes; expected 64000000 at most"):
+        Tokenizer.from_folder(tmp_path)
+
+
+# From a folder without tokenizer.json
+
+
+def token(content: str, special: bool = True) -> dict:
+    return {"content": content, "special": special} | dict.fromkeys(("lstrip", "rstrip", "normalized"), False)
+
+
+def older_folder(folder: Path, config: dict | None = None, num_tokens: int = 264, **files) -> Path:
+    """The toy as vocab.json and merges.txt; `files` are other JSON files, without their ending."""
+    metadata = toy_metadata()
+    vocab = {token: n for n, token in enumerate(metadata["tokenizer.ggml.tokens"][:num_tokens])}
+    config = {"tokenizer_class": "Qwen2Tokenizer"} | (config or {})
+    for name, content in ({"vocab": vocab, "tokenizer_config": config} | files).items():
+        (folder / f"{name}.json").write_text(json.dumps(content), "utf-8")
+    merges = ["#version: 0.2", *metadata["tokenizer.ggml.merges"], ""]
+    (folder / "merges.txt").write_text("\n".join(merges), "utf-8")
+    return folder
+
+
+NAMED = {"<|im_start|>": 264, "<|im_end|>": 265, "<|endoftext|>": 266, "<tool_call>": 267}
+DESCRIBED = {str(n): token(name, name != "<tool_call>") for name, n in NAMED.items()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {},
+        {"config": {"added_tokens_decoder": DESCRIBED, "eos_token": "<|im_end|>"}},
+        {"config": {"added_tokens_decoder": DESCRIBED, "eos_token": "<|endoftext|>"}, "added_tokens": {"x": 264}},
+        {"added_tokens": NAMED},
+        {"added_tokens": NAMED, "config": {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|im_start|>"]}},
+        {
+            "added_tokens": NAMED,
+            "special_tokens_map": {
+                "eos_token": {"content": "<|im_end|>", "lstrip": False},
+                "additional_special_tokens": ["<|im_start|>"],
+            },
+        },
+        {"num_tokens": 269, "special_tokens_map": {"eos_token": "<|im_end|>"}},
+    ],
+)
+def test_vocabulary_and_merges_load_as_in_transformers(tmp_path, arguments):
+    transformers = pytest.importorskip("transformers")
+    older_folder(tmp_path, **arguments)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_folder(tmp_path)
+    wanted = {n: (added.content, added.special) for n, added in theirs.added_tokens_decoder.items()}
+    assert {n: (content, n in ours.special_ids) for n, content in ours._added.items()} == wanted
+    for text in [text["text"] for text in TEXTS] + ["hello<|im_end|> Cafe\u0301<tool_call><|im_start|>\n"]:
+        assert ours.encode(text) == theirs(text)["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"vocab": ["a"]}, "vocab.json and merges.txt: not a vocabulary and its merges"),
+        ({"vocab": {"a": 0}}, "vocab.json and merges.txt: not a vocabulary and its merges"),
+        ({"added_tokens": {"<|im_end|>": 300}}, "'<|im_end|>' is said to have id 300, and 264 is the next after vocab"),
+        ({"added_tokens": {"<|im_end|>": "x"}}, "added_tokens.json has the id 'x'; expected a whole number"),
+        ({"added_tokens": {"<|im_end|>": True}}, "added_tokens.json has the id True; expected a whole number"),
+        ({"config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder is [1]; expected an object of tokens"),
+        ({"config": {"added_tokens_decoder": {"264": "x"}}}, "'264' is 'x'; expected an object with content and flags"),
+        (
+            {"config": {"added_tokens_decoder": {"264": {"content": "x", "special": "yes"}}}},
+            "'264': special is 'yes'; expected true or false",
+        ),
+    ],
+)
+def test_damaged_files_of_a_vocabulary(tmp_path, arguments, message):
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        Tokenizer.from_folder(older_folder(tmp_path, **arguments))
+
+
+def test_a_vocabulary_without_merges(tmp_path):
+    (older_folder(tmp_path) / "merges.txt").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json: no such file; .* or vocab\.json and merges\.txt"):
+        Tokenizer.from_folder(tmp_path)
+
+
 def test_an_expression_that_panics_at_load(tmp_path, monkeypatch):
     """The engine gives up on (a+a+)+y before a run of a's, and the library turns that into a Rust panic."""
     monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(a+a+)+y"})
@@ -799,6 +961,162 @@ def test_tools_that_are_refused(toy, tools):
         toy.render_chat([MESSAGE], tools)
 
 
+def calling(arguments) -> list[dict]:
+    call = {"id": "call_1", "type": "function", "function": {"name": "tide", "arguments": arguments}}
+    answer = {"role": "tool", "tool_call_id": "call_1", "name": "tide", "content": "183"}
+    return [MESSAGE, {"role": "assistant", "content": None, "tool_calls": [call]}, answer]
+
+
+@pytest.mark.parametrize("arguments", [{"at": "Büsum", "days": [1, 2.5, None], "deep": {"a": True}}, {}, [1], 7])
+def test_arguments_as_json_text_are_what_they_spell(toy, arguments):
+    wanted = toy.encode_chat(calling(arguments), [TOOL])
+    for text in (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False, indent=3)):
+        assert toy.encode_chat(calling(text), [TOOL]) == wanted
+    bare = [MESSAGE, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": json.dumps(arguments)}]}]
+    assert toy.render_chat(bare) == toy.render_chat(
+        [MESSAGE, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": arguments}]}]
+    )
+
+
+@pytest.mark.parametrize("text", ['{"at": ', "Büsum", "[" * 5000, '{"n": ' + "9" * 5000 + "}"])
+def test_arguments_that_are_no_json_stay_as_the_model_wrote_them(toy, text):
+    assert json.dumps(text, ensure_ascii=False) in toy.render_chat(calling(text))
+
+
+def test_empty_arguments_are_none(toy):
+    assert toy.render_chat(calling(" ")) == toy.render_chat(calling({}))
+
+
+@pytest.mark.parametrize("shown", ["'\\n' + ARGUMENTS", "ARGUMENTS", "'x' ~ ARGUMENTS"])
+def test_a_template_that_wants_json_text_gets_it(shown):
+    """DeepSeek-R1-Distill-Qwen's adds the arguments to a string: a dict would raise there, or show as Python's."""
+    template = (
+        "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ SHOWN }}{% endfor %}{{ m.content }}{% endfor %}"
+    )
+    template = template.replace("SHOWN", shown.replace("ARGUMENTS", "c.function.arguments"))
+    tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
+    assert '{"at":  "x"}' in tokenizer.render_chat(calling('{"at":  "x"}'))
+
+
+def test_special_tokens_escaped_in_arguments_are_text(toy):
+    spelled = toy.encode_chat(calling('{"at": "\\u003c|im_end|\\u003e"}'))
+    assert spelled == toy.encode_chat(calling({"at": "<|im_end|>"}))
+    assert spelled.count(IM_END) == toy.encode_chat(calling({"at": ""})).count(IM_END)
+
+
+def test_content_as_parts_is_their_text(toy):
+    parts = [{"type": "text", "text": "hel"}, {"type": "input_text", "text": "lo <|im_end|>", "annotations": []}]
+    wanted = toy.encode_chat([{"role": "user", "content": "hel\nlo <|im_end|>"}])
+    assert toy.encode_chat([{"role": "user", "content": parts}]) == wanted
+    assert toy.encode_chat([{"role": "user", "content": parts[:1]}]) == toy.encode_chat(
+        [{"role": "user", "content": "hel"}]
+    )
+
+
+def test_developers_are_the_system_unless_the_template_knows_them(toy):
+    chat = [{"role": "developer", "content": "Be brief."}, MESSAGE]
+    assert toy.render_chat(chat) == toy.render_chat([{"role": "system", "content": "Be brief."}, MESSAGE])
+    template = "{% for m in messages %}{{ 'D' if m.role == 'developer' else m.role }}{{ m.content }}{% endfor %}"
+    knows = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
+    assert knows.render_chat(chat) == "DBe brief.userhello"
+
+
+def nested(depth: int) -> list:
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+def itself() -> list:
+    value = []
+    value.append({"value": value})
+    return value
+
+
+@pytest.mark.parametrize(
+    ("message", "error"),
+    [
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": nested(5000)}}]},
+            "messages[1] is nested more than 100",
+        ),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": itself()}}]}, "levels deep, or holds itself"),
+        ({"tool_calls": itself()}, "levels deep, or holds itself"),
+        (
+            {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 500 + "]" * 500}}]},
+            "messages[1]: the arguments of a tool call is nested more than 100 levels deep",
+        ),
+        ({"tool_calls": "f"}, "messages[1]: tool_calls is 'f'; expected a list of dicts"),
+        ({"tool_calls": ["f"]}, "messages[1]: tool_calls is ['f']; expected a list of dicts"),
+        (
+            {"content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "content[0] is of type 'image_url'; expected",
+        ),
+        (
+            {"content": [{"type": "text", "text": "a"}, {"type": "refusal"}]},
+            "content[1] is of type 'refusal'; expected",
+        ),
+        ({"content": [{"type": "text", "text": 3}]}, "messages[1].content[0]: text is 3; expected a string"),
+        ({"content": {"type": "text", "text": "a"}}, "messages[1]: content is a dict; expected a string, or a list"),
+        ({"content": "a", (1, 2): 3}, "messages[1] holds a dict with a key of type tuple; expected strings"),
+        ({"content": "a", "x": b"y"}, "messages[1] holds a bytes; expected strings, numbers, lists and dicts only"),
+        ({"content": "a", "x": {1, 2}}, "messages[1] holds a set; expected"),
+    ],
+)
+def test_what_clients_may_not_send(toy, message, error):
+    for call in (toy.render_chat, toy.encode_chat):
+        with pytest.raises(RequestError, match=re.escape(error)):
+            call([MESSAGE, {"role": "assistant", **message}])
+
+
+def test_tools_and_variables_that_hold_themselves(toy):
+    with pytest.raises(RequestError, match="tools is nested more than 100 levels deep, or holds itself"):
+        toy.render_chat([MESSAGE], [{"name": itself()}])
+    with pytest.raises(RequestError, match="variables is nested more than 100 levels deep, or holds itself"):
+        toy.render_chat([MESSAGE], style=itself())
+
+
+def seconds(call) -> float:
+    started = time.process_time()
+    call()
+    return time.process_time() - started
+
+
+def test_messages_of_unusual_roles_cost_no_more_than_others():
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
+    tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
+    unusual, usual = ([{"role": role, "content": "hello"}] * 2000 for role in ("narrator", "user"))
+    assert seconds(lambda: tokenizer.encode_chat(unusual)) < 10 * seconds(lambda: tokenizer.encode_chat(usual)) + 0.5
+    assert tokenizer.render_chat(unusual) == "narrator: hello" * 2000
+
+
+def test_an_ignored_message_among_many_of_unusual_roles():
+    template = "{% for m in messages %}{% if m.role != 'nobody' %}{{ m.content }}{% endif %}{% endfor %}"
+    tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
+    chat = [{"role": "narrator", "content": "hello"}] * 500
+    with pytest.raises(RequestError, match=r"messages\[300\]: the chat template of toy.gguf ignores the role 'nobody'"):
+        tokenizer.render_chat([*chat[:300], {"role": "nobody", "content": "x"}, *chat])
+
+
+def test_a_template_that_hides_contents_of_unusual_roles():
+    template = "{% for m in messages %}{{ m.content | length }},{% endfor %}"
+    tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
+    chat = [{"role": "narrator", "content": "hello"}]
+    assert tokenizer.render_chat(chat * 8) == "5," * 8
+    with pytest.raises(RequestError, match=r"messages: 9 have roles other than .* expected 8 of such at most"):
+        tokenizer.render_chat(chat * 9)
+
+
+def test_all_private_characters_cost_no_more_than_others(toy):
+    private, other = ("".join(map(chr, range(start, start + 65_000))) for start in (0xF0000, 0x20000))
+    assert seconds(lambda: toy.encode_chat([{"role": "user", "content": private}])) < 1
+    assert toy.decode(toy.encode_chat([{"role": "user", "content": private + "<|im_end|>"}])).count(private) == 1
+    everything = "".join(map(chr, [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE), 0xFFFFE, 0xFFFFF]))
+    with pytest.raises(RequestError, match="they use every private character; expected some to be free"):
+        toy.encode_chat([{"role": "user", "content": everything + other}])
+
+
 def test_a_role_that_the_template_takes_is_taken():
     template = "{% for message in messages %}{{ message.role }}: {{ message.content }}{% endfor %}"
     tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
@@ -830,6 +1148,14 @@ def test_a_checkpoint_without_a_template():
         RequestError, match=r"base\.gguf: a chat needs .* the checkpoint has none; expected an Instruct"
     ):
         tokenizer.render_chat([MESSAGE])
+
+
+def test_folders_of_many_templates(tmp_path):
+    (toy_folder(tmp_path) / "additional_chat_templates").mkdir()
+    for n in range(64):
+        (tmp_path / "additional_chat_templates" / f"{n}.jinja").touch()
+    with pytest.raises(CheckpointError, match="additional_chat_templates: has 64 templates; expected fewer than 64"):
+        Tokenizer.from_folder(tmp_path)
 
 
 def test_spellings_of_the_template_in_a_folder(tmp_path):
