@@ -87,7 +87,8 @@ class Model:
         device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
         dtype: "auto" (that of config.json, else of the first weight; bfloat16 for GGUF), "bfloat16", "float16",
             "float32".
-        cache_tokens: room of the key-value cache, shared by all sequences. prefill_chunk: prompt tokens a pass.
+        cache_tokens: room of the key-value cache, shared by all calls: a sequence that finds it full waits.
+        prefill_chunk: prompt tokens a pass.
         deterministic: the same bits for a prompt in whatever batch it comes. Without it that holds for the decode steps
             of up to 16 sequences on our kernels. It costs throughput, not latency: prompts are read one by one, at most
             16 sequences decode together (one where torch computes, as in float32 on a CPU), and each takes all the
@@ -178,7 +179,7 @@ class Model:
         ours = as_tokenizer(tokenizer, model)
         return cls(module, ours, generation_defaults(model), cache_tokens, prefill_chunk, deterministic)
 
-    def _run(self, sequences: list[engine.Sequence]) -> Generator[tuple[engine.Sequence, str]]:
+    def _run(self, sequences: list[engine.Sequence]) -> Generator[tuple[engine.Sequence, str], None, None]:
         if self._steps is None or self._steps.cache is not self.cache:
             self._steps = DecodeSteps(self.module, self.cache)
         limits = engine.Limits(self.prefill_chunk)
@@ -263,7 +264,9 @@ class Model:
 
     @torch.inference_mode()
     def score(self, text: str | Sequence[int]) -> Score:
-        """Log-probability of every token of a text (or of token ids) after the ones before it."""
+        """Log-probability of every token of a text (or of token ids) after the ones before it.
+
+        Raises NonFiniteError where one of them is not a finite number."""
         ids = self._encode(text)
         logprobs: list[float] = []
         for logits in self._logits(ids):
@@ -276,7 +279,7 @@ class Model:
         return Score(ids, logprobs)
 
     def _logits(self, ids: list[int]) -> Iterator[Tensor]:
-        """Logits of a sequence, chunk by chunk."""
+        """Logits of a sequence, some tokens at a time."""
         self._check_ids(ids)
         self._room_after(len(ids))
         return engine.all_logits(self.module, self.cache, ids, self.prefill_chunk)

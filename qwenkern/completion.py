@@ -51,7 +51,7 @@ class Stream:
     A stream that is open and not read keeps its room in the key-value cache until another call needs it. Its tokens are
     then computed again when it is read on, once there is room."""
 
-    def __init__(self, steps: Generator[tuple[Sequence, str]], sequence: Sequence) -> None:
+    def __init__(self, steps: Generator[tuple[Sequence, str], None, None], sequence: Sequence) -> None:
         self._steps = steps
         self._sequence = sequence
         self._closed = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
@@ -140,7 +140,7 @@ def generate(
     sequences: list[Sequence],
     limits: Limits,
     steps: DecodeSteps | None = None,
-) -> Iterator[tuple[Sequence, str]]:
+) -> Generator[tuple[Sequence, str], None, None]:
     """Runs sequences to their ends. Yields each one whenever it has a new token, with the text that became certain.
     Decodes with captured ``steps`` where there are any.
 
@@ -162,29 +162,32 @@ def _generate(model: Qwen2, call: Call, limits: Limits, steps: DecodeSteps | Non
             yield sequence, text
 
 
-def all_logits(model: Qwen2, cache: PagedCache, ids: list[int], chunk: int) -> Iterator[Tensor]:
-    """Logits after every token of a sequence, chunk by chunk: float32 [chunk, V]."""
+def all_logits(model: Qwen2, cache: PagedCache, ids: list[int], chunk: int) -> Generator[Tensor, None, None]:
+    """Logits after every token of a sequence, in order, at most MAX_BATCH rows at a time: float32 [rows, V]."""
     sequence = Sequence(ids, SamplingParams(), frozenset(), max_tokens=1)
     call = Call(cache, [sequence])
     return call.serve(_all_logits(model, call, sequence, chunk))
 
 
 def _all_logits(model: Qwen2, call: Call, sequence: Sequence, chunk: int) -> Iterator[Tensor]:
-    done = 0
-    while done < len(sequence.prompt_ids):
-        with call.cache.lock:
+    cache, ids, done = call.cache, sequence.prompt_ids, 0
+    while done < len(ids):
+        start = None
+        with cache.lock:
             call.take_back()
-            if call.running or call.start(len(sequence.prompt_ids)):
+            if call.running or call.start(len(ids)):
                 start = sequence.table.length  # before ``done`` where its pages went to another meanwhile
-                ids = sequence.prompt_ids[start : start + chunk]
-                logits = forward(model, call.cache, [(sequence.table, ids)])
-            else:
-                logits = None
-        if logits is None:
+                parts = [(sequence.table, ids[start : start + chunk])]
+                x, residual = model.model(cache.batch(parts), cache, model.cos_sin)
+                cache.advance(parts)
+        if start is None:
             call.wait()
         elif start == done:
-            done += len(logits)
-            yield logits
+            done += len(x)
+            for rows in zip(x.split(MAX_BATCH), residual.split(MAX_BATCH), strict=True):
+                with cache.lock:
+                    logits = model.logits(*rows)
+                yield logits
 
 
 def _not_finite(cache: PagedCache, sequence: Sequence) -> NonFiniteError:

@@ -44,6 +44,10 @@ class Qwen2(nn.Module):
         x, residual = self.model(batch, cache)
         if rows is not None:
             x, residual = x[rows], residual[rows]
+        return self.logits(x, residual)
+
+    def logits(self, x: Tensor, residual: Tensor) -> Tensor:
+        """Of what the layers made of some tokens [T, K]: float32 [T, vocabulary]."""
         return ops.lm_head(x, residual, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.weight)
 
     def likeliest(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:

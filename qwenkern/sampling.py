@@ -137,12 +137,13 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[TokenLogprob | int]:
     if changed:
         _check_choice(logits, rows, changed)
     width = draw_width(rows, logits.shape[-1])
+    is_greedy = [row.params.is_greedy for row in rows]
     settings = None
     if width > 1:
-        numbers = [0.0 if row.params.is_greedy else row.uniform() for row in rows]
+        numbers = [0.0 if greedy else row.uniform() for greedy, row in zip(is_greedy, rows, strict=True)]
         device = logits.device
         settings = Settings(torch.tensor(Settings.of(rows), device=device), torch.tensor(numbers, device=device))
-    tokens: list[TokenLogprob | int] = draw(logits, settings, width).tolist()
+    tokens: list[TokenLogprob | int] = draw(logits, settings, width, any(is_greedy)).tolist()
     for index, of in enumerate(logprobs):
         if not finite[index]:
             tokens[index] = NOT_FINITE
@@ -221,13 +222,12 @@ def or_not_finite(ids: Tensor, largest: Tensor) -> Tensor:
     return torch.where(largest.abs() < math.inf, ids, NOT_FINITE)
 
 
-def draw(logits: Tensor, settings: Settings | None, width: int) -> Tensor:
+def draw(logits: Tensor, settings: Settings | None, width: int, some_greedy: bool = True) -> Tensor:
     """One token id [R] a row of logits [R, V] among its ``width`` likeliest, by inverting the cumulative distribution
     at the row's random number; with width 1 it takes no settings. Nothing waits for a device, so it can be captured in
     a CUDA graph. A row that is not finite gets some id."""
-    likeliest = logits.argmax(-1)
     if width == 1:
-        return likeliest
+        return logits.argmax(-1)
     temperature, top_k, top_p, min_p = settings.values[..., None]
     few = width < logits.shape[-1]
     values, ids = logits.topk(width) if few else logits.sort(-1, descending=True)
@@ -242,7 +242,7 @@ def draw(logits: Tensor, settings: Settings | None, width: int) -> Tensor:
     target = settings.uniforms.double()[:, None] * cumulative[:, -1:]
     chosen = (cumulative <= target).sum(-1, keepdim=True)
     drawn = ids.gather(-1, chosen.clamp(max=ids.shape[-1] - 1)).squeeze(-1)
-    return torch.where(temperature[:, 0] > 0, drawn, likeliest)
+    return torch.where(temperature[:, 0] > 0, drawn, logits.argmax(-1)) if some_greedy else drawn
 
 
 def _logprobs(logits: Tensor, rows: Sequence[Row]) -> list[tuple[Tensor, int] | None]:

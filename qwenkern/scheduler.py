@@ -18,7 +18,7 @@ import itertools
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Protocol, TypeVar
 
 from .cache import BlockTable, PagedCache
@@ -49,7 +49,7 @@ class Call:
         self._gate = threading.Lock()  # closed while locked
         self._gate.acquire()
 
-    def serve(self, tokens: Iterable[T]) -> Iterator[T]:
+    def serve(self, tokens: Iterable[T]) -> Generator[T, None, None]:
         """Yields what the call computes; when that ends, in whatever way, its pages go back."""
         try:
             try:

@@ -117,6 +117,8 @@ def test_score_is_the_log_softmax_of_forward(model):
     score = small.score(ids)
     assert score.token_ids == ids
     assert score.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
+    assert [len(rows) for rows in small._logits([1] * 7)] == [3, 3, 1]
+    assert [len(rows) for rows in model._logits([1] * 150)] == [64, 64, 22]
     assert score.perplexity == pytest.approx(expected.mean().neg().exp().item(), rel=1e-4)
     assert model.score("abc").token_ids == model.tokenizer.encode("abc")
     assert model.score([5]).logprobs == []
