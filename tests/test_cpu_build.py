@@ -161,6 +161,28 @@ def test_a_kept_library_that_is_not_what_it_was_is_compiled_anew(fresh, caplog, 
     assert kept.trusted(library)
 
 
+@pytest.mark.parametrize("suffix", [".so", ".json"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
+def test_what_is_no_file_is_not_waited_for(fresh, kind, suffix):
+    assert runs()
+    [library] = fresh.glob("*.so")
+    odd = library.with_suffix(suffix)
+    odd.unlink()
+    {"pipe": os.mkfifo, "folder": Path.mkdir, "loop": lambda path: path.symlink_to(path)}[kind](odd)
+    build.forget()
+    assert runs()
+
+
+@pytest.mark.parametrize("manifest", ["{}", "[]", "null", '"x"', '{"sources": 1}', "[" * 100_000, "\xff", ""])
+def test_an_odd_manifest_is_damaged(fresh, caplog, manifest):
+    assert runs()
+    [library] = fresh.glob("*.so")
+    library.with_suffix(".json").write_bytes(manifest.encode("latin-1"))
+    build.forget()
+    assert runs()
+    assert "is missing or damaged" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("cc", "said"),
     [
@@ -510,6 +532,9 @@ def test_a_damaged_choice_is_measured_anew(fresh, damaged):
     assert choose.remembered("prefetch", [0, 4096]) == 4096
     assert choose.remembered("prefetch", [0, 8192]) is None
     file.write_text(damaged)
+    assert choose.remembered("prefetch", [0, 4096]) is None
+    file.unlink()
+    os.mkfifo(file)
     assert choose.remembered("prefetch", [0, 4096]) is None
 
 

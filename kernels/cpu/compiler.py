@@ -100,6 +100,9 @@ def compile_to(library: Path, flags: Sequence[str]) -> None:
 def check(library: Path, flags: Sequence[str]) -> None:
     """Raises Refused, with the reason, unless a library, its manifest and the C files are what belongs together."""
     manifest = library.with_suffix(".json")
+    for file in (library, manifest):
+        if file.exists() and not file.is_file():
+            raise Refused(f"{file} is no file")  # a pipe would never be read through
     try:
         said = json.loads(manifest.read_text(encoding="utf-8"))
         sources, hashed, with_flags = said["sources"], said["library"], said["flags"]

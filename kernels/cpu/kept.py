@@ -29,8 +29,11 @@ def folder() -> Path | None:
 
 
 def trusted(path: Path) -> bool:
-    """Whether only this user, or the administrator, can have written it. Raises OSError where it is not there."""
+    """Whether it is a file or a folder, and only this user, or the administrator, can have written it. Raises OSError
+    where it is not there."""
     status = path.stat()
+    if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
+        return False
     if not hasattr(os, "getuid"):  # Windows, where rights are not read this way
         return True
     return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
