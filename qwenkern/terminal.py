@@ -16,6 +16,7 @@ import contextlib
 import errno
 import io
 import os
+import re
 import signal
 import sys
 import warnings
@@ -114,11 +115,15 @@ def run(app: typer.Typer) -> NoReturn:
         complain(f"{file}: {error.strerror}" if file else error)
         code = 1
     except Exception as error:
-        if not hasattr(error, "exit_code"):
+        if hasattr(error, "exit_code"):
+            with contextlib.suppress(OSError):
+                error.show()  # a wrong command line: click says how it should be
+            code = error.exit_code
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # torch's
+            complain(f"not enough memory: {str(error).partition(chr(10))[0]}")
+            code = 1
+        else:
             raise
-        with contextlib.suppress(OSError):
-            error.show()  # a wrong command line: click says how it should be
-        code = error.exit_code
     _exit(code)
 
 

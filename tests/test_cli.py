@@ -121,6 +121,13 @@ def test_errors_are_a_line_and_an_exit_code(run, folder, arguments, message, cod
     assert (out, found) == ("", code)
 
 
+def test_too_little_memory_is_a_line(run, folder, monkeypatch):
+    monkeypatch.setattr(cli.Model, "from_pretrained", lambda *_, **__: torch.empty(1 << 60))
+    out, err, code = run("generate", "-m", folder, "Hi")
+    assert (out, code) == ("", 1)
+    assert re.fullmatch(r"error: not enough memory: .*allocate .*\n", err)
+
+
 def test_a_warning_is_a_line(run, folder, monkeypatch):
     actual = cli.Model.from_pretrained
 

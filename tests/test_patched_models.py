@@ -17,11 +17,11 @@ import peft
 import pytest
 import torch
 from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_submodules
-from small_models import IDS, PADDED, is_patched, make, state
+from small_models import IDS, PADDED, SIZES, is_patched, make, state
 from tolerances import assert_as_close_as
 from torch._dynamo.testing import CompileCounter
 from torch.nn.utils import parametrize
-from transformers import Qwen2ForCausalLM
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwenkern import RequestError
 from qwenkern.integrations import layers
@@ -91,7 +91,7 @@ ATTENTION_AWAY = {"attention": False, "rope": False}
 )
 @pytest.mark.parametrize("hooked", [False, True], ids=["", "hooked"])
 def test_an_interrupt_at_any_line_leaves_all_or_nothing(before, change, hooked):
-    model = make()
+    model = make((Qwen2ForCausalLM, Qwen2Config(**SIZES | {"num_hidden_layers": 1})))
     if hooked:
         add_hook_to_module(model.model.layers[0].mlp, ModelHook())
     plain, expected = classes(model), logits(model)
