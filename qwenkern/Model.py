@@ -419,7 +419,9 @@ def _params(params: SamplingParams | None, keywords: dict[str, Any]) -> Sampling
         raise RequestError(f"params is of type {type(params).__name__}; expected SamplingParams")
     known = {field.name for field in fields(SamplingParams)}
     if unknown := sorted(keywords.keys() - known):
-        raise RequestError(f"{unknown[0]!r} is not a sampling parameter; expected one of: {', '.join(sorted(known))}")
+        raise RequestError(
+            f"{shown(unknown[0])} is not a sampling parameter; expected one of: {', '.join(sorted(known))}"
+        )
     return replace(params or SamplingParams(), **keywords)
 
 
@@ -462,7 +464,7 @@ def _device(device: str | torch.device) -> torch.device:
     if found.type not in ("cpu", "cuda"):
         raise RequestError(f"device is {shown(device)}; {expected}")
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise RequestError(f"device is {device!r}, and torch sees {torch.cuda.device_count()} CUDA devices")
+        raise RequestError(f"device is {shown(device)}, and torch sees {torch.cuda.device_count()} CUDA devices")
     return found
 
 

@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, RequestError, shown
 from .messages import plain, read_messages, size, unused_characters
 from .reading import read_json, read_text
 
@@ -71,7 +71,7 @@ class ChatTemplate:
                     KeyError,
                 ) as fault:  # the + "" is what refuses a name or a template that is no string
                     raise CheckpointError(
-                        f"{file}: chat_template is {found!r:.60}; expected a string or a list of name and template"
+                        f"{file}: chat_template is {shown(found, 60)}; expected a string or a list of name and template"
                     ) from fault
         return cls(templates, tokens, str(folder))
 
@@ -180,7 +180,7 @@ class ChatTemplate:
             if with_more({n: "."}) == text:
                 raise RequestError(
                     f"messages[{n}]: the chat template of {self._source} ignores the role "
-                    f"{chat.messages[n]['role']!r:.80}; expected one of {', '.join(_USUAL_ROLES)}"
+                    f"{shown(chat.messages[n]['role'])}; expected one of {', '.join(_USUAL_ROLES)}"
                 )
         if len(unseen) > _MOST_TRIALS:
             raise RequestError(
@@ -192,7 +192,7 @@ class ChatTemplate:
         if name not in self._templates:
             have = f"only ones named {sorted(self._templates)}" if self._templates else "none"
             raise RequestError(
-                f"{self._source}: a chat needs a chat template named {name!r} and the checkpoint has {have}; "
+                f"{self._source}: a chat needs a chat template named {shown(name)} and the checkpoint has {have}; "
                 "expected an Instruct checkpoint, or plain text through encode()"
             )
         if name not in self._compiled:
@@ -214,7 +214,7 @@ class ChatTemplate:
 
 def _check_tools(tools: Any) -> None:
     if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)):
-        raise RequestError(f"tools: found {tools!r:.80}; expected a list of dicts, one function schema each")
+        raise RequestError(f"tools: found {shown(tools)}; expected a list of dicts, one function schema each")
 
 
 def _shows_python(chat: Conversation, text: str) -> bool:

@@ -160,7 +160,7 @@ class Config:
         """A size of the family, such as "qwen2.5-3b" (case and the suffix -instruct do not matter)."""
         key = name.lower().split("/")[-1].removesuffix("-instruct").replace("-coder", "")
         if key not in FAMILY:
-            raise ConfigError(f"{name!r} is not a size of the family; expected one of: {', '.join(FAMILY)}")
+            raise ConfigError(f"{shown(name)} is not a size of the family; expected one of: {', '.join(FAMILY)}")
         return FAMILY[key]
 
     @property

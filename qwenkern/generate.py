@@ -178,7 +178,7 @@ def _all_logits(model: Qwen2, call: Call, sequence: Sequence, chunk: int) -> Ite
             if call.running or call.start(len(ids)):
                 start = sequence.table.length  # before ``done`` where its pages went to another meanwhile
                 parts = [(sequence.table, ids[start : start + chunk])]
-                x, residual = model.model(cache.batch(parts), cache, model.cos_sin)
+                x, residual = model.model(cache.batch(parts), cache)
                 cache.advance(parts)
         if start is None:
             call.wait()

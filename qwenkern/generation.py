@@ -192,9 +192,11 @@ def check_eos_token(token: Any, vocab: Mapping[str, int], width: Any, file: Path
         raise ConfigError(f"{file}: eos_token is {shown(token)}; expected a text, or an object with its content")
     token_id = None if token is None else vocab.get(text)
     if token_id is not None and isinstance(width, int) and token_id >= width:
-        raise ConfigError(f"{file}: eos_token is {text!r}, with id {token_id}; expected one below vocab_size {width}")
+        raise ConfigError(
+            f"{file}: eos_token is {shown(text)}, with id {token_id}; expected one below vocab_size {width}"
+        )
     if token is not None and token_id is None:
-        logger.warning("%s: eos_token is %r, which the vocabulary does not have: it ends nothing", file, text)
+        logger.warning("%s: eos_token is %s, which the vocabulary does not have: it ends nothing", file, shown(text))
 
 
 def _check(source: str, name: str, value: Any, **as_params: Any) -> None:

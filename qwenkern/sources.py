@@ -18,7 +18,7 @@ from pathlib import Path
 
 from .config import Config
 from .download import Download, Part, Progress, fetch
-from .errors import CheckpointError, ConfigError, RequestError
+from .errors import CheckpointError, ConfigError, RequestError, shown
 from .reading import is_gguf
 
 _APACHE, _RESEARCH, _QWEN = "Apache-2.0", "Qwen Research License (non-commercial)", "Qwen License"
@@ -81,7 +81,7 @@ def resolve(model: str | Path, progress: Progress | None = None) -> Path:
         return path
     text = str(model)
     if not text.strip():
-        raise RequestError(f"model: found {text!r}, expected a folder, a .gguf file, a name or a hub id")
+        raise RequestError(f"model: found {shown(text)}, expected a folder, a .gguf file, a name or a hub id")
     if os.path.isfile(_expanded(text)) and text.lower() not in _names():
         raise CheckpointError(f"{text}: found a file of another kind, expected a folder or a GGUF file")
     path_like = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf") or text.count("/") > 1
@@ -103,14 +103,16 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     quantised = _QUANTISED.fullmatch(key.removeprefix("qwen/"))
     if quantised and quantised[1] in _HUB:
         raise RequestError(
-            f"model: {name!r} has weights quantised by {quantised[2].split('-')[0].upper()}, which qwenkern does not "
-            f"run; expected {quantised[1]}, or a GGUF file of it"
+            f"model: {shown(name)} has weights quantised by {quantised[2].split('-')[0].upper()}, which is not built; "
+            f"expected {quantised[1]}, or a GGUF file of it"
         )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return _pull_snapshot(name)
     close = difflib.get_close_matches(key.removeprefix("qwen/"), _names(), n=4, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else "known names: demo, qwen2.5-3b-instruct and the like"
-    raise RequestError(f"model: found the unknown name {name!r}, expected a path, a hub id or a known name; {hint}")
+    raise RequestError(
+        f"model: found the unknown name {shown(name)}, expected a path, a hub id or a known name; {hint}"
+    )
 
 
 def _names() -> list[str]:

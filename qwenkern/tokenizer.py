@@ -141,13 +141,13 @@ class Tokenizer:
         for n, merge in enumerate(merges):
             if len(merge) != 2:
                 raise CheckpointError(
-                    f"{source}: tokenizer.ggml.merges[{n}] is {' '.join(merge)!r}; expected two tokens and one space"
+                    f"{source}: tokenizer.ggml.merges[{n}] is {shown(' '.join(merge))}; expected two tokens and a space"
                 )
         # Unused entries ([PAD151665]) widen the embedding to a round size; they must not match text.
         vocab = {token: n for n, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
         if len(vocab) != len(types) - types.count(_UNUSED):
             twice = next(token for n, token in enumerate(tokens) if types[n] != _UNUSED and vocab[token] != n)
-            raise CheckpointError(f"{source}: tokenizer.ggml.tokens has {twice!r} twice; expected distinct tokens")
+            raise CheckpointError(f"{source}: tokenizer.ggml.tokens has {shown(twice)} twice; expected distinct tokens")
         with guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
             # A GGUF leaves the steps unsaid. transformers 5.23 forgets the normalizer, so text in NFD gets other ids.
             library = qwen2_library(vocab, [tuple(merge) for merge in merges])
@@ -229,7 +229,7 @@ class Tokenizer:
         try:
             token_id = operator.index(token_id)
         except TypeError:
-            raise RequestError(f"token id is {token_id!r}; expected an int below {self.vocab_size}") from None
+            raise RequestError(f"token id is {shown(token_id)}; expected an int below {self.vocab_size}") from None
         if not 0 <= token_id < self.vocab_size:
             raise RequestError(f"token id is {token_id}; expected 0 to {self.vocab_size - 1}")
         if token_id in self._added:
@@ -341,5 +341,5 @@ def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> 
         raise CheckpointError(f"{source}: {key} is a {type(values).__name__}; expected a list of {kind.__name__}")
     for n, value in enumerate(values):
         if not isinstance(value, kind):
-            raise CheckpointError(f"{source}: {key}[{n}] is {value!r:.40}; expected {kind.__name__}")
+            raise CheckpointError(f"{source}: {key}[{n}] is {shown(value, 40)}; expected {kind.__name__}")
     return list(values)

@@ -124,9 +124,9 @@ def check_parts(library: tokenizers.Tokenizer, source: str) -> None:
             refuse(f"{kind} has {len(steps)} steps, and {most} are the most")
         for step in steps:
             if kind == "normalizer" and step["type"] not in _NORMALIZERS:
-                refuse(f"{kind} has a step of type {step['type']!r:.40}")
+                refuse(f"{kind} has a step of type {shown(step['type'], 40)}")
             if kind == "pre_tokenizer" and step["type"] not in ("Split", "ByteLevel", "Digits"):
-                refuse(f"{kind} has a step of type {step['type']!r:.40}")
+                refuse(f"{kind} has a step of type {shown(step['type'], 40)}")
             expression = step.get("pattern", {}).get("Regex") if step["type"] == "Split" else None
             if expression is not None and expression not in EXPRESSIONS:
                 refuse(f"{kind} splits by the unknown expression {shown(expression)}")

@@ -121,7 +121,7 @@ def _change_inside(chance: random.Random, value: Any) -> Any:
     if what < 0.08:
         del value[key]
     elif what < 0.12 and isinstance(value, dict):
-        value[chance.choice((key + "_", key.upper(), ""))] = value.pop(key)
+        value[chance.choice((f"{key}_", str(key).upper(), ""))] = value.pop(key)
     elif what < 0.16 and isinstance(value, list):
         value.insert(key, copy.copy(value[key]))
     elif what < 0.20:
@@ -489,7 +489,7 @@ def template(folder: Path) -> Target:
         source = "".join(chance.choices(FRAGMENTS, k=chance.randint(1, 3)))
         if chance.random() < 0.5:
             source = _changed(chance, source)
-        file.write_text(json.dumps(content | {"chat_template": source}))
+        file.write_bytes(as_json(content | {"chat_template": source}))
         Tokenizer.from_folder(folder).encode_chat([{"role": "user", "content": "hello"}], TOOLS)
 
     return one

@@ -546,8 +546,8 @@ def test_a_special_token_left_out_does_not_break_a_character(toy):
         ({"ggml__token_type": [1] * 9}, "tokenizer.ggml.token_type has 9 entries; expected 270"),
         ({"ggml__token_type": [7] * 270}, "tokenizer.ggml.token_type holds 7; expected 1, 3, 4 or 5"),
         ({"ggml__merges": None}, "tokenizer.ggml.merges is missing; expected a list of str"),
-        ({"ggml__merges": ["h e", "hello"]}, "tokenizer.ggml.merges[1] is 'hello'; expected two tokens and one space"),
-        ({"ggml__merges": ["h e l"]}, "tokenizer.ggml.merges[0] is 'h e l'; expected two tokens and one space"),
+        ({"ggml__merges": ["h e", "hello"]}, "tokenizer.ggml.merges[1] is 'hello'; expected two tokens and a space"),
+        ({"ggml__merges": ["h e l"]}, "tokenizer.ggml.merges[0] is 'h e l'; expected two tokens and a space"),
         ({"ggml__merges": ["z z"]}, "tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"),
     ],
 )

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from qwenkern.config import Config
-from qwenkern.errors import CheckpointError
+from qwenkern.errors import CheckpointError, shown
 from qwenkern.generation import Generation
 from qwenkern.reading import LARGEST, read_json, unique
 
@@ -102,14 +102,14 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
-            f"{index}: expected an object weight_map from tensors to files, found {weight_map!r:.100}"
+            f"{index}: expected an object weight_map from tensors to files, found {shown(weight_map, 100)}"
         )
     files: dict[Path, set[str]] = {}
     paths: dict[str, Path] = {}
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name.endswith(".safetensors") or any(c in name for c in "/\\:\0"):
             raise CheckpointError(
-                f"{index}: tensor {tensor} is in {name!r}; expected the bare name of a .safetensors file"
+                f"{index}: tensor {tensor} is in {shown(name)}; expected the bare name of a .safetensors file"
             )
         if name not in paths:
             paths[name] = inside(folder, name, _INDEX)

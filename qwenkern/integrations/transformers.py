@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from . import layers
 from .layers import attention_forward, is_norm, patch_of, patched
 
@@ -74,7 +74,7 @@ def _wanted(decoder: nn.Module, pieces: frozenset[str]) -> Iterator[tuple[nn.Mod
     attends = "attention" in pieces and implementation == "sdpa"
     if "attention" in pieces and implementation not in ("sdpa", "qwenkern"):
         _log_once(
-            f"attention stays on {implementation!r}: load the model with attn_implementation='sdpa' to replace it"
+            f"attention stays on {shown(implementation)}: load the model with attn_implementation='sdpa' to replace it"
         )
     for layer in decoder.layers:
         if "rms_norm" in pieces:
@@ -181,10 +181,12 @@ def _decoder(model: nn.Module) -> nn.Module:
 def _check_model(decoder: nn.Module, pieces: frozenset[str]) -> None:
     kind = getattr(getattr(decoder, "config", None), "model_type", None)
     if kind not in MODEL_TYPES:
-        raise RequestError(f"{type(decoder).__name__} is of type {kind!r}; expected one of {', '.join(MODEL_TYPES)}")
+        raise RequestError(
+            f"{type(decoder).__name__} is of type {shown(kind)}; expected one of {', '.join(MODEL_TYPES)}"
+        )
     activation = decoder.config.hidden_act
     if "swiglu" in pieces and activation not in ("silu", "swish"):
-        raise RequestError(f"the model's activation is {activation!r}; expected 'silu', or pass swiglu=False")
+        raise RequestError(f"the model's activation is {shown(activation)}; expected 'silu', or pass swiglu=False")
     for module in _touched(decoder):
         origin = _origin(module.forward)
         if origin.startswith("liger_kernel"):
