@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError, RequestError, shown
 from .messages import plain, read_messages, size, unused_characters
 from .reading import read_json, read_text
 
@@ -180,7 +180,7 @@ class ChatTemplate:
             if with_more({n: "."}) == text:
                 raise RequestError(
                     f"messages[{n}]: the chat template of {self._source} ignores the role "
-                    f"{chat.messages[n]['role']!r:.80}; expected one of {', '.join(_USUAL_ROLES)}"
+                    f"{shown(chat.messages[n]['role'])}; expected one of {', '.join(_USUAL_ROLES)}"
                 )
         if len(unseen) > _MOST_TRIALS:
             raise RequestError(
@@ -214,7 +214,7 @@ class ChatTemplate:
 
 def _check_tools(tools: Any) -> None:
     if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)):
-        raise RequestError(f"tools: found {tools!r:.80}; expected a list of dicts, one function schema each")
+        raise RequestError(f"tools: found {shown(tools)}; expected a list of dicts, one function schema each")
 
 
 def _shows_python(chat: Conversation, text: str) -> bool:

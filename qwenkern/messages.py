@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .errors import RequestError
+from .errors import RequestError, shown
 
 DEEPEST = 100  # levels of nesting
 _TEXT_PARTS = ("text", "input_text", "output_text")
@@ -82,11 +82,11 @@ def _read(message: Any, name: str, read_arguments: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{name} is a {type(message).__name__}; expected a dict with role and content")
     if not isinstance(message.get("role"), str):
-        raise RequestError(f"{name}: role is {message.get('role')!r:.80}; expected a string such as 'user'")
+        raise RequestError(f"{name}: role is {shown(message.get('role'))}; expected a string such as 'user'")
     read = {key: value for key, value in plain(message, name).items() if value is not None}
     calls = read.get("tool_calls", [])
     if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-        raise RequestError(f"{name}: tool_calls is {calls!r:.80}; expected a list of dicts, one call each")
+        raise RequestError(f"{name}: tool_calls is {shown(calls)}; expected a list of dicts, one call each")
     content = read.get("content")
     if isinstance(content, list):
         read["content"] = "\n".join(_text_of(part, f"{name}.content[{n}]") for n, part in enumerate(content))
@@ -106,9 +106,11 @@ def _text_of(part: Any, name: str) -> str:
     if not isinstance(part, dict):
         raise RequestError(f"{name} is a {type(part).__name__}; expected a dict with type and text")
     if part.get("type") not in _TEXT_PARTS:
-        raise RequestError(f"{name} is of type {part.get('type')!r:.40}; expected 'text': the model reads nothing else")
+        raise RequestError(
+            f"{name} is of type {shown(part.get('type'), 40)}; expected 'text': the model reads nothing else"
+        )
     if not isinstance(part.get("text"), str):
-        raise RequestError(f"{name}: text is {part.get('text')!r:.40}; expected a string")
+        raise RequestError(f"{name}: text is {shown(part.get('text'), 40)}; expected a string")
     return part["text"]
 
 
