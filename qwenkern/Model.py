@@ -341,7 +341,7 @@ class Model:
         low, high = min(ids), max(ids)
         if low < 0 or high >= self.config.vocab_size:
             raise RequestError(
-                f"the prompt has token id {low if low < 0 else high}; expected 0 to {self.config.vocab_size - 1}"
+                f"the prompt has token id {shown(low if low < 0 else high)}; expected 0 to {self.config.vocab_size - 1}"
             )
 
     def _room_after(self, num_tokens: int) -> tuple[int, str]:

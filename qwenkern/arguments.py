@@ -15,17 +15,20 @@ from .errors import RequestError, shown
 
 
 def is_whole(value: Any) -> bool:
-    return hasattr(type(value), "__index__") and not isinstance(value, bool)
+    if type(value) is int or isinstance(value, bool) or not hasattr(type(value), "__index__"):
+        return type(value) is int
+    try:
+        operator.index(value)
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
+        return False
+    return True
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> int | None:
     """An integer from low to high, or None where it is optional."""
     if value is None and optional:
         return None
-    try:
-        number = operator.index(value) if is_whole(value) else None
-    except (TypeError, ValueError, RuntimeError):  # a tensor or an array of several
-        number = None
+    number = operator.index(value) if is_whole(value) else None
     if number is None or number < low or (high is not None and number > high):
         span = f"from {low} to {high}" if high is not None else f"of at least {low}"
         raise RequestError(f"{name} is {shown(value)}; expected a whole number {span}" + " or None" * optional)

@@ -41,6 +41,6 @@ def shown(value: Any, length: int = 80) -> str:
     """What was found, for a message: its repr, shortened, also where a number has more digits than Python writes."""
     try:
         text = repr(value)
-    except (ValueError, RecursionError) as fault:  # over 4,300 digits; something that holds itself too deeply
-        text = f"a {type(value).__name__} that cannot be written: {fault}"
+    except Exception as fault:  # over 4,300 digits; something that holds itself too deeply; a class of the caller's
+        text = f"a {type(value).__name__} that cannot be written: {type(fault).__name__}: {fault}"
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -6,7 +6,7 @@ made; an item of a list. Jinja gives hooks for operators, calls, filters and tes
 comparisons, `~`, slices, keys of dicts) is rewritten in the syntax tree, so that it passes one of them. What cannot be
 weighed is refused: only the filters, functions and methods named here can be called.
 
-A step takes 0.1 microseconds at most and 15 bytes, so that the budget bounds time and memory on every platform. A child
+A step takes 0.2 microseconds and 15 bytes at most, so that the budget bounds time and memory on every platform. A child
 process would cost its start, and would have to live where there is no executable to start (embedded interpreters).
 """
 
@@ -32,7 +32,12 @@ STEPS_PER_CHARACTER = 40  # and for each character of its input: templates copy 
 LARGEST_TEMPLATE = 200_000  # characters; those of published models have up to 30,000
 _LARGEST_INT = 10_000  # bits
 _DEEPEST = 1000  # levels of nesting: below them, to hash a tuple would overflow the stack
-_ITEM, _CALL, _NEW_OBJECT = 8, 30, 64  # steps of an item in a new list, of a call, of a new namespace
+_NODE, _ITEM, _CALL, _NEW_OBJECT = (
+    3,
+    8,
+    30,
+    64,
+)  # steps of a node, of an item in a new list, of a call, of a new namespace
 
 _left: ContextVar[list[int]] = ContextVar("steps left")
 
@@ -270,7 +275,7 @@ class _Rewriter(NodeTransformer):
 
 def _weight(node: nodes.Node) -> int:
     """Steps of reaching a node and all below it once."""
-    own = len(node.data) if isinstance(node, nodes.TemplateData) else 1
+    own = len(node.data) if isinstance(node, nodes.TemplateData) else _NODE
     if isinstance(node, (nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair)):
         own = _ITEM
     return own + sum(map(_weight, node.iter_child_nodes()))

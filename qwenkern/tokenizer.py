@@ -213,7 +213,7 @@ class Tokenizer:
         for messages in (turns, [{"role": "system", "content": "(the rule)"}, *turns]):
             try:
                 text = self.render_chat(messages, add_generation_prompt=False)
-            except RequestError:  # there is no template, or it takes other conversations only
+            except (RequestError, CheckpointError):  # none, one for other conversations only, or one that does not run
                 continue
             _, found, after = text.rpartition(answer)
             if found and (end := self._any_special.search(after)):
@@ -222,16 +222,20 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
         """Text of `ids`, U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the vocabulary."""
+        try:
+            ids = iter(ids)
+        except TypeError:
+            raise RequestError(f"ids are {shown(ids)}; expected a list of token ids") from None
         return b"".join(self._shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, which need not be whole characters; b"" for an id that no token has."""
         try:
             token_id = operator.index(token_id)
-        except TypeError:
+        except (TypeError, ValueError, RuntimeError):  # the last two: an array or a tensor of several
             raise RequestError(f"token id is {shown(token_id)}; expected an int below {self.vocab_size}") from None
         if not 0 <= token_id < self.vocab_size:
-            raise RequestError(f"token id is {token_id}; expected 0 to {self.vocab_size - 1}")
+            raise RequestError(f"token id is {shown(token_id)}; expected 0 to {self.vocab_size - 1}")
         if token_id in self._added:
             return self._added[token_id].encode()
         token = self._library.id_to_token(token_id) or ""

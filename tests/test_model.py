@@ -153,6 +153,7 @@ BAD_PROMPTS = [
     ([[1, [2]]], "prompt is of type int|expected"),
     ({"role": "user"}, "prompt is of type dict"),
     ({1, 2}, "prompt is of type set"),
+    ((np.array([1, 2]),), "prompt is of type ndarray"),
     (range(10**30), "token id 512; expected 0 to 502"),
     ([1, 2**70], "token id 1180591620717411303424; expected 0 to 502"),
     ([{"role": "user", "content": "a"}, "b"], "prompt is of type dict"),

@@ -479,12 +479,20 @@ def test_ids_may_be_a_tensor(toy):
         (1.0, "token id is 1.0; expected an int below 270"),
         ("5", "token id is '5'; expected an int"),
         (None, "token id is None; expected an int"),
+        (10**400, "token id is 1000000"),
+        (torch.tensor([1, 2]), "token id is tensor([1, 2]); expected an int"),
     ],
 )
 def test_what_cannot_be_decoded(toy, token_id, message):
     for call in (toy.token_bytes, Detokenizer(toy).add, lambda n: toy.decode([0, n])):
         with pytest.raises(RequestError, match=re.escape(message)):
             call(token_id)
+
+
+@pytest.mark.parametrize("ids", [None, 3, object()])
+def test_what_are_no_ids(toy, ids):
+    with pytest.raises(RequestError, match=r"ids are .*; expected a list of token ids"):
+        toy.decode(ids)
 
 
 @settings(deadline=None, max_examples=500)
