@@ -217,7 +217,7 @@ NO_IDS = [
     [1.5],
     [True],
     {1: 2},
-    object(),
+    object,
 ]
 
 
