@@ -4,7 +4,8 @@
     python tests/fuzz.py -n 500 gguf chat    fewer, for some
     python tests/fuzz.py --only 1234 gguf    one input again, with its traceback
 
-An input follows from its target and its number alone, so a fault is found again by both. It may take SECONDS at most.
+An input follows from its target and its number alone, so a fault is found again by both. It may take SECONDS of the
+processor's time at most.
 Anything else than success or qwenkern.Error is a fault: another exception, a wait, a crash.
 """
 
@@ -46,7 +47,7 @@ from qwenkern.checkpoint.packing import slots
 from qwenkern.errors import Error
 from qwenkern.tokenizer import Tokenizer
 
-SECONDS = 10.0  # that one input may take
+SECONDS = 20.0  # of the processor's time that one input may take, and a tenth of what it may take on the clock
 MEMORY = 6 << 30  # bytes that the process may take; an input that wants more raises MemoryError, a fault
 CONFIG = Config(270, 16, 32, 2, 4, 2, 4, max_position_embeddings=256, tie_word_embeddings=True, source="toy")
 
@@ -282,7 +283,7 @@ def write_gguf(file: Path) -> None:
 
 def use(path: Path) -> None:
     """Loads a checkpoint and does with it what a user does first."""
-    model = Model.from_pretrained(path, device="cpu", cache_tokens=256)
+    model = Model.from_pretrained(path, device="cpu", cache_tokens=128)
     model.generate("hello", max_tokens=2)
     model.chat([{"role": "user", "content": "hello"}], max_tokens=2)
 
@@ -512,7 +513,7 @@ def chat(folder: Path) -> Target:
 
 def _model() -> Model:
     tokenizer = Tokenizer.from_gguf(toy_metadata(), "toy.gguf")
-    return Model.from_config(CONFIG, device="cpu", dtype="float32", tokenizer=tokenizer, cache_tokens=256)
+    return Model.from_config(CONFIG, device="cpu", dtype="float32", tokenizer=tokenizer, cache_tokens=128)
 
 
 PARAMS = {
@@ -629,9 +630,11 @@ def command_line(folder: Path) -> Target:
 
 def attempt(one: Target, name: str, number: int) -> str:
     """ "success", the name of a qwenkern.Error, or a fault: the exception's type and where it was raised."""
-    signal.signal(signal.SIGALRM, _too_slow)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    faulthandler.dump_traceback_later(6 * SECONDS, exit=True)  # native code does not see the alarm
+    signal.signal(signal.SIGPROF, _too_slow)
+    signal.signal(signal.SIGALRM, _too_slow)  # for whoever sleeps
+    signal.setitimer(signal.ITIMER_PROF, SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
+    faulthandler.dump_traceback_later(15 * SECONDS, exit=True)  # native code does not see the signals
     try:
         one(random.Random(f"{name}/{number}"))
     except Error as error:
@@ -645,6 +648,7 @@ def attempt(one: Target, name: str, number: int) -> str:
         where = f" at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
         return f"FAULT {type(fault).__name__}{where}: {str(fault)[:90]!r}"
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
     return "success"
