@@ -241,6 +241,10 @@ class Model:
 
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each. tools: functions that the
         model may call, as JSON schemas; it answers a call in <tool_call> tags."""
+        if isinstance(messages, str) or _is_ids(messages):
+            raise RequestError(
+                f"messages is {shown(messages)}; expected a list of messages, or generate for such a prompt"
+            )
         params = _params(params, keywords)
         completions = self._complete(self._sequences([messages], params, tools))
         return completions[0] if params.n == 1 else completions

@@ -60,6 +60,12 @@ def test_chat_is_the_rendered_prompt(model):
     assert "".join(model.stream(messages, max_tokens=8)) == expected.text
 
 
+@pytest.mark.parametrize("prompt", ["Hello", [1, 2], []], ids=repr)
+def test_a_chat_takes_messages_alone(model, prompt):
+    with pytest.raises(RequestError, match=r"messages is .*; expected a list of messages"):
+        model.chat(prompt, max_tokens=1)
+
+
 def test_tools_reach_the_template_from_every_call():
     template = "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}{{ messages[0].content }}"
     tokenizer = Tokenizer(
