@@ -100,6 +100,8 @@ shape = lambda *sizes, dtype=torch.bfloat16: torch.empty(sizes, dtype=dtype, dev
 
 class Cache:
     k = v = shape(2, 128, 64, config.num_key_value_heads, config.head_dim)
+    class rope:
+        cos_sin = shape(8192, config.head_dim, dtype=torch.float32)
 
 def name(launch):
     return launch.name, launch.grid, launch.kernel.metadata.shared, launch.kernel.metadata.num_warps

@@ -233,7 +233,8 @@ def test_a_cache_that_cannot_be_used_ends_nothing(fresh, monkeypatch, caplog, ki
     elif kind == "another's":
         fresh.mkdir(parents=True)
         monkeypatch.setattr(kept.os, "getuid", lambda: 4242)
-        monkeypatch.setattr(kept.Path, "stat", lambda path, **_: os.stat_result((0o40777, 0, 0, 1, 99, *[0] * 5)))
+        stat, theirs = Path.stat, os.stat_result((0o40777, 0, 0, 1, 99, *[0] * 5))
+        monkeypatch.setattr(Path, "stat", lambda path, **options: theirs if path == fresh else stat(path, **options))
     else:
         real = os.replace
         monkeypatch.setattr(

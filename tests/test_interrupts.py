@@ -116,7 +116,7 @@ class Sums:
             logit[int(past @ np.arange(1, len(past) + 1)) % len(logit)] += 3
         return torch.from_numpy(logits)
 
-    def layers(self, batch: Batch, cache: PagedCache, _: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def layers(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
         return (logits := self.forward(batch, cache)), logits
 
     def likeliest(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
