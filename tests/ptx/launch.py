@@ -10,7 +10,7 @@ from random import Random
 
 import numpy as np
 
-from . import control, floats, integers, lanes, movement  # noqa: F401 - they fill the table
+from . import control, copies, floats, integers, lanes, movement  # noqa: F401 - they fill the table
 from .faults import Fault
 from .memory import GlobalMemory
 from .parse import Program, parse

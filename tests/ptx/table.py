@@ -53,7 +53,7 @@ def decode(instruction: Instruction, program: Program) -> Step:
             step = DECODERS[name](instruction, program)
         else:
             raise Unknown(f"no such instruction here of {len(instruction.operands)} operands")
-    except Unknown as unknown:
+    except (Unknown, ValueError, KeyError, IndexError) as unknown:  # another number of operands, or another type
         raise Unknown(f"{instruction.opcode}: {unknown} [{instruction.text}]") from None
     guard = instruction.guard
     return guarded(step, guard.register, guard.negated, program) if guard else step
