@@ -1,6 +1,6 @@
 """Triton's launches on a device that is not there: compiled for it, and run here.
 
-    with device("sm_90", seed=1):
+    with device(DEVICES["sm_90"], seed=1):
         out = kernels.linear(x, weight)  # of tensors on the CPU
 
 Needs a process in which Triton compiles, that is, one without TRITON_INTERPRET."""
@@ -29,10 +29,9 @@ Change = Callable[[str, str], str]  # from a kernel's name and PTX to the PTX th
 
 
 @contextlib.contextmanager
-def device(key: str, seed: int, change: Change = lambda name, ptx: ptx) -> Iterator[None]:
-    """While it lasts, kernels run as on ``machine_code.DEVICES[key]``: CPU tensors are its memory. From sm_90 on they
-    are launched dependently, as in a captured graph."""
-    this = machine_code.DEVICES[key]
+def device(this: tuning.Device, seed: int, change: Change = lambda name, ptx: ptx) -> Iterator[None]:
+    """While it lasts, kernels run as on this device: CPU tensors are its memory. From sm_90 on they are launched
+    dependently, as in a captured graph."""
     compile_ = JITFunction.run
     kernels: dict[str, Kernel] = {}
     launches = 0
