@@ -106,11 +106,14 @@ def test_bits_do_not_depend_on_the_company(process, key, op):
 @pytest.mark.parametrize("kernel", on_ptx.KERNELS)
 def test_what_is_missing_is_noticed(process, key, kernel):
     """Each barrier, each wait and each guard, taken out one at a time. What nothing shows to be missing is not needed,
-    for a reason that is known, and all of it may be missing at once."""
+    for a reason that is known; such barriers may all be missing at once."""
     removals = process.submit(on_ptx.whole, key, kernel).result()
     unnoticed = process.submit(on_ptx.unnoticed, key, kernel, removals, SEEDS).result()
     assert [each for each in unnoticed if not why_needless(each)] == []
-    assert all(process.submit(on_ptx.without, key, kernel, seed, unnoticed).result() == "" for seed in range(SEEDS))
+    barriers = [each for each in unnoticed if each.piece == "barrier"]
+    assert [process.submit(on_ptx.without, key, kernel, seed, barriers).result() for seed in range(SEEDS)] == [
+        ""
+    ] * SEEDS
     expected = {"barrier", "guard"}
     expected |= {"wait for copies"} if kernel != "combine" else set()
     expected |= {"wait for the kernel before"} if key != "sm_80" else set()

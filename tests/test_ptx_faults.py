@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from ptx import warp
+from ptx import launch, warp
 from ptx.faults import Fault
 from tiny_ptx import run
 
@@ -266,6 +266,20 @@ def test_what_nobody_asks_for_needs_no_value():
     assert second.tolist() == list(range(32))
 
 
+def test_what_comes_in_two_parts_has_a_value():
+    body = "@%p2 mov.b32 %r50, 1; @!%p2 mov.b32 %r50, 2; st.global.b32 [%rd10], %r50;"
+    assert run(PRELUDE + body, np.zeros(32, np.int32), np.zeros(32, np.int32))[0].tolist() == [1] + [2] * 31
+
+
+def test_stores_behind_a_barrier_are_none_of_a_release_before():
+    body = """
+        @%p2 atom.global.gpu.acq_rel.add.u32 %r4, [%rd1], %r8; bar.sync 0; st.global.b32 [%rd10], %r3; bar.sync 0;
+        @%p2 atom.global.gpu.acq_rel.add.u32 %r4, [%rd1], %r8;
+    """
+    _, counter = run(PRELUDE + body, np.zeros(64, np.int32), np.zeros(1, np.int32), num_warps=2)
+    assert counter.tolist() == [2]
+
+
 def test_a_fault_names_its_place():
     body = ".loc 1 2 3 // linear.py:86:20 @[ other.py:3:4 ]\n @%p2 st.global.b32 [%rd10+1], %r3;"
     place = r"warp 0 of CTA \(0, 0, 0\) in tiny, linear.py:86: @%p2 st.global.b32 \[%rd10\+1\], %r3"
@@ -280,12 +294,16 @@ def test_the_order_is_random_and_fixed_by_the_seed():
         setp.eq.s32 %p4, %r6, 0; mad.wide.u32 %rd12, %r5, 4, %rd1;
         @%p4 atom.global.gpu.relaxed.add.u32 %r7, [%rd0], %r8; @%p4 st.global.b32 [%rd12], %r7;
     """
-    orders = [
-        run(PRELUDE + body, np.zeros(1, np.int32), np.zeros(16, np.int32), grid=(8, 1, 1), num_warps=2, seed=seed)[1]
-        for seed in (1, 2, 1)
-    ]
-    assert all(sorted(order.tolist()) == list(range(16)) for order in orders)
-    assert orders[0].tolist() == orders[2].tolist() != orders[1].tolist()
+    orders = []
+    for seed in (0, 1, 2, 3, 0):
+        buffers = np.zeros(1, np.int32), np.zeros(80, np.int32)
+        _, numbers = run(PRELUDE + body, *buffers, grid=(40, 1, 1), num_warps=2, seed=seed)
+        assert sorted(numbers.tolist()) == list(range(80))
+        orders.append(numbers.tolist())
+    assert orders[0] == orders[-1]
+    first = {numbers.index(0) // 2 for numbers in orders}  # a CTA
+    assert len(first) == 4
+    assert max(first) - min(first) > launch.RESIDENT
 
 
 def test_a_copy_lands_when_it_is_waited_for():

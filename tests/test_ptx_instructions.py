@@ -277,6 +277,13 @@ def test_almost_the_middle(t):
         assert len(set(found)) == 2
 
 
+def test_almost_the_middle_of_subnormal_numbers():
+    """The sum has more bits than float64, and there looks like the middle of two float32."""
+    x, y, z = (2.0**-75 * (1 + 2.0**-23), 2.0**-75 * (1 - 2.0**-23), 2.0**-127 + 2.0**-149)
+    assert x * y + z == z + 2.0**-150
+    assert compute("fma.rn.f32", "f32", *[("f32", [each] * LANES) for each in (x, y, z)]).tolist() == [z] * LANES
+
+
 @pytest.mark.parametrize("t", ["bf16", "f16"])
 def test_mixed_precision(t):
     for seed in range(10):
