@@ -83,6 +83,7 @@ PIECES = {
     "wait for copies": r"cp\.async\.wait_group\s+\d+;",
     "wait for the kernel before": r"griddepcontrol\.wait;",
     "guard": r"@!?%p\d+ (?=ld\.global|st\.global|atom)",
+    "sizes of copies": r"(?<=, 0x[48]), %r\d+(?=;)|(?<=, 0x10), %r\d+(?=;)",  # zero where nothing is to be read
 }
 
 
@@ -91,17 +92,24 @@ class Removal(NamedTuple):
     number: int  # of its kind, in the order of the text
     source: str  # "linear.py:86"
     between_first_copies: bool  # in a straight line, and before any wait for them
-    span: tuple[int, int]
+    spans: tuple[tuple[int, int], ...]
 
 
 def _removals(ptx: str) -> Iterator[Removal]:
+    """Each piece of its own, but the sizes of all copies that a line makes together."""
+    copies: dict[str, list[tuple[int, int]]] = {}
     for piece, pattern in PIECES.items():
         for number, found in enumerate(re.finditer(pattern, ptx)):
             before = ptx[: found.start()]
             source = re.findall(r"\.loc\s.*//\s*([^\s:]+:\d+)", before)[-1]
+            if piece == "sizes of copies":
+                copies.setdefault(source, []).append(found.span())
+                continue
             block = re.split(r"^\$L__BB\w+:", before, flags=re.M)[-1]
             between_first_copies = "commit_group" in block and "wait_group" not in before
-            yield Removal(piece, number, source, between_first_copies, found.span())
+            yield Removal(piece, number, source, between_first_copies, (found.span(),))
+    for number, (source, spans) in enumerate(copies.items()):
+        yield Removal("sizes of copies", number, source, False, tuple(spans))
 
 
 def whole(key: str, kernel: str) -> list[Removal]:
@@ -124,7 +132,7 @@ def without(key: str, kernel: str, seed: int, removed: list[Removal]) -> str:
 
     def cut(name: str, ptx: str) -> str:
         if name == KERNELS[kernel][1]:
-            for start, end in sorted((each.span for each in removed), reverse=True):
+            for start, end in sorted((span for each in removed for span in each.spans), reverse=True):
                 ptx = ptx[:start] + ptx[end:]
         return ptx
 

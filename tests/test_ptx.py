@@ -68,6 +68,10 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
 ]
 
 
+# Which kernels of on_ptx.KERNELS are run without each of their pieces in turn, where
+MUTATED = {"o_proj": ALL, "split_k": HOPPER, "decode_attention": ALL, "combine": HOPPER}
+
+
 def cases() -> Iterator[Any]:
     for keys, test, parameters in TESTS:
         values = [str(value).removeprefix("torch.") for value in parameters.values()]
@@ -102,11 +106,13 @@ def test_bits_do_not_depend_on_the_company(process, key, op):
     assert process.submit(on_ptx.others_of_company, key, SEED, op, (1, 2, 3, 5, 8)).result() == []
 
 
-@on_all
-@pytest.mark.parametrize("kernel", on_ptx.KERNELS)
+@pytest.mark.parametrize(
+    ("key", "kernel"),
+    [pytest.param(key, kernel, marks=group(key)) for kernel, keys in MUTATED.items() for key in keys],
+)
 def test_what_is_missing_is_noticed(process, key, kernel):
-    """Each barrier, each wait and each guard, taken out one at a time. What nothing shows to be missing is not needed,
-    for a reason that is known; such barriers may all be missing at once."""
+    """Each barrier, each wait, each guard, and the sizes of the copies that a line makes, taken out one at a time. What
+    nothing shows to be missing is not needed, for a reason that is known; such barriers may all be missing at once."""
     removals = process.submit(on_ptx.whole, key, kernel).result()
     unnoticed = process.submit(on_ptx.unnoticed, key, kernel, removals, SEEDS).result()
     assert [each for each in unnoticed if not why_needless(each)] == []
@@ -115,13 +121,14 @@ def test_what_is_missing_is_noticed(process, key, kernel):
         ""
     ] * SEEDS
     expected = {"barrier", "guard"}
-    expected |= {"wait for copies"} if kernel != "combine" else set()
+    expected |= {"wait for copies", "sizes of copies"} if kernel != "combine" else set()
     expected |= {"wait for the kernel before"} if key != "sm_80" else set()
     assert {each.piece for each in removals if each not in unnoticed} == expected
 
 
-# Guards of these lines are not needed, though it may be cheaper to have them.
-NEEDLESS_GUARDS = {
+# What these lines do where it is of no use does no harm either.
+HARMLESS = {
+    "k = tl.load(k_ptr + k_at, mask=tile + row < end": "a tile lies within a page; scores beyond the end are replaced",
     "page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1)": "the index is clamped to the sequence's pages",
     "page = tl.load(table + start // page_size)": "no split begins beyond its sequence's pages",
     "acc += tl.load(parts_ptr + other * part + at": "behind all parts but the last lies the next one; it is not stored",
@@ -134,8 +141,8 @@ def why_needless(removal: Removal) -> str | None:
     """The reason why nothing is wrong without it, if there is one."""
     if removal.piece == "barrier" and removal.between_first_copies:
         return "it stands between the first asynchronous copies, each to a place of its own, and nobody reads"
-    if removal.piece == "guard":
+    if removal.piece in ("guard", "sizes of copies"):
         file, line = removal.source.split(":")
         text = (Path(kernels.__file__).parent / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
-        return next((why for beginning, why in NEEDLESS_GUARDS.items() if text.strip().startswith(beginning)), None)
+        return next((why for beginning, why in HARMLESS.items() if text.strip().startswith(beginning)), None)
     return None

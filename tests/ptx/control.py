@@ -18,7 +18,7 @@ def bra(instruction: Instruction, program: Program) -> Step:
         raise Unknown(f"label {label}")
     at = program.labels[label.text]
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         warp.all_together("divergent branch: taken")
         warp.at = at
 
@@ -64,7 +64,7 @@ def griddepcontrol(instruction: Instruction, program: Program) -> Step:
     if action != "wait":
         raise Unknown(action)
 
-    def wait(warp: Warp) -> Stop | None:
+    def wait(warp: Warp) -> None:
         warp.all_together("griddepcontrol.wait")
         warp.waits = False
 

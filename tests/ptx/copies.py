@@ -9,7 +9,7 @@ from .faults import Unknown
 from .parse import Instruction, Number, Program, Register
 from .table import decodes
 from .values import LANES, TYPES, U8
-from .warp import Step, Stop, Warp, address, only, source
+from .warp import Step, Warp, address, only, source
 
 
 @decodes("cp")
@@ -26,7 +26,7 @@ def cp_async(instruction: Instruction, program: Program) -> Step:
     if "wait_all" in instruction.modifiers:
         only(instruction, ("async", "wait_all"))
 
-        def wait_all(warp: Warp) -> Stop | None:
+        def wait_all(warp: Warp) -> None:
             _commit(warp)
             _wait(warp, 0)
 
@@ -45,7 +45,7 @@ def _copy(instruction: Instruction, program: Program) -> Step:
     filled = source(rest[0], TYPES["u32"], program) if rest else None
     to_shared, from_global = address(to, program), address(of, program)
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         warp.inputs_are_there()
         lanes = np.arange(LANES) if warp.active is None else np.nonzero(warp.active)[0]
         places, origins = to_shared(warp)[lanes], from_global(warp)[lanes]
@@ -61,13 +61,13 @@ def _copy(instruction: Instruction, program: Program) -> Step:
     return step
 
 
-def _commit(warp: Warp) -> Stop | None:
+def _commit(warp: Warp) -> None:
     warp.all_together("cp.async.commit_group")
     warp.groups.append(warp.copies)
     warp.copies = []
 
 
-def _wait(warp: Warp, most: int) -> Stop | None:
+def _wait(warp: Warp, most: int) -> None:
     """Until ``most`` groups, the latest ones, may still be under way."""
     warp.all_together("cp.async.wait_group")
     while len(warp.groups) > most:

@@ -104,7 +104,7 @@ class _Storages:
 
     def address(self, tensor: Tensor) -> int:
         storage = tensor.untyped_storage().data_ptr()
-        return self.memory.address(self._of[storage][0]) + tensor.data_ptr() - storage
+        return self.memory.address(self._of[storage][0]) + int(tensor.data_ptr() - storage)
 
     def take_back(self) -> None:
         for buffer, whole in self._of.values():

@@ -4,6 +4,7 @@ shift)."""
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import numpy as np
 
@@ -95,9 +96,9 @@ for t in ("s32", "u32"):
     define(f"bfe.{t}", bfe, t, t, "u32", "u32")
 
 for t in (*SIGNED, *UNSIGNED, *BITS):
-    for name, compare in {"eq": operator.eq, "ne": operator.ne}.items():
-        define(f"setp.{name}.{t}", compare, "pred", t, t)
-ORDER = {"lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
+    define(f"setp.eq.{t}", operator.eq, "pred", t, t)
+    define(f"setp.ne.{t}", operator.ne, "pred", t, t)
+ORDER: dict[str, Callable[..., Array]] = {"lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge}
 for name, compare in ORDER.items():
     for t in (*SIGNED, *UNSIGNED):
         define(f"setp.{name}.{t}", compare, "pred", t, t)

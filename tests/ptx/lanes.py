@@ -54,7 +54,7 @@ def shfl(instruction: Instruction, program: Program) -> Step:
     reads = [source(each, TYPES["b32"], program) for each in (of, b, c)]
     check, mode = _every_lane(mask, program), instruction.modifiers[1]
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         check(warp)
         value, distance, limits = (read(warp) for read in reads)
         distance, segment = distance.astype(np.int64) & 31, limits.astype(np.int64) >> 8 & 31
@@ -92,7 +92,7 @@ def redux(instruction: Instruction, program: Program) -> Step:
     to, of, mask = instruction.operands
     write, read, check = target(to, type_), source(of, type_, program), _every_lane(mask, program)
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         check(warp)
         value = np.full(LANES, reduce(read(warp)), type_.dtype)
         _spread(warp)
@@ -121,7 +121,7 @@ def ldmatrix(instruction: Instruction, program: Program) -> Step:
     count, transposed = _matrices(instruction, to)
     writes, addresses = [target(each, TYPES["b32"]) for each in items(to)], address(at, program)
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         places = addresses(warp)
         warp.need("an address")
         rows = warp.cta.shared.load(warp.number, places[: 8 * count], 16)
@@ -141,7 +141,7 @@ def stmatrix(instruction: Instruction, program: Program) -> Step:
     count, transposed = _matrices(instruction, of)
     reads, addresses = [source(each, TYPES["b32"], program) for each in items(of)], address(at, program)
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         matrices = np.stack([read(warp) for read in reads]).view(U16).reshape(count, 8, 8)
         if transposed:
             matrices = np.ascontiguousarray(matrices.swapaxes(1, 2))
@@ -175,7 +175,7 @@ def mma(instruction: Instruction, program: Program) -> Step:
     a, b = ([source(each, TYPES["b32"], program) for each in items(vector)] for vector in sources[:2])
     c, elements = [source(each, TYPES["f32"], program) for each in items(sources[2])], ELEMENTS[a_type]
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         # Registers 0 and 1 of A are its upper left and lower left quarter, 2 and 3 the right ones. B has its columns
         # as rows. Of C and D, registers 0 and 1 are the even and odd columns of the upper half.
         left = np.array([read(warp) for read in a]).view(U16).reshape(2, 2, 8, 8).transpose(1, 2, 0, 3)

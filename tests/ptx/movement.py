@@ -36,7 +36,7 @@ def _pack(to: Operand, of: Vector, type_: Type, program: Program) -> Step:
     low, high = (source(each, TYPES[f"b{type_.bits // 2}"], program) for each in of.items)
     write = target(to, type_)
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         parts, missing = [], []
         for read in (low, high):
             parts.append(read(warp))
@@ -54,7 +54,7 @@ def _unpack(to: Vector, of: Operand, type_: Type, program: Program) -> Step:
     read = source(of, type_, program, copied=True)
     writes = [target(each, part) for each in to.items]
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         parts = np.ascontiguousarray(read(warp).view(part.dtype).reshape(LANES, 2).T)
         missing = warp.without
         for half, write, value in zip((LOW, HIGH), writes, parts, strict=True):
@@ -74,7 +74,7 @@ def selp(instruction: Instruction, program: Program) -> Step:
     write, choose = target(to, type_), source(chooser, TYPES["pred"], program)
     x, y = (source(each, type_, program) for each in sources)
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         chosen = choose(warp)
         unknown, warp.without = warp.without, None
         value = x(warp)
@@ -100,7 +100,7 @@ def ld(instruction: Instruction, program: Program) -> Step:
     addresses, size = address(at, program), count * type_.bits // 8
     load = _load_global if "global" in instruction.modifiers else _load_shared
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         places, lanes = addresses(warp), warp.lanes()
         warp.need("an address")
         parts = load(warp, places if lanes is None else places[lanes], size).view(type_.dtype)
@@ -133,7 +133,7 @@ def st(instruction: Instruction, program: Program) -> Step:
     addresses = address(at, program)
     store = _store_global if "global" in instruction.modifiers else _store_shared
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         places, lanes = addresses(warp), warp.lanes()
         data = np.empty((LANES, count), type_.dtype)
         for at, read in enumerate(reads):
@@ -186,7 +186,7 @@ def prefetch(instruction: Instruction, program: Program) -> Step:
     only(instruction, ("global", "L1", "L2"))
     addresses = address(instruction.operands[0], program)
 
-    def step(warp: Warp) -> Stop | None:
+    def step(warp: Warp) -> None:
         places, lanes = addresses(warp), warp.lanes()
         warp.need("an address")
         warp.cta.memory.check(places if lanes is None else places[lanes], 1)

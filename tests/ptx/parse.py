@@ -137,7 +137,10 @@ class _Scope:
         self._known: dict[str, Register] = {}
 
     def declare(self, statement: str) -> None:
-        type_, names = _REGISTERS.fullmatch(statement).groups()
+        found = _REGISTERS.fullmatch(statement)
+        if not found:
+            raise Unknown(f"directive {statement}")
+        type_, names = found.groups()
         for name, count in _DECLARED.findall(names):
             if count:
                 self._families[name] = (type_, int(count))

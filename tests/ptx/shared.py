@@ -22,7 +22,11 @@ class SharedMemory:
         self._bytes = np.full(room, 0xEE, U8)
         self._written = np.full(room, UNWRITTEN, U32)
         self._read = np.zeros(room, U32)
-        self._rows, self._written_rows, self._read_rows = map(rows_of, (self._bytes, self._written, self._read))
+        self._rows, self._written_rows, self._read_rows = (
+            rows_of(self._bytes),
+            rows_of(self._written),
+            rows_of(self._read),
+        )
 
     def barrier(self) -> None:
         """All warps have come to one: what they did before is seen by all."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from .faults import Unknown
 from .parse import Instruction, Program
 from .values import TYPES, Array, Type
-from .warp import Step, Stop, Warp, guarded, source, target
+from .warp import Step, Warp, guarded, source, target
 
 Decoder = Callable[[Instruction, Program], Step]
 
@@ -67,12 +67,12 @@ def _computed(computation: Computation, instruction: Instruction, program: Progr
     if len(reads) == 2:  # most of them
         x, y = reads
 
-        def step(warp: Warp) -> Stop | None:
+        def step(warp: Warp) -> None:
             write(warp, compute(x(warp), y(warp)))
 
     else:
 
-        def step(warp: Warp) -> Stop | None:
+        def step(warp: Warp) -> None:
             write(warp, compute(*[read(warp) for read in reads]))
 
     return step

@@ -68,7 +68,7 @@ def _to_odd(rounded: Array, error: Array) -> Array:
     """``rounded`` + ``error`` is exact, and rounded to nearest: float32 or float64 with an odd last bit, unless it is
     exact or not finite."""
     integers = np.int64 if rounded.dtype == F64 else np.int32
-    bits = rounded.view(integers)
+    bits: Array = rounded.view(integers)
     inexact = (error != 0) & np.isfinite(error) & np.isfinite(rounded) & (bits & 1 == 0)
     away = np.signbit(error) == np.signbit(rounded)
     return np.where(inexact, bits + np.where(away, 1, -1), bits).astype(integers).view(rounded.dtype)
