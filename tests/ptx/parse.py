@@ -1,0 +1,203 @@
+"""From the text of a PTX module with one kernel to its instructions (sections 4 to 6: syntax, state spaces, operands).
+
+Of directives only those that declare parameters and registers are kept, and the lines of the source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from .faults import Unknown
+
+
+@dataclass(frozen=True)
+class Register:
+    slot: int  # its place among the registers of a thread
+    type: str  # as declared: "b32"
+    name: str
+
+
+@dataclass(frozen=True)
+class Number:
+    bits: int  # an integer as it is, a float's bits
+
+
+@dataclass(frozen=True)
+class Name:
+    """A label, a parameter, a variable, or a special register."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Address:
+    base: Register | Name
+    offset: int
+
+
+@dataclass(frozen=True)
+class Vector:
+    items: tuple[Operand, ...]
+
+
+Operand = Register | Number | Name | Address | Vector
+
+
+@dataclass(frozen=True)
+class Guard:
+    """``@p`` or ``@!p``."""
+
+    register: Register
+    negated: bool
+
+
+@dataclass(frozen=True)
+class Instruction:
+    opcode: str  # with its modifiers: "ld.global.v4.b32"
+    operands: tuple[Operand, ...]
+    guard: Guard | None
+    text: str
+    source: str  # "linear.py:86", or ""
+
+    @property
+    def modifiers(self) -> list[str]:
+        return self.opcode.split(".")[1:]
+
+
+@dataclass
+class Program:
+    name: str
+    parameters: dict[str, str]  # type by name, in order
+    instructions: list[Instruction] = field(default_factory=list)
+    labels: dict[str, int] = field(default_factory=dict)
+    registers: list[Register] = field(default_factory=list)
+    shared: set[str] = field(default_factory=set)  # names of the shared memory that a launch gives the kernel
+
+
+_ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*)", re.S)
+_PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,]*?([\w$]+)\s*(?:,|$)")
+_SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]")
+_LINE = re.compile(r"\.loc[^\n]*?//\s*([^\s:]+:\d+)[^\n]*|\.loc[^\n]*|//[^\n]*")
+_STATEMENT = re.compile(r"\s*(?:([\w$]+):|(\{)|(\})|\.loc ([^\n]*)\n|([^;{}]+(?:\{[^;]*)?);)")
+_INSTRUCTION = re.compile(r"(?:@(!?)([%\w$]+)\s+)?([a-z]\w*(?:\.[\w:]+)*)\s*(.*)", re.S)
+_DECLARED = re.compile(r"([%\w$]+?)(?:<(\d+)>)?(?:,\s*|$)")
+_REGISTERS = re.compile(r"\.reg\s+\.(\w+)\s+(.*)", re.S)
+_OPERAND = re.compile(r"\s*(\[[^\]]*\]|\{[^}]*\}|[^,]+?)\s*(?:,|$)")
+
+
+def parse(text: str) -> Program:
+    entry = _ENTRY.search(text)
+    if not entry or text.count(".entry") > 1 or ".func" in text:
+        raise Unknown("a module that is not one kernel and nothing else")
+    parameters = {name: type_ for type_, name in _PARAMETER.findall(_LINE.sub("", entry[2]))}
+    if len(parameters) != entry[2].count(".param"):
+        raise Unknown(f"parameters of {entry[1]}")
+    program = Program(entry[1], parameters, shared=set(_SHARED.findall(text)))
+    scopes: list[_Scope] = []
+    source = ""
+    for label, opened, closed, line, statement in _statements(entry[3]):
+        if opened:
+            scopes.append(_Scope(program, scopes[-1] if scopes else None))
+        elif closed:
+            scopes.pop()
+            if not scopes:
+                return program
+        elif label:
+            program.labels[label] = len(program.instructions)
+        elif line:
+            source = line
+        elif statement.startswith(".reg"):
+            scopes[-1].declare(statement)
+        elif statement.startswith("."):
+            if not statement.startswith(".pragma"):
+                raise Unknown(f"directive {statement}")
+        else:
+            program.instructions.append(_instruction(statement, source, scopes[-1]))
+    raise Unknown(f"{program.name} does not end")
+
+
+def _statements(text: str) -> Iterator[tuple[str, str, str, str, str]]:
+    """Labels, braces, lines of the source, and what ends with a semicolon: one of them is not empty."""
+    text = text[text.index("{") :]
+    text = _LINE.sub(lambda found: f".loc {found[1]}\n" if found[1] else "", text)
+    at = 0
+    while found := _STATEMENT.match(text, at):
+        at = found.end()
+        label, opened, closed, line, statement = (part or "" for part in found.groups())
+        yield label, opened, closed, line, statement.strip()
+
+
+class _Scope:
+    """The registers declared between two braces, and those around them (section 5.3.1)."""
+
+    def __init__(self, program: Program, outer: _Scope | None) -> None:
+        self._program, self._outer = program, outer
+        self._families: dict[str, tuple[str, int]] = {}  # `.reg .b32 %r<9>;`: the type and number of %r0 to %r8
+        self._known: dict[str, Register] = {}
+
+    def declare(self, statement: str) -> None:
+        found = _REGISTERS.fullmatch(statement)
+        if not found:
+            raise Unknown(f"directive {statement}")
+        type_, names = found.groups()
+        for name, count in _DECLARED.findall(names):
+            if count:
+                self._families[name] = (type_, int(count))
+            elif name:
+                self._add(name, type_)
+
+    def find(self, name: str) -> Register | None:
+        if name in self._known:
+            return self._known[name]
+        family = re.fullmatch(r"(.*?)(\d+)", name)
+        if family and family[1] in self._families and int(family[2]) < self._families[family[1]][1]:
+            return self._add(name, self._families[family[1]][0])
+        return self._outer.find(name) if self._outer else None
+
+    def _add(self, name: str, type_: str) -> Register:
+        register = self._known[name] = Register(len(self._program.registers), type_, name)
+        self._program.registers.append(register)
+        return register
+
+
+def _instruction(statement: str, source: str, scope: _Scope) -> Instruction:
+    statement = " ".join(statement.split())
+    found = _INSTRUCTION.fullmatch(statement)
+    if not found:
+        raise Unknown(f"statement {statement}")
+    negated, guard, opcode, rest = found.groups()
+    register = scope.find(guard) if guard else None
+    if guard and not register:
+        raise Unknown(f"guard of {statement}")
+    operands = tuple(_operand(each, scope) for each in _OPERAND.findall(rest))
+    return Instruction(opcode, operands, Guard(register, bool(negated)) if register else None, statement, source)
+
+
+def _operand(text: str, scope: _Scope) -> Operand:
+    if text.startswith("{"):
+        return Vector(tuple(_operand(each, scope) for each in _OPERAND.findall(text[1:-1].strip())))
+    if text.startswith("["):
+        base, _, offset = text[1:-1].partition("+")
+        inside = _operand(base.strip(), scope)
+        if not isinstance(inside, Register | Name):
+            raise Unknown(f"address {text}")
+        return Address(inside, _integer(offset.strip() or "0"))
+    if register := scope.find(text):
+        return register
+    if re.match(r"0[fFdD]", text):
+        return Number(int(text[2:], 16))
+    if re.match(r"[-0-9]", text):
+        return Number(_integer(text))
+    if re.fullmatch(r"[%\w$.]+", text):
+        return Name(text)
+    raise Unknown(f"operand {text}")
+
+
+def _integer(text: str) -> int:
+    """Section 4.5.1: decimal, hexadecimal, octal or binary, with a U where it is unsigned."""
+    sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
+    digits = digits.rstrip("U")
+    if re.fullmatch(r"0[0-7]+", digits):
+        return sign * int(digits, 8)
+    return sign * int(digits, 0)
