@@ -7,6 +7,7 @@ incremental decoding are one thing. A special token is one that stands for struc
 from __future__ import annotations
 
 import codecs
+import json
 import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -60,7 +61,7 @@ class Tokenizer:
         eos_tokens: Iterable[str] = (),
         chat_template: ChatTemplate | None = None,
     ) -> None:
-        if not isinstance(library.model, models.BPE) or not isinstance(library.decoder, decoders.ByteLevel):
+        if not isinstance(library.model, models.BPE) or not _spells_bytes(library.decoder):
             found = f"{type(library.model).__name__} with {type(library.decoder).__name__} decoder"
             raise CheckpointError(f"{source}: the tokenizer is {found}; expected byte-level BPE, as Qwen2.5 has")
         missing = [f"0x{byte:02X}" for spelling, byte in _BYTE_OF.items() if library.token_to_id(spelling) is None]
@@ -330,6 +331,13 @@ class Detokenizer:
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest
+
+
+def _spells_bytes(decoder: Any) -> bool:
+    """Whether it is ByteLevel, alone or as a sequence of one."""
+    if isinstance(decoder, decoders.Sequence):
+        return [step.get("type") for step in json.loads(decoder.__getstate__())["decoders"]] == ["ByteLevel"]
+    return isinstance(decoder, decoders.ByteLevel)
 
 
 class _AnyOf:
