@@ -747,7 +747,10 @@ def test_steps_of_qwen_like_tokenizers_are_taken(tmp_path):
     nfc = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}
     digits = split_by(QWEN2_SPLIT)
     digits["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
-    assert Tokenizer.from_folder(toy_folder(tmp_path, normalizer=nfc, pre_tokenizer=digits)).encode("hello") == [259]
+    changes = {"normalizer": nfc, "pre_tokenizer": digits, "decoder": {"type": "Sequence", "decoders": [BYTES]}}
+    tokenizer = Tokenizer.from_folder(toy_folder(tmp_path, **changes))
+    assert tokenizer.encode("hello") == [259]
+    assert tokenizer.decode([259]) == "hello"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
