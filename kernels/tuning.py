@@ -129,13 +129,15 @@ def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, 
         return {**heuristic, **_trial.config}
     try:
         entries = _entries(op, device.folder, os.environ.get("QWENKERN_CONFIG_DIR", ""))
-        return {**heuristic, **_nearest(entries, sizes, heuristic)}
+        return {**heuristic, **_nearest(entries, sizes, heuristic, SPACES.get(op, {}))}
     except ValueError as error:  # what somebody tuned may be stale or damaged, and ends no forward pass
         _warn_once(f"{op} for {device.name}: {error}")
         return heuristic
 
 
-def _nearest(entries: list[dict[str, Any]], sizes: dict[str, int], heuristic: dict[str, Any]) -> dict[str, Any]:
+def _nearest(
+    entries: list[dict[str, Any]], sizes: dict[str, int], heuristic: dict[str, Any], space: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
     """The configuration of the nearest entry. Raises ValueError where one is not of this kernel."""
     if not entries:
         return {}
@@ -146,7 +148,16 @@ def _nearest(entries: list[dict[str, Any]], sizes: dict[str, int], heuristic: di
             raise ValueError(
                 f"a tuned configuration sets {', '.join(sorted(unknown))}, and the kernel has {', '.join(heuristic)}"
             )
+        for name, value in entry["config"].items():
+            if name in space and not _is_alike(value, space[name]):  # else Triton's own error would end a forward pass
+                raise ValueError(f"a tuned configuration sets {name} to {value}; expected a value like {space[name]}")
     return min(entries, key=lambda entry: _distance(entry["sizes"], sizes))["config"]
+
+
+def _is_alike(value: int, tried: tuple[int, ...]) -> bool:
+    """Whether a value is no larger than those that a tuner tries, and a power of two where all of those are."""
+    powers = all(each & (each - 1) == 0 for each in tried)
+    return value in tried or (0 < value <= max(tried) and not (powers and value & (value - 1)))
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from .reading import read_json, read_text
 
 _MOST_TEMPLATES = 64
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
+_ASKS_FOR_NULL = re.compile(r"content\W{0,3}\s+is\s+(not\s+)?none\b", re.IGNORECASE)  # as DeepSeek-R1's does
 _MOST_TRIALS = 8  # renderings to find out whether a template ignores messages of unusual roles
 
 
@@ -113,7 +114,7 @@ class ChatTemplate:
         """The conversation as the template takes it, and its text. Arguments and errors as `render`."""
 
         def conversation(read_arguments: bool) -> Conversation:
-            read = read_messages(messages, read_arguments)
+            read = read_messages(messages, read_arguments, keep_null)
             for message in read:
                 if message["role"] == "developer" and not knows_developers:
                     message["role"] = "system"
@@ -121,6 +122,7 @@ class ChatTemplate:
 
         _check_tools(tools)
         knows_developers = any("developer" in source for source, _ in self._templates.values())
+        keep_null = any(_ASKS_FOR_NULL.search(source) for source, _ in self._templates.values())
         chat = conversation(read_arguments=True)
         try:
             text = self.write(chat)
@@ -164,7 +166,7 @@ class ChatTemplate:
 
         def with_more(more: Mapping[int, str]) -> str:
             changed = [
-                {**message, "content": message.get("content", "") + more[n]} if n in more else message
+                {**message, "content": (message.get("content") or "") + more[n]} if n in more else message
                 for n, message in enumerate(chat.messages)
             ]
             return self.write(replace(chat, messages=changed))

@@ -82,7 +82,7 @@ class Config:
                 "models"
             )
         check.refuse_quantised(fields, source)
-        if fields.get("hidden_act", "silu") != "silu":
+        if fields.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ConfigError(f"{source}: hidden_act is {shown(fields['hidden_act'])}; expected 'silu'")
         layers = check.required(fields, "num_hidden_layers", source)
         heads = check.required(fields, "num_attention_heads", source)

@@ -40,14 +40,17 @@ class YarnScaling:
 
 def refuse_quantised(fields: Mapping[str, Any], source: str) -> None:
     """Raises ConfigError for weights that are not numbers of bfloat16, float16 or float32."""
-    for name in ("quantization_config", "compression_config"):  # the second: compressed-tensors, in earlier files
+    # compression_config: compressed-tensors, in earlier files; quantization: MLX, which also copies it to the first
+    for name in ("quantization_config", "compression_config", "quantization"):
         found = fields.get(name)
         if found in (None, {}):
             continue
         if not isinstance(found, Mapping):
             raise ConfigError(f"{source}: {name} is {shown(found)}; expected an object")
         loads_bits = found.get("load_in_4bit") or found.get("load_in_8bit")
-        method = found.get("quant_method") or ("bitsandbytes" if loads_bits else None)
+        method = found.get("quant_method") or (
+            "bitsandbytes" if loads_bits else "MLX" if "group_size" in found else None
+        )
         raise ConfigError(
             f"{source}: {name} says that the weights are quantised by {shown(method)}, which is not built; expected "
             "bfloat16, float16 or float32: take the model that this one was made from, or a GGUF file of it"

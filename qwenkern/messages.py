@@ -4,7 +4,7 @@ What OpenAI's interface allows and templates do not read:
 
     content as parts of text      joined with a line feed, as by llama.cpp and vLLM (transformers' server: a blank)
     "arguments" as JSON text      the object that it spells; text that is no JSON stays as it is, as in llama.cpp
-    content null                  an absent key
+    content null                  an absent key, unless the template asks whether content is none
 """
 
 from __future__ import annotations
@@ -66,19 +66,20 @@ def unused_characters(text: str) -> Iterator[str]:
     return (character for character in map(chr, range(0xF0000, 0x10FFFE)) if character not in used)
 
 
-def read_messages(messages: Any, read_arguments: bool = True) -> list[dict[str, Any]]:
+def read_messages(messages: Any, read_arguments: bool = True, keep_null: bool = False) -> list[dict[str, Any]]:
     """The messages in plain types, with text as content, and absent keys for None.
 
     read_arguments: the arguments of tool calls that come as JSON text become what it spells.
+    keep_null: a message of tool calls alone has the content None.
     Raises RequestError, naming the message and the field.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         found = "an empty one" if isinstance(messages, (list, tuple)) else f"a {type(messages).__name__}"
         raise RequestError(f"messages: found {found}; expected a list of at least one dict with role and content")
-    return [_read(message, f"messages[{n}]", read_arguments) for n, message in enumerate(messages)]
+    return [_read(message, f"messages[{n}]", read_arguments, keep_null) for n, message in enumerate(messages)]
 
 
-def _read(message: Any, name: str, read_arguments: bool) -> dict[str, Any]:
+def _read(message: Any, name: str, read_arguments: bool, keep_null: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{name} is a {type(message).__name__}; expected a dict with role and content")
     if not isinstance(message.get("role"), str):
@@ -93,6 +94,8 @@ def _read(message: Any, name: str, read_arguments: bool) -> dict[str, Any]:
     elif not isinstance(content, str) and not (content is None and calls):
         found = "missing" if content is None else f"a {type(content).__name__}"
         raise RequestError(f"{name}: content is {found}; expected a string, or a list of parts of type 'text'")
+    elif content is None and keep_null:
+        read["content"] = None
     if read_arguments:
         for call in calls:
             function = call["function"] if isinstance(call.get("function"), dict) else call

@@ -43,6 +43,13 @@ def read_json(file: Path, error: type[Error] = CheckpointError) -> dict[str, Any
     return content
 
 
+def refuse_pointer(file: str | os.PathLike[str]) -> None:
+    """Raises CheckpointError for what `git clone` leaves where Git LFS is not installed: a few lines of text."""
+    with open(file, "rb") as stream:
+        if stream.read(42) == b"version https://git-lfs.github.com/spec/v1":
+            raise CheckpointError(f"{file}: is a pointer of Git LFS; expected the file itself, which git lfs pull gets")
+
+
 def is_gguf(path: str | os.PathLike[str]) -> bool:
     """Whether this is a file that ends in .gguf, in whatever case, or begins with the four bytes of one."""
     if not os.path.isfile(path):

@@ -4,7 +4,8 @@ A rendering has a budget of steps. Everything that a template can do takes from 
 can be larger than what it is made of: a node of the syntax tree, each time it is reached; a character that is read or
 made; an item of a list. Jinja gives hooks for operators, calls, filters and tests. The rest (loop bodies, macros,
 comparisons, `~`, slices, keys of dicts) is rewritten in the syntax tree, so that it passes one of them. What cannot be
-weighed is refused: only the filters, functions and methods named here can be called.
+weighed is refused: only the filters, functions and methods named here can be called. Where Jinja makes a generator, its
+items are made at once: a chain of 100,000 generators overflows the C stack.
 
 A step takes 0.2 microseconds and 15 bytes at most, so that the budget bounds time and memory on every platform. A child
 process would cost its start, and would have to live where there is no executable to start (embedded interpreters).
@@ -13,7 +14,7 @@ process would cost its start, and would have to live where there is no executabl
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -31,6 +32,7 @@ STEPS = 20_000_000  # of any rendering
 STEPS_PER_CHARACTER = 40  # and for each character of its input: templates copy a message several times
 LARGEST_TEMPLATE = 200_000  # characters; those of published models have up to 30,000
 _LARGEST_INT = 10_000  # bits
+_LARGEST_COMPILED = 2_000_000  # names times blocks, for each of which Jinja copies all names: 0.7 seconds
 _DEEPEST = 1000  # levels of nesting: below them, to hash a tuple would overflow the stack
 _NODE, _ITEM, _CALL, _NEW_OBJECT = (
     3,
@@ -107,7 +109,7 @@ def _len(value: Any) -> int:
 
 
 def _made(value: Any) -> Any:
-    """Spends what a new value costs, without looking into it; items of an iterator cost as they come."""
+    """Spends what a new value costs, without looking into it, and makes the items of an iterator."""
     if isinstance(value, str):
         _spend(len(value))
     elif isinstance(value, (list, tuple, dict, set)):
@@ -118,14 +120,21 @@ def _made(value: Any) -> Any:
     elif isinstance(value, (bytes, bytearray)):
         _refuse("it makes bytes")
     elif isinstance(value, Iterator):
-        return _drawn(value)
+        return iter(_drawn(value))
     return value
 
 
-def _drawn(items: Iterator[Any]) -> Iterator[Any]:
+def _drawn(items: Iterator[Any]) -> list[Any]:
+    drawn = []
     for item in items:
         _spend(_ITEM)
-        yield item
+        drawn.append(item)
+    return drawn
+
+
+def _listed(value: Any) -> Any:
+    """An iterator as a list, to know what is in it."""
+    return _drawn(value) if isinstance(value, Iterator) else value
 
 
 # Operators
@@ -158,7 +167,12 @@ def _plus(left: Any, right: Any) -> None:
     _spend(_len(left) + _len(right))
 
 
-_OPERATORS = {"*": _times, "**": _power, "%": _percent, "+": _plus}
+def _minus(left: Any, right: Any) -> None:
+    if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
+        _walk(left, right)  # of the keys of a dict: hashes both
+
+
+_OPERATORS = {"*": _times, "**": _power, "%": _percent, "+": _plus, "-": _minus}
 
 
 @pass_context  # so that Jinja does not compute it when it compiles
@@ -176,10 +190,12 @@ def _spend_and(_: Any, value: Any, steps: int) -> Any:
 def _compare(value: Any, *rest: Any) -> bool:
     """value op value op value ...: the operators of a comparison, as Python chains them."""
     for operator, other in zip(rest[::2], rest[1::2], strict=True):
+        if operator in ("in", "notin"):
+            other = _listed(other)
         if operator in ("in", "notin") and isinstance(other, str):
             _spend(_len(value) + len(other))
         elif operator in ("in", "notin") and isinstance(other, dict) and isinstance(value, str):
-            _spend(1)
+            _spend(1 + len(value))  # is compared with an equal key, if that is another object
         elif isinstance(value, str) and isinstance(other, str):
             _spend(1 + min(len(value), len(other)))
         elif hasattr(type(value), "__len__") or hasattr(type(other), "__len__"):
@@ -306,6 +322,17 @@ def _of_json(
         _spend(size * _size(separators))
 
 
+def _of_trim(value: Any, chars: Any = None) -> None:
+    _walk(value, chars)
+    if chars is not None:
+        _spend(len(str(value)) * len(str(chars)))
+
+
+def _of_format(pattern: Any, *values: Any, **named: Any) -> None:
+    _walk(pattern)
+    _percent(str(pattern), (values, named))
+
+
 def _of_int(value: Any, *rest: Any, **named: Any) -> None:
     _walk(value, rest, named)
     _spend(_len(value) ** 2 // 100 if isinstance(value, str) else 0)  # Python before 3.10.7 reads any number of digits
@@ -361,12 +388,12 @@ _FILTERS: dict[str, Callable[..., None]] = {  # what each costs before it runs; 
     **dict.fromkeys(_words("attr count d default first items last length list map reverse safe"), _free),
     **dict.fromkeys(_words("reject rejectattr select selectattr"), _of_choice),
     **dict.fromkeys(_words("abs capitalize dictsort e escape filesizeformat float forceescape groupby"), _deep),
-    **dict.fromkeys(_words("lower max min random sort string title trim truncate unique upper"), _deep),
+    **dict.fromkeys(_words("lower max min random sort string title truncate unique upper"), _deep),
     **dict.fromkeys(_words("urlencode wordcount"), _deep),
     "batch": _of_rows,
     "slice": _of_rows,
     "center": _of_width,
-    "format": lambda pattern, *values, **named: _percent(pattern, (values, named)),
+    "format": _of_format,
     "indent": _of_indent,
     "int": _of_int,
     "join": _of_join,
@@ -374,6 +401,7 @@ _FILTERS: dict[str, Callable[..., None]] = {  # what each costs before it runs; 
     "round": _of_round,
     "sum": _of_sum,
     "tojson": _of_json,
+    "trim": _of_trim,
 }
 _LONG_TESTS = {"in", "lower", "upper", *_words("== eq equalto != ne > gt greaterthan ge >= < lt lessthan <= le")}
 
@@ -386,8 +414,8 @@ def _priced(function: Callable[..., Any], cost: Callable[..., None]) -> Callable
         _spend(_CALL)
         values = list(args)
         for place, value in enumerate(values[first:], first):
-            if isinstance(value, Iterator) and function.__name__ in _READERS:
-                values[place] = list(value)  # to know its length; each item was paid as it came
+            if function.__name__ in _READERS:
+                values[place] = _listed(value)
         cost(*values[first:], **named)
         return _made(function(*values, **named))
 
@@ -395,7 +423,7 @@ def _priced(function: Callable[..., Any], cost: Callable[..., None]) -> Callable
 
 
 _READERS = set(_words("do_join do_sum sync_do_join sync_do_sum do_dictsort do_sort do_min do_max do_unique do_groupby"))
-_READERS |= {"sync_do_groupby"}
+_READERS |= {"sync_do_groupby", "test_in"}
 
 
 # Calls
@@ -434,6 +462,7 @@ _METHODS: dict[type, set[str]] = {
     Cycler: {"next", "reset"},
 }
 _METHODS[Markup] = _METHODS[str]
+_BLOCKS = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Block)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -453,19 +482,27 @@ class Sandbox(ImmutableSandboxedEnvironment):
         self._functions = [*functions.values(), *self.globals.values()]
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        return _Rewriter(self).visit(super()._parse(source, name, filename))
+        tree = super()._parse(source, name, filename)
+        names = {node.name for node in tree.find_all(nodes.Name)}
+        blocks = sum(1 for _ in tree.find_all(_BLOCKS))
+        if len(names) * blocks > _LARGEST_COMPILED:
+            _refuse(f"it has {len(names)} names and {blocks} blocks, too many to compile")
+        return _Rewriter(self).visit(tree)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if type(left) is str and type(right) is str and operator == "+":
             _spend(len(left) + len(right))
             return left + right
+        if operator == "-":
+            right = _listed(right)
         _OPERATORS[operator](left, right)
         result = self.binop_table[operator](left, right)
         return result if isinstance(result, (list, tuple)) else _made(result)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        if isinstance(argument, tuple):
-            _walk(argument)  # its hash reads all of it
+        _spend(_ITEM)  # map('a.b.c') comes here three times for each item
+        if isinstance(argument, (str, tuple)):
+            _walk(argument)  # is hashed, and compared with an equal key
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -492,9 +529,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if isinstance(obj, (BuiltinMethodType, MethodType)) and owner is not None:
             if obj.__name__ not in _METHODS.get(type(owner), ()):
                 _refuse(f"it calls {type(owner).__name__}.{obj.__name__}, which is not among what templates may call")
+            args = tuple(map(_listed, args))
             if isinstance(owner, str):
                 if obj.__name__ == "join" and args:
-                    args = ([*args[0]] if isinstance(args[0], Iterable) else args[0], *args[1:])
                     _spend(_len(args[0]) * len(owner))
                 _method_cost(owner, obj.__name__, args, named)
             else:
@@ -505,8 +542,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
             if not any(obj is function for function in self._functions) and not getattr(obj, "is_priced", False):
                 _refuse(f"it calls {getattr(obj, '__name__', obj)!r:.60}, which is not among what templates may call")
             _spend(_NEW_OBJECT)
-            if obj is not Namespace:
-                _walk(args)
+            if obj in (dict, Namespace) and args and not isinstance(args[0], dict):
+                args = ([_drawn(iter(pair)) for pair in _drawn(iter(args[0]))], *args[1:])  # keys are hashed
+            _walk(args)
             _spend(_ITEM * sum(map(_len, (*args, *named.values()))))
         return _made(super().call(context, obj, *args, **named))
 

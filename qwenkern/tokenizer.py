@@ -7,9 +7,10 @@ incremental decoding are one thing. A special token is one that stands for struc
 from __future__ import annotations
 
 import codecs
+import json
 import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ class Tokenizer:
         eos_tokens: Iterable[str] = (),
         chat_template: ChatTemplate | None = None,
     ) -> None:
-        if not isinstance(library.model, models.BPE) or not isinstance(library.decoder, decoders.ByteLevel):
+        if not isinstance(library.model, models.BPE) or not _spells_bytes(library.decoder):
             found = f"{type(library.model).__name__} with {type(library.decoder).__name__} decoder"
             raise CheckpointError(f"{source}: the tokenizer is {found}; expected byte-level BPE, as Qwen2.5 has")
         missing = [f"0x{byte:02X}" for spelling, byte in _BYTE_OF.items() if library.token_to_id(spelling) is None]
@@ -82,8 +83,8 @@ class Tokenizer:
         self._plain.pre_tokenizer = library.pre_tokenizer
         self._source = source
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self._any_added = _any_of(self._added.values())
-        self._any_special = _any_of(token.content for token in added.values() if token.special)
+        self._any_added = _AnyOf(self._added.values())
+        self._any_special = _AnyOf(token.content for token in added.values() if token.special)
         self._chat_template = chat_template or ChatTemplate({}, {}, source)
         self.vocab_size = vocab_size
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -216,8 +217,8 @@ class Tokenizer:
             except (RequestError, CheckpointError):  # none, one for other conversations only, or one that does not run
                 continue
             _, found, after = text.rpartition(answer)
-            if found and (end := self._any_special.search(after)):
-                return frozenset({self._library.token_to_id(end[0])})
+            if found and (place := next(self._any_special.places(after), None)):
+                return frozenset({self._library.token_to_id(after[slice(*place)])})
         return frozenset()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -282,12 +283,12 @@ class Tokenizer:
             raise RequestError("messages: they use every private character; expected some to be free")
 
         def hide(value: Any) -> Any:
-            return plain(value, "messages", lambda s: self._any_added.sub(lambda found: hidden[found[0]], s))
+            return plain(value, "messages", lambda s: self._any_added.replace(s, hidden))
 
         guarded = Conversation(hide(chat.messages), hide(chat.tools), hide(chat.variables), chat.add_generation_prompt)
         for message, original in zip(guarded.messages, chat.messages, strict=True):
-            if original["role"] == "assistant" and "content" in original:
-                message["content"] = self._any_special.sub(lambda found: hidden[found[0]], original["content"])
+            if original["role"] == "assistant" and original.get("content") is not None:
+                message["content"] = self._any_special.replace(original["content"], hidden)
         if guarded == chat:
             return self.encode(text)
         shown = {ord(character): token for token, character in hidden.items()}
@@ -297,12 +298,12 @@ class Tokenizer:
                 f"messages: they spell special tokens and the chat template of {self._source} reads or rewrites those; "
                 "expected contents without them, or encode(render_chat(...)) where the contents are trusted"
             )
-        ids, start = [], 0
-        for token in self._any_added.finditer(rendered):
-            ids += self.encode(rendered[start : token.start()].translate(shown), allow_special=False)
-            ids.append(self._library.token_to_id(token[0]))
-            start = token.end()
-        return ids + self.encode(rendered[start:].translate(shown), allow_special=False)
+        ids, end = [], 0
+        for start, following in self._any_added.places(rendered):
+            ids += self.encode(rendered[end:start].translate(shown), allow_special=False)
+            ids.append(self._library.token_to_id(rendered[start:following]))
+            end = following
+        return ids + self.encode(rendered[end:].translate(shown), allow_special=False)
 
     def _shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
         shown = self.token_bytes(token_id)
@@ -332,9 +333,42 @@ class Detokenizer:
         return rest
 
 
-def _any_of(tokens: Iterable[str]) -> re.Pattern[str]:
-    longest_first = sorted(tokens, key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")  # (?!) matches nowhere
+def _spells_bytes(decoder: Any) -> bool:
+    """Whether it is ByteLevel, alone or as a sequence of one."""
+    if isinstance(decoder, decoders.Sequence):
+        return [step.get("type") for step in json.loads(decoder.__getstate__())["decoders"]] == ["ByteLevel"]
+    return isinstance(decoder, decoders.ByteLevel)
+
+
+class _AnyOf:
+    """Finds the tokens of a set in a text, from left to right, the longest that begins at a place. A regular expression
+    of the 14,000 added tokens of a model of speech takes seconds to compile."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._tokens = frozenset(tokens)
+        lengths: dict[str, set[int]] = {}
+        for token in self._tokens:
+            lengths.setdefault(token[0], set()).add(len(token))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._firsts = re.compile("|".join(map(re.escape, lengths)) or "(?!)")  # (?!) matches nowhere
+
+    def places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where each begins and ends."""
+        end = 0
+        for first in self._firsts.finditer(text):
+            start = first.start()
+            for length in self._lengths[first[0]] if start >= end else ():
+                if (found := text[start : start + length]) in self._tokens:
+                    end = start + len(found)
+                    yield start, end
+                    break
+
+    def replace(self, text: str, by: Mapping[str, str]) -> str:
+        parts, end = [], 0
+        for start, following in self.places(text):
+            parts += text[end:start], by[text[start:following]]
+            end = following
+        return "".join([*parts, text[end:]])
 
 
 def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> list[Any]:

@@ -17,7 +17,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from .errors import CheckpointError, ConfigError, shown
-from .reading import read_json
+from .reading import read_json, refuse_pointer
 
 # Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
 QWEN2_SPLIT = (
@@ -32,6 +32,8 @@ EXPRESSIONS = {
     r"|\s+(?!\S)|\s+",  # Qwen3.5's
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2's
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+    # Qwen2's as llama.cpp writes it, without a group that ignores case
+    QWEN2_SPLIT.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"),
     r"\p{N}",
     r"\p{N}{1,3}",
     r"[\r\n]",
@@ -47,6 +49,7 @@ def open_library(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     file, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     if file.is_file():
         _measure(file)
+        refuse_pointer(file)
         with guard(CheckpointError, f"{file}: not a tokenizer that the tokenizers library can read"):
             return tokenizers.Tokenizer.from_file(str(file)), file
     if not vocabulary.is_file() or not merges.is_file():

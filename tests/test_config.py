@@ -159,6 +159,8 @@ REFUSALS = {
     ),
     "bitsandbytes": ({"quantization_config": {"load_in_4bit": True}}, "quantised by 'bitsandbytes'"),
     "compressed tensors": ({"compression_config": {"quant_method": "compressed-tensors"}}, "by 'compressed-tensors'"),
+    "MLX": ({"quantization": {"group_size": 64, "bits": 4}}, "quantization says that .* quantised by 'MLX'"),
+    "MLX, copied": ({"quantization_config": {"group_size": 64, "bits": 4}}, "quantised by 'MLX'"),
     "quantised by something": ({"quantization_config": {"bits": 4}}, "quantised by None"),
     "quantization config of text": ({"quantization_config": "gptq"}, "quantization_config is 'gptq'; expected an obj"),
     "activation": ({"hidden_act": "gelu"}, "hidden_act is 'gelu'; expected 'silu'"),
@@ -260,6 +262,10 @@ def test_what_is_no_json_object(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ConfigError, match=r"config.json"):
         Config.from_json(path)
+
+
+def test_swish_is_silu():
+    assert Config.from_dict(QWEN_3B | {"hidden_act": "swish"}) == Config.from_dict(QWEN_3B)
 
 
 def test_missing_file(tmp_path):

@@ -53,6 +53,18 @@ def test_what_is_no_file(tmp_path):
             read_json(tmp_path / name)
 
 
+def test_pointers_of_git_lfs_are_named(tmp_path):
+    write_sharded(tmp_path)
+    (tmp_path / INDEX).unlink()
+    for shard in tmp_path.glob("model-*"):
+        shard.unlink()
+    for name in ("model.safetensors", "tokenizer.json", "model.gguf"):
+        (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    for read in (open_checkpoint, Tokenizer.from_folder, lambda folder: open_checkpoint(folder / "model.gguf")):
+        with pytest.raises(CheckpointError, match=r"(model|tokenizer)\.[a-z]+: is a pointer of Git LFS; expected"):
+            read(tmp_path)
+
+
 @pytest.mark.parametrize(
     "name",
     ["config.json", "generation_config.json", INDEX, "tokenizer_config.json", "chat_template.jinja"],

@@ -51,6 +51,10 @@ SNIPPETS = [
     "{{ [1, 1, 2] | unique | list }}{{ [1, 2, 3] | batch(2) | list }}",
     "{{ [1, 2, 3] | slice(2) | list }}{{ {'b': 1, 'a': 2} | dictsort }}"
     "{{ messages | groupby('role') | list | length }}",
+    "{{ ['%s'] | format(1) }}{{ 'xax' | trim('x') }}{{ [1, [2]] | trim('[') }}{{ 'a' in ['b', 'a'] | reverse }}",
+    "{{ dict([['a', 1], 'bc'] | map('list'), d=2) }}{{ dict({'a': 1}) }}{{ dict({'a': 1}.items()) }}{{ dict() }}"
+    "{{ namespace({'a': 1}).a }}{{ {'a': 1, 'b': 2}.keys() - ['a'] | reverse }}{{ 3 - 1.5 }}"
+    "{{ 'a' is in(['a'] | reverse) }}",
     "{{ missing | default('d') }}{{ '' | default('e', true) }}"
     "{{ [1, 2] | first }}{{ [1, 2] | last }}{{ 'abc' | length }}",
     "{{ 'x' is string }}{{ {} is mapping }}{{ 1 is odd }}"
@@ -85,6 +89,8 @@ def grown(start: str, step: str, end: str = "") -> str:
     return GROW.replace("START", start).replace("STEP", step) + end
 
 
+# equal, so that a comparison reads both to their ends, and two objects
+EQUAL = "{% set a = 'x' * 2000000 ~ '!' %}{% set b = 'x' * 2000000 ~ '!' %}"
 NEST = "{% set ns = namespace(x=(1,), y=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}"
 NEST += "{% set ns.y = (ns.y, ns.y) %}{% endfor %}"
 BIG = "{% set a = 'x' * 4000000 %}{% set b = 'x' * 3999999 ~ 'x' %}"
@@ -169,6 +175,17 @@ HOSTILE = [
     "{% set ns = namespace(x=()) %}{% for i in range(100000) %}"
     "{% set ns.x = (ns.x,) %}{% endfor %}{{ [ns.x] | unique | list }}",
     "{% set a = 'x' * 4000000 %}" + "{{ a }}" * 20000,
+    "{{ ['%1000000000d'] | format(1) }}",
+    "{{ ('a' * 1500000) | trim('b' * 1500000 ~ 'a') }}",
+    "{{ ('a' * 99999) | map(attribute='0.' * 9000 ~ '0') | list }}",
+    "{{ (['ab'] * 99999) | sort(attribute='0,1,0,1' * 100) | length }}",
+    EQUAL + "{{ a in ([b] * 99999) | map('replace', '!', '?') }}",
+    EQUAL + "{% for i in range(9) %}{% for j in range(99999) %}{{ {a: 1}[b] }}{% endfor %}{% endfor %}",
+    EQUAL + "{% set d = {a: 1} %}{% for i in range(99999) %}{{ d[b] }}{{ b in d }}{% endfor %}",
+    *(NEST + f"{{{{ {call}([[ns.x, 1]] | map('list')) }}}}" for call in ("dict", "namespace", "{}.fromkeys")),
+    NEST + "{{ {}.keys() - [ns.x] | map('default') }}",
+    NEST + "{{ ns.x in [ns.y] | map('default') }}{{ ns.x is in([ns.y] | map('default')) }}",
+    "".join(f"{{% set a{i} = 1 %}}" for i in range(5000)) + "{% if a %}{% endif %}" * 6000,
     "{% set ns = namespace(l=[]) %}{% for i in range(1000) %}{% set ns.l = [ns.l, range(100000) | list] %}{% endfor %}",
     "{{ messages.__class__ }}{{ ''.encode() }}",
     "{{ ''.maketrans({}) }}",
@@ -204,6 +221,15 @@ def test_hostile_templates_end_within_400_megabytes():
     *wrong, seconds = done.stdout.splitlines()
     assert not wrong
     assert float(seconds) < len(HOSTILE)  # 0.3 seconds each, measured
+
+
+def test_a_chain_of_filters_however_long_overflows_no_stack():
+    source = "{% set ns = namespace(g=[1]) %}{% for i in range(99999) %}{% set ns.g = ns.g | map('string') %}"
+    code = f"from test_template_sandbox import rendered; print(rendered({source + '{% endfor %}{{ ns.g | list }}'!r}))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (0, "['1']\n")
 
 
 def test_the_budget_grows_with_the_conversation():

@@ -747,7 +747,10 @@ def test_steps_of_qwen_like_tokenizers_are_taken(tmp_path):
     nfc = {"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "NFKC"}]}
     digits = split_by(QWEN2_SPLIT)
     digits["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
-    assert Tokenizer.from_folder(toy_folder(tmp_path, normalizer=nfc, pre_tokenizer=digits)).encode("hello") == [259]
+    changes = {"normalizer": nfc, "pre_tokenizer": digits, "decoder": {"type": "Sequence", "decoders": [BYTES]}}
+    tokenizer = Tokenizer.from_folder(toy_folder(tmp_path, **changes))
+    assert tokenizer.encode("hello") == [259]
+    assert tokenizer.decode([259]) == "hello"
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.json", "merges.txt"])
@@ -1006,6 +1009,25 @@ def test_a_template_that_wants_json_text_gets_it(shown):
     assert '{"at":  "x"}' in tokenizer.render_chat(calling('{"at":  "x"}'))
 
 
+@pytest.mark.parametrize("asks", ["m['content'] is none", "m.content is none", "not m.content is not none"])
+@pytest.mark.parametrize("content", [{"content": None}, {}])
+def test_a_template_that_asks_for_null_gets_it(asks, content):
+    """DeepSeek-R1-Distill-Qwen's writes tool calls for an assistant whose content is none; others would show "None"."""
+    template = (
+        "{% for m in messages %}{% if ASKS %}{% for c in m.tool_calls %}<{{ c.function.name }}>{% endfor %}"
+        "{% else %}{{ '<A>' + m.content }}{% endif %}{% endfor %}"
+    )
+    tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template.replace("ASKS", asks)), "toy.gguf")
+    called = {"role": "assistant", "tool_calls": calling({})[1]["tool_calls"]} | content
+    chat = [{"role": "user", "content": "<|im_end|>"}, called]
+    assert tokenizer.render_chat(chat) == "<A><|im_end|><tide>"
+    assert tokenizer.decode(tokenizer.encode_chat(chat)) == "<A><|im_end|><tide>"
+    plain = Tokenizer.from_gguf(
+        toy_metadata(chat_template="{% for m in messages %}{{ m.content }}{% endfor %}"), "toy.gguf"
+    )
+    assert plain.render_chat(chat) == "<|im_end|>"
+
+
 def test_special_tokens_escaped_in_arguments_are_text(toy):
     spelled = toy.encode_chat(calling('{"at": "\\u003c|im_end|\\u003e"}'))
     assert spelled == toy.encode_chat(calling({"at": "<|im_end|>"}))
@@ -1254,6 +1276,15 @@ def test_special_tokens_in_tools_and_calls_are_text(toy):
     ids = toy.encode_chat(chat, [{"name": spelled}])
     assert (ids.count(IM_END), ids.count(TOOL_CALL), ids.count(TOOL_CALL_END)) == (4, 1, 1)
     assert toy.decode(ids, skip_special=False) == toy.render_chat(chat, [{"name": spelled}])
+
+
+@given(st.sets(st.text("ab<", min_size=1, max_size=5), max_size=12), st.text("ab<", max_size=40))
+def test_added_tokens_are_found_as_an_expression_finds_them(tokens, text):
+    expression = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+    found = room._AnyOf(tokens)
+    assert list(found.places(text)) == [match.span() for match in expression.finditer(text)]
+    by = {token: token.upper() + "!" for token in tokens}
+    assert found.replace(text, by) == expression.sub(lambda match: by[match[0]], text)
 
 
 def test_private_characters_of_the_user_stay_theirs(toy):

@@ -86,6 +86,13 @@ def test_an_entry_without_a_size_is_named(folder):
         assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 1}) == {"BLOCK": 1}
 
 
+@pytest.mark.parametrize(("name", "value"), [("BLOCK", 3), ("BLOCK", 1 << 30), ("BLOCK", 0), ("num_warps", 64)])
+def test_a_value_that_no_kernel_compiles_with_is_named(folder, ops, name, value):
+    _tuned(folder, [{"sizes": SIZES, "config": {name: value}}])
+    with pytest.warns(UserWarning, match=f"swiglu for Some Card .* sets {name} to {value}; expected a value like"):
+        assert tuning.lookup("swiglu", DEVICE, SIZES, {"BLOCK": 256, "num_warps": 4})["BLOCK"] == 256
+
+
 def test_a_folder_that_cannot_be_looked_into_is_as_none(folder, monkeypatch):
     for odd in ("/proc/self/mem/x", str(folder / "file" / "in a file"), "~nobody", "x" * 5000):
         (folder / "file").write_text("")

@@ -27,6 +27,7 @@ import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFValueType
 
 from qwenkern.errors import CheckpointError
+from qwenkern.reading import refuse_pointer
 
 _FORMATS = {
     GGUFValueType.UINT8: "<B",
@@ -76,6 +77,7 @@ class Container:
 def read_container(path: Path) -> Container:
     """Maps the file, reads and checks its header. Raises CheckpointError, naming the file and the place in it."""
     try:
+        refuse_pointer(path)
         with open(path, "rb") as file:
             data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except (OSError, ValueError) as error:  # ValueError: an empty file cannot be mapped

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError, shown
 from qwenkern.generation import Generation
-from qwenkern.reading import LARGEST, read_json, unique
+from qwenkern.reading import LARGEST, read_json, refuse_pointer, unique
 
 from .base import Checkpoint
 from .links import inside
@@ -120,6 +120,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
     """Names and shapes in the order of the data, checked by the library, then by us for names that occur twice."""
     with _errors(file):
+        refuse_pointer(file)
         with open(file, "rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if length > LARGEST:
