@@ -110,4 +110,4 @@ class Score:
         """exp of the mean negative log-probability; None for a text of one token, which has none."""
         if not self.logprobs:
             return None
-        return torch.tensor(self.logprobs, dtype=torch.float64).mean().neg().exp().item()
+        return torch.tensor(self.logprobs, dtype=torch.float64, device="cpu").mean().neg().exp().item()
