@@ -111,7 +111,7 @@ def check_paged(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tabl
         raise ValueError(f"{op}: q's {q.shape[1]} heads must be a multiple of the cache's {num_kv_heads}")
     check_range(op, "lengths", lengths, 1, block_tables.shape[1] * page_size + 1)
     if can_look_at(lengths):
-        pages = torch.arange(block_tables.shape[1]) * page_size
+        pages = torch.arange(block_tables.shape[1], device=lengths.device) * page_size
         check_range(op, "block_tables", block_tables[pages < lengths[:, None]], 0, num_pages)
 
 

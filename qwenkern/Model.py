@@ -253,7 +253,7 @@ class Model:
     def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T]."""
         try:
-            ids = torch.as_tensor(ids)
+            ids = ids if isinstance(ids, Tensor) else torch.as_tensor(ids, device="cpu")
             rows = ids.tolist() if ids.dim() == 2 else [ids.tolist()]
         except (TypeError, ValueError, RuntimeError, OverflowError) as error:  # ragged, too large, on no device
             raise RequestError(f"ids are {shown(ids)}; expected [T] or [B, T] integers: {error}") from error

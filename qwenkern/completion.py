@@ -54,7 +54,6 @@ class Stream:
     def __init__(self, steps: Generator[tuple[Sequence, str], None, None], sequence: Sequence) -> None:
         self._steps = steps
         self._sequence = sequence
-        self._closed = False
 
     def __iter__(self) -> Stream:
         return self
@@ -62,7 +61,7 @@ class Stream:
     def __next__(self) -> str:
         try:
             for _, text in self._steps:
-                if self._closed:  # by another thread, during this step
+                if self._sequence.unwanted:  # closed by another thread, during this step
                     self._steps.close()
                 elif text:
                     return text
@@ -80,8 +79,8 @@ class Stream:
 
     def close(self) -> None:
         """Stops the model; the text so far stays in ``completion``. While another thread reads, its iteration ends
-        after the step in progress."""
-        self._closed = True
+        after the step in progress, or soon where it waits for room in the cache."""
+        self._sequence.unwanted = True
         try:
             self._steps.close()
         except ValueError as error:
@@ -110,4 +109,4 @@ class Score:
         """exp of the mean negative log-probability; None for a text of one token, which has none."""
         if not self.logprobs:
             return None
-        return torch.tensor(self.logprobs, dtype=torch.float64).mean().neg().exp().item()
+        return torch.tensor(self.logprobs, dtype=torch.float64, device="cpu").mean().neg().exp().item()

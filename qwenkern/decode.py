@@ -56,7 +56,7 @@ class Cpu:
         return tape.replay, out
 
     def upload(self, target: Tensor, values: Sequence[float]) -> None:
-        target.copy_(torch.tensor(values))
+        target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu"))
 
     def download(self, source: Tensor) -> Read:
         return source.tolist
@@ -87,10 +87,10 @@ class Cuda:
         return graph.replay, out
 
     def upload(self, target: Tensor, values: Sequence[float]) -> None:
-        target.copy_(torch.tensor(values, dtype=target.dtype, pin_memory=True), non_blocking=True)
+        target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu", pin_memory=True), non_blocking=True)
 
     def download(self, source: Tensor) -> Read:
-        copy = torch.empty(source.shape, dtype=source.dtype, pin_memory=True)
+        copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
         copy.copy_(source, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(source.device))

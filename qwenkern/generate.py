@@ -91,6 +91,7 @@ class Sequence:
         self.text = ""
         self.finish_reason: str | None = None  # "stop" or "length"
         self.stop_reason: int | str | None = None  # the id or string that ended it
+        self.unwanted = False  # its reader has closed it
         self._stops = StopStrings(self.params.stop)
         seed = self.params.seed
         self._random = random.Random() if seed is None else random.Random(f"{seed}/{self.sample_index}")
@@ -153,6 +154,8 @@ def generate(
 
 def _generate(model: Qwen2, call: Call, limits: Limits, steps: DecodeSteps | None) -> Iterator[tuple[Sequence, str]]:
     while call.waiting or call.running:
+        if any(sequence.unwanted for sequence in call.waiting):  # a stream, the only one of its call
+            return
         for sequence, token in _advance(model, call, limits, steps):
             if token == NOT_FINITE:
                 raise _not_finite(call.cache, sequence)

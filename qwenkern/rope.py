@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .config import Config
 
+_FLOATS = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
 _ELEMENTS = 1 << 19  # of a block of rows: 4,096 positions of a head of 128, some milliseconds
 
 
@@ -24,7 +25,8 @@ class RopeTable:
         self._block = max(64, _ELEMENTS // config.head_dim)
         self._computed = 0
         with torch.inference_mode(False):  # whoever makes the table, others may write to it
-            self.cos_sin = torch.empty(min(rows, config.context_length), config.head_dim, device=device)
+            size = min(rows, config.context_length), config.head_dim
+            self.cos_sin = torch.empty(size, dtype=torch.float32, device=device)
         self.reach(1)
 
     def reach(self, rows: int) -> None:
@@ -32,7 +34,7 @@ class RopeTable:
         rows = min(rows, len(self.cos_sin))
         while self._computed < rows:
             end = min(self._computed + self._block, len(self.cos_sin))
-            positions = torch.arange(self._computed, end, dtype=torch.float32)
+            positions = torch.arange(self._computed, end, **_FLOATS)
             angles = positions[:, None] * self._frequencies
             block = torch.cat((angles.cos() * self._scale, angles.sin() * self._scale), dim=-1)
             with torch.no_grad():
@@ -44,7 +46,7 @@ def inverse_frequencies(config: Config) -> Tensor:
     """Radians per position of each pair of dimensions: [D / 2] float32, with YaRN's blend where the config asks for it
     (Peng et al. 2023, arXiv:2309.00071, section 3.2)."""
     dim, theta, yarn = config.head_dim, config.rope_theta, config.rope_scaling
-    wavelengths = theta ** (torch.arange(0, dim, 2, dtype=torch.float32) / dim)
+    wavelengths = theta ** (torch.arange(0, dim, 2, **_FLOATS) / dim)
     if yarn is None:
         return 1.0 / wavelengths
 
@@ -57,6 +59,6 @@ def inverse_frequencies(config: Config) -> Tensor:
     if yarn.truncate:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, dim - 1)
-    ramp = (torch.arange(dim // 2, dtype=torch.float32) - first) / max(last - first, 1e-3)
+    ramp = (torch.arange(dim // 2, **_FLOATS) - first) / max(last - first, 1e-3)
     kept = 1 - ramp.clamp(0, 1)  # 1: too fast to need stretching, 0: stretched by the whole factor
     return (1 - kept) / (yarn.factor * wavelengths) + kept / wavelengths

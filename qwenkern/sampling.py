@@ -141,8 +141,7 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[TokenLogprob | int]:
     settings = None
     if width > 1:
         numbers = [0.0 if greedy else row.uniform() for greedy, row in zip(is_greedy, rows, strict=True)]
-        device = logits.device
-        settings = Settings(torch.tensor(Settings.of(rows), device=device), torch.tensor(numbers, device=device))
+        settings = Settings(*(torch.tensor(values, **_like(logits)) for values in (Settings.of(rows), numbers)))
     tokens: list[TokenLogprob | int] = draw(logits, settings, width, any(is_greedy)).tolist()
     for index, of in enumerate(logprobs):
         if not finite[index]:
@@ -176,10 +175,10 @@ def _penalise(row: Tensor, sequence: Row) -> None:
         row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
     if params.presence_penalty or params.frequency_penalty:
         counts = Counter(sequence.output_ids)
-        often = torch.tensor(list(counts.values()), dtype=row.dtype, device=row.device)
+        often = torch.tensor(list(counts.values()), **_like(row))
         row[_ids(counts, row)] -= params.presence_penalty + params.frequency_penalty * often
     if params.logit_bias:
-        row[_ids(params.logit_bias, row)] += torch.tensor(list(params.logit_bias.values()), device=row.device)
+        row[_ids(params.logit_bias, row)] += torch.tensor(list(params.logit_bias.values()), **_like(row))
     if len(sequence.output_ids) < params.min_tokens:
         row[_ids(sequence.end_ids, row)] = -math.inf
 
@@ -194,7 +193,7 @@ class Settings:
     @staticmethod
     def neutral(size: int, device: torch.device) -> Settings:
         """Greedy rows."""
-        return Settings(torch.zeros(4, size, device=device), torch.zeros(size, device=device))
+        return Settings(*(torch.zeros(*shape, size, dtype=torch.float32, device=device) for shape in ((4,), ())))
 
     @staticmethod
     def of(rows: Sequence[Row]) -> list[list[float]]:
@@ -202,7 +201,7 @@ class Settings:
         columns = [
             (
                 0.0 if params.is_greedy else params.temperature,
-                params.top_k or math.inf,
+                min(params.top_k, 2**31) or math.inf,
                 params.top_p if params.top_p < 1 else math.inf,
                 params.min_p,
             )
@@ -253,8 +252,13 @@ def _logprobs(logits: Tensor, rows: Sequence[Row]) -> list[tuple[Tensor, int] | 
 
 def _with_logprobs(of: tuple[Tensor, int], token: int) -> TokenLogprob:
     logprobs, k = of
-    values, ids = logprobs.topk(k)
+    values, ids = logprobs.topk(min(k, len(logprobs)))
     return TokenLogprob(token, logprobs[token].item(), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+
+
+def _like(logits: Tensor) -> dict[str, Any]:
+    """For torch.tensor, which would follow torch's default dtype and device."""
+    return {"dtype": logits.dtype, "device": logits.device}
 
 
 def _ids(ids: Iterable[int], like: Tensor) -> Tensor:

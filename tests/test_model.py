@@ -342,3 +342,28 @@ def test_twins_agree(model):
 def test_importing_prints_nothing():
     done = subprocess.run([sys.executable, "-c", "import qwenkern.Model"], capture_output=True, text=True, check=True)
     assert (done.stdout, done.stderr) == ("", "")
+
+
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_torchs_defaults_change_nothing(default):
+    """Programs set a default dtype or device to load another model."""
+    how = {"max_tokens": 20, "temperature": 0.8, "top_p": 0.9, "seed": 3, "logit_bias": {3: 0.3}}
+    ids = list(range(50))
+
+    def results(model):
+        return model.generate([1, 2, 3], **how).token_ids, model.score(ids).perplexity, model.forward(ids).tolist()
+
+    expected = results(Model.from_config(TINY, device="cpu", dtype="float32"))
+    torch.set_default_dtype(default)
+    try:
+        with torch.device("meta"):
+            found = results(Model.from_config(TINY, device="cpu", dtype="float32"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found == expected
+
+
+def test_a_vocabulary_smaller_than_what_is_asked_of_it():
+    model = Model.from_config(replace(TINY, vocab_size=8), device="cpu", dtype="float32")
+    completion = model.generate([1, 2], max_tokens=2, logprobs=100, temperature=1.0, top_k=10**400)
+    assert [len(token.top) for token in completion.logprobs] == [8, 8]

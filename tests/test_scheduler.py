@@ -239,3 +239,20 @@ def test_what_an_empty_cache_cannot_hold_is_refused():
     with pytest.raises(RequestError, match=r"room for 256 more tokens of its 256.*needs 257 more"):
         list(generate(model.module, model.cache, sequences, Limits(512)))
     assert all_free(model)
+
+
+def test_a_stream_that_waits_may_be_closed(monkeypatch):
+    monkeypatch.setattr(scheduler.Call, "_sleeps", lambda _: False)  # the first keeps its pages
+    model = small()
+    first, waiting = (model.stream(prompt, **HOW) for prompt in PROMPTS[:2])
+    read(first, 40)
+    reader = threading.Thread(target=lambda: list(waiting), daemon=True)
+    reader.start()
+    while not any(call._ticket is not None for call in list(model.cache.calls)):
+        time.sleep(0.001)
+    waiting.close()
+    reader.join(PATIENCE)
+    assert not reader.is_alive()
+    assert not waiting.completion.token_ids
+    first.close()
+    assert all_free(model)

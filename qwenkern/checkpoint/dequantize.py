@@ -52,9 +52,10 @@ _PLAIN = {
 SUPPORTED = frozenset(_BLOCKS) | frozenset(_PLAIN)
 
 _EVERY_BYTE = {torch.int64: 0x0101010101010101, torch.int32: 0x01010101}
-_HALVES, _QUARTERS, _BITS = (torch.arange(0, 8, step)[:, None] for step in (4, 2, 1))
+_HALVES, _QUARTERS, _BITS = (torch.arange(0, 8, step, device="cpu")[:, None] for step in (4, 2, 1))
 # byte -> eight bytes, 1 where the bit is set, lowest bit first
-_BITS_OF_BYTE = (torch.arange(256)[:, None] >> torch.arange(8) & 1).to(torch.uint8).view(torch.int64).flatten()
+_BYTES, _PLACES = torch.arange(256, device="cpu"), torch.arange(8, device="cpu")
+_BITS_OF_BYTE = (_BYTES[:, None] >> _PLACES & 1).to(torch.uint8).view(torch.int64).flatten()
 
 
 def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> torch.Tensor:
