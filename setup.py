@@ -123,6 +123,7 @@ setup(
         "qwenkern.kernels.cpu",
         "qwenkern.benchmarks",
     ],
+    py_modules=["qwenkern_start"],
     package_data={
         "qwenkern": ["py.typed"],
         "qwenkern.kernels": ["metadata.json", "tuned/*/*.json"],
@@ -132,5 +133,5 @@ setup(
     cmdclass={"build_py": BuildWithC, "bdist_wheel": WheelOfLibraries},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["qwenkern = qwenkern.cli:main"]},
+    entry_points={"console_scripts": ["qwenkern = qwenkern_start:main"]},
 )

@@ -1,4 +1,4 @@
-"""``python -m qwenkern`` is ``qwenkern``."""
+"""``python -m qwenkern`` is ``qwenkern``, but for Ctrl-C in its first second: Python imports the package before."""
 
 from .cli import main
 

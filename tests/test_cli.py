@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from qwenkern import Model, cli, terminal
 from qwenkern.benchmarks import run as run_benchmarks
 from qwenkern.completion import Stream
 from qwenkern.kernels import cpu
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -324,6 +327,43 @@ def test_ctrl_c_ends_without_a_word(run, folder, monkeypatch, interrupts, argume
     assert code == 130
     assert "Traceback" not in err
     assert out.strip() == ""
+
+
+CTRL_C_WHILE_IT_IMPORTS = """
+import os, signal, sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == during:
+            os.kill(os.getpid(), signal.SIGINT)
+during, ignored = sys.argv[1:]
+sys.meta_path.insert(0, Interrupts())
+signal.signal(signal.SIGINT, signal.SIG_IGN if ignored else signal.default_int_handler)
+import qwenkern_start
+before = signal.getsignal(signal.SIGINT)
+sys.argv[1:] = ["--help"]
+try:
+    qwenkern_start.main()
+finally:
+    assert signal.getsignal(signal.SIGINT) is before
+"""
+
+
+@pytest.mark.parametrize(
+    ("during", "ignored", "code"), [("torch", "", 130), ("numpy", "", 130), ("torch", "ignored", 0), ("none", "", 0)]
+)
+def test_ctrl_c_while_torch_is_imported(during, ignored, code):
+    """numpy, too: torch catches what stops numpy from being imported."""
+    command = [sys.executable, "-c", CTRL_C_WHILE_IT_IMPORTS, during, ignored]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert ("Usage" in done.stdout) == (code == 0)
+
+
+def test_the_command_begins_with_the_standard_library_only():
+    assert 'entry_points={"console_scripts": ["qwenkern = qwenkern_start:main"]}' in (ROOT / "setup.py").read_text()
+    code = "import sys; before = set(sys.modules); import qwenkern_start; print(*set(sys.modules) - before)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert {name.partition(".")[0] for name in done.stdout.split()} - {"qwenkern_start"} <= sys.stdlib_module_names
 
 
 def test_signals_while_it_generates(tmp_path):

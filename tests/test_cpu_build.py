@@ -654,7 +654,7 @@ def installed(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("wheel")
     source, place = folder / "source", folder / "place"
     source.mkdir()
-    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+    for name in ("setup.py", "pyproject.toml", "qwenkern_start.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in ("qwenkern", "kernels", "benchmarks"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__", "results"))

@@ -18,3 +18,15 @@ def test_drop_in_examples():
     names: dict[str, object] = {"__name__": "example"}
     for number, example in enumerate(examples):
         exec(compile(example, f"drop-in.md, example {number + 1}", "exec"), names)
+
+
+def test_the_readme_lists_all_environment_variables():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    table = text.partition("## Environment variables")[2].partition("\n## ")[0]
+    named = re.findall(r"QWENKERN_[A-Z_]+", "".join(re.findall(r"^\| (`.*?) \|", table, re.M)))
+    files = [ROOT / "setup.py", ROOT / "Makefile"]
+    files += [
+        file for folder in ("qwenkern", "kernels", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")
+    ]
+    used = {name for file in files for name in re.findall(r"QWENKERN_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))}
+    assert sorted(named) == sorted(used)
