@@ -359,6 +359,15 @@ def test_ctrl_c_while_torch_is_imported(during, ignored, code):
     assert ("Usage" in done.stdout) == (code == 0)
 
 
+def test_a_current_folder_that_was_deleted_is_said(tmp_path):
+    """torch with MKL cannot be imported there."""
+    start = f"{sys.executable} -c 'import sys; sys.path.insert(0, sys.argv[1]); import qwenkern_start as s; s.main()'"
+    line = f"mkdir gone && cd gone && rmdir ../gone && {start} '{ROOT}'"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path, check=False)
+    expected = "error: the current folder: No such file or directory; expected one that is there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
+
+
 def test_the_command_begins_with_the_standard_library_only():
     assert 'entry_points={"console_scripts": ["qwenkern = qwenkern_start:main"]}' in (ROOT / "setup.py").read_text()
     code = "import sys; before = set(sys.modules); import qwenkern_start; print(*set(sys.modules) - before)"
