@@ -258,7 +258,8 @@ def test_remarks_that_nobody_hears_change_nothing(folder, model, streams):
     assert (done.stdout.decode(), done.returncode) == (model.generate("Hi", max_tokens=4).text + "\n", 0)
 
 
-def test_a_terminal_that_knows_ascii_only(folder, model):
+@pytest.mark.parametrize("said_by", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_terminal_that_knows_ascii_only(folder, model, said_by):
     """What it cannot show is escaped; what is read is UTF-8 all the same."""
     expected = model.generate("Grüße", max_tokens=9).text
     assert not expected.isascii()
@@ -267,7 +268,7 @@ def test_a_terminal_that_knows_ascii_only(folder, model):
         input="Grüße".encode(),
         capture_output=True,
         cwd=folder,
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        env=os.environ | {"PYTHONUTF8": "0"} | said_by,
         check=True,
     )
     assert done.stdout == expected.encode("ascii", "backslashreplace") + b"\n"
