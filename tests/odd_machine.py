@@ -150,7 +150,7 @@ def steps() -> Iterator[Step]:
     # torch with MKL cannot be imported there: MKL ends the process, Python's or ours
     for command in (SHORT, "qwenkern info qwen2.5-3b"):
         yield Step(f"folder: deleted, {command.split()[1]}", f"{gone} {command}", code=1,
-                   prints="^\n--- stderr\nerror: the current folder: .*expected one that is there\n$")  # fmt: skip
+                   prints="^error: the current folder: .*expected one that is there\n$")  # fmt: skip
     yield Step("folder: not readable", f"mkdir -p {PLACE}/dark && cd {PLACE}/dark && chmod 0 . && {SHORT}", prints=TEXT)
 
     yield Step("Python: -I", f"python -I {PLACE}/short.py", prints="torch.Size")
