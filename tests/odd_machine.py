@@ -163,7 +163,8 @@ def steps() -> Iterator[Step]:
         yield Step(f"Python: a notebook's exec, {script}", f'python -c "{run.format(PLACE / (script + ".py"))}"',
                    prints=r"torch.Size|\[\d+, ")  # fmt: skip
     yield Step("limits: 64 open files", f"ulimit -n 64; {SHORT}", prints=TEXT)
-    yield Step("limits: no files may be written", f"ulimit -f 0; {SHORT}", prints=TEXT, environment=real("nofiles"))
+    yield Step("limits: no files may be written", f"ulimit -f 0; {SHORT}", code=1, prints="error: .*No usable temp",
+               environment=real("nofiles"))  # fmt: skip
     yield Step("limits: 1 process", f"ulimit -u 1; {SHORT}", prints=TEXT, environment=real("noforks"))
     yield Step("system: no /proc", SHORT, prints=TEXT, mounts="mount -t tmpfs none /proc", environment=real("noproc"))
     yield Step("system: no /sys", SHORT, prints=TEXT, mounts="mount -t tmpfs none /sys", environment=real("nosys"))
