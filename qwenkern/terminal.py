@@ -140,7 +140,7 @@ def _prepare() -> None:
     if isinstance(sys.stdin, io.TextIOWrapper):
         ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="strict")
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
         sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may not know a character
     warnings.showwarning = warn
     if os.environ.get("COLUMNS") == "0":  # where nobody knows the width; rich prints nothing then

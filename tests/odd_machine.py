@@ -147,13 +147,10 @@ def steps() -> Iterator[Step]:
     yield Step("Ctrl-C while it starts", early.format(2), code=130)
     yield Step("Ctrl-C while it loads", early.format(5), code=130)
     gone = "mkdir {0} && cd {0} && rmdir {0} &&".format(PLACE / "gone")
-    yield Step("folder: deleted", f"{gone} {SHORT}", prints=TEXT)
-    yield Step("folder: deleted, info", f"{gone} qwenkern info qwen2.5-3b", prints="3,085,938,688")
-    yield Step("folder: deleted, a relative cache", f"{gone} {SHORT}", code=1, prints="error: ",
-               environment={"QWENKERN_CACHE": "cache"})  # fmt: skip
-    yield Step("folder: deleted, Python", f"{gone} python {PLACE}/short.py", prints="torch.Size")
-    yield Step("folder: deleted, python -c", f"""{gone} python -c "import qwenkern; print('ok')" """, prints="ok")
-    yield Step("folder: deleted, transformers", f"{gone} python {PLACE}/second.py", prints=r"\[\d+, ")
+    # torch with MKL cannot be imported there: MKL ends the process, Python's or ours
+    for command in (SHORT, "qwenkern info qwen2.5-3b"):
+        yield Step(f"folder: deleted, {command.split()[1]}", f"{gone} {command}", code=1,
+                   prints="^error: the current folder: .*expected one that is there\n$")  # fmt: skip
     yield Step("folder: not readable", f"mkdir -p {PLACE}/dark && cd {PLACE}/dark && chmod 0 . && {SHORT}", prints=TEXT)
 
     yield Step("Python: -I", f"python -I {PLACE}/short.py", prints="torch.Size")
@@ -166,7 +163,8 @@ def steps() -> Iterator[Step]:
         yield Step(f"Python: a notebook's exec, {script}", f'python -c "{run.format(PLACE / (script + ".py"))}"',
                    prints=r"torch.Size|\[\d+, ")  # fmt: skip
     yield Step("limits: 64 open files", f"ulimit -n 64; {SHORT}", prints=TEXT)
-    yield Step("limits: no files may be written", f"ulimit -f 0; {SHORT}", prints=TEXT, environment=real("nofiles"))
+    yield Step("limits: no files may be written", f"ulimit -f 0; {SHORT}", code=1, prints="error: .*No usable temp",
+               environment=real("nofiles"))  # fmt: skip
     yield Step("limits: 1 process", f"ulimit -u 1; {SHORT}", prints=TEXT, environment=real("noforks"))
     yield Step("system: no /proc", SHORT, prints=TEXT, mounts="mount -t tmpfs none /proc", environment=real("noproc"))
     yield Step("system: no /sys", SHORT, prints=TEXT, mounts="mount -t tmpfs none /sys", environment=real("nosys"))

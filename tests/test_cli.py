@@ -258,7 +258,8 @@ def test_remarks_that_nobody_hears_change_nothing(folder, model, streams):
     assert (done.stdout.decode(), done.returncode) == (model.generate("Hi", max_tokens=4).text + "\n", 0)
 
 
-def test_a_terminal_that_knows_ascii_only(folder, model):
+@pytest.mark.parametrize("said_by", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
+def test_a_terminal_that_knows_ascii_only(folder, model, said_by):
     """What it cannot show is escaped; what is read is UTF-8 all the same."""
     expected = model.generate("Grüße", max_tokens=9).text
     assert not expected.isascii()
@@ -267,7 +268,7 @@ def test_a_terminal_that_knows_ascii_only(folder, model):
         input="Grüße".encode(),
         capture_output=True,
         cwd=folder,
-        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        env=os.environ | {"PYTHONUTF8": "0"} | said_by,
         check=True,
     )
     assert done.stdout == expected.encode("ascii", "backslashreplace") + b"\n"
@@ -357,6 +358,15 @@ def test_ctrl_c_while_torch_is_imported(during, ignored, code):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (code, "")
     assert ("Usage" in done.stdout) == (code == 0)
+
+
+def test_a_current_folder_that_was_deleted_is_said(tmp_path):
+    """torch with MKL cannot be imported there."""
+    start = f"{sys.executable} -c 'import sys; sys.path.insert(0, sys.argv[1]); import qwenkern_start as s; s.main()'"
+    line = f"mkdir gone && cd gone && rmdir ../gone && {start} '{ROOT}'"
+    done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=tmp_path, check=False)
+    expected = "error: the current folder: No such file or directory; expected one that is there\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", expected)
 
 
 def test_the_command_begins_with_the_standard_library_only():
