@@ -35,7 +35,7 @@ def tiny_model(config: Config = TINY, dtype: torch.dtype = torch.float32, **keyw
             if not name.endswith("norm.weight"):
                 parameter.mul_(5)
             else:
-                parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)).to(dtype))
+                parameter.add_(torch.linspace(-0.5, 0.5, len(parameter)).to(parameter))
     return model
 
 
@@ -55,7 +55,8 @@ def twin(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
     dtype = dtype or model.dtype
     weights = {name: tensor.to(dtype) for name, tensor in unpacked(model).items()}
     theirs.load_state_dict(weights, strict=True, assign=True)
-    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config)  # its buffers are not in the state
+    # its buffers are not in the state
+    theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(model.device)
     return theirs.eval()
 
 
