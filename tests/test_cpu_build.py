@@ -357,6 +357,7 @@ def test_a_warm_cache_needs_no_compiler(fresh, monkeypatch, recwarn):
         assert cpu.describe()["CPU"].startswith("C for odd, compiled on this machine")
     assert not recwarn.list
     [library] = fresh.glob("*.so")
+    library.unlink()  # it is mapped: truncating it would end this process, at its next fork
     library.write_bytes(b"something else")
     build.forget()
     with pytest.warns(UserWarning, match="gcc '"):
