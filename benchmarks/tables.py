@@ -66,9 +66,17 @@ def planned(compiled: list[dict[str, Any]]) -> str:
         bounds = [plan.tokens_per_second(parts, sequences, hidden) for hidden in (False, True)]
         nodes = sum(part.launches for part in parts)
         cells = [str(sequences), f"{context:,}", f"{paper:.0f}", f"{share * paper:.0f} ({share:.0%})"]
-        steps.append([*cells, str(nodes), f"{bounds[0]:.0f} to {bounds[1]:.0f}", "not yet measured"])
+        steps.append([*cells, str(nodes), f"{bounds[0]:.0f} to {bounds[1]:.0f}", measured(sequences, context)])
     heads = ["sequences", "context", "tokens/s on paper", "target", "graph nodes", "predicted tokens/s", "measured"]
     return f"{markdown(headings, rows)}\n\n{markdown(heads, steps)}"
+
+
+def measured(sequences: int, context: int) -> str:
+    """Tokens a second of that decode step on the H100, as `qwenkern bench --where` timed its replays."""
+    file = RESULTS / "nvidia-h100-80gb-hbm3" / "where.json"
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
+    seconds = [row["seconds"] for row in rows if (row["sequences"], row["context"]) == (sequences, context)]
+    return f"{sequences / sum(seconds):.0f}" if seconds else "not yet measured"
 
 
 def kernels(document: dict[str, Any]) -> str:
