@@ -291,26 +291,25 @@ def use(path: Path) -> None:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-@target
-def config(folder: Path) -> Target:
+def damaged_file(folder: Path, name: str, content: dict[str, Any]) -> Target:
+    """A sound checkpoint in which this file alone is damaged."""
     write_folder(folder)
 
     def one(chance: random.Random) -> None:
-        write_json(chance, folder / "config.json", CONFIG_JSON)
+        write_json(chance, folder / name, content)
         use(folder)
 
     return one
+
+
+@target
+def config(folder: Path) -> Target:
+    return damaged_file(folder, "config.json", CONFIG_JSON)
 
 
 @target
 def generation_config(folder: Path) -> Target:
-    write_folder(folder)
-
-    def one(chance: random.Random) -> None:
-        write_json(chance, folder / "generation_config.json", GENERATION_JSON)
-        use(folder)
-
-    return one
+    return damaged_file(folder, "generation_config.json", GENERATION_JSON)
 
 
 @target

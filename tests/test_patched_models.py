@@ -38,7 +38,7 @@ def whatever_pays(monkeypatch):
 
 @pytest.fixture(params=["reference", "triton"])
 def path(request, monkeypatch):
-    """On the twins, and through the kernels in Triton's interpreter."""
+    """On the torch reference, and through the kernels in Triton's interpreter."""
     monkeypatch.setenv("QWENKERN_KERNELS", request.param)
     monkeypatch.setattr(layers, "INTERPRETED", request.param == "triton")
 
@@ -174,11 +174,11 @@ def test_two_threads_patch_one_model():
 def replica(model):
     """As DataParallel makes them, one module after another, with weights that are plain tensors."""
     made = {module: module._replicate_for_data_parallel() for module in model.modules()}
-    for module, twin in made.items():
+    for module, copied in made.items():
         for name, child in module.named_children():
-            twin._modules[name] = made[child]
+            copied._modules[name] = made[child]
         for name, parameter in module._parameters.items():
-            setattr(twin, name, None if parameter is None else parameter.detach().clone())
+            setattr(copied, name, None if parameter is None else parameter.detach().clone())
     return made[model]
 
 
@@ -203,13 +203,13 @@ def without_kernel_functions(model):
 
 def copied_shallowly(model):
     """copy.copy of every module, with children and weights of its own."""
-    twin = copy.copy(model)
-    twin._modules = {name: copied_shallowly(each) for name, each in model._modules.items()}
-    twin._parameters = {
+    copied = copy.copy(model)
+    copied._modules = {name: copied_shallowly(each) for name, each in model._modules.items()}
+    copied._parameters = {
         name: each if each is None else torch.nn.Parameter(each.detach().clone())
         for name, each in model._parameters.items()
     }
-    return twin
+    return copied
 
 
 @pytest.mark.parametrize(
@@ -219,19 +219,19 @@ def copied_shallowly(model):
 )
 def test_a_copy_computes_with_its_own_weights(path, copier):
     model, plain = apply_qwenkern(make()), make()
-    twin, expected = copier(model), logits(plain)
-    for each in (twin, plain):
+    copied, expected = copier(model), logits(plain)
+    for each in (copied, plain):
         for module in each.modules():
             for name in ("weight", "bias"):
                 if getattr(module, name, None) is not None:
                     getattr(module, name).data.mul_(0.9)
-    torch.testing.assert_close(logits(twin), logits(plain))
+    torch.testing.assert_close(logits(copied), logits(plain))
     torch.testing.assert_close(logits(model), expected)
-    assert {name: type(each) for name, each in twin.named_modules()} == {
+    assert {name: type(each) for name, each in copied.named_modules()} == {
         name: type(each) for name, each in model.named_modules()
     }
-    assert not is_patched(revert(twin))
-    torch.testing.assert_close(logits(twin), logits(plain))
+    assert not is_patched(revert(copied))
+    torch.testing.assert_close(logits(copied), logits(plain))
     torch.testing.assert_close(logits(model), expected)
     assert isinstance(model.model.norm, layers.Patched), "the original keeps its patch"
 

@@ -29,7 +29,7 @@ def whatever_pays(monkeypatch):
 
 @pytest.fixture(params=["reference", "triton"])
 def path(request, monkeypatch):
-    """On the twins, and through the kernels in Triton's interpreter."""
+    """On the torch reference, and through the kernels in Triton's interpreter."""
     monkeypatch.setenv("QWENKERN_KERNELS", request.param)
     monkeypatch.setattr(layers, "INTERPRETED", request.param == "triton")
     return request.param
