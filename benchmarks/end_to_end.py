@@ -36,7 +36,7 @@ from qwenkern.benchmarks.roofline import Roofline, prompt_operations, roofline, 
 from qwenkern.benchmarks.run import numbers
 from qwenkern.benchmarks.timing import circumstances
 from qwenkern.config import FAMILY
-from qwenkern.kernels.cpu import build
+from qwenkern.kernels.c import build
 
 PEERS = ("transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
 MISSING = (ImportError, FileNotFoundError)  # raised where a peer is not installed

@@ -25,7 +25,8 @@ from .config import Config
 from .decode import DecodeSteps
 from .errors import ConfigError, NonFiniteError, RequestError, shown
 from .generation import Generation
-from .kernels import cpu, invariant_tokens
+from .kernels import c as c_backend
+from .kernels import invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
 from .tokenizer import Detokenizer, Tokenizer
@@ -446,11 +447,11 @@ def _machine_memory() -> int:
 
 def _use_threads(threads: int | None) -> None:
     """Also looks at what the environment says of the CPU, before any weight is read."""
-    threads = whole("threads", threads, 1, cpu.threads.MOST, optional=True)
+    threads = whole("threads", threads, 1, c_backend.threads.MOST, optional=True)
     try:
         if threads is not None:
-            cpu.threads.use(threads)
-        cpu.check_environment()
+            c_backend.threads.use(threads)
+        c_backend.check_environment()
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -22,7 +22,7 @@ from twins import TINY, save_checkpoint, tiny_model
 from qwenkern import Model, cli, terminal
 from qwenkern.benchmarks import run as run_benchmarks
 from qwenkern.completion import Stream
-from qwenkern.kernels import cpu
+from qwenkern.kernels import c as c_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -152,15 +152,15 @@ def test_info_of_a_size_needs_no_file(run):
     assert "Qwen Research" in out
     assert "contradiction" not in out
     assert re.search(r"^CPU: (C for \S+, (built with the package|compiled)|no C, so torch runs)", out, re.M)
-    assert f"threads: {cpu.threads.count()}\n" in out
+    assert f"threads: {c_backend.threads.count()}\n" in out
 
 
 def test_threads_are_those_of_the_process(run, folder, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "_asked", None)
+    monkeypatch.setattr(c_backend.threads, "_asked", None)
     before = torch.get_num_threads()
     try:
         assert run("generate", "-m", folder, "--max-tokens", 2, "--threads", 3, "Hello")[2] == 0
-        assert torch.get_num_threads() == cpu.threads.count() == 3
+        assert torch.get_num_threads() == c_backend.threads.count() == 3
     finally:
         torch.set_num_threads(before)
 

@@ -12,7 +12,7 @@ import emulated
 import inner_loops
 import pytest
 
-from qwenkern.kernels.cpu import compiler, targets
+from qwenkern.kernels.c import compiler, targets
 
 # Functions whose inner loops may use the stack, and why that costs little. All others may not.
 EXCEPTIONS = {
