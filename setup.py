@@ -118,7 +118,11 @@ setup(
     packages=[
         "qwenkern",
         "qwenkern.checkpoint",
+        "qwenkern.cli",
+        "qwenkern.hub",
         "qwenkern.integrations",
+        "qwenkern.integrations.transformers",
+        "qwenkern.text",
         "qwenkern.kernels",
         "qwenkern.kernels.c",
         "qwenkern.benchmarks",

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from . import generate as engine
-from . import sources
 from .arguments import flag, is_whole, whole
 from .cache import PagedCache
 from .checkpoint import load_weights, open_checkpoint
@@ -25,11 +24,12 @@ from .config import Config
 from .decode import DecodeSteps
 from .errors import ConfigError, NonFiniteError, RequestError, shown
 from .generation import Generation
+from .hub import sources
 from .kernels import c as c_backend
 from .kernels import invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
-from .tokenizer import Detokenizer, Tokenizer
+from .text.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -173,7 +173,11 @@ class Model:
             have no text. The other options are those of from_pretrained.
 
         Raises RequestError or ConfigError where the model is not one that we run, or its weights cannot be shared."""
-        from .integrations.from_transformers import as_tokenizer, generation_defaults, shared_module  # not for everyone
+        from .integrations.transformers.share import (  # not for everyone
+            as_tokenizer,
+            generation_defaults,
+            shared_module,
+        )
 
         _use_threads(threads)
         module = shared_module(model)

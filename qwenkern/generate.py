@@ -22,7 +22,7 @@ from .errors import NonFiniteError
 from .qwen2 import Qwen2
 from .sampling import BELOW_ONE, NOT_FINITE, SamplingParams, TokenLogprob, draw_width, sample
 from .scheduler import Call
-from .tokenizer import Detokenizer
+from .text.tokenizer import Detokenizer
 
 MAX_BATCH = 64  # sequences that decode together
 

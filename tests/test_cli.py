@@ -19,8 +19,10 @@ import torch
 from toy import byte_tokenizer
 from twins import TINY, save_checkpoint, tiny_model
 
-from qwenkern import Model, cli, terminal
+from qwenkern import Model
 from qwenkern.benchmarks import run as run_benchmarks
+from qwenkern.cli import commands as cli
+from qwenkern.cli import terminal
 from qwenkern.completion import Stream
 from qwenkern.kernels import c as c_backend
 
@@ -191,7 +193,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
     save_checkpoint(tiny_model(replace(TINY, max_position_embeddings=16384)), folder := tmp_path / "Tiny-Qwen2.5")
     terminal, end = pty.openpty()
     program = subprocess.Popen(
-        [sys.executable, "-c", "from qwenkern.cli import main; main()", "chat", "-m", str(folder)],
+        [sys.executable, "-c", "from qwenkern.cli.commands import main; main()", "chat", "-m", str(folder)],
         stdin=end,
         stdout=end,
         stderr=end,

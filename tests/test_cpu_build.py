@@ -15,8 +15,9 @@ import pytest
 import torch
 
 import qwenkern
-from qwenkern import download, info
+from qwenkern.cli import info
 from qwenkern.errors import RequestError
+from qwenkern.hub import download
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels.c import build, choose, compiler, kept, targets, threads
 

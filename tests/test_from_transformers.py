@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast,
 from twins import TINY, tiny_model, twin
 
 from qwenkern import Config, ConfigError, Model, RequestError, YarnScaling
-from qwenkern.integrations import from_transformers as integration
+from qwenkern.integrations.transformers import share as integration
 from qwenkern.qwen2 import Weights
 
 SHAPES = {

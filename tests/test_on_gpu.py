@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from qwenkern import cli
 from qwenkern.benchmarks import on_gpu
 from qwenkern.benchmarks.cases import CASES
 from qwenkern.benchmarks.providers import PROVIDERS
+from qwenkern.cli import commands as cli
 from qwenkern.kernels import c as c_backend
 
 PARTS = ("correctness", "end_to_end", "where", "kernels", "compiled", "peers", "tune")

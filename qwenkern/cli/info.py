@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .checkpoint.packing import EMBEDDING, HEAD, slots
-from .config import FAMILY, Config
-from .errors import RequestError
-from .kernels import c as c_backend
-from .kernels.triton_if_any import triton
+from ..checkpoint.packing import EMBEDDING, HEAD, slots
+from ..config import FAMILY, Config
+from ..errors import RequestError
+from ..kernels import c as c_backend
+from ..kernels.triton_if_any import triton
 
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![a-z])", re.IGNORECASE)
 _SIZES = (
