@@ -117,8 +117,11 @@ setup(
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
         "qwenkern",
+        "qwenkern.cache",
         "qwenkern.checkpoint",
+        "qwenkern.engine",
         "qwenkern.integrations",
+        "qwenkern.sampling",
         "qwenkern.kernels",
         "qwenkern.kernels.cpu",
         "qwenkern.benchmarks",

@@ -17,8 +17,8 @@ from rich.table import Table
 from . import info as facts
 from . import sources, terminal
 from .checkpoint import open_checkpoint
-from .completion import Completion, Stream
 from .config import FAMILY, Config
+from .engine.completion import Completion, Stream
 from .errors import Error
 from .Model import Model
 from .terminal import note, stderr

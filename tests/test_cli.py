@@ -21,7 +21,7 @@ from twins import TINY, save_checkpoint, tiny_model
 
 from qwenkern import Model, cli, terminal
 from qwenkern.benchmarks import run as run_benchmarks
-from qwenkern.completion import Stream
+from qwenkern.engine.completion import Stream
 from qwenkern.kernels import cpu
 
 ROOT = Path(__file__).resolve().parents[1]

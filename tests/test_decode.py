@@ -11,8 +11,8 @@ from toy import byte_tokenizer
 from twins import TINY, tiny_model
 
 from qwenkern import NonFiniteError, SamplingParams
-from qwenkern.decode import Cpu, DecodeStep, DecodeSteps
-from qwenkern.generate import Limits, generate
+from qwenkern.engine.decode import Cpu, DecodeStep, DecodeSteps
+from qwenkern.engine.generate import Limits, generate
 from qwenkern.kernels import cpu, dispatch, waits_for_host
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]

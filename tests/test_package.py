@@ -41,10 +41,7 @@ ORDER = [
     "tokenizer",
 ]
 ORDER += [
-    "scheduler",
-    "decode",
-    "generate",
-    "completion",
+    "engine",
     "integrations",
     "Model",
     "__init__",

@@ -17,10 +17,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cache import Batch, PagedCache
-from .kernels import cpu, dependent_launches, waits_for_host
-from .qwen2 import Qwen2
-from .sampling import Row, Settings, draw, or_not_finite
+from ..cache import Batch, PagedCache
+from ..kernels import cpu, dependent_launches, waits_for_host
+from ..qwen2 import Qwen2
+from ..sampling import Row, Settings, draw, or_not_finite
 
 Read = Callable[[], list[int]]
 
