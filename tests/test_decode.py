@@ -11,8 +11,8 @@ from toy import byte_tokenizer
 from twins import TINY, tiny_model
 
 from qwenkern import NonFiniteError, SamplingParams
-from qwenkern.decode import Cpu, DecodeStep, DecodeSteps
-from qwenkern.generate import Limits, generate
+from qwenkern.engine.decode import Cpu, DecodeStep, DecodeSteps
+from qwenkern.engine.generate import Limits, generate
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import dispatch, waits_for_host
 

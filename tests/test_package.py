@@ -36,10 +36,7 @@ ORDER = [
     "text",
 ]
 ORDER += [
-    "scheduler",
-    "decode",
-    "generate",
-    "completion",
+    "engine",
     "integrations",
     "Model",
     "__init__",

@@ -12,8 +12,8 @@ import torch
 
 from qwenkern import Config
 from qwenkern.cache import BlockTable, PagedCache
-from qwenkern.decode import DecodeSteps
-from qwenkern.generate import forward
+from qwenkern.engine.decode import DecodeSteps
+from qwenkern.engine.generate import forward
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import decode_attention, dispatch
 from qwenkern.qwen2 import Qwen2, initialise

@@ -17,11 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cache import Batch, PagedCache
-from .kernels import c as c_backend
-from .kernels import dependent_launches, waits_for_host
-from .qwen2 import Qwen2
-from .sampling import Row, Settings, draw, or_not_finite
+from ..cache import Batch, PagedCache
+from ..kernels import c as c_backend
+from ..kernels import dependent_launches, waits_for_host
+from ..qwen2 import Qwen2
+from ..sampling import Row, Settings, draw, or_not_finite
 
 Read = Callable[[], list[int]]
 
