@@ -31,8 +31,8 @@ from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances
 from qwenkern.cli import terminal
 from qwenkern.kernels import reference, tuning
 
-# The rule of tests/tolerances.py: how many times as much as torch in the same dtype a result may err, at most and in
-# root mean square, beside two roundings and half a rounding of the largest value.
+# The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most
+# and in root mean square, beside two roundings and half a rounding of the largest value.
 ERROR_RATIO, RMS_RATIO = 2.0, 1.5
 
 
