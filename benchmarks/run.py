@@ -29,7 +29,8 @@ from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
 from qwenkern.benchmarks.results import Row
 from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
 from qwenkern.cli import terminal
-from qwenkern.kernels import reference, tuning
+from qwenkern.kernels import reference
+from qwenkern.kernels.triton import tuning
 
 # The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most
 # and in root mean square, beside two roundings and half a rounding of the largest value.

@@ -35,7 +35,7 @@ from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.run import check, expected, numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.cli import terminal
-from qwenkern.kernels import tuning
+from qwenkern.kernels.triton import tuning
 
 NEAR_THE_FLOOR = 1.03  # times the physical limit: nothing left to look for
 HOPELESS = 1.3  # times the best so far: one reading is enough

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..errors import RequestError
+from ..kernels.pages import DensePages
 from ..rope import RopeTable
 
 PAGE_SIZE = 64  # tokens; one tile of the attention kernels
@@ -42,7 +43,7 @@ class BlockTable:
 
 
 class PagedCache:
-    """Keys and values of all layers: ``k`` and ``v`` are [layers, pages + 1, page_size, Hkv, D].
+    """Keys and values of all layers: ``pages`` has a layer's as one value, of kernels/pages/, with one page to spare.
 
     A page belongs to one sequence, or is full and shared by sequences that began alike. The memory is not cleared, and
     on a CPU the operating system provides it only as pages are first written.
@@ -58,9 +59,9 @@ class PagedCache:
         self.page_size = page_size
         self.num_pages = -(-num_tokens // page_size)
         self.spare_page = self.num_pages  # of nobody: for rows of a captured step that have no sequence
-        shape = (config.num_hidden_layers, self.num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
+        shape = (self.num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
+        self.pages = [DensePages.allocate(*shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.dtype, self.device = dtype, device
         self.rope = RopeTable(config, self.num_pages * page_size, device)  # of the positions that its sequences reach
         self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache
         self.calls: dict[Any, None] = {}  # scheduler.Call: who shares it
@@ -130,8 +131,8 @@ class PagedCache:
         full, tail = divmod(table.length, self.page_size)
         self.extend(copy, tail)
         if tail:
-            self.k[:, copy.pages[0]] = self.k[:, table.pages[full]]
-            self.v[:, copy.pages[0]] = self.v[:, table.pages[full]]
+            for layer in self.pages:
+                layer.copy_page(copy.pages[0], table.pages[full])
         self._tables.add(copy)
         copy.pages[:0] = table.pages[:full]
         copy.length = table.length

@@ -109,7 +109,7 @@ class DecodeStep:
 
     def __init__(self, model: Qwen2, cache: PagedCache, size: int, width: int, device: Device) -> None:
         self._model, self._cache, self._width, self._device = model, cache, width, device
-        place, pages = cache.k.device, -(-model.config.context_length // cache.page_size)
+        place, pages = cache.device, -(-model.config.context_length // cache.page_size)
         spare = cache.spare_page
         self._batch = Batch(  # rows without a sequence write to the spare page, and stay where they are
             ids=torch.zeros(size, dtype=torch.int64, device=place),
@@ -179,7 +179,7 @@ class DecodeSteps:
     def __init__(self, model: Qwen2, cache: PagedCache, device: Device | None = None) -> None:
         self.cache = cache
         self._model = model
-        self._device = device or (Cuda(cache.k.device) if cache.k.is_cuda else Cpu())
+        self._device = device or (Cuda(cache.device) if cache.device.type == "cuda" else Cpu())
         self._steps: dict[tuple[int, int], DecodeStep | None] = {}
 
     @property
@@ -189,7 +189,9 @@ class DecodeSteps:
     def step(self, sequences: int, width: int = 0) -> DecodeStep | None:
         """The step for so many sequences, or None where none can be captured."""
         size, cache = self._device.size(sequences), self.cache
-        if size is None or (cache.k.is_cuda and waits_for_host(self._model.config.num_attention_heads, cache.k[0])):
+        if size is None or (
+            cache.device.type == "cuda" and waits_for_host(self._model.config.num_attention_heads, cache.pages[0])
+        ):
             return None
         if (size, width) not in self._steps:
             try:

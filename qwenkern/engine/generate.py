@@ -196,7 +196,7 @@ def _all_logits(model: Qwen2, call: Call, sequence: Sequence, chunk: int) -> Ite
 def _not_finite(cache: PagedCache, sequence: Sequence) -> NonFiniteError:
     where = f"prompt_index {sequence.prompt_index}, sample_index {sequence.sample_index}"
     position = len(sequence.prompt_ids) + len(sequence.output_ids) - 1
-    return NonFiniteError.at(position, cache.k.dtype, where)
+    return NonFiniteError.at(position, cache.dtype, where)
 
 
 def _advance(

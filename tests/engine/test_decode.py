@@ -14,7 +14,7 @@ from qwenkern import NonFiniteError, SamplingParams
 from qwenkern.engine.decode import Cpu, DecodeStep, DecodeSteps
 from qwenkern.engine.generate import Limits, generate
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels import dispatch, waits_for_host
+from qwenkern.kernels import waits_for_host
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
 pytestmark = pytest.mark.processor
@@ -24,7 +24,7 @@ IN_C = replace(TINY, intermediate_size=192)  # a multiple of what C reads at onc
 @pytest.fixture
 def in_c(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
 
 
 class Fake:
