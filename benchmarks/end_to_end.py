@@ -39,6 +39,7 @@ from qwenkern.cli import terminal
 from qwenkern.config import FAMILY
 from qwenkern.hub import sources
 from qwenkern.kernels.c import build
+from qwenkern.kernels.environment import THREADS
 
 PEERS = ("transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
 MISSING = (ImportError, FileNotFoundError)  # raised where a peer is not installed
@@ -139,7 +140,7 @@ def rate(engine: peers.Engine, config: Config, prompt: int, new: int) -> content
 
 def use(threads: int) -> None:
     """So many threads in qwenkern, torch, and the processes that this one starts."""
-    os.environ["QWENKERN_THREADS"] = str(threads)
+    os.environ[THREADS.name] = str(threads)
     torch.set_num_threads(threads)
 
 

@@ -400,6 +400,9 @@ from pathlib import Path
 package = types.ModuleType("qwenkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["qwenkern"] = package
+package = types.ModuleType("qwenkern.kernels")
+package.__path__ = [sys.argv[1] + "/../kernels"]
+sys.modules["qwenkern.kernels"] = package
 from qwenkern.hub import download, sources
 
 def run_pip(part, scratch, tick):

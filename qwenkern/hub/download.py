@@ -29,6 +29,8 @@ from typing import BinaryIO, NoReturn
 from filelock import FileLock
 
 from ..errors import CheckpointError
+from ..kernels.environment import CACHE, cache_folder
+from ..kernels.ownership import only_we_can_write
 
 logger = logging.getLogger(__name__)
 
@@ -81,14 +83,13 @@ class Download:
 
 
 def cache_dir() -> Path:
-    """``$QWENKERN_CACHE``, which may be relative to the current folder, else ``$XDG_CACHE_HOME/qwenkern`` where that is
-    absolute, as its specification demands, else ``~/.cache/qwenkern``. Raises CheckpointError where nobody's home."""
-    own, shared = os.environ.get("QWENKERN_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    folder = Path(own or Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern"))
+    """The absolute path of the folder of caches. Raises CheckpointError where it is below a home, or a current folder,
+    that is not there."""
+    folder = cache_folder()
     try:
         return folder.expanduser().absolute()
     except (RuntimeError, OSError) as error:  # nobody's home; a current folder that was deleted
-        raise CheckpointError(f"{folder}: {error}; set QWENKERN_CACHE to a folder for downloads") from error
+        raise CheckpointError(f"{folder}: {error}; set {CACHE.name} to a folder for downloads") from error
 
 
 def fetch(source: Download, progress: Progress | None = None) -> Path:
@@ -273,9 +274,7 @@ def _is_ours(status: os.stat_result) -> bool:
     """Whether it is a file that only we, or the administrator, can have written, under this name alone."""
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         return False
-    if not hasattr(os, "getuid"):  # Windows, where rights are not read this way
-        return True
-    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return only_we_can_write(status)
 
 
 @contextlib.contextmanager
@@ -309,7 +308,7 @@ def _space_needed(source: Download, held: int) -> int:
 def _disk_full(source: Download, held: int, found: str) -> CheckpointError:
     return CheckpointError(
         f"{source.path.parent}: {found}, expected {_space_needed(source, held) / 1e6:,.0f} MB for the rest of "
-        f"{source.file}; make room, or point QWENKERN_CACHE at another disk, and run again (it resumes)"
+        f"{source.file}; make room, or point {CACHE.name} at another disk, and run again (it resumes)"
     )
 
 
