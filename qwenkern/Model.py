@@ -24,7 +24,7 @@ from .config import Config
 from .decode import DecodeSteps
 from .errors import ConfigError, NonFiniteError, RequestError, shown
 from .generation import Generation
-from .hub import sources
+from .hub import names
 from .kernels import c as c_backend
 from .kernels import invariant_tokens
 from .qwen2 import Qwen2, initialise
@@ -103,7 +103,9 @@ class Model:
         if progress is not None and not callable(progress):
             raise RequestError(f"progress is {shown(progress)}; expected a function or None")
         device = _device(device)
-        path = sources.resolve(model, progress=progress and (lambda done, total: progress("download", done, total)))
+        path = names.resolve(
+            model, progress=progress and (lambda origin, done, total: progress(f"download from {origin}", done, total))
+        )
         started = time.perf_counter()
         checkpoint = open_checkpoint(path)
         dtype = _dtype(dtype, checkpoint.config, device)

@@ -5,6 +5,11 @@
 >>> model.chat([{"role": "user", "content": "Write a haiku about compilers."}]).text
 """
 
+import qwenkern_start
+
+if qwenkern_start.is_module_run(__name__):
+    qwenkern_start.watch()  # before torch is imported
+
 from .completion import Completion, Score, Stream
 from .config import Config, YarnScaling
 from .errors import CheckpointError, ConfigError, Error, NonFiniteError, RequestError

@@ -18,7 +18,7 @@ from ..checkpoint import open_checkpoint
 from ..completion import Completion, Stream
 from ..config import FAMILY, Config
 from ..errors import Error
-from ..hub import sources
+from ..hub import names
 from ..Model import Model
 from ..text.tokenizer import Tokenizer
 from . import info as facts
@@ -138,8 +138,8 @@ def chat(
 def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo") -> None:
     """Fetch a model into the cache and print where it is."""
     with _progress() as progress:
-        path = sources.resolve(model, lambda done, total: progress("download", done, total))
-    if licence := sources.licence(model):
+        path = names.resolve(model, lambda origin, done, total: progress(f"download from {origin}", done, total))
+    if licence := names.licence(model):
         note(f"licence: {licence}")
     typer.echo(os.fsencode(path))  # the bytes that the file system knows it by
 
@@ -175,7 +175,7 @@ def info(
         f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
     )
     out.print(table, sizes, f"cache: {config.kv_bytes_per_token():,} bytes a token")
-    if licence := sources.licence(model):
+    if licence := names.licence(model):
         out.print(f"licence: {licence}")
     for name, value in facts.processor().items():
         out.print(f"{name}: {value}")
@@ -269,7 +269,7 @@ def _facts(model: str) -> tuple[Config, list[str]]:
     if model.lower() in FAMILY and not Path(model).exists():
         return FAMILY[model.lower()], []
     with _progress() as progress:
-        path = sources.resolve(model, lambda done, total: progress("download", done, total))
+        path = names.resolve(model, lambda origin, done, total: progress(f"download from {origin}", done, total))
     checkpoint = open_checkpoint(path)
     tokenizer = (
         Tokenizer.from_gguf(checkpoint.metadata, source=str(path))
