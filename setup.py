@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -116,13 +116,7 @@ setup(
     # The folder kernels/ is the package qwenkern.kernels: a top-level package `kernels` would shadow Hugging Face's.
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
-        "qwenkern",
-        "qwenkern.checkpoint",
-        "qwenkern.cli",
-        "qwenkern.hub",
-        "qwenkern.integrations",
-        "qwenkern.integrations.transformers",
-        "qwenkern.text",
+        *find_packages(include=["qwenkern", "qwenkern.*"]),
         "qwenkern.kernels",
         "qwenkern.kernels.c",
         "qwenkern.benchmarks",

@@ -32,8 +32,8 @@ from qwenkern.cli import terminal
 from qwenkern.kernels import reference, tuning
 from qwenkern.kernels.environment import CONFIG_DIR
 
-# The rule of tests/tolerances.py: how many times as much as torch in the same dtype a result may err, at most and in
-# root mean square, beside two roundings and half a rounding of the largest value.
+# The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most
+# and in root mean square, beside two roundings and half a rounding of the largest value.
 ERROR_RATIO, RMS_RATIO = 2.0, 1.5
 
 

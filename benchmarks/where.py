@@ -29,7 +29,7 @@ from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Size
 from qwenkern.benchmarks.timing import ceilings, circumstances, device_name
 from qwenkern.cache import BlockTable, PagedCache
-from qwenkern.decode import Cpu, Cuda, DecodeStep, Device
+from qwenkern.engine.decode import Cpu, Cuda, DecodeStep, Device
 from qwenkern.kernels import c as c_backend
 from qwenkern.qwen2 import Qwen2, initialise
 

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import generate as engine
 from .arguments import flag, is_whole, whole
 from .cache import PagedCache
 from .checkpoint import load_weights, open_checkpoint
-from .completion import Completion, Score, Stream
 from .config import Config
-from .decode import DecodeSteps
+from .engine import generate as engine
+from .engine.completion import Completion, Score, Stream
+from .engine.decode import DecodeSteps
 from .errors import ConfigError, NonFiniteError, RequestError, shown
 from .generation import Generation
 from .hub import names

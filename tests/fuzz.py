@@ -39,7 +39,7 @@ import torch
 from gguf import GGUFWriter
 from rich.console import Console
 from safetensors.torch import save
-from test_tokenizer import toy_folder, toy_metadata
+from text.test_tokenizer import toy_folder, toy_metadata
 
 from qwenkern import Config, Model
 from qwenkern.checkpoint import open_checkpoint

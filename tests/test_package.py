@@ -36,10 +36,7 @@ ORDER = [
     "text",
 ]
 ORDER += [
-    "scheduler",
-    "decode",
-    "generate",
-    "completion",
+    "engine",
     "integrations",
     "Model",
     "__init__",
@@ -222,7 +219,7 @@ print(kernels.__name__, kernels.rms_norm.__name__)
 
 
 def test_pytest_as_a_module_runs_in_the_root():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_info.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cli/test_info.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
 

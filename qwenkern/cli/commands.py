@@ -15,8 +15,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from rich.table import Table
 
 from ..checkpoint import open_checkpoint
-from ..completion import Completion, Stream
 from ..config import FAMILY, Config
+from ..engine.completion import Completion, Stream
 from ..errors import Error
 from ..hub import names
 from ..Model import Model
