@@ -15,7 +15,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from qwenkern import RequestError, SamplingParams, TokenLogprob
-from qwenkern.engine.generate import StopStrings
+from qwenkern.engine.stop_strings import StopStrings
 from qwenkern.errors import shown
 from qwenkern.sampling import NOT_FINITE, sample
 
@@ -48,7 +48,7 @@ def _choose(logits, row):
     return token
 
 
-def test_temperature_zero_takes_the_likeliest(logits):
+def test_temperature_zero_takes_the_most_likely_token(logits):
     assert _choose(logits, FakeRow(SamplingParams(temperature=0))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-9))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-5))) == logits.argmax().item()
@@ -147,10 +147,10 @@ def test_rows_of_a_batch_do_not_disturb_one_another(logits):
 
 def _adjusted(logits, row):
     """The logits after penalties: read off by log-probabilities of a second, greedy look."""
-    from qwenkern.sampling.sampling import _penalise
+    from qwenkern.sampling.penalties import penalise
 
     out = logits.clone()
-    _penalise(out, row)
+    penalise(out, row)
     return out
 
 
