@@ -18,7 +18,7 @@ class PageAllocator:
 
     A page belongs to one sequence, or is full and shared by sequences that began alike. Who has a page is said in one
     place, the tables: a page is free when no table that the allocator lists names it. The list of free pages is derived
-    from the tables, and anew once a table has been released. So an exception at any line, such as a KeyboardInterrupt,
+    from the tables, and again once a table has been released. So an exception at any line, such as a KeyboardInterrupt,
     loses no page for longer than its sequence lives."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
@@ -87,7 +87,7 @@ class PageAllocator:
         table.pages, table.length = [], 0
 
     def recount(self) -> None:
-        """Derives the free pages anew when they are next asked for."""
+        """Derives the free pages again when they are next asked for."""
         self._released = True
 
     def _used(self) -> set[int]:

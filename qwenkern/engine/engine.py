@@ -107,7 +107,7 @@ class Engine:
             self.close()  # a second interrupt may have struck the first
 
     def close(self) -> None:
-        """Ends all requests, and gives their pages back. Needs no lock."""
+        """Ends all requests, and gives their pages back. Not while another thread is in a step."""
         self.scheduler.close()
         self._pipeline = None
 

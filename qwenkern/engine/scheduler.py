@@ -110,7 +110,7 @@ class Scheduler:
                 other.siblings.remove(request)
 
     def close(self) -> None:
-        """Drops all requests. Needs no lock."""
+        """Drops all requests. Takes no lock: the garbage collector may close a stream in the middle of anything."""
         self.share.give_all_back()
         self._arrivals.clear()
         self.waiting.clear()

@@ -1,7 +1,7 @@
 """How the engines on one model, of whatever thread, share the pages of its cache.
 
 - A sequence starts when there is room for all of its tokens; until then its engine waits in line, first come, first
-  served. Whoever fits an empty cache is served.
+  served. What fits an empty cache is served.
 - A sequence that grows into a full cache takes the pages of the one that started last, in whatever engine. That one
   waits in line, and its tokens are computed again when it goes on. So the one that started first always goes on.
 - An engine is idle between two steps. It keeps its pages while nobody needs them. After PATIENCE, or at once where the
@@ -124,7 +124,7 @@ class Share:
         self._wake_others()
 
     def give_all_back(self) -> None:
-        """Not under the lock: the garbage collector may close a stream in the middle of anything."""
+        """Takes no lock, see Scheduler.close."""
         self.cache.shares.pop(self, None)
         for holder in list(self.running):
             self.cache.release(holder.table)

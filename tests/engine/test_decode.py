@@ -190,7 +190,7 @@ def test_rows_without_a_sequence_change_nothing_and_stay_in_place(pipelined):
 
 
 @pytest.mark.parametrize("how", [{"logprobs": 0}, {}])
-def test_a_sequence_that_has_ended_leaves_the_others_alone(pipelined, plain, how):
+def test_a_sequence_that_has_ended_changes_no_other(pipelined, plain, how):
     """Its pages are soon another's: what its row of the step still wrote would land there."""
 
     def texts(model):
@@ -244,21 +244,21 @@ def test_a_closed_stream_gives_its_pages_back(pipelined):
     assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
 
 
-def test_a_tape_gives_the_same_bits_as_the_ops_one_by_one(in_c):
+def test_recorded_calls_give_the_same_bits_as_the_ops_one_by_one(in_c):
     model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
-    taped = ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1))
+    recorded = ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1))
     assert sorted(size for (size, _), step in model._runner.captured._steps.items() if step) == [
         1,
         4,
     ]  # the shortest prompt starts, and ends, last
     with_capture(model, NotCaptured())
-    assert ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)) == taped
-    alone = [model.generate(prompt, max_tokens=20, temperature=0, ignore_eos=True) for prompt in PROMPTS]
-    assert ids_of(alone) == taped
+    assert ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)) == recorded
+    single = [model.generate(prompt, max_tokens=20, temperature=0, ignore_eos=True) for prompt in PROMPTS]
+    assert ids_of(single) == recorded
 
 
 @pytest.mark.parametrize(("config", "dtype"), [(TINY, torch.bfloat16), (IN_C, torch.float32)])
-def test_what_c_does_not_take_runs_without_a_tape(in_c, config, dtype):
+def test_what_c_does_not_take_is_not_recorded(in_c, config, dtype):
     model = tiny_model(config, dtype, tokenizer=byte_tokenizer(TINY.vocab_size))
     assert model.generate(PROMPTS[0], max_tokens=4, ignore_eos=True).num_tokens == 4
     assert set(model._runner.captured._steps.values()) == {None}
@@ -274,10 +274,10 @@ def logprobs_of(model, prompts, **how):
 
 
 def test_deterministic_gives_a_prompt_the_same_bits_in_any_batch(in_c):
-    """20 prompts and two completions of each: more than decode together, read and forked in company or alone."""
-    alone = tiny_model(IN_C, torch.bfloat16, deterministic=True)
-    expected = [pair for prompt in MANY for pair in logprobs_of(alone, [prompt], n=2)]
-    assert logprobs_of(alone, MANY, n=2) == expected
+    """20 prompts and two completions of each: more than decode together, read and forked together or one by one."""
+    single = tiny_model(IN_C, torch.bfloat16, deterministic=True)
+    expected = [pair for prompt in MANY for pair in logprobs_of(single, [prompt], n=2)]
+    assert logprobs_of(single, MANY, n=2) == expected
     small = tiny_model(IN_C, torch.bfloat16, deterministic=True, cache_tokens=384)
     assert logprobs_of(small, MANY, n=2) == expected
     assert small.cache.num_free_tokens == small.cache.num_tokens
@@ -300,7 +300,7 @@ def test_deterministic_on_torch_decodes_one_by_one():
     assert set(sizes) == {1}
 
 
-def test_threads_take_turns_on_one_tape(in_c):
+def test_threads_take_turns_on_one_recording(in_c):
     model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
     expected = ids_of(model.generate([prompt], max_tokens=30, temperature=0, ignore_eos=True)[0] for prompt in PROMPTS)
     found: dict[int, list[int]] = {}
@@ -321,7 +321,8 @@ def test_threads_take_turns_on_one_tape(in_c):
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 20, "seed": 1}, {"seed": 2}, {"logprobs": 1, "seed": 3}])
 @pytest.mark.parametrize("sequences", [1, 3, 16, 24])
 def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
-    """With dependent launches, replayed ahead of the host, rows ending at different times; twice, for races."""
+    """With dependent launches, replayed before the host has read the last tokens, rows ending at different times;
+    twice, for races."""
     config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
     model = tiny_model(config, torch.bfloat16, device="cuda")
     prompts = [[(7 * at + row) % 503 for at in range(1 + 5 * row)] for row in range(sequences)]

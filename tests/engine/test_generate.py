@@ -1,4 +1,4 @@
-"""The loop: greedy text against transformers, and the same text however sequences are batched, chunked or evicted."""
+"""The loop: greedy text against transformers, and the same text however sequences are batched, chunked or preempted."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _continue(theirs, prompt):
 def test_greedy_tokens_are_those_of_transformers(model, greedy):
     assert len({tuple(tokens) for tokens in greedy}) == len(PROMPTS), "the prompts must lead to different texts"
     assert all(len(set(tokens)) > 3 for tokens in greedy)
-    alone = [model.generate(prompt, max_tokens=24, ignore_eos=True).token_ids for prompt in PROMPTS]
-    assert alone == greedy
+    single = [model.generate(prompt, max_tokens=24, ignore_eos=True).token_ids for prompt in PROMPTS]
+    assert single == greedy
 
 
 def test_a_ragged_batch_gives_the_same_tokens(model, greedy):
@@ -92,8 +92,8 @@ def test_completions_of_one_prompt_share_it_and_differ(model):
     assert len({tuple(completion.token_ids) for completion in first}) == 4
     again = model.generate([PROMPTS[0], PROMPTS[4]], n=4, temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
     assert [c.token_ids for c in again[4:]] == [c.token_ids for c in first], "the batch changes no one's text"
-    alone = model.generate(PROMPTS[4], temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
-    assert alone.token_ids == first[0].token_ids
+    single = model.generate(PROMPTS[4], temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
+    assert single.token_ids == first[0].token_ids
 
 
 def test_forks_that_find_no_page_wait(greedy):

@@ -48,7 +48,7 @@ def lists(model) -> None:
     model.generate([LONG, SHORT, LONG[:63]], n=2, max_tokens=3, seed=1, temperature=1.0, ignore_eos=True, logprobs=1)
 
 
-def evicts(model) -> None:
+def preempts(model) -> None:
     model.generate([LONG[:62], LONG[:61], LONG[:60], LONG[1:62]], max_tokens=5, **HOW)
 
 
@@ -144,14 +144,14 @@ class Sums:
 
 SCENARIOS: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
     "lists": (lists, {}),
-    "evicts": (evicts, {}),
+    "preempts": (preempts, {}),
     "streams": (streams, {}),
     "waits": (waits, {}),
     "comes and goes": (comes_and_goes, {}),
     "logits": (logits, {}),
     "lists, deterministic": (lists, {"deterministic": True}),
     "streams, deterministic": (streams, {"deterministic": True}),
-    "evicts, pipelined": (evicts, {"device": Gpu}),
+    "preempts, pipelined": (preempts, {"device": Gpu}),
     "streams, pipelined": (streams, {"device": Gpu}),
     "captures, pipelined": (captures, {"device": Gpu}),
     "comes and goes, pipelined": (comes_and_goes, {"device": Gpu}),

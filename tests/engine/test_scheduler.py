@@ -122,8 +122,8 @@ def test_an_open_stream_hinders_nobody(deterministic, work):
         "stream": lambda model: list(model.stream(PROMPTS[0], **HOW)._outputs)[-1].request.output_ids,
     }
     calm = small(deterministic=deterministic)
-    alone = begin(calm)
-    read(alone, 60)
+    single = begin(calm)
+    read(single, 60)
     theirs = works[work](calm)
     model = small(deterministic=deterministic)
     stream = begin(model)
@@ -134,7 +134,7 @@ def test_an_open_stream_hinders_nobody(deterministic, work):
     read(stream, 5)
     assert at_once(lambda: works[work](model)) == [theirs]
     read(stream, 55)
-    tokens, expected = stream.completion.logprobs, alone.completion.logprobs
+    tokens, expected = stream.completion.logprobs, single.completion.logprobs
     assert [token.token_id for token in tokens] == [token.token_id for token in expected]
     if deterministic:
         assert tokens == expected

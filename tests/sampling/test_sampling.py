@@ -63,13 +63,13 @@ def test_a_row_that_is_not_finite_gets_no_token(logits, fields, values):
     rows = [
         FakeRow(SamplingParams(**fields), output_ids=[1, 2], end_ids=frozenset([3]), seed=seed) for seed in range(3)
     ]
-    alone = [sample(logits[None].clone(), [row]) for row in rows]
+    single = [sample(logits[None].clone(), [row]) for row in rows]
     rows = [
         FakeRow(SamplingParams(**fields), output_ids=[1, 2], end_ids=frozenset([3]), seed=seed) for seed in range(3)
     ]
     tokens = sample(torch.stack([logits, damaged, logits]), rows)
     assert tokens[1] == NOT_FINITE
-    assert [tokens[0], tokens[2]] == [*alone[0], *alone[2]]
+    assert [tokens[0], tokens[2]] == [*single[0], *single[2]]
 
 
 def test_minus_infinity_is_a_logit_like_any_other(logits):
@@ -138,11 +138,11 @@ def test_tokens_come_as_often_as_transformers_says(logits, fields):
 
 
 def test_rows_of_a_batch_do_not_disturb_one_another(logits):
-    alone = [_choose(logits, FakeRow(SamplingParams(**fields), seed=n)) for n, fields in enumerate(FILTERS)]
+    single = [_choose(logits, FakeRow(SamplingParams(**fields), seed=n)) for n, fields in enumerate(FILTERS)]
     together = sample(
         logits.repeat(len(FILTERS), 1), [FakeRow(SamplingParams(**fields), seed=n) for n, fields in enumerate(FILTERS)]
     )
-    assert together == alone
+    assert together == single
 
 
 def _adjusted(logits, row):
