@@ -9,8 +9,8 @@ from itertools import accumulate
 
 from torch import Tensor
 
-from ..errors import NonFiniteError, RequestError
-from ..sampling import NOT_FINITE, TokenLogprob, num_candidates, sample
+from ..errors import Error, NonFiniteError, RequestError
+from ..sampling import NOT_FINITE, Sampled, num_candidates, sample
 from .pipeline import DecodePipeline
 from .request import Request
 from .runner import Runner
@@ -25,6 +25,7 @@ class Output:
     token_ids: list[int]  # new ones
     text: str  # that became certain
     finish_reason: str | None = None  # "stop" or "length" where these were its last tokens
+    error: Error | None = None  # that ended it instead
     logits: Iterator[Tensor] | None = None  # where it wants those of its prompt: the next rows, float32 [<= 64, V] each
 
 
@@ -39,8 +40,11 @@ class Engine:
 
     ``add`` and ``abort`` may be called from any thread and between any two steps; one thread at a time makes steps.
     Several engines may run on one runner. They share its cache as sharing.py says; their requests do not run in common
-    batches. An exception of a step ends all requests of the engine and gives their pages back. Other engines go on. An
-    engine that is dropped without ``close`` keeps its pages until another one needs them."""
+    batches.
+
+    An error in one request's logits or sampling ends that request. An exception of a step, such as a KeyboardInterrupt,
+    ends all requests of the engine and gives their pages back. Other engines go on. An engine that is dropped without
+    ``close`` keeps its pages until another one needs them."""
 
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self.runner = runner
@@ -77,8 +81,9 @@ class Engine:
     def step(self) -> list[Output]:
         """Runs one pass, or waits for up to 0.1 s where the cache has no room for any request.
 
-        Returns what each request gained: nothing where a pass only read a part of a prompt, or without requests.
-        Raises NonFiniteError where a token's logits are not finite, and RequestError where biases leave no token."""
+        Returns what each request gained: nothing where a pass only read a part of a prompt, or without requests. An
+        output's error is a NonFiniteError where the logits are not finite, a RequestError where biases and penalties
+        leave no token to draw."""
         if not self._stepping.acquire(blocking=False):
             raise RequestError("another thread is in a step of this engine; expected one at a time")
         try:
@@ -94,13 +99,16 @@ class Engine:
 
     def run(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
         """Adds requests and makes steps until all have ended. When the iteration ends, in whatever way, the pages are
-        given back."""
+        given back. Raises the error of the first request that has one."""
         try:
             try:
                 for request in requests:
                     self.add(request)
                 while self.has_requests:
-                    yield from self.step()
+                    for output in self.step():
+                        if output.error:
+                            raise output.error
+                        yield output
             finally:
                 self.close()
         finally:
@@ -146,7 +154,7 @@ class Engine:
             return None
         return DecodePipeline(self.runner, self.scheduler, requests, candidates)
 
-    def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, TokenLogprob | int]]:
+    def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
         """A pass, and a token for every request that it completes and for the siblings that start there."""
         last_rows = [end - 1 for end in accumulate(len(ids) for _, ids in scheduled)]
         may_replay = all(request.output_ids for request, _ in scheduled)  # not for a prompt of one token
@@ -159,18 +167,25 @@ class Engine:
                 rows += [row] * len(started)
         return list(zip(requests, sample(logits[rows], requests), strict=True)) if requests else []
 
-    def _accept(self, tokens: Iterable[tuple[Request, TokenLogprob | int]]) -> list[Output]:
+    def _accept(self, tokens: Iterable[tuple[Request, Sampled]]) -> list[Output]:
         return [self._accept_one(request, token) for request, token in tokens if not request.has_ended]
 
-    def _accept_one(self, request: Request, token: TokenLogprob | int) -> Output:
+    def _accept_one(self, request: Request, token: Sampled) -> Output:
+        if isinstance(token, RequestError):
+            return self._fail(request, token)
         if token == NOT_FINITE:
             where = f"prompt_index {request.prompt_index}, sample_index {request.sample_index}"
             position = len(request.prompt_ids) + len(request.output_ids) - 1
-            raise NonFiniteError.at(position, self.runner.cache.dtype, where)
+            return self._fail(request, NonFiniteError.at(position, self.runner.cache.dtype, where))
         text = request.accept(token)
         if request.finish_reason:
             self.scheduler.end(request)
         return Output(request, request.output_ids[-1:], text, request.finish_reason)
+
+    def _fail(self, request: Request, error: Error) -> Output:
+        request.error = error
+        self.scheduler.end(request)
+        return Output(request, [], "", error=error)
 
     def _score(self, request: Request, ids: list[int]) -> list[Output]:
         """A pass over a part of a prompt whose logits are all asked for. Those that were given out before the request
@@ -183,7 +198,7 @@ class Engine:
         if request.num_scored == len(request.prompt_ids):
             request.finish_reason = "length"
             self.scheduler.end(request)
-        return [Output(request, [], "", request.finish_reason, self._logits(x, residual))]
+        return [Output(request, [], "", request.finish_reason, logits=self._logits(x, residual))]
 
     def _logits(self, x: Tensor, residual: Tensor) -> Iterator[Tensor]:
         for rows in zip(x.split(MAX_BATCH), residual.split(MAX_BATCH), strict=True):

@@ -6,6 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from ..cache import BlockTable
+from ..errors import Error
 from ..sampling import BELOW_ONE, SamplingParams, TokenLogprob
 from ..text.tokenizer import Detokenizer
 from .stop_strings import StopStrings
@@ -34,6 +35,7 @@ class Request:
         self.finish_reason: str | None = None  # "stop" or "length"
         self.stop_reason: int | str | None = None  # the id or string that ended it
         self.aborted = False
+        self.error: Error | None = None  # that ended it
         self.num_scored = 0  # tokens of the prompt whose logits were given out
         self._stops = StopStrings(self.params.stop)
         seed = self.params.seed
@@ -41,7 +43,7 @@ class Request:
 
     @property
     def has_ended(self) -> bool:
-        return self.aborted or self.finish_reason is not None
+        return self.aborted or self.finish_reason is not None or self.error is not None
 
     @property
     def num_cached(self) -> int:

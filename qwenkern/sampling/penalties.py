@@ -31,19 +31,25 @@ def penalise(row: Tensor, sequence: SampledSequence) -> None:
         row[ids_like(sequence.end_ids, row)] = -math.inf
 
 
-def check_choice(logits: Tensor, sequences: Sequence[SampledSequence], changed: list[int]) -> None:
-    """RequestError where what a row asks for makes all of its logits -inf, or one of them NaN or +inf."""
-    for index, top in zip(changed, logits[changed].amax(-1).tolist(), strict=True):
-        if math.isfinite(top):
-            continue
-        params = sequences[index].params
-        if top == -math.inf:
-            is_early = len(sequences[index].output_ids) < params.min_tokens
-            by = " and ".join(["logit_bias"] * bool(params.logit_bias) + ["min_tokens"] * is_early)
-            raise RequestError(f"every token is forbidden by {by}; expected at least one that may be drawn")
-        raise RequestError(
-            f"repetition_penalty {params.repetition_penalty} makes a logit {top}; expected a value that keeps it finite"
-        )
+def choice_errors(logits: Tensor, sequences: Sequence[SampledSequence], changed: list[int]) -> dict[int, RequestError]:
+    """An error for each changed row whose logits are now all -inf, or have NaN or +inf among them."""
+    tops = logits[changed].amax(-1).tolist()
+    return {
+        index: _choice_error(sequences[index], top)
+        for index, top in zip(changed, tops, strict=True)
+        if not math.isfinite(top)
+    }
+
+
+def _choice_error(sequence: SampledSequence, top: float) -> RequestError:
+    params = sequence.params
+    if top == -math.inf:
+        is_early = len(sequence.output_ids) < params.min_tokens
+        by = " and ".join(["logit_bias"] * bool(params.logit_bias) + ["min_tokens"] * is_early)
+        return RequestError(f"every token is forbidden by {by}; expected at least one that may be drawn")
+    return RequestError(
+        f"repetition_penalty {params.repetition_penalty} makes a logit {top}; expected a value that keeps it finite"
+    )
 
 
 def options_like(logits: Tensor) -> dict[str, Any]:

@@ -267,25 +267,52 @@ def test_a_prompt_is_scored_among_requests_that_decode(model):
     assert all_free(model)
 
 
-def test_an_error_ends_the_requests_of_its_engine_and_no_others(model):
-    other = engine_of(model)
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "seed": 1, "logprobs": 0}], ids=str)
+def test_an_error_in_a_request_ends_that_one(model, how):
+    expected = [by_itself(model, prompt, **how) for prompt in PROMPTS[:2]]
+    with torch.no_grad():
+        model.module.model.embed_tokens.weight[500] = float("nan")
+    forbidden = {"logit_bias": dict.fromkeys(range(503), -float("inf"))}
+    with engine_of(model) as engine:
+        lives = [request_of(model, prompt, **how) for prompt in PROMPTS[:2]]
+        damaged, choosy = request_of(model, [2, 500], **how), request_of(model, [2, 3], **how | forbidden)
+        for request in (lives[0], damaged, choosy, lives[1]):
+            engine.add(request)
+        outputs = finish(engine)
+    assert [request.output_ids for request in lives] == expected
+    for request, kind, message in (
+        (damaged, NonFiniteError, "the logits after position 1 are not finite"),
+        (choosy, RequestError, "every token is forbidden by logit_bias"),
+    ):
+        [output] = [output for output in outputs if output.request is request]
+        assert isinstance(output.error, kind)
+        assert message in str(output.error)
+        assert (output.token_ids, output.finish_reason, request.output_ids) == ([], None, [])
+    assert all_free(model)
+    with pytest.raises(NonFiniteError):
+        list(engine_of(model).run([request_of(model, [9]), request_of(model, [500])]))
+    assert all_free(model)
+
+
+def test_an_exception_ends_the_requests_of_its_engine_and_no_others(model, monkeypatch):
+    expected = by_itself(model, PROMPTS[2])
+    other, engine = engine_of(model), engine_of(model)
     other.add(lives := request_of(model, PROMPTS[2]))
-    other.step()
-    engine = engine_of(model)
     engine.add(request_of(model, PROMPTS[0]))
-    engine.add(request_of(model, PROMPTS[1], logit_bias=dict.fromkeys(range(503), -float("inf"))))
-    with pytest.raises(RequestError, match="every token is forbidden by logit_bias"):
-        finish(engine)
+    for _ in range(3):
+        other.step(), engine.step()
+
+    def interrupt(tokens):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "_accept", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            finish(engine)
     assert not engine.has_requests
     assert engine.step() == []
     finish(other)
-    assert lives.output_ids == by_itself(model, PROMPTS[2])
-    assert all_free(model)
-    with torch.no_grad():
-        model.module.model.embed_tokens.weight[500] = float("nan")
-    engine.add(request_of(model, [500]))
-    with pytest.raises(NonFiniteError):
-        finish(engine)
+    assert lives.output_ids == expected
     assert all_free(model)
 
 

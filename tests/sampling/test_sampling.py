@@ -45,6 +45,8 @@ def logits():
 
 def _choose(logits, row):
     [token] = sample(logits[None].clone(), [row])
+    if isinstance(token, RequestError):
+        raise token
     return token
 
 
