@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from engine.test_decode import Fake, NotCaptured, with_capture
+from engine.test_decode import IN_C, Fake, NotCaptured, in_c, with_capture
 from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
@@ -29,6 +29,7 @@ HOWS = {
     "on the host": {"temperature": 1.0, "seed": 4, "logprobs": 0, "repetition_penalty": 1.1},
 }
 pytestmark = pytest.mark.processor
+__all__ = ["in_c"]  # a fixture
 
 
 @pytest.fixture(params=[NotCaptured, Fake], ids=["one by one", "pipelined"])
@@ -129,6 +130,50 @@ def test_an_abort_at_any_step_gives_the_pages_back_and_changes_nobody_else(model
         others = [index for index in range(3) if index != which]
         assert [requests[index].output_ids for index in others] == [expected[index] for index in others], at
         assert all_free(model)
+
+
+def test_a_request_added_in_mid_run_starts_soon(model):
+    with engine_of(model) as engine:
+        first, second = request_of(model, PROMPTS[0], max_tokens=40), request_of(model, PROMPTS[2])
+        engine.add(first)
+        for _ in range(6):
+            engine.step()
+        engine.add(second)
+        for _ in range(3):  # at most: what is in flight, the prompt
+            engine.step()
+        assert second.output_ids
+        assert not first.has_ended
+
+
+def test_bits_do_not_depend_on_who_comes_and_goes_where_that_is_promised(in_c):
+    """On recorded C calls."""
+    how = {"temperature": 1.0, "seed": 6, "logprobs": 0}
+    limits = {"max_batch": 16, "batch_invariant": True}
+    model = tiny_model(IN_C, torch.bfloat16)
+    model._engine()
+
+    def bits(request):
+        return [(token.token_id, token.logprob) for token in request.logprobs]
+
+    expected = []
+    for prompt in PROMPTS:
+        with engine_of(model, **limits) as engine:
+            engine.add(request := request_of(model, prompt, **how))
+            finish(engine)
+        expected.append(bits(request))
+    for at in range(5):
+        with engine_of(model, **limits) as engine:
+            requests = [request_of(model, prompt, **how) for prompt in PROMPTS]
+            for request in requests:
+                engine.add(request)
+                for _ in range(at):
+                    engine.step()
+            engine.abort(requests[1])
+            finish(engine)
+        assert [bits(request) for request in requests if request is not requests[1]] == [*expected[:1], *expected[2:]]
+        assert bits(requests[1]) == expected[1][: len(requests[1].output_ids)]
+    assert any(step for step in model._runner.captured._steps.values())
+    assert all_free(model)
 
 
 def test_outputs_make_up_the_texts(model):
