@@ -7,8 +7,9 @@ import math
 import operator
 import os
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,7 @@ from .arguments import flag, is_whole, whole
 from .cache import PagedCache
 from .checkpoint import load_weights, open_checkpoint
 from .config import Config
-from .engine import generate as engine
-from .engine.completion import Completion, Score, Stream
-from .engine.decode import DecodeSteps
+from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
 from .errors import ConfigError, NonFiniteError, RequestError, shown
 from .generation import Generation
 from .hub import names
@@ -66,7 +65,7 @@ class Model:
         self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
         self.cache = PagedCache(self.config, self._cache_tokens(cache_tokens), self.dtype, self.device)
         self.deterministic = flag("deterministic", deterministic)
-        self._steps: DecodeSteps | None = None
+        self._runner: Runner | None = None
 
     @classmethod
     def from_pretrained(
@@ -186,14 +185,14 @@ class Model:
         ours = as_tokenizer(tokenizer, model)
         return cls(module, ours, generation_defaults(model), cache_tokens, prefill_chunk, deterministic)
 
-    def _run(self, sequences: list[engine.Sequence]) -> Generator[tuple[engine.Sequence, str], None, None]:
-        if self._steps is None or self._steps.cache is not self.cache:
-            self._steps = DecodeSteps(self.module, self.cache)
-        limits = engine.Limits(self.prefill_chunk)
+    def _engine(self) -> Engine:
+        """An engine for one call. All of them share the cache and the captured steps."""
+        if self._runner is None or self._runner.cache is not self.cache:
+            self._runner = Runner(self.module, self.cache)
+        limits = Limits(self.prefill_chunk)
         if self.deterministic:
-            together = invariant_tokens(self.module.model.norm.weight)
-            limits = engine.Limits(self.prefill_chunk, together, alone=True)
-        return engine.generate(self.module, self.cache, sequences, limits, self._steps)
+            limits = Limits(self.prefill_chunk, invariant_tokens(self.module.model.norm.weight), batch_invariant=True)
+        return Engine(self._runner, limits)
 
     def generate(
         self,
@@ -210,14 +209,14 @@ class Model:
         prompt, n of each. tools: as in `chat`, for messages."""
         params = _params(params, keywords)
         single = _is_prompt(prompts)
-        completions = self._complete(self._sequences([prompts] if single else prompts, params, tools))
+        completions = self._complete(self._requests([prompts] if single else prompts, params, tools))
         return completions[0] if single and params.n == 1 else completions
 
-    def _complete(self, sequences: list[engine.Sequence]) -> list[Completion]:
-        first = [sequence for sequence in sequences if sequence.sample_index == 0]  # the others fork from these
-        for _ in self._run(first):
+    def _complete(self, requests: list[Request]) -> list[Completion]:
+        first = [request for request in requests if request.sample_index == 0]  # the others fork from these
+        for _ in self._engine().run(first):
             pass
-        return [Completion.of(sequence) for sequence in sequences]
+        return [Completion.of(request) for request in requests]
 
     def stream(
         self,
@@ -233,8 +232,8 @@ class Model:
         params = _params(params, keywords)
         if params.n != 1:
             raise RequestError(f"n is {params.n}; a stream has one completion: expected 1")
-        [sequence] = self._sequences([prompt], params, tools)
-        return Stream(self._run([sequence]), sequence)
+        [request] = self._requests([prompt], params, tools)
+        return Stream(self._engine().run([request]), request)
 
     def chat(
         self,
@@ -253,7 +252,7 @@ class Model:
                 f"messages is {shown(messages)}; expected a list of messages, or generate for such a prompt"
             )
         params = _params(params, keywords)
-        completions = self._complete(self._sequences([messages], params, tools))
+        completions = self._complete(self._requests([messages], params, tools))
         return completions[0] if params.n == 1 else completions
 
     @torch.inference_mode()
@@ -293,22 +292,23 @@ class Model:
         """Logits of a sequence, some tokens at a time."""
         self._check_ids(ids)
         self._room_after(len(ids))
-        return engine.all_logits(self.module, self.cache, ids, self.prefill_chunk)
+        request = Request(ids, SamplingParams(), frozenset(), max_tokens=0, wants_logits=True)
+        return chain.from_iterable(output.logits for output in self._engine().run([request]))
 
-    def _sequences(
+    def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
-    ) -> list[engine.Sequence]:
+    ) -> list[Request]:
         """Checked requests: prompt by prompt, n of each, the first of each n with the others as its siblings."""
         params = params.with_defaults(self.generation.sampling)
         self._check_params(params)
-        sequences = []
+        requests = []
         for prompt_index, prompt in enumerate(prompts):
             ids = self._encode(prompt, tools)
             self._check_ids(ids)
             end_ids = self._end_ids(params, is_chat=not isinstance(prompt, str) and not _is_ids(prompt))
             max_tokens = self._max_tokens(len(ids), params)
             group = [
-                engine.Sequence(
+                Request(
                     prompt_ids=ids,
                     params=params,
                     end_ids=end_ids,
@@ -320,10 +320,10 @@ class Model:
                 for sample_index in range(params.n)
             ]
             group[0].siblings = group[1:]
-            sequences += group
-        if not sequences:
+            requests += group
+        if not requests:
             raise RequestError("prompts is an empty list; expected at least one prompt")
-        return sequences
+        return requests
 
     def _encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         if not isinstance(tools, list | tuple | None):

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from ..checkpoint import open_checkpoint
 from ..config import FAMILY, Config
-from ..engine.completion import Completion, Stream
+from ..engine import Completion, Stream
 from ..errors import Error
 from ..hub import names
 from ..Model import Model

@@ -23,7 +23,7 @@ from qwenkern import Model
 from qwenkern.benchmarks import run as run_benchmarks
 from qwenkern.cli import commands as cli
 from qwenkern.cli import terminal
-from qwenkern.engine.completion import Stream
+from qwenkern.engine import Stream
 from qwenkern.kernels import c as c_backend
 
 ROOT = Path(__file__).resolve().parents[2]
