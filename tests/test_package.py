@@ -37,6 +37,9 @@ ORDER = [
 ]
 ORDER += [
     "engine",
+    "device",
+    "loading",
+    "prompts",
     "integrations",
     "Model",
     "__init__",

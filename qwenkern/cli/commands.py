@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..checkpoint import open_checkpoint
 from ..config import FAMILY, Config
 from ..engine import Completion, Stream
 from ..errors import Error
 from ..hub import names
+from ..loading import find, tokenizer_of
 from ..Model import Model
-from ..text.tokenizer import Tokenizer
 from . import info as facts
 from . import terminal
 from .terminal import note, stderr
@@ -269,16 +268,10 @@ def _facts(model: str) -> tuple[Config, list[str]]:
     if model.lower() in FAMILY and not Path(model).exists():
         return FAMILY[model.lower()], []
     with _progress() as progress:
-        path = names.resolve(model, lambda origin, done, total: progress(f"download from {origin}", done, total))
-    checkpoint = open_checkpoint(path)
-    tokenizer = (
-        Tokenizer.from_gguf(checkpoint.metadata, source=str(path))
-        if checkpoint.metadata
-        else Tokenizer.from_folder(path)
-    )
+        path, checkpoint = find(model, progress)
     return checkpoint.config, facts.contradictions(
         checkpoint.config,
         path.stem if path.is_file() else path.name,
         checkpoint.shapes,
-        tokenizer.vocab_size,
+        tokenizer_of(checkpoint, path).vocab_size,
     )
