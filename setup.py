@@ -122,6 +122,10 @@ setup(
         "qwenkern.kernels",
         "qwenkern.kernels.cpu",
         "qwenkern.benchmarks",
+        "qwenkern.benchmarks.models",
+        "qwenkern.benchmarks.offline",
+        "qwenkern.benchmarks.ops",
+        "qwenkern.benchmarks.reports",
     ],
     py_modules=["qwenkern_start"],
     package_data={

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenkern import Config
-from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.benchmarks.ops.cases import CASES, Size
 
 COMPILED = Path(__file__).parent / "results" / "compiled" / "sm_90.json"
 PAPER, COPY = 3.35e12, 3.0e12  # bytes/s of an H100: the data sheet, and what a copy reaches

@@ -23,11 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config, terminal
-from qwenkern.benchmarks import results, where
-from qwenkern.benchmarks.cases import CASES, Case, Size
-from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
-from qwenkern.benchmarks.results import Row
-from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.models import where
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.providers import PROVIDERS, Function, Provider
+from qwenkern.benchmarks.ops.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.reports.results import Row
 from qwenkern.kernels import reference, tuning
 
 # The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most

@@ -68,7 +68,7 @@ LEAVES = {
 
 def _files() -> dict[str, list[Path]]:
     """All files of the package, by room: a file or a folder below it."""
-    found = {"kernels": list(KERNELS.rglob("*.py")), "benchmarks": list((ROOT / "benchmarks").glob("*.py"))}
+    found = {"kernels": list(KERNELS.rglob("*.py")), "benchmarks": list((ROOT / "benchmarks").rglob("*.py"))}
     for file in (ROOT / "qwenkern").rglob("*.py"):
         found.setdefault(file.relative_to(ROOT / "qwenkern").parts[0].removesuffix(".py"), []).append(file)
     return found

@@ -10,7 +10,7 @@ import torch
 from support.tolerances import assert_as_close_as
 
 from qwenkern import Config, kernels
-from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.kernels import reference
 
 QWEN_3B = Config.from_name("qwen2.5-3b")
@@ -90,8 +90,8 @@ GRAPH = """
 import torch
 from dataclasses import replace
 from qwenkern import Config
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.machine_code import launches
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.offline.machine_code import launches
 from qwenkern.cache import Batch
 from qwenkern.qwen2 import Qwen2
 

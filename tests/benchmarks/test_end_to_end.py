@@ -15,9 +15,10 @@ from support.models import TINY, tiny_model
 from typer.testing import CliRunner
 
 from qwenkern import Config
-from qwenkern.benchmarks import contention, end_to_end, llama_cpp, peers, roofline
-from qwenkern.benchmarks.peers import Engine, Reading
-from qwenkern.benchmarks.roofline import Roofline
+from qwenkern.benchmarks import end_to_end
+from qwenkern.benchmarks.models import contention, llama_cpp, peers, roofline
+from qwenkern.benchmarks.models.peers import Engine, Reading
+from qwenkern.benchmarks.models.roofline import Roofline
 from qwenkern.kernels import cpu
 
 app = typer.Typer()
@@ -266,7 +267,7 @@ def test_busy_processes_end_with_the_block_and_with_their_parent():
     with contention.busy(2):
         assert len(_spinning()) == len(before) + 2
     assert _spinning() == before
-    code = "from qwenkern.benchmarks import contention; import os; contention.busy(1).__enter__(); os._exit(0)"
+    code = "from qwenkern.benchmarks.models import contention; import os; contention.busy(1).__enter__(); os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd="/")
     deadline = time.monotonic() + 10
     while _spinning() != before and time.monotonic() < deadline:

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from qwenkern import cli
 from qwenkern.benchmarks import on_gpu
-from qwenkern.benchmarks.cases import CASES
-from qwenkern.benchmarks.providers import PROVIDERS
+from qwenkern.benchmarks.ops.cases import CASES
+from qwenkern.benchmarks.ops.providers import PROVIDERS
 from qwenkern.kernels import cpu
 
 PARTS = ("correctness", "end_to_end", "where", "kernels", "compiled", "peers", "tune")

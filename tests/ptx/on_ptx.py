@@ -17,7 +17,7 @@ from support.references import assert_matches_twin
 from ptx.device import device
 from ptx.faults import Fault
 from qwenkern import kernels as ops
-from qwenkern.benchmarks.machine_code import DEVICES
+from qwenkern.benchmarks.offline.machine_code import DEVICES
 from qwenkern.kernels import tuning
 
 CPU = torch.device("cpu")
