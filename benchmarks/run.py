@@ -22,13 +22,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwenkern import Config, terminal
+from qwenkern import Config
 from qwenkern.benchmarks.models import where
 from qwenkern.benchmarks.ops.cases import CASES, Case, Size
 from qwenkern.benchmarks.ops.providers import PROVIDERS, Function, Provider
 from qwenkern.benchmarks.ops.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
 from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.reports.results import Row
+from qwenkern.cli import terminal
 from qwenkern.kernels import reference, tuning
 
 # The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most

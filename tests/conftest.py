@@ -22,8 +22,9 @@ if not torch.cuda.is_available():  # Triton reads its variable when it is import
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
     os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch twins, as on any CPU
 
-from qwenkern import kernels, sources
+from qwenkern import kernels
 from qwenkern.errors import CheckpointError
+from qwenkern.hub import sources
 
 
 def pytest_configure(config: pytest.Config) -> None:

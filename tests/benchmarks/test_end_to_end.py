@@ -19,7 +19,7 @@ from qwenkern.benchmarks import end_to_end
 from qwenkern.benchmarks.models import contention, llama_cpp, peers, roofline
 from qwenkern.benchmarks.models.peers import Engine, Reading
 from qwenkern.benchmarks.models.roofline import Roofline
-from qwenkern.kernels import cpu
+from qwenkern.kernels import c as c_backend
 
 app = typer.Typer()
 app.command()(end_to_end.main)
@@ -136,7 +136,7 @@ def test_a_prompt_multiplies_layers_for_each_token_and_the_head_once(name, layer
 
 
 def test_the_roofline_is_that_of_our_c():
-    if not cpu.library():
+    if not c_backend.library():
         pytest.skip("no C compiler here")
     found = roofline.roofline(torch.device("cpu"), 1)
     assert found.bandwidth > 1e9
@@ -160,7 +160,7 @@ def test_the_read_loop_reads_everything():
 
 
 def test_without_c_torch_gives_the_limits(monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(c_backend, "library", lambda: None)
     found = roofline.roofline(torch.device("cpu"), 1)
     assert min(found.bandwidth, found.float32, found.bfloat16) > 0
 

@@ -12,17 +12,17 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from qwenkern import cli
 from qwenkern.benchmarks import on_gpu
 from qwenkern.benchmarks.ops.cases import CASES
 from qwenkern.benchmarks.ops.providers import PROVIDERS
-from qwenkern.kernels import cpu
+from qwenkern.cli import commands as cli
+from qwenkern.kernels import c as c_backend
 
 PARTS = ("correctness", "end_to_end", "where", "kernels", "compiled", "peers", "tune")
 
 
 def test_a_dry_run_goes_through_every_part(compiling, tmp_path):
-    if not cpu.library():
+    if not c_backend.library():
         pytest.skip("no C compiler here, which taking a step apart on a CPU needs")
     command = [sys.executable, str(Path(on_gpu.__file__)), "--out", str(tmp_path), "--dry-run", "--tune", "1"]
     done = subprocess.run(command, capture_output=True, text=True, env=compiling, check=False)

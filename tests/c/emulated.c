@@ -1,4 +1,4 @@
-/* Serves the ops of kernels/cpu to tests/c/emulated.py from another processor, which qemu-user emulates. Both programs
+/* Serves the ops of kernels/c to tests/c/emulated.py from another processor, which qemu-user emulates. Both programs
  * map one file: the calls lie at its start, with offsets in place of pointers, the tensors behind them. A byte on
  * standard input asks for a run, one on standard output says that it is over. */
 #include "common.h"

@@ -28,8 +28,8 @@ from typing import Any
 import pytest
 from torch import Tensor
 
-from qwenkern.kernels.cpu import build, compiler, targets
-from qwenkern.kernels.cpu.call import OPS, Call
+from qwenkern.kernels.c import build, compiler, targets
+from qwenkern.kernels.c.call import OPS, Call
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 

@@ -5,11 +5,11 @@ import logging
 
 import torch
 
-from qwenkern.kernels import cpu
+from qwenkern.kernels import c as c_backend
 
 logging.basicConfig(format="%(message)s")
 x = torch.arange(64).reshape(2, 32).bfloat16()
-assert cpu.takes_linear(x), "no C functions"
-assert torch.equal(cpu.linear(x, x)[0], x @ x.T)
-print(cpu.__file__)
-print(cpu.describe()["CPU"])
+assert c_backend.takes_linear(x), "no C functions"
+assert torch.equal(c_backend.linear(x, x)[0], x @ x.T)
+print(c_backend.__file__)
+print(c_backend.describe()["CPU"])

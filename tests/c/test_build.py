@@ -15,10 +15,11 @@ import pytest
 import torch
 
 import qwenkern
-from qwenkern import download, info
+from qwenkern.cli import info
 from qwenkern.errors import RequestError
-from qwenkern.kernels import cpu
-from qwenkern.kernels.cpu import build, choose, compiler, kept, targets, threads
+from qwenkern.hub import download
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels.c import build, choose, compiler, kept, targets, threads
 
 ROOT = Path(qwenkern.__file__).parents[1]
 
@@ -32,7 +33,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(targets.FORCED, targets.usable()[-1].name)
     monkeypatch.setattr(choose, "WEIGHTS", 1 << 18)
-    monkeypatch.setattr(choose, "TOKENS", cpu.MAX_TOKENS + 1)
+    monkeypatch.setattr(choose, "TOKENS", c_backend.MAX_TOKENS + 1)
     build.forget()
     kept._made.cache_clear()
     yield tmp_path / "cache" / "compiled"
@@ -43,9 +44,9 @@ def fresh(monkeypatch, tmp_path):
 def runs() -> bool:
     """Whether an op runs in C, and rightly."""
     x = torch.arange(64).reshape(2, 32).bfloat16()
-    if not cpu.takes_linear(x):
+    if not c_backend.takes_linear(x):
         return False
-    return torch.equal(cpu.linear(x, x)[0], x @ x.T)
+    return torch.equal(c_backend.linear(x, x)[0], x @ x.T)
 
 
 # Targets
@@ -93,7 +94,7 @@ def test_a_target_that_cannot_be_forced_is_an_error(monkeypatch, name, said):
     monkeypatch.setenv(targets.FORCED, name)
     build.forget()
     with pytest.raises(ValueError, match=said):
-        cpu.library()
+        c_backend.library()
     with pytest.raises(RequestError, match=said):
         qwenkern.Model.from_config("qwen2.5-0.5b", device="cpu")
     build.forget()
@@ -124,7 +125,7 @@ def test_what_torch_sees_of_this_processor_is_seen_here():
 
 def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     assert runs()
-    assert cpu.target() == os.environ[targets.FORCED]
+    assert c_backend.target() == os.environ[targets.FORCED]
     assert "compiles its C functions" in caplog.text
     assert fresh.stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
     [library] = fresh.glob("*.so")
@@ -135,7 +136,7 @@ def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     monkeypatch.setattr(compiler, "compile_to", None)
     assert runs()
     assert "compiles" not in caplog.text
-    assert "compiled on this machine" in cpu.describe()["CPU"]
+    assert "compiled on this machine" in c_backend.describe()["CPU"]
 
 
 @pytest.mark.parametrize("damage", ["truncated", "garbage", "manifest", "another's", "planted"])
@@ -202,7 +203,7 @@ def test_a_compiler_that_does_not_work_is_one_line_and_torch_runs(fresh, monkeyp
     assert "\n" not in str(warned[0].message)
     assert not runs()  # and says no more
     assert len(warned) == 1
-    assert "torch" in cpu.describe()["CPU"]
+    assert "torch" in c_backend.describe()["CPU"]
 
 
 def test_where_the_best_target_does_not_compile_the_next_one_runs(fresh, monkeypatch):
@@ -220,7 +221,7 @@ def test_without_the_rival_there_is_no_choice(fresh, monkeypatch, recwarn):
     monkeypatch.setattr(targets, "usable", lambda: [native, odd])
     monkeypatch.setattr(choose, "products", None)
     assert runs()
-    assert cpu.target() == "native"
+    assert c_backend.target() == "native"
     assert not recwarn.list
 
 
@@ -264,9 +265,9 @@ def test_a_row_of_a_normed_linear_may_have_any_length():
 import threading, torch
 threading.stack_size(1 << 20)
 from qwenkern import kernels
-from qwenkern.kernels import cpu, reference
+from qwenkern.kernels import c as c_backend, reference
 x = torch.ones(1, 8 << 20, dtype=torch.bfloat16)
-assert cpu.takes_linear(x)
+assert c_backend.takes_linear(x)
 def run():
     print(kernels.norm_linear(x, x, x[0], 1e-6, x[:, :1].expand(1, 8 << 20).contiguous())[0].item())
 for team in (1, 2):
@@ -312,13 +313,13 @@ ANOTHER_USER = """
 import os, sys
 from pathlib import Path
 import torch
-from qwenkern.kernels import cpu
-from qwenkern.kernels.cpu import build
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels.c import build
 os.setgroups([])
 os.setresgid(4242, 4242, 4242)
 os.setresuid(4242, 4242, 4242)
 x = torch.ones(2, 32).bfloat16()
-print(cpu.takes_linear(x), build.loaded() and build.loaded().origin)
+print(c_backend.takes_linear(x), build.loaded() and build.loaded().origin)
 """
 
 
@@ -335,7 +336,7 @@ def test_another_user_runs_from_what_root_has_made(tmp_path, mode, origin):
             command = [sys.executable, "-c", code]
             return subprocess.run(command, capture_output=True, text=True, check=True, env=environment | more)
 
-        run("from qwenkern.kernels import cpu; cpu.library(), cpu.multiplies()")
+        run("from qwenkern.kernels import c as c_backend; c_backend.library(), c_backend.multiplies()")
         os.chmod(Path(place, "compiled"), mode)
         done = run(ANOTHER_USER, **({"PATH": ""} if mode == 0o755 else {}))
         assert done.stdout.startswith("True"), done.stderr
@@ -354,7 +355,7 @@ def test_a_warm_cache_needs_no_compiler(fresh, monkeypatch, recwarn):
         compiler._asked.cache_clear()
         build.forget()
         assert runs()
-        assert cpu.describe()["CPU"].startswith("C for odd, compiled on this machine")
+        assert c_backend.describe()["CPU"].startswith("C for odd, compiled on this machine")
     assert not recwarn.list
     [library] = fresh.glob("*.so")
     library.unlink()  # it is mapped: truncating it would end this process, at its next fork
@@ -465,7 +466,7 @@ SECONDS = {"pairs": 1.0, "floats": 2.0, "torch": 1.5, 0: 1.0, 4096: 0.9, 16384: 
     ],
 )
 def test_the_fastest_is_chosen_and_remembered(fresh, monkeypatch, differs, expected):
-    library = cpu.library()
+    library = c_backend.library()
     shutil.rmtree(fresh)
     fresh.mkdir()
     monkeypatch.setattr(choose, "_readings", lambda ways: {way: [(SECONDS | differs)[way]] * 4 for way in ways})
@@ -484,18 +485,18 @@ def test_a_choice_is_kept_with_its_day_and_the_load(fresh, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (7.25, 1, 1))
     assert runs()
     assert "load 7.2" in choose.measured["prefetch"]
-    said = cpu.describe()["weights"]
+    said = c_backend.describe()["weights"]
     assert said.endswith(f"(measured {time.strftime('%Y-%m-%d')}, load 7.2)")
     build.forget()
     monkeypatch.setattr(os, "getloadavg", lambda: (0.0, 0, 0))
     monkeypatch.setattr(choose, "_readings", None)
-    assert cpu.describe()["weights"] == said
+    assert c_backend.describe()["weights"] == said
 
 
 def test_everything_is_measured_anew_when_asked(fresh, monkeypatch):
     seconds = {0: 1.0, 4096: 0.5, 16384: 0.4}
     monkeypatch.setattr(choose, "_readings", lambda ways: {way: [seconds.get(way, 1.0)] * 4 for way in ways})
-    assert cpu.describe()["weights"].startswith("asked for 16384 bytes")
+    assert c_backend.describe()["weights"].startswith("asked for 16384 bytes")
     seconds[0] = 0.3
     found = info.renewed()
     assert found["weights"].startswith("not asked for in advance (measured")
@@ -503,11 +504,11 @@ def test_everything_is_measured_anew_when_asked(fresh, monkeypatch):
     assert found["threads"].endswith("as before")
     build.forget()
     monkeypatch.setattr(choose, "_readings", None)
-    assert cpu.describe()["weights"].startswith("not asked for in advance")
+    assert c_backend.describe()["weights"].startswith("not asked for in advance")
 
 
 def test_a_doubtful_measurement_is_used_and_not_kept(fresh, monkeypatch, caplog):
-    library = cpu.library()
+    library = c_backend.library()
     caplog.set_level("INFO")
     noisy = {0: [1.0, 1.0, 1.0, 1.0], 4096: [0.9, 2.0, 0.9, 2.0], 16384: [2.0] * 4}
     monkeypatch.setattr(choose, "_readings", lambda ways: noisy)
@@ -520,7 +521,7 @@ def test_a_doubtful_measurement_is_used_and_not_kept(fresh, monkeypatch, caplog)
 
 
 def test_what_is_measured_runs(fresh):
-    library = cpu.library()
+    library = c_backend.library()
     assert choose.products({"only": library}) == "only"
     assert choose.prefetch(library, "only") in choose.DISTANCES
     assert choose.multiplies(library, "only") in (True, False)
@@ -640,8 +641,8 @@ import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as taskset does
 import torch
 torch.set_num_threads(4)
-from qwenkern.kernels import cpu
-print(cpu.threads.count())
+from qwenkern.kernels import c as c_backend
+print(c_backend.threads.count())
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
@@ -699,7 +700,7 @@ def test_an_installed_wheel_needs_no_compiler(installed, tmp_path):
 def test_a_built_library_that_is_not_what_it_was_is_compiled_here(installed, tmp_path, damage):
     place = tmp_path / "place"
     shutil.copytree(installed, place)
-    name, folder = targets.usable()[-2].name, place / "qwenkern" / "kernels" / "cpu"
+    name, folder = targets.usable()[-2].name, place / "qwenkern" / "kernels" / "c"
     library = folder / "built" / f"{name}.so"
     if damage == "library":
         library.write_bytes(library.read_bytes()[:-1] + b"x")
@@ -716,4 +717,4 @@ def test_a_built_library_that_is_not_what_it_was_is_compiled_here(installed, tmp
 
 
 def test_an_editable_install_builds_nothing():
-    assert not (ROOT / "kernels" / "cpu" / "built").exists()
+    assert not (ROOT / "kernels" / "c" / "built").exists()

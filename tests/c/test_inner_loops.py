@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from c import emulated, inner_loops
 
-from qwenkern.kernels.cpu import compiler, targets
+from qwenkern.kernels.c import compiler, targets
 
 # Functions whose inner loops may use the stack, and why that costs little. All others may not.
 EXCEPTIONS = {

@@ -9,8 +9,9 @@ from c import emulated
 from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
-from qwenkern.kernels import cpu, dispatch, reference
-from qwenkern.kernels.cpu import build, choose, tape, targets
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import dispatch, reference
+from qwenkern.kernels.c import build, choose, tape, targets
 
 EPS = 1e-6
 
@@ -36,7 +37,7 @@ def in_c(request, monkeypatch):
     monkeypatch.setattr(choose, "prefetch", lambda *_: VARIANTS[name])
     monkeypatch.setattr(choose, "multiplies", lambda *_: True)
     build.forget()
-    assert cpu.library() is not None
+    assert c_backend.library() is not None
     yield
     build.forget()
 
@@ -45,7 +46,7 @@ def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [*range(1, cpu.MAX_TOKENS + 1), 17, 18, 21, 64, 100])
+@pytest.mark.parametrize("tokens", [*range(1, c_backend.MAX_TOKENS + 1), 17, 18, 21, 64, 100])
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (7, 64), (1152, 896), (130, 4864), (131, 2048)])
 def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
     x, residual, norm = tensor(tokens, k, seed=0), tensor(tokens, k, seed=1), tensor(k, seed=2)
@@ -57,48 +58,48 @@ def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int)
         truth = expected(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
         assert_as_close_as(out, expected(*args), truth)
 
-    compare(lambda: cpu.linear(x, w, bias=bias, addend=addend)[0], reference.linear, x, w, bias, addend)
+    compare(lambda: c_backend.linear(x, w, bias=bias, addend=addend)[0], reference.linear, x, w, bias, addend)
     normed = {"residual": residual, "norm_weight": norm, "eps": EPS}
     compare(
-        lambda: cpu.linear(x, w, bias=bias, **normed)[0],
+        lambda: c_backend.linear(x, w, bias=bias, **normed)[0],
         lambda *args: reference.norm_linear(*args)[0],
         *(x, residual, norm, EPS, w, bias),
     )
     compare(
-        lambda: cpu.linear(x, w, up=up, **normed)[0],
+        lambda: c_backend.linear(x, w, up=up, **normed)[0],
         lambda *args: reference.norm_swiglu_linear(*args)[0],
         *(x, residual, norm, EPS, torch.cat((w, up))),
     )
     compare(
-        lambda: cpu.linear(x, w, out_dtype=torch.float32, **normed)[0],
+        lambda: c_backend.linear(x, w, out_dtype=torch.float32, **normed)[0],
         reference.lm_head,
         *(x, residual, norm, EPS, w),
     )
-    assert torch.equal(cpu.linear(x, w, **normed)[1], residual + x)
-    assert cpu.linear(x, w)[1] is x
+    assert torch.equal(c_backend.linear(x, w, **normed)[1], residual + x)
+    assert c_backend.linear(x, w)[1] is x
 
 
 @pytest.mark.parametrize("k", [96, 896, 2048, 4864])
 def test_a_tokens_bits_depend_on_neither_batch_nor_threads(k: int) -> None:
-    x, w = tensor(cpu.MAX_TOKENS, k, seed=0), tensor(131, k, seed=1)
-    together = cpu.linear(x, w)[0]
+    x, w = tensor(c_backend.MAX_TOKENS, k, seed=0), tensor(131, k, seed=1)
+    together = c_backend.linear(x, w)[0]
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for row in range(len(x)):
-            assert torch.equal(cpu.linear(x[row : row + 1], w)[0][0], together[row])
+            assert torch.equal(c_backend.linear(x[row : row + 1], w)[0][0], together[row])
     finally:
         torch.set_num_threads(threads)
 
 
 def test_scratch_memory_does_not_follow_torchs_defaults() -> None:
     x, w = tensor(300, 896, seed=0), tensor(70, 896, seed=1)
-    expected = cpu.linear(x, w)[0]
+    expected = c_backend.linear(x, w)[0]
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
             tape._recording.__dict__.pop("scratch", None)
-            out = cpu.linear(x, w)[0]
+            out = c_backend.linear(x, w)[0]
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(out, expected)
@@ -106,7 +107,7 @@ def test_scratch_memory_does_not_follow_torchs_defaults() -> None:
 
 def test_rows_may_have_any_stride() -> None:
     x, w = tensor(3, 200, seed=0)[:, :64], tensor(9, 100, seed=1)[:, :64]
-    assert torch.equal(cpu.linear(x, w)[0], cpu.linear(x.contiguous(), w.contiguous())[0])
+    assert torch.equal(c_backend.linear(x, w)[0], c_backend.linear(x.contiguous(), w.contiguous())[0])
 
 
 def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
@@ -125,13 +126,15 @@ def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
 def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
     lengths = [1, 15, 16, 17, 255, 256, 257, 1000]
     q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim)
-    assert cpu.takes_heads(q, k)
-    out = cpu.decode_attention(q, k, v, tables, counts, dim**-0.5)
+    assert c_backend.takes_heads(q, k)
+    out = c_backend.decode_attention(q, k, v, tables, counts, dim**-0.5)
     expected = reference.decode_attention(q, k, v, tables, counts, dim**-0.5)
     truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row in range(len(lengths)):
-        alone = cpu.decode_attention(*(q[row : row + 1], k, v, tables[row : row + 1], counts[row : row + 1], dim**-0.5))
+        alone = c_backend.decode_attention(
+            *(q[row : row + 1], k, v, tables[row : row + 1], counts[row : row + 1], dim**-0.5)
+        )
         assert torch.equal(alone[0], out[row])
 
 
@@ -142,21 +145,21 @@ def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads:
     _, k, v, tables, ends = cached(lengths, heads, kv_heads, dim)
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0)[:, :-8].unflatten(1, (heads, dim))
-    assert cpu.takes_prefill(q, k)
-    out = cpu.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
+    assert c_backend.takes_prefill(q, k)
+    out = c_backend.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
     expected = reference.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
     truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, ends, starts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row, (first, last) in enumerate(pairwise(starts.tolist())):
         if first < last:
             mine = (tables[row : row + 1], ends[row : row + 1], torch.tensor([0, last - first]))
-            assert torch.equal(cpu.prefill_attention(q[first:last], k, v, *mine, dim**-0.5), out[first:last])
+            assert torch.equal(c_backend.prefill_attention(q[first:last], k, v, *mine, dim**-0.5), out[first:last])
 
 
 def test_queries_far_apart_do_not_overflow() -> None:
     _, k, v, tables, lengths = cached([300], 14, 2, 64)
     q, starts = tensor(300, 14, 64, seed=6, scale=200.0), torch.tensor([0, 300])
-    out = cpu.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
+    out = c_backend.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
     truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, lengths, starts, 1.0)
     assert_as_close_as(out, reference.prefill_attention(q, k, v, tables, lengths, starts, 1.0), truth)
 
@@ -164,8 +167,8 @@ def test_queries_far_apart_do_not_overflow() -> None:
 def test_a_block_table_may_be_part_of_a_wider_one() -> None:
     q, k, v, tables, counts = cached([40, 70], 14, 2, 64)
     wider = torch.cat((tables, torch.full((2, 11), 1 << 30, dtype=torch.int32)), dim=1)[:, : tables.shape[1]]
-    expected = cpu.decode_attention(q, k, v, tables, counts, 0.125)
-    assert torch.equal(cpu.decode_attention(q, k, v, wider, counts, 0.125), expected)
+    expected = c_backend.decode_attention(q, k, v, tables, counts, 0.125)
+    assert torch.equal(c_backend.decode_attention(q, k, v, wider, counts, 0.125), expected)
 
 
 def test_a_key_that_is_no_number_is_not_hidden() -> None:
@@ -175,8 +178,8 @@ def test_a_key_that_is_no_number_is_not_hidden() -> None:
     expected = torch.zeros(2, 14, dtype=torch.bool)
     expected[1, 7:] = True  # the heads of the second key-value head
     for out in (
-        cpu.decode_attention(q, k, v, tables, counts, 0.125),
-        cpu.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+        c_backend.decode_attention(q, k, v, tables, counts, 0.125),
+        c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
     ):
         assert torch.equal(out.isnan().all(-1), expected)
         assert torch.equal(out.isnan().any(-1), expected)
@@ -207,8 +210,8 @@ def test_attention_is_as_finite_as_its_formula(where: str, value: float) -> None
         truth = softmax_attention(q, k, v, tables, counts, 0.125)
         starts = torch.tensor([0, 1, 2], dtype=torch.int32)
         for out in (
-            cpu.decode_attention(q, k, v, tables, counts, 0.125),
-            cpu.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+            c_backend.decode_attention(q, k, v, tables, counts, 0.125),
+            c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
         ):
             assert_same_where_not_finite(out, truth)
 
@@ -223,8 +226,8 @@ def test_a_block_of_keys_that_weigh_nothing_hides_no_other() -> None:
         assert truth[1].isnan().all() == (length == 200)
         starts = torch.tensor([0, 1, 2], dtype=torch.int32)
         for out in (
-            cpu.decode_attention(q, k, v, tables, counts, 0.125),
-            cpu.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+            c_backend.decode_attention(q, k, v, tables, counts, 0.125),
+            c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
         ):
             assert_same_where_not_finite(out, truth)
 
@@ -280,16 +283,16 @@ def test_zeros_keep_their_sign() -> None:
     x[:, ::2] = -0.0
     weight, tiny = tensor(64, seed=1), torch.full((3, 64), 1e-39).bfloat16()  # subnormal
     for name, args in {"rms_norm": (x, weight, EPS), "silu_mul": (x, tiny + 1)}.items():
-        out, expected = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+        out, expected = getattr(c_backend, name)(*args), getattr(reference, name)(*args)
         assert torch.equal(out.signbit(), expected.signbit())
         assert torch.equal(out == 0, expected == 0)
-    assert torch.equal(cpu.rms_norm(tiny, weight, EPS), reference.rms_norm(tiny, weight, EPS))
+    assert torch.equal(c_backend.rms_norm(tiny, weight, EPS), reference.rms_norm(tiny, weight, EPS))
 
 
 def test_scores_far_apart_do_not_overflow() -> None:
     q, k, v, tables, counts = cached([300], 14, 2, 64)
     q = q * 100
-    out = cpu.decode_attention(q, k, v, tables, counts, 1.0)
+    out = c_backend.decode_attention(q, k, v, tables, counts, 1.0)
     truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, 1.0)
     assert_as_close_as(out, reference.decode_attention(q, k, v, tables, counts, 1.0), truth)
 
@@ -300,7 +303,7 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     cos_sin = angles(64, dim)
     positions, slots = torch.tensor([3, 0, 63, 9, 9]), torch.tensor([31, 2, 0, 17, 5])
     pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
-    out = cpu.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
+    out = c_backend.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
     same, wide = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.float64)
     expected = reference.rope_and_cache(qkv, positions, cos_sin, *same, slots)
     truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), *wide, slots)
@@ -311,12 +314,12 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
 
 def as_close_as_torch(name: str, *args, threads: int = 2):
     """The op in C, whose bits may not depend on the number of threads."""
-    outs, expected = getattr(cpu, name)(*args), getattr(reference, name)(*args)
+    outs, expected = getattr(c_backend, name)(*args), getattr(reference, name)(*args)
     truths = getattr(reference, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        again = getattr(cpu, name)(*args)
+        again = getattr(c_backend, name)(*args)
     finally:
         torch.set_num_threads(before)
     for all_of_it in zip(*(x if isinstance(x, tuple) else (x,) for x in (outs, expected, truths, again)), strict=True):
@@ -330,7 +333,7 @@ def as_close_as_torch(name: str, *args, threads: int = 2):
 @pytest.mark.parametrize("shape", [(1, 16), (3, 896), (2, 5, 2048), (300, 896), (896,)], ids=str)
 def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
     x, residual, weight = tensor(*shape, seed=0), tensor(*shape, seed=1, scale=3.0), tensor(shape[-1], seed=2)
-    assert cpu.takes_norm(x)
+    assert c_backend.takes_norm(x)
     as_close_as_torch("rms_norm", x, weight, EPS)
     _, new_residual = as_close_as_torch("add_rms_norm", x, residual, weight, EPS)
     assert torch.equal(new_residual, residual + x)
@@ -341,7 +344,7 @@ def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4864), (5, 77), (2, 3, 2049), (100, 896), (33,)], ids=str)
 def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
     gate_up = tensor(*shape[:-1], 2 * shape[-1], seed=0, scale=4.0)
-    assert cpu.takes_gate(gate_up)
+    assert c_backend.takes_gate(gate_up)
     out = as_close_as_torch("swiglu", gate_up)
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
     assert torch.equal(as_close_as_torch("silu_mul", gate, up), out)
@@ -350,21 +353,25 @@ def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
 def test_silu_far_from_zero() -> None:
     gate = torch.tensor([-300.0, -89.0, -88.0, -20.0, -0.0, 0.0, 20.0, 300.0, torch.inf, torch.nan]).bfloat16()
     expected = torch.nn.functional.silu(gate)
-    torch.testing.assert_close(cpu.silu_mul(gate, torch.ones_like(gate)), expected, rtol=0, atol=1e-30, equal_nan=True)
+    torch.testing.assert_close(
+        c_backend.silu_mul(gate, torch.ones_like(gate)), expected, rtol=0, atol=1e-30, equal_nan=True
+    )
 
 
 def test_rows_of_norms_and_swiglu_may_have_any_stride() -> None:
     x, residual, weight = tensor(5, 70, seed=0)[:, 3:67], tensor(5, 64, seed=1), tensor(64, seed=2)
     dense = x.contiguous()
-    assert torch.equal(cpu.rms_norm(x, weight, EPS), cpu.rms_norm(dense, weight, EPS))
+    assert torch.equal(c_backend.rms_norm(x, weight, EPS), c_backend.rms_norm(dense, weight, EPS))
     for mixed, plain in zip(
-        cpu.add_rms_norm(x, residual, weight, EPS), cpu.add_rms_norm(dense, residual, weight, EPS), strict=True
+        c_backend.add_rms_norm(x, residual, weight, EPS),
+        c_backend.add_rms_norm(dense, residual, weight, EPS),
+        strict=True,
     ):
         assert torch.equal(mixed, plain)
-    assert torch.equal(cpu.silu_mul(x, residual), cpu.silu_mul(dense, residual))
-    assert torch.equal(cpu.swiglu(x), cpu.swiglu(dense))
+    assert torch.equal(c_backend.silu_mul(x, residual), c_backend.silu_mul(dense, residual))
+    assert torch.equal(c_backend.swiglu(x), c_backend.swiglu(dense))
     turned = tensor(4, 3, 64, seed=3).transpose(0, 1)
-    assert torch.equal(cpu.rms_norm(turned, weight, EPS), cpu.rms_norm(turned.contiguous(), weight, EPS))
+    assert torch.equal(c_backend.rms_norm(turned, weight, EPS), c_backend.rms_norm(turned.contiguous(), weight, EPS))
 
 
 def angles(context: int, dim: int) -> torch.Tensor:
@@ -379,17 +386,17 @@ def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_
     packed = tensor(tokens, (heads + kv_heads) * dim + 8, seed=0)[:, :-8].unflatten(1, (-1, dim))
     q, k = packed.split((heads, kv_heads), dim=1)
     cos_sin, positions = angles(100, dim), torch.arange(tokens).flip(0) + 20
-    assert cpu.takes_rope(q)
-    out = cpu.apply_rope(q, k, cos_sin, positions)
+    assert c_backend.takes_rope(q)
+    out = c_backend.apply_rope(q, k, cos_sin, positions)
     expected = reference.apply_rope(q, k, cos_sin, positions)
     truth = reference.apply_rope(q.double(), k.double(), cos_sin.double(), positions)
     for mine, peer, exact in zip(out, expected, truth, strict=True):
         assert mine.is_contiguous()
         assert_as_close_as(mine, peer, exact)
-    backwards = cpu.apply_rope(q, k, cos_sin, positions, inverse=True)
+    backwards = c_backend.apply_rope(q, k, cos_sin, positions, inverse=True)
     mirrored = torch.cat((cos_sin[:, : dim // 2], -cos_sin[:, dim // 2 :]), dim=-1)
     turned = q.transpose(0, 1).contiguous().transpose(0, 1)  # heads that are not dense
-    for mine, peer in zip(backwards, cpu.apply_rope(turned, k, mirrored, positions), strict=True):
+    for mine, peer in zip(backwards, c_backend.apply_rope(turned, k, mirrored, positions), strict=True):
         assert torch.equal(mine, peer)
 
 
@@ -405,36 +412,36 @@ def test_the_public_ops_run_in_c(monkeypatch) -> None:
         "apply_rope": (heads, heads, angles(8, 32), torch.tensor([7, 0, 3])),
     }
     for name, args in calls.items():
-        tape = cpu.Tape()
+        tape = c_backend.Tape()
         with tape.record():
             recorded = getattr(kernels, name)(*args)
         tape.replay()
-        direct = getattr(cpu, name)(*args)
+        direct = getattr(c_backend, name)(*args)
         for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (recorded, direct)), strict=True):
             assert torch.equal(one, other)
 
 
 def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
-    assert cpu.takes_linear(tensor(1, 32, seed=0))
-    assert not cpu.takes_norm(tensor(1, 24, seed=0))
-    assert not cpu.takes_rope(tensor(1, 2, 48, seed=0))
-    assert not cpu.takes_gate(torch.zeros(1, 32))
+    assert c_backend.takes_linear(tensor(1, 32, seed=0))
+    assert not c_backend.takes_norm(tensor(1, 24, seed=0))
+    assert not c_backend.takes_rope(tensor(1, 2, 48, seed=0))
+    assert not c_backend.takes_gate(torch.zeros(1, 32))
     for other in (tensor(1, 24, seed=0), torch.zeros(1, 32)):
-        assert not cpu.takes_linear(other)
+        assert not c_backend.takes_linear(other)
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")
-    assert not cpu.takes_linear(tensor(1, 32, seed=0))
+    assert not c_backend.takes_linear(tensor(1, 32, seed=0))
 
 
 def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
     w, ids = tensor(8, 64, seed=1), torch.tensor([3, 1])
-    tape = cpu.Tape()
+    tape = c_backend.Tape()
     with tape.record():
-        out = cpu.linear(cpu.embedding(ids, w), w)[0][:, :4]
+        out = c_backend.linear(c_backend.embedding(ids, w), w)[0][:, :4]
     for chosen in ([3, 1], [0, 7]):
         ids.copy_(torch.tensor(chosen))
         tape.replay()
-        assert torch.equal(out, cpu.linear(w[ids], w)[0][:, :4])
-    assert not cpu.is_recording()
+        assert torch.equal(out, c_backend.linear(w[ids], w)[0][:, :4])
+    assert not c_backend.is_recording()
 
 
 def test_a_tape_may_be_what_first_needs_the_functions(monkeypatch) -> None:
@@ -444,36 +451,36 @@ def test_a_tape_may_be_what_first_needs_the_functions(monkeypatch) -> None:
     monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
     monkeypatch.setattr(choose, "remembered", lambda *_: None)
     monkeypatch.setattr(choose, "remember", lambda *_: None)
-    few, many = tensor(2, 64, seed=0), tensor(cpu.MAX_TOKENS + 1, 64, seed=1)
+    few, many = tensor(2, 64, seed=0), tensor(c_backend.MAX_TOKENS + 1, 64, seed=1)
     build.forget()
-    tape = cpu.Tape()
+    tape = c_backend.Tape()
     with tape.record():
-        assert isinstance(cpu.takes_linear(many), bool)
-        out = cpu.linear(few, few)[0]
+        assert isinstance(c_backend.takes_linear(many), bool)
+        out = c_backend.linear(few, few)[0]
     tape.replay()
-    assert torch.equal(out, cpu.linear(few, few)[0])
+    assert torch.equal(out, c_backend.linear(few, few)[0])
 
 
 @pytest.mark.parametrize("compute", [lambda x: x + 1, lambda x: x.float(), lambda x: x.sum().item()])
 def test_a_tape_refuses_what_torch_computes(compute: Callable) -> None:
     x = tensor(2, 64, seed=0)
-    with pytest.raises(cpu.NotRecordable, match=r"is not in C"), cpu.Tape().record():
+    with pytest.raises(c_backend.NotRecordable, match=r"is not in C"), c_backend.Tape().record():
         compute(x)
-    assert not cpu.is_recording()
-    assert cpu.linear(x, x)[0].isfinite().all()
+    assert not c_backend.is_recording()
+    assert c_backend.linear(x, x)[0].isfinite().all()
 
 
 def test_a_tape_of_the_other_ops_matches_them() -> None:
     q, k, v, tables, lengths = cached([70, 300], 14, 2, 64)
     positions, slots = torch.tensor([69, 299]), torch.tensor([5, 9])
     qkv, cos_sin = tensor(2, 18 * 64, seed=7), torch.rand(512, 64)
-    tape, pages, others = cpu.Tape(), torch.zeros_like(k), torch.zeros_like(k)
+    tape, pages, others = c_backend.Tape(), torch.zeros_like(k), torch.zeros_like(k)
     with tape.record():
-        out = cpu.decode_attention(q, k, v, tables, lengths, 0.125)
-        rotated = cpu.rope_and_cache(qkv, positions, cos_sin, pages, others, slots)
+        out = c_backend.decode_attention(q, k, v, tables, lengths, 0.125)
+        rotated = c_backend.rope_and_cache(qkv, positions, cos_sin, pages, others, slots)
     tape.replay()
-    assert torch.equal(out, cpu.decode_attention(q, k, v, tables, lengths, 0.125))
+    assert torch.equal(out, c_backend.decode_attention(q, k, v, tables, lengths, 0.125))
     again = torch.zeros_like(k), torch.zeros_like(k)
-    assert torch.equal(rotated, cpu.rope_and_cache(qkv, positions, cos_sin, *again, slots))
+    assert torch.equal(rotated, c_backend.rope_and_cache(qkv, positions, cos_sin, *again, slots))
     assert torch.equal(pages, again[0])
     assert torch.equal(others, again[1])

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import pytest
 
-from qwenkern.kernels.cpu import compiler, targets
+from qwenkern.kernels.c import compiler, targets
 
 PROGRAM = Path(__file__).with_name("races.c")
 SANITIZE = ("-fsanitize=thread", "-O1", "-g")

@@ -12,9 +12,10 @@ import torch
 
 from qwenkern import Config
 from qwenkern.cache import BlockTable, PagedCache
-from qwenkern.decode import DecodeSteps
-from qwenkern.generate import forward
-from qwenkern.kernels import cpu, decode_attention, dispatch
+from qwenkern.engine.decode import DecodeSteps
+from qwenkern.engine.generate import forward
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import decode_attention, dispatch
 from qwenkern.qwen2 import Qwen2, initialise
 
 # the 0.5B size, with fewer layers and words: 118 MB of weights, more than a core's caches
@@ -35,7 +36,7 @@ pytestmark = [pytest.mark.xdist_group("speed"), pytest.mark.processor]
 def in_c(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(dispatch, "INTERPRETED", False)
-    if not cpu.takes_linear(torch.ones(1, 64, dtype=torch.bfloat16)):
+    if not c_backend.takes_linear(torch.ones(1, 64, dtype=torch.bfloat16)):
         pytest.skip("no C compiler here, so torch runs both sides")
 
 
@@ -60,7 +61,7 @@ def test_a_decode_step_is_faster_than_torchs(in_c, monkeypatch, model):
 
 
 def test_prefill_is_not_slower_than_torchs(in_c, monkeypatch, model):
-    if not cpu.multiplies():
+    if not c_backend.multiplies():
         pytest.skip("without products of bfloat16 in the vector unit, many tokens run on torch anyway")
     cache = PagedCache(CONFIG, 512, torch.bfloat16, torch.device("cpu"))
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from qwenkern.kernels import cpu
-from qwenkern.kernels.cpu import build, tape
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels.c import build, tape
 
 X, W = (torch.randn(rows, 896, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (40, 333))
 
@@ -21,7 +21,7 @@ X, W = (torch.randn(rows, 896, generator=torch.Generator().manual_seed(rows)).bf
 def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets how many threads the next calls use."""
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    if cpu.library() is None:
+    if c_backend.library() is None:
         pytest.skip("no C compiler here")
     parallel = ctypes.c_void_p.in_dll(build.library(), "parallel")
     before = parallel.value
@@ -35,7 +35,7 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 def products() -> tuple[torch.Tensor, ...]:
     """What few tokens and many give: two loops each, of more tasks than threads and of fewer."""
-    return cpu.linear(X[:1], W)[0], cpu.linear(X[:7], W)[0], cpu.linear(X, W)[0]
+    return c_backend.linear(X[:1], W)[0], c_backend.linear(X[:7], W)[0], c_backend.linear(X, W)[0]
 
 
 def equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:

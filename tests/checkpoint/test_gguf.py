@@ -15,12 +15,12 @@ from gguf.quants import dequantize as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qwenkern import sources
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.checkpoint.dequantize import SUPPORTED
 from qwenkern.checkpoint.gguf_container import read_container
 from qwenkern.errors import CheckpointError, ConfigError
 from qwenkern.generation import Generation
+from qwenkern.hub import sources
 
 Q, V = GGMLQuantizationType, GGUFValueType
 HIDDEN, FFN, KV, VOCAB = 256, 512, 64, 40

@@ -12,7 +12,7 @@ from support.toy_tokenizer import byte_library
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.errors import CheckpointError, ConfigError, Error
 from qwenkern.reading import LARGEST, read_json, read_text
-from qwenkern.tokenizer import Tokenizer
+from qwenkern.text.tokenizer import Tokenizer
 
 
 def test_line_ends_are_read_as_transformers_reads_them(tmp_path):

@@ -19,10 +19,12 @@ import torch
 from support.models import TINY, save_checkpoint, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
-from qwenkern import Model, cli, terminal
+from qwenkern import Model
 from qwenkern.benchmarks import run as run_benchmarks
-from qwenkern.completion import Stream
-from qwenkern.kernels import cpu
+from qwenkern.cli import commands as cli
+from qwenkern.cli import terminal
+from qwenkern.engine.completion import Stream
+from qwenkern.kernels import c as c_backend
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -152,15 +154,15 @@ def test_info_of_a_size_needs_no_file(run):
     assert "Qwen Research" in out
     assert "contradiction" not in out
     assert re.search(r"^CPU: (C for \S+, (built with the package|compiled)|no C, so torch runs)", out, re.M)
-    assert f"threads: {cpu.threads.count()}\n" in out
+    assert f"threads: {c_backend.threads.count()}\n" in out
 
 
 def test_threads_are_those_of_the_process(run, folder, monkeypatch):
-    monkeypatch.setattr(cpu.threads, "_asked", None)
+    monkeypatch.setattr(c_backend.threads, "_asked", None)
     before = torch.get_num_threads()
     try:
         assert run("generate", "-m", folder, "--max-tokens", 2, "--threads", 3, "Hello")[2] == 0
-        assert torch.get_num_threads() == cpu.threads.count() == 3
+        assert torch.get_num_threads() == c_backend.threads.count() == 3
     finally:
         torch.set_num_threads(before)
 
@@ -191,7 +193,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
     save_checkpoint(tiny_model(replace(TINY, max_position_embeddings=16384)), folder := tmp_path / "Tiny-Qwen2.5")
     terminal, end = pty.openpty()
     program = subprocess.Popen(
-        [sys.executable, "-c", "from qwenkern.cli import main; main()", "chat", "-m", str(folder)],
+        [sys.executable, "-c", "from qwenkern.cli.commands import main; main()", "chat", "-m", str(folder)],
         stdin=end,
         stdout=end,
         stderr=end,

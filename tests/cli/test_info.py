@@ -8,8 +8,8 @@ import pytest
 
 from qwenkern import YarnScaling
 from qwenkern.checkpoint.packing import slots
+from qwenkern.cli.info import contradictions, layout, memory
 from qwenkern.config import FAMILY
-from qwenkern.info import contradictions, layout, memory
 
 SMALL = FAMILY["qwen2.5-3b"]
 

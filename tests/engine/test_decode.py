@@ -11,13 +11,14 @@ from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import NonFiniteError, SamplingParams
-from qwenkern.decode import Cpu, DecodeStep, DecodeSteps
-from qwenkern.generate import Limits, generate
-from qwenkern.kernels import cpu, dispatch, waits_for_host
+from qwenkern.engine.decode import Cpu, DecodeStep, DecodeSteps
+from qwenkern.engine.generate import Limits, generate
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import dispatch, waits_for_host
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
 pytestmark = pytest.mark.processor
-IN_C = replace(TINY, intermediate_size=192)  # a multiple of what cpu.c reads at once
+IN_C = replace(TINY, intermediate_size=192)  # a multiple of what C reads at once
 
 
 @pytest.fixture
@@ -335,7 +336,7 @@ def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
     captured = texts()
     assert any(step for step in model._steps._steps.values())
     assert texts() == captured
-    if sequences <= cpu.MAX_TOKENS:  # more are cuBLAS's, whose bits depend on how many rows a step has
+    if sequences <= c_backend.MAX_TOKENS:  # more are cuBLAS's, whose bits depend on how many rows a step has
         assert captured == one_by_one
 
 
@@ -350,4 +351,4 @@ def test_what_waits_for_the_host_is_not_captured(monkeypatch):
 
 
 def test_c_was_there(in_c):
-    assert cpu.library() is not None
+    assert c_backend.library() is not None

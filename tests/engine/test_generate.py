@@ -11,9 +11,9 @@ from support.models import TINY, tiny_model, twin
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import NonFiniteError, RequestError, SamplingParams
-from qwenkern import generate as generate_module
 from qwenkern.cache import PagedCache
-from qwenkern.generate import Limits, StopStrings
+from qwenkern.engine import generate as generate_module
+from qwenkern.engine.generate import Limits, StopStrings
 from qwenkern.generation import Generation
 
 PROMPTS = [

@@ -25,17 +25,18 @@ from engine.test_decode import Fake, NotCaptured, with_device
 from support.models import TINY, tiny_model
 
 import qwenkern
-from qwenkern import scheduler
 from qwenkern.cache import Batch, PagedCache
-from qwenkern.decode import DecodeStep
+from qwenkern.engine import scheduler
+from qwenkern.engine.decode import DecodeStep
 
 SMALL = replace(
     TINY, vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, head_dim=16,
 )  # fmt: skip
 FILES = {
-    str(Path(qwenkern.__file__).with_name(name))
-    for name in ("Model.py", "cache.py", "completion.py", "decode.py", "generate.py", "sampling.py", "scheduler.py")
+    str(file)
+    for pattern in ("Model.py", "engine/*.py", "cache/*.py", "sampling/*.py")
+    for file in Path(qwenkern.__file__).parent.glob(pattern)
 }
 LONG, SHORT = [n * 7 % 64 for n in range(70)], [5, 6, 7]
 HOW = {"ignore_eos": True, "temperature": 0}

@@ -12,8 +12,9 @@ import pytest
 import torch
 from support.models import tiny_model
 
-from qwenkern import RequestError, SamplingParams, scheduler
-from qwenkern.generate import Limits, generate
+from qwenkern import RequestError, SamplingParams
+from qwenkern.engine import scheduler
+from qwenkern.engine.generate import Limits, generate
 
 PATIENCE = 60  # seconds until a thread that has not ended is taken for one that never will
 PROMPTS = [

@@ -25,8 +25,8 @@ from support.tolerances import (
 from torch import Tensor
 
 from qwenkern import Model
-from qwenkern.integrations import layers
-from qwenkern.integrations import transformers as integration
+from qwenkern.integrations.transformers import layers
+from qwenkern.integrations.transformers import patch as integration
 from qwenkern.kernels import dispatch
 
 pytestmark = [pytest.mark.demo, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]

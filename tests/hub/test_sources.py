@@ -22,8 +22,8 @@ from pathlib import Path
 import pytest
 from model.test_config import QWEN_3B
 
-from qwenkern import download, sources
 from qwenkern.errors import CheckpointError, ConfigError, RequestError
+from qwenkern.hub import download, sources
 
 PARTS = [bytes([n]) * size for n, size in ((1, 3000), (2, 3000), (3, 1000))]
 WHOLE = b"".join(PARTS)
@@ -400,7 +400,7 @@ from pathlib import Path
 package = types.ModuleType("qwenkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["qwenkern"] = package
-from qwenkern import download, sources
+from qwenkern.hub import download, sources
 
 def run_pip(part, scratch, tick):
     with open(sys.argv[3], "a") as log:

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from qwenkern.integrations import layers
+from qwenkern.integrations.transformers import layers
 
 SIZES = {
     "vocab_size": 211,

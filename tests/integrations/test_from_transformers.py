@@ -14,7 +14,7 @@ from support.toy_tokenizer import byte_library, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from qwenkern import Config, ConfigError, Model, RequestError, YarnScaling
-from qwenkern.integrations import from_transformers as integration
+from qwenkern.integrations.transformers import share as integration
 from qwenkern.qwen2 import Weights
 
 SHAPES = {

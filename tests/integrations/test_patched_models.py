@@ -24,9 +24,8 @@ from torch.nn.utils import parametrize
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwenkern import RequestError
-from qwenkern.integrations import layers
-from qwenkern.integrations import transformers as integration
-from qwenkern.integrations.transformers import apply_qwenkern, register_attention, revert
+from qwenkern.integrations.transformers import apply_qwenkern, layers, register_attention, revert
+from qwenkern.integrations.transformers import patch as integration
 
 pytestmark = pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
 
@@ -260,7 +259,7 @@ torch.save(model(torch.tensor([[3, 4, 5]])).logits.detach(), sys.argv[2])
 """
     arguments = [sys.executable, "-c", program, tmp_path / "model.pt", tmp_path / "logits.pt"]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=tmp_path)
-    assert done.stdout == "<class 'qwenkern.integrations.layers.RMSNorm'>\n"
+    assert done.stdout == "<class 'qwenkern.integrations.transformers.layers.RMSNorm'>\n"
     torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), logits(model, torch.tensor([[3, 4, 5]])))
 
 

@@ -15,9 +15,9 @@ from transformers import GPT2Config, GPT2LMHeadModel, Qwen2Config, Qwen2ForCausa
 from transformers.models.qwen2 import modeling_qwen2
 
 from qwenkern import RequestError
-from qwenkern.integrations import layers
-from qwenkern.integrations import transformers as integration
-from qwenkern.integrations.transformers import PIECES, apply_qwenkern, register_attention, revert
+from qwenkern.integrations.transformers import apply_qwenkern, layers, register_attention, revert
+from qwenkern.integrations.transformers import patch as integration
+from qwenkern.integrations.transformers.patch import PIECES
 
 pytestmark = pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
 

@@ -17,8 +17,8 @@ from tokenizers import processors
 
 import qwenkern
 from qwenkern import Completion, Config, ConfigError, Model, RequestError, SamplingParams
-from qwenkern.chat_template import ChatTemplate
-from qwenkern.tokenizer import Tokenizer
+from qwenkern.text.chat_template import ChatTemplate
+from qwenkern.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from qwenkern import RequestError, SamplingParams, TokenLogprob
+from qwenkern.engine.generate import StopStrings
 from qwenkern.errors import shown
-from qwenkern.generate import StopStrings
 from qwenkern.sampling import NOT_FINITE, sample
 
 VOCABULARY = 60
@@ -147,7 +147,7 @@ def test_rows_of_a_batch_do_not_disturb_one_another(logits):
 
 def _adjusted(logits, row):
     """The logits after penalties: read off by log-probabilities of a second, greedy look."""
-    from qwenkern.sampling import _penalise
+    from qwenkern.sampling.sampling import _penalise
 
     out = logits.clone()
     _penalise(out, row)

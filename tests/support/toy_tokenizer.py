@@ -5,8 +5,8 @@ from __future__ import annotations
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from qwenkern.chat_template import ChatTemplate
-from qwenkern.tokenizer import Tokenizer
+from qwenkern.text.chat_template import ChatTemplate
+from qwenkern.text.tokenizer import Tokenizer
 
 END = 256  # <|im_end|>
 CHAT_TEMPLATE = (

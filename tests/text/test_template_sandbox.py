@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from qwenkern.chat_template import ChatTemplate
 from qwenkern.errors import CheckpointError, RequestError
+from qwenkern.text.chat_template import ChatTemplate
 
 MESSAGES = [
     {"role": "system", "content": "Be <b>brief</b> & kind."},

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, normalizers
 
-from qwenkern import tokenizer as room
 from qwenkern.errors import CheckpointError, ConfigError, RequestError
-from qwenkern.tokenizer import Detokenizer, Tokenizer
-from qwenkern.tokenizer_files import EXPRESSIONS, QWEN2_SPLIT
+from qwenkern.text import tokenizer as room
+from qwenkern.text.tokenizer import Detokenizer, Tokenizer
+from qwenkern.text.tokenizer_files import EXPRESSIONS, QWEN2_SPLIT
 
 TEXTS = json.loads(Path(__file__).parents[1].joinpath("data", "texts.json").read_text("utf-8"))
 PROSE = [text for text in TEXTS if ":" not in text["language"]]
@@ -844,14 +844,14 @@ def test_a_vocabulary_without_merges(tmp_path):
 
 def test_an_expression_that_panics_at_load(tmp_path, monkeypatch):
     """The engine gives up on (a+a+)+y before a run of a's, and the library turns that into a Rust panic."""
-    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(a+a+)+y"})
+    monkeypatch.setattr("qwenkern.text.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(a+a+)+y"})
     toy_folder(tmp_path, pre_tokenizer=split_by("(a+a+)+y"))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer fails on a line of text: .*retry-limit"):
         Tokenizer.from_folder(tmp_path)
 
 
 def test_an_expression_that_panics_later(tmp_path, monkeypatch):
-    monkeypatch.setattr("qwenkern.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(q+q+)+y"})
+    monkeypatch.setattr("qwenkern.text.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(q+q+)+y"})
     tokenizer = Tokenizer.from_folder(toy_folder(tmp_path, pre_tokenizer=split_by("(q+q+)+y")))
     for allow_special in (True, False):
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer gave up on a text of 64 characters"):

@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .checkpoint.packing import EMBEDDING, HEAD, slots
-from .config import FAMILY, Config
-from .errors import RequestError
-from .kernels import cpu
-from .kernels.triton_if_any import triton
+from ..checkpoint.packing import EMBEDDING, HEAD, slots
+from ..config import FAMILY, Config
+from ..errors import RequestError
+from ..kernels import c as c_backend
+from ..kernels.triton_if_any import triton
 
 _SIZE_IN_NAME = re.compile(r"(?<![\w.])(\d+(?:\.\d+)?)B(?![a-z])", re.IGNORECASE)
 _SIZES = (
@@ -51,7 +51,7 @@ def processor() -> dict[str, str]:
 
     Raises RequestError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
     try:
-        return {"Triton": triton.__version__ or "not installed, so torch runs on a GPU"} | cpu.describe()
+        return {"Triton": triton.__version__ or "not installed, so torch runs on a GPU"} | c_backend.describe()
     except ValueError as error:
         raise RequestError(str(error)) from None
 
@@ -61,7 +61,7 @@ def renewed() -> dict[str, str]:
 
     Raises RequestError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
     try:
-        found = cpu.renew()
+        found = c_backend.renew()
     except ValueError as error:
         raise RequestError(str(error)) from None
     return {

@@ -5,7 +5,7 @@
      └─────────────────────────────────────────────────────────────────────┘
 
 On a GPU the step is a CUDA graph that draws the tokens too and feeds them to its next replay; the host reads them one
-step behind. On a CPU it is a tape of calls (kernels/cpu) that ends with the logits.
+step behind. On a CPU it is a tape of calls (kernels/c) that ends with the logits.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from .cache import Batch, PagedCache
-from .kernels import cpu, dependent_launches, waits_for_host
-from .qwen2 import Qwen2
-from .sampling import Row, Settings, draw, or_not_finite
+from ..cache import Batch, PagedCache
+from ..kernels import c as c_backend
+from ..kernels import dependent_launches, waits_for_host
+from ..qwen2 import Qwen2
+from ..sampling import Row, Settings, draw, or_not_finite
 
 Read = Callable[[], list[int]]
 
@@ -47,10 +48,10 @@ class Cpu:
     ahead = 0
 
     def size(self, sequences: int) -> int | None:
-        return sequences if sequences <= cpu.MAX_TOKENS else None
+        return sequences if sequences <= c_backend.MAX_TOKENS else None
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        tape = cpu.Tape()
+        tape = c_backend.Tape()
         with tape.record():
             out = function()
         return tape.replay, out
@@ -193,7 +194,7 @@ class DecodeSteps:
         if (size, width) not in self._steps:
             try:
                 made = DecodeStep(self._model, self.cache, size, width, self._device)
-            except cpu.NotRecordable:  # another dtype, sizes that C does not take, no compiler: torch runs it
+            except c_backend.NotRecordable:  # another dtype, sizes that C does not take, no compiler: torch runs it
                 made = None
             self._steps[size, width] = made
         return self._steps[size, width]

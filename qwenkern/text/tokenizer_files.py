@@ -16,8 +16,8 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
-from .errors import CheckpointError, ConfigError, shown
-from .reading import read_json, refuse_pointer
+from ..errors import CheckpointError, ConfigError, shown
+from ..reading import read_json, refuse_pointer
 
 # Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
 QWEN2_SPLIT = (

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Generator, Iterable
 from typing import Protocol, TypeVar
 
-from .cache import BlockTable, PagedCache
+from ..cache import BlockTable, PagedCache
 
 PATIENCE = 0.1  # seconds; also how long a waiting call sleeps at most before it looks again
 

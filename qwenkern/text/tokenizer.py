@@ -18,11 +18,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models
 
+from ..errors import CheckpointError, ConfigError, RequestError, shown
+from ..generation import END_TOKENS, check_eos_token
+from ..reading import read_json
 from .chat_template import ChatTemplate, Conversation
-from .errors import CheckpointError, ConfigError, RequestError, shown
-from .generation import END_TOKENS, check_eos_token
 from .messages import plain, unused_characters
-from .reading import read_json
 from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
 
 # Names that llama.cpp (src/llama-vocab.cpp) gives Qwen2's expression, and whose models compose text as Qwen2 does. It

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import nn
 
-from ..errors import RequestError, shown
+from ...errors import RequestError, shown
 from . import layers
 from .layers import attention_forward, is_norm, patch_of, patched
 

@@ -14,7 +14,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from .errors import RequestError, shown
+from ..errors import RequestError, shown
 
 DEEPEST = 100  # levels of nesting
 _TEXT_PARTS = ("text", "input_text", "output_text")

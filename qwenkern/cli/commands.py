@@ -14,15 +14,16 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from ..checkpoint import open_checkpoint
+from ..config import FAMILY, Config
+from ..engine.completion import Completion, Stream
+from ..errors import Error
+from ..hub import sources
+from ..Model import Model
+from ..text.tokenizer import Tokenizer
 from . import info as facts
-from . import sources, terminal
-from .checkpoint import open_checkpoint
-from .completion import Completion, Stream
-from .config import FAMILY, Config
-from .errors import Error
-from .Model import Model
+from . import terminal
 from .terminal import note, stderr
-from .tokenizer import Tokenizer
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -188,7 +189,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 @app.command(context_settings=PASSED_ON)
 def bench(context: typer.Context) -> None:
     """Time the kernels beside torch, torch.compile and whatever else is installed (--help says more)."""
-    from .benchmarks import run
+    from ..benchmarks import run
 
     _program(run.main, "qwenkern bench", context.args)
 
@@ -196,7 +197,7 @@ def bench(context: typer.Context) -> None:
 @app.command(context_settings=PASSED_ON)
 def tune(context: typer.Context) -> None:
     """Search for this device's fastest launch configurations (--help says more)."""
-    from .benchmarks import tune as tuner
+    from ..benchmarks import tune as tuner
 
     _program(tuner.main, "qwenkern tune", context.args)
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwenkern.checkpoint.packing import EMBEDDING, HEAD, check_shapes, slots
-from qwenkern.config import Config
-from qwenkern.errors import CheckpointError, RequestError
-from qwenkern.generation import Generation
-from qwenkern.qwen2 import Qwen2, Weights
-from qwenkern.tokenizer import Tokenizer
+from ...checkpoint.packing import EMBEDDING, HEAD, check_shapes, slots
+from ...config import Config
+from ...errors import CheckpointError, RequestError
+from ...generation import Generation
+from ...qwen2 import Qwen2, Weights
+from ...text.tokenizer import Tokenizer
 
 CLASS = "Qwen2ForCausalLM"
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .. import kernels as ops
+from ... import kernels as ops
 
 try:
-    from ..kernels.dispatch import INTERPRETED
+    from ...kernels.dispatch import INTERPRETED
 except ImportError:  # no Triton
     INTERPRETED = False
 

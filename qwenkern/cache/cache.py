@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .config import Config
-from .errors import RequestError
-from .rope import RopeTable
+from ..config import Config
+from ..errors import RequestError
+from ..rope import RopeTable
 
 PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 

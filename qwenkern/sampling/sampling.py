@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .arguments import flag, number, whole
-from .errors import RequestError, shown
+from ..arguments import flag, number, whole
+from ..errors import RequestError, shown
 
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100

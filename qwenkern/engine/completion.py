@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from .errors import RequestError
+from ..errors import RequestError
+from ..sampling import TokenLogprob
 from .generate import Sequence
-from .sampling import TokenLogprob
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,10 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from .config import Config
+from ..config import Config
+from ..errors import CheckpointError, ConfigError, RequestError, shown
+from ..reading import is_gguf
 from .download import Download, Part, Progress, fetch
-from .errors import CheckpointError, ConfigError, RequestError, shown
-from .reading import is_gguf
 
 _APACHE, _RESEARCH, _QWEN = "Apache-2.0", "Qwen Research License (non-commercial)", "Qwen License"
 _CODER_WHEELS = (

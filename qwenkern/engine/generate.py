@@ -16,13 +16,13 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from .cache import BlockTable, PagedCache
+from ..cache import BlockTable, PagedCache
+from ..errors import NonFiniteError
+from ..qwen2 import Qwen2
+from ..sampling import BELOW_ONE, NOT_FINITE, SamplingParams, TokenLogprob, draw_width, sample
+from ..text.tokenizer import Detokenizer
 from .decode import DecodeStep, DecodeSteps
-from .errors import NonFiniteError
-from .qwen2 import Qwen2
-from .sampling import BELOW_ONE, NOT_FINITE, SamplingParams, TokenLogprob, draw_width, sample
 from .scheduler import Call
-from .tokenizer import Detokenizer
 
 MAX_BATCH = 64  # sequences that decode together
 

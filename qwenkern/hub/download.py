@@ -28,7 +28,7 @@ from typing import BinaryIO, NoReturn
 
 from filelock import FileLock
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import typer
 from rich.console import Console
 
-from .errors import Error, RequestError
+from ..errors import Error, RequestError
 
 
 class _Stderr(Console):

@@ -16,9 +16,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, RequestError, shown
+from ..errors import CheckpointError, RequestError, shown
+from ..reading import read_json, read_text
 from .messages import plain, read_messages, size, unused_characters
-from .reading import read_json, read_text
 
 _MOST_TEMPLATES = 64
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
