@@ -89,9 +89,9 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
 
 def kernel_names() -> tuple[list[str], list[str]]:
     """The cases, those of a decode step first; and who is slow to start, with ours to compare with."""
+    from qwenkern.benchmarks.offline.plan import LAYER
     from qwenkern.benchmarks.ops.cases import CASES
     from qwenkern.benchmarks.ops.providers import PROVIDERS
-    from qwenkern.benchmarks.plan import LAYER
 
     cases = dict.fromkeys([*LAYER, "lm_head", "lm_head_top_k", *(case.name for case in CASES)])
     return list(cases), ["qwenkern", *(each.name for each in PROVIDERS if each.name not in QUICK)]

@@ -31,9 +31,10 @@ from rich.table import Table
 import qwenkern.kernels
 from qwenkern import Config
 from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.correctness import check, expected
 from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.benchmarks.reports import results
-from qwenkern.benchmarks.run import check, expected, numbers
+from qwenkern.benchmarks.run import numbers
 from qwenkern.cli import terminal
 from qwenkern.kernels import tuning
 
