@@ -22,7 +22,7 @@ if not torch.cuda.is_available():  # Triton reads its variable when it is import
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
     os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch twins, as on any CPU
 
-if os.environ.get("TRITON_INTERPRET") == "1":
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from support.interpreter import spare_useless_work
 
     spare_useless_work()
