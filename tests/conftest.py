@@ -18,18 +18,20 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here: 
 
 import torch
 
-if not torch.cuda.is_available():  # Triton reads its variable when it is imported
+HAS_GPU = torch.cuda.is_available()
+FEW = 3  # cases of a test in a quick run
+if not HAS_GPU:  # Triton reads its variable when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
-    os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch twins, as on any CPU
+    os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch reference
+
+from qwenkern import kernels
+from qwenkern.errors import CheckpointError
+from qwenkern.hub import sources
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from support.interpreter import spare_useless_work
 
     spare_useless_work()
-
-from qwenkern import kernels
-from qwenkern.errors import CheckpointError
-from qwenkern.hub import sources
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -37,12 +39,30 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # the workers share the cores
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help=f"no slow test, and of each other at most {FEW} cases")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        chosen = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # first what takes long, so that nobody waits
+    if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+def quick(items: list[pytest.Item]) -> set[pytest.Item]:
+    """At most FEW cases of each test, from the first to the last at equal distances; none that is marked slow."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if not item.get_closest_marker("slow") and not (item.get_closest_marker("gpu") and not HAS_GPU):
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {cases[at * (len(cases) - 1) // max(1, FEW - 1)] for cases in tests.values() for at in range(FEW)}
 
 
 @pytest.fixture(scope="session")

@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_tensors(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_inputs_suit_the_op_and_its_twin(case):
+def test_inputs_suit_the_op_and_its_reference(case):
     inputs = case.inputs(TINY, Size(3, context=70, device="cpu"))
     peers = [each.clone() if isinstance(each, torch.Tensor) else each for each in inputs]
     wide = [each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in peers]

@@ -49,7 +49,7 @@ def test_every_case_is_measured(name):
     assert rows[0].ratio == Spread(1.0, 1.0, 1.0)
 
 
-def test_compiled_twins_are_measured():
+def test_compiled_references_are_measured():
     rows = _measure("swiglu", KNOWN["qwenkern"], KNOWN["compile"])
     assert [row.provider for row in rows if row.seconds] == ["qwenkern", "compile"]
 

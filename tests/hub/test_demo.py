@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import twin
+from support.models import reference_model
 from support.tolerances import (
     BATCH_TIE,
     MARGIN_FLOAT32,
@@ -80,12 +80,12 @@ def written(request):
 
 @pytest.fixture(scope="module")
 def theirs(bfloat16):
-    return twin(bfloat16)
+    return reference_model(bfloat16)
 
 
 @pytest.fixture(scope="module")
 def truth(float32):
-    return twin(float32)
+    return reference_model(float32)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,7 @@ def test_greedy_text_of_transformers_with_our_pieces(request, monkeypatch, their
     monkeypatch.setattr(layers, "FEW", 0)
     monkeypatch.setattr(layers, "INTERPRETED", False)
     model, peer = request.getfixturevalue(dtype), truth if dtype == "float32" else theirs
-    patched = integration.apply_qwenkern(twin(model))
+    patched = integration.apply_qwenkern(reference_model(model))
     settings = {"max_new_tokens": 32, "min_new_tokens": 32, "eos_token_id": None, "pad_token_id": 0}
     for prompt in PROMPTS[:2]:
         ids = model.tokenizer.encode(prompt)

@@ -29,7 +29,7 @@ def run(key: str, seed: int, test: Callable[..., None], parameters: dict[str, An
         test(ops, CPU, **parameters)
 
 
-def others_of_company(key: str, seed: int, op: str, counts: tuple[int, ...]) -> list[int]:
+def counts_with_other_bits(key: str, seed: int, op: str, counts: tuple[int, ...]) -> list[int]:
     """How many tokens of 16, for which an op gives them other bits than among 16."""
     x, residual, weight, bias = test_linear._inputs(16, 34, 896, torch.bfloat16, CPU)
     norm_weight = test_linear._norm_weight(896, x.dtype, CPU)

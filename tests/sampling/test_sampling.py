@@ -48,7 +48,7 @@ def _choose(logits, row):
     return token
 
 
-def test_temperature_zero_takes_the_likeliest(logits):
+def test_temperature_zero_takes_the_most_probable(logits):
     assert _choose(logits, FakeRow(SamplingParams(temperature=0))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-9))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-5))) == logits.argmax().item()
