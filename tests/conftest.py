@@ -18,9 +18,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here: 
 
 import torch
 
-HAS_GPU = torch.cuda.is_available()
-FEW = 3  # cases of a test in a quick run
-if not HAS_GPU:  # Triton reads its variable when it is imported
+if not torch.cuda.is_available():  # Triton reads its variable when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
     os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch reference
 
@@ -32,6 +30,9 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     from support.interpreter import spare_useless_work
 
     spare_useless_work()
+
+HAS_GPU = torch.cuda.is_available()
+FEW = 3  # cases of a test in a quick run
 
 
 def pytest_configure(config: pytest.Config) -> None:
