@@ -17,6 +17,7 @@ if (found := importlib.util.find_spec("kernels")) and not found.has_location:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here: it has nothing to ask anybody
 
 import torch
+from support.selection import FEW, quick
 
 if not torch.cuda.is_available():  # Triton reads its variable when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
@@ -32,7 +33,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     spare_useless_work()
 
 HAS_GPU = torch.cuda.is_available()
-FEW = 3  # cases of a test in a quick run
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -49,21 +49,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         chosen = quick(items)
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = [item for item in items if item in chosen]
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # first what takes long, so that nobody waits
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # what takes long first, so that nobody waits
     if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
-
-
-def quick(items: list[pytest.Item]) -> set[pytest.Item]:
-    """At most FEW cases of each test, from the first to the last at equal distances; none that is marked slow."""
-    tests: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        if not item.get_closest_marker("slow") and not (item.get_closest_marker("gpu") and not HAS_GPU):
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
-    return {cases[at * (len(cases) - 1) // max(1, FEW - 1)] for cases in tests.values() for at in range(FEW)}
 
 
 @pytest.fixture(scope="session")

@@ -159,11 +159,3 @@ def test_a_library_that_is_broken_says_so(tmp_path):
 
 def test_the_package_is_typed():
     assert (ROOT / "qwenkern" / "py.typed").exists()
-
-
-@pytest.mark.skipif("PYTEST_XDIST_WORKER" not in os.environ, reason="one process runs everything")
-@pytest.mark.xdist_group("one worker")
-def test_a_group_stays_on_one_worker(request: pytest.FixtureRequest) -> None:
-    """pytest 9.2 does not read what pytest-xdist 3.8 writes: then times are taken beside other tests, and what a whole
-    file shares is made by each worker."""
-    assert request.node.nodeid.endswith("@one worker")
