@@ -128,6 +128,7 @@ for tokens, sequences in ((1, 1), (16, 16), (512, 1)):
 """
 
 
+@pytest.mark.slow
 def test_the_cases_launch_every_kernel_of_the_graph(compiling):
     done = subprocess.run([sys.executable, "-c", GRAPH], capture_output=True, text=True, env=compiling, check=False)
     assert done.returncode == 0, done.stderr

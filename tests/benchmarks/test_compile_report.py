@@ -131,6 +131,7 @@ def test_the_interpreter_is_refused(compiling):
     assert "TRITON_INTERPRET=1 is set" in done.stderr
 
 
+@pytest.mark.slow
 def test_3b_on_every_architecture(compiling, tmp_path):
     """No rule is broken; every case is there, on every architecture, but the one that is torch's kernel."""
     done = _report(compiling, "--json", str(tmp_path / "report.json"))
@@ -168,6 +169,7 @@ for arch in ("sm_80", "sm_90", "sm_120"):
 """
 
 
+@pytest.mark.slow
 def test_sums_have_one_order_for_any_number_of_tokens(compiling, tmp_path):
     """What the promise of equal bits rests on: one matrix instruction, and one tree over the slices of K after it."""
     (tmp_path / "sums.py").write_text(SUMS)

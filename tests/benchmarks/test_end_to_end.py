@@ -235,6 +235,7 @@ def run(tmp_path, *options):
     return json.loads((tmp_path / "now.json").read_text()), done.output
 
 
+@pytest.mark.slow
 def test_end_to_end_of_random_weights(tmp_path, threads, programs):
     pytest.importorskip("gguf")
     found, said = run(tmp_path, "--peers", "transformers,llama.cpp", "--note", "a stand-in")
@@ -254,6 +255,7 @@ def test_a_missing_peer_is_said(tmp_path, threads, monkeypatch):
     assert [row["engine"] for row in found["rows"]] == ["qwenkern"]
 
 
+@pytest.mark.slow
 def test_decoding_beside_a_busy_process(tmp_path, threads):
     found, said = run(tmp_path, "--peers", "transformers", "--busy", "1")
     assert [row["engine"] for row in found["rows"]] == ["qwenkern", "transformers"]
@@ -290,6 +292,7 @@ def _spinning():
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_each_have_a_row(tmp_path, threads):
     found, _ = run(tmp_path, "--peers", "transformers", "--twice")
     names = [f"{engine}, process {number}" for engine in ("qwenkern", "transformers") for number in (1, 2)]

@@ -21,6 +21,7 @@ from qwenkern.kernels import c as c_backend
 PARTS = ("correctness", "end_to_end", "where", "kernels", "compiled", "peers", "tune")
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(compiling, tmp_path):
     if not c_backend.library():
         pytest.skip("no C compiler here, which taking a step apart on a CPU needs")

@@ -29,7 +29,7 @@ from qwenkern.integrations.transformers import layers
 from qwenkern.integrations.transformers import patch as integration
 from qwenkern.kernels import dispatch
 
-pytestmark = [pytest.mark.demo, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]
+pytestmark = [pytest.mark.demo, pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]
 
 WINDOW = 256
 SHARE = 16  # tokens of each language and program

@@ -238,6 +238,7 @@ def test_a_copy_under_accelerates_hooks_computes_with_its_own_weights():
     torch.testing.assert_close(norm(x), 2 * model.model.norm(x))
 
 
+@pytest.mark.slow
 def test_in_another_process(tmp_path):
     """A saved model is patched where it is loaded."""
     model = apply_qwenkern(make())
@@ -275,6 +276,7 @@ class Logits(torch.nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("few", [0, 1 << 15], ids=["ours pays", "at some length"])
 @torch.no_grad()
@@ -302,6 +304,7 @@ def exported(monkeypatch, strict, few, shapes):
     return str(program.graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [0, 20 * 64])
 def test_compiled_for_open_lengths_it_is_compiled_once(monkeypatch, few):
     monkeypatch.setattr(layers, "FEW", few)

@@ -85,6 +85,7 @@ ON_KERNELS = {
 ON_KERNELS = {name: replace(config, hidden_size=64, vocab_size=97) for name, config in ON_KERNELS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ON_KERNELS.values(), ids=ON_KERNELS.keys())
 def test_kernels_and_reference_write_the_same_text(monkeypatch, device, config):
     """A ragged batch: prefill of many and of few tokens, then two decode steps, into a page's last place, a new page's

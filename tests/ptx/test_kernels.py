@@ -106,6 +106,7 @@ def test_bits_are_batch_invariant(process, key, op):
     assert process.submit(on_ptx.counts_with_other_bits, key, SEED, op, (1, 2, 3, 5, 8)).result() == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "kernel"),
     [pytest.param(key, kernel, marks=group(key)) for kernel, keys in MUTATED.items() for key in keys],
