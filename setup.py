@@ -120,6 +120,10 @@ setup(
         "qwenkern.kernels",
         "qwenkern.kernels.c",
         "qwenkern.benchmarks",
+        "qwenkern.benchmarks.models",
+        "qwenkern.benchmarks.offline",
+        "qwenkern.benchmarks.ops",
+        "qwenkern.benchmarks.reports",
     ],
     py_modules=["qwenkern_start"],
     package_data={

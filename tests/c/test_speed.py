@@ -72,7 +72,7 @@ def test_prefill_is_not_slower_than_torchs(in_c, monkeypatch, model):
 
 
 def test_attention_over_a_long_cache_does_not_copy_it(in_c, monkeypatch):
-    """8,192 cached tokens: the twin gathers them into a tensor first."""
+    """8,192 cached tokens: the reference gathers them into a tensor first."""
     k_pages, v_pages = (torch.randn(128, 64, 2, 64).bfloat16() for _ in range(2))
     tables, lengths = torch.randperm(128, dtype=torch.int32)[None], torch.tensor([8192], dtype=torch.int32)
     q = torch.randn(1, 14, 64).bfloat16()

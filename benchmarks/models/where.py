@@ -25,9 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 from qwenkern import Config
-from qwenkern.benchmarks import results
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.timing import ceilings, circumstances, device_name
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.timing import ceilings, circumstances, device_name
+from qwenkern.benchmarks.reports import results
 from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
