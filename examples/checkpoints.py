@@ -20,6 +20,6 @@ for name in args.models:
         print(f"{name}: {error}")
         continue
     config, seconds = model.config, time.perf_counter() - started
-    print(f"{name}: {config.num_parameters:,} parameters, {config.num_hidden_layers} layers, {model.dtype}")
+    print(f"{name}: {config.num_parameters:,} parameters, layers: {config.num_hidden_layers}, {model.dtype}")
     print(f"  on {model.device} in {seconds:.1f} s; room for {model.cache.num_tokens:,} tokens in the cache")
     print(f"  {model.generate('Hello', max_tokens=8).text!r}")

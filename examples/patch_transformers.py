@@ -10,13 +10,15 @@ from qwenkern.integrations.transformers import apply_qwenkern, revert
 
 sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
 config = Qwen2Config(vocab_size=256, num_hidden_layers=2, **sizes)
-model = Qwen2ForCausalLM(config).eval()  # or AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
+model = Qwen2ForCausalLM(config).eval().to(torch.bfloat16)  # or AutoModelForCausalLM.from_pretrained(...)
 ids = torch.randint(256, (1, 64))
 
 with torch.inference_mode():
     before = model(ids).logits
     apply_qwenkern(model)  # norms, rotary embedding, SwiGLU, attention; each is a switch, e.g. attention=False
     after = model(ids).logits
+print("the first norm is now from", type(model.model.layers[0].input_layernorm).__module__)
 print(f"largest difference of the logits: {(before - after).abs().max():.1e}")
 print(model.generate(ids, max_new_tokens=4, do_sample=False)[0, -4:].tolist())
 revert(model)  # exactly what was there
+print("and now from", type(model.model.layers[0].input_layernorm).__module__)
