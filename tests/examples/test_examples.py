@@ -110,8 +110,8 @@ def test_checkpoints_loads_a_folder_and_a_gguf_file_and_names_what_is_missing(
 @pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
 def test_patch_transformers_changes_roundings_only(run: Run):
     patched, difference, tokens, reverted = run("patch_transformers.py", model=False).splitlines()
-    assert "qwenkern" in patched
-    assert "qwenkern" not in reverted
+    assert patched == "patched: True"
+    assert reverted == "reverted: True"
     assert float(difference.split()[-1]) < 0.05  # of logits between -1 and 1, in bfloat16
     assert len(ast.literal_eval(tokens)) == 4
 
