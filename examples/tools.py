@@ -31,4 +31,4 @@ if found := re.search(r"\{.*\}", answer.text, re.DOTALL):  # a model may also an
     call = json.loads(found.group())
     messages.append({"role": "assistant", "content": answer.text})
     messages.append({"role": "tool", "content": str(multiply(**call["arguments"]))})
-    print(model.chat(messages, tools=tools, max_tokens=100).text)
+    print(model.chat(messages, tools=tools, max_tokens=100).text)  # a very small model may repeat the call
