@@ -30,6 +30,7 @@ from qwenkern.benchmarks.results import Row
 from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
 from qwenkern.cli import terminal
 from qwenkern.kernels import reference, tuning
+from qwenkern.kernels.environment import CONFIG_DIR
 
 # The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most
 # and in root mean square, beside two roundings and half a rounding of the largest value.
@@ -157,15 +158,16 @@ def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
 
 @contextlib.contextmanager
 def _tuned_by(folder: str) -> Iterator[None]:
-    before = os.environ.get("QWENKERN_CONFIG_DIR")
-    os.environ["QWENKERN_CONFIG_DIR"] = folder
+    name = CONFIG_DIR.name
+    before = os.environ.get(name)
+    os.environ[name] = folder
     tuning.forget()
     try:
         yield
     finally:
-        os.environ.pop("QWENKERN_CONFIG_DIR")
+        os.environ.pop(name)
         if before is not None:
-            os.environ["QWENKERN_CONFIG_DIR"] = before
+            os.environ[name] = before
         tuning.forget()
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import statistics
 import time
@@ -36,6 +35,7 @@ from qwenkern.benchmarks.run import check, expected, numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.cli import terminal
 from qwenkern.kernels import tuning
+from qwenkern.kernels.environment import CONFIG_DIR
 
 NEAR_THE_FLOOR = 1.03  # times the physical limit: nothing left to look for
 HOPELESS = 1.3  # times the best so far: one reading is enough
@@ -241,7 +241,7 @@ def main(
     if not cases:
         raise typer.BadParameter(f"{op!r}: not among {', '.join(case.name for case in CASES)}")
     config = Config.from_name(model)
-    root = out or Path(os.environ.get("QWENKERN_CONFIG_DIR") or Path(qwenkern.kernels.__file__).parent / "tuned")
+    root = out or Path(CONFIG_DIR.get() or Path(qwenkern.kernels.__file__).parent / "tuned")
     folder = root / tuning.device_of(torch.empty(1, device=place)).folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ if not torch.cuda.is_available():  # Triton reads its variable when it is import
 
 from qwenkern import kernels
 from qwenkern.errors import CheckpointError
-from qwenkern.hub import sources
+from qwenkern.hub import names
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def demo_path() -> Path:
     """The demo model's file, pulled if it is absent. pytest keeps the outcome, also a skip, for the whole session."""
     try:
-        return sources.pull("demo")
+        return names.pull("demo")
     except CheckpointError as error:
         if os.environ.get("QWENKERN_REQUIRE_DEMO") == "1":
             pytest.fail(f"QWENKERN_REQUIRE_DEMO=1, and the demo model is not to be had: {error}")

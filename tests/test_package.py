@@ -37,6 +37,9 @@ ORDER = [
 ]
 ORDER += [
     "engine",
+    "device",
+    "loading",
+    "prompts",
     "integrations",
     "Model",
     "__init__",
@@ -50,7 +53,7 @@ LEAVES = {
     "config_fields": {"errors"},
     "config": {"errors", "reading", "config_fields"},
     "kernels": set(),
-    "hub": {"errors", "reading", "config"},
+    "hub": {"errors", "reading", "config", "kernels"},
     "arguments": {"errors"},
     "sampling": {"arguments", "errors"},
 }

@@ -94,7 +94,7 @@ def test_kernels_and_twins_write_the_same_text(monkeypatch, device, config):
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")
     expected = [each.token_ids for each in model.generate(prompts, max_tokens=3)]
     monkeypatch.setenv("QWENKERN_KERNELS", "triton")
-    model._steps = None
+    model._runner = None
     assert [each.token_ids for each in model.generate(prompts, max_tokens=3)] == expected
     assert model.generate(prompts[1], max_tokens=2).token_ids == expected[1][:2]
 
