@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import threading
 import typing
 import warnings
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from .environment import KERNELS
 from .pages import Pages, as_pages
 from .weights import Weight, as_weight
 
@@ -214,10 +214,7 @@ def invariant_tokens(weight: Tensor) -> int:
 
 
 def _chooses_reference() -> bool:
-    choice = os.environ.get("QWENKERN_KERNELS", "triton")
-    if choice not in ("triton", "reference"):
-        raise ValueError(f"QWENKERN_KERNELS must be triton or reference, and is {choice!r}")
-    return choice == "reference"
+    return KERNELS.get() == "reference"
 
 
 @functools.cache

@@ -32,4 +32,8 @@ def paged_cache(
         block_tables[row, : len(pages)] = pages
         if length % page_size:
             k_pages[pages[-1], length % page_size :] = v_pages[pages[-1], length % page_size :] = float("nan")
-    return DensePages(k_pages, v_pages), block_tables.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
+    return (
+        DensePages(k_pages, v_pages),
+        block_tables.to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+    )
