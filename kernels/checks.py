@@ -104,15 +104,23 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
         raise ValueError(f"{op}: {name} must be within {low} and {high - 1}, and one is {wrong}")
 
 
+def check_matrix(op: str, name: str, weight: Weight) -> None:
+    """Raises unless this is a weight [V, K]."""
+    if isinstance(weight, Dense):
+        check_tensor(op, name, weight.tensor, ("V", "K"))
+    elif not isinstance(weight, Weight):
+        raise TypeError(f"{op}: {name} must be a tensor or a Weight, and is {type(weight).__name__}")
+
+
 def check_weight(op: str, name: str, weight: Weight, x: Tensor) -> None:
     """Raises unless this is a weight [N, K] for x [T, K], of its dtype."""
     if isinstance(weight, Dense):
         check_tensor(op, name, weight.tensor, ("N", x.shape[1]), like=x)
-    elif not isinstance(weight, Weight):
-        raise TypeError(f"{op}: {name} must be a tensor or a Weight, and is {type(weight).__name__}")
-    elif len(weight.shape) != 2 or weight.shape[1] != x.shape[1] or not weight.shape[0]:
+        return
+    check_matrix(op, name, weight)
+    if weight.shape[1] != x.shape[1] or not weight.shape[0]:
         raise ValueError(f"{op}: {name} must have shape {_text(('N', x.shape[1]))}, and has {_text(weight.shape)}")
-    elif weight.dtype != x.dtype:
+    if weight.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must be for {_name(x.dtype)}, and is for {_name(weight.dtype)}")
 
 

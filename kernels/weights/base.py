@@ -35,6 +35,14 @@ class Weight(ABC):
         super().__init_subclass__(**keywords)
         FORMATS[cls.format] = cls
 
+    @classmethod
+    @abstractmethod
+    def allocate(
+        cls, rows: int, columns: int, dtype: torch.dtype, empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    ) -> Weight:
+        """A matrix [rows, columns] for x of this dtype, its values undefined. ``empty`` gives a tensor of a shape and a
+        dtype."""
+
     @property
     @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
@@ -58,6 +66,14 @@ class Weight(ABC):
     def rows(self, start: int, stop: int) -> Weight:
         """Its rows from ``start`` to ``stop``, in the same memory. Raises ValueError where the format cannot."""
 
+    @abstractmethod
+    def take(self, ids: Tensor) -> Tensor:
+        """Its rows of these numbers [T], in its dtype: [T, K]."""
+
+    @abstractmethod
+    def copy_(self, matrix: Tensor) -> None:
+        """Takes the values of a matrix [N, K] of any float dtype."""
+
     def triton_arguments(self) -> tuple[Any, ...]:
         raise NotImplementedError(f"weights of the format {self.format} have no Triton kernels")
 
@@ -72,8 +88,3 @@ class Weight(ABC):
 
     def __len__(self) -> int:
         return self.shape[0]
-
-    def halves(self) -> tuple[Weight, Weight]:
-        """The first and the second half of its rows, as of gate and up."""
-        middle = len(self) // 2
-        return self.rows(0, middle), self.rows(middle, len(self))
