@@ -7,7 +7,7 @@ calls of C are recorded (c/): they come later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,23 +66,16 @@ def check_tensor(
 
 
 def check_device(op: str, **tensors: Any) -> None:
-    """Raises unless all tensors, and those of weights and pages, are on one device. None stands for no tensor."""
+    """Raises unless all tensors, weights and pages are on one device. None stands for no tensor."""
     first = None
-    for name, tensor in _named(tensors):
+    for name, value in tensors.items():
+        if value is None:
+            continue
         if first is None:
-            first, device = name, tensor.device
-        elif tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, and {first} on {device}")
-
-
-def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, Weight):
-            yield from ((name, each) for each in value.tensors)
-        elif value is not None:  # Pages
-            yield from value.named_tensors().items()
+            first, device = name, value.device
+        elif value.device != device:
+            name = name if name != "pages" else next(iter(value.named_tensors()))
+            raise ValueError(f"{op}: {name} is on {value.device}, and {first} on {device}")
 
 
 def can_look_at(values: Tensor) -> bool:

@@ -71,6 +71,9 @@ class Dense(Weight):
     def device(self) -> torch.device:
         return self.tensor.device
 
+    def __len__(self) -> int:
+        return len(self.tensor)
+
     def dequantise(self) -> Tensor:
         return self.tensor
 
