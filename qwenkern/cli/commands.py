@@ -39,11 +39,12 @@ MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", s
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
 TopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default="the checkpoint's")]
 TopP = Annotated[
-    float | None, typer.Option(help="Only the most probable tokens, whose probabilities sum to p.", show_default="the checkpoint's")
+    float | None,
+    typer.Option(help="Only the most probable tokens, which sum to p.", show_default="the checkpoint's"),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Only tokens at least this probable, relative to the most probable one.", show_default="the checkpoint's"),
+    typer.Option(help="Only tokens this probable, relative to the top one.", show_default="the checkpoint's"),
 ]
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", show_default="the checkpoint's")
