@@ -192,7 +192,7 @@ class Tokenizer:
             found = f"a lone surrogate, U+{ord(text[fault.start]):04X}, at position {fault.start}"
             raise RequestError(f"text has {found}; expected text that UTF-8 can hold") from fault
         library = self._library if allow_special else self._plain
-        # Qwen's expression meets the engine's limit on a longer run of blanks only. On less, the expression is at fault.
+        # On blanks Qwen's expression meets the engine's limit from this length on. Below it the expression is at fault.
         error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
         with guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
             return library.encode(text, add_special_tokens=False).ids
