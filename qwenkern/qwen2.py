@@ -11,6 +11,7 @@ import contextlib
 import math
 import mmap
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,7 +76,8 @@ class Decoder(nn.Module):
         self.norm = Weights(config.hidden_size, dtype=dtype, device=device)
 
     def forward(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
-        x, residual = ops.embedding(batch.ids, self.embed_tokens.weight), None
+        x: Tensor = ops.embedding(batch.ids, self.embed_tokens.weight)
+        residual: Any = None  # until the first layer
         for layer, k_pages, v_pages in zip(self.layers, cache.k, cache.v, strict=True):
             x, residual = layer(x, residual, batch, k_pages, v_pages, cache.rope.cos_sin)
         return x, residual
