@@ -5,13 +5,16 @@ BIN := .venv/bin
 READY := .venv/ready
 DOCS := .venv/docs-ready
 
-.PHONY: demo test test-avx2 lint docs bench results clean
+.PHONY: demo quick test test-avx2 lint docs bench results clean
 
 demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's cache)
 	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
 
 test: $(READY)  ## not `python -m pytest`, which would put kernels/ on the path under its bare name
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
+
+quick: $(READY)  ## a few cases of each test that is not slow: in every room, in less than three minutes
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup --quick $(ARGS)
 
 # What a processor without AVX-512 computes, here: our C for it, and no wider vectors in torch and in numpy's products.
 AVX2 := QWENKERN_CPU_TARGET=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \

@@ -29,9 +29,9 @@ from rich.progress import Progress
 from rich.table import Table
 
 from qwenkern import Config
-from qwenkern.benchmarks import results
-from qwenkern.benchmarks.cases import CASES, Case, Size
-from qwenkern.benchmarks.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
+from qwenkern.benchmarks.offline.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.reports import results
 from qwenkern.cli import terminal
 from qwenkern.kernels.environment import KERNELS
 

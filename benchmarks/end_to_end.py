@@ -31,10 +31,12 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config, Model
-from qwenkern.benchmarks import contention, llama_cpp, peers, results, tables
-from qwenkern.benchmarks.roofline import Roofline, prompt_operations, roofline, step_bytes
+from qwenkern.benchmarks import tables
+from qwenkern.benchmarks.models import contention, llama_cpp, peers
+from qwenkern.benchmarks.models.roofline import Roofline, prompt_operations, roofline, step_bytes
+from qwenkern.benchmarks.ops.timing import circumstances
+from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.run import numbers
-from qwenkern.benchmarks.timing import circumstances
 from qwenkern.cli import terminal
 from qwenkern.config import FAMILY
 from qwenkern.hub.names import resolve

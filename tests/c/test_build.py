@@ -684,6 +684,7 @@ def _in_c(place: Path, cache: Path, **environment: str) -> subprocess.CompletedP
 fits_here = pytest.mark.skipif(len(targets.usable()) == 1, reason="no fixed target fits this processor")
 
 
+@pytest.mark.slow
 @fits_here
 @pytest.mark.xdist_group("wheel")
 def test_an_installed_wheel_needs_no_compiler(installed, tmp_path):
@@ -695,6 +696,7 @@ def test_an_installed_wheel_needs_no_compiler(installed, tmp_path):
     assert not done.stderr
 
 
+@pytest.mark.slow
 @fits_here
 @pytest.mark.xdist_group("wheel")
 @pytest.mark.parametrize("damage", ["library", "sources", "manifest"])

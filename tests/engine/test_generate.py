@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, reference_model, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import NonFiniteError, RequestError, SamplingParams
@@ -32,7 +32,7 @@ def model():
 @pytest.fixture(scope="module")
 def greedy(model):
     """24 tokens after each prompt, by transformers."""
-    theirs = twin(model)
+    theirs = reference_model(model)
     with torch.no_grad():
         return [_continue(theirs, prompt) for prompt in PROMPTS]
 
@@ -208,10 +208,10 @@ def test_an_overflow_says_what_to_try(dtype, advice):
 
 def test_the_largest_random_number_draws_what_is_allowed(model, monkeypatch):
     monkeypatch.setattr("random.Random.random", lambda self: 1 - 2**-53)
-    top = model.generate([1, 2], max_tokens=1, logprobs=3, temperature=0).logprobs[0].top
+    most_probable = model.generate([1, 2], max_tokens=1, logprobs=3, temperature=0).logprobs[0].top
     for few in (1, 2, 3):
         (drawn,) = model.generate([1, 2], max_tokens=1, temperature=2.0, top_k=few).token_ids
-        assert drawn == list(top)[few - 1]
+        assert drawn == list(most_probable)[few - 1]
 
 
 def test_without_a_seed_texts_differ_from_call_to_call(model):

@@ -50,7 +50,7 @@ def _choose(logits, row):
     return token
 
 
-def test_temperature_zero_takes_the_most_likely_token(logits):
+def test_temperature_zero_takes_the_most_probable(logits):
     assert _choose(logits, FakeRow(SamplingParams(temperature=0))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-9))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-5))) == logits.argmax().item()

@@ -25,9 +25,9 @@ from rich.table import Table
 from torch import Tensor
 
 from qwenkern import Config
-from qwenkern.benchmarks import results
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.timing import ceilings, circumstances, device_name
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.timing import ceilings, circumstances, device_name
+from qwenkern.benchmarks.reports import results
 from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
@@ -112,8 +112,9 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     model = Qwen2(config, torch.bfloat16, device)
     initialise(model, 0)
     cache = PagedCache(config, sequences * (context + 2 * STEPS + 64), torch.bfloat16, device)
-    cache.k.normal_()
-    cache.v.normal_()
+    for layer in cache.pages:
+        for tensor in layer.tensors:
+            tensor.normal_()
     capturer = GraphCapture(device) if device.type == "cuda" else Taped()
     step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]
