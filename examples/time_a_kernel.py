@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import qwenkern.kernels as qk
-from qwenkern.benchmarks.timing import Spread, side_by_side
+from qwenkern.benchmarks.ops.timing import Spread, side_by_side
 
 device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 tokens, hidden = 512, 2048

@@ -146,6 +146,8 @@ class MLP(nn.Module):
 class Weights(nn.Module):
     """A ``weight`` and, if asked for, a ``bias``: a name of the checkpoint, whatever op uses it."""
 
+    weight: Any  # a parameter; the ops take one where their contracts name a Weight
+
     def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         try:

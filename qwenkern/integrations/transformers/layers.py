@@ -18,11 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels as ops
-
-try:
-    from ...kernels.dispatch import INTERPRETED
-except ImportError:  # no Triton
-    INTERPRETED = False
+from ...kernels.triton_if_any import INTERPRETED
 
 FEW = 1 << 15  # values below which, on a CPU, torch's own operations are as fast as calls of ours
 _classes: dict[tuple, type[Patched]] = {}  # by original, kind and switches
