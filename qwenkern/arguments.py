@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, Literal, overload
 
 from .errors import Error, RequestError, shown
 
@@ -25,6 +25,27 @@ def is_whole(value: Any) -> bool:
     return True
 
 
+@overload
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    optional: Literal[False] = False,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int: ...
+@overload
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    *,
+    optional: bool,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int | None: ...
 def whole(
     name: str,
     value: Any,
@@ -44,13 +65,21 @@ def whole(
     return number
 
 
+@overload
+def number(
+    name: str, value: Any, low: float, high: float, optional: Literal[False] = False, open_below: bool = False
+) -> float: ...
+@overload
+def number(
+    name: str, value: Any, low: float, high: float, *, optional: bool, open_below: bool = False
+) -> float | None: ...
 def number(
     name: str, value: Any, low: float, high: float, optional: bool = False, open_below: bool = False
-) -> float | int | None:
+) -> float | None:
     """A number from low to high, or above low where the range is open below; or None where it is optional."""
     if value is None and optional:
         return None
-    found = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    found: Any = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     try:
         float(found)
     except (OverflowError, ValueError):  # more digits than a float holds

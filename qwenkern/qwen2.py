@@ -11,6 +11,7 @@ import contextlib
 import math
 import mmap
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class Decoder(nn.Module):
         self.norm = Weights(config.hidden_size, dtype=dtype, device=device)
 
     def forward(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
-        x, residual = ops.embedding(batch.ids, self.embed_tokens.weight), None
+        x: Tensor = ops.embedding(batch.ids, self.embed_tokens.weight)
+        residual: Any = None  # until the first layer
         for layer, pages in zip(self.layers, cache.pages, strict=True):
             x, residual = layer(x, residual, batch, pages, cache.rope.cos_sin)
         return x, residual
@@ -143,6 +145,8 @@ class MLP(nn.Module):
 
 class Weights(nn.Module):
     """A ``weight`` and, if asked for, a ``bias``: a name of the checkpoint, whatever op uses it."""
+
+    weight: Any  # a parameter; the ops take one where their contracts name a Weight
 
     def __init__(self, *shape: int, bias: bool = False, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()

@@ -75,7 +75,7 @@ def generate(
     if prompt is None:
         prompt = terminal.read_stdin()
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -106,7 +106,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,

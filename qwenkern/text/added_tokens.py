@@ -30,7 +30,8 @@ class AnyOf:
                     break
 
     def replace(self, text: str, by: Mapping[str, str]) -> str:
-        parts, end = [], 0
+        parts: list[str] = []
+        end = 0
         for start, following in self.places(text):
             parts += text[end:start], by[text[start:following]]
             end = following

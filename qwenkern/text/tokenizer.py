@@ -88,7 +88,7 @@ class Tokenizer:
         self.vocab_size = vocab_size
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         ends = {token_id for token_id, token in self._added.items() if token in END_TOKENS}
-        ends |= {self.id_of(token) for token in eos_tokens} - {None}
+        ends |= {end for token in eos_tokens if (end := self.id_of(token)) is not None}
         self.end_of_text_ids = frozenset(ends)
         with guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
             self.beginning_ids = beginning_of(library, _PROBE)
@@ -217,7 +217,7 @@ class Tokenizer:
                 continue
             _, found, after = text.rpartition(answer)
             if found and (place := next(self._any_special.places(after), None)):
-                return frozenset({self._library.token_to_id(after[slice(*place)])})
+                return frozenset({self._id_of_added(after[slice(*place)])})
         return frozenset()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -251,10 +251,16 @@ class Tokenizer:
         except UnicodeEncodeError:  # a lone surrogate, which no token has
             return None
 
+    def _id_of_added(self, token: str) -> int:
+        """Of one of the added tokens, all of which have ids."""
+        token_id = self._library.token_to_id(token)
+        assert token_id is not None, token
+        return token_id
+
     def render_chat(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
@@ -263,8 +269,8 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
@@ -300,7 +306,7 @@ class Tokenizer:
         ids, end = [], 0
         for start, following in self._any_added.places(rendered):
             ids += self.encode(rendered[end:start].translate(shown), allow_special=False)
-            ids.append(self._library.token_to_id(rendered[start:following]))
+            ids.append(self._id_of_added(rendered[start:following]))
             end = following
         return ids + self.encode(rendered[end:].translate(shown), allow_special=False)
 
