@@ -8,6 +8,7 @@ with q, k, v and gate, up packed row by row.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ class Decoder(nn.Module):
         self.norm = Norm(config.hidden_size, dtype, device)
 
     def forward(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
-        x, residual = ops.embedding(batch.ids, self.embed_tokens.value), None
+        x: Tensor = ops.embedding(batch.ids, self.embed_tokens.value)
+        residual: Any = None  # until the first layer
         for layer, pages in zip(self.layers, cache.pages, strict=True):
             x, residual = layer(x, residual, batch, pages, cache.rope.cos_sin)
         return x, residual

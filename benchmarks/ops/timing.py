@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -41,13 +41,13 @@ class Spread:
 
     @classmethod
     def of(cls, readings: Sequence[float]) -> Spread:
-        if len(readings) < 2:
-            return cls(*readings * 3)
+        if len(readings) == 1:
+            return cls(readings[0], readings[0], readings[0])
         tenths = statistics.quantiles(readings, n=10, method="inclusive")
         return cls(tenths[1], tenths[4], tenths[7])
 
 
-def side_by_side(calls: dict[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
+def side_by_side(calls: Mapping[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
     """Seconds a call of each function, read in turns for about so long altogether. Readings of one round belong
     together, so ratios are taken within it. Another one begins each round, so that none always finds the caches as the
     same one left them."""

@@ -138,7 +138,7 @@ def load_weights(
                 HEAD,
                 EMBEDDING,
             )
-            module.untie()
+            module.untie()  # type: ignore[operator]  # of qwen2.Qwen2, which is not imported here
             module.get_parameter(HEAD).data.copy_(tied_head)
 
 
@@ -192,7 +192,8 @@ def _same_bits(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
 
 def _summary(missing: Iterable[str], table: Mapping[str, Slot]) -> str:
     """Such as "layers 20..23, model.norm.weight": whole layers as ranges, then the first few single names."""
-    names, layers = [], {}
+    names: list[str] = []
+    layers: dict[int, list[str]] = {}
     for name in missing:
         match = re.match(r"model\.layers\.(\d+)\.", name)
         layers.setdefault(int(match[1]), []).append(name) if match else names.append(name)
