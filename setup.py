@@ -115,8 +115,7 @@ setup(
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
         *find_packages(include=["qwenkern", "qwenkern.*"]),
-        "qwenkern.kernels",
-        "qwenkern.kernels.c",
+        *(f"qwenkern.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
         "qwenkern.benchmarks",
         "qwenkern.benchmarks.models",
         "qwenkern.benchmarks.offline",
@@ -126,7 +125,8 @@ setup(
     py_modules=["qwenkern_start"],
     package_data={
         "qwenkern": ["py.typed"],
-        "qwenkern.kernels": ["metadata.json", "tuned/*/*.json"],
+        "qwenkern.kernels": ["metadata.json"],
+        "qwenkern.kernels.triton": ["tuned/*/*.json"],
         "qwenkern.kernels.c": ["*.[ch]"],
     },
     distclass=DistributionWithC,

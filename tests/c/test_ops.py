@@ -10,7 +10,7 @@ from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels import dispatch, reference
+from qwenkern.kernels import reference
 from qwenkern.kernels.c import build, choose, tape, targets
 from qwenkern.kernels.environment import CPU_TARGET
 
@@ -246,7 +246,7 @@ def assert_same_where_not_finite(out: torch.Tensor, truth: torch.Tensor) -> None
 @pytest.mark.parametrize("tokens", [3, 21])
 def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float) -> None:
     """One such number in each argument of each op."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
     x, residual, norm, w = (
         tensor(tokens, 96, seed=0),
         tensor(tokens, 96, seed=1),
@@ -403,7 +403,7 @@ def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_
 
 def test_the_public_ops_run_in_c(monkeypatch) -> None:
     """Nothing else can be recorded."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
     x, weight, heads = tensor(3, 64, seed=0), tensor(64, seed=1), tensor(3, 2, 32, seed=2)
     calls = {
         "rms_norm": (x, weight, EPS),
