@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import transformers
 import typer
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, reference_model, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 import qwenkern
@@ -142,7 +142,7 @@ def test_python_of_pages_runs(name: str, monkeypatch: pytest.MonkeyPatch, capsys
         return tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size), **keywords)
 
     monkeypatch.setattr(Model, "from_pretrained", load)
-    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda _: twin(tiny_model()))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", lambda _: reference_model(tiny_model()))
     examples = [text for language, text in blocks(ROOT / name) if language == "python"]
     assert examples
     names: dict[str, object] = {"__name__": "example"}

@@ -731,6 +731,7 @@ def test_steps_that_could_take_for_ever(tmp_path, changes, message):
     assert time.process_time() - started < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expression", sorted(EXPRESSIONS))
 def test_expressions_read_a_text_once(tmp_path, expression):
     """Twice the text takes about twice as long, whatever the text."""
