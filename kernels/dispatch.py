@@ -38,10 +38,12 @@ Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and b
 
 
 class Op(Protocol[P, R_co]):
-    """An op as it is called: ``reference`` is the contract's own torch code, checks included."""
+    """An op as it is called. ``reference`` is the contract's own torch code, checks included; ``wrap`` gives arguments as
+    backends get them, weights and pages as values."""
 
     __name__: str
     reference: Callable[..., Any]
+    wrap: Callable[[tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]]
     has_gradient: bool
 
     def __call__(self, *args: P.args, **keywords: P.kwargs) -> R_co: ...
@@ -161,6 +163,7 @@ def op(
 
         public.__signature__ = values.signature.replace(return_annotation=values.result)
         public.reference = reference
+        public.wrap = values.wrap
         public.has_gradient = gradient is not None
         made = cast("Op[P, R]", public)
         OPS[name] = made
@@ -192,6 +195,25 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
     if kind == "cuda":
         _warn_of_reference(refusal)
     return None
+
+
+def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
+    """Of each backend, by its name, why it does not run an op with these arguments; None where it would. The first of
+    those runs it, and where there is none torch does."""
+    kind, found = first.device.type, {}
+    args, _ = OPS[name].wrap(args, {})
+    chosen = backends(kind)
+    for backend in BACKENDS:
+        implementation = backend.implementations.get(name)
+        if implementation is None:
+            found[backend.name] = "has no such kernel"
+        elif backend not in chosen:
+            reason = "QWENKERN_KERNELS=reference" if KERNELS.get() == "reference" else f"does not run on {kind}"
+            found[backend.name] = reason
+        else:
+            reason = backend.refuses(first) or implementation.refuses(*args)
+            found[backend.name] = reason and f"does not take {reason}"
+    return found
 
 
 def backends(kind: str) -> list[Backend]:

@@ -150,8 +150,21 @@ def info(
     renew: Annotated[
         bool, typer.Option("--renew", help="Only measure anew what is fastest on this CPU, and say what changed.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Only say which backend runs each op here, and why the others do not.")
+    ] = False,
 ) -> None:
     """Parameters, memory by context, contradictions among the numbers, and how this CPU computes. Loads no weights."""
+    if kernels:
+        from . import serving
+
+        table = Table(title=f"ops of {serving.MODEL} in bfloat16", title_justify="left")
+        for column in ("op", "tokens", "runs on", "others"):
+            table.add_column(column)
+        for op, tokens, runs, others in serving.served():
+            table.add_row(op, str(tokens), runs, others)
+        Console(highlight=False).print(table)
+        return
     if renew:
         for name, value in facts.renewed().items():
             Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
