@@ -24,7 +24,7 @@ from rich.table import Table
 
 from qwenkern import Config
 from qwenkern.benchmarks import results, where
-from qwenkern.benchmarks.cases import CASES, Case, Size
+from qwenkern.benchmarks.cases import CASES, Case, Size, mapped
 from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
 from qwenkern.benchmarks.results import Row
 from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
@@ -92,15 +92,9 @@ def _bound(function: Function, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: function(*inputs)
 
 
-def _copies(inputs: tuple[Any, ...], wide: bool = False) -> list[Any]:
+def _copies(inputs: tuple[Any, ...], wide: bool = False) -> tuple[Any, ...]:
     """Fresh tensors, since ops may write into their caches; in float64 if ``wide``."""
-
-    def copy(each: Any) -> Any:
-        if not isinstance(each, torch.Tensor):
-            return each
-        return each.double() if wide and each.is_floating_point() else each.clone()
-
-    return [copy(each) for each in inputs]
+    return mapped(lambda each: each.double() if wide and each.is_floating_point() else each.clone(), inputs)
 
 
 def expected(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -31,7 +31,7 @@ from rich.table import Table
 import qwenkern.kernels
 from qwenkern import Config
 from qwenkern.benchmarks import results
-from qwenkern.benchmarks.cases import CASES, Case, Size
+from qwenkern.benchmarks.cases import CASES, Case, Size, mapped
 from qwenkern.benchmarks.run import check, expected, numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.cli import terminal
@@ -170,7 +170,7 @@ def _compile_time_fault(problem: Problem) -> str:
 
     device = tuning.device_of(problem.sets[0][0][0])
     for sets in problem.sets:
-        shapes = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in sets[0]]
+        shapes = mapped(lambda each: each.to("meta"), sets[0])
         for launch in launches_on(device, lambda shapes=shapes: problem.run(tuple(shapes))):
             code = read(launch.kernel)
             if code.spills:

@@ -158,7 +158,7 @@ class PagedCache:
             query_starts.append(len(ids))
         width = max(len(table.pages) for table, _ in parts)
         tables = [table.pages + [0] * (width - len(table.pages)) for table, _ in parts]
-        device = self.k.device
+        device = self.device
         return Batch(
             ids=torch.tensor(ids, device=device),
             positions=torch.tensor(positions, device=device),
