@@ -23,18 +23,18 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config
-from qwenkern.benchmarks import results, where
-from qwenkern.benchmarks.cases import CASES, Case, Size, mapped
-from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
-from qwenkern.benchmarks.results import Row
-from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.models import where
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.correctness import check, expected
+from qwenkern.benchmarks.ops.providers import PROVIDERS, Function, Provider
+from qwenkern.benchmarks.ops.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.reports.results import Row
 from qwenkern.cli import terminal
-from qwenkern.kernels import reference
+from qwenkern.kernels.environment import CONFIG_DIR
 from qwenkern.kernels.triton import tuning
 
-# The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most
-# and in root mean square, beside two roundings and half a rounding of the largest value.
-ERROR_RATIO, RMS_RATIO = 2.0, 1.5
+ALL_PROVIDERS = ",".join(provider.name for provider in PROVIDERS)
 
 
 @torch.inference_mode()  # the check, too: another mode or other kinds of tensors would be compiled anew
@@ -92,39 +92,6 @@ def _bound(function: Function, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: function(*inputs)
 
 
-def _copies(inputs: tuple[Any, ...], wide: bool = False) -> tuple[Any, ...]:
-    """Fresh tensors, since ops may write into their caches; in float64 if ``wide``."""
-    return mapped(lambda each: each.double() if wide and each.is_floating_point() else each.clone(), inputs)
-
-
-def expected(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What the twin returns in the dtype of the inputs, and in float64."""
-    twin = getattr(reference, case.op)
-    return _floats(twin(*_copies(inputs))), _floats(twin(*_copies(inputs, wide=True)))
-
-
-def check(
-    case: Case, function: Function, inputs: tuple[Any, ...], truth: tuple[list[torch.Tensor], list[torch.Tensor]]
-) -> None:
-    """Raises unless the function errs hardly more than torch does in the same dtype."""
-    outs = _floats(function(*_copies(inputs)))
-    for index, (out, peer, exact) in enumerate(zip(outs, *truth, strict=True)):
-        rounding = torch.finfo(peer.dtype if peer.dtype != torch.float32 else inputs[0].dtype).eps * exact.abs().max()
-        ours, theirs = (out - exact).abs(), (peer - exact).abs()
-        error, allowed = ours.max(), ERROR_RATIO * theirs.max() + 2 * rounding
-        rms, allowed_rms = (each.square().mean().sqrt() for each in (ours, theirs))
-        if not (error <= allowed and rms <= RMS_RATIO * allowed_rms + rounding / 2):  # also where one is NaN
-            raise ArithmeticError(
-                f"result {index} of {case.name} errs by {error:.3g}, {rms:.3g} in root mean square, where at most "
-                f"{allowed:.3g} and {RMS_RATIO * allowed_rms + rounding / 2:.3g} are allowed"
-            )
-
-
-def _floats(outs: Any) -> list[torch.Tensor]:
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    return [out for out in outs if out.is_floating_point()]
-
-
 def _providers(names: list[str]) -> list[Provider]:
     """By name; "qwenkern:FOLDER" is our kernels with the tuned configurations of a folder."""
     known = {provider.name: provider for provider in PROVIDERS}
@@ -140,6 +107,8 @@ def _providers(names: list[str]) -> list[Provider]:
 def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
     def function(case: Case) -> Function | None:
         inner = provider.function(case)
+        if inner is None:
+            return None
 
         def run(*inputs: Any) -> Any:
             with _tuned_by(folder):
@@ -152,15 +121,16 @@ def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
 
 @contextlib.contextmanager
 def _tuned_by(folder: str) -> Iterator[None]:
-    before = os.environ.get("QWENKERN_CONFIG_DIR")
-    os.environ["QWENKERN_CONFIG_DIR"] = folder
+    name = CONFIG_DIR.name
+    before = os.environ.get(name)
+    os.environ[name] = folder
     tuning.forget()
     try:
         yield
     finally:
-        os.environ.pop("QWENKERN_CONFIG_DIR")
+        os.environ.pop(name)
         if before is not None:
-            os.environ["QWENKERN_CONFIG_DIR"] = before
+            os.environ[name] = before
         tuning.forget()
 
 
@@ -175,7 +145,7 @@ def show(console: Console, rows: list[Row], limits: Ceilings) -> None:
         head = (row.case, str(row.tokens))
         cells = (*(head if head != before else ("", "")), row.provider + ("" if row.same else " *"))
         before = head
-        if row.seconds is None:
+        if row.seconds is None or row.ratio is None:
             table.add_row(*cells, "[red]failed[/red]")
             continue
         micro = [value * 1e6 for value in (row.seconds.p20, row.seconds.p80, row.floor)]
@@ -256,9 +226,7 @@ def main(
     context: Annotated[str, typer.Option(help="Cached tokens of a sequence in decode_attention.")] = "8192",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    provider: Annotated[str, typer.Option(help="With commas between them.")] = ",".join(
-        each.name for each in PROVIDERS
-    ),
+    provider: Annotated[str, typer.Option(help="With commas between them.")] = ALL_PROVIDERS,
     side_a: Annotated[str, typer.Option(help="Two providers alone, the ratio being B's time over A's.")] = "",
     side_b: Annotated[str, typer.Option(help="The other one.")] = "",
     seconds: Annotated[float, typer.Option(help="For each case and size.")] = 1.0,

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..checkpoint import open_checkpoint
 from ..config import FAMILY, Config
-from ..engine.completion import Completion, Stream
+from ..engine import Completion, Stream
 from ..errors import Error
-from ..hub import sources
+from ..hub import names
+from ..loading import find, tokenizer_of
 from ..Model import Model
-from ..text.tokenizer import Tokenizer
 from . import info as facts
 from . import terminal
 from .terminal import note, stderr
@@ -38,13 +37,14 @@ DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float
 ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="one a physical core")]
 MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="the checkpoint's")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", show_default="the checkpoint's")]
+TopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default="the checkpoint's")]
 TopP = Annotated[
-    float | None, typer.Option(help="Only the likeliest tokens that make up p.", show_default="the checkpoint's")
+    float | None,
+    typer.Option(help="Only the most probable tokens, which sum to p.", show_default="the checkpoint's"),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Only tokens this likely, relative to the likeliest.", show_default="the checkpoint's"),
+    typer.Option(help="Only tokens this probable, relative to the top one.", show_default="the checkpoint's"),
 ]
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", show_default="the checkpoint's")
@@ -75,7 +75,7 @@ def generate(
     if prompt is None:
         prompt = terminal.read_stdin()
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -106,7 +106,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -138,8 +138,8 @@ def chat(
 def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo") -> None:
     """Fetch a model into the cache and print where it is."""
     with _progress() as progress:
-        path = sources.resolve(model, lambda done, total: progress("download", done, total))
-    if licence := sources.licence(model):
+        path = names.resolve(model, lambda origin, done, total: progress(f"download from {origin}", done, total))
+    if licence := names.licence(model):
         note(f"licence: {licence}")
     typer.echo(os.fsencode(path))  # the bytes that the file system knows it by
 
@@ -175,7 +175,7 @@ def info(
         f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
     )
     out.print(table, sizes, f"cache: {config.kv_bytes_per_token():,} bytes a token")
-    if licence := sources.licence(model):
+    if licence := names.licence(model):
         out.print(f"licence: {licence}")
     for name, value in facts.processor().items():
         out.print(f"{name}: {value}")
@@ -269,16 +269,10 @@ def _facts(model: str) -> tuple[Config, list[str]]:
     if model.lower() in FAMILY and not Path(model).exists():
         return FAMILY[model.lower()], []
     with _progress() as progress:
-        path = sources.resolve(model, lambda done, total: progress("download", done, total))
-    checkpoint = open_checkpoint(path)
-    tokenizer = (
-        Tokenizer.from_gguf(checkpoint.metadata, source=str(path))
-        if checkpoint.metadata
-        else Tokenizer.from_folder(path)
-    )
+        path, checkpoint = find(model, progress)
     return checkpoint.config, facts.contradictions(
         checkpoint.config,
         path.stem if path.is_file() else path.name,
         checkpoint.shapes,
-        tokenizer.vocab_size,
+        tokenizer_of(checkpoint, path).vocab_size,
     )

@@ -1,14 +1,14 @@
 """Chat templates: a checkpoint's Jinja source turns messages into the text its model was trained on.
 
 A template is code that came with a download, so it runs in a sandbox that bounds its time and memory
-(template_sandbox.py) and is handed nothing but JSON-like values.
+(sandbox/) and is handed nothing but JSON-like values.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -89,8 +89,8 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
@@ -106,8 +106,8 @@ class ChatTemplate:
 
     def read(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> tuple[Conversation, str]:
@@ -141,7 +141,7 @@ class ChatTemplate:
         """What the template makes of a conversation."""
         from jinja2.sandbox import SecurityError
 
-        from .template_sandbox import budget
+        from .sandbox import budget
 
         name = "tool_use" if chat.tools and "tool_use" in self._templates else "default"
         template = self._compile(name)
@@ -198,7 +198,7 @@ class ChatTemplate:
                 "expected an Instruct checkpoint, or plain text through encode()"
             )
         if name not in self._compiled:
-            from .template_sandbox import LARGEST_TEMPLATE, budget
+            from .sandbox import LARGEST_TEMPLATE, budget
 
             source, file = self._templates[name]
             if len(source) > LARGEST_TEMPLATE:
@@ -209,7 +209,7 @@ class ChatTemplate:
                 with budget():
                     self._compiled[name] = _environment().from_string(source)
             except Exception as fault:  # not only TemplateSyntaxError: depth shows as RecursionError or SyntaxError
-                line = f", line {fault.lineno}" if getattr(fault, "lineno", None) else ""
+                line = f", line {number}" if (number := getattr(fault, "lineno", None)) else ""
                 raise CheckpointError(f"{file}: the chat template{line} does not compile: {fault}") from fault
         return self._compiled[name]
 
@@ -234,7 +234,7 @@ def _environment() -> Any:
     from jinja2 import TemplateError
     from jinja2.ext import Extension
 
-    from .template_sandbox import Sandbox
+    from .sandbox import Sandbox
 
     class Generation(Extension):
         """`{% generation %}` marks the assistant's text for training; a prompt only needs what is inside."""

@@ -11,7 +11,7 @@ from support.references import mapped, tensors_of
 from support.tolerances import assert_as_close_as
 
 from qwenkern import Config, kernels
-from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.kernels import reference
 
 QWEN_3B = Config.from_name("qwen2.5-3b")
@@ -73,7 +73,7 @@ def test_bytes_are_those_of_the_tensors(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_inputs_suit_the_op_and_its_twin(case):
+def test_inputs_suit_the_op_and_its_reference(case):
     inputs = case.inputs(TINY, Size(3, context=70, device="cpu"))
     peers = [mapped(torch.Tensor.clone, each) for each in inputs]
     wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, value) for value in peers]
@@ -91,8 +91,8 @@ GRAPH = """
 import torch
 from dataclasses import replace
 from qwenkern import Config
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.machine_code import launches
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.offline.machine_code import launches
 from qwenkern.cache import Batch
 from qwenkern.kernels.pages import DensePages
 from qwenkern.qwen2 import Qwen2
@@ -130,6 +130,7 @@ for tokens, sequences in ((1, 1), (16, 16), (512, 1)):
 """
 
 
+@pytest.mark.slow
 def test_the_cases_launch_every_kernel_of_the_graph(compiling):
     done = subprocess.run([sys.executable, "-c", GRAPH], capture_output=True, text=True, env=compiling, check=False)
     assert done.returncode == 0, done.stderr

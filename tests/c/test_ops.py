@@ -12,6 +12,7 @@ from qwenkern import kernels
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import reference
 from qwenkern.kernels.c import build, choose, tape, targets
+from qwenkern.kernels.environment import CPU_TARGET
 
 EPS = 1e-6
 
@@ -32,7 +33,7 @@ def in_c(request, monkeypatch):
         emulated.use(name, request, monkeypatch)
     elif name not in [target.name for target in targets.usable()]:
         pytest.skip(f"this processor does not have what {name} needs")
-    monkeypatch.setenv(targets.FORCED, "native" if name == "narrow" else name)
+    monkeypatch.setenv(CPU_TARGET.name, "native" if name == "narrow" else name)
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(choose, "prefetch", lambda *_: VARIANTS[name])
     monkeypatch.setattr(choose, "multiplies", lambda *_: True)

@@ -1,0 +1,207 @@
+"""Timing side by side: several functions in turns, on inputs that are not in the cache, and the device's own ceilings.
+
+On a GPU the calls over all input sets are captured in a CUDA graph and replayed, so that the host does not count; what
+waits for the host, which no graph can, is timed call after call between events. On a CPU it is the clock around each
+call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import functools
+import platform
+import statistics
+import subprocess
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+import qwenkern
+from qwenkern.kernels import Pages, Weight, dependent_launches
+from qwenkern.kernels.environment import COMMIT
+
+Calls = Sequence[Callable[[], Any]]  # the same function, on each set of inputs
+LEAST_SECONDS = 200e-6  # of one reading on a GPU, well above the resolution of its clock
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Percentiles of repeated readings."""
+
+    p20: float
+    p50: float
+    p80: float
+
+    @classmethod
+    def of(cls, readings: Sequence[float]) -> Spread:
+        if len(readings) == 1:
+            return cls(readings[0], readings[0], readings[0])
+        tenths = statistics.quantiles(readings, n=10, method="inclusive")
+        return cls(tenths[1], tenths[4], tenths[7])
+
+
+def side_by_side(calls: Mapping[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
+    """Seconds a call of each function, read in turns for about so long altogether. Readings of one round belong
+    together, so ratios are taken within it. Another one begins each round, so that none always finds the caches as the
+    same one left them."""
+    make = _gpu_reader if device.type == "cuda" else _cpu_reader
+    readers = {name: make(each, index / len(calls)) for index, (name, each) in enumerate(calls.items())}
+    for read in readers.values():
+        read()
+    readings: dict[str, list[float]] = {name: [] for name in calls}
+    end, order = time.perf_counter() + seconds, list(readers)
+    while time.perf_counter() < end or len(readings[order[0]]) < 3:
+        for name in order:
+            readings[name].append(readers[name]())
+        order.append(order.pop(0))
+    return readings
+
+
+def _cpu_reader(calls: Calls, share: float) -> Callable[[], float]:
+    turn = int(share * len(calls))  # no two functions are on the same set of inputs at a time
+
+    def read() -> float:
+        nonlocal turn
+        turn += 1
+        started = time.perf_counter()
+        calls[turn % len(calls)]()
+        return time.perf_counter() - started
+
+    return read
+
+
+def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), dependent_launches():
+        run()  # compiles, loads, allocates, and chooses algorithms
+    try:
+        with torch.cuda.stream(stream), dependent_launches(), _waiting_raises():
+            for _ in range(2):
+                run()
+        run = _captured(run, stream)
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        warnings.warn(f"timed call by call, the host included, since it cannot be captured: {error}", stacklevel=2)
+    once = _between_events(run, 3)
+    repeats = max(1, round(LEAST_SECONDS / max(once, 1e-7)))
+    return lambda: _between_events(run, repeats) / len(calls)
+
+
+@contextlib.contextmanager
+def _waiting_raises() -> Iterator[None]:
+    """While it lasts, an operation that waits for the GPU raises RuntimeError, if torch knows that it does."""
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+def _captured(run: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], None]:
+    """The replay of what it launches. Raises RuntimeError, and leaves torch as it was, where it cannot be captured."""
+    home, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
+            run()
+    except RuntimeError:
+        torch.cuda.set_stream(home)  # a capture that fails at its end leaves its own stream
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # and random numbers fail until another one ends well
+            torch.ones(1, device=stream.device)
+        raise
+    return graph.replay
+
+
+def _between_events(run: Callable[[], Any], repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / repeats
+
+
+def input_sets(make: Callable[[], tuple[Any, ...]], device: torch.device, most: int = 16) -> list[tuple[Any, ...]]:
+    """Sets of inputs that together exceed the last cache twice over, so that each call finds its own gone."""
+    sets = [make()]
+    size = sum(each.nbytes for each in sets[0] if isinstance(each, (torch.Tensor, Weight, Pages)))
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
+    while len(sets) < most and len(sets) * size < 2 * cache:
+        sets.append(make())
+    return sets
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What this device reaches at best, measured in the same run."""
+
+    copy: float  # bytes a second, read and written
+    matrix: float  # operations a second of a large bfloat16 product
+
+
+@functools.cache
+def ceilings(device: torch.device) -> Ceilings:
+    gpu = device.type == "cuda"
+    source = torch.ones((2 << 30) if gpu else (1 << 28), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    size = 8192 if gpu else 512
+    # not zeros: a card that toggles fewer bits draws less power and runs faster
+    left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
+    calls: dict[str, Calls] = {"copy": [lambda: target.copy_(source)], "matrix": [lambda: left @ right]}
+    best = {name: min(readings) for name, readings in side_by_side(calls, device, 0.5).items()}
+    return Ceilings(2 * source.nbytes / best["copy"], 2 * size**3 / best["matrix"])
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_cpu_name()}, {torch.get_num_threads()} threads"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def circumstances(device: torch.device) -> dict[str, Any]:
+    """What a result is nothing without: device, versions, commit and date."""
+    found = {
+        "device": device_name(device),
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "qwenkern": qwenkern.__version__,
+        "commit": _commit(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+    return {name: value for name, value in found.items() if value}
+
+
+def _commit() -> str:
+    """Where the checkout came without its .git, QWENKERN_COMMIT may say which one it is."""
+    described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
+    return COMMIT.get() or described or "unknown"
+
+
+def _output(*command: str) -> str:
+    """What a program prints, or nothing where it is not there or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
