@@ -31,7 +31,7 @@ from rich.table import Table
 
 import qwenkern.kernels
 from qwenkern import Config
-from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size, mapped
 from qwenkern.benchmarks.ops.correctness import check, expected
 from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.benchmarks.reports import results
@@ -174,8 +174,8 @@ def _compile_time_fault(problem: Problem) -> str:
 
     device = tuning.device_of(problem.sets[0][0][0])
     for sets in problem.sets:
-        shapes = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in sets[0]]
-        for launch in launches_on(device, partial(problem.run, tuple(shapes))):
+        shapes = mapped(lambda each: each.to("meta"), sets[0])
+        for launch in launches_on(device, partial(problem.run, shapes)):
             code = read(launch.kernel)
             if code.spills:
                 return f"{code.spills} spills"
@@ -245,7 +245,7 @@ def main(
     if not cases:
         raise typer.BadParameter(f"{op!r}: not among {', '.join(case.name for case in CASES)}")
     config = Config.from_name(model)
-    root = out or Path(CONFIG_DIR.get() or Path(qwenkern.kernels.__file__).parent / "tuned")
+    root = out or Path(CONFIG_DIR.get() or Path(tuning.__file__).parent / "tuned")
     folder = root / tuning.device_of(torch.empty(1, device=place)).folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ import torch
 import triton
 
 import qwenkern
-from qwenkern.kernels import dependent_launches
+from qwenkern.kernels import Pages, Weight, dependent_launches
 from qwenkern.kernels.environment import COMMIT
 
 Calls = Sequence[Callable[[], Any]]  # the same function, on each set of inputs
@@ -137,7 +137,7 @@ def _between_events(run: Callable[[], Any], repeats: int) -> float:
 def input_sets(make: Callable[[], tuple[Any, ...]], device: torch.device, most: int = 16) -> list[tuple[Any, ...]]:
     """Sets of inputs that together exceed the last cache twice over, so that each call finds its own gone."""
     sets = [make()]
-    size = sum(each.nbytes for each in sets[0] if isinstance(each, torch.Tensor))
+    size = sum(each.nbytes for each in sets[0] if isinstance(each, (torch.Tensor, Weight, Pages)))
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
     while len(sets) < most and len(sets) * size < 2 * cache:
         sets.append(make())

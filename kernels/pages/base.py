@@ -86,6 +86,10 @@ class Pages:
         return self.tensors[0].device
 
     @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    @property
     def page_size(self) -> int:
         return self.shape[1]
 
