@@ -20,9 +20,8 @@ def test_drop_in_examples():
         exec(compile(example, f"drop-in.md, example {number + 1}", "exec"), names)
 
 
-def test_the_readme_lists_all_environment_variables():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition("## Environment variables")[2].partition("\n## ")[0]
+def test_a_page_lists_all_environment_variables():
+    table = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
     named = re.findall(r"QWENKERN_[A-Z_]+", "".join(re.findall(r"^\| (`.*?) \|", table, re.M)))
     files = [ROOT / "setup.py", ROOT / "Makefile"]
     files += [
@@ -30,3 +29,23 @@ def test_the_readme_lists_all_environment_variables():
     ]
     used = {name for file in files for name in re.findall(r"QWENKERN_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))}
     assert sorted(named) == sorted(used)
+
+
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", link):
+            name, _, anchor = link.partition("#")
+            target = (document.parent / name) if name else document
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link
