@@ -21,7 +21,7 @@ def main() -> NoReturn:
         os.getcwd()
     except OSError as error:  # torch's MKL would end the process
         sys.exit(f"error: the current folder: {error.strerror}; expected one that is there")
-    from qwenkern.cli import main as run
+    from qwenkern.cli.commands import main as run
 
     try:
         signal.signal(signal.SIGINT, before)

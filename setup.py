@@ -6,11 +6,11 @@ import warnings
 from pathlib import Path
 from types import ModuleType
 
-from setuptools import Distribution, setup
+from setuptools import Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
-CPU = Path(__file__).with_name("kernels") / "cpu"
+C = Path(__file__).with_name("kernels") / "c"
 
 # Why each dependency is here. The core stays small; everything else is an extra, imported only where it is used.
 CORE = [
@@ -48,8 +48,8 @@ EXTRAS = {
 
 
 def module(name: str) -> ModuleType:
-    """A file of kernels/cpu that imports the standard library only; the package itself needs torch."""
-    spec = importlib.util.spec_from_file_location(name, CPU / f"{name}.py")
+    """A file of kernels/c that imports the standard library only; the package itself needs torch."""
+    spec = importlib.util.spec_from_file_location(name, C / f"{name}.py")
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
@@ -65,7 +65,7 @@ class BuildWithC(build_py):
     def run(self) -> None:
         super().run()
         if not self.editable_mode:  # there the C files change under the library
-            self.compile_c(Path(self.build_lib, "qwenkern", "kernels", "cpu", "built"))
+            self.compile_c(Path(self.build_lib, "qwenkern", "kernels", "c", "built"))
 
     def compile_c(self, folder: Path) -> None:
         compiler, targets = module("compiler"), module("targets")
@@ -84,7 +84,7 @@ class BuildWithC(build_py):
         libraries = list(folder.glob("*.so"))
         if not libraries:
             if required:
-                raise RuntimeError(f"QWENKERN_REQUIRE_C=1, and kernels/cpu/targets.py has no target for {machine}")
+                raise RuntimeError(f"QWENKERN_REQUIRE_C=1, and kernels/c/targets.py has no target for {machine}")
             folder.rmdir()
         self.distribution.has_libraries = bool(libraries)
 
@@ -116,18 +116,16 @@ setup(
     # The folder kernels/ is the package qwenkern.kernels: a top-level package `kernels` would shadow Hugging Face's.
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
-        "qwenkern",
-        "qwenkern.checkpoint",
-        "qwenkern.integrations",
+        *find_packages(include=["qwenkern", "qwenkern.*"]),
         "qwenkern.kernels",
-        "qwenkern.kernels.cpu",
+        "qwenkern.kernels.c",
         "qwenkern.benchmarks",
     ],
     py_modules=["qwenkern_start"],
     package_data={
         "qwenkern": ["py.typed"],
         "qwenkern.kernels": ["metadata.json", "tuned/*/*.json"],
-        "qwenkern.kernels.cpu": ["*.[ch]"],
+        "qwenkern.kernels.c": ["*.[ch]"],
     },
     distclass=DistributionWithC,
     cmdclass={"build_py": BuildWithC, "bdist_wheel": WheelOfLibraries},

@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from qwenkern import Config, terminal
+from qwenkern import Config
 from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
+from qwenkern.cli import terminal
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
 WARP = 32

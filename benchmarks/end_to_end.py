@@ -30,13 +30,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwenkern import Config, Model, sources, terminal
+from qwenkern import Config, Model
 from qwenkern.benchmarks import contention, llama_cpp, peers, results, tables
 from qwenkern.benchmarks.roofline import Roofline, prompt_operations, roofline, step_bytes
 from qwenkern.benchmarks.run import numbers
 from qwenkern.benchmarks.timing import circumstances
+from qwenkern.cli import terminal
 from qwenkern.config import FAMILY
-from qwenkern.kernels.cpu import build
+from qwenkern.hub import sources
+from qwenkern.kernels.c import build
 
 PEERS = ("transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
 MISSING = (ImportError, FileNotFoundError)  # raised where a peer is not installed

@@ -65,7 +65,7 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
     chosen = [
         Part(
             "correctness",
-            pytest + ([str(tests / "test_rms_norm.py"), "-k", "small_values"] if dry else on_gpu),
+            pytest + ([str(tests / "kernels" / "test_rms_norm.py"), "-k", "small_values"] if dry else on_gpu),
             150,
             interpreted=True,
         ),
@@ -100,7 +100,7 @@ def kernel_names() -> tuple[list[str], list[str]]:
 def kernel_tests() -> list[str]:
     """The files whose tests run on a GPU; the others need packages that its machine may not have."""
     on_gpu = re.compile(r"mark\.gpu|def test_\w+\([^)]*\bdevice\b")
-    files = sorted((ROOT / "tests").glob("test_*.py"))
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file) for file in files if on_gpu.search(file.read_text(encoding="utf-8"))]
 
 

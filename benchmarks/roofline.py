@@ -13,7 +13,7 @@ import torch
 
 from qwenkern import Config
 from qwenkern.benchmarks.timing import ceilings
-from qwenkern.kernels import cpu
+from qwenkern.kernels import c as c_backend
 
 BYTES = 1 << 28  # that are read, more than any cache of a processor with a few cores
 ROUNDS = 4_000_000  # of a dozen multiply-adds of vectors or more, in each thread: some 10 ms
@@ -63,8 +63,8 @@ def prompt_operations(config: Config, batch: int, tokens: int) -> int:
 
 
 def _loops() -> ctypes.CDLL | None:
-    """The loops of kernels/cpu/ceilings.c, compiled for the same target as the ops; None where there is no C."""
-    library = cpu.library()
+    """The loops of kernels/c/ceilings.c, compiled for the same target as the ops; None where there is no C."""
+    library = c_backend.library()
     if library is not None:
         library.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
         for multiply_add in (library.multiply_add, library.multiply_add_pairs):

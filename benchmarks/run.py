@@ -22,16 +22,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from qwenkern import Config, terminal
+from qwenkern import Config
 from qwenkern.benchmarks import results, where
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
 from qwenkern.benchmarks.results import Row
 from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.cli import terminal
 from qwenkern.kernels import reference, tuning
 
-# The rule of tests/tolerances.py: how many times as much as torch in the same dtype a result may err, at most and in
-# root mean square, beside two roundings and half a rounding of the largest value.
+# The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most
+# and in root mean square, beside two roundings and half a rounding of the largest value.
 ERROR_RATIO, RMS_RATIO = 2.0, 1.5
 
 

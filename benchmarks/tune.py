@@ -29,11 +29,12 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 
 import qwenkern.kernels
-from qwenkern import Config, terminal
+from qwenkern import Config
 from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Case, Size
 from qwenkern.benchmarks.run import check, expected, numbers
 from qwenkern.benchmarks.timing import ceilings, circumstances, input_sets, side_by_side
+from qwenkern.cli import terminal
 from qwenkern.kernels import tuning
 
 NEAR_THE_FLOOR = 1.03  # times the physical limit: nothing left to look for

@@ -29,8 +29,8 @@ from qwenkern.benchmarks import results
 from qwenkern.benchmarks.cases import CASES, Size
 from qwenkern.benchmarks.timing import ceilings, circumstances, device_name
 from qwenkern.cache import BlockTable, PagedCache
-from qwenkern.decode import Cpu, Cuda, DecodeStep, Device
-from qwenkern.kernels import cpu
+from qwenkern.engine.decode import Cpu, Cuda, DecodeStep, Device
+from qwenkern.kernels import c as c_backend
 from qwenkern.qwen2 import Qwen2, initialise
 
 STEPS = 20
@@ -72,14 +72,14 @@ class Span:
 class Taped(Cpu):
     """Keeps the tape, whose calls are timed one by one."""
 
-    tape: cpu.Tape
+    tape: c_backend.Tape
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.tape = cpu.Tape()
+        self.tape = c_backend.Tape()
         try:
             with self.tape.record():
                 out = function()
-        except cpu.NotRecordable as error:
+        except c_backend.NotRecordable as error:
             raise RuntimeError(f"--where on a CPU needs the step in C, and torch runs it here: {error}") from error
         return self.tape.replay, out
 
@@ -87,8 +87,9 @@ class Taped(Cpu):
 @torch.inference_mode()  # all of it: torch's graphs share tensors, which one made in this mode keeps from others
 def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
     """The parts of a decode step of random weights in bfloat16, each sequence with ``context`` cached tokens."""
-    if not 1 <= sequences <= cpu.MAX_TOKENS:
-        raise ValueError(f"--where takes 1 to {cpu.MAX_TOKENS} sequences, those of our own kernels, not {sequences}")
+    most = c_backend.MAX_TOKENS
+    if not 1 <= sequences <= most:
+        raise ValueError(f"--where takes 1 to {most} sequences, those of our own kernels, not {sequences}")
     most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # a step on a GPU moves on by itself
     if context > most:
         raise ValueError(f"--where: {context} tokens do not fit a context of {most}")
@@ -122,14 +123,14 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     return step, capturer
 
 
-def _on_cpu(layers: int, tape: cpu.Tape) -> dict[str, list[float]]:
-    names = list(labels((cpu.OPS[call.op] for call in tape.calls), CPU_LINEARS, layers))
+def _on_cpu(layers: int, tape: c_backend.Tape) -> dict[str, list[float]]:
+    names = list(labels((c_backend.OPS[call.op] for call in tape.calls), CPU_LINEARS, layers))
     wholes: list[float] = []
     alone: list[list[float]] = [[] for _ in names]
     for _ in range(STEPS):
         wholes.append(_seconds(tape.replay))
         for call, readings in zip(tape.calls, alone, strict=True):
-            readings.append(_seconds(lambda call=call: cpu.play(ctypes.byref(call), 1)))
+            readings.append(_seconds(lambda call=call: c_backend.play(ctypes.byref(call), 1)))
     found: dict[str, list[float]] = {}
     for name, readings in zip(names, alone, strict=True):
         found.setdefault(name, []).append(statistics.median(readings))

@@ -2,7 +2,7 @@
 
 Values on a GPU (lengths, page numbers, slots, positions) cannot be looked at without waiting for it, so they are
 checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise. Nor are they looked at while a
-tape is recorded (cpu/): they come later.
+tape is recorded (c/): they come later.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import cpu
+from . import c as c_backend
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -76,7 +76,7 @@ def check_device(op: str, **tensors: Tensor | None) -> None:
 
 
 def can_look_at(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not cpu.is_recording()
+    return values.device.type == "cpu" and not c_backend.is_recording()
 
 
 def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:

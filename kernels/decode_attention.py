@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference, tuning
+from . import c as c_backend
+from . import reference, tuning
 from .checks import check_paged
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, dot, wait_for_inputs
@@ -301,7 +302,7 @@ def decode_attention(
     if len(q) != len(lengths):
         raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
     if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
-        if cpu.takes_heads(q, k_pages):
-            return cpu.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
+        if c_backend.takes_heads(q, k_pages):
+            return c_backend.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
         return reference.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
     return attend(q, k_pages, v_pages, block_tables, lengths, scale, k_pages.shape[1])

@@ -1,6 +1,6 @@
 """Which implementation an op runs on, and its registration with torch.library.
 
-The rule: CUDA tensors run on Triton; bfloat16 tensors on a CPU in C (cpu/), others there on the torch reference in
+The rule: CUDA tensors run on Triton; bfloat16 tensors on a CPU in C (c/), others there on the torch reference in
 reference.py; or on Triton's interpreter, all of them, where TRITON_INTERPRET=1 was set when Triton was imported.
 QWENKERN_KERNELS=reference chooses the reference everywhere. float64, and sizes that a kernel does not take, run on it,
 too; on a GPU a warning says so once.

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import cpu, reference
+from . import c as c_backend
+from . import reference
 from .checks import INTEGERS, check_device, check_range, check_tensor
 from .dispatch import op
 
@@ -20,6 +21,6 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     check_tensor("embedding", "weight", weight, ("V", "K"))
     check_device("embedding", ids=ids, weight=weight)
     check_range("embedding", "ids", ids, 0, len(weight))
-    if cpu.takes_rows(weight):
-        return cpu.embedding(ids, weight)
+    if c_backend.takes_rows(weight):
+        return c_backend.embedding(ids, weight)
     return reference.embedding(ids, weight)

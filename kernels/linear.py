@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, reference, tuning
+from . import c as c_backend
+from . import reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, prefetch_weight, row_scales
@@ -201,8 +202,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         check_tensor("linear", "residual", residual, (len(x), len(weight)), like=x)
     check_device("linear", x=x, weight=weight, bias=bias, residual=residual)
     if not runs_on_triton(x) or len(x) > MAX_TOKENS:
-        if cpu.takes_linear(x):
-            return cpu.linear(x, weight, bias=bias, addend=residual)[0]
+        if c_backend.takes_linear(x):
+            return c_backend.linear(x, weight, bias=bias, addend=residual)[0]
         return reference.linear(x, weight, bias, residual)
     out = x.new_empty(x.shape[0], weight.shape[0])
     _launch_linear("linear", out, None, x, None, None, weight, None, bias, residual, 0.0)
@@ -221,8 +222,8 @@ def norm_linear(
         check_tensor("norm_linear", "bias", bias, (len(weight),), like=x)
         check_device("norm_linear", x=x, bias=bias)
     if not runs_on_triton(x, unsupported(x)):
-        if cpu.takes_linear(x):
-            return cpu.linear(x, weight, residual=residual, norm_weight=norm_weight, eps=eps, bias=bias)
+        if c_backend.takes_linear(x):
+            return c_backend.linear(x, weight, residual=residual, norm_weight=norm_weight, eps=eps, bias=bias)
         return reference.norm_linear(x, residual, norm_weight, eps, weight, bias)
     if len(x) > MAX_TOKENS:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)
@@ -244,9 +245,9 @@ def norm_swiglu_linear(
     if len(weight) % 2:
         raise ValueError(f"norm_swiglu_linear: weight must have an even number of rows, and has {len(weight)}")
     if not runs_on_triton(x, unsupported(x)):
-        if cpu.takes_linear(x):
+        if c_backend.takes_linear(x):
             gate, up = weight.chunk(2)
-            return cpu.linear(x, gate, residual=residual, norm_weight=norm_weight, eps=eps, up=up)
+            return c_backend.linear(x, gate, residual=residual, norm_weight=norm_weight, eps=eps, up=up)
         return reference.norm_swiglu_linear(x, residual, norm_weight, eps, weight)
     if len(x) > MAX_TOKENS:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)
@@ -259,7 +260,7 @@ def norm_swiglu_linear(
 
 def invariant_tokens(weight: Tensor) -> int:
     """How many tokens the linears of weights like this one take whose bits do not depend on each other's number."""
-    in_c = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and cpu.library() is not None
+    in_c = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and c_backend.library() is not None
     return MAX_TOKENS if runs_on_triton(weight) or in_c else 1
 
 

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import cpu, reference, tuning
+from . import c as c_backend
+from . import reference, tuning
 from .dispatch import op, pdl_options, runs_on_triton
 from .few_tokens import MAX_TOKENS, accumulate, config, padded, prefetch_weight, row_scales
 from .language import wait_for_inputs
@@ -193,10 +194,10 @@ def lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float,
     Up to 16 tokens, logits keep all bits of the float32 sums; above, the library rounds them to x's dtype first."""
     check_normed("lm_head", x, residual, norm_weight, weight)
     if not runs_on_triton(x, unsupported(x)):
-        if cpu.takes_linear(x):
-            return cpu.linear(x, weight, residual=residual, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32)[
-                0
-            ]
+        if c_backend.takes_linear(x):
+            return c_backend.linear(
+                x, weight, residual=residual, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32
+            )[0]
         return reference.lm_head(x, residual, norm_weight, eps, weight)
     if len(x) > MAX_TOKENS:
         return F.linear(add_rms_norm(x, residual, norm_weight, eps)[0], weight).float()

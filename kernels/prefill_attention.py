@@ -23,7 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import cpu, reference, tuning
+from . import c as c_backend
+from . import reference, tuning
 from .checks import INTEGERS, check_device, check_paged, check_tensor
 from .decode_attention import LOG2_E
 from .dispatch import op, pdl_options, runs_on_triton
@@ -301,7 +302,7 @@ def prefill_attention(
     check_paged("prefill_attention", q, k_pages, v_pages, block_tables, lengths)
     _check_query_starts(len(q), lengths, query_starts)
     if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
-        if cpu.takes_prefill(q, k_pages):
-            return cpu.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
+        if c_backend.takes_prefill(q, k_pages):
+            return c_backend.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
         return reference.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
     return attend(q, k_pages, v_pages, block_tables, lengths, query_starts, scale, k_pages.shape[1])

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cpu, reference, tuning
+from . import c as c_backend
+from . import reference, tuning
 from .checks import INTEGERS, check_cache, check_device, check_range, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, wait_for_inputs
@@ -227,7 +228,7 @@ def apply_rope(
     _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
     check_device("apply_rope", q=q, k=k, cos_sin=cos_sin, positions=positions)
     if not runs_on_triton(q, unsupported_heads(q.shape[2])):
-        return (cpu if cpu.takes_rope(q) else reference).apply_rope(q, k, cos_sin, positions, inverse)
+        return (c_backend if c_backend.takes_rope(q) else reference).apply_rope(q, k, cos_sin, positions, inverse)
     q, k = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k))
     q_out, k_out = _fake_apply_rope(q, k, cos_sin, positions)
     _launch_rope(q_out, k_out, None, q, k, None, positions, cos_sin, None, inverse)
@@ -246,8 +247,8 @@ def rope_and_cache(
     check_places("rope_and_cache", qkv, "qkv", qkv.shape[1], positions, cos_sin, k_pages, v_pages, slots)
     _, _, num_kv_heads, head_dim = k_pages.shape
     if not runs_on_triton(qkv, unsupported_heads(head_dim)):
-        if cpu.takes_heads(qkv, k_pages):
-            return cpu.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
+        if c_backend.takes_heads(qkv, k_pages):
+            return c_backend.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
         return reference.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
     heads = qkv.unflatten(1, (-1, head_dim))
     q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)

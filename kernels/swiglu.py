@@ -13,7 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import cpu, reference, tuning
+from . import c as c_backend
+from . import reference, tuning
 from .checks import check_device, check_tensor
 from .dispatch import op, pdl_options, runs_on_triton
 from .language import cast, round_to, silu, wait_for_inputs
@@ -65,7 +66,7 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up's last dimension must be even, and is {gate_up.shape[-1]}")
     if not runs_on_triton(gate_up):
-        return (cpu if cpu.takes_gate(gate_up) else reference).swiglu(gate_up)
+        return (c_backend if c_backend.takes_gate(gate_up) else reference).swiglu(gate_up)
     out = _fake_swiglu(gate_up)
     _launch_swiglu(out.view(-1, out.shape[-1]), *gate_up.reshape(-1, gate_up.shape[-1]).chunk(2, dim=-1))
     return out
@@ -84,7 +85,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     check_tensor("silu_mul", "up", up, tuple(gate.shape), like=gate)
     check_device("silu_mul", gate=gate, up=up)
     if not runs_on_triton(gate):
-        return (cpu if cpu.takes_gate(gate) else reference).silu_mul(gate, up)
+        return (c_backend if c_backend.takes_gate(gate) else reference).silu_mul(gate, up)
     out = _fake_silu_mul(gate, up)
     _launch_swiglu(*(each.reshape(-1, each.shape[-1]) for each in (out, gate, up)))
     return out

@@ -15,20 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import generate as engine
-from . import sources
 from .arguments import flag, is_whole, whole
 from .cache import PagedCache
 from .checkpoint import load_weights, open_checkpoint
-from .completion import Completion, Score, Stream
 from .config import Config
-from .decode import DecodeSteps
+from .engine import generate as engine
+from .engine.completion import Completion, Score, Stream
+from .engine.decode import DecodeSteps
 from .errors import ConfigError, NonFiniteError, RequestError, shown
 from .generation import Generation
-from .kernels import cpu, invariant_tokens
+from .hub import sources
+from .kernels import c as c_backend
+from .kernels import invariant_tokens
 from .qwen2 import Qwen2, initialise
 from .sampling import SamplingParams
-from .tokenizer import Detokenizer, Tokenizer
+from .text.tokenizer import Detokenizer, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -172,7 +173,11 @@ class Model:
             have no text. The other options are those of from_pretrained.
 
         Raises RequestError or ConfigError where the model is not one that we run, or its weights cannot be shared."""
-        from .integrations.from_transformers import as_tokenizer, generation_defaults, shared_module  # not for everyone
+        from .integrations.transformers.share import (  # not for everyone
+            as_tokenizer,
+            generation_defaults,
+            shared_module,
+        )
 
         _use_threads(threads)
         module = shared_module(model)
@@ -446,11 +451,11 @@ def _machine_memory() -> int:
 
 def _use_threads(threads: int | None) -> None:
     """Also looks at what the environment says of the CPU, before any weight is read."""
-    threads = whole("threads", threads, 1, cpu.threads.MOST, optional=True)
+    threads = whole("threads", threads, 1, c_backend.threads.MOST, optional=True)
     try:
         if threads is not None:
-            cpu.threads.use(threads)
-        cpu.check_environment()
+            c_backend.threads.use(threads)
+        c_backend.check_environment()
     except ValueError as error:
         raise RequestError(str(error)) from None
 

@@ -5,8 +5,8 @@
 >>> model.chat([{"role": "user", "content": "Write a haiku about compilers."}]).text
 """
 
-from .completion import Completion, Score, Stream
 from .config import Config, YarnScaling
+from .engine.completion import Completion, Score, Stream
 from .errors import CheckpointError, ConfigError, Error, NonFiniteError, RequestError
 from .Model import Model  # `import qwenkern.Model` works too: this name hides the module behind its class
 from .sampling import SamplingParams, TokenLogprob

@@ -1,6 +1,6 @@
 """``python -m qwenkern`` is ``qwenkern``, but for Ctrl-C in its first second: Python imports the package before."""
 
-from .cli import main
+from .cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -39,13 +39,15 @@ import torch
 from gguf import GGUFWriter
 from rich.console import Console
 from safetensors.torch import save
-from test_tokenizer import toy_folder, toy_metadata
+from text.test_tokenizer import toy_folder, toy_metadata
 
-from qwenkern import Config, Model, cli, download, sources
+from qwenkern import Config, Model
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.checkpoint.packing import slots
+from qwenkern.cli import commands as cli
 from qwenkern.errors import Error
-from qwenkern.tokenizer import Tokenizer
+from qwenkern.hub import download, sources
+from qwenkern.text.tokenizer import Tokenizer
 
 SECONDS = 20.0  # of the processor's time that one input may take, and a tenth of what it may take on the clock
 MEMORY = 6 << 30  # bytes that the process may take; an input that wants more raises MemoryError, a fault

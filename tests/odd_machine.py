@@ -68,7 +68,7 @@ def steps() -> Iterator[Step]:
 
     yield Step("pip install", 'python -m pip install --no-index --no-build-isolation -c constraints.txt -e ".[hub]"')
     yield Step("README: make demo", "touch .venv/ready && make demo", prints="def is_prime|prime")
-    yield Step("README: make test, one file", "make test ARGS=tests/test_info.py", prints="passed")
+    yield Step("README: make test, one file", "make test ARGS=tests/cli/test_info.py", prints="passed")
     (PLACE / "first.py").write_text(blocks[0], encoding="utf-8")
     yield Step("README: Python, as a file", f"python {PLACE}/first.py", prints=r"torch.Size\(\[3, ")
     (PLACE / "short.py").write_text(re.sub(r"max_tokens=\d+", "max_tokens=4", blocks[0]), encoding="utf-8")

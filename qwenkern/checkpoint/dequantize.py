@@ -25,7 +25,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from qwenkern.errors import CheckpointError
-from qwenkern.kernels.cpu import threads
+from qwenkern.kernels.c import threads
 
 _CHUNK = 1 << 19  # weights: 2 MiB as float32
 

@@ -1,1 +1,1 @@
-"""Doors into other projects, each in a file named after one: the only code here that knows of them."""
+"""Other projects' objects, a folder a project: the only code here that knows of them."""

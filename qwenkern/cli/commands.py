@@ -1,0 +1,284 @@
+"""The command line: text on stdout and nothing else there; progress, speed and complaints on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from ..checkpoint import open_checkpoint
+from ..config import FAMILY, Config
+from ..engine.completion import Completion, Stream
+from ..errors import Error
+from ..hub import sources
+from ..Model import Model
+from ..text.tokenizer import Tokenizer
+from . import info as facts
+from . import terminal
+from .terminal import note, stderr
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Qwen2.5 language models on fused Triton kernels.",
+)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, folder of safetensors, or .gguf file.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="one a physical core")]
+MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="the checkpoint's")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
+TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", show_default="the checkpoint's")]
+TopP = Annotated[
+    float | None, typer.Option(help="Only the likeliest tokens that make up p.", show_default="the checkpoint's")
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Only tokens this likely, relative to the likeliest.", show_default="the checkpoint's"),
+]
+Penalty = Annotated[
+    float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", show_default="the checkpoint's")
+]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.", show_default="random")]
+System = Annotated[str | None, typer.Option(help="System message.", show_default="the checkpoint's")]
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="Text to go on from; read from stdin where not given.")] = None,
+    model: ModelOption = "demo",
+    chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt as a user's message.")] = False,
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Complete a text, or with --chat answer a question."""
+    if prompt is None:
+        prompt = terminal.read_stdin()
+    loaded = _load(model, device, dtype, threads)
+    params = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": stop or (),
+    }
+    messages = _with_system(system, [{"role": "user", "content": prompt}])
+    _write(loaded.stream(messages if chat or system else prompt, **params))
+
+
+@app.command()
+def chat(
+    model: ModelOption = "demo",
+    system: System = None,
+    max_tokens: MaxTokens = None,
+    temperature: Temperature = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    threads: ThreadsOption = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
+    loaded = _load(model, device, dtype, threads)
+    params = {
+        "max_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  input() then edits the line and remembers earlier ones
+    messages = _with_system(system, [])
+    note("[dim]Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves.[/]")
+    while (said := terminal.ask("> ")) not in (None, "/exit"):
+        if said == "/reset":
+            messages = _with_system(system, [])
+        elif said:
+            turn = [*messages, {"role": "user", "content": said}]
+            try:
+                answer = _write(loaded.stream(turn, **params), on_interrupt="stop")
+            except KeyboardInterrupt:  # before the first token
+                continue
+            except Error as error:  # say, a conversation longer than the context: the program goes on
+                terminal.complain(error)
+                continue
+            messages = [*turn, {"role": "assistant", "content": answer.text}]
+
+
+@app.command()
+def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo") -> None:
+    """Fetch a model into the cache and print where it is."""
+    with _progress() as progress:
+        path = sources.resolve(model, lambda done, total: progress("download", done, total))
+    if licence := sources.licence(model):
+        note(f"licence: {licence}")
+    typer.echo(os.fsencode(path))  # the bytes that the file system knows it by
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="Name of a size, hub id, folder or .gguf file.")] = "demo",
+    renew: Annotated[
+        bool, typer.Option("--renew", help="Only measure anew what is fastest on this CPU, and say what changed.")
+    ] = False,
+) -> None:
+    """Parameters, memory by context, contradictions among the numbers, and how this CPU computes. Loads no weights."""
+    if renew:
+        for name, value in facts.renewed().items():
+            Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
+        return
+    config, warnings = _facts(model)
+    table = Table(title=f"{model}: {config.num_parameters:,} parameters", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for name, count in facts.layout(config).items():
+        table.add_row(name, f"{count:,}")
+    sizes = Table(title="Memory in bfloat16", title_justify="left")
+    for column in ("context", "weights + cache of one sequence"):
+        sizes.add_column(column, justify="right")
+    for length, size in facts.memory(config).items():
+        sizes.add_row(f"{length:,}", f"{size / 1e9:,.2f} GB")
+    out = Console(highlight=False)
+    out.print(
+        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, FFN {config.intermediate_size}, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads of {config.head_dim}, "
+        f"vocabulary {config.vocab_size:,}{', tied' if config.tie_word_embeddings else ''}, "
+        f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
+    )
+    out.print(table, sizes, f"cache: {config.kv_bytes_per_token():,} bytes a token")
+    if licence := sources.licence(model):
+        out.print(f"licence: {licence}")
+    for name, value in facts.processor().items():
+        out.print(f"{name}: {value}")
+    for warning in warnings:
+        out.print(f"[yellow]contradiction:[/] {warning}")
+
+
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
+
+
+@app.command(context_settings=PASSED_ON)
+def bench(context: typer.Context) -> None:
+    """Time the kernels beside torch, torch.compile and whatever else is installed (--help says more)."""
+    from ..benchmarks import run
+
+    _program(run.main, "qwenkern bench", context.args)
+
+
+@app.command(context_settings=PASSED_ON)
+def tune(context: typer.Context) -> None:
+    """Search for this device's fastest launch configurations (--help says more)."""
+    from ..benchmarks import tune as tuner
+
+    _program(tuner.main, "qwenkern tune", context.args)
+
+
+def _program(program: Callable[..., None], name: str, arguments: list[str]) -> None:
+    """Runs a program of benchmarks/ with the arguments of a subcommand."""
+    raise typer.Exit(terminal.command(program)(arguments, prog_name=name, standalone_mode=False) or 0)
+
+
+def main() -> NoReturn:
+    """Entry point. terminal.py says how it ends."""
+    terminal.run(app)
+
+
+def _load(model: str, device: str, dtype: str, threads: int | None) -> Model:
+    with _progress() as progress:
+        return Model.from_pretrained(model, device=device, dtype=dtype, threads=threads, progress=progress)
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Bars on stderr, one for each thing that is done; none where stderr is no terminal."""
+    columns = TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
+        tasks: dict[str, Any] = {}
+
+        def report(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = bars.add_task(what, total=total)
+            bars.update(tasks[what], completed=done, total=total)
+
+        yield report
+
+
+def _write(stream: Stream, on_interrupt: str = "exit") -> Completion:
+    """Prints a stream as it comes and its speed when it ends. Ctrl-C ends the stream; "exit" passes it on then."""
+    started = time.perf_counter()
+    first = None
+    interrupted = False
+    try:
+        for text in stream:
+            first = first or time.perf_counter()
+            print(text, end="", flush=True)
+    except KeyboardInterrupt:
+        interrupted = True
+    finally:
+        stream.close()
+    print(flush=True)
+    completion = stream.completion
+    ended = time.perf_counter()
+    if first is not None:
+        rate = (completion.num_tokens - 1) / max(ended - first, 1e-9)
+        note(
+            f"[dim]{completion.num_prompt_tokens} prompt tokens, first text after {first - started:.2f} s; "
+            f"{completion.num_tokens} tokens, {rate:.1f} tokens/s"
+            f"{' (stopped)' if interrupted else ''}[/]"
+        )
+    if interrupted and on_interrupt == "exit":
+        raise KeyboardInterrupt
+    return completion
+
+
+def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    return ([{"role": "system", "content": system}] if system else []) + messages
+
+
+def _facts(model: str) -> tuple[Config, list[str]]:
+    """The configuration of a checkpoint, or of a size of the family by its bare name, and its contradictions."""
+    if model.lower() in FAMILY and not Path(model).exists():
+        return FAMILY[model.lower()], []
+    with _progress() as progress:
+        path = sources.resolve(model, lambda done, total: progress("download", done, total))
+    checkpoint = open_checkpoint(path)
+    tokenizer = (
+        Tokenizer.from_gguf(checkpoint.metadata, source=str(path))
+        if checkpoint.metadata
+        else Tokenizer.from_folder(path)
+    )
+    return checkpoint.config, facts.contradictions(
+        checkpoint.config,
+        path.stem if path.is_file() else path.name,
+        checkpoint.shapes,
+        tokenizer.vocab_size,
+    )

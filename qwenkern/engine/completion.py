@@ -1,0 +1,112 @@
+"""What a model gives back: completions, streams of text, scores."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from dataclasses import dataclass
+
+import torch
+
+from ..errors import RequestError
+from ..sampling import TokenLogprob
+from .generate import Sequence
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What the model wrote after a prompt."""
+
+    text: str
+    token_ids: list[int]  # the id that ended the text included
+    finish_reason: (
+        str | None
+    )  # "stop": an end id or stop string; "length": max_tokens or the context; None: not at its end
+    stop_reason: int | str | None  # the id or string that ended it
+    logprobs: list[TokenLogprob] | None  # one a token, where asked for
+    num_prompt_tokens: int
+    prompt_index: int = 0  # which prompt of the list
+    sample_index: int = 0  # which of its n completions
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @classmethod
+    def of(cls, sequence: Sequence) -> Completion:
+        return cls(
+            text=sequence.text,
+            token_ids=list(sequence.output_ids),
+            finish_reason=sequence.finish_reason,
+            stop_reason=sequence.stop_reason,
+            logprobs=None if sequence.params.logprobs is None else list(sequence.logprobs),
+            num_prompt_tokens=len(sequence.prompt_ids),
+            prompt_index=sequence.prompt_index,
+            sample_index=sequence.sample_index,
+        )
+
+
+class Stream:
+    """Text as it comes: iterate over the pieces, then read ``completion``. Closing it stops the model.
+
+    A stream that is open and not read keeps its room in the key-value cache until another call needs it. Its tokens are
+    then computed again when it is read on, once there is room."""
+
+    def __init__(self, steps: Generator[tuple[Sequence, str], None, None], sequence: Sequence) -> None:
+        self._steps = steps
+        self._sequence = sequence
+
+    def __iter__(self) -> Stream:
+        return self
+
+    def __next__(self) -> str:
+        try:
+            for _, text in self._steps:
+                if self._sequence.unwanted:  # closed by another thread, during this step
+                    self._steps.close()
+                elif text:
+                    return text
+        except ValueError as error:
+            if not _is_being_read(error):
+                raise
+            raise RequestError("another thread is reading this stream; expected one reader at a time") from None
+        raise StopIteration
+
+    def __enter__(self) -> Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the model; the text so far stays in ``completion``. While another thread reads, its iteration ends
+        after the step in progress, or soon where it waits for room in the cache."""
+        self._sequence.unwanted = True
+        try:
+            self._steps.close()
+        except ValueError as error:
+            if not _is_being_read(error):
+                raise
+
+    @property
+    def completion(self) -> Completion:
+        """Everything so far."""
+        return Completion.of(self._sequence)
+
+
+def _is_being_read(error: ValueError) -> bool:
+    return error.args == ("generator already executing",)
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely a model finds a text: the natural log-probability of each token after those before it."""
+
+    token_ids: list[int]
+    logprobs: list[float]  # of token_ids[1:]: nothing comes before the first
+
+    @property
+    def perplexity(self) -> float | None:
+        """exp of the mean negative log-probability; None for a text of one token, which has none."""
+        if not self.logprobs:
+            return None
+        return torch.tensor(self.logprobs, dtype=torch.float64, device="cpu").mean().neg().exp().item()

@@ -1,0 +1,1 @@
+"""From what a person calls a model to its files on this machine."""

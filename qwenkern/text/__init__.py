@@ -1,0 +1,1 @@
+"""Text and token ids: the tokenizer, and a conversation as text."""

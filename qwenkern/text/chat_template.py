@@ -1,0 +1,266 @@
+"""Chat templates: a checkpoint's Jinja source turns messages into the text its model was trained on.
+
+A template is code that came with a download, so it runs in a sandbox that bounds its time and memory
+(template_sandbox.py) and is handed nothing but JSON-like values.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from functools import cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ..errors import CheckpointError, RequestError, shown
+from ..reading import read_json, read_text
+from .messages import plain, read_messages, size, unused_characters
+
+_MOST_TEMPLATES = 64
+_USUAL_ROLES = ("system", "user", "assistant", "tool")
+_ASKS_FOR_NULL = re.compile(r"content\W{0,3}\s+is\s+(not\s+)?none\b", re.IGNORECASE)  # as DeepSeek-R1's does
+_MOST_TRIALS = 8  # renderings to find out whether a template ignores messages of unusual roles
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a template is handed, in plain types."""
+
+    messages: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    variables: dict[str, Any]
+    add_generation_prompt: bool
+
+
+class ChatTemplate:
+    """The templates of one checkpoint.
+
+    `templates` maps a name to (Jinja source, file it came from); "default" renders, unless there are tools and a
+    "tool_use". `tokens` holds what templates may ask for by name, such as eos_token.
+    """
+
+    def __init__(self, templates: Mapping[str, tuple[str, str]], tokens: Mapping[str, str], source: str) -> None:
+        self._templates = dict(templates)
+        self._tokens = dict(tokens)
+        self._source = source
+        self._compiled: dict[str, Any] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path, tokens: Mapping[str, str]) -> ChatTemplate:
+        """From chat_template.jinja and additional_chat_templates/, else tokenizer_config.json, else chat_template.json:
+        the newest spelling counts. None of them is no error until a chat is asked for.
+        """
+        files = {"default": folder / "chat_template.jinja"}
+        files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+        if len(files) > _MOST_TEMPLATES:
+            raise CheckpointError(
+                f"{folder / 'additional_chat_templates'}: has {len(files) - 1} templates; expected fewer than "
+                f"{_MOST_TEMPLATES}"
+            )
+        templates = {name: (read_text(file), str(file)) for name, file in files.items() if file.is_file()}
+        for file in (folder / "tokenizer_config.json", folder / "chat_template.json"):
+            if not templates and (found := read_json(file).get("chat_template")) is not None:
+                entries = [{"name": "default", "template": found}] if isinstance(found, str) else found
+                try:
+                    templates = {entry["name"] + "": (entry["template"] + "", str(file)) for entry in entries}
+                except (
+                    TypeError,
+                    KeyError,
+                ) as fault:  # the + "" is what refuses a name or a template that is no string
+                    raise CheckpointError(
+                        f"{file}: chat_template is {shown(found, 60)}; expected a string or a list of name and template"
+                    ) from fault
+        return cls(templates, tokens, str(folder))
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], tokens: Mapping[str, str], source: str) -> ChatTemplate:
+        """From tokenizer.chat_template and, by name, tokenizer.chat_template.*."""
+        prefix = "tokenizer.chat_template"
+        templates = {
+            key[len(prefix) + 1 :] or "default": (text, source)
+            for key, text in metadata.items()
+            if (key == prefix or key.startswith(prefix + ".")) and isinstance(text, str)
+        }
+        return cls(templates, tokens, source)
+
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text, equal to what transformers' apply_chat_template makes of the same template.
+
+        Before that, messages are read as messages.py says. The role "developer" is "system" to a template that does not
+        know it, as in llama.cpp.
+
+        Raises RequestError for messages that are malformed or that the template refuses or would drop, and when there
+        is no template; CheckpointError for a template that does not compile or that oversteps the sandbox.
+        """
+        return self.read(messages, tools, add_generation_prompt, **variables)[1]
+
+    def read(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> tuple[Conversation, str]:
+        """The conversation as the template takes it, and its text. Arguments and errors as `render`."""
+
+        def conversation(read_arguments: bool) -> Conversation:
+            read = read_messages(messages, read_arguments, keep_null)
+            for message in read:
+                if message["role"] == "developer" and not knows_developers:
+                    message["role"] = "system"
+            return Conversation(read, plain(tools, "tools"), plain(variables, "variables"), add_generation_prompt)
+
+        _check_tools(tools)
+        knows_developers = any("developer" in source for source, _ in self._templates.values())
+        keep_null = any(_ASKS_FOR_NULL.search(source) for source, _ in self._templates.values())
+        chat = conversation(read_arguments=True)
+        try:
+            text = self.write(chat)
+            as_text = _shows_python(chat, text)
+        except RequestError:
+            as_text = conversation(read_arguments=False) != chat
+            if not as_text:
+                raise
+        if as_text:  # a template that puts arguments into the text as they are (DeepSeek-R1's) wants JSON, not a dict
+            chat = conversation(read_arguments=False)
+            text = self.write(chat)
+        self._check_roles(chat, text)
+        return chat, text
+
+    def write(self, chat: Conversation) -> str:
+        """What the template makes of a conversation."""
+        from jinja2.sandbox import SecurityError
+
+        from .template_sandbox import budget
+
+        name = "tool_use" if chat.tools and "tool_use" in self._templates else "default"
+        template = self._compile(name)
+        file = self._templates[name][1]
+        values = self._tokens | chat.variables
+        values |= {"tools": chat.tools, "add_generation_prompt": chat.add_generation_prompt}
+        try:
+            with budget(size([chat.messages, chat.tools, chat.variables])):
+                return template.render(messages=chat.messages, **values)
+        except (SecurityError, OverflowError, RecursionError) as fault:  # OverflowError: a range too large
+            raise CheckpointError(f"{file}: the chat template oversteps its sandbox: {fault}") from fault
+        except Exception as fault:
+            what = f"{type(fault).__name__}: {fault}"
+            raise RequestError(f"messages: the chat template of {file} does not accept them: {what:.1000}") from fault
+
+    def _check_roles(self, chat: Conversation, text: str) -> None:
+        """Raises RequestError where the template skips a message for its role, as Qwen's does: a misspelt role would
+        lose the message."""
+        unusual = [n for n, message in enumerate(chat.messages) if message["role"] not in _USUAL_ROLES]
+        if not unusual:
+            return
+
+        def with_more(more: Mapping[int, str]) -> str:
+            changed = [
+                {**message, "content": (message.get("content") or "") + more[n]} if n in more else message
+                for n, message in enumerate(chat.messages)
+            ]
+            return self.write(replace(chat, messages=changed))
+
+        mark = next(unused_characters(text), "")
+        try:
+            found = re.findall(f"{mark}([0-9]+){mark}", with_more({n: f"{mark}{n}{mark}" for n in unusual}))
+        except RequestError:  # a template that looks into contents
+            found = []
+        seen = set(map(int, found)) if mark else set()
+        unseen = [n for n in unusual if n not in seen]
+        for n in unseen[:_MOST_TRIALS]:
+            if with_more({n: "."}) == text:
+                raise RequestError(
+                    f"messages[{n}]: the chat template of {self._source} ignores the role "
+                    f"{shown(chat.messages[n]['role'])}; expected one of {', '.join(_USUAL_ROLES)}"
+                )
+        if len(unseen) > _MOST_TRIALS:
+            raise RequestError(
+                f"messages: {len(unseen)} have roles other than {', '.join(_USUAL_ROLES)}, and the chat template of "
+                f"{self._source} does not show their contents as they are; expected {_MOST_TRIALS} of such at most"
+            )
+
+    def _compile(self, name: str) -> Any:
+        if name not in self._templates:
+            have = f"only ones named {sorted(self._templates)}" if self._templates else "none"
+            raise RequestError(
+                f"{self._source}: a chat needs a chat template named {shown(name)} and the checkpoint has {have}; "
+                "expected an Instruct checkpoint, or plain text through encode()"
+            )
+        if name not in self._compiled:
+            from .template_sandbox import LARGEST_TEMPLATE, budget
+
+            source, file = self._templates[name]
+            if len(source) > LARGEST_TEMPLATE:
+                raise CheckpointError(
+                    f"{file}: the chat template has {len(source)} characters; expected {LARGEST_TEMPLATE} at most"
+                )
+            try:
+                with budget():
+                    self._compiled[name] = _environment().from_string(source)
+            except Exception as fault:  # not only TemplateSyntaxError: depth shows as RecursionError or SyntaxError
+                line = f", line {fault.lineno}" if getattr(fault, "lineno", None) else ""
+                raise CheckpointError(f"{file}: the chat template{line} does not compile: {fault}") from fault
+        return self._compiled[name]
+
+
+def _check_tools(tools: Any) -> None:
+    if tools is not None and not (isinstance(tools, (list, tuple)) and all(isinstance(t, Mapping) for t in tools)):
+        raise RequestError(f"tools: found {shown(tools)}; expected a list of dicts, one function schema each")
+
+
+def _shows_python(chat: Conversation, text: str) -> bool:
+    """Whether the arguments of a call stand in the text as Python writes a dict."""
+    calls = (call for message in chat.messages for call in message.get("tool_calls", []))
+    functions = (call["function"] if isinstance(call.get("function"), dict) else call for call in calls)
+    for arguments in islice((a for f in functions if isinstance(a := f.get("arguments"), dict) and a), 1):
+        return repr(arguments) in text
+    return False
+
+
+@cache
+def _environment() -> Any:
+    """Jinja as chat templates are written for: transformers' block trimming, filter and functions."""
+    from jinja2 import TemplateError
+    from jinja2.ext import Extension
+
+    from .template_sandbox import Sandbox
+
+    class Generation(Extension):
+        """`{% generation %}` marks the assistant's text for training; a prompt only needs what is inside."""
+
+        tags = {"generation"}  # noqa: RUF012  (Jinja reads a plain set)
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def tojson(value: Any, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:
+        # Jinja's own filter escapes <, > and & for HTML.
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def strftime_now(pattern: str) -> str:
+        if len(pattern) > 1000:
+            raise TemplateError("strftime_now takes 1,000 characters at most")
+        return datetime.now().strftime(pattern)
+
+    return Sandbox(
+        {"raise_exception": raise_exception, "strftime_now": strftime_now},
+        {"tojson": tojson},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[Generation, "jinja2.ext.loopcontrols"],
+    )

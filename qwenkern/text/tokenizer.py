@@ -1,0 +1,383 @@
+"""Text to token ids and back: Qwen2's byte-level BPE, from tokenizer.json or from the metadata of a GGUF file.
+
+The merging is done by the `tokenizers` library; decoding is done here, from the bytes of each token, so that whole and
+incremental decoding are one thing. A special token is one that stands for structure and not for text (<|im_end|>).
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import operator
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models
+
+from ..errors import CheckpointError, ConfigError, RequestError, shown
+from ..generation import END_TOKENS, check_eos_token
+from ..reading import read_json
+from .chat_template import ChatTemplate, Conversation
+from .messages import plain, unused_characters
+from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
+
+# Names that llama.cpp (src/llama-vocab.cpp) gives Qwen2's expression, and whose models compose text as Qwen2 does. It
+# has more for other vocabularies ("megrez", "kormo", "f2llmv2"; "stablelm2", "hunyuan", "solar-open"), none of which a
+# Qwen2.5 model has.
+_QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
+_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
+_PROBE = "Hello, wörld!  It's 2024 \n\n\t" + "a" * 64 + " " * 64 + "x"
+_RETRY_LIMIT = 10_000_000  # of the expression engine, per match
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Byte-level BPE spells a byte as one visible character: itself where printable, else one from U+0100 on."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
+
+
+_BYTE_OF = _byte_alphabet()
+
+
+class Tokenizer:
+    """A checkpoint's vocabulary; made by `from_folder` or `from_gguf`. Immutable, so threads may share it.
+
+    vocab_size       width of the model's output; ids that no token has, up to it, decode to nothing
+    special_ids      ids that `decode` leaves out
+    beginning_ids    ids that the checkpoint puts before a text, such as a beginning-of-text token; Qwen2.5 has none
+    end_of_text_ids  ids that end a text: those of generation.END_TOKENS that it has, and the checkpoint's own
+    """
+
+    def __init__(
+        self,
+        library: tokenizers.Tokenizer,
+        source: str,
+        vocab_size: int,
+        eos_tokens: Iterable[str] = (),
+        chat_template: ChatTemplate | None = None,
+    ) -> None:
+        if not isinstance(library.model, models.BPE) or not _spells_bytes(library.decoder):
+            found = f"{type(library.model).__name__} with {type(library.decoder).__name__} decoder"
+            raise CheckpointError(f"{source}: the tokenizer is {found}; expected byte-level BPE, as Qwen2.5 has")
+        missing = [f"0x{byte:02X}" for spelling, byte in _BYTE_OF.items() if library.token_to_id(spelling) is None]
+        if missing:  # the library drops a character that it cannot spell, without a word
+            raise CheckpointError(
+                f"{source}: the vocabulary has no token for {len(missing)} of the 256 bytes ({', '.join(missing[:4])})"
+            )
+        check_parts(library, source)
+        library.no_truncation()
+        library.no_padding()
+        library.model.dropout = None
+        added = library.get_added_tokens_decoder()
+        self._library = library
+        # The same model without added tokens: what reads text in which nothing is special. The library's own switch,
+        # encode_special_tokens, is state of a shared object and leaves added tokens that are not special, such as
+        # <tool_call>, in force.
+        self._plain = tokenizers.Tokenizer(library.model)
+        self._plain.normalizer = library.normalizer
+        self._plain.pre_tokenizer = library.pre_tokenizer
+        self._source = source
+        self._added = {token_id: token.content for token_id, token in added.items()}
+        self._any_added = _AnyOf(self._added.values())
+        self._any_special = _AnyOf(token.content for token in added.values() if token.special)
+        self._chat_template = chat_template or ChatTemplate({}, {}, source)
+        self.vocab_size = vocab_size
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        ends = {token_id for token_id, token in self._added.items() if token in END_TOKENS}
+        ends |= {self.id_of(token) for token in eos_tokens} - {None}
+        self.end_of_text_ids = frozenset(ends)
+        with guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
+            self.beginning_ids = beginning_of(library, _PROBE)
+
+    @classmethod
+    def from_folder(cls, path: str | Path) -> Tokenizer:
+        """From a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt), and where present
+        tokenizer_config.json, added_tokens.json, special_tokens_map.json, chat_template.jinja,
+        additional_chat_templates/, chat_template.json and config.json (for vocab_size).
+
+        Raises CheckpointError, naming the file, where one is missing or damaged.
+        """
+        folder = Path(path)
+        library, file = open_library(folder)
+        config = read_json(folder / "tokenizer_config.json")
+        named = {name: token for name, token in config.items() if name.endswith("_token")}
+        named = {name: token.get("content") if isinstance(token, dict) else token for name, token in named.items()}
+        tokens = {name: token for name, token in named.items() if isinstance(token, str)}
+        width = read_json(folder / "config.json").get("vocab_size")
+        vocab = library.get_vocab(with_added_tokens=True)
+        check_eos_token(config.get("eos_token"), vocab, width, folder / "tokenizer_config.json")
+        used = 1 + max(vocab.values(), default=-1)
+        return cls(
+            library,
+            str(file),
+            max(used, width) if isinstance(width, int) else used,
+            [tokens["eos_token"]] if "eos_token" in tokens else [],
+            ChatTemplate.from_folder(folder, tokens),
+        )
+
+    @classmethod
+    def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
+        """From the `tokenizer.*` keys of a GGUF file; `source` is the file's name, for messages.
+
+        Raises CheckpointError, naming the key, for anything but a sound gpt2-style vocabulary with qwen2 splitting.
+        """
+        for key, wanted in (("model", ("gpt2",)), ("pre", _QWEN2_PRE)):
+            if (found := metadata.get(f"tokenizer.ggml.{key}")) not in wanted:
+                names = " or ".join(map(repr, wanted))
+                raise CheckpointError(f"{source}: tokenizer.ggml.{key} is {shown(found)}; expected {names}")
+        tokens = _list_of(str, metadata, "tokenizer.ggml.tokens", source)
+        types = _list_of(int, metadata, "tokenizer.ggml.token_type", source)
+        merges = [merge.split(" ") for merge in _list_of(str, metadata, "tokenizer.ggml.merges", source)]
+        if len(types) != len(tokens):
+            raise CheckpointError(
+                f"{source}: tokenizer.ggml.token_type has {len(types)} entries; expected {len(tokens)}"
+            )
+        if odd := set(types) - {_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED}:
+            raise CheckpointError(f"{source}: tokenizer.ggml.token_type holds {min(odd)}; expected 1, 3, 4 or 5")
+        for n, merge in enumerate(merges):
+            if len(merge) != 2:
+                raise CheckpointError(
+                    f"{source}: tokenizer.ggml.merges[{n}] is {shown(' '.join(merge))}; expected two tokens and a space"
+                )
+        # Unused entries ([PAD151665]) widen the embedding to a round size; they must not match text.
+        vocab = {token: n for n, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
+        if len(vocab) != len(types) - types.count(_UNUSED):
+            twice = next(token for n, token in enumerate(tokens) if types[n] != _UNUSED and vocab[token] != n)
+            raise CheckpointError(f"{source}: tokenizer.ggml.tokens has {shown(twice)} twice; expected distinct tokens")
+        with guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
+            # A GGUF leaves the steps unsaid. transformers 5.23 forgets the normalizer, so text in NFD gets other ids.
+            library = qwen2_library(vocab, [tuple(merge) for merge in merges])
+        # A GGUF calls <|fim_prefix|> and its kin control tokens, while the official tokenizer.json has them as text
+        # that decode shows; each file is taken at its word, since ids are the same either way.
+        library.add_tokens(
+            [
+                AddedToken(token, special=kind == _CONTROL, normalized=False)
+                for token, kind in zip(tokens, types, strict=True)
+                if kind in (_CONTROL, _USER_DEFINED)
+            ]
+        )
+        named = {}
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("eot", "eot"), ("eom", "eom"), ("pad", "padding")):
+            key = f"tokenizer.ggml.{key}_token_id"
+            if (token_id := metadata.get(key)) is not None:
+                if type(token_id) is not int or not 0 <= token_id < len(tokens):
+                    raise ConfigError(f"{source}: {key} is {shown(token_id)}; expected an id below {len(tokens)}")
+                named[f"{name}_token"] = tokens[token_id]
+        ends = [named[name] for name in ("eos_token", "eot_token", "eom_token") if name in named]
+        key, begins = "tokenizer.ggml.add_bos_token", metadata.get("tokenizer.ggml.add_bos_token", False)
+        if not isinstance(begins, bool):
+            raise ConfigError(f"{source}: {key} is {shown(begins)}; expected true or false")
+        if begins and "bos_token" not in named:
+            raise ConfigError(f"{source}: {key} is true; expected tokenizer.ggml.bos_token_id beside it")
+        if begins:
+            begin_with(library, named["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
+        return cls(library, source, len(tokens), ends, ChatTemplate.from_gguf(metadata, named, source))
+
+    def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
+        """Ids of `text`. Nothing is put before or after it; see `encode_prompt`.
+
+        A special token spelled out in the text becomes that token, as chat templates need; with allow_special=False
+        the text comes from a stranger and every character of it is text. Raises RequestError for what is not a str or
+        cannot be UTF-8.
+        """
+        if not isinstance(text, str):
+            raise RequestError(f"text is a {type(text).__name__}; expected a str")
+        try:
+            text.encode()
+        except UnicodeEncodeError as fault:
+            found = f"a lone surrogate, U+{ord(text[fault.start]):04X}, at position {fault.start}"
+            raise RequestError(f"text has {found}; expected text that UTF-8 can hold") from fault
+        library = self._library if allow_special else self._plain
+        # Qwen's expression meets the engine's limit only on a longer run of blanks; sooner, the expression is at fault.
+        error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
+        with guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
+            return library.encode(text, add_special_tokens=False).ids
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text` as what a model goes on from, or scores: `beginning_ids` first, unless it begins with them.
+
+        An end that a tokenizer puts after a text, where it is asked to, is left out: nothing goes on from there.
+        """
+        ids, beginning = self.encode(text), list(self.beginning_ids)
+        return ids if ids[: len(beginning)] == beginning else beginning + ids
+
+    @cached_property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """The id that the chat template writes after an answer; empty where it writes none, or there is no template."""
+        answer = "(the answer)"
+        turns = [{"role": "user", "content": "(the question)"}, {"role": "assistant", "content": answer}]
+        for messages in (turns, [{"role": "system", "content": "(the rule)"}, *turns]):
+            try:
+                text = self.render_chat(messages, add_generation_prompt=False)
+            except (RequestError, CheckpointError):  # none, one for other conversations only, or one that does not run
+                continue
+            _, found, after = text.rpartition(answer)
+            if found and (place := next(self._any_special.places(after), None)):
+                return frozenset({self._library.token_to_id(after[slice(*place)])})
+        return frozenset()
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
+        """Text of `ids`, U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the vocabulary."""
+        try:
+            ids = iter(ids)
+        except TypeError:
+            raise RequestError(f"ids are {shown(ids)}; expected a list of token ids") from None
+        return b"".join(self._shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters; b"" for an id that no token has."""
+        try:
+            token_id = operator.index(token_id)
+        except (TypeError, ValueError, RuntimeError):  # the last two: an array or a tensor of several
+            raise RequestError(f"token id is {shown(token_id)}; expected an int below {self.vocab_size}") from None
+        if not 0 <= token_id < self.vocab_size:
+            raise RequestError(f"token id is {shown(token_id)}; expected 0 to {self.vocab_size - 1}")
+        if token_id in self._added:
+            return self._added[token_id].encode()
+        token = self._library.id_to_token(token_id) or ""
+        try:
+            return bytes(_BYTE_OF[character] for character in token)
+        except KeyError:  # not spelled in the byte alphabet: it stands for itself
+            return token.encode()
+
+    def id_of(self, token: str) -> int | None:
+        """The id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe"), or None."""
+        try:
+            return self._library.token_to_id(token)
+        except UnicodeEncodeError:  # a lone surrogate, which no token has
+            return None
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """The prompt's text for messages of {"role": ..., "content": ...}; see ChatTemplate.render."""
+        return self._chat_template.render(messages, tools, add_generation_prompt, **variables)
+
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Ids of `render_chat`'s text in which only the template's own special tokens are special.
+
+        <|im_end|> typed by a user stays text and cannot end a turn. The model's own <tool_call> in an assistant's
+        content does count. Without such strings this is encode(render_chat(...)). Not covered: a token whose halves lie
+        in two fields that a template joins with nothing between (Qwen's never does). Errors as render_chat and encode.
+        """
+        chat, text = self._chat_template.read(messages, tools, add_generation_prompt, **variables)
+        # Strings that look like a token are hidden behind private characters while the template runs: then every token
+        # still in the text is the template's, and what lies between is encoded as text, whole.
+        hidden = dict(zip(self._added.values(), unused_characters(text), strict=False))
+        if len(hidden) < len(self._added):
+            raise RequestError("messages: they use every private character; expected some to be free")
+
+        def hide(value: Any) -> Any:
+            return plain(value, "messages", lambda s: self._any_added.replace(s, hidden))
+
+        guarded = Conversation(hide(chat.messages), hide(chat.tools), hide(chat.variables), chat.add_generation_prompt)
+        for message, original in zip(guarded.messages, chat.messages, strict=True):
+            if original["role"] == "assistant" and original.get("content") is not None:
+                message["content"] = self._any_special.replace(original["content"], hidden)
+        if guarded == chat:
+            return self.encode(text)
+        shown = {ord(character): token for token, character in hidden.items()}
+        rendered = self._chat_template.write(guarded)
+        if rendered.translate(shown) != text:
+            raise RequestError(
+                f"messages: they spell special tokens and the chat template of {self._source} reads or rewrites those; "
+                "expected contents without them, or encode(render_chat(...)) where the contents are trusted"
+            )
+        ids, end = [], 0
+        for start, following in self._any_added.places(rendered):
+            ids += self.encode(rendered[end:start].translate(shown), allow_special=False)
+            ids.append(self._library.token_to_id(rendered[start:following]))
+            end = following
+        return ids + self.encode(rendered[end:].translate(shown), allow_special=False)
+
+    def _shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
+        shown = self.token_bytes(token_id)
+        # operator.index: an id may be a tensor's element, whose hash is not its value's.
+        return b"" if skip_special and operator.index(token_id) in self.special_ids else shown
+
+
+class Detokenizer:
+    """Text of a growing sequence of ids: `add` returns what is now certain, never half a character.
+
+    The pieces joined, `finish` included, equal `tokenizer.decode(ids)` for every sequence of ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token_id: int) -> str:
+        """Text that this id completes, often "". Raises RequestError for an id outside the vocabulary."""
+        return self._utf8.decode(self._tokenizer._shown_bytes(token_id, self._skip_special))
+
+    def finish(self) -> str:
+        """What is still held back, as U+FFFD; after it a new sequence may begin."""
+        rest = self._utf8.decode(b"", final=True)
+        self._utf8.reset()
+        return rest
+
+
+def _spells_bytes(decoder: Any) -> bool:
+    """Whether it is ByteLevel, alone or as a sequence of one."""
+    if isinstance(decoder, decoders.Sequence):
+        return [step.get("type") for step in json.loads(decoder.__getstate__())["decoders"]] == ["ByteLevel"]
+    return isinstance(decoder, decoders.ByteLevel)
+
+
+class _AnyOf:
+    """Finds the tokens of a set in a text, from left to right, the longest that begins at a place. A regular expression
+    of the 14,000 added tokens of a model of speech takes seconds to compile."""
+
+    def __init__(self, tokens: Iterable[str]) -> None:
+        self._tokens = frozenset(tokens)
+        lengths: dict[str, set[int]] = {}
+        for token in self._tokens:
+            lengths.setdefault(token[0], set()).add(len(token))
+        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
+        self._firsts = re.compile("|".join(map(re.escape, lengths)) or "(?!)")  # (?!) matches nowhere
+
+    def places(self, text: str) -> Iterator[tuple[int, int]]:
+        """Where each begins and ends."""
+        end = 0
+        for first in self._firsts.finditer(text):
+            start = first.start()
+            for length in self._lengths[first[0]] if start >= end else ():
+                if (found := text[start : start + length]) in self._tokens:
+                    end = start + len(found)
+                    yield start, end
+                    break
+
+    def replace(self, text: str, by: Mapping[str, str]) -> str:
+        parts, end = [], 0
+        for start, following in self.places(text):
+            parts += text[end:start], by[text[start:following]]
+            end = following
+        return "".join([*parts, text[end:]])
+
+
+def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> list[Any]:
+    values = metadata.get(key)
+    if values is None:
+        raise CheckpointError(f"{source}: {key} is missing; expected a list of {kind.__name__}")
+    if not isinstance(values, Sequence) or isinstance(values, str):
+        raise CheckpointError(f"{source}: {key} is a {type(values).__name__}; expected a list of {kind.__name__}")
+    for n, value in enumerate(values):
+        if not isinstance(value, kind):
+            raise CheckpointError(f"{source}: {key}[{n}] is {shown(value, 40)}; expected {kind.__name__}")
+    return list(values)

@@ -1,0 +1,143 @@
+"""The registry of benchmarks: its byte counts, and that it knows every kernel of the graph."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.tolerances import assert_as_close_as
+
+from qwenkern import Config, kernels
+from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.kernels import reference
+
+QWEN_3B = Config.from_name("qwen2.5-3b")
+TINY = Config(97, 64, 96, 1, 4, 2, 16, max_position_embeddings=128)
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.mark.parametrize(
+    ("name", "megabytes"), [("qkv", 10.5), ("o_proj", 8.4), ("gate_up", 90.2), ("down", 45.1), ("lm_head", 622.3)]
+)
+def test_one_token_reads_the_weights_of_3b(name, megabytes):
+    """By the model card: 2 bytes times rows times columns."""
+    moved = BY_NAME[name].bytes_moved(QWEN_3B, Size(1))
+    assert moved / 1e6 == pytest.approx(megabytes, rel=0.005)
+
+
+def test_attention_reads_the_cache():
+    """36,864 bytes a token over the 36 layers of 3B."""
+    case = BY_NAME["decode_attention"]
+    one, two = (case.bytes_moved(QWEN_3B, Size(1, context=context)) for context in (1000, 2000))
+    assert (two - one) * 36 == 36864 * 1000
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_bytes_are_those_of_the_tensors(case):
+    """Counted again from what goes in and what comes out; the attentions' caches count up to the length."""
+    size = Size(5, context=64, device="cpu")
+    config = QWEN_3B if case.name not in ("lm_head", "lm_head_top_k", "gate_up", "down") else TINY
+    inputs = case.inputs(config, size)
+    outputs = case.run(*inputs)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    moved = case.bytes_moved(config, size)
+    if case.op in (
+        "embedding",
+        "prefill_attention",
+        "norm_qkv_rope",
+        "rope_and_cache",
+        "apply_rope",
+    ):  # more goes in than is read
+        used = {
+            "embedding": 2 * 5 * config.hidden_size * 2,
+            "norm_qkv_rope": sum(
+                each.numel() * 2 for each in inputs[:3] + inputs[4:6] if isinstance(each, torch.Tensor)
+            )
+            + 2 * 5 * (config.hidden_size + config.qkv_size)
+            + 4 * 5 * config.head_dim,
+            "prefill_attention": 2 * 5 * (config.q_size + config.kv_size) * 2,
+        }.get(case.op)
+        used = used or 5 * (
+            2 * 2 * (config.qkv_size - config.kv_size * (case.op == "apply_rope")) + 4 * config.head_dim
+        )
+        assert moved == used
+        return
+    big = [each for each in (*inputs, *outputs) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    counted = sum(each.numel() * each.element_size() for each in big)
+    if case.name in ("lm_head", "lm_head_top_k"):  # the logits are float32; the few best are not worth counting
+        counted -= 0 if case.name == "lm_head" else outputs[0].numel() * 4
+    assert moved == counted
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_inputs_suit_the_op_and_its_twin(case):
+    inputs = case.inputs(TINY, Size(3, context=70, device="cpu"))
+    peers = [each.clone() if isinstance(each, torch.Tensor) else each for each in inputs]
+    wide = [each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in peers]
+    out, peer, truth = case.run(*inputs), getattr(reference, case.op)(*peers), getattr(reference, case.op)(*wide)
+    if isinstance(out, tuple):
+        out, peer, truth = out[0], peer[0], truth[0]
+    assert_as_close_as(out, peer, truth)
+
+
+def test_every_op_has_a_case():
+    assert {case.op for case in CASES} == set(kernels.__all__)
+
+
+GRAPH = """
+import torch
+from dataclasses import replace
+from qwenkern import Config
+from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.benchmarks.machine_code import launches
+from qwenkern.cache import Batch
+from qwenkern.qwen2 import Qwen2
+
+config = replace(Config.from_name("qwen2.5-3b"), num_hidden_layers=2)
+shape = lambda *sizes, dtype=torch.bfloat16: torch.empty(sizes, dtype=dtype, device="meta")
+
+class Cache:
+    k = v = shape(2, 128, 64, config.num_key_value_heads, config.head_dim)
+    class rope:
+        cos_sin = shape(8192, config.head_dim, dtype=torch.float32)
+
+def name(launch):
+    return launch.name, launch.grid, launch.kernel.metadata.shared, launch.kernel.metadata.num_warps
+
+def graph(tokens, sequences):
+    integers = lambda *sizes: shape(*sizes, dtype=torch.int32)
+    batch = Batch(integers(tokens).long(), integers(tokens).long(), integers(tokens).long(), integers(sequences, 128),
+                  integers(sequences), integers(sequences + 1), tokens == sequences)
+    model = Qwen2(config, torch.bfloat16, torch.device("meta"))
+    rows = torch.zeros(sequences, dtype=torch.int64, device="meta")
+    return {name(each) for each in launches("sm_90", lambda: model(batch, Cache, rows))}
+
+def cases(tokens):
+    return {
+        name(each)
+        for case in CASES
+        for each in launches("sm_90", lambda: case.run(*case.inputs(config, Size(tokens, device="meta"))))
+    }
+
+known = {tokens: cases(tokens) for tokens in (1, 16, 512)}
+for tokens, sequences in ((1, 1), (16, 16), (512, 1)):
+    unknown = {each[0] for each in graph(tokens, sequences) - known[tokens] - known[sequences]}
+    print(tokens, sorted(unknown), sorted({each[0] for each in graph(tokens, sequences)}))
+"""
+
+
+def test_the_cases_launch_every_kernel_of_the_graph(compiling):
+    done = subprocess.run([sys.executable, "-c", GRAPH], capture_output=True, text=True, env=compiling, check=False)
+    assert done.returncode == 0, done.stderr
+    decode = (
+        "['_combine_kernel', '_decode_attention_kernel', '_linear_kernel', '_lm_head_kernel', '_norm_qkv_rope_kernel']"
+    )
+    prefill = "['_lm_head_kernel', '_prefill_attention_kernel', '_rms_norm_kernel', '_rope_kernel', '_swiglu_kernel']"
+    # the first layer begins the residual stream, so its norm adds nothing and needs less memory
+    assert done.stdout.splitlines() == [
+        f"1 ['_norm_qkv_rope_kernel'] {decode}",
+        f"16 ['_norm_qkv_rope_kernel'] {decode}",
+        f"512 [] {prefill}",
+    ]

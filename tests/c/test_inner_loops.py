@@ -1,0 +1,93 @@
+"""The inner loops of the C ops keep their sums in registers, on each target that a compiler here builds for."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from c import emulated, inner_loops
+
+from qwenkern.kernels.c import compiler, targets
+
+# Functions whose inner loops may use the stack, and why that costs little. All others may not.
+EXCEPTIONS = {
+    "few_tokens|many_tokens": "behind the product: the end of a row is a part of a register, which goes through memory",
+    "silu_mul": "AVX2 has 16 registers, fewer than the constants of exp and of rounding: they are read from the stack",
+}
+
+
+@pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
+def test_sums_stay_in_registers(target: targets.Target, tmp_path: Path) -> None:
+    loops = inner_loops.loops(*_built(target, compiler.FLAGS, [*compiler.SOURCES.glob("*.c")], tmp_path))
+    spilled = [loop for loop in loops if loop.stack_moves and not _excepted(loop.function)]
+    assert not spilled, "; ".join(map(str, spilled))
+    for hot in ("dots_", "multiply_"):  # under these names, so that they are what was looked at
+        assert any(loop.function.startswith(hot) for loop in loops), f"no function is called {hot}..."
+
+
+SUMS = """
+typedef float narrow __attribute__((vector_size(16)));
+typedef float wide __attribute__((vector_size(64)));
+void fits(narrow *out, const narrow *a, const narrow *b, long count) {
+    narrow sum = {0};
+    for (long k = 0; k < count; k++) sum += a[k] * b[k];
+    *out = sum;
+}
+void too_wide(wide *out, const wide *a, const wide *b, long count) {
+    wide sum = {0};
+    for (long k = 0; k < count; k++) sum += a[k] * b[k];
+    *out = sum;
+}
+void too_many(narrow *out, const narrow *a, const narrow *b, long count) {
+    narrow sums[40] = {0};
+    for (long k = 0; k < count; k++)
+#pragma GCC unroll 40
+        for (int i = 0; i < 40; i++) sums[i] += a[k] * b[k * 40 + i];
+    for (int i = 0; i < 40; i++) out[i] = sums[i];
+}
+"""
+
+
+@pytest.mark.parametrize("name", ["x86-64-v3", "armv8.2-dotprod"])
+def test_sums_on_the_stack_are_found(name: str, tmp_path: Path) -> None:
+    """Forty sums, more than there are registers; and in gcc's code vectors that are wider than registers."""
+    target = next(target for target in targets.TARGETS if target.name == name)
+    source = tmp_path / "sums.c"
+    source.write_text(SUMS)
+    flags = ("-O3", "-ffp-contract=fast", "-shared", "-fPIC")
+    loops = inner_loops.loops(*_built(target, flags, [source], tmp_path))
+    found = {loop.function for loop in loops if loop.stack_moves}
+    assert {loop.function for loop in loops} == {"fits", "too_wide", "too_many"}
+    assert "fits" not in found
+    assert "too_many" in found
+    assert "too_wide" in found or not _is_gcc(target)
+
+
+def _is_gcc(target: targets.Target) -> bool:
+    command = compiler.command() if target.machine == targets.machine() else [emulated.COMPILER]
+    said = subprocess.run([*command, "--version"], capture_output=True, text=True, check=True).stdout
+    return "Free Software Foundation" in said
+
+
+def _excepted(function: str) -> bool:
+    return any(re.match(rf"({names})(\.|$)", function) for names in EXCEPTIONS)
+
+
+def _built(target: targets.Target, flags: tuple[str, ...], sources: list[Path], folder: Path) -> tuple[Path, str]:
+    """A library, and the objdump that reads it."""
+    is_native = target.machine == targets.machine()
+    if not is_native and target.machine != "aarch64":
+        pytest.skip(f"no compiler for {target.machine} is asked for here")
+    command = compiler.command() if is_native else [emulated.COMPILER]
+    objdump = "objdump" if is_native else "aarch64-linux-gnu-objdump"
+    missing = [program for program in (command[0], objdump) if not shutil.which(program)]
+    if missing:
+        required = not is_native and os.environ.get("QWENKERN_REQUIRE_ARM") == "1"
+        (pytest.fail if required else pytest.skip)(f"needs {' and '.join(missing)}")
+    library = folder / "library.so"
+    subprocess.run([*command, *flags, *target.flags, *map(str, sources), "-o", str(library), "-lm"], check=True)
+    return library, objdump

@@ -1,0 +1,486 @@
+"""The ops in C against float64 and against torch in the same dtype, and the tape."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from c import emulated
+from support.tolerances import assert_as_close_as
+
+from qwenkern import kernels
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import dispatch, reference
+from qwenkern.kernels.c import build, choose, tape, targets
+
+EPS = 1e-6
+
+
+# The fixed targets that this processor has, and vectors of 4 floats, the narrowest. Each with the distance in bytes at
+# which weights are prefetched, so that the tests run both ways of it.
+VARIANTS = {target.name: 0 if target.floats else 4096 for target in targets.TARGETS} | {"narrow": 0}
+
+
+@pytest.fixture(autouse=True, params=VARIANTS)
+def in_c(request, monkeypatch):
+    name = request.param
+    if name == "narrow":
+        if targets.machine() != "x86_64":
+            pytest.skip("vectors have one width here")
+        monkeypatch.setenv("CC", "gcc -mno-avx")
+    elif name in emulated.PROCESSORS and targets.machine() == "x86_64":
+        emulated.use(name, request, monkeypatch)
+    elif name not in [target.name for target in targets.usable()]:
+        pytest.skip(f"this processor does not have what {name} needs")
+    monkeypatch.setenv(targets.FORCED, "native" if name == "narrow" else name)
+    monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
+    monkeypatch.setattr(choose, "prefetch", lambda *_: VARIANTS[name])
+    monkeypatch.setattr(choose, "multiplies", lambda *_: True)
+    build.forget()
+    assert c_backend.library() is not None
+    yield
+    build.forget()
+
+
+def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+
+
+@pytest.mark.parametrize("tokens", [*range(1, c_backend.MAX_TOKENS + 1), 17, 18, 21, 64, 100])
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (7, 64), (1152, 896), (130, 4864), (131, 2048)])
+def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
+    x, residual, norm = tensor(tokens, k, seed=0), tensor(tokens, k, seed=1), tensor(k, seed=2)
+    w, up = tensor(n, k, seed=3, scale=k**-0.5), tensor(n, k, seed=4, scale=k**-0.5)
+    bias, addend = tensor(n, seed=5), tensor(tokens, n, seed=6)
+
+    def compare(call, expected, *args):
+        out = call()
+        truth = expected(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+        assert_as_close_as(out, expected(*args), truth)
+
+    compare(lambda: c_backend.linear(x, w, bias=bias, addend=addend)[0], reference.linear, x, w, bias, addend)
+    normed = {"residual": residual, "norm_weight": norm, "eps": EPS}
+    compare(
+        lambda: c_backend.linear(x, w, bias=bias, **normed)[0],
+        lambda *args: reference.norm_linear(*args)[0],
+        *(x, residual, norm, EPS, w, bias),
+    )
+    compare(
+        lambda: c_backend.linear(x, w, up=up, **normed)[0],
+        lambda *args: reference.norm_swiglu_linear(*args)[0],
+        *(x, residual, norm, EPS, torch.cat((w, up))),
+    )
+    compare(
+        lambda: c_backend.linear(x, w, out_dtype=torch.float32, **normed)[0],
+        reference.lm_head,
+        *(x, residual, norm, EPS, w),
+    )
+    assert torch.equal(c_backend.linear(x, w, **normed)[1], residual + x)
+    assert c_backend.linear(x, w)[1] is x
+
+
+@pytest.mark.parametrize("k", [96, 896, 2048, 4864])
+def test_a_tokens_bits_depend_on_neither_batch_nor_threads(k: int) -> None:
+    x, w = tensor(c_backend.MAX_TOKENS, k, seed=0), tensor(131, k, seed=1)
+    together = c_backend.linear(x, w)[0]
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        for row in range(len(x)):
+            assert torch.equal(c_backend.linear(x[row : row + 1], w)[0][0], together[row])
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_scratch_memory_does_not_follow_torchs_defaults() -> None:
+    x, w = tensor(300, 896, seed=0), tensor(70, 896, seed=1)
+    expected = c_backend.linear(x, w)[0]
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"):
+            tape._recording.__dict__.pop("scratch", None)
+            out = c_backend.linear(x, w)[0]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(out, expected)
+
+
+def test_rows_may_have_any_stride() -> None:
+    x, w = tensor(3, 200, seed=0)[:, :64], tensor(9, 100, seed=1)[:, :64]
+    assert torch.equal(c_backend.linear(x, w)[0], c_backend.linear(x.contiguous(), w.contiguous())[0])
+
+
+def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
+    """q, pages in a shuffled order with NaN in every token that nobody may read, block tables, lengths."""
+    pages_of = [-(-length // 16) for length in lengths]
+    order = torch.randperm(sum(pages_of), generator=torch.Generator().manual_seed(1)).int().split(pages_of)
+    tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
+    k, v = (tensor(sum(pages_of), 16, kv_heads, dim, seed=seed) for seed in (2, 3))
+    for row, (length, pages) in enumerate(zip(lengths, order, strict=True)):
+        tables[row, : len(pages)] = pages
+        k[pages[-1], (length - 1) % 16 + 1 :] = v[pages[-1], (length - 1) % 16 + 1 :] = torch.nan
+    return tensor(len(lengths), heads, dim, seed=4, scale=2.0), k, v, tables, torch.tensor(lengths, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32), (16, 1, 96)])
+def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+    lengths = [1, 15, 16, 17, 255, 256, 257, 1000]
+    q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim)
+    assert c_backend.takes_heads(q, k)
+    out = c_backend.decode_attention(q, k, v, tables, counts, dim**-0.5)
+    expected = reference.decode_attention(q, k, v, tables, counts, dim**-0.5)
+    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, dim**-0.5)
+    assert_as_close_as(out, expected, truth)
+    for row in range(len(lengths)):
+        alone = c_backend.decode_attention(
+            *(q[row : row + 1], k, v, tables[row : row + 1], counts[row : row + 1], dim**-0.5)
+        )
+        assert torch.equal(alone[0], out[row])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (3, 3, 64), (16, 1, 128)])
+def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+    """Whole prompts, chunks behind a cached prefix, single tokens, and a sequence without a query."""
+    lengths, counts = [1, 63, 64, 65, 300, 700, 200, 130], [1, 63, 64, 65, 300, 37, 1, 0]
+    _, k, v, tables, ends = cached(lengths, heads, kv_heads, dim)
+    starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
+    q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0)[:, :-8].unflatten(1, (heads, dim))
+    assert c_backend.takes_prefill(q, k)
+    out = c_backend.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
+    expected = reference.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
+    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, ends, starts, dim**-0.5)
+    assert_as_close_as(out, expected, truth)
+    for row, (first, last) in enumerate(pairwise(starts.tolist())):
+        if first < last:
+            mine = (tables[row : row + 1], ends[row : row + 1], torch.tensor([0, last - first]))
+            assert torch.equal(c_backend.prefill_attention(q[first:last], k, v, *mine, dim**-0.5), out[first:last])
+
+
+def test_queries_far_apart_do_not_overflow() -> None:
+    _, k, v, tables, lengths = cached([300], 14, 2, 64)
+    q, starts = tensor(300, 14, 64, seed=6, scale=200.0), torch.tensor([0, 300])
+    out = c_backend.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
+    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, lengths, starts, 1.0)
+    assert_as_close_as(out, reference.prefill_attention(q, k, v, tables, lengths, starts, 1.0), truth)
+
+
+def test_a_block_table_may_be_part_of_a_wider_one() -> None:
+    q, k, v, tables, counts = cached([40, 70], 14, 2, 64)
+    wider = torch.cat((tables, torch.full((2, 11), 1 << 30, dtype=torch.int32)), dim=1)[:, : tables.shape[1]]
+    expected = c_backend.decode_attention(q, k, v, tables, counts, 0.125)
+    assert torch.equal(c_backend.decode_attention(q, k, v, wider, counts, 0.125), expected)
+
+
+def test_a_key_that_is_no_number_is_not_hidden() -> None:
+    q, k, v, tables, counts = cached([40, 70], 14, 2, 64)
+    k[tables[1, 0], 3, 1, 5] = torch.nan
+    starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+    expected = torch.zeros(2, 14, dtype=torch.bool)
+    expected[1, 7:] = True  # the heads of the second key-value head
+    for out in (
+        c_backend.decode_attention(q, k, v, tables, counts, 0.125),
+        c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+    ):
+        assert torch.equal(out.isnan().all(-1), expected)
+        assert torch.equal(out.isnan().any(-1), expected)
+
+
+def softmax_attention(q, k, v, tables, counts, scale: float) -> torch.Tensor:
+    """decode_attention in float64, as the formula has it."""
+    rows = []
+    for query, table, count in zip(q.double(), tables.long(), counts.tolist(), strict=True):
+        keys, values = (pages.double()[table].flatten(0, 1)[:count] for pages in (k, v))
+        group = len(query) // keys.shape[1]
+        keys, values = (each.repeat_interleave(group, dim=1) for each in (keys, values))
+        weights = torch.einsum("hd,thd->ht", query, keys).mul(scale).softmax(-1)
+        rows.append(torch.einsum("ht,thd->hd", weights, values))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("where", ["q", "k", "v"])
+def test_attention_is_as_finite_as_its_formula(where: str, value: float) -> None:
+    """One such number among those that are seen, in a first block of tokens and in a later one."""
+    for token in (3, 150):
+        q, k, v, tables, counts = cached([40, 200], 14, 2, 64)
+        if where == "q":
+            q[1, 9, 5] = value
+        else:
+            {"k": k, "v": v}[where][tables[1, token // 16], token % 16, 1, 5] = value
+        truth = softmax_attention(q, k, v, tables, counts, 0.125)
+        starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+        for out in (
+            c_backend.decode_attention(q, k, v, tables, counts, 0.125),
+            c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+        ):
+            assert_same_where_not_finite(out, truth)
+
+
+def test_a_block_of_keys_that_weigh_nothing_hides_no_other() -> None:
+    """All scores of the first block are -infinity, as they are before anything is seen."""
+    q, k, v, tables, counts = cached([200, 200], 14, 2, 64)
+    q[:, :, 5] = 1.0
+    for length in (64, 128, 200):
+        k[tables[1].long().repeat_interleave(16)[:length], torch.arange(length) % 16, :, 5] = -torch.inf
+        truth = softmax_attention(q, k, v, tables, counts, 0.125)
+        assert truth[1].isnan().all() == (length == 200)
+        starts = torch.tensor([0, 1, 2], dtype=torch.int32)
+        for out in (
+            c_backend.decode_attention(q, k, v, tables, counts, 0.125),
+            c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+        ):
+            assert_same_where_not_finite(out, truth)
+
+
+def assert_same_where_not_finite(out: torch.Tensor, truth: torch.Tensor) -> None:
+    """NaN and the infinities stand in the same places; what else there is, is close."""
+    out, truth = out.double(), truth.double()
+    for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+        assert torch.equal(kind(out), kind(truth)), kind.__name__
+    finite = truth.isfinite()
+    assert_as_close_as(out[finite].bfloat16(), truth[finite].bfloat16(), truth[finite])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+@pytest.mark.parametrize("tokens", [3, 21])
+def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float) -> None:
+    """One such number in each argument of each op."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    x, residual, norm, w = (
+        tensor(tokens, 96, seed=0),
+        tensor(tokens, 96, seed=1),
+        tensor(96, seed=2),
+        tensor(14, 96, seed=3),
+    )
+    bias, addend, heads = tensor(14, seed=4), tensor(tokens, 14, seed=5), tensor(tokens, 3, 32, seed=6)
+    calls = {
+        "linear": (x, w, bias, addend),
+        "norm_linear": (x, residual, norm, EPS, w, bias),
+        "norm_swiglu_linear": (x, residual, norm, EPS, w),
+        "lm_head": (x, residual, norm, EPS, w),
+        "add_rms_norm": (x, residual, norm, EPS),
+        "rms_norm": (x, norm, EPS),
+        "silu_mul": (x, residual),
+        "apply_rope": (heads, heads + 1, angles(tokens, 32), torch.arange(tokens)),
+        "embedding": (torch.arange(tokens) % 14, w),
+    }
+    for name, given in calls.items():
+        for place, spoiled in enumerate(given):
+            if not isinstance(spoiled, torch.Tensor) or not spoiled.is_floating_point():
+                continue
+            args = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
+            args[place].view(-1)[args[place].numel() // 2 + 1] = value
+            outs, expected = getattr(kernels, name)(*args), getattr(reference, name)(*args)
+            for out, peer in zip(
+                *(each if isinstance(each, tuple) else (each,) for each in (outs, expected)), strict=True
+            ):
+                for kind in (torch.isnan, torch.isposinf, torch.isneginf):
+                    assert torch.equal(kind(out), kind(peer)), (name, place, kind.__name__)
+
+
+def test_zeros_keep_their_sign() -> None:
+    x = tensor(3, 64, seed=0)
+    x[:, ::2] = -0.0
+    weight, tiny = tensor(64, seed=1), torch.full((3, 64), 1e-39).bfloat16()  # subnormal
+    for name, args in {"rms_norm": (x, weight, EPS), "silu_mul": (x, tiny + 1)}.items():
+        out, expected = getattr(c_backend, name)(*args), getattr(reference, name)(*args)
+        assert torch.equal(out.signbit(), expected.signbit())
+        assert torch.equal(out == 0, expected == 0)
+    assert torch.equal(c_backend.rms_norm(tiny, weight, EPS), reference.rms_norm(tiny, weight, EPS))
+
+
+def test_scores_far_apart_do_not_overflow() -> None:
+    q, k, v, tables, counts = cached([300], 14, 2, 64)
+    q = q * 100
+    out = c_backend.decode_attention(q, k, v, tables, counts, 1.0)
+    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, 1.0)
+    assert_as_close_as(out, reference.decode_attention(q, k, v, tables, counts, 1.0), truth)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32)])
+def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+    qkv = tensor(5, (heads + 2 * kv_heads) * dim + 8, seed=0)[:, :-8]
+    cos_sin = angles(64, dim)
+    positions, slots = torch.tensor([3, 0, 63, 9, 9]), torch.tensor([31, 2, 0, 17, 5])
+    pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
+    out = c_backend.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
+    same, wide = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.float64)
+    expected = reference.rope_and_cache(qkv, positions, cos_sin, *same, slots)
+    truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), *wide, slots)
+    assert_as_close_as(out, expected, truth)
+    assert_as_close_as(pages[0], same[0], wide[0])
+    assert torch.equal(pages[1], same[1])
+
+
+def as_close_as_torch(name: str, *args, threads: int = 2):
+    """The op in C, whose bits may not depend on the number of threads."""
+    outs, expected = getattr(c_backend, name)(*args), getattr(reference, name)(*args)
+    truths = getattr(reference, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        again = getattr(c_backend, name)(*args)
+    finally:
+        torch.set_num_threads(before)
+    for all_of_it in zip(*(x if isinstance(x, tuple) else (x,) for x in (outs, expected, truths, again)), strict=True):
+        out, peer, truth, other = all_of_it
+        assert out.is_contiguous()
+        assert_as_close_as(out, peer, truth)
+        assert torch.equal(out, other)
+    return outs
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (3, 896), (2, 5, 2048), (300, 896), (896,)], ids=str)
+def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
+    x, residual, weight = tensor(*shape, seed=0), tensor(*shape, seed=1, scale=3.0), tensor(shape[-1], seed=2)
+    assert c_backend.takes_norm(x)
+    as_close_as_torch("rms_norm", x, weight, EPS)
+    _, new_residual = as_close_as_torch("add_rms_norm", x, residual, weight, EPS)
+    assert torch.equal(new_residual, residual + x)
+    tiny = x * 1e-4
+    as_close_as_torch("rms_norm", tiny, weight, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (1, 4864), (5, 77), (2, 3, 2049), (100, 896), (33,)], ids=str)
+def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
+    gate_up = tensor(*shape[:-1], 2 * shape[-1], seed=0, scale=4.0)
+    assert c_backend.takes_gate(gate_up)
+    out = as_close_as_torch("swiglu", gate_up)
+    gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
+    assert torch.equal(as_close_as_torch("silu_mul", gate, up), out)
+
+
+def test_silu_far_from_zero() -> None:
+    gate = torch.tensor([-300.0, -89.0, -88.0, -20.0, -0.0, 0.0, 20.0, 300.0, torch.inf, torch.nan]).bfloat16()
+    expected = torch.nn.functional.silu(gate)
+    torch.testing.assert_close(
+        c_backend.silu_mul(gate, torch.ones_like(gate)), expected, rtol=0, atol=1e-30, equal_nan=True
+    )
+
+
+def test_rows_of_norms_and_swiglu_may_have_any_stride() -> None:
+    x, residual, weight = tensor(5, 70, seed=0)[:, 3:67], tensor(5, 64, seed=1), tensor(64, seed=2)
+    dense = x.contiguous()
+    assert torch.equal(c_backend.rms_norm(x, weight, EPS), c_backend.rms_norm(dense, weight, EPS))
+    for mixed, plain in zip(
+        c_backend.add_rms_norm(x, residual, weight, EPS),
+        c_backend.add_rms_norm(dense, residual, weight, EPS),
+        strict=True,
+    ):
+        assert torch.equal(mixed, plain)
+    assert torch.equal(c_backend.silu_mul(x, residual), c_backend.silu_mul(dense, residual))
+    assert torch.equal(c_backend.swiglu(x), c_backend.swiglu(dense))
+    turned = tensor(4, 3, 64, seed=3).transpose(0, 1)
+    assert torch.equal(c_backend.rms_norm(turned, weight, EPS), c_backend.rms_norm(turned.contiguous(), weight, EPS))
+
+
+def angles(context: int, dim: int) -> torch.Tensor:
+    """A table of cosines and sines."""
+    radians = torch.rand(context, dim // 2, generator=torch.Generator().manual_seed(1)) * 6.3
+    return torch.cat((radians.cos(), radians.sin()), dim=-1)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32), (3, 1, 96)])
+@pytest.mark.parametrize("tokens", [1, 5, 64])
+def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_heads: int, dim: int) -> None:
+    packed = tensor(tokens, (heads + kv_heads) * dim + 8, seed=0)[:, :-8].unflatten(1, (-1, dim))
+    q, k = packed.split((heads, kv_heads), dim=1)
+    cos_sin, positions = angles(100, dim), torch.arange(tokens).flip(0) + 20
+    assert c_backend.takes_rope(q)
+    out = c_backend.apply_rope(q, k, cos_sin, positions)
+    expected = reference.apply_rope(q, k, cos_sin, positions)
+    truth = reference.apply_rope(q.double(), k.double(), cos_sin.double(), positions)
+    for mine, peer, exact in zip(out, expected, truth, strict=True):
+        assert mine.is_contiguous()
+        assert_as_close_as(mine, peer, exact)
+    backwards = c_backend.apply_rope(q, k, cos_sin, positions, inverse=True)
+    mirrored = torch.cat((cos_sin[:, : dim // 2], -cos_sin[:, dim // 2 :]), dim=-1)
+    turned = q.transpose(0, 1).contiguous().transpose(0, 1)  # heads that are not dense
+    for mine, peer in zip(backwards, c_backend.apply_rope(turned, k, mirrored, positions), strict=True):
+        assert torch.equal(mine, peer)
+
+
+def test_the_public_ops_run_in_c(monkeypatch) -> None:
+    """Nothing else can be recorded."""
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    x, weight, heads = tensor(3, 64, seed=0), tensor(64, seed=1), tensor(3, 2, 32, seed=2)
+    calls = {
+        "rms_norm": (x, weight, EPS),
+        "add_rms_norm": (x, x, weight, EPS),
+        "silu_mul": (x, x),
+        "swiglu": (x,),
+        "apply_rope": (heads, heads, angles(8, 32), torch.tensor([7, 0, 3])),
+    }
+    for name, args in calls.items():
+        tape = c_backend.Tape()
+        with tape.record():
+            recorded = getattr(kernels, name)(*args)
+        tape.replay()
+        direct = getattr(c_backend, name)(*args)
+        for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (recorded, direct)), strict=True):
+            assert torch.equal(one, other)
+
+
+def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
+    assert c_backend.takes_linear(tensor(1, 32, seed=0))
+    assert not c_backend.takes_norm(tensor(1, 24, seed=0))
+    assert not c_backend.takes_rope(tensor(1, 2, 48, seed=0))
+    assert not c_backend.takes_gate(torch.zeros(1, 32))
+    for other in (tensor(1, 24, seed=0), torch.zeros(1, 32)):
+        assert not c_backend.takes_linear(other)
+    monkeypatch.setenv("QWENKERN_KERNELS", "reference")
+    assert not c_backend.takes_linear(tensor(1, 32, seed=0))
+
+
+def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
+    w, ids = tensor(8, 64, seed=1), torch.tensor([3, 1])
+    tape = c_backend.Tape()
+    with tape.record():
+        out = c_backend.linear(c_backend.embedding(ids, w), w)[0][:, :4]
+    for chosen in ([3, 1], [0, 7]):
+        ids.copy_(torch.tensor(chosen))
+        tape.replay()
+        assert torch.equal(out, c_backend.linear(w[ids], w)[0][:, :4])
+    assert not c_backend.is_recording()
+
+
+def test_a_tape_may_be_what_first_needs_the_functions(monkeypatch) -> None:
+    """They are loaded, and what is not yet known is measured, while it records."""
+    monkeypatch.undo()
+    monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
+    monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
+    monkeypatch.setattr(choose, "remembered", lambda *_: None)
+    monkeypatch.setattr(choose, "remember", lambda *_: None)
+    few, many = tensor(2, 64, seed=0), tensor(c_backend.MAX_TOKENS + 1, 64, seed=1)
+    build.forget()
+    tape = c_backend.Tape()
+    with tape.record():
+        assert isinstance(c_backend.takes_linear(many), bool)
+        out = c_backend.linear(few, few)[0]
+    tape.replay()
+    assert torch.equal(out, c_backend.linear(few, few)[0])
+
+
+@pytest.mark.parametrize("compute", [lambda x: x + 1, lambda x: x.float(), lambda x: x.sum().item()])
+def test_a_tape_refuses_what_torch_computes(compute: Callable) -> None:
+    x = tensor(2, 64, seed=0)
+    with pytest.raises(c_backend.NotRecordable, match=r"is not in C"), c_backend.Tape().record():
+        compute(x)
+    assert not c_backend.is_recording()
+    assert c_backend.linear(x, x)[0].isfinite().all()
+
+
+def test_a_tape_of_the_other_ops_matches_them() -> None:
+    q, k, v, tables, lengths = cached([70, 300], 14, 2, 64)
+    positions, slots = torch.tensor([69, 299]), torch.tensor([5, 9])
+    qkv, cos_sin = tensor(2, 18 * 64, seed=7), torch.rand(512, 64)
+    tape, pages, others = c_backend.Tape(), torch.zeros_like(k), torch.zeros_like(k)
+    with tape.record():
+        out = c_backend.decode_attention(q, k, v, tables, lengths, 0.125)
+        rotated = c_backend.rope_and_cache(qkv, positions, cos_sin, pages, others, slots)
+    tape.replay()
+    assert torch.equal(out, c_backend.decode_attention(q, k, v, tables, lengths, 0.125))
+    again = torch.zeros_like(k), torch.zeros_like(k)
+    assert torch.equal(rotated, c_backend.rope_and_cache(qkv, positions, cos_sin, *again, slots))
+    assert torch.equal(pages, again[0])
+    assert torch.equal(others, again[1])

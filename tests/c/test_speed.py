@@ -1,0 +1,99 @@
+"""Ours against torch's own, in one process and in turns: a ratio, so that a slow machine is slow for both.
+
+The bounds are far from what is measured (docs/performance.md): they notice what is broken, not what is noisy."""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import pytest
+import torch
+
+from qwenkern import Config
+from qwenkern.cache import BlockTable, PagedCache
+from qwenkern.engine.decode import DecodeSteps
+from qwenkern.engine.generate import forward
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import decode_attention, dispatch
+from qwenkern.qwen2 import Qwen2, initialise
+
+# the 0.5B size, with fewer layers and words: 118 MB of weights, more than a core's caches
+CONFIG = Config(
+    vocab_size=32000,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=2,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    head_dim=64,
+    max_position_embeddings=16384,
+)
+pytestmark = [pytest.mark.xdist_group("speed"), pytest.mark.processor]
+
+
+@pytest.fixture
+def in_c(monkeypatch):
+    monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    if not c_backend.takes_linear(torch.ones(1, 64, dtype=torch.bfloat16)):
+        pytest.skip("no C compiler here, so torch runs both sides")
+
+
+@pytest.fixture
+def model():
+    made = Qwen2(CONFIG, torch.bfloat16, torch.device("cpu"))
+    initialise(made, 0)
+    return made
+
+
+def test_a_decode_step_is_faster_than_torchs(in_c, monkeypatch, model):
+    cache = PagedCache(CONFIG, 512, torch.bfloat16, torch.device("cpu"))
+    table = BlockTable()
+    forward(model, cache, [(table, list(range(200)))])
+    steps = DecodeSteps(model, cache)
+
+    def step(captured):
+        table.length = 200
+        forward(model, cache, [(table, [7])], [0], captured)
+
+    assert _ratio(monkeypatch, ours=lambda: step(steps), torchs=lambda: step(None)) > 1.25
+
+
+def test_prefill_is_not_slower_than_torchs(in_c, monkeypatch, model):
+    if not c_backend.multiplies():
+        pytest.skip("without products of bfloat16 in the vector unit, many tokens run on torch anyway")
+    cache = PagedCache(CONFIG, 512, torch.bfloat16, torch.device("cpu"))
+
+    def prefill():
+        forward(model, cache, [(table := BlockTable(), list(range(256)))], [255])
+        cache.release(table)
+
+    assert _ratio(monkeypatch, ours=prefill, torchs=prefill, rounds=5) > 0.9
+
+
+def test_attention_over_a_long_cache_does_not_copy_it(in_c, monkeypatch):
+    """8,192 cached tokens: the twin gathers them into a tensor first."""
+    k_pages, v_pages = (torch.randn(128, 64, 2, 64).bfloat16() for _ in range(2))
+    tables, lengths = torch.randperm(128, dtype=torch.int32)[None], torch.tensor([8192], dtype=torch.int32)
+    q = torch.randn(1, 14, 64).bfloat16()
+
+    def attend():
+        decode_attention(q, k_pages, v_pages, tables, lengths, 0.125)
+
+    assert _ratio(monkeypatch, ours=attend, torchs=attend) > 1.25
+
+
+def _ratio(monkeypatch, ours, torchs, rounds=9):
+    """torch's time over ours: the median of rounds of one reading each, so that what else runs here meets both."""
+
+    def seconds(function, kernels):
+        monkeypatch.setenv("QWENKERN_KERNELS", kernels)
+        started = time.perf_counter()
+        function()
+        return time.perf_counter() - started
+
+    seconds(ours, "triton"), seconds(torchs, "reference")
+    ratios = [seconds(torchs, "reference") / seconds(ours, "triton") for _ in range(rounds)]
+    print(f"torch's over ours: {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    return statistics.median(ratios)

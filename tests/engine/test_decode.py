@@ -1,0 +1,354 @@
+"""The captured decode step: the same text as without, on whatever device, and no waiting on the critical path."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import TINY, tiny_model
+from support.toy_tokenizer import byte_tokenizer
+
+from qwenkern import NonFiniteError, SamplingParams
+from qwenkern.engine.decode import Cpu, DecodeStep, DecodeSteps
+from qwenkern.engine.generate import Limits, generate
+from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import dispatch, waits_for_host
+
+PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
+pytestmark = pytest.mark.processor
+IN_C = replace(TINY, intermediate_size=192)  # a multiple of what C reads at once
+
+
+@pytest.fixture
+def in_c(monkeypatch):
+    monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
+    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+
+
+class Fake:
+    """A GPU's part played by torch on a CPU: steps are recorded as they are launched, and run when they are read."""
+
+    ahead = 1
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.sizes: list[int] = []
+        self._queue: list = []
+        self.running = False
+
+    def size(self, sequences: int) -> int:
+        return -(-sequences // 4) * 4
+
+    def capture(self, function):
+        out = function()
+        self.sizes.append(len(out))
+
+        def replay() -> None:
+            self.log.append("launch")
+            self._queue.append(lambda: out.copy_(function()))
+            if out.is_floating_point():  # logits, which the host looks at next
+                self.run_until(lambda: False)
+
+        return replay, out
+
+    def upload(self, target, values) -> None:
+        values = torch.tensor(values, dtype=target.dtype)
+        self._queue.append(lambda: target.copy_(values))
+
+    def download(self, source):
+        arrived: list[list[int]] = []
+        self._queue.append(lambda: arrived.append(source.tolist()))
+
+        def read() -> list[int]:
+            self.log.append("read")
+            self.run_until(lambda: arrived)
+            return arrived[0]
+
+        return read
+
+    def run_until(self, done) -> None:
+        self.running = True
+        with torch.inference_mode():
+            while self._queue and not done():
+                self._queue.pop(0)()
+        self.running = False
+
+
+class NotCaptured(Cpu):
+    def run_until(self, done) -> None:
+        """Nothing is queued."""
+
+    def size(self, sequences: int) -> None:
+        return None
+
+
+def with_device(model, device):
+    model._steps = DecodeSteps(model.module, model.cache, device)
+    return model
+
+
+def ids_of(completions):
+    return [completion.token_ids for completion in completions]
+
+
+@pytest.fixture
+def plain():
+    model = tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size))
+    return with_device(model, NotCaptured())
+
+
+@pytest.fixture
+def ahead(monkeypatch):
+    load = DecodeStep.load
+
+    def in_order(step, batch):  # a GPU runs torch's own operations in order with what was launched
+        step._device.run_until(lambda: False)
+        load(step, batch)
+
+    monkeypatch.setattr(DecodeStep, "load", in_order)
+    return with_device(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size)), Fake())
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0},
+        {"temperature": 0.9, "seed": 1},
+        {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 2},
+        {"temperature": 0.8, "seed": 3, "n": 3},
+        {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2},
+    ],
+)
+def test_the_text_is_that_of_steps_not_captured(ahead, plain, how):
+    expected = plain.generate(PROMPTS, max_tokens=40, ignore_eos=True, **how)
+    assert ids_of(ahead.generate(PROMPTS, max_tokens=40, ignore_eos=True, **how)) == ids_of(expected)
+    assert ahead.cache.num_free_tokens == ahead.cache.num_tokens
+
+
+def test_a_step_is_launched_before_the_last_one_is_read(ahead):
+    log = ahead._steps._device.log
+    ahead.generate(PROMPTS[1], max_tokens=10, ignore_eos=True)
+    assert log == ["launch"] + ["launch", "read"] * 8 + ["read"]  # the prompt's own pass gave the first token
+
+
+def test_nothing_else_waits(ahead, monkeypatch):
+    """What reads a tensor's values waits for a GPU: between prompt and last token, only `download` may."""
+    waits, device = [], ahead._steps._device
+
+    def spy(name):
+        actual = getattr(torch.Tensor, name)
+
+        def call(*args):
+            if not device.running:
+                waits.append(name)
+            return actual(*args)
+
+        return call
+
+    sequences = ahead._sequences([PROMPTS[1]], SamplingParams(max_tokens=10, temperature=1, ignore_eos=True))
+    tokens = generate(ahead.module, ahead.cache, sequences, Limits(512), ahead._steps)
+    next(tokens)
+    next(tokens)  # captured by now
+    for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
+        monkeypatch.setattr(torch.Tensor, name, spy(name))
+    assert len([token for token, _ in tokens]) == 8
+    assert waits == []
+    torch.ones(1).item()
+    assert waits == ["item"]
+
+
+def test_stops_are_exact_although_one_token_more_was_decoded(ahead, plain):
+    full = plain.generate(PROMPTS[1], max_tokens=30, temperature=0, ignore_eos=True)
+    stop = full.token_ids[7]
+    first = full.token_ids.index(stop)
+    one = ahead.generate(PROMPTS[1], max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    assert one.token_ids == full.token_ids[: first + 1]
+    assert (one.finish_reason, one.stop_reason) == ("stop", stop)
+    several = ahead.generate(PROMPTS, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    expected = plain.generate(PROMPTS, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    assert ids_of(several) == ids_of(expected)
+    assert ahead.cache.num_free_tokens == ahead.cache.num_tokens
+
+
+def test_rows_without_a_sequence_change_nothing_and_stay_in_place(ahead):
+    """Three sequences in a step of four rows: the spare page takes what the fourth writes."""
+    ahead.cache.k.zero_()
+    ahead.generate(PROMPTS[:3], max_tokens=10, temperature=0, ignore_eos=True)
+    assert ahead._steps._device.sizes == [4]
+    [step] = ahead._steps._steps.values()
+    assert step._batch.positions[3] == 0
+    assert step._batch.lengths[3] == 1
+    used = (ahead.cache.k != 0).flatten(2).any(-1).any(0).sum()
+    assert used == 1 + 2 + 2 + 1  # pages of the three, and the spare one
+
+
+@pytest.mark.parametrize("how", [{"logprobs": 0}, {}])
+def test_a_sequence_that_has_ended_leaves_the_others_alone(ahead, plain, how):
+    """Its pages are soon another's: what its row of the step still wrote would land there."""
+
+    def texts(model):
+        rows = []
+        for start, length, count in ((9, 50, 60), (3, 50, 60), (20, 50, 60), (5, 3, 6)):
+            params = SamplingParams(max_tokens=count, ignore_eos=True, **{"temperature": 0} | how)
+            rows += model._sequences([[n * 7 % 503 for n in range(start, start + length)]], params)
+        for _ in generate(model.module, model.cache, rows, Limits(512), model._steps):
+            pass
+        return [row.output_ids for row in rows]
+
+    assert texts(ahead) == texts(plain)
+
+
+def test_two_generators_share_the_captured_steps(ahead, plain):
+    expected = ids_of(plain.generate([[5, 6], [7, 8, 9]], max_tokens=12, temperature=0, ignore_eos=True))
+    how = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
+    rows = [ahead._sequences([prompt], how)[0] for prompt in ([5, 6], [7, 8, 9])]
+    one, two = (generate(ahead.module, ahead.cache, [row], Limits(512), ahead._steps) for row in rows)
+    for _ in range(12):
+        next(one), next(two)
+    assert [row.output_ids for row in rows] == expected
+
+
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 1}])
+def test_what_is_not_finite_ends_the_run_ahead(ahead, plain, how):
+    """At the token where it does without, although another step was launched."""
+    full = plain.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how).token_ids
+    at = next(index for index in range(5, 30) if full[index] not in PROMPTS[1] + full[:index])
+    messages = []
+    for model in (plain, ahead):
+        with torch.no_grad():
+            model.module.model.embed_tokens.weight[full[at]] = float("nan")
+        with pytest.raises(NonFiniteError, match=f"after position {len(PROMPTS[1]) + at} ") as raised:
+            model.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how)
+        messages.append(str(raised.value))
+        assert model.cache.num_free_tokens == model.cache.num_tokens
+    assert messages[0] == messages[1]
+
+
+def test_a_full_cache_ends_the_run_ahead_and_evicts(plain):
+    expected = ids_of(plain.generate(PROMPTS, max_tokens=100, temperature=0, ignore_eos=True))
+    small = with_device(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size), cache_tokens=384), Fake())
+    assert ids_of(small.generate(PROMPTS, max_tokens=100, temperature=0, ignore_eos=True)) == expected
+
+
+def test_a_closed_stream_gives_its_pages_back(ahead):
+    stream = ahead.stream(PROMPTS[1], max_tokens=50, ignore_eos=True)
+    next(stream), next(stream)
+    stream.close()
+    assert ahead.cache.num_free_tokens == ahead.cache.num_tokens
+
+
+def test_a_tape_gives_the_same_bits_as_the_ops_one_by_one(in_c):
+    model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
+    taped = ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1))
+    assert sorted(size for (size, _), step in model._steps._steps.items() if step) == [
+        1,
+        4,
+    ]  # the shortest prompt starts, and ends, last
+    with_device(model, NotCaptured())
+    assert ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)) == taped
+    alone = [model.generate(prompt, max_tokens=20, temperature=0, ignore_eos=True) for prompt in PROMPTS]
+    assert ids_of(alone) == taped
+
+
+@pytest.mark.parametrize(("config", "dtype"), [(TINY, torch.bfloat16), (IN_C, torch.float32)])
+def test_what_c_does_not_take_runs_without_a_tape(in_c, config, dtype):
+    model = tiny_model(config, dtype, tokenizer=byte_tokenizer(TINY.vocab_size))
+    assert model.generate(PROMPTS[0], max_tokens=4, ignore_eos=True).num_tokens == 4
+    assert set(model._steps._steps.values()) == {None}
+
+
+MANY = [[n * 11 % 503 for n in range(start, start + length)] for start, length in enumerate(range(1, 40, 2))]
+
+
+def logprobs_of(model, prompts, **how):
+    """Tokens and, to the last bit, their log-probabilities."""
+    done = model.generate(prompts, max_tokens=12, temperature=1, seed=3, ignore_eos=True, logprobs=0, **how)
+    return [[(token.token_id, token.logprob) for token in completion.logprobs] for completion in done]
+
+
+def test_deterministic_gives_a_prompt_the_same_bits_in_any_batch(in_c):
+    """20 prompts and two completions of each: more than decode together, read and forked in company or alone."""
+    alone = tiny_model(IN_C, torch.bfloat16, deterministic=True)
+    expected = [pair for prompt in MANY for pair in logprobs_of(alone, [prompt], n=2)]
+    assert logprobs_of(alone, MANY, n=2) == expected
+    small = tiny_model(IN_C, torch.bfloat16, deterministic=True, cache_tokens=384)
+    assert logprobs_of(small, MANY, n=2) == expected
+    assert small.cache.num_free_tokens == small.cache.num_tokens
+    usual = tiny_model(IN_C, torch.bfloat16)
+    assert logprobs_of(usual, MANY, n=2) != expected, "without it, too, so this shows nothing"
+
+
+def test_deterministic_on_torch_decodes_one_by_one():
+    model = tiny_model(deterministic=True)
+    sizes = []
+    forward = type(model.module).forward
+
+    def spy(module, batch, *args):
+        sizes.append(len(batch.lengths))
+        return forward(module, batch, *args)
+
+    model.module.forward = spy.__get__(model.module)
+    expected = [pair for prompt in MANY[:4] for pair in logprobs_of(model, [prompt], n=2)]
+    assert logprobs_of(model, MANY[:4], n=2) == expected
+    assert set(sizes) == {1}
+
+
+def test_threads_take_turns_on_one_tape(in_c):
+    model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
+    expected = ids_of(model.generate([prompt], max_tokens=30, temperature=0, ignore_eos=True)[0] for prompt in PROMPTS)
+    found: dict[int, list[int]] = {}
+
+    def work(index: int) -> None:
+        done = model.generate(PROMPTS[index], max_tokens=30, temperature=0, ignore_eos=True)
+        found[index] = done.token_ids
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(PROMPTS))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[index] for index in range(len(PROMPTS))] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 20, "seed": 1}, {"seed": 2}, {"logprobs": 1, "seed": 3}])
+@pytest.mark.parametrize("sequences", [1, 3, 16, 24])
+def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
+    """With dependent launches, replayed ahead of the host, rows ending at different times; twice, for races."""
+    config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
+    model = tiny_model(config, torch.bfloat16, device="cuda")
+    prompts = [[(7 * at + row) % 503 for at in range(1 + 5 * row)] for row in range(sequences)]
+
+    def texts():
+        rows = []
+        for row, prompt in enumerate(prompts):
+            params = SamplingParams(max_tokens=200 - 7 * row, ignore_eos=True, **{"temperature": 0.9} | how)
+            rows += model._sequences([prompt], params)
+        for _ in generate(model.module, model.cache, rows, Limits(512), model._steps):
+            pass
+        return [row.output_ids for row in rows]
+
+    with_device(model, NotCaptured())
+    one_by_one = texts()
+    model._steps = DecodeSteps(model.module, model.cache)
+    captured = texts()
+    assert any(step for step in model._steps._steps.values())
+    assert texts() == captured
+    if sequences <= c_backend.MAX_TOKENS:  # more are cuBLAS's, whose bits depend on how many rows a step has
+        assert captured == one_by_one
+
+
+def test_what_waits_for_the_host_is_not_captured(monkeypatch):
+    pages = torch.empty(4, 64, 2, 64, dtype=torch.bfloat16)
+    monkeypatch.setenv("QWENKERN_KERNELS", "triton")
+    assert not waits_for_host(4, pages)
+    assert waits_for_host(4, pages[..., :48])
+    assert waits_for_host(4, pages[:, :24])
+    monkeypatch.setenv("QWENKERN_KERNELS", "reference")
+    assert waits_for_host(4, pages)
+
+
+def test_c_was_there(in_c):
+    assert c_backend.library() is not None

@@ -1,0 +1,278 @@
+"""The few-token linears against their twins."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.mutations import Mutation
+from support.references import assert_matches_twin, assert_rounds_like_twin, random
+
+EPS = 1e-6
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+# K of every projection of the family, with N of less than a tile and one row past some tiles
+SHAPES = [(896, 896), (17, 1536), (161, 2048), (97, 3584), (65, 4864), (33, 5120), (33, 8192), (17, 8960), (161, 11008)]
+SHAPES += [(17, 13824), (33, 18944), (17, 27648), (33, 29568)]
+
+
+@pytest.mark.parametrize(("n", "k"), SHAPES)
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_linear(ops, device, tokens, n, k):
+    x, _, weight, _ = _inputs(tokens, n, k, torch.bfloat16, device)
+    assert_matches_twin(ops, "linear", x, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 16, 17])
+def test_linear_with_bias_and_residual(ops, device, tokens, dtype):
+    n, k = 272, 1000
+    x, _, weight, bias = _inputs(tokens, n, k, dtype, device)
+    residual = random(tokens, n, dtype=dtype, device=device, seed=5)
+    assert_matches_twin(ops, "linear", x, weight, bias, residual)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 16), (5, 7), (16, 1), (17, 257), (300, 77)])
+def test_odd_sizes(ops, device, n, k):
+    """Less than a tile, and rows that no vector load can read."""
+    x, residual, weight, bias = _inputs(3, n, k, torch.bfloat16, device)
+    norm_weight = _norm_weight(k, x.dtype, device)
+    assert_matches_twin(ops, "linear", x, weight, bias)
+    assert_matches_twin(ops, "norm_linear", x, residual, norm_weight, EPS, weight, bias)
+
+
+@pytest.mark.parametrize("tokens", [1, 16])
+def test_programs_share_a_tile(ops, device, tokens):
+    """896 rows are too few programs for an H100, so several split K; twice, since they count each other."""
+    x, _, weight, bias = _inputs(tokens, 896, 4864, torch.bfloat16, device)
+    first = assert_matches_twin(ops, "linear", x, weight, bias)
+    assert torch.equal(first, assert_matches_twin(ops, "linear", x, weight, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 7, 16, 17])
+@pytest.mark.parametrize(("n", "k"), [(97, 896), (65, 2048)])
+def test_norm_linear(ops, device, n, k, tokens, dtype):
+    x, residual, weight, bias = _inputs(tokens, n, k, dtype, device)
+    norm_weight = _norm_weight(k, dtype, device)
+    assert_matches_twin(ops, "norm_linear", x, residual, norm_weight, EPS, weight, bias)
+
+
+@pytest.mark.parametrize("hidden", [1536, 3584, 5120, 8192])
+def test_norm_linear_over_the_family(ops, device, hidden):
+    x, residual, weight, _ = _inputs(2, 67, hidden, torch.bfloat16, device)
+    assert_matches_twin(ops, "norm_linear", x, residual, _norm_weight(hidden, x.dtype, device), EPS, weight)
+
+
+@pytest.mark.parametrize("tokens", [1, 17])
+def test_a_stream_begins_with_x(ops, device, tokens):
+    x, _, weight, bias = _inputs(tokens, 64, 896, torch.bfloat16, device)
+    norm_weight = _norm_weight(896, x.dtype, device)
+    out, residual = ops.norm_linear(x, None, norm_weight, EPS, weight, bias)
+    assert residual is x
+    assert_matches_twin(ops, "norm_linear", x, None, norm_weight, EPS, weight, bias)
+    assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_the_norm_rounds_like_rms_norm(ops, device, dtype):
+    """With the identity for a weight, what comes out is what was normalised."""
+    x, residual, *_ = _inputs(3, 1, 896, dtype, device)
+    weight = torch.eye(896, dtype=dtype, device=device)
+    assert_rounds_like_twin(ops, "norm_linear", x, residual, _norm_weight(896, dtype, device), EPS, weight)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 16, 17])
+def test_norm_swiglu_linear(ops, device, tokens, dtype):
+    x, residual, weight, _ = _inputs(tokens, 2 * 300, 896, dtype, device)
+    assert_matches_twin(ops, "norm_swiglu_linear", x, residual, _norm_weight(896, dtype, device), EPS, weight)
+
+
+@pytest.mark.parametrize(("intermediate", "hidden"), [(608, 896), (344, 2048)])
+def test_norm_swiglu_linear_of_the_family(ops, device, intermediate, hidden):
+    x, residual, weight, _ = _inputs(1, 2 * intermediate, hidden, torch.bfloat16, device)
+    assert_matches_twin(ops, "norm_swiglu_linear", x, residual, _norm_weight(hidden, x.dtype, device), EPS, weight)
+
+
+def test_strided_rows(ops, device):
+    x, residual, weight, bias = _inputs(3, 130, 896, torch.bfloat16, device)
+    norm_weight = _norm_weight(896, x.dtype, device)
+    addend = random(3, 130, dtype=x.dtype, device=device, seed=6)
+    for padding in (8, 3):
+        assert_matches_twin(ops, "linear", x, weight, bias, addend, padding=padding)
+        assert_matches_twin(ops, "norm_linear", x, residual, norm_weight, EPS, weight, bias, padding=padding)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", [896, 2048, 2560])
+def test_bits_do_not_depend_on_the_company(ops, n):
+    """One token alone and among 16, 250 times over."""
+    device = torch.device("cuda")
+    x, residual, weight, bias = _inputs(16, n, 2048, torch.bfloat16, device)
+    norm_weight = _norm_weight(2048, x.dtype, device)
+    together, _ = ops.norm_linear(x, residual, norm_weight, EPS, weight, bias)
+    down = random(n, 11008, dtype=x.dtype, device=device, seed=9, scale=0.02)
+    wide = random(16, 11008, dtype=x.dtype, device=device, seed=10)
+    projected = ops.linear(wide, down)
+    for repeat in range(250):
+        count = 1 + repeat % 16
+        out, _ = ops.norm_linear(x[:count], residual[:count], norm_weight, EPS, weight, bias)
+        assert torch.equal(out, together[:count])
+        assert torch.equal(ops.linear(wide[:count], down), projected[:count])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"weight": (3, 9)}, r"norm_linear: weight must have shape \[N, 8\], and has \[3, 9\]"),
+        ({"bias": (4,)}, r"norm_linear: bias must have shape \[3\], and has \[4\]"),
+        ({"residual": (2, 7)}, r"norm_linear: residual must have shape \[2, 8\], and has \[2, 7\]"),
+        ({"norm_weight": (7,)}, r"norm_linear: norm_weight must have shape \[8\]"),
+        ({"x": (0, 8), "residual": (0, 8)}, "norm_linear: x is empty"),
+        ({"x": (8,)}, r"norm_linear: x must have shape \[T, K\], and has \[8\]"),
+    ],
+)
+def test_bad_shapes(ops, device, change, message):
+    shapes = {"x": (2, 8), "residual": (2, 8), "norm_weight": (8,), "weight": (3, 8), "bias": (3,)} | change
+    given = {name: torch.ones(shape, device=device) for name, shape in shapes.items()}
+    with pytest.raises(ValueError, match=message):
+        ops.norm_linear(**given, eps=EPS)
+
+
+def test_bad_dtypes_and_halves(ops, device):
+    x, residual, weight, _ = _inputs(2, 7, 16, torch.bfloat16, device)
+    norm_weight = _norm_weight(16, x.dtype, device)
+    with pytest.raises(TypeError, match="linear: weight must be bfloat16, and is float32"):
+        ops.linear(x, weight.float())
+    with pytest.raises(ValueError, match="norm_swiglu_linear: weight must have an even number of rows, and has 7"):
+        ops.norm_swiglu_linear(x, residual, norm_weight, EPS, weight)
+
+
+def test_registrations(ops, device):
+    x, residual, weight, bias = _inputs(2, 6, 16, torch.float32, device)
+    norm_weight = _norm_weight(16, x.dtype, device)
+    torch.library.opcheck(torch.ops.qwenkern.linear, (x, weight, bias, None))
+    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, residual, norm_weight, EPS, weight, bias))
+    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, None, norm_weight, EPS, weight))
+    torch.library.opcheck(torch.ops.qwenkern.norm_swiglu_linear, (x, residual, norm_weight, EPS, weight))
+
+
+def _inputs(tokens, n, k, dtype, device):
+    """x and residual [tokens, k], weight [n, k] that keeps their scale, bias [n]."""
+    sizes = torch.arange(1, tokens + 1, device=device)[:, None].to(dtype)  # tokens of different norms
+    x, residual = (sizes * random(tokens, k, dtype=dtype, device=device, seed=seed) for seed in (1, 2))
+    weight = random(n, k, dtype=dtype, device=device, seed=3, scale=k**-0.5)
+    return x, residual, weight, random(n, dtype=dtype, device=device, seed=4)
+
+
+def _norm_weight(k, dtype, device):
+    return (1 + random(k, dtype=torch.float32, device=device, seed=5, scale=0.3)).to(dtype)
+
+
+_ODD = {"n": 300, "k": 77}
+_SMALL = {"n": 65, "k": 2048, "tokens": 7, "dtype": torch.bfloat16}
+MUTATIONS = [
+    Mutation(
+        "no mask at the end of K",
+        "few_tokens.py",
+        "None if EVEN_K else k < k_end",
+        "None if EVEN_K else k < k_end + BLOCK_K",
+        test_odd_sizes,
+        _ODD,
+    ),
+    Mutation(
+        "rows beyond the weight",
+        "linear.py",
+        "(tokens < num_tokens) & (rows < n_size)",
+        "(tokens < num_tokens)",
+        test_odd_sizes,
+        _ODD,
+    ),
+    Mutation(
+        "tokens beyond the batch",
+        "linear.py",
+        "(tokens < num_tokens) & (rows < n_size)",
+        "(rows < n_size)",
+        test_odd_sizes,
+        _ODD,
+    ),
+    Mutation(
+        "part of another split",
+        "linear.py",
+        "parts_ptr + other * part",
+        "parts_ptr",
+        test_programs_share_a_tile,
+        {"tokens": 1},
+    ),
+    Mutation(
+        "a part lost",
+        "linear.py",
+        "for other in range(SPLIT_K)",
+        "for other in range(1, SPLIT_K)",
+        test_programs_share_a_tile,
+        {"tokens": 1},
+    ),
+    Mutation(
+        "arrivals not reset",
+        "linear.py",
+        "tl.store(arrivals_ptr + tile, 0)",
+        "pass",
+        test_programs_share_a_tile,
+        {"tokens": 1},
+    ),
+    Mutation(
+        "a slice lost",
+        "few_tokens.py",
+        "tl.sum(acc, axis=0), ",
+        "tl.sum(acc, axis=0) - tl.sum(tl.where(tl.arange(0, SLICES)[:, None, None] == 1, acc, 0.0), axis=0), ",
+        test_programs_share_a_tile,
+        {"tokens": 1},
+    ),
+    Mutation(
+        "norm weight before rounding",
+        "few_tokens.py",
+        "round_to(h * scales[None, :, None], dtype)",
+        "(h * scales[None, :, None])",
+        test_the_norm_rounds_like_rms_norm,
+        {"dtype": torch.bfloat16},
+    ),
+    Mutation(
+        "sum not rounded",
+        "few_tokens.py",
+        "h = round_to(h + residual.to(tl.float32), dtype)",
+        "h = h + residual.to(tl.float32)",
+        test_the_norm_rounds_like_rms_norm,
+        {"dtype": torch.bfloat16},
+    ),
+    Mutation(
+        "one token's scale for all",
+        "few_tokens.py",
+        "tl.where(tokens == token, scale, scales)",
+        "scale + scales * 0",
+        test_norm_linear,
+        _SMALL,
+    ),
+    Mutation(
+        "residual of other tokens not written",
+        "few_tokens.py",
+        "if token % num_writers == writer:",
+        "if writer == 0 and token == 0:",
+        test_norm_linear,
+        _SMALL,
+    ),
+    Mutation(
+        "gate and up exchanged",
+        "linear.py",
+        "silu(acc) * acc_up",
+        "silu(acc_up) * acc",
+        test_norm_swiglu_linear,
+        {"tokens": 5, "dtype": torch.float32},
+    ),
+    Mutation(
+        "bias forgotten",
+        "linear.py",
+        "if bias_ptr is not None:",
+        "if False:",
+        test_programs_share_a_tile,
+        {"tokens": 1},
+    ),
+]

@@ -1,0 +1,154 @@
+"""What test_kernels.py has done in a process in which Triton compiles: kernels on the PTX runner, whole or with a piece
+taken out."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import test_decode_attention
+import test_linear
+import torch
+from support.references import assert_matches_twin
+
+from ptx.device import device
+from ptx.faults import Fault
+from qwenkern import kernels as ops
+from qwenkern.benchmarks.machine_code import DEVICES
+from qwenkern.kernels import tuning
+
+CPU = torch.device("cpu")
+
+
+def run(key: str, seed: int, test: Callable[..., None], parameters: dict[str, Any]) -> None:
+    """A kernel's own test."""
+    with device(DEVICES[key], seed):
+        test(ops, CPU, **parameters)
+
+
+def others_of_company(key: str, seed: int, op: str, counts: tuple[int, ...]) -> list[int]:
+    """How many tokens of 16, for which an op gives them other bits than among 16."""
+    x, residual, weight, bias = test_linear._inputs(16, 34, 896, torch.bfloat16, CPU)
+    norm_weight = test_linear._norm_weight(896, x.dtype, CPU)
+
+    def tokens(count: int) -> torch.Tensor:
+        stream = x[:count], residual[:count], norm_weight, 1e-6, weight
+        out = ops.linear(x[:count], weight, bias) if op == "linear" else getattr(ops, op)(*stream)
+        return out[0] if isinstance(out, tuple) else out
+
+    with device(DEVICES[key], seed):
+        together = tokens(16)
+        assert torch.isfinite(together).all()
+        return [count for count in counts if not torch.equal(tokens(count), together[:count])]
+
+
+# Pieces taken out
+
+
+def o_proj() -> None:
+    """Eight tiles along K, more than are in flight. The last tile has one row, and of four columns three are tokens."""
+    x, _, weight, _ = test_linear._inputs(3, 17, 4096, torch.bfloat16, CPU)
+    with tuning.trying("linear", {"SPLIT_K": 1}):
+        assert_matches_twin(ops, "linear", x, weight)
+
+
+def split_k() -> None:
+    """Four programs a tile, twice, since they count each other."""
+    importlib.import_module(
+        f"{ops.__name__}.linear"
+    )._counters.clear()  # a run without a piece may have left any number
+    x, _, weight, _ = test_linear._inputs(3, 17, 4096, torch.bfloat16, CPU)
+    for _ in range(2):
+        assert_matches_twin(ops, "linear", x, weight)
+
+
+def decode_attention() -> None:
+    """One program a sequence takes its one or two splits of up to four tiles, more than are in flight."""
+    inputs = test_decode_attention._inputs([500, 130, 1, 1], (3, 1, 64), torch.bfloat16, CPU)
+    with tuning.trying("decode_attention", {"NUM_SPLITS": 2}):
+        assert_matches_twin(ops, "decode_attention", *inputs)
+
+
+KERNELS: dict[str, tuple[Callable[[], None], str]] = {
+    "o_proj": (o_proj, "_linear_kernel"),
+    "split_k": (split_k, "_linear_kernel"),
+    "decode_attention": (decode_attention, "_decode_attention_kernel"),
+    "combine": (decode_attention, "_combine_kernel"),
+}
+PIECES = {
+    "barrier": r"bar\.sync\s+0;",
+    "wait for copies": r"cp\.async\.wait_group\s+\d+;",
+    "wait for the kernel before": r"griddepcontrol\.wait;",
+    "guard": r"@!?%p\d+ (?=ld\.global|st\.global|atom)",
+    "sizes of copies": r"(?<=, 0x[48]), %r\d+(?=;)|(?<=, 0x10), %r\d+(?=;)",  # zero where nothing is to be read
+}
+
+
+class Removal(NamedTuple):
+    piece: str
+    number: int  # of its kind, in the order of the text
+    source: str  # "linear.py:86"
+    between_first_copies: bool  # in a straight line, and before any wait for them
+    spans: tuple[tuple[int, int], ...]
+
+
+def _removals(ptx: str) -> Iterator[Removal]:
+    """Each piece of its own, but the sizes of all copies that a line makes together."""
+    copies: dict[str, list[tuple[int, int]]] = {}
+    for piece, pattern in PIECES.items():
+        for number, found in enumerate(re.finditer(pattern, ptx)):
+            before = ptx[: found.start()]
+            source = re.findall(r"\.loc\s.*//\s*([^\s:]+:\d+)", before)[-1]
+            if piece == "sizes of copies":
+                copies.setdefault(source, []).append(found.span())
+                continue
+            block = re.split(r"^\$L__BB\w+:", before, flags=re.M)[-1]
+            between_first_copies = "commit_group" in block and "wait_group" not in before
+            yield Removal(piece, number, source, between_first_copies, (found.span(),))
+    for number, (source, spans) in enumerate(copies.items()):
+        yield Removal("sizes of copies", number, source, False, tuple(spans))
+
+
+def whole(key: str, kernel: str) -> list[Removal]:
+    """Runs it, and says what may be taken out."""
+    texts = []
+
+    def keep(name: str, ptx: str) -> str:
+        if name == KERNELS[kernel][1]:
+            texts.append(ptx)
+        return ptx
+
+    with device(_small(key, kernel), 0, keep):
+        KERNELS[kernel][0]()
+    (text,) = texts
+    return list(_removals(text))
+
+
+def without(key: str, kernel: str, seed: int, removed: list[Removal]) -> str:
+    """What shows that these pieces are missing, or an empty string."""
+
+    def cut(name: str, ptx: str) -> str:
+        if name == KERNELS[kernel][1]:
+            for start, end in sorted((span for each in removed for span in each.spans), reverse=True):
+                ptx = ptx[:start] + ptx[end:]
+        return ptx
+
+    try:
+        with device(_small(key, kernel), seed, cut):
+            KERNELS[kernel][0]()
+    except (Fault, AssertionError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def unnoticed(key: str, kernel: str, removals: list[Removal], seeds: int) -> list[Removal]:
+    """The pieces that can be missing in any of so many orders."""
+    return [each for each in removals if not any(without(key, kernel, seed, [each]) for seed in range(seeds))]
+
+
+def _small(key: str, kernel: str) -> tuning.Device:
+    """Attention gives programs several splits where there are more than the device has room for."""
+    return replace(DEVICES[key], num_sms=1) if kernel in ("decode_attention", "combine") else DEVICES[key]

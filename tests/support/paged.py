@@ -1,0 +1,33 @@
+"""Paged caches for the tests of attention: pages in no order, and NaN wherever nothing may be read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from support.references import random
+from torch import Tensor
+
+
+def paged_cache(
+    lengths: Sequence[int],
+    num_kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    spare_pages: int = 1,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """k_pages, v_pages, block_tables, lengths. Page 0 is NaN throughout, and stands in every table beyond the
+    sequence's own pages; NaN too are the tokens of a last page that the sequence does not have."""
+    counts = [-(-length // page_size) for length in lengths]
+    order = 1 + torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1))
+    shape = (1 + sum(counts), page_size, num_kv_heads, head_dim)
+    k_pages, v_pages = (random(*shape, dtype=dtype, device=device, seed=seed) for seed in (11, 12))
+    block_tables = torch.zeros(len(lengths), max(counts) + spare_pages, dtype=torch.int32)
+    k_pages[0] = v_pages[0] = float("nan")
+    for row, (length, pages) in enumerate(zip(lengths, order.split(counts), strict=True)):
+        block_tables[row, : len(pages)] = pages
+        if length % page_size:
+            k_pages[pages[-1], length % page_size :] = v_pages[pages[-1], length % page_size :] = float("nan")
+    return k_pages, v_pages, block_tables.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)

@@ -1,0 +1,111 @@
+"""How a kernel is held against its torch twin: in guarded memory, by the rule of tolerances.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import ModuleType
+from typing import Any
+
+import torch
+from support.tolerances import assert_as_close_as, assert_nearly_equal
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from qwenkern.kernels import reference
+
+GUARD = 4096  # elements on each side of a buffer
+CANARY = 77
+_ALLOCATIONS = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+}
+
+
+class guarded_allocations(TorchDispatchMode, AbstractContextManager):
+    """While it lasts, what an op allocates is full of poison (NaN, or the least integer) and lies between canaries,
+    which must be intact afterwards. The canaries are a finite number, so that NaN written there shows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func not in _ALLOCATIONS:
+            return out
+        buffer = out.new_full((out.numel() + 2 * GUARD,), CANARY)
+        buffer[GUARD : GUARD + out.numel()] = _poison(out.dtype)
+        self.buffers.append((buffer, out.numel()))
+        return buffer.as_strided(out.shape, out.stride(), GUARD)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for buffer, size in self.buffers:
+            for side in (buffer[:GUARD], buffer[GUARD + size :]):
+                assert (side == CANARY).all(), "a kernel wrote outside its output"
+
+
+def assert_rounds_like_twin(ops: ModuleType, name: str, *args: Any) -> None:
+    """Rounds where the twin rounds: hardly an element differs, which one rounding more or less would not allow."""
+    outs, peers = getattr(ops, name)(*args), getattr(reference, name)(*args)
+    for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
+        assert_nearly_equal(out, peer)
+
+
+def guard(tensor: Tensor, padding: int = 0) -> Tensor:
+    """A copy inside a larger buffer full of poison, with ``padding`` poisoned elements after each row."""
+    rows, width = tensor.numel() // tensor.shape[-1], tensor.shape[-1]
+    stride = width + padding
+    buffer = tensor.new_full((rows * stride + 2 * GUARD,), _poison(tensor.dtype))
+    strides = [1]
+    for size in reversed(tensor.shape[1:]):
+        strides.insert(0, strides[0] * size if len(strides) > 1 else stride)
+    view = buffer.as_strided(tensor.shape, strides if tensor.dim() > 1 else [1], GUARD)
+    return view.copy_(tensor)
+
+
+def assert_matches_twin(
+    ops: ModuleType, name: str, *args: Any, changed: Sequence[int] = (), padding: int = 0, **keywords: Any
+) -> Any:
+    """Runs an op on guarded copies of its arguments; every float result, and every argument at the positions
+    ``changed``, must be as close to the twin in float64 as the twin in the same dtype is. Returns the op's result."""
+    mine = [guard(arg, padding if arg.dim() > 1 else 0) if isinstance(arg, Tensor) else arg for arg in args]
+    with guarded_allocations():
+        outs = getattr(ops, name)(*mine, **keywords)
+    twins = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    peers = getattr(reference, name)(*twins, **keywords)
+    wide = [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
+    wide = [arg.clone() if isinstance(arg, Tensor) else arg for arg in wide]
+    truths = getattr(reference, name)(*wide, **keywords)
+    if isinstance(outs, Tensor):
+        outs, peers, truths = (outs,), (peers,), (truths,)
+    outs, peers, truths = (
+        [*results, *(given[at] for at in changed)] for results, given in ((outs, mine), (peers, twins), (truths, wide))
+    )
+    for out, peer, truth in zip(outs, peers, truths, strict=True):
+        assert out.dtype == peer.dtype
+        if out.is_floating_point():
+            assert_as_close_as(out, peer, truth)
+        else:
+            assert torch.equal(out, truth)
+    return outs[0] if len(outs) == 1 else tuple(outs)
+
+
+def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, scale: float = 1.0) -> Tensor:
+    """Normal numbers, the same on every device."""
+    generator = torch.Generator().manual_seed(hash((shape, seed)))
+    return (torch.randn(shape, generator=generator) * scale).to(device, dtype)
+
+
+def exact(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, steps: int = 64) -> Tensor:
+    """Whole numbers up to ``steps`` over 64. Their products and sums have fewer bits than float32 keeps, so any order
+    of summing gives the same: bits that no matrix library promises may be asked for."""
+    generator = torch.Generator().manual_seed(hash((shape, seed)))
+    return (torch.randint(-steps, steps + 1, shape, generator=generator) / 64).to(device, dtype)
+
+
+def _poison(dtype: torch.dtype) -> float | int:
+    return float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min

@@ -1,0 +1,65 @@
+"""The one place that says how close is close enough. No test file has a tolerance of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+RMS_RATIO = 1.5  # a result's root-mean-square error, at most, over that of torch in the same dtype
+YARN_RELATIVE = 2 * torch.finfo(torch.float32).eps  # two roundings: the same products, summed in another order
+MEAN_KL_FLOAT32 = 1e-8  # nats a token, between two float32 runs of the same weights
+MARGIN_FLOAT32 = 1e-3  # nats between two tokens that float32 may swap: logits near 20 step by 2e-6, behind 24 layers
+NEAR_TIE = (
+    0.75  # likewise bfloat16: transformers' own run errs by 0.09 (root mean square), at most 0.66 in 1,024 tokens
+)
+DIFFERING = 0.01  # share of elements, at most, where float32 sums in another order tip a rounding
+FLOAT64_RELATIVE = 64 * torch.finfo(torch.float64).eps  # one formula in float64, its terms in another order
+BATCH_TIE = 0.25  # nats between two tokens that our own bfloat16 may swap in another batch or in chunks
+ROOT_KL_RATIO = 1.05  # a bfloat16 run's distance from the truth, at most, over transformers' own: its square is 1.1
+
+
+def assert_as_close_as(out: Tensor, peer: Tensor | Sequence[Tensor], truth: Tensor) -> None:
+    """``out`` is as close to ``truth`` (float64) as ``peer``, another implementation in the same dtype, is.
+
+    The largest error may be twice the peer's plus two roundings of the largest value; the root-mean-square error
+    RMS_RATIO times the peer's plus half a rounding. Behind layers that magnify roundings one result's largest error is
+    luck: then the peer is several, the same function with its sums in other orders (models.in_other_orders)."""
+    peers = torch.stack([peer] if isinstance(peer, Tensor) else list(peer))
+    assert truth.dtype == torch.float64
+    assert out.shape == peers.shape[1:] == truth.shape
+    for name, tensor in (("out", out), ("peer", peers), ("truth", truth)):
+        assert torch.isfinite(tensor).all(), f"{name} has values that are not finite"
+    ours, theirs = (out.double() - truth).abs(), (peers.double() - truth).abs()
+    rounding = torch.finfo(peers.dtype).eps * truth.abs().max().item()
+    allowed = 2 * theirs.max().item() + 2 * rounding
+    assert ours.max().item() <= allowed, f"largest error {ours.max():.3g}, allowed {allowed:.3g}"
+    rms, allowed = ours.square().mean().sqrt().item(), RMS_RATIO * theirs.square().mean().sqrt().item() + rounding / 2
+    assert rms <= allowed, f"root-mean-square error {rms:.3g}, allowed {allowed:.3g}"
+
+
+def assert_same_formula(out: Tensor, expected: Tensor) -> None:
+    """Both in float64, and equal but for FLOAT64_RELATIVE of the largest value."""
+    assert out.dtype == expected.dtype == torch.float64
+    assert torch.isfinite(out).all()
+    assert out.shape == expected.shape
+    error, allowed = (out - expected).abs().max().item(), FLOAT64_RELATIVE * expected.abs().max().item()
+    assert error <= allowed, f"largest error {error:.3g}, allowed {allowed:.3g}"
+
+
+def assert_nearly_equal(out: Tensor, peer: Tensor) -> None:
+    """All but DIFFERING of the elements are the same bits."""
+    assert torch.isfinite(out).all()
+    differing = (out != peer).double().mean().item()
+    assert differing <= DIFFERING, f"{differing:.1%} of the elements differ"
+
+
+def divergences(truth: Tensor, other: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of ``other`` from ``truth``, logits [T, V], in nats: [T], in float64."""
+    few = 16  # rows at a time: of a whole vocabulary in float64, more would be hundreds of MB of fresh memory
+    found = []
+    for rows in zip(truth.split(few), other.split(few), strict=True):
+        exact, approximate = (logits.double().log_softmax(-1) for logits in rows)
+        found.append((exact.exp() * (exact - approximate)).sum(-1).clamp(min=0))
+    return torch.cat(found)
