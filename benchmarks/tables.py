@@ -111,7 +111,7 @@ PROVIDERS = {
     "eager": "eager torch",
     "compile": "torch.compile",
     "sdpa": "SDPA without pages",
-    "library": "the matrix product alone",
+    "library": "the matrix product only",
 }
 ENGINES = {
     "patched": "transformers with qwenkern's kernels",
