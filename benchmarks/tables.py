@@ -50,7 +50,9 @@ def planned(compiled: list[dict[str, Any]]) -> str:
     rows = []
     for part in plan.step(config, 1, 1024, compiled):
         cells = [part.op, str(part.launches), f"{part.bytes / 1e6:.1f}", f"{part.bytes / plan.COPY * 1e6:.1f}"]
-        rows.append([*cells, "" if part.ahead is None else f"{part.ahead / 1024:.0f}", f"{part.seconds * 1e6:.1f}"])
+        rows.append(
+            [*cells, "" if part.in_flight is None else f"{part.in_flight / 1024:.0f}", f"{part.seconds * 1e6:.1f}"]
+        )
     headings = [
         "op, 1 sequence of 1,024 tokens",
         "launches",
@@ -73,7 +75,7 @@ def planned(compiled: list[dict[str, Any]]) -> str:
 
 
 def measured(sequences: int, context: int) -> str:
-    """Tokens a second of that decode step on the H100, as `qwenkern bench --where` timed its replays."""
+    """Tokens per second of that decode step on the H100, measured by `qwenkern bench --where`."""
     file = RESULTS / "nvidia-h100-80gb-hbm3" / "where.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     seconds = [row["seconds"] for row in rows if (row["sequences"], row["context"]) == (sequences, context)]
@@ -106,7 +108,7 @@ def _ratio(row: dict[str, Any] | None) -> str:
     return f"{row['ratio']['p50']:.2f}" + ("" if row["same"] else " *")
 
 
-# What a table calls a provider of an op and an engine, where its name in the results does not explain itself.
+# The names in the tables of providers and engines whose names in the results need an explanation.
 PROVIDERS = {
     "eager": "eager torch",
     "compile": "torch.compile",
@@ -124,7 +126,7 @@ Shown = tuple[str, list[str], list[list[str]]]  # a line above, headings, cells
 
 
 def end_to_end(document: dict[str, Any]) -> Shown:
-    """Losses are printed like wins."""
+    """The speed of each engine, its share of the limits, and the speed-up over it, also if that is below 1."""
     rows = []
     for row in document["rows"]:
         cells = [str(row["batch"]), str(row["prompt"]), ENGINES.get(row["engine"], row["engine"])]
@@ -179,7 +181,7 @@ def _both(row: dict[str, Any]) -> str:
 
 
 def contention(document: dict[str, Any]) -> Shown:
-    """Decoding beside busy processes, or in two processes at once."""
+    """Decoding with busy processes, or in two processes at once."""
     count = document.get("busy")
     beside = f"with {count} busy process{'es' if count > 1 else ''}" if count else "two processes at once"
     rows = []
@@ -215,7 +217,7 @@ def _whole_model(document: dict[str, Any]) -> str:
 
 
 def shown(make: Callable[[dict[str, Any]], Shown]) -> Callable[[dict[str, Any]], str]:
-    """The same as text for a document."""
+    """Makes the text for a document from such a table."""
 
     def text(document: dict[str, Any]) -> str:
         said, headings, rows = make(document)

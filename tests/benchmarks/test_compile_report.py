@@ -43,7 +43,7 @@ def test_good_code_breaks_no_rule():
         ("sm_90", LAUNCH, {"accesses": [Access("load", "x", "a.py:1", 2048, 64)]}, "64-bit load of 2048 bytes"),
         ("sm_90", LAUNCH, {"accesses": [Access("store", "", "a.py:1", 2048, 0)]}, "0-bit store"),
         ("sm_90", LAUNCH, {"matrix": {}}, "no matrix instruction"),
-        ("sm_90", LAUNCH, {"waits": 0}, "asked True, 0 waits"),
+        ("sm_90", LAUNCH, {"waits": 0}, "dependent launch is True, with 0 waits"),
         ("sm_90", LAUNCH, {"releases": 0}, "1 waits and 0 releases"),
         ("sm_90", replace(LAUNCH, pdl=False), {"waits": 0, "releases": 0}, "no programmatic dependent launch"),
     ],

@@ -132,7 +132,7 @@ def test_a_graph_is_read_after_a_warm_up_in_which_nothing_waits(cuda):
 
 
 def test_what_waits_for_the_host_is_never_captured(cuda):
-    with pytest.warns(UserWarning, match="timed call by call, the host included"):
+    with pytest.warns(UserWarning, match="timed call by call, including the host"):
         read = timing._gpu_reader([cuda.copy], 0.0)
     before = len(cuda.modes)
     read()
