@@ -1,7 +1,7 @@
-"""Checks of arguments, one a kind: each returns the value as a plain Python one, or raises RequestError.
+"""Checks of arguments, one for each kind. Each returns a plain Python value, or raises RequestError.
 
-An integer is what Python takes as an index (numpy's integers, an element of a tensor), but neither True nor False. A
-number is an integer or a real number, numpy's included, but not NaN.
+An integer is what Python takes as an index (also numpy's integers, or an element of a tensor), except True and False. A
+number is an integer or a real number, also numpy's, except NaN.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def is_whole(value: Any) -> bool:
 
 
 def whole(name: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> int | None:
-    """An integer from low to high, or None where it is optional."""
+    """An integer from low to high, or None if it is optional."""
     if value is None and optional:
         return None
     number = operator.index(value) if is_whole(value) else None
@@ -38,7 +38,7 @@ def whole(name: str, value: Any, low: int, high: int | None = None, optional: bo
 def number(
     name: str, value: Any, low: float, high: float, optional: bool = False, open_below: bool = False
 ) -> float | int | None:
-    """A number from low to high, or above low where the range is open below; or None where it is optional."""
+    """A number from low to high (above low if ``open_below``), or None if it is optional."""
     if value is None and optional:
         return None
     found = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan

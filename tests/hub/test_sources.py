@@ -619,7 +619,7 @@ def test_quantised_names_are_refused_before_anything_is_asked_for(hub, name, mes
     ("name", "error", "message"),
     [
         ("somebody/llama", ConfigError, "somebody/llama: .*model_type is 'llama'; qwenkern runs 'qwen2'"),
-        ("somebody/Qwen2.5-3B-4bit", ConfigError, "quantised by 'bitsandbytes', which is not built"),
+        ("somebody/Qwen2.5-3B-4bit", ConfigError, "quantised by 'bitsandbytes', which is not supported"),
         ("Qwen/Qwen2.5-3B-Instruct-GGUF", CheckpointError, "has no config.json.* of one of GGUF files, download one"),
     ],
 )

@@ -201,7 +201,7 @@ def turned(model):
         (mixed, RequestError, r"model.norm.weight is bfloat16 on cpu, and model.embed_tokens.weight float32 on cpu"),
         (wide, RequestError, "is float64; expected bfloat16, float16 or float32"),
         (half_loaded, RequestError, r"layers.1.mlp.gate_proj.weight is on the device meta; expected"),
-        (slides, ConfigError, r"sliding-window attention \(sliding_window None\), which is not built"),
+        (slides, ConfigError, r"sliding-window attention \(sliding_window None\), which is not supported"),
         (adapted, RequestError, "unknown tensor model.layers.0.mlp.extra.weight"),
         (reshaped, RequestError, r"model.norm.weight has shape \(64,\); expected \(128,\)"),
         (turned, RequestError, r"lm_head.weight has strides \[1, 503\]; expected contiguous rows"),
