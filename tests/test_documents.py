@@ -1,4 +1,4 @@
-"""The examples of the documents run, one after the other, as a reader would type them."""
+"""The examples of the documents run, and the links in them lead somewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the package hangs together: who imports whom, how long importing takes, and what it needs."""
+"""The structure of the package: which file imports which, how long an import takes, and what it needs."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ print(info.processor()["Triton"], info.processor()["CPU"], file=sys.stderr)
 
 
 def test_without_triton_c_runs_all_the_same():
-    """The same tape, and the same bits."""
+    """The same recorded calls, and the same bits."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "QWENKERN_KERNELS")
     }

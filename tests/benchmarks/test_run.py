@@ -1,4 +1,4 @@
-"""The benchmark runner on a CPU: it checks before it times, reports what breaks, and compares with what was stored."""
+"""The benchmark runner on a CPU: it checks before it times, reports failures, and compares with stored results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what is charged to whom, and the program on a CPU."""
+"""Where a step's time goes: the time of each kernel, and the program on a CPU."""
 
 from __future__ import annotations
 

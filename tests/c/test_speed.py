@@ -1,6 +1,7 @@
-"""Ours against torch's own, in one process and in turns: a ratio, so that a slow machine is slow for both.
+"""The speed of the C ops over that of torch, in one process and in turns. The ratio does not depend on the machine's
+speed.
 
-The bounds are far from what is measured (docs/performance.md): they notice what is broken, not what is noisy."""
+The bounds are far from the measured ratios (docs/performance.md), so that noise does not fail a test."""
 
 from __future__ import annotations
 
@@ -73,7 +74,7 @@ def test_prefill_is_not_slower_than_torchs(in_c, monkeypatch, model):
 
 
 def test_attention_over_a_long_cache_does_not_copy_it(in_c, monkeypatch):
-    """8,192 cached tokens: the twin gathers them into a tensor first."""
+    """8,192 cached tokens, which the reference first gathers into a tensor."""
     k_pages, v_pages = (torch.randn(128, 64, 2, 64).bfloat16() for _ in range(2))
     tables, lengths = torch.randperm(128, dtype=torch.int32)[None], torch.tensor([8192], dtype=torch.int32)
     q = torch.randn(1, 14, 64).bfloat16()
@@ -85,7 +86,7 @@ def test_attention_over_a_long_cache_does_not_copy_it(in_c, monkeypatch):
 
 
 def _ratio(monkeypatch, ours, torchs, rounds=9):
-    """torch's time over ours: the median of rounds of one reading each, so that what else runs here meets both."""
+    """The speed-up over torch: the median over rounds with one reading of each, so that other programs affect both."""
 
     def seconds(function, kernels):
         monkeypatch.setenv("QWENKERN_KERNELS", kernels)

@@ -1,4 +1,4 @@
-"""Checkpoint folders, and the way of each tensor into the packed parameters."""
+"""Checkpoint folders, and the copy of each tensor into the packed parameters."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF: files that the gguf library writes are read as it reads them, and damaged ones are refused, not believed."""
+"""GGUF: files that the gguf library writes are read as the library reads them, and damaged files are refused."""
 
 from __future__ import annotations
 

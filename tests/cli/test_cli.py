@@ -1,4 +1,4 @@
-"""The command line, run as a person runs it: what is on stdout, what on stderr, and the exit code."""
+"""The command line, run as a user runs it: stdout, stderr and the exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The captured decode step: the same text as without, on whatever device, and no waiting on the critical path."""
+"""The captured decode step: the same text as without it, on every device, and no wait for the device."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def in_c(monkeypatch):
 
 
 class Fake:
-    """A GPU's part played by torch on a CPU: steps are recorded as they are launched, and run when they are read."""
+    """Imitates a GPU with torch on a CPU: steps are recorded at their launch, and run when their tokens are read."""
 
     ahead = 1
 
@@ -211,8 +211,8 @@ def test_two_generators_share_the_captured_steps(ahead, plain):
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 1}])
-def test_what_is_not_finite_ends_the_run_ahead(ahead, plain, how):
-    """At the token where it does without, although another step was launched."""
+def test_logits_that_are_not_finite_end_the_run_in_advance(ahead, plain, how):
+    """The text ends at the same token as without capture, although another step was launched."""
     full = plain.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how).token_ids
     at = next(index for index in range(5, 30) if full[index] not in PROMPTS[1] + full[:index])
     messages = []
@@ -269,7 +269,7 @@ def logprobs_of(model, prompts, **how):
 
 
 def test_deterministic_gives_a_prompt_the_same_bits_in_any_batch(in_c):
-    """20 prompts and two completions of each: more than decode together, read and forked in company or alone."""
+    """20 prompts and two completions of each: more than decode together, read and forked together or one by one."""
     alone = tiny_model(IN_C, torch.bfloat16, deterministic=True)
     expected = [pair for prompt in MANY for pair in logprobs_of(alone, [prompt], n=2)]
     assert logprobs_of(alone, MANY, n=2) == expected
@@ -316,7 +316,8 @@ def test_threads_take_turns_on_one_tape(in_c):
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 20, "seed": 1}, {"seed": 2}, {"logprobs": 1, "seed": 3}])
 @pytest.mark.parametrize("sequences", [1, 3, 16, 24])
 def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
-    """With dependent launches, replayed ahead of the host, rows ending at different times; twice, for races."""
+    """With dependent launches, one step in advance of the host, and rows that end at different times. Twice, for
+    races."""
     config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
     model = tiny_model(config, torch.bfloat16, device="cuda")
     prompts = [[(7 * at + row) % 503 for at in range(1 + 5 * row)] for row in range(sequences)]

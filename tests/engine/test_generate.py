@@ -1,4 +1,4 @@
-"""The loop: greedy text against transformers, and the same text however sequences are batched, chunked or evicted."""
+"""Generation: greedy text against transformers, and the same text with any batch, chunk size or preemption."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 
 import pytest
 import torch
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, as_transformers, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import NonFiniteError, RequestError, SamplingParams
@@ -31,7 +31,7 @@ def model():
 @pytest.fixture(scope="module")
 def greedy(model):
     """24 tokens after each prompt, by transformers."""
-    theirs = twin(model)
+    theirs = as_transformers(model)
     with torch.no_grad():
         return [_continue(theirs, prompt) for prompt in PROMPTS]
 

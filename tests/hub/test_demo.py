@@ -1,7 +1,7 @@
 """The real demo model (Qwen2.5-Coder-0.5B-Instruct) against transformers on the same bfloat16 weights.
 
-The truth is transformers in float32 on the weights rounded to bfloat16. Ours in bfloat16 runs as it does for anybody:
-in C where there is a compiler.
+The reference is transformers in float32 on the weights rounded to bfloat16. Our model in bfloat16 runs as for users: in
+C, if there is a compiler.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import twin
+from support.models import as_transformers
 from support.tolerances import (
     BATCH_TIE,
     MARGIN_FLOAT32,
@@ -65,12 +65,12 @@ def float32(bfloat16):
 
 @pytest.fixture(scope="module")
 def theirs(bfloat16):
-    return twin(bfloat16)
+    return as_transformers(bfloat16)
 
 
 @pytest.fixture(scope="module")
 def truth(float32):
-    return twin(float32)
+    return as_transformers(float32)
 
 
 @pytest.fixture(scope="module")
@@ -149,7 +149,7 @@ def _first_difference(ours, theirs):
 
 
 def _likelier(truth, ids, first, second):
-    """How much likelier, in nats, the truth finds the first of two next tokens."""
+    """By how many nats the reference finds the first of two next tokens more likely."""
     with torch.no_grad():
         logprobs = truth(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     return (logprobs[first] - logprobs[second]).item()
@@ -162,8 +162,8 @@ def _greedy(model, ids, count):
 
 
 def _assert_same_text(truth, dtype, ids, ours, theirs):
-    """In float32. In bfloat16 texts may part where transformers erred, and ours is the likelier token by the truth; or
-    where the truth finds theirs hardly likelier."""
+    """The texts are equal in float32. In bfloat16 they may differ where the reference finds our token more likely, or
+    transformers' token hardly more likely."""
     where = _first_difference(ours, theirs)
     if dtype == "float32":
         assert where is None
@@ -179,7 +179,7 @@ def test_greedy_text_of_transformers_with_our_pieces(request, monkeypatch, their
     monkeypatch.setattr(layers, "FEW", 0)
     monkeypatch.setattr(layers, "INTERPRETED", False)
     model, peer = request.getfixturevalue(dtype), truth if dtype == "float32" else theirs
-    patched = integration.apply_qwenkern(twin(model))
+    patched = integration.apply_qwenkern(as_transformers(model))
     for prompt in PROMPTS[:2]:
         ids = model.tokenizer.encode(prompt)
         ours, out = _greedy(patched, ids, 32), _greedy(peer, ids, 32)

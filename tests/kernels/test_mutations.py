@@ -1,4 +1,4 @@
-"""Every kernel, broken on purpose in each file's MUTATIONS: the test named there notices."""
+"""Breaks the kernels by each file's MUTATIONS. The test named with a mutation must fail."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MUTATIONS = [mutation for file in FILES for mutation in importlib.import_module(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton compiles and its interpreter is off")
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: f"{mutation.file}: {mutation.name}")
 def test_a_broken_kernel_is_noticed(mutation, ops, tmp_path):
-    mutation.test(ops, torch.device("cpu"), **mutation.parameters)  # whole, it passes
+    mutation.test(ops, torch.device("cpu"), **mutation.parameters)  # without the mutation it passes
     mutant = mutants.load(mutation, tmp_path)
     try:
         with pytest.raises(AssertionError):

@@ -1,4 +1,4 @@
-"""The facade: what it takes, what it gives, and what it says to bad requests."""
+"""The facade: its arguments, its results, and its errors for bad requests."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.models import TINY, in_other_orders, save_checkpoint, tiny_model, twin
+from support.models import TINY, as_transformers, in_other_orders, save_checkpoint, tiny_model
 from support.tolerances import assert_as_close_as
 from support.toy_tokenizer import CHAT_TEMPLATE, byte_library, byte_tokenizer
 from tokenizers import processors
@@ -109,8 +109,8 @@ def test_forward_gives_the_logits_of_transformers_for_one_and_for_many(model):
     assert logits.shape == (2, 20, TINY.vocab_size)
     assert logits.dtype == torch.float32
     with torch.no_grad():
-        truth = twin(model, torch.float64)(ids).logits
-        peers = torch.stack([each(ids).logits for each in in_other_orders(twin(model))])
+        truth = as_transformers(model, torch.float64)(ids).logits
+        peers = torch.stack([each(ids).logits for each in in_other_orders(as_transformers(model))])
     assert_as_close_as(logits, list(peers), truth)
     for one in (ids[1], ids[1].tolist()):  # a library's products of fewer rows may be sums in another order
         assert_as_close_as(model.forward(one), list(peers[:, 1]), truth[1])
@@ -270,7 +270,7 @@ def test_bad_places_to_run(keywords, message):
 
 @pytest.mark.parametrize("named", ["int8", 5, "float64", ["bfloat16"]], ids=str)
 def test_a_dtype_that_we_do_not_compute_in(named, tmp_path):
-    """Of the checkpoint: it matters to dtype="auto" alone."""
+    """The checkpoint's dtype matters only to dtype="auto"."""
     save_checkpoint(tiny_model(), tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text()) | {"torch_dtype": named}
     (tmp_path / "config.json").write_text(json.dumps(fields))
@@ -336,7 +336,7 @@ def test_every_error_is_an_error_of_ours():
 def test_twins_agree(model):
     ids = torch.arange(30)
     with torch.no_grad():
-        assert torch.equal(model.forward(ids).argmax(-1), twin(model)(ids[None]).logits[0].argmax(-1))
+        assert torch.equal(model.forward(ids).argmax(-1), as_transformers(model)(ids[None]).logits[0].argmax(-1))
 
 
 def test_importing_prints_nothing():

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, as_transformers, tiny_model
 from support.tolerances import YARN_RELATIVE, assert_as_close_as
 from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -34,7 +34,7 @@ def test_logits_are_as_close_to_float64_as_those_of_transformers(config, dtype):
     ids = torch.randint(config.vocab_size, (2, 150), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         truth = _in_float64(model)(ids).logits
-        peer = twin(model)(ids).logits
+        peer = as_transformers(model)(ids).logits
     assert_as_close_as(model.forward(ids).to(dtype), peer, truth)
 
 
@@ -42,7 +42,7 @@ def test_a_changed_weight_changes_the_logits():
     """The comparison above would notice."""
     model, ids = tiny_model(), torch.arange(40)
     before = model.forward(ids)
-    theirs = twin(tiny_model())
+    theirs = as_transformers(tiny_model())
     with torch.no_grad():
         model.module.model.layers[1].self_attn.qkv_proj.bias[-1] += 0.5
         truth = _in_float64(tiny_model())(ids[None]).logits[0]
@@ -107,10 +107,10 @@ def test_logits_on_the_kernels(ops, device, config, dtype, num_tokens):
     ids = torch.randint(97, (1, num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         truth = _in_float64(model)(ids).logits
-        peer = twin(model)(ids).logits
+        peer = as_transformers(model)(ids).logits
     assert_as_close_as(model.forward(ids).to(dtype), peer, truth)
 
 
 def _in_float64(model):
     """transformers in float64; its rotary embedding and norms stay in float32, as they do in every dtype of it."""
-    return twin(model, torch.float64)
+    return as_transformers(model, torch.float64)
