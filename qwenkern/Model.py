@@ -370,7 +370,7 @@ class Model:
             if wanted is not None and wanted < params.min_tokens:
                 raise RequestError(
                     f"min_tokens is {params.min_tokens}, and {self.generation.source} allows {wanted} tokens after "
-                    f"{num_prompt_tokens} of a prompt; expected max_tokens, which overrides that"
+                    f"{num_prompt_tokens} of a prompt; expected max_tokens, which goes before that"
                 )
             return room if wanted is None else min(wanted, room)
         if params.max_tokens > room:

@@ -1,14 +1,14 @@
-"""A Jinja sandbox that limits the time and the memory of every template.
+"""A Jinja sandbox in which every template ends soon and stays small, whatever it says.
 
-A rendering has a budget of steps. Everything that a template can do costs steps: a node of the syntax tree, each time
-it is reached; a character that is read or made; an item of a list. If a result can be larger than its inputs, the steps
-are spent before it is made. Jinja has hooks for operators, calls, filters and tests. The rest (loop bodies, macros,
-comparisons, `~`, slices, keys of dicts) is rewritten in the syntax tree so that it passes a hook. Only the filters,
-functions and methods named in this file can be called, because the cost of others is unknown. If Jinja makes a
-generator, its items are made at once, because a chain of 100,000 generators overflows the C stack.
+A rendering has a budget of steps. Everything that a template can do takes from it, before it is done where the result
+can be larger than what it is made of: a node of the syntax tree, each time it is reached; a character that is read or
+made; an item of a list. Jinja gives hooks for operators, calls, filters and tests. The rest (loop bodies, macros,
+comparisons, `~`, slices, keys of dicts) is rewritten in the syntax tree, so that it passes one of them. What cannot be
+weighed is refused: only the filters, functions and methods named here can be called. Where Jinja makes a generator, its
+items are made at once: a chain of 100,000 generators overflows the C stack.
 
-A step takes at most 0.2 microseconds and 15 bytes, so the budget limits time and memory on every platform. A child
-process was rejected, because starting it takes time, and embedded interpreters have no executable to start.
+A step takes 0.2 microseconds and 15 bytes at most, so that the budget bounds time and memory on every platform. A child
+process would cost its start, and would have to live where there is no executable to start (embedded interpreters).
 """
 
 from __future__ import annotations
@@ -28,29 +28,29 @@ from jinja2.utils import Cycler, Joiner, Namespace
 from jinja2.visitor import NodeTransformer
 from markupsafe import Markup
 
-STEPS = 20_000_000  # for each rendering
-STEPS_PER_CHARACTER = 40  # also for each character of the input, because templates copy a message several times
+STEPS = 20_000_000  # of any rendering
+STEPS_PER_CHARACTER = 40  # and for each character of its input: templates copy a message several times
 LARGEST_TEMPLATE = 200_000  # characters; those of published models have up to 30,000
 _LARGEST_INT = 10_000  # bits
-_LARGEST_COMPILED = 2_000_000  # names times blocks: Jinja copies all names for each block; this takes 0.7 seconds
-_DEEPEST = 1000  # levels of nesting; with more, hashing a tuple would overflow the stack
+_LARGEST_COMPILED = 2_000_000  # names times blocks, for each of which Jinja copies all names: 0.7 seconds
+_DEEPEST = 1000  # levels of nesting: below them, to hash a tuple would overflow the stack
 _NODE, _ITEM, _CALL, _NEW_OBJECT = (
     3,
     8,
     30,
     64,
-)  # steps for a node, for an item in a new list, for a call, for a new namespace
+)  # steps of a node, of an item in a new list, of a call, of a new namespace
 
 _left: ContextVar[list[int]] = ContextVar("steps left")
 
 
 class TooCostly(SecurityError):
-    """The template has spent its budget of steps."""
+    """The template has used up its steps."""
 
 
 @contextmanager
 def budget(num_characters: int = 0) -> Iterator[None]:
-    """Code in this context, on this thread, shares one budget for input of ``num_characters``."""
+    """What runs in this context, on this thread, shares one budget: for input of so many characters."""
     token = _left.set([STEPS + STEPS_PER_CHARACTER * num_characters])
     try:
         yield
@@ -70,8 +70,8 @@ def _refuse(what: str) -> NoReturn:
 
 
 def _walk(*values: Any) -> int:
-    """Spends the steps for reading values with all their parts, and returns their number. A shared part counts each
-    time it occurs."""
+    """Spends what it costs to read values to their depths, which it returns: shared parts count as often as they
+    occur."""
     for depth in range(_DEEPEST):
         below: list[Any] = []
         for value in values:
@@ -98,7 +98,7 @@ _CONTAINERS = (list, tuple, set, frozenset, range, type({}.keys()), type({}.valu
 
 
 def _size(*values: Any) -> int:
-    """The steps that `_walk` spends on these values."""
+    """The steps that `_walk` spends on them."""
     before = _left.get()[0]
     _walk(*values)
     return before - _left.get()[0]
@@ -109,7 +109,7 @@ def _len(value: Any) -> int:
 
 
 def _made(value: Any) -> Any:
-    """Spends the steps of a new value, without those of its parts, and makes the items of an iterator."""
+    """Spends what a new value costs, without looking into it, and makes the items of an iterator."""
     if isinstance(value, str):
         _spend(len(value))
     elif isinstance(value, (list, tuple, dict, set)):
@@ -133,7 +133,7 @@ def _drawn(items: Iterator[Any]) -> list[Any]:
 
 
 def _listed(value: Any) -> Any:
-    """The items of an iterator as a list."""
+    """An iterator as a list, to know what is in it."""
     return _drawn(value) if isinstance(value, Iterator) else value
 
 
@@ -169,13 +169,13 @@ def _plus(left: Any, right: Any) -> None:
 
 def _minus(left: Any, right: Any) -> None:
     if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
-        _walk(left, right)  # the keys of a dict: the operator hashes both
+        _walk(left, right)  # of the keys of a dict: hashes both
 
 
 _OPERATORS = {"*": _times, "**": _power, "%": _percent, "+": _plus, "-": _minus}
 
 
-@pass_context  # so that Jinja does not evaluate it while it compiles
+@pass_context  # so that Jinja does not compute it when it compiles
 def _spend_filter(_: Any, steps: int) -> int:
     _spend(steps)
     return steps
@@ -188,14 +188,14 @@ def _spend_and(_: Any, value: Any, steps: int) -> Any:
 
 
 def _compare(value: Any, *rest: Any) -> bool:
-    """A chained comparison as in Python: value op value op value ..."""
+    """value op value op value ...: the operators of a comparison, as Python chains them."""
     for operator, other in zip(rest[::2], rest[1::2], strict=True):
         if operator in ("in", "notin"):
             other = _listed(other)
         if operator in ("in", "notin") and isinstance(other, str):
             _spend(_len(value) + len(other))
         elif operator in ("in", "notin") and isinstance(other, dict) and isinstance(value, str):
-            _spend(1 + len(value))  # the text may be compared with an equal key
+            _spend(1 + len(value))  # is compared with an equal key, if that is another object
         elif isinstance(value, str) and isinstance(other, str):
             _spend(1 + min(len(value), len(other)))
         elif hasattr(type(value), "__len__") or hasattr(type(other), "__len__"):
@@ -235,7 +235,7 @@ def _key(value: Any) -> Any:
 
 
 def _printed(value: Any) -> Any:
-    """Spends the steps for str() of the value of a `{{ }}`."""
+    """Of every `{{ }}`: what str() of it will cost."""
     if type(value) is str:
         _spend(len(value))
     else:
@@ -244,7 +244,7 @@ def _printed(value: Any) -> Any:
 
 
 class _Rewriter(NodeTransformer):
-    """Adds the costs to a template's syntax tree."""
+    """Puts the costs into a template's syntax tree."""
 
     def __init__(self, environment: Any) -> None:
         self.environment = environment
@@ -290,7 +290,7 @@ class _Rewriter(NodeTransformer):
 
 
 def _weight(node: nodes.Node) -> int:
-    """The steps for a node and all nodes below it, each reached once."""
+    """Steps of reaching a node and all below it once."""
     own = len(node.data) if isinstance(node, nodes.TemplateData) else _NODE
     if isinstance(node, (nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair)):
         own = _ITEM
@@ -341,7 +341,7 @@ def _of_int(value: Any, *rest: Any, **named: Any) -> None:
 def _of_sum(values: Any, *rest: Any, **named: Any) -> None:
     _walk(values, rest, named)
     if not (isinstance(values, (list, tuple, range)) and all(isinstance(value, (int, float)) for value in values)):
-        _spend(_len(values) ** 2 * _ITEM)  # adding lists one after the other copies them
+        _spend(_len(values) ** 2 * _ITEM)  # lists, added one after the other
 
 
 def _of_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
@@ -376,7 +376,7 @@ def _of_rows(values: Any, count: Any = 0, *_: Any, linecount: Any = 0, slices: A
 
 
 def _of_choice(value: Any, *rest: Any, **named: Any) -> None:
-    _spend(_ITEM * _len(value))  # items that are dropped are read too
+    _spend(_ITEM * _len(value))  # what is dropped is read, too
     _walk(rest, named)
 
 
@@ -384,7 +384,7 @@ def _whole(value: Any) -> int:
     return value if isinstance(value, int) else 0
 
 
-_FILTERS: dict[str, Callable[..., None]] = {  # the cost of each before it runs; the arguments have Jinja's names
+_FILTERS: dict[str, Callable[..., None]] = {  # what each costs before it runs; arguments are named as Jinja does
     **dict.fromkeys(_words("attr count d default first items last length list map reverse safe"), _free),
     **dict.fromkeys(_words("reject rejectattr select selectattr"), _of_choice),
     **dict.fromkeys(_words("abs capitalize dictsort e escape filesizeformat float forceescape groupby"), _deep),
@@ -407,7 +407,7 @@ _LONG_TESTS = {"in", "lower", "upper", *_words("== eq equalto != ne > gt greater
 
 
 def _priced(function: Callable[..., Any], cost: Callable[..., None]) -> Callable[..., Any]:
-    first = 1 if getattr(function, "jinja_pass_arg", None) else 0  # Jinja puts the context first
+    first = 1 if getattr(function, "jinja_pass_arg", None) else 0  # the context, which Jinja puts first
 
     @wraps(function, updated=("__dict__",))
     def priced(*args: Any, **named: Any) -> Any:
@@ -430,7 +430,7 @@ _READERS |= {"sync_do_groupby", "test_in"}
 
 
 def _method_cost(text: str, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Spends the steps for a call of a method of a string."""
+    """Of a method of a string."""
     first = args[0] if args else None
     if name in _WIDENING:
         _spend(max(_whole(first if args else named.get("width", 0)), 0))
@@ -466,7 +466,7 @@ _BLOCKS = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock,
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox with a budget. Compile and render within `budget`."""
+    """Jinja's immutable sandbox under a budget. Compile and render in `budget`."""
 
     intercepted_binops = frozenset(_OPERATORS)
 
@@ -502,7 +502,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         _spend(_ITEM)  # map('a.b.c') comes here three times for each item
         if isinstance(argument, (str, tuple)):
-            _walk(argument)  # the argument is hashed, and compared with an equal key
+            _walk(argument)  # is hashed, and compared with an equal key
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
@@ -528,7 +528,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         owner = getattr(obj, "__self__", None)
         if isinstance(obj, (BuiltinMethodType, MethodType)) and owner is not None:
             if obj.__name__ not in _METHODS.get(type(owner), ()):
-                _refuse(f"it calls {type(owner).__name__}.{obj.__name__}, which templates may not call")
+                _refuse(f"it calls {type(owner).__name__}.{obj.__name__}, which is not among what templates may call")
             args = tuple(map(_listed, args))
             if isinstance(owner, str):
                 if obj.__name__ == "join" and args:
@@ -540,7 +540,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
                     _walk(owner)
         elif not isinstance(obj, (Macro, LoopContext, BlockReference, Joiner, Undefined)):
             if not any(obj is function for function in self._functions) and not getattr(obj, "is_priced", False):
-                _refuse(f"it calls {getattr(obj, '__name__', obj)!r:.60}, which templates may not call")
+                _refuse(f"it calls {getattr(obj, '__name__', obj)!r:.60}, which is not among what templates may call")
             _spend(_NEW_OBJECT)
             if obj in (dict, Namespace) and args and not isinstance(args[0], dict):
                 args = ([_drawn(iter(pair)) for pair in _drawn(iter(args[0]))], *args[1:])  # keys are hashed

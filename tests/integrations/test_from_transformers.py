@@ -225,7 +225,7 @@ def test_other_objects_are_refused():
         Model.from_transformers("Qwen/Qwen2.5-3B")
     theirs = Qwen2ForCausalLM(Qwen2Config(**small, **heads))
     adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(RequestError, match=r"model is a PeftModel; expected .* what merge_and_unload\(\) gives"):
+    with pytest.raises(RequestError, match=r"model is a PeftModel; expected .* the result of merge_and_unload\(\)"):
         Model.from_transformers(adapted)
     theirs = adapted.merge_and_unload()
     with pytest.raises(RequestError, match="tokenizer is a str; expected a fast tokenizer of transformers"):
