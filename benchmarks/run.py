@@ -255,7 +255,7 @@ def _place(device: str) -> torch.device:
 def main(
     op: Annotated[str, typer.Option(help="Cases or ops in this order, with commas between them; default: all.")] = "",
     model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
-    tokens: Annotated[str, typer.Option(help="With commas between them; default: those of each case.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers, with commas; default: those of each case.")] = "",
     context: Annotated[str, typer.Option(help="Cached tokens per sequence in decode_attention.")] = "8192",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -224,7 +224,7 @@ def write(file: Path, op: str, facts: dict[str, Any], sizes: dict[str, int], win
 def main(
     op: Annotated[str, typer.Option(help="Cases or ops, with commas between them; default: all.")] = "",
     model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
-    tokens: Annotated[str, typer.Option(help="With commas between them; default: those of each case.")] = "",
+    tokens: Annotated[str, typer.Option(help="Numbers, with commas; default: those of each case.")] = "",
     context: Annotated[int, typer.Option(help="Cached tokens per sequence in decode_attention.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu (the interpreter) or cuda.")] = "auto",
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600.0,
