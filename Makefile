@@ -3,14 +3,18 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/ready
+DOCS := .venv/docs-ready
 
-.PHONY: demo test test-avx2 lint bench results clean
+.PHONY: demo quick test test-avx2 lint docs bench results clean
 
 demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's cache)
 	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
 
 test: $(READY)  ## not `python -m pytest`, which would put kernels/ on the path under its bare name
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
+
+quick: $(READY)  ## a few cases of each test that is not slow: in every room, in less than three minutes
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup --quick $(ARGS)
 
 # What a processor without AVX-512 computes, here: our C for it, and no wider vectors in torch and in numpy's products.
 AVX2 := QWENKERN_CPU_TARGET=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
@@ -22,6 +26,9 @@ test-avx2: $(READY)  ## the tests for which the processor matters, as an x86-64 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(DOCS)  ## the site, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(READY)  ## times each kernel next to torch and torch.compile, then a whole model next to transformers
 	$(BIN)/python benchmarks/run.py $(ARGS)
@@ -36,4 +43,8 @@ clean:
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,hub]"
+	touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@

@@ -1,6 +1,6 @@
 import importlib.util
-import os
 import shutil
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
@@ -43,14 +43,20 @@ EXTRAS = {
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures
         "ruff",  # lint and format
+        "mypy",  # types: py.typed is a promise to those who check their own
+    ],
+    "docs": [
+        "mkdocs-material>=9.5",  # the site: search, dark mode, links that are checked
+        "mkdocstrings[python]>=1",  # its API reference, from the docstrings, without importing torch
+        "ruff",  # breaks long signatures there
     ],
 }
 
 
-def module(name: str) -> ModuleType:
-    """A file of kernels/c that imports the standard library only; the package itself needs torch."""
-    spec = importlib.util.spec_from_file_location(name, C / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
+def module(file: Path) -> ModuleType:
+    """A file of kernels/ that imports the standard library only; the package itself needs torch."""
+    spec = importlib.util.spec_from_file_location(f"setup_{file.stem}", file)
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for it
     spec.loader.exec_module(loaded)
     return loaded
 
@@ -68,8 +74,8 @@ class BuildWithC(build_py):
             self.compile_c(Path(self.build_lib, "qwenkern", "kernels", "c", "built"))
 
     def compile_c(self, folder: Path) -> None:
-        compiler, targets = module("compiler"), module("targets")
-        required = os.environ.get("QWENKERN_REQUIRE_C") == "1"
+        compiler, targets = module(C / "compiler.py"), module(C / "targets.py")
+        required = module(C.parent / "environment.py").REQUIRE_C.get()
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier build left
         folder.mkdir(parents=True)
         machine = targets.machine(sysconfig.get_platform().rpartition("-")[2])
@@ -105,31 +111,26 @@ class DistributionWithC(Distribution):
 
 
 setup(
-    name="qwenkern",
-    version="0.1.0",
-    description="Fused Triton kernels and a thin torch runtime for the Qwen2.5 family of language models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
     # The folder kernels/ is the package qwenkern.kernels: a top-level package `kernels` would shadow Hugging Face's.
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
         *find_packages(include=["qwenkern", "qwenkern.*"]),
-        "qwenkern.kernels",
-        "qwenkern.kernels.c",
+        *(f"qwenkern.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
         "qwenkern.benchmarks",
+        "qwenkern.benchmarks.models",
+        "qwenkern.benchmarks.offline",
+        "qwenkern.benchmarks.ops",
+        "qwenkern.benchmarks.reports",
     ],
     py_modules=["qwenkern_start"],
     package_data={
         "qwenkern": ["py.typed"],
-        "qwenkern.kernels": ["metadata.json", "tuned/*/*.json"],
+        "qwenkern.kernels": ["metadata.json"],
+        "qwenkern.kernels.triton": ["tuned/*/*.json"],
         "qwenkern.kernels.c": ["*.[ch]"],
     },
     distclass=DistributionWithC,
     cmdclass={"build_py": BuildWithC, "bdist_wheel": WheelOfLibraries},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["qwenkern = qwenkern_start:main"]},
 )

@@ -23,17 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config
-from qwenkern.benchmarks import results, where
-from qwenkern.benchmarks.cases import CASES, Case, Size
-from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
-from qwenkern.benchmarks.results import Row
-from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.models import where
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.correctness import check, expected
+from qwenkern.benchmarks.ops.providers import PROVIDERS, Function, Provider
+from qwenkern.benchmarks.ops.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.reports.results import Row
 from qwenkern.cli import terminal
-from qwenkern.kernels import reference, tuning
-
-# The rule of tests/support/tolerances.py. The largest error may be ERROR_RATIO times that of torch in the same dtype,
-# plus two roundings of the largest value. The root mean square may be RMS_RATIO times torch's, plus half a rounding.
-ERROR_RATIO, RMS_RATIO = 2.0, 1.5
+from qwenkern.kernels.environment import CONFIG_DIR
+from qwenkern.kernels.triton import tuning
 
 
 @torch.inference_mode()  # also for the check, because another mode or other kinds of tensors would be compiled again
@@ -91,45 +90,6 @@ def _bound(function: Function, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: function(*inputs)
 
 
-def _copies(inputs: tuple[Any, ...], wide: bool = False) -> list[Any]:
-    """Copies of the tensors, because ops may write into the caches; in float64 if ``wide``."""
-
-    def copy(each: Any) -> Any:
-        if not isinstance(each, torch.Tensor):
-            return each
-        return each.double() if wide and each.is_floating_point() else each.clone()
-
-    return [copy(each) for each in inputs]
-
-
-def expected(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """The results of the reference in the dtype of the inputs, and in float64."""
-    function = getattr(reference, case.op)
-    return _floats(function(*_copies(inputs))), _floats(function(*_copies(inputs, wide=True)))
-
-
-def check(
-    case: Case, function: Function, inputs: tuple[Any, ...], truth: tuple[list[torch.Tensor], list[torch.Tensor]]
-) -> None:
-    """Raises ArithmeticError if the error of the function is larger than ERROR_RATIO and RMS_RATIO allow."""
-    outs = _floats(function(*_copies(inputs)))
-    for index, (out, peer, exact) in enumerate(zip(outs, *truth, strict=True)):
-        rounding = torch.finfo(peer.dtype if peer.dtype != torch.float32 else inputs[0].dtype).eps * exact.abs().max()
-        ours, theirs = (out - exact).abs(), (peer - exact).abs()
-        error, allowed = ours.max(), ERROR_RATIO * theirs.max() + 2 * rounding
-        rms, allowed_rms = (each.square().mean().sqrt() for each in (ours, theirs))
-        if not (error <= allowed and rms <= RMS_RATIO * allowed_rms + rounding / 2):  # also if one is NaN
-            raise ArithmeticError(
-                f"result {index} of {case.name}: the error is {error:.3g} (RMS {rms:.3g}); expected at most "
-                f"{allowed:.3g} (RMS {RMS_RATIO * allowed_rms + rounding / 2:.3g})"
-            )
-
-
-def _floats(outs: Any) -> list[torch.Tensor]:
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    return [out for out in outs if out.is_floating_point()]
-
-
 def _providers(names: list[str]) -> list[Provider]:
     """The providers of these names. "qwenkern:FOLDER" is our kernels with the tuned configurations of a folder."""
     known = {provider.name: provider for provider in PROVIDERS}
@@ -157,15 +117,16 @@ def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
 
 @contextlib.contextmanager
 def _tuned_by(folder: str) -> Iterator[None]:
-    before = os.environ.get("QWENKERN_CONFIG_DIR")
-    os.environ["QWENKERN_CONFIG_DIR"] = folder
+    name = CONFIG_DIR.name
+    before = os.environ.get(name)
+    os.environ[name] = folder
     tuning.forget()
     try:
         yield
     finally:
-        os.environ.pop("QWENKERN_CONFIG_DIR")
+        os.environ.pop(name)
         if before is not None:
-            os.environ["QWENKERN_CONFIG_DIR"] = before
+            os.environ[name] = before
         tuning.forget()
 
 

@@ -21,8 +21,7 @@ def test_drop_in_examples():
 
 
 def test_a_page_lists_all_environment_variables():
-    table = (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")
-    named = re.findall(r"QWENKERN_[A-Z_]+", "".join(re.findall(r"^\| (`.*?) \|", table, re.M)))
+    named = set(re.findall(r"QWENKERN_[A-Z_]*[A-Z]", (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")))
     files = [ROOT / "setup.py", ROOT / "Makefile"]
     files += [
         file for folder in ("qwenkern", "kernels", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")
@@ -31,6 +30,7 @@ def test_a_page_lists_all_environment_variables():
     assert sorted(named) == sorted(used)
 
 
+GENERATED = {"index.md", "contributing.md", "security.md", "changelog.md", "examples.md"}  # by docs/site/pages.py
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
 
 
@@ -47,5 +47,7 @@ def test_links_lead_somewhere(document):
         if not re.match(r"[a-z]+:", link):
             name, _, anchor = link.partition("#")
             target = (document.parent / name) if name else document
+            if target.name in GENERATED:
+                continue
             assert target.exists(), link
             assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from ..environment import KERNELS
 from . import threads
 from .build import library, multiplies
 from .choose import rows_size
@@ -221,9 +220,4 @@ def _team(elements: int) -> int | None:
 
 
 def _usable(x: Tensor) -> bool:
-    return (
-        x.is_cpu
-        and x.dtype == torch.bfloat16
-        and os.environ.get("QWENKERN_KERNELS") != "reference"
-        and library() is not None
-    )
+    return x.is_cpu and x.dtype == torch.bfloat16 and KERNELS.get() != "reference" and library() is not None

@@ -1,7 +1,7 @@
 """Chat templates: a checkpoint's Jinja source converts messages to the text on which its model was trained.
 
-A template is a program from a download. So it runs in a sandbox that limits its time and memory (template_sandbox.py),
-and gets only JSON-like values.
+A template is code that came with a download, so it runs in a sandbox that bounds its time and memory
+(sandbox/) and is handed nothing but JSON-like values.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class ChatTemplate:
         """The template's text for a conversation."""
         from jinja2.sandbox import SecurityError
 
-        from .template_sandbox import budget
+        from .sandbox import budget
 
         name = "tool_use" if chat.tools and "tool_use" in self._templates else "default"
         template = self._compile(name)
@@ -199,7 +199,7 @@ class ChatTemplate:
                 "expected an Instruct checkpoint, or plain text through encode()"
             )
         if name not in self._compiled:
-            from .template_sandbox import LARGEST_TEMPLATE, budget
+            from .sandbox import LARGEST_TEMPLATE, budget
 
             source, file = self._templates[name]
             if len(source) > LARGEST_TEMPLATE:
@@ -237,7 +237,7 @@ def _environment() -> Any:
     from jinja2 import TemplateError
     from jinja2.ext import Extension
 
-    from .template_sandbox import Sandbox
+    from .sandbox import Sandbox
 
     class Generation(Extension):
         """`{% generation %}` marks the assistant's text for training. A prompt needs only its contents."""

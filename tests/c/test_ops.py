@@ -10,8 +10,9 @@ from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels import dispatch, reference
+from qwenkern.kernels import reference
 from qwenkern.kernels.c import build, choose, tape, targets
+from qwenkern.kernels.environment import CPU_TARGET
 
 EPS = 1e-6
 
@@ -32,7 +33,7 @@ def in_c(request, monkeypatch):
         emulated.use(name, request, monkeypatch)
     elif name not in [target.name for target in targets.usable()]:
         pytest.skip(f"this processor does not have what {name} needs")
-    monkeypatch.setenv(targets.FORCED, "native" if name == "narrow" else name)
+    monkeypatch.setenv(CPU_TARGET.name, "native" if name == "narrow" else name)
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(choose, "prefetch", lambda *_: VARIANTS[name])
     monkeypatch.setattr(choose, "multiplies", lambda *_: True)
@@ -245,7 +246,7 @@ def assert_same_where_not_finite(out: torch.Tensor, truth: torch.Tensor) -> None
 @pytest.mark.parametrize("tokens", [3, 21])
 def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float) -> None:
     """One such number in each argument of each op."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
     x, residual, norm, w = (
         tensor(tokens, 96, seed=0),
         tensor(tokens, 96, seed=1),
@@ -402,7 +403,7 @@ def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_
 
 def test_the_public_ops_run_in_c(monkeypatch) -> None:
     """Nothing else can be recorded."""
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
     x, weight, heads = tensor(3, 64, seed=0), tensor(64, seed=1), tensor(3, 2, 32, seed=2)
     calls = {
         "rms_norm": (x, weight, EPS),

@@ -18,8 +18,8 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from qwenkern.benchmarks import machine_code
-from qwenkern.kernels import tuning
+from qwenkern.benchmarks.offline import machine_code
+from qwenkern.kernels.triton import tuning
 
 from .faults import Unknown
 from .launch import Kernel, Launch

@@ -76,7 +76,7 @@ SNIPPETS = [
 
 
 @pytest.mark.parametrize("source", SNIPPETS)
-def test_renders_as_transformers_does(source):
+def test_renders_reference_model_does(source):
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     wanted = utils._compile_jinja_template(source).render(messages=MESSAGES, tools=None, add_generation_prompt=True)
     assert rendered(source) == wanted
@@ -213,6 +213,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and limits memory as Linux does")
 def test_hostile_templates_end_within_400_megabytes():
     code = CHILD.format(tests=str(Path(__file__).parent))

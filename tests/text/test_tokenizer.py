@@ -280,7 +280,7 @@ def test_the_real_vocabulary(demo, demo_metadata):
 @pytest.mark.demo
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("chat", CHATS)
-def test_qwens_template_renders_as_transformers_does(demo, demo_metadata, chat, prompt):
+def test_qwens_template_renders_reference_model_does(demo, demo_metadata, chat, prompt):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2Tokenizer(chat_template=demo_metadata["tokenizer.chat_template"])
     messages, tools = CHATS[chat]
@@ -324,7 +324,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("said", [{}, {"add_bos_token": True, "bos_token": "<|im_start|>"}, {"add_bos_token": False}])
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_a_text_begins_as_transformers_begins_it(kind, said, tmp_path):
+def test_a_text_begins_reference_model_begins_it(kind, said, tmp_path):
     """With a tokenizer.json its post-processor counts, and add_bos_token does not."""
     transformers = pytest.importorskip("transformers")
     toy_folder(tmp_path, post_processor=PROCESSORS[kind])
@@ -897,7 +897,7 @@ def test_other_files_corrupt(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("chat", CHATS)
-def test_renders_as_transformers_does(toy, chat, prompt):
+def test_renders_reference_model_does(toy, chat, prompt):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=toy._library, chat_template=TEMPLATE)
     messages, tools = CHATS[chat]

@@ -1,0 +1,231 @@
+"""Shows where the time of a decode step goes: the bandwidth limit of each op, its time, and the time between kernels.
+
+    qwenkern bench --where --model qwen2.5-3b --tokens 1 --context 1024 --json where.json
+
+On a GPU, the captured step is replayed under torch's profiler. Kernels with dependent launch overlap, so a kernel's
+time begins at the end of the kernel before it. The time in which no kernel ran is a row of its own, so the rows add up
+to the step. On a CPU, each recorded call is timed by itself, between whole steps. The step's time beyond the sum of the
+calls is a row of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain, product
+from pathlib import Path
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from qwenkern import Config
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.timing import ceilings, circumstances, device_name
+from qwenkern.benchmarks.reports import results
+from qwenkern.cache import BlockTable, PagedCache
+from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
+from qwenkern.engine.captured_step import CapturedStep
+from qwenkern.kernels import c as c_backend
+from qwenkern.qwen2 import Qwen2, initialise
+
+STEPS = 20
+BETWEEN = "between kernels"
+OTHER = "torch's own kernels"
+# The op of each kernel or recorded call. If one serves several ops, their order in a layer says which.
+NAMES = {
+    "_norm_qkv_rope_kernel": "qkv_rope",
+    "rope_and_cache": "rope_and_cache",
+    "_decode_attention_kernel": "decode_attention",
+    "_combine_kernel": "combine",
+    "decode_attention": "decode_attention",
+    "_lm_head_kernel": "lm_head",
+    "_top_k_kernel": "top_k",
+    "embedding": "embedding",
+}
+GPU_LINEARS, CPU_LINEARS = ("o_proj", "gate_up", "down"), ("qkv", "o_proj", "gate_up", "down")
+
+
+@dataclass(frozen=True)
+class Part:
+    """All launches of one op within a step."""
+
+    name: str
+    launches: int
+    floor: float | None  # seconds at the measured bandwidth; None for what is no op of ours
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Span:
+    """One kernel on the device's clock, in seconds."""
+
+    name: str
+    start: float
+    end: float
+
+
+class Taped(CallCapture):
+    """Keeps the recorded calls, which are timed one by one."""
+
+    tape: c_backend.Tape
+
+    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        self.tape = c_backend.Tape()
+        try:
+            with self.tape.record():
+                out = function()
+        except c_backend.NotRecordable as error:
+            raise RuntimeError(f"--where on a CPU needs the step in C, but torch runs it here: {error}") from error
+        return self.tape.replay, out
+
+
+@torch.inference_mode()  # torch's graphs share tensors, and one made in this mode cannot be used outside
+def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
+    """The parts of a decode step with random weights in bfloat16. Each sequence has ``context`` cached tokens."""
+    most = c_backend.MAX_TOKENS
+    if not 1 <= sequences <= most:
+        raise ValueError(f"--where: {sequences} sequences; expected 1 to {most}, for which our kernels run")
+    most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # each replay on a GPU appends a token
+    if context > most:
+        raise ValueError(f"--where: {context} tokens; expected at most {most}, the context")
+    step, capturer = _step(config, sequences, context, device)
+    layers = config.num_hidden_layers
+    seconds = _on_cpu(layers, capturer.tape) if isinstance(capturer, Taped) else _on_gpu(layers, step)
+    copy = ceilings(device).copy
+    cases = {case.name: case for case in CASES}
+    size = Size(sequences, context, device=str(device))
+
+    def floor(name: str, launches: int) -> float | None:
+        return cases[name].bytes_moved(config, size) * launches / copy if name in cases else None
+
+    return [Part(name, len(each), floor(name, len(each)), sum(each)) for name, each in seconds.items()]
+
+
+def _step(config: Config, sequences: int, context: int, device: torch.device) -> tuple[CapturedStep, Capture]:
+    """A captured step, loaded with sequences that have all tokens but the last in the cache."""
+    model = Qwen2(config, torch.bfloat16, device)
+    initialise(model, 0)
+    cache = PagedCache(config, sequences * (context + 2 * STEPS + 64), torch.bfloat16, device)
+    for layer in cache.pages:
+        for tensor in layer.tensors:
+            tensor.normal_()
+    capturer = GraphCapture(device) if device.type == "cuda" else Taped()
+    step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
+    tables = [BlockTable() for _ in range(sequences)]
+    for table in tables:
+        cache.extend(table, context + 2 * STEPS)  # each replay on a GPU appends a token
+        table.length = context - 1
+    step.load(cache.batch([(table, [0]) for table in tables]))
+    return step, capturer
+
+
+def _on_cpu(layers: int, tape: c_backend.Tape) -> dict[str, list[float]]:
+    names = list(labels((c_backend.OPS[call.op] for call in tape.calls), CPU_LINEARS, layers))
+    wholes: list[float] = []
+    alone: list[list[float]] = [[] for _ in names]
+    for _ in range(STEPS):
+        wholes.append(_seconds(tape.replay))
+        for call, readings in zip(tape.calls, alone, strict=True):
+            readings.append(_seconds(lambda call=call: c_backend.play(ctypes.byref(call), 1)))
+    found: dict[str, list[float]] = {}
+    for name, readings in zip(names, alone, strict=True):
+        found.setdefault(name, []).append(statistics.median(readings))
+    rest = statistics.median(wholes) - sum(chain.from_iterable(found.values()))
+    return found | {BETWEEN: [rest]}
+
+
+def _seconds(function: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    function()
+    return time.perf_counter() - started
+
+
+def _on_gpu(layers: int, step: CapturedStep) -> dict[str, list[float]]:
+    for _ in range(STEPS):
+        step.replay()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(STEPS):
+            step.replay()
+        torch.cuda.synchronize()
+    on_device = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
+    spans = [Span(each.name, each.time_range.start / 1e6, each.time_range.end / 1e6) for each in on_device]
+    return charge(spans, STEPS, layers)
+
+
+def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[float]]:
+    """The time of each kernel of a step, as the median over the steps. It begins when all earlier kernels have ended,
+    or at the kernel's own start if that is later. ``BETWEEN`` is the time in which no kernel ran."""
+    spans = sorted(spans, key=lambda span: span.start)
+    if not spans or len(spans) % steps:
+        raise RuntimeError(f"the profiler saw {len(spans)} kernels in {steps} equal steps")
+    each_step = len(spans) // steps
+    names = list(labels((span.name for span in spans[:each_step]), GPU_LINEARS, layers))
+    costs: list[list[float]] = [[] for _ in names]
+    idle: list[float] = []
+    for first in range(0, len(spans), each_step):
+        done, waited = spans[first].start, 0.0
+        for span, readings in zip(spans[first : first + each_step], costs, strict=True):
+            waited += max(0.0, span.start - done)
+            readings.append(max(0.0, span.end - max(done, span.start)))
+            done = max(done, span.end)
+        idle.append(waited)
+    found: dict[str, list[float]] = {}
+    for name, readings in zip(names, costs, strict=True):
+        found.setdefault(name, []).append(statistics.median(readings))
+    return found | {BETWEEN: [statistics.median(idle)]}
+
+
+def labels(names: Iterable[str], linears: Sequence[str], layers: int) -> Iterable[str]:
+    """The op of each kernel of a step. The last linear of the recorded calls is lm_head."""
+    seen = 0
+    for name in names:
+        if name in ("_linear_kernel", "few_tokens"):
+            yield linears[seen % len(linears)] if seen < layers * len(linears) else "lm_head"
+            seen += 1
+        else:
+            yield NAMES.get(name, OTHER)
+
+
+def show(
+    model: str, sequences: Sequence[int], contexts: Sequence[int], device: torch.device, json_file: Path | None = None
+) -> None:
+    """Prints a table for each number of sequences and cached tokens."""
+    console, rows = Console(width=None if Console().is_terminal else 120), []
+    for count, context in product(sequences, contexts):
+        try:
+            parts = where(Config.from_name(model), count, context, device)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
+        title = f"{model}, bfloat16, {count} sequences of {context} tokens, on {device_name(device)}"
+        console.print(table(title, parts))
+        rows += [{"sequences": count, "context": context, **asdict(part)} for part in parts]
+        if json_file:  # after each size, because the run may be interrupted
+            facts = circumstances(device) | {"model": model, "ceilings": asdict(ceilings(device))}
+            results.save(json_file, facts | {"rows": rows})
+
+
+def table(title: str, parts: Sequence[Part]) -> Table:
+    """A row for each part, and one for the whole step."""
+    shown = Table(title=title, title_justify="left")
+    for heading in ("op", "launches", "limit us", "measured us", "gap us", "% of limit", "% of step"):
+        shown.add_column(heading, justify="left" if heading == "op" else "right", no_wrap=True)
+    whole, floor = sum(part.seconds for part in parts), sum(part.floor or 0.0 for part in parts)
+    for part in [*parts, Part("the step", sum(part.launches for part in parts if part.name != BETWEEN), floor, whole)]:
+        shown.add_row(
+            part.name,
+            "" if part.name == BETWEEN else str(part.launches),
+            "" if part.floor is None else f"{part.floor * 1e6:.1f}",
+            f"{part.seconds * 1e6:.1f}",
+            "" if part.floor is None else f"{(part.seconds - part.floor) * 1e6:.1f}",
+            "" if part.floor is None or part.seconds <= 0 else f"{part.floor / part.seconds:.0%}",
+            f"{part.seconds / whole:.1%}",
+            style="bold" if part.name == "the step" else None,
+        )
+    return shown

@@ -1,0 +1,231 @@
+"""Compiles the kernels that an op launches, without a GPU, and reads the machine code.
+
+``launches(device, call)`` runs ``call`` on meta tensors. Every kernel that a launcher starts is compiled for ``device``
+with the arguments of the launch. ``read(kernel)`` returns facts of its machine code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from qwenkern.kernels.triton import tuning
+
+# The number of SMs and the shared memory of a CTA: from the cards' data sheets, and from the CUDA C++ programming
+# guide's table of technical specifications by compute capability.
+DEVICES = {
+    "sm_80": tuning.Device("NVIDIA A100-SXM4-80GB", "cuda", 80, 108, 163 * 1024),
+    "sm_86": tuning.Device("NVIDIA GeForce RTX 3090", "cuda", 86, 82, 99 * 1024),
+    "sm_89": tuning.Device("NVIDIA GeForce RTX 4090", "cuda", 89, 128, 99 * 1024),
+    "sm_90": tuning.Device("NVIDIA H100 80GB HBM3", "cuda", 90, 132, 227 * 1024),
+    "sm_100": tuning.Device("NVIDIA B200", "cuda", 100, 148, 227 * 1024),
+    "sm_120": tuning.Device("NVIDIA GeForce RTX 5090", "cuda", 120, 170, 99 * 1024),
+    "gfx942": tuning.Device("AMD Instinct MI300X", "hip", 0, 304, 64 * 1024),
+}
+# The most warps and CTAs of an SM, and its shared memory in KiB, from the same table.
+RESIDENT = {
+    "sm_80": (64, 32, 164),
+    "sm_86": (48, 16, 100),
+    "sm_89": (48, 24, 100),
+    "sm_90": (64, 32, 228),
+    "sm_100": (64, 32, 228),
+    "sm_120": (48, 24, 100),
+}
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel that an op would start."""
+
+    name: str
+    grid: tuple[int, ...]
+    kernel: CompiledKernel
+    pdl: bool
+
+
+@dataclass(frozen=True)
+class Access:
+    """The loads or stores of global memory of one line of a kernel."""
+
+    kind: str  # "load" or "store"
+    name: str  # of the loaded value, as in the kernel
+    line: str  # "file.py:12"
+    tile: int  # bytes that a CTA moves there at once
+    width: int  # bits of its narrowest instruction
+
+
+@dataclass
+class Code:
+    """Facts of a kernel's machine code."""
+
+    registers: int
+    stack: int  # bytes per thread
+    spills: int  # loads and stores of local memory
+    shared: int  # bytes per CTA
+    warps: int
+    accesses: list[Access] = field(default_factory=list)
+    matrix: dict[str, int] = field(default_factory=dict)  # tensor-core instructions by name
+    waits: int = 0  # of griddepcontrol.wait, for programmatic dependent launch
+    releases: int = 0  # of griddepcontrol.launch_dependents
+    clashes: int = 0  # kinds of tiles in shared memory whose rows lie in the same banks
+
+
+class _OfflineDriver:
+    """Replaces the driver of a card. Triton keeps its compiled kernels by device number."""
+
+    def __init__(self, device: tuning.Device) -> None:
+        self.number = f"offline {device.name}"
+        arch: Any = device.capability if device.backend == "cuda" else "gfx942"
+        self.target = GPUTarget(device.backend, arch, 32 if device.backend == "cuda" else 64)
+
+    def get_current_device(self) -> str:
+        return self.number
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def launches(key: str, call: Callable[[], Any]) -> list[Launch]:
+    """Every kernel that ``call`` starts, compiled for ``DEVICES[key]``, in order."""
+    return launches_on(DEVICES[key], call)
+
+
+def launches_on(device: tuning.Device, call: Callable[[], Any]) -> list[Launch]:
+    """The same for any device."""
+    found: list[Launch] = []
+    run = JITFunction.run
+
+    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> CompiledKernel:
+        kernel = run(self, *args, grid=grid, warmup=True, **keywords)
+        found.append(Launch(self.__name__, tuple(grid), kernel, bool(keywords.get("launch_pdl"))))
+        return kernel
+
+    with tuning.offline(device), _active(device), mock.patch.object(JITFunction, "run", record):
+        call()
+    return found
+
+
+@contextlib.contextmanager
+def _active(device: tuning.Device) -> Iterator[None]:
+    with mock.patch.object(driver, "_active", _OfflineDriver(device)):
+        yield
+
+
+def occupancy(key: str, code: Code) -> int:
+    """The CTAs that an SM of ``DEVICES[key]`` holds at a time. The SM has 65,536 registers, and a warp gets them in
+    units of 256. Each CTA takes 1 KiB of shared memory more than it requests."""
+    warps, programs, shared = RESIDENT[key]
+    registers = code.warps * -(-code.registers * 32 // 256) * 256
+    return min(programs, warps // code.warps, 65536 // registers, shared * 1024 // (code.shared + 1024))
+
+
+# opcode, with its predicate before it and its modifiers behind: `@P0 LDG.E.128.CONSTANT R4, ...`
+_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.M)
+
+
+def read(kernel: CompiledKernel) -> Code:
+    """The facts of a compiled kernel. For NVIDIA it uses the tools in Triton's package."""
+    if "cubin" not in kernel.asm:
+        return _read_amd(kernel)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _cuobjdump("--dump-resource-usage", file.name)
+        opcodes = Counter(_INSTRUCTION.findall(_cuobjdump("--dump-sass", file.name)))
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    return Code(
+        registers=registers,
+        stack=stack,
+        spills=opcodes["LDL"] + opcodes["STL"],
+        shared=kernel.metadata.shared,
+        warps=kernel.metadata.num_warps,
+        accesses=accesses(kernel.asm["ttgir"], kernel.asm["ptx"]),
+        matrix={name: count for name, count in opcodes.items() if name.endswith("MMA")},
+        waits=opcodes["ACQBULK"],
+        releases=opcodes["PREEXIT"],
+        clashes=len(_CLASH.findall(kernel.asm["ttgir"])),
+    )
+
+
+def _read_amd(kernel: CompiledKernel) -> Code:
+    text = kernel.asm["amdgcn"]
+    registers, spills, stack = (
+        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
+    )
+    matrix = dict(Counter(re.findall(r"\b(v_mfma_\w+)", text)))
+    return Code(registers, stack, spills, kernel.metadata.shared, kernel.metadata.num_warps, matrix=matrix)
+
+
+# `%weight_85 = ttg.async_copy_global_to_local ... : tensor<16x512x!tt.ptr<bf16>, ... loc(#loc228)`
+_TILE = re.compile(
+    r"^\s*(?:%(\w+) = )?(?:tt\.load|ttg\.async_copy_global_to_local|(tt\.store))\b.*?"
+    r": tensor<([\dx]+)x!tt\.ptr<\D+(\d+)>.*loc\((#loc\d*)\)$",
+    re.M,
+)
+# A batch of tiles stored row by row, with the same row of all tiles together, but swizzled by the tile. Triton chooses
+# this layout if each thread loads from all tiles, and never from two rows of one tile.
+_CLASH = re.compile(r"ttg\.swizzled_shared<\{[^}]*maxPhase = [248], order = \[2, 0, 1\]")
+_LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.M)
+_FILE = re.compile(r"([^/\"]+\.py)\":(\d+)")
+# `.loc 3 149 25 // few_tokens.py:149:25 @[ ... ]`, `ld.global.v4.b32`, `cp.async.cg.shared.global [ ], [ ], 0x10`
+_PTX = re.compile(
+    r"\.loc\s.*//\s*([^\s:]+\.py:\d+)"
+    r"|\b(ld|st)\.global\S*?(?:\.v(\d))?\.b(\d+)\s"
+    r"|\bcp\.async\.c[ag]\.shared\.global[^,]*,[^,]*, (0x[0-9a-f]+)"
+)
+
+
+def accesses(ttgir: str, ptx: str) -> list[Access]:
+    """The tiles that a kernel moves, by line, without scalars. The sizes come from Triton's last representation, in
+    which a load is still one operation. The instructions come from PTX."""
+    locations = dict(_LOCATION.findall(ttgir))
+    tiles: dict[tuple[str, str], tuple[str, int]] = {}
+    for name, store, shape, bits, location in _TILE.findall(ttgir):
+        key = ("store" if store else "load", _line(location, locations))
+        size = math.prod(int(side) for side in shape.split("x")) * int(bits) // 8
+        tiles[key] = (re.sub(r"_\d+$", "", name), max(size, tiles.get(key, ("", 0))[1]))
+    widths: dict[tuple[str, str], int] = {}
+    line = ""
+    for at, kind, vector, bits, copied in _PTX.findall(ptx):
+        if at:
+            line = at
+            continue
+        key = ("store" if kind == "st" else "load", line)
+        width = int(copied, 16) * 8 if copied else int(vector or 1) * int(bits)
+        widths[key] = min(width, widths.get(key, width))
+    return [
+        Access(kind, name, line, tile, widths.get((kind, line), 0))
+        for (kind, line), (name, tile) in sorted(tiles.items(), key=lambda item: item[0])
+    ]
+
+
+def _line(location: str, locations: dict[str, str]) -> str:
+    """The innermost file and line of a location, which may be named, or inlined somewhere."""
+    text = locations[location]
+    while not (found := _FILE.search(text)):
+        text = locations[re.search(r"#loc\d*", text)[0]]
+    return f"{found[1]}:{found[2]}"
+
+
+def _cuobjdump(option: str, file: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, file], capture_output=True, text=True, check=True).stdout

@@ -1,0 +1,179 @@
+"""The inside of the linears over few tokens (1 to 16), which a decode step spends its time in: reading weights.
+
+x [T, K] times weight [N, K] transposed. A program owns BLOCK_N rows of the weight and streams them past all tokens:
+
+    weight [N, K]      K ───────────────►            x [T, K]: read by every program, from the L2 cache
+      program 0  ░░░░│░░░░│░░░░│░░░░                 ░░░░ is BLOCK_N x BLOCK_K, several of them in flight;
+      program 1  ░░░░│░░░░│░░░░│░░░░                 each ░ is a slice, one a warp
+
+On tensor cores with the weight as the left operand, so that one token costs one column. Warps share a tile along K, as
+a batch of products whose sums are added at the end: along N, where there are 16 rows for all of them, each would do the
+whole product, and wait for four times as many instructions one after the other. BLOCK_N stays below 64, where Hopper
+would change to an instruction that sums in another order: then the bits of a token do not depend on how many others
+there are.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from ..language import INTERPRETED, cast, dot, round_to
+from . import tuning
+
+MAX_TOKENS = 16  # above, a library's matrix product is as fast
+IN_FLIGHT = (
+    65536  # bytes of weight that a program asks for ahead: more than a multiprocessor's share of bandwidth x latency
+)
+MAX_HIDDEN = 32768  # for the norm, a row must fit in a program's registers
+
+
+for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_head"):
+    tuning.SPACES[_op] = {
+        "BLOCK_N": (16, 32),  # below 64, see above
+        "BLOCK_K": (128, 256, 512, 1024),
+        "SPLIT_K": (1, 2, 4, 8) if _op in ("linear", "norm_linear") else (1,),
+        "PREFETCH_LINES": (0, 8, 16, 32, 64),
+        "num_warps": (2, 4, 8),
+        "num_stages": (2, 3, 4, 5, 6, 8),
+    }
+
+
+@tuning.remember
+def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, parts: int) -> dict[str, Any]:
+    """``parts`` is 2 where a program streams rows of two weights (gate and up), and 0 where it must not share them with
+    other programs (SPLIT_K).
+
+    What decides about the order of summation (SPLIT_K, BLOCK_K, num_warps) does not look at the number of tokens."""
+    streams = max(parts, 1)
+    inputs = 1 if op == "linear" else 2  # x, and before a norm the residual
+    wide = 1024 // itemsize
+    shapes = [(32, wide), (32, wide // 2)]
+    if parts < 2 and n < 64 * device.num_sms:  # or there would be too few programs
+        shapes = [(16, wide), *shapes]  # not narrower: the rows of a slice would lie in the same banks
+    for block_n, block_k in shapes:
+        programs = triton.cdiv(n, block_n)
+        split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if parts == 1 else 1
+        neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory
+        memory = device.shared_memory // neighbours - 4096
+        if 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize <= memory:  # two tiles at least
+            break
+    tiles = min(
+        memory // ((streams * block_n + inputs * tokens) * block_k * itemsize),
+        IN_FLIGHT // (streams * block_n * block_k * itemsize),
+    )
+    heuristic = {
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "SPLIT_K": split_k,
+        "PREFETCH_LINES": 0 if device.backend != "cuda" or INTERPRETED else 4 * block_k * itemsize // 128,
+        "num_warps": 4,
+        "num_stages": 1 + max(1, tiles),
+    }
+    # tiles tuned for two bytes do not fit four
+    return tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
+
+
+def padded(tokens: int, device: tuning.Device) -> int:
+    """Columns of the products: AMD's matrix instructions take no fewer than 16."""
+    return triton.next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
+
+
+@triton.jit
+def _row(x_ptr, residual_ptr, token, k, mask, x_stride, residual_stride):
+    x = tl.load(x_ptr + token * x_stride + k, mask=mask, other=0.0)
+    residual = x
+    if residual_ptr is not None:
+        residual = tl.load(residual_ptr + token * residual_stride + k, mask=mask, other=0.0)
+    return x, residual
+
+
+@triton.jit
+def row_scales(
+    new_residual_ptr,  # [T, K], or None
+    x_ptr,  # [T, K]
+    residual_ptr,  # [T, K], or None
+    num_tokens,
+    k_size,
+    new_residual_stride,
+    x_stride,
+    residual_stride,
+    eps,
+    writer,  # of every num_writers tokens, this program writes the new residual of one
+    num_writers,
+    BLOCK_T: tl.constexpr,
+    BLOCK_ROW: tl.constexpr,
+):
+    """1 / sqrt(mean(h^2) + eps) of each token's h = x + residual: [BLOCK_T]. One token after the other, so that its sum
+    has the same order in any company."""
+    dtype = x_ptr.dtype.element_ty
+    tokens = tl.arange(0, BLOCK_T)
+    k = tl.arange(0, BLOCK_ROW)
+    mask = k < k_size
+    scales = tl.zeros([BLOCK_T], tl.float32)
+    x, residual = _row(x_ptr, residual_ptr, 0, k, mask, x_stride, residual_stride)
+    for token in range(0, num_tokens):
+        h = x.to(tl.float32)
+        if residual_ptr is not None:
+            h = round_to(residual.to(tl.float32) + h, dtype)
+        if BLOCK_T > 1:  # the next row is on its way while this one is summed; the last one is asked for twice
+            following = tl.minimum(token + 1, num_tokens - 1)
+            x, residual = _row(x_ptr, residual_ptr, following, k, mask, x_stride, residual_stride)
+        if new_residual_ptr is not None:  # noqa: SIM102 - known when compiling, the next only when running
+            if token % num_writers == writer:
+                tl.store(new_residual_ptr + token * new_residual_stride + k, cast(h, dtype), mask=mask)
+        scale = tl.rsqrt(tl.sum(h * h) / k_size + eps)
+        scales = tl.where(tokens == token, scale, scales)
+    return scales
+
+
+@triton.jit
+def accumulate(
+    x_ptr,  # [T, K]
+    residual_ptr,  # [T, K], or None
+    norm_weight_ptr,  # [K], or None: x as it is
+    scales,  # [BLOCK_T], of the norm
+    weight,  # [N, K], as its format has it
+    up,  # [N, K], with GATED
+    rows,  # [BLOCK_N] int64, all within N
+    num_tokens,
+    k_start,
+    k_end,
+    x_stride,
+    residual_stride,
+    LOAD: tl.constexpr,  # of the weight's format
+    GATED: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,  # of BLOCK_K; as many as warps
+    EVEN_K: tl.constexpr,
+):
+    """Rows of the weight, and with GATED those of up, times the (normalised) tokens: [BLOCK_N, BLOCK_T] float32 twice,
+    the second zero without GATED. Tiles are [SLICES, rows, BLOCK_K / SLICES]."""
+    dtype = x_ptr.dtype.element_ty
+    # Beyond the last token the last one is read again: what comes of it is not stored.
+    tokens = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1)[None, :, None]
+    rows = rows[None, :, None]
+    width: tl.constexpr = BLOCK_K // SLICES
+    tile_k = tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
+    acc = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    acc_up = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    for block in range(k_start, k_end, BLOCK_K):
+        k = block + tile_k
+        mask = None if EVEN_K else k < k_end
+        other = None if EVEN_K else 0.0
+        x = tl.load(x_ptr + tokens * x_stride + k, mask=mask, other=other)
+        if norm_weight_ptr is not None:
+            h = x.to(tl.float32)
+            if residual_ptr is not None:
+                residual = tl.load(residual_ptr + tokens * residual_stride + k, mask=mask, other=other)
+                h = round_to(h + residual.to(tl.float32), dtype)
+            norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other).to(tl.float32)
+            x = cast(round_to(h * scales[None, :, None], dtype) * norm_weight, dtype)
+        acc = dot(LOAD(weight, rows, k, mask, other), tl.permute(x, [0, 2, 1]), acc)
+        if GATED:
+            acc_up = dot(LOAD(up, rows, k, mask, other), tl.permute(x, [0, 2, 1]), acc_up)
+    return tl.sum(acc, axis=0), tl.sum(acc_up, axis=0)

@@ -1,0 +1,163 @@
+"""The gradients of RMSNorm, alone and with the addition to the residual stream before it.
+
+    r         = rsqrt(mean(x^2) + eps),  xhat = x * r,  g = grad * weight
+    grad_x    = round(r * (g - xhat * mean(g * xhat)) + grad_residual)          (rms_norm: without grad_residual)
+    grad_w    = round(sum over rows of grad * round(xhat))
+
+grad, grad_residual and x [T, H] of any row stride, x the rows that were normalised; r is computed again, so that
+nothing but x and the weight is kept for it. Everything in float32 between the roundings. Bytes moved: 4 T H elements
+(rms_norm: 3 T H) and 2 H; beside them the partial sums of grad_w, 8 P H bytes for P programs.
+
+    program p:  rows p * rows_each .. (p + 1) * rows_each - 1, one after another, each whole in registers, with their
+                sum in row p of parts [P, H]
+    then, in a second kernel, program c:  columns c * BLOCK .. of parts, summed in the order of the rows
+
+No sum depends on which program comes first, so that the same inputs give the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..language import cast, round_to, wait_for_inputs
+from . import tuning
+from .backend import TRITON, pdl_options
+
+MAX_HIDDEN = 16384  # a row and its sum must fit in a program's registers: to 8192 without spills, twice that with some
+
+tuning.SPACES["rms_norm_backward"] = {"rows_each": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16)}
+
+
+@tuning.remember
+def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
+    """So many programs as a card holds at a time, but for each at least 4 rows: its partial sum costs as much as 2."""
+    block = triton.next_power_of_2(hidden)
+    programs = device.num_sms * max(1, 8192 // block)
+    heuristic = {"rows_each": max(4, triton.cdiv(rows, programs)), "num_warps": min(16, max(1, block // 512))}
+    return tuning.lookup("rms_norm_backward", device, {"hidden": hidden, "rows": rows}, heuristic)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    grad_x_ptr,  # [T, H]
+    parts_ptr,  # [P, H] float32
+    grad_ptr,  # [T, H]
+    grad_residual_ptr,  # [T, H], or None
+    x_ptr,  # [T, H]
+    weight_ptr,  # [H]
+    num_rows,
+    rows_each,
+    hidden,
+    grad_stride,
+    grad_residual_stride,
+    x_stride,
+    eps,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    first = program * rows_each
+    columns = tl.arange(0, BLOCK_H)
+    mask = columns < hidden
+    dtype = x_ptr.dtype.element_ty
+
+    wait_for_inputs(PDL)  # before the weight, too: where there are gradients, a kernel may just have changed it
+    weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
+    part = tl.zeros([BLOCK_H], tl.float32)
+    for row in range(first, tl.minimum(first + rows_each, num_rows)):
+        x = tl.load(x_ptr + row * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + row * grad_stride + columns, mask=mask, other=0.0).to(tl.float32)
+
+        scale = tl.rsqrt(tl.sum(x * x) / hidden + eps)
+        normed = x * scale
+        part += grad * round_to(normed, dtype)
+        scaled = grad * weight
+        grad_x = scale * (scaled - normed * (tl.sum(scaled * normed) / hidden))
+        if grad_residual_ptr is not None:
+            residual = tl.load(grad_residual_ptr + row * grad_residual_stride + columns, mask=mask, other=0.0)
+            grad_x += residual.to(tl.float32)
+
+        tl.store(grad_x_ptr + row * hidden + columns, cast(grad_x, dtype), mask=mask)
+    tl.store(parts_ptr + program * hidden + columns, part, mask=mask)
+
+
+@triton.jit
+def _sum_parts_kernel(
+    out_ptr,  # [H]
+    parts_ptr,  # [P, H] float32
+    num_parts,
+    hidden,
+    BLOCK_P: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    rows = tl.arange(0, BLOCK_P)[:, None]
+    columns = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    total = tl.zeros([BLOCK_P, BLOCK_H], tl.float32)
+
+    wait_for_inputs(PDL)
+    for start in range(0, num_parts, BLOCK_P):
+        part = (start + rows).to(tl.int64)
+        mask = (part < num_parts) & (columns < hidden)[None, :]
+        total += tl.load(parts_ptr + part * hidden + columns[None, :], mask=mask, other=0.0)
+
+    tl.store(out_ptr + columns, cast(tl.sum(total, axis=0), out_ptr.dtype.element_ty), mask=columns < hidden)
+
+
+def _launch_rms_norm_backward(
+    grad_x: Tensor, parts: Tensor, grad: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> None:
+    """All of them [T, H], but for parts [P, H] and the weight [H]. grad_x is dense."""
+    num_rows, hidden = x.shape
+    config = _config(tuning.device_of(x), hidden, num_rows)
+    _rms_norm_backward_kernel[(len(parts),)](
+        grad_x,
+        parts,
+        grad,
+        grad_residual,
+        x,
+        weight,
+        num_rows,
+        config["rows_each"],
+        hidden,
+        grad.stride(0),
+        0 if grad_residual is None else grad_residual.stride(0),
+        x.stride(0),
+        eps,
+        BLOCK_H=triton.next_power_of_2(hidden),
+        num_warps=config["num_warps"],
+        **pdl_options(x),
+    )
+
+
+def _launch_sum_parts(out: Tensor, parts: Tensor) -> None:
+    """The sum of parts [P, H] in out [H]."""
+    num_parts, hidden = parts.shape
+    block = 32  # columns: a row of them is one cache line
+    _sum_parts_kernel[(triton.cdiv(hidden, block),)](
+        out, parts, num_parts, hidden, BLOCK_P=64, BLOCK_H=block, num_warps=4, **pdl_options(parts)
+    )
+
+
+def _refuses(grad: Tensor, *rest: object) -> str | None:
+    return f"rows of {grad.shape[-1]} (at most {MAX_HIDDEN})" if grad.shape[-1] > MAX_HIDDEN else None
+
+
+@TRITON.implements(_refuses)
+def rms_norm_backward(
+    grad: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    hidden = x.shape[-1]
+    grad_x, grad_weight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+    rows = grad, grad_residual, x
+    grad, grad_residual, x = (None if each is None else each.reshape(-1, hidden) for each in rows)
+    config = _config(tuning.device_of(x), hidden, len(x))
+    parts = x.new_empty(triton.cdiv(len(x), config["rows_each"]), hidden, dtype=torch.float32)
+    _launch_rms_norm_backward(grad_x.view(-1, hidden), parts, grad, grad_residual, x, weight, eps)
+    _launch_sum_parts(grad_weight, parts)
+    return grad_x, grad_weight

@@ -1,0 +1,197 @@
+"""From device and sizes to a launch configuration: what a tuner measured, or else the kernel's own heuristic.
+
+A tuned file is ``tuned/<device>/<op>.json``, or the same below the folder that QWENKERN_CONFIG_DIR names, which goes
+first:
+
+    {"op": "linear", "device": "NVIDIA H100 80GB HBM3", "triton": "3.6.0", "date": "2026-11-24",
+     "entries": [{"sizes": {"n": 2048, "k": 11008}, "config": {"BLOCK_K": 512, "num_stages": 4}}]}
+
+The entry nearest in the logarithms of its sizes is laid over the heuristic's configuration.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..environment import CONFIG_DIR
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a configuration depends on."""
+
+    name: str
+    backend: str  # "cuda" or "hip"
+    capability: int  # compute capability, major * 10 + minor; 0 on hip
+    num_sms: int
+    shared_memory: int  # bytes that one program may use
+
+    @property
+    def folder(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+# The interpreter runs what an H100 would be given.
+INTERPRETER = Device("interpreter", "cuda", 90, 132, 232448)
+_offline: Device | None = None
+
+
+# Configurations that a tuner may try, by op: what each field may be. The kernel files declare them.
+SPACES: dict[str, dict[str, tuple[int, ...]]] = {}
+_remembered: list[Any] = []
+_trial: Trial | None = None
+
+
+@dataclass
+class Trial:
+    """One configuration being tried for an op, and the sizes that asked for it."""
+
+    op: str
+    config: dict[str, Any]
+    seen: list[tuple[dict[str, int], dict[str, Any]]] = field(default_factory=list)  # sizes, and the heuristic's choice
+
+
+def remember(function: Callable) -> Callable:
+    """functools.cache, until ``forget``."""
+    cached = functools.cache(function)
+    _remembered.append(cached)
+    return cached
+
+
+def forget() -> None:
+    """Reads tuned files anew, and chooses again."""
+    for cached in _remembered:
+        cached.cache_clear()
+
+
+@contextlib.contextmanager
+def trying(op: str, config: dict[str, Any]) -> Iterator[Trial]:
+    """While it lasts, launches of ``op`` have this laid over their configuration, and no tuned file counts for it."""
+    global _trial
+    before, _trial = _trial, Trial(op, config)
+    forget()
+    try:
+        yield _trial
+    finally:
+        _trial = before
+        forget()
+
+
+def device_of(tensor: Tensor) -> Device:
+    if _offline is not None and tensor.is_meta:
+        return _offline
+    return _cuda_device(tensor.device.index) if tensor.is_cuda else INTERPRETER
+
+
+def is_offline() -> bool:
+    return _offline is not None
+
+
+@contextlib.contextmanager
+def offline(device: Device) -> Iterator[None]:
+    """Ops on meta tensors launch their kernels as they would on this device: for whoever compiles without one."""
+    global _offline
+    before, _offline = _offline, device
+    try:
+        yield
+    finally:
+        _offline = before
+
+
+@functools.cache
+def _cuda_device(index: int) -> Device:
+    properties = torch.cuda.get_device_properties(index)
+    hip = torch.version.hip is not None
+    return Device(
+        name=properties.name,
+        backend="hip" if hip else "cuda",
+        capability=0 if hip else properties.major * 10 + properties.minor,
+        num_sms=properties.multi_processor_count,
+        shared_memory=getattr(properties, "shared_memory_per_block_optin", 65536),
+    )
+
+
+def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, Any]) -> dict[str, Any]:
+    """The configuration of one launch. Callers cache it."""
+    if _trial is not None and _trial.op == op:
+        _trial.seen.append((sizes, heuristic))
+        return {**heuristic, **_trial.config}
+    try:
+        entries = _entries(op, device.folder, CONFIG_DIR.get() or "")
+        return {**heuristic, **_nearest(entries, sizes, heuristic, SPACES.get(op, {}))}
+    except ValueError as error:  # what somebody tuned may be stale or damaged, and ends no forward pass
+        _warn_once(f"{op} for {device.name}: {error}")
+        return heuristic
+
+
+def _nearest(
+    entries: list[dict[str, Any]], sizes: dict[str, int], heuristic: dict[str, Any], space: dict[str, tuple[int, ...]]
+) -> dict[str, Any]:
+    """The configuration of the nearest entry. Raises ValueError where one is not of this kernel."""
+    if not entries:
+        return {}
+    for entry in entries:
+        if missing := set(sizes) - set(entry["sizes"]):
+            raise ValueError(f"a tuned configuration has no size {', '.join(sorted(missing))}")
+        if unknown := set(entry["config"]) - set(heuristic):
+            raise ValueError(
+                f"a tuned configuration sets {', '.join(sorted(unknown))}, and the kernel has {', '.join(heuristic)}"
+            )
+        for name, value in entry["config"].items():
+            if name in space and not _is_alike(value, space[name]):  # else Triton's own error would end a forward pass
+                raise ValueError(f"a tuned configuration sets {name} to {value}; expected a value like {space[name]}")
+    return min(entries, key=lambda entry: _distance(entry["sizes"], sizes))["config"]
+
+
+def _is_alike(value: int, tried: tuple[int, ...]) -> bool:
+    """Whether a value is no larger than those that a tuner tries, and a power of two where all of those are."""
+    powers = all(each & (each - 1) == 0 for each in tried)
+    return value in tried or (0 < value <= max(tried) and not (powers and value & (value - 1)))
+
+
+@functools.cache
+def _warn_once(problem: str) -> None:
+    warnings.warn(f"qwenkern: {problem}; the kernel's own choice is used in its place", stacklevel=4)
+
+
+def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> float:
+    return sum((math.log2(tuned[name]) - math.log2(size)) ** 2 for name, size in sizes.items())
+
+
+@remember
+def _entries(op: str, folder: str, override: str) -> list[dict[str, Any]]:
+    for root in (override, Path(__file__).parent / "tuned"):
+        file = os.path.join(root, folder, f"{op}.json")
+        if root and os.path.isfile(file):  # os.path answers False where pathlib raises
+            return read_entries(Path(file))
+    return []
+
+
+def read_entries(file: Path) -> list[dict[str, Any]]:
+    """The entries of a tuned file: sizes and fields of configurations are whole numbers, sizes from 1 on. Raises
+    ValueError that names the file where it is none."""
+    try:
+        entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
+        for entry in entries:
+            if not (_are_numbers(entry["sizes"], 1) and _are_numbers(entry["config"], 0)):
+                raise TypeError("sizes and config must be objects of whole numbers")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{file} is not a tuned configuration: {error!r}") from error
+    return entries
+
+
+def _are_numbers(values: object, least: int) -> bool:
+    return isinstance(values, dict) and all(type(value) is int and value >= least for value in values.values())

@@ -1,0 +1,117 @@
+"""From what a person types after ``--model`` to a path on this machine.
+
+    a folder, or a GGUF file                                   itself
+    demo, qwen2.5-coder-0.5b-instruct                          one GGUF file, fetched once into our cache (demo.py)
+    qwen2.5-3b-instruct, Qwen/Qwen2.5-3B, somebody/finetune    a snapshot of the hub, in the hub's own cache
+
+What exists on disk wins over a name. The one exception is a folder that only happens to be called like a known model:
+``demo/`` without a checkpoint inside does not hide the model ``demo``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CheckpointError, RequestError, shown
+from ..reading import is_gguf
+from .demo import DEMO, LICENCE
+from .download import Download, Progress, fetch
+from .huggingface import snapshot
+
+DOWNLOADS: dict[str, Download] = {"demo": DEMO, "qwen2.5-coder-0.5b-instruct": DEMO}
+_APACHE, _RESEARCH, _QWEN = "Apache-2.0", "Qwen Research License (non-commercial)", "Qwen License"
+
+
+def _family() -> Iterator[tuple[str, str]]:
+    """(hub id, licence) of every dense model of Qwen2.5."""
+    for branch, sizes in (
+        ("", "0.5B 1.5B 3B 7B 14B 32B 72B"),
+        ("Coder-", "0.5B 1.5B 3B 7B 14B 32B"),
+        ("Math-", "1.5B 7B 72B"),
+    ):
+        for size in sizes.split():
+            licence = {"3B": _RESEARCH, "72B": _QWEN}.get(size, _APACHE)
+            yield from ((f"Qwen/Qwen2.5-{branch}{size}{variant}", licence) for variant in ("", "-Instruct"))
+
+
+_HUB = {hub_id.lower().removeprefix("qwen/"): (hub_id, licence) for hub_id, licence in _family()}
+_QUANTISED = re.compile(r"(.+-instruct)-(awq|gptq-int[48])")  # what the hub has of most of them, too
+
+
+def licence(model: str) -> str | None:
+    """The licence of a named model of the family; None for a path and for anybody else's model."""
+    if _local(model):
+        return None
+    key = model.lower()
+    return LICENCE if key in DOWNLOADS else _HUB.get(key.removeprefix("qwen/"), (None, None))[1]
+
+
+def resolve(model: str | Path, progress: Progress | None = None) -> Path:
+    """The local path of a model: a path is returned as it is, a name is pulled unless it is cached already."""
+    if not isinstance(model, (str, Path)):
+        raise RequestError(f"model is of type {type(model).__name__}; expected a path, a name or a hub id")
+    if path := _local(model):
+        return path
+    text = str(model)
+    if not text.strip():
+        raise RequestError(f"model: found {shown(text)}, expected a folder, a .gguf file, a name or a hub id")
+    if os.path.isfile(_expanded(text)) and text.lower() not in _names():
+        raise CheckpointError(f"{text}: found a file of another kind, expected a folder or a GGUF file")
+    path_like = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf") or text.count("/") > 1
+    if isinstance(model, Path) or path_like or os.path.isabs(text) or "\\" in text:
+        raise CheckpointError(f"{text}: no such file or folder; expected a checkpoint's folder or a .gguf file")
+    return pull(text, progress)
+
+
+def pull(name: str, progress: Progress | None = None) -> Path:
+    """Fetches a model by its name or hub id, unless it is cached, and says where it is.
+
+    progress: called while one of DOWNLOADS comes in, with where it comes from, the bytes that are there, and the bytes
+    in all; huggingface_hub draws bars of its own.
+    """
+    key = name.lower()
+    if key in DOWNLOADS:
+        return fetch(DOWNLOADS[key], progress)
+    if known := _HUB.get(key.removeprefix("qwen/")):
+        return snapshot(known[0])
+    quantised = _QUANTISED.fullmatch(key.removeprefix("qwen/"))
+    if quantised and quantised[1] in _HUB:
+        raise RequestError(
+            f"model: {shown(name)} has weights quantised by {quantised[2].split('-')[0].upper()}, which is not "
+            f"supported; expected {quantised[1]}, or a GGUF file of it"
+        )
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return snapshot(name)
+    close = difflib.get_close_matches(key.removeprefix("qwen/"), _names(), n=4, cutoff=0.6)
+    hint = f"did you mean {', '.join(close)}?" if close else "known names: demo, qwen2.5-3b-instruct and the like"
+    raise RequestError(
+        f"model: found the unknown name {shown(name)}, expected a path, a hub id or a known name; {hint}"
+    )
+
+
+def _names() -> list[str]:
+    return list(dict.fromkeys((*DOWNLOADS, *_HUB)))
+
+
+def _local(model: str | Path) -> Path | None:
+    """The path that ``model`` names on this machine, if there is a folder or GGUF file."""
+    path = _expanded(model)  # os.path answers False where pathlib raises (a text too long, a NUL)
+    if os.path.isfile(path):
+        return Path(path) if is_gguf(path) else None
+    if not os.path.isdir(path):
+        return None
+    if isinstance(model, str) and model.lower() in _names():
+        holds_model = any(file == "config.json" or file.endswith(".gguf") for file in os.listdir(path))
+        return Path(path) if holds_model else None
+    return Path(path)
+
+
+def _expanded(model: str | Path) -> str:
+    try:
+        return os.path.expanduser(model)
+    except ValueError:  # after "~", what can be nobody's name
+        return str(model)
