@@ -1,4 +1,4 @@
-"""decode_attention against its twin."""
+"""decode_attention against its reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prefill_attention against its twin."""
+"""prefill_attention against its reference."""
 
 from __future__ import annotations
 

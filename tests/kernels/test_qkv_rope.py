@@ -1,4 +1,4 @@
-"""norm_qkv_rope against its twin, and against the two ops that it is made of."""
+"""norm_qkv_rope against its reference, and against the two ops that it is made of."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against their twin."""
+"""rms_norm and add_rms_norm against their reference."""
 
 from __future__ import annotations
 

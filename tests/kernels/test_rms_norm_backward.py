@@ -1,4 +1,4 @@
-"""rms_norm_backward against its twin."""
+"""rms_norm_backward against its reference."""
 
 from __future__ import annotations
 

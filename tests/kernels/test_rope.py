@@ -1,4 +1,4 @@
-"""apply_rope and rope_and_cache against their twins."""
+"""apply_rope and rope_and_cache against their references."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_many_tokens(ops, device, tokens):
 
 @pytest.mark.parametrize("padding", [8, 3])
 def test_strided_rows(ops, device, padding):
-    """Only qkv may have a stride, so it alone is laid out with one."""
+    """Only qkv may have a stride, so only its layout has one."""
     qkv, *rest = _inputs(5, 14, 2, 64, torch.bfloat16, device)
     peers = [mapped(torch.Tensor.clone, each) for each in rest]
     with guarded_allocations():
@@ -85,7 +85,7 @@ def test_apply_rope(ops, device, heads, dtype):
 @pytest.mark.parametrize("heads", [HEADS["3B"], HEADS["odd"]], ids=["3B", "odd"])
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_inverse(ops, device, tokens, heads, dtype):
-    """By the negative angle: against the twin, and back to where a rotation began."""
+    """A rotation by the negative angle: against the reference, and as the inverse of a rotation."""
     num_q_heads, num_kv_heads, head_dim = heads
     _, positions, cos_sin, *_ = _inputs(tokens, *heads, dtype, device)
     q = random(tokens, num_q_heads, head_dim, dtype=dtype, device=device, seed=7)
@@ -128,9 +128,9 @@ def test_indices_of_32_bits(ops, device):
 
 def test_other_head_sizes_run_on_the_twin(ops, device):
     inputs = _inputs(3, 4, 2, 80, torch.float32, device)
-    twins = [mapped(torch.Tensor.clone, each) for each in inputs]
-    assert torch.equal(ops.rope_and_cache(*inputs), reference.rope_and_cache(*twins))
-    assert torch.equal(inputs[3][0], twins[3][0])
+    copies = [mapped(torch.Tensor.clone, each) for each in inputs]
+    assert torch.equal(ops.rope_and_cache(*inputs), reference.rope_and_cache(*copies))
+    assert torch.equal(inputs[3][0], copies[3][0])
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""swiglu against its twin."""
+"""swiglu against its reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""swiglu_backward and silu_mul_backward against their twins."""
+"""swiglu_backward and silu_mul_backward against their references."""
 
 from __future__ import annotations
 

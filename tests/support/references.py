@@ -1,4 +1,4 @@
-"""How a kernel is held against its torch twin: in guarded memory, by the rule of tolerances.py."""
+"""Compares a kernel with its torch reference, in guarded memory, by the rule of tolerances.py."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class guarded_allocations(TorchDispatchMode, AbstractContextManager):
 
 
 def assert_rounds_like_twin(ops: ModuleType, name: str, *args: Any) -> None:
-    """Rounds where the twin rounds: hardly an element differs, which one rounding more or less would not allow."""
+    """The op rounds where the reference rounds: hardly an element differs. One rounding more or less would change
+    more."""
     outs, peers = getattr(ops, name)(*(own(ops, arg) for arg in args)), getattr(reference, name)(*args)
     for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
         assert_nearly_equal(out, peer)
@@ -99,8 +100,8 @@ def assert_matches_twin(
     mine = [mapped(lambda each: guard(each, padding if each.dim() > 1 else 0), arg) for arg in args]
     with guarded_allocations():
         outs = getattr(ops, name)(*(own(ops, arg) for arg in mine), **keywords)
-    twins = [mapped(Tensor.clone, arg) for arg in args]
-    peers = getattr(reference, name)(*twins, **keywords)
+    copies = [mapped(Tensor.clone, arg) for arg in args]
+    peers = getattr(reference, name)(*copies, **keywords)
     wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, arg) for arg in args]
     wide = [mapped(Tensor.clone, arg) for arg in wide]
     truths = getattr(reference, name)(*wide, **keywords)
@@ -108,7 +109,7 @@ def assert_matches_twin(
         outs, peers, truths = (outs,), (peers,), (truths,)
     outs, peers, truths = (
         [*results, *(each for at in changed for each in tensors_of(given[at]))]
-        for results, given in ((outs, mine), (peers, twins), (truths, wide))
+        for results, given in ((outs, mine), (peers, copies), (truths, wide))
     )
     for out, peer, truth in zip(outs, peers, truths, strict=True):
         assert out.dtype == peer.dtype
