@@ -4,13 +4,12 @@
 
 On a GPU the captured step is replayed under torch's profiler. Kernels that are launched dependently overlap, so a
 kernel is charged from the end of the one before it, and the time in which none ran is idle: the parts add up to the
-step. On a CPU each call of the tape is timed alone, between whole steps; what the step takes beyond their sum is the
+step. On a CPU each recorded call is timed by itself, between whole steps; what the step takes beyond their sum is the
 line between.
 """
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -31,12 +30,13 @@ from qwenkern.benchmarks.timing import ceilings, circumstances, device_name
 from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.engine.decode import Cpu, Cuda, DecodeStep, Device
 from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import invariant_tokens
 from qwenkern.qwen2 import Qwen2, initialise
 
 STEPS = 20
 BETWEEN = "between kernels"
 OTHER = "torch's own kernels"
-# What the kernel of an op is called, on a GPU or a tape; of one that serves several, the order in a layer says which.
+# What the kernel of an op is called, on a GPU or in C; of one that serves several, the order in a layer says which.
 NAMES = {
     "_norm_qkv_rope_kernel": "qkv_rope",
     "rope_and_cache": "rope_and_cache",
@@ -69,25 +69,25 @@ class Span:
     end: float
 
 
-class Taped(Cpu):
-    """Keeps the tape, whose calls are timed one by one."""
+class Recorded(Cpu):
+    """Keeps the recorded calls, which are timed one by one."""
 
-    tape: c_backend.Tape
+    recorded: c_backend.RecordedCalls
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.tape = c_backend.Tape()
+        self.recorded = c_backend.RecordedCalls()
         try:
-            with self.tape.record():
+            with self.recorded.record():
                 out = function()
-        except c_backend.NotRecordable as error:
+        except c_backend.CannotRecord as error:
             raise RuntimeError(f"--where on a CPU needs the step in C, and torch runs it here: {error}") from error
-        return self.tape.replay, out
+        return self.recorded.replay, out
 
 
 @torch.inference_mode()  # all of it: torch's graphs share tensors, which one made in this mode keeps from others
 def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
     """The parts of a decode step of random weights in bfloat16, each sequence with ``context`` cached tokens."""
-    most = c_backend.MAX_TOKENS
+    most = invariant_tokens(torch.ones(1, 32, dtype=torch.bfloat16, device=device))
     if not 1 <= sequences <= most:
         raise ValueError(f"--where takes 1 to {most} sequences, those of our own kernels, not {sequences}")
     most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # a step on a GPU moves on by itself
@@ -95,7 +95,7 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
         raise ValueError(f"--where: {context} tokens do not fit a context of {most}")
     step, capturer = _step(config, sequences, context, device)
     layers = config.num_hidden_layers
-    seconds = _on_cpu(layers, capturer.tape) if isinstance(capturer, Taped) else _on_gpu(layers, step)
+    seconds = _on_cpu(layers, capturer.recorded) if isinstance(capturer, Recorded) else _on_gpu(layers, step)
     copy = ceilings(device).copy
     cases = {case.name: case for case in CASES}
     size = Size(sequences, context, device=str(device))
@@ -113,7 +113,7 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     cache = PagedCache(config, sequences * (context + 2 * STEPS + 64), torch.bfloat16, device)
     cache.k.normal_()
     cache.v.normal_()
-    capturer = Cuda(device) if device.type == "cuda" else Taped()
+    capturer = Cuda(device) if device.type == "cuda" else Recorded()
     step = DecodeStep(model, cache, sequences, 1 if device.type == "cuda" else 0, capturer)
     tables = [BlockTable() for _ in range(sequences)]
     for table in tables:
@@ -123,16 +123,16 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     return step, capturer
 
 
-def _on_cpu(layers: int, tape: c_backend.Tape) -> dict[str, list[float]]:
-    names = list(labels((c_backend.OPS[call.op] for call in tape.calls), CPU_LINEARS, layers))
+def _on_cpu(layers: int, recorded: c_backend.RecordedCalls) -> dict[str, list[float]]:
+    names = list(labels(recorded.ops, CPU_LINEARS, layers))
     wholes: list[float] = []
-    alone: list[list[float]] = [[] for _ in names]
+    singles: list[list[float]] = [[] for _ in names]
     for _ in range(STEPS):
-        wholes.append(_seconds(tape.replay))
-        for call, readings in zip(tape.calls, alone, strict=True):
-            readings.append(_seconds(lambda call=call: c_backend.play(ctypes.byref(call), 1)))
+        wholes.append(_seconds(recorded.replay))
+        for call, readings in zip(recorded.calls, singles, strict=True):
+            readings.append(_seconds(lambda call=call: c_backend.play(call, 1)))
     found: dict[str, list[float]] = {}
-    for name, readings in zip(names, alone, strict=True):
+    for name, readings in zip(names, singles, strict=True):
         found.setdefault(name, []).append(statistics.median(readings))
     rest = statistics.median(wholes) - sum(chain.from_iterable(found.values()))
     return found | {BETWEEN: [rest]}
@@ -181,10 +181,10 @@ def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[flo
 
 
 def labels(names: Iterable[str], linears: Sequence[str], layers: int) -> Iterable[str]:
-    """Which op each kernel of a step belongs to; the last of a tape's linears is lm_head."""
+    """Which op each kernel of a step belongs to; the last linear of a CPU's step is lm_head."""
     seen = 0
     for name in names:
-        if name in ("_linear_kernel", "few_tokens"):
+        if name in ("_linear_kernel", "linear"):
             yield linears[seen % len(linears)] if seen < layers * len(linears) else "lm_head"
             seen += 1
         else:

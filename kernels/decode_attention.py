@@ -302,7 +302,7 @@ def decode_attention(
     if len(q) != len(lengths):
         raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
     if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
-        if c_backend.takes_heads(q, k_pages):
+        if c_backend.takes(c_backend.refuses_decode_attention, q, k_pages, v_pages, block_tables, lengths, scale):
             return c_backend.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
         return reference.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
     return attend(q, k_pages, v_pages, block_tables, lengths, scale, k_pages.shape[1])

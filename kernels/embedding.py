@@ -21,6 +21,6 @@ def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     check_tensor("embedding", "weight", weight, ("V", "K"))
     check_device("embedding", ids=ids, weight=weight)
     check_range("embedding", "ids", ids, 0, len(weight))
-    if c_backend.takes_rows(weight):
+    if c_backend.takes(c_backend.refuses_embedding, ids, weight):
         return c_backend.embedding(ids, weight)
     return reference.embedding(ids, weight)

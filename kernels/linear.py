@@ -202,8 +202,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tens
         check_tensor("linear", "residual", residual, (len(x), len(weight)), like=x)
     check_device("linear", x=x, weight=weight, bias=bias, residual=residual)
     if not runs_on_triton(x) or len(x) > MAX_TOKENS:
-        if c_backend.takes_linear(x):
-            return c_backend.linear(x, weight, bias=bias, addend=residual)[0]
+        if c_backend.takes(c_backend.refuses_linear, x, weight, bias, residual):
+            return c_backend.linear(x, weight, bias, residual)
         return reference.linear(x, weight, bias, residual)
     out = x.new_empty(x.shape[0], weight.shape[0])
     _launch_linear("linear", out, None, x, None, None, weight, None, bias, residual, 0.0)
@@ -222,8 +222,8 @@ def norm_linear(
         check_tensor("norm_linear", "bias", bias, (len(weight),), like=x)
         check_device("norm_linear", x=x, bias=bias)
     if not runs_on_triton(x, unsupported(x)):
-        if c_backend.takes_linear(x):
-            return c_backend.linear(x, weight, residual=residual, norm_weight=norm_weight, eps=eps, bias=bias)
+        if c_backend.takes(c_backend.refuses_norm_linear, x, residual, norm_weight, eps, weight, bias):
+            return c_backend.norm_linear(x, residual, norm_weight, eps, weight, bias)
         return reference.norm_linear(x, residual, norm_weight, eps, weight, bias)
     if len(x) > MAX_TOKENS:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)
@@ -245,9 +245,8 @@ def norm_swiglu_linear(
     if len(weight) % 2:
         raise ValueError(f"norm_swiglu_linear: weight must have an even number of rows, and has {len(weight)}")
     if not runs_on_triton(x, unsupported(x)):
-        if c_backend.takes_linear(x):
-            gate, up = weight.chunk(2)
-            return c_backend.linear(x, gate, residual=residual, norm_weight=norm_weight, eps=eps, up=up)
+        if c_backend.takes(c_backend.refuses_norm_swiglu_linear, x, residual, norm_weight, eps, weight):
+            return c_backend.norm_swiglu_linear(x, residual, norm_weight, eps, weight)
         return reference.norm_swiglu_linear(x, residual, norm_weight, eps, weight)
     if len(x) > MAX_TOKENS:
         normed, residual = add_rms_norm(x, residual, norm_weight, eps)

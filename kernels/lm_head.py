@@ -194,10 +194,8 @@ def lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float,
     Up to 16 tokens, logits keep all bits of the float32 sums; above, the library rounds them to x's dtype first."""
     check_normed("lm_head", x, residual, norm_weight, weight)
     if not runs_on_triton(x, unsupported(x)):
-        if c_backend.takes_linear(x):
-            return c_backend.linear(
-                x, weight, residual=residual, norm_weight=norm_weight, eps=eps, out_dtype=torch.float32
-            )[0]
+        if c_backend.takes(c_backend.refuses_lm_head, x, residual, norm_weight, eps, weight):
+            return c_backend.lm_head(x, residual, norm_weight, eps, weight)
         return reference.lm_head(x, residual, norm_weight, eps, weight)
     if len(x) > MAX_TOKENS:
         return F.linear(add_rms_norm(x, residual, norm_weight, eps)[0], weight).float()

@@ -302,7 +302,8 @@ def prefill_attention(
     check_paged("prefill_attention", q, k_pages, v_pages, block_tables, lengths)
     _check_query_starts(len(q), lengths, query_starts)
     if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
-        if c_backend.takes_prefill(q, k_pages):
-            return c_backend.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
+        given = (q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
+        if c_backend.takes(c_backend.refuses_prefill_attention, *given):
+            return c_backend.prefill_attention(*given)
         return reference.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
     return attend(q, k_pages, v_pages, block_tables, lengths, query_starts, scale, k_pages.shape[1])

@@ -126,7 +126,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check_tensor("rms_norm", "weight", weight, (x.shape[-1],), like=x)
     check_device("rms_norm", x=x, weight=weight)
     if not runs_on_triton(x, _unsupported(x)):
-        return (c_backend if c_backend.takes_norm(x) else reference).rms_norm(x, weight, eps)
+        in_c = c_backend.takes(c_backend.refuses_rms_norm, x, weight, eps)
+        return (c_backend if in_c else reference).rms_norm(x, weight, eps)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _launch_rms_norm(out.view(-1, x.shape[-1]), None, x.reshape(-1, x.shape[-1]), None, weight, eps)
     return out
@@ -145,7 +146,8 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     check_tensor("add_rms_norm", "weight", weight, (x.shape[-1],), like=x)
     check_device("add_rms_norm", x=x, residual=residual, weight=weight)
     if not runs_on_triton(x, _unsupported(x)):
-        return (c_backend if c_backend.takes_norm(x) else reference).add_rms_norm(x, residual, weight, eps)
+        in_c = c_backend.takes(c_backend.refuses_add_rms_norm, x, residual, weight, eps)
+        return (c_backend if in_c else reference).add_rms_norm(x, residual, weight, eps)
     out, new_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
     flat = (-1, x.shape[-1])
     _launch_rms_norm(out.view(flat), new_residual.view(flat), x.reshape(flat), residual.reshape(flat), weight, eps)

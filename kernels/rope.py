@@ -228,7 +228,8 @@ def apply_rope(
     _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
     check_device("apply_rope", q=q, k=k, cos_sin=cos_sin, positions=positions)
     if not runs_on_triton(q, unsupported_heads(q.shape[2])):
-        return (c_backend if c_backend.takes_rope(q) else reference).apply_rope(q, k, cos_sin, positions, inverse)
+        in_c = c_backend.takes(c_backend.refuses_apply_rope, q, k, cos_sin, positions, inverse)
+        return (c_backend if in_c else reference).apply_rope(q, k, cos_sin, positions, inverse)
     q, k = (x if x.stride(1) == x.shape[2] else x.contiguous() for x in (q, k))
     q_out, k_out = _fake_apply_rope(q, k, cos_sin, positions)
     _launch_rope(q_out, k_out, None, q, k, None, positions, cos_sin, None, inverse)
@@ -247,7 +248,7 @@ def rope_and_cache(
     check_places("rope_and_cache", qkv, "qkv", qkv.shape[1], positions, cos_sin, k_pages, v_pages, slots)
     _, _, num_kv_heads, head_dim = k_pages.shape
     if not runs_on_triton(qkv, unsupported_heads(head_dim)):
-        if c_backend.takes_heads(qkv, k_pages):
+        if c_backend.takes(c_backend.refuses_rope_and_cache, qkv, positions, cos_sin, k_pages, v_pages, slots):
             return c_backend.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
         return reference.rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots)
     heads = qkv.unflatten(1, (-1, head_dim))

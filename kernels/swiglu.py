@@ -66,7 +66,8 @@ def swiglu(gate_up: Tensor) -> Tensor:
     if gate_up.shape[-1] % 2:
         raise ValueError(f"swiglu: gate_up's last dimension must be even, and is {gate_up.shape[-1]}")
     if not runs_on_triton(gate_up):
-        return (c_backend if c_backend.takes_gate(gate_up) else reference).swiglu(gate_up)
+        in_c = c_backend.takes(c_backend.refuses_swiglu, gate_up)
+        return (c_backend if in_c else reference).swiglu(gate_up)
     out = _fake_swiglu(gate_up)
     _launch_swiglu(out.view(-1, out.shape[-1]), *gate_up.reshape(-1, gate_up.shape[-1]).chunk(2, dim=-1))
     return out
@@ -85,7 +86,8 @@ def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     check_tensor("silu_mul", "up", up, tuple(gate.shape), like=gate)
     check_device("silu_mul", gate=gate, up=up)
     if not runs_on_triton(gate):
-        return (c_backend if c_backend.takes_gate(gate) else reference).silu_mul(gate, up)
+        in_c = c_backend.takes(c_backend.refuses_silu_mul, gate, up)
+        return (c_backend if in_c else reference).silu_mul(gate, up)
     out = _fake_silu_mul(gate, up)
     _launch_swiglu(*(each.reshape(-1, each.shape[-1]) for each in (out, gate, up)))
     return out

@@ -1,52 +1,56 @@
-"""The ops of the graph on a CPU in bfloat16, in C, compiled when the package is built or else at the first use.
+"""The C backend: the ops of the graph on a CPU in bfloat16, compiled with the package or else at the first use.
 
 torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
 without a second copy of them, and multiplies many tokens near the processor's peak. Which instructions do so is
-measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs. A
-Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in one call.
+measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs.
 
-    ops.py       which tensors it takes, and the calls    vectors.h   registers of each width
-    call.py      one call                                 panels.h    products of many rows
-    tape.py      calls recorded and replayed              common.h    calls, and how loops are shared out
-    build.py     the library in use                       team.c      threads
-    compiler.py  how it is compiled                       linear.c, attention.c, step.c   the ops
-    targets.py   which processors it is compiled for      ceilings.c  loops that benchmarks take shares of
-    choose.py    what is fastest                          threads.py  how many threads run them
-    kept.py      where what is made or measured here is kept
+Each op has the signature of the public op, and beside it ``refuses_<op>`` of the same arguments: why C does not take
+them, in words, or None. A refusal compiles, allocates and measures nothing: ``prepare`` does that.
+
+    Python, a file for each family of ops            C
+    linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c
+    attention                                        attention.h, decode_attention.c, prefill_attention.c
+    rms_norm, rope, swiglu, embedding                norm.h, rms_norm.c, rope.c, swiglu.c, embedding.c
+
+    calls.py         calls, read from calls.h        calls.h       the arguments of every op
+    formats.py       weights and pages as structs    weights.h, dense_weight.h, pages.h, dense_pages.h
+    limits.py        what the ops take               limits.c
+    recorded_calls   calls recorded and replayed     team.h, team.c  the threads that carry calls out
+    threads.py       how many threads                plain.c       every op as the simplest loops: read this first
+    build.py         the library in use              vectors.h     registers of each width
+    compiler.py      how it is compiled              operands.h    what is multiplied
+    targets.py       for which processors            panels.h      products of many rows
+    choose.py        what is fastest                 ceilings.c    loops that benchmarks take shares of
+    kept.py          where what is compiled or measured here is kept
 """
 
+import os
+from collections.abc import Callable
+from typing import Any
+
 from . import threads
-from .build import check_environment, describe, library, multiplies, renew, target
-from .call import OPS
-from .ops import (
-    MAX_TOKENS,
-    SPLIT,
-    add_rms_norm,
-    apply_rope,
-    decode_attention,
-    embedding,
+from .attention import decode_attention, prefill_attention, refuses_decode_attention, refuses_prefill_attention
+from .build import NOT_PREPARED, check_environment, describe, library, prepare, prepared, renew, target
+from .embedding import embedding, refuses_embedding
+from .linear import (
     linear,
-    prefill_attention,
-    rms_norm,
-    rope_and_cache,
-    silu_mul,
-    swiglu,
-    takes_gate,
-    takes_heads,
-    takes_linear,
-    takes_norm,
-    takes_prefill,
-    takes_rope,
-    takes_rows,
+    norm_linear,
+    norm_swiglu_linear,
+    refuses_linear,
+    refuses_norm_linear,
+    refuses_norm_swiglu_linear,
 )
-from .tape import NotRecordable, Tape, is_recording, play
+from .lm_head import lm_head, refuses_lm_head
+from .qkv_rope import norm_qkv_rope, refuses_norm_qkv_rope
+from .recorded_calls import CannotRecord, RecordedCalls, is_recording, play
+from .rms_norm import add_rms_norm, refuses_add_rms_norm, refuses_rms_norm, rms_norm
+from .rope import apply_rope, refuses_apply_rope, refuses_rope_and_cache, rope_and_cache
+from .swiglu import refuses_silu_mul, refuses_swiglu, silu_mul, swiglu
 
 __all__ = [
-    "MAX_TOKENS",
-    "OPS",
-    "SPLIT",
-    "NotRecordable",
-    "Tape",
+    "NOT_PREPARED",
+    "CannotRecord",
+    "RecordedCalls",
     "add_rms_norm",
     "apply_rope",
     "check_environment",
@@ -56,21 +60,45 @@ __all__ = [
     "is_recording",
     "library",
     "linear",
-    "multiplies",
+    "lm_head",
+    "norm_linear",
+    "norm_qkv_rope",
+    "norm_swiglu_linear",
     "play",
     "prefill_attention",
+    "prepare",
+    "prepared",
+    "refuses_add_rms_norm",
+    "refuses_apply_rope",
+    "refuses_decode_attention",
+    "refuses_embedding",
+    "refuses_linear",
+    "refuses_lm_head",
+    "refuses_norm_linear",
+    "refuses_norm_qkv_rope",
+    "refuses_norm_swiglu_linear",
+    "refuses_prefill_attention",
+    "refuses_rms_norm",
+    "refuses_rope_and_cache",
+    "refuses_silu_mul",
+    "refuses_swiglu",
     "renew",
     "rms_norm",
     "rope_and_cache",
     "silu_mul",
     "swiglu",
-    "takes_gate",
-    "takes_heads",
-    "takes_linear",
-    "takes_norm",
-    "takes_prefill",
-    "takes_rope",
-    "takes_rows",
+    "takes",
     "target",
     "threads",
 ]
+
+
+def takes(refuses: Callable[..., str | None], *given: Any) -> bool:
+    """Whether C takes these arguments: the call sites' question until they are backends of a list."""
+    if os.environ.get("QWENKERN_KERNELS") == "reference":
+        return False
+    reason = refuses(*given)
+    if reason == NOT_PREPARED:
+        prepare()
+        reason = refuses(*given)
+    return reason is None

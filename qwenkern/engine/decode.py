@@ -5,7 +5,7 @@
      └─────────────────────────────────────────────────────────────────────┘
 
 On a GPU the step is a CUDA graph that draws the tokens too and feeds them to its next replay; the host reads them one
-step behind. On a CPU it is a tape of calls (kernels/c) that ends with the logits.
+step behind. On a CPU it is recorded calls of C ops (kernels/c) that end with the logits.
 """
 
 from __future__ import annotations
@@ -48,13 +48,15 @@ class Cpu:
     ahead = 0
 
     def size(self, sequences: int) -> int | None:
-        return sequences if sequences <= c_backend.MAX_TOKENS else None
+        if c_backend.prepare():  # there is no C here
+            return None
+        return sequences if sequences <= c_backend.prepared().limits.max_few_tokens else None
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        tape = c_backend.Tape()
-        with tape.record():
+        recorded = c_backend.RecordedCalls()
+        with recorded.record():
             out = function()
-        return tape.replay, out
+        return recorded.replay, out
 
     def upload(self, target: Tensor, values: Sequence[float]) -> None:
         target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu"))
@@ -194,7 +196,7 @@ class DecodeSteps:
         if (size, width) not in self._steps:
             try:
                 made = DecodeStep(self._model, self.cache, size, width, self._device)
-            except c_backend.NotRecordable:  # another dtype, sizes that C does not take, no compiler: torch runs it
+            except c_backend.CannotRecord:  # another dtype, sizes that C does not take, no compiler: torch runs it
                 made = None
             self._steps[size, width] = made
         return self._steps[size, width]

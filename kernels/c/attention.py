@@ -1,0 +1,106 @@
+"""Attention over the paged cache in C. kernels/decode_attention.py and kernels/prefill_attention.py say what each
+computes; attention.h, decode_attention.c and prefill_attention.c have the pictures."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import build, formats
+from .calls import make
+from .limits import decode_scratch, decode_splits, prefill_scratch
+from .recorded_calls import run, scratch
+from .rope import refuses_head_dim
+from .rows import dense_heads
+
+
+def refuses_decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
+) -> str | None:
+    return _refuses(q, k_pages)
+
+
+def decode_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
+) -> Tensor:
+    q = dense_heads(q)
+    (num_sequences, num_q_heads, head_dim), (_, page_size, num_kv_heads, _) = q.shape, k_pages.shape
+    splits = decode_splits(build.prepared().limits, block_tables.shape[1] * page_size)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    block_tables, lengths = (t.int().contiguous() for t in (block_tables, lengths))
+    run(
+        make.decode_attention(
+            out=out,
+            scratch=scratch(decode_scratch(num_sequences, num_q_heads, splits, head_dim)),
+            q=q,
+            cache=formats.dense_pages(k_pages, v_pages),
+            block_tables=block_tables,
+            lengths=lengths,
+            num_sequences=num_sequences,
+            num_kv_heads=num_kv_heads,
+            group=num_q_heads // num_kv_heads,
+            head_dim=head_dim,
+            q_stride=q.stride(0),
+            block_table_stride=block_tables.stride(0),
+            splits=splits,
+            scale=scale,
+        )
+    )
+    return out
+
+
+def refuses_prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+) -> str | None:
+    if reason := _refuses(q, k_pages):
+        return reason
+    return None if build.prepared().multiplies else "several tokens a sequence, which torch multiplies faster here"
+
+
+def prefill_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_tables: Tensor,
+    lengths: Tensor,
+    query_starts: Tensor,
+    scale: float,
+) -> Tensor:
+    q = dense_heads(q)
+    (_, num_q_heads, head_dim), num_kv_heads = q.shape, k_pages.shape[2]
+    size = prefill_scratch(build.prepared().limits, lengths.tolist(), num_kv_heads, head_dim)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    block_tables, lengths, query_starts = (t.int().contiguous() for t in (block_tables, lengths, query_starts))
+    run(
+        make.prefill_attention(
+            out=out,
+            scratch=scratch(size),
+            q=q,
+            cache=formats.dense_pages(k_pages, v_pages),
+            block_tables=block_tables,
+            lengths=lengths,
+            query_starts=query_starts,
+            num_sequences=len(lengths),
+            num_kv_heads=num_kv_heads,
+            group=num_q_heads // num_kv_heads,
+            head_dim=head_dim,
+            q_stride=q.stride(0),
+            block_table_stride=block_tables.stride(0),
+            scale=scale,
+        )
+    )
+    return out
+
+
+def _refuses(q: Tensor, k_pages: Tensor) -> str | None:
+    """q [.., Hq, D] over pages [.., Hkv, D]"""
+    if reason := build.refuses(q) or refuses_head_dim(k_pages.shape[-1]):
+        return reason
+    group, most = q.shape[1] // k_pages.shape[-2], build.prepared().limits.max_group
+    return f"{group} query heads for each of the cache's (at most {most})" if group > most else None
