@@ -4,13 +4,16 @@ WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: demo test test-avx2 lint bench results clean
+.PHONY: demo quick test test-avx2 lint bench results clean
 
 demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's cache)
 	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
 
 test: $(READY)  ## not `python -m pytest`, which would put kernels/ on the path under its bare name
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
+
+quick: $(READY)  ## a few cases of each test that is not slow: in every room, in less than three minutes
+	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup --quick $(ARGS)
 
 # What a processor without AVX-512 computes, here: our C for it, and no wider vectors in torch and in numpy's products.
 AVX2 := QWENKERN_CPU_TARGET=x86-64-v3 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 \
@@ -22,6 +25,7 @@ test-avx2: $(READY)  ## the tests for which the processor matters, as an x86-64 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h')
 
 bench: $(READY)  ## each kernel, or its twin on a CPU, beside torch and torch.compile; then a whole model beside transformers
 	$(BIN)/python benchmarks/run.py $(ARGS)

@@ -1,6 +1,6 @@
 import importlib.util
-import os
 import shutil
+import sys
 import sysconfig
 import warnings
 from pathlib import Path
@@ -43,14 +43,15 @@ EXTRAS = {
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures
         "ruff",  # lint and format
+        "clang-format",  # the same for the C files: compilers' own versions format differently
     ],
 }
 
 
-def module(name: str) -> ModuleType:
-    """A file of kernels/c that imports the standard library only; the package itself needs torch."""
-    spec = importlib.util.spec_from_file_location(name, C / f"{name}.py")
-    loaded = importlib.util.module_from_spec(spec)
+def module(file: Path) -> ModuleType:
+    """A file of kernels/ that imports the standard library only; the package itself needs torch."""
+    spec = importlib.util.spec_from_file_location(f"setup_{file.stem}", file)
+    loaded = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where its dataclasses look for it
     spec.loader.exec_module(loaded)
     return loaded
 
@@ -68,8 +69,8 @@ class BuildWithC(build_py):
             self.compile_c(Path(self.build_lib, "qwenkern", "kernels", "c", "built"))
 
     def compile_c(self, folder: Path) -> None:
-        compiler, targets = module("compiler"), module("targets")
-        required = os.environ.get("QWENKERN_REQUIRE_C") == "1"
+        compiler, targets = module(C / "compiler.py"), module(C / "targets.py")
+        required = module(C.parent / "environment.py").REQUIRE_C.get()
         shutil.rmtree(folder, ignore_errors=True)  # what an earlier build left
         folder.mkdir(parents=True)
         machine = targets.machine(sysconfig.get_platform().rpartition("-")[2])
@@ -120,6 +121,10 @@ setup(
         "qwenkern.kernels",
         "qwenkern.kernels.c",
         "qwenkern.benchmarks",
+        "qwenkern.benchmarks.models",
+        "qwenkern.benchmarks.offline",
+        "qwenkern.benchmarks.ops",
+        "qwenkern.benchmarks.reports",
     ],
     py_modules=["qwenkern_start"],
     package_data={

@@ -29,10 +29,11 @@ from rich.progress import Progress
 from rich.table import Table
 
 from qwenkern import Config
-from qwenkern.benchmarks import results
-from qwenkern.benchmarks.cases import CASES, Case, Size
-from qwenkern.benchmarks.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
+from qwenkern.benchmarks.offline.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.reports import results
 from qwenkern.cli import terminal
+from qwenkern.kernels.environment import KERNELS
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
 WARP = 32
@@ -116,7 +117,7 @@ def main(
         raise typer.BadParameter("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
     if unknown := set(arch) - set(DEVICES):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(DEVICES)}", param_hint="--arch")
-    os.environ.pop("QWENKERN_KERNELS", None)
+    os.environ.pop(KERNELS.name, None)
     models, keys = (list(MODELS), list(DEVICES)) if everything else (model, arch)
     tasks = [
         (each, case.name, tokens, key)

@@ -31,14 +31,17 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config, Model
-from qwenkern.benchmarks import contention, llama_cpp, peers, results, tables
-from qwenkern.benchmarks.roofline import Roofline, prompt_operations, roofline, step_bytes
+from qwenkern.benchmarks import tables
+from qwenkern.benchmarks.models import contention, llama_cpp, peers
+from qwenkern.benchmarks.models.roofline import Roofline, prompt_operations, roofline, step_bytes
+from qwenkern.benchmarks.ops.timing import circumstances
+from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.run import numbers
-from qwenkern.benchmarks.timing import circumstances
 from qwenkern.cli import terminal
 from qwenkern.config import FAMILY
-from qwenkern.hub import sources
+from qwenkern.hub.names import resolve
 from qwenkern.kernels.c import build
+from qwenkern.kernels.environment import THREADS
 
 PEERS = ("transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
 MISSING = (ImportError, FileNotFoundError)  # raised where a peer is not installed
@@ -139,7 +142,7 @@ def rate(engine: peers.Engine, config: Config, prompt: int, new: int) -> content
 
 def use(threads: int) -> None:
     """So many threads in qwenkern, torch, and the processes that this one starts."""
-    os.environ["QWENKERN_THREADS"] = str(threads)
+    os.environ[THREADS.name] = str(threads)
     torch.set_num_threads(threads)
 
 
@@ -164,7 +167,7 @@ def main(
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     batches, prompts = numbers(batch), numbers(prompt_tokens)
     console = Console(width=None if Console().is_terminal else 172)
-    file = None if model.lower() in FAMILY else sources.resolve(model)
+    file = None if model.lower() in FAMILY else resolve(model)
     names = beside.split(",") if beside else ["transformers", "compiled"] + ["llama.cpp"] * (place.type == "cpu")
     if unknown := set(names) - set(PEERS):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")

@@ -89,9 +89,9 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
 
 def kernel_names() -> tuple[list[str], list[str]]:
     """The cases, those of a decode step first; and who is slow to start, with ours to compare with."""
-    from qwenkern.benchmarks.cases import CASES
-    from qwenkern.benchmarks.plan import LAYER
-    from qwenkern.benchmarks.providers import PROVIDERS
+    from qwenkern.benchmarks.offline.plan import LAYER
+    from qwenkern.benchmarks.ops.cases import CASES
+    from qwenkern.benchmarks.ops.providers import PROVIDERS
 
     cases = dict.fromkeys([*LAYER, "lm_head", "lm_head_top_k", *(case.name for case in CASES)])
     return list(cases), ["qwenkern", *(each.name for each in PROVIDERS if each.name not in QUICK)]
@@ -115,7 +115,7 @@ def facts() -> dict[str, object]:
 
     import torch
 
-    from qwenkern.benchmarks.timing import ceilings, circumstances
+    from qwenkern.benchmarks.ops.timing import ceilings, circumstances
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found: dict[str, object] = circumstances(device) | {"ceilings": asdict(ceilings(device))}

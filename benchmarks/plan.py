@@ -1,77 +1,10 @@
-"""What a decode step should take on an H100, from its bytes and its machine code: to hold a measurement against.
+"""Prints what a decode step of Qwen2.5-3B should take on an H100, as docs/performance.md has it.
 
-    python benchmarks/plan.py                   the table of docs/performance.md, from results/compiled/sm_90.json
-
-A kernel streams at what a copy reaches if it asks for enough ahead: bandwidth times latency is about 40 KB a
-multiprocessor, and what it has asked for is at most its shared memory, times its programs there. Each launch of a graph
-costs NODE where nothing overlaps it; dependent launch should hide it, so a step's time is given with every one of them
-hidden and with none.
+python benchmarks/plan.py                   from results/compiled/sm_90.json
 """
 
-from __future__ import annotations
-
-import json
-import math
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-from qwenkern import Config
-from qwenkern.benchmarks.cases import CASES, Size
-
-COMPILED = Path(__file__).parent / "results" / "compiled" / "sm_90.json"
-PAPER, COPY = 3.35e12, 3.0e12  # bytes/s of an H100: the data sheet, and what a copy reaches
-MULTIPROCESSORS = 132
-AHEAD = 40e3  # bytes a multiprocessor, that keep the memory busy
-NODE = 1.3e-6  # seconds of a node of a graph
-LAYER = ("qkv_rope", "decode_attention", "o_proj", "gate_up", "down")
-TORCH_NODES = 9  # of a greedy step: slots (4), embedding, ids, positions, lengths, and the copy to the host
-# sequences, cached tokens of each, the share of the paper bandwidth's tokens a second that is aimed at
-TARGETS = ((1, 1024, 0.85), (1, 32768, 0.80), (16, 1024, 0.75))
-
-
-@dataclass(frozen=True)
-class Part:
-    """All launches of one op in a step."""
-
-    op: str
-    launches: int
-    bytes: int
-    ahead: float | None  # bytes a multiprocessor that its first kernel has asked for, at most
-    seconds: float
-
-
-def step(config: Config, sequences: int, context: int, compiled: list[dict[str, Any]]) -> list[Part]:
-    """The ops of one step; ``compiled`` are the kernels of the compile report at this number of tokens."""
-    cases = {case.name: case for case in CASES}
-    parts = []
-    for name in (*LAYER, "lm_head_top_k"):
-        times = config.num_hidden_layers if name in LAYER else 1
-        kernels = [row for row in compiled if row["case"] == name and row["tokens"] == sequences]
-        programs = math.prod(kernels[0]["grid"]) / MULTIPROCESSORS
-        ahead = min(kernels[0]["occupancy"], max(1.0, programs)) * kernels[0]["code"]["shared"]
-        moved = cases[name].bytes_moved(config, Size(sequences, context))
-        seconds = moved / COPY / min(1.0, ahead / AHEAD)
-        parts.append(Part(name, times * len(kernels), times * moved, ahead, times * seconds))
-    return [*parts, Part("torch's nodes", TORCH_NODES, 0, None, 0.0)]
-
-
-def tokens_per_second(parts: list[Part], sequences: int, hidden: bool) -> float:
-    launches = 0 if hidden else sum(part.launches for part in parts)
-    return sequences / (sum(part.seconds for part in parts) + launches * NODE)
-
-
-def on_paper(parts: list[Part], sequences: int) -> float:
-    """Tokens a second if every byte came at the data sheet's bandwidth and nothing else took time."""
-    return sequences * PAPER / sum(part.bytes for part in parts)
-
-
-def load() -> list[dict[str, Any]]:
-    rows = json.loads(COMPILED.read_text(encoding="utf-8"))["kernels"]
-    return [row for row in rows if row["model"] == "qwen2.5-3b"]
-
+from qwenkern.benchmarks.offline.plan import load
+from qwenkern.benchmarks.tables import planned
 
 if __name__ == "__main__":
-    from qwenkern.benchmarks.tables import planned
-
     print(planned(load()))

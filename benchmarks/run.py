@@ -23,17 +23,16 @@ from rich.console import Console
 from rich.table import Table
 
 from qwenkern import Config
-from qwenkern.benchmarks import results, where
-from qwenkern.benchmarks.cases import CASES, Case, Size
-from qwenkern.benchmarks.providers import PROVIDERS, Function, Provider
-from qwenkern.benchmarks.results import Row
-from qwenkern.benchmarks.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.models import where
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.correctness import check, expected
+from qwenkern.benchmarks.ops.providers import PROVIDERS, Function, Provider
+from qwenkern.benchmarks.ops.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.reports.results import Row
 from qwenkern.cli import terminal
-from qwenkern.kernels import reference, tuning
-
-# The rule of tests/support/tolerances.py: how many times as much as torch in the same dtype a result may err, at most
-# and in root mean square, beside two roundings and half a rounding of the largest value.
-ERROR_RATIO, RMS_RATIO = 2.0, 1.5
+from qwenkern.kernels import tuning
+from qwenkern.kernels.environment import CONFIG_DIR
 
 
 @torch.inference_mode()  # the check, too: another mode or other kinds of tensors would be compiled anew
@@ -91,45 +90,6 @@ def _bound(function: Function, inputs: tuple[Any, ...]) -> Callable[[], Any]:
     return lambda: function(*inputs)
 
 
-def _copies(inputs: tuple[Any, ...], wide: bool = False) -> list[Any]:
-    """Fresh tensors, since ops may write into their caches; in float64 if ``wide``."""
-
-    def copy(each: Any) -> Any:
-        if not isinstance(each, torch.Tensor):
-            return each
-        return each.double() if wide and each.is_floating_point() else each.clone()
-
-    return [copy(each) for each in inputs]
-
-
-def expected(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """What the twin returns in the dtype of the inputs, and in float64."""
-    twin = getattr(reference, case.op)
-    return _floats(twin(*_copies(inputs))), _floats(twin(*_copies(inputs, wide=True)))
-
-
-def check(
-    case: Case, function: Function, inputs: tuple[Any, ...], truth: tuple[list[torch.Tensor], list[torch.Tensor]]
-) -> None:
-    """Raises unless the function errs hardly more than torch does in the same dtype."""
-    outs = _floats(function(*_copies(inputs)))
-    for index, (out, peer, exact) in enumerate(zip(outs, *truth, strict=True)):
-        rounding = torch.finfo(peer.dtype if peer.dtype != torch.float32 else inputs[0].dtype).eps * exact.abs().max()
-        ours, theirs = (out - exact).abs(), (peer - exact).abs()
-        error, allowed = ours.max(), ERROR_RATIO * theirs.max() + 2 * rounding
-        rms, allowed_rms = (each.square().mean().sqrt() for each in (ours, theirs))
-        if not (error <= allowed and rms <= RMS_RATIO * allowed_rms + rounding / 2):  # also where one is NaN
-            raise ArithmeticError(
-                f"result {index} of {case.name} errs by {error:.3g}, {rms:.3g} in root mean square, where at most "
-                f"{allowed:.3g} and {RMS_RATIO * allowed_rms + rounding / 2:.3g} are allowed"
-            )
-
-
-def _floats(outs: Any) -> list[torch.Tensor]:
-    outs = outs if isinstance(outs, tuple) else (outs,)
-    return [out for out in outs if out.is_floating_point()]
-
-
 def _providers(names: list[str]) -> list[Provider]:
     """By name; "qwenkern:FOLDER" is our kernels with the tuned configurations of a folder."""
     known = {provider.name: provider for provider in PROVIDERS}
@@ -157,15 +117,16 @@ def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
 
 @contextlib.contextmanager
 def _tuned_by(folder: str) -> Iterator[None]:
-    before = os.environ.get("QWENKERN_CONFIG_DIR")
-    os.environ["QWENKERN_CONFIG_DIR"] = folder
+    name = CONFIG_DIR.name
+    before = os.environ.get(name)
+    os.environ[name] = folder
     tuning.forget()
     try:
         yield
     finally:
-        os.environ.pop("QWENKERN_CONFIG_DIR")
+        os.environ.pop(name)
         if before is not None:
-            os.environ["QWENKERN_CONFIG_DIR"] = before
+            os.environ[name] = before
         tuning.forget()
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwenkern import Config
-from qwenkern.benchmarks import plan
+from qwenkern.benchmarks.offline import plan
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

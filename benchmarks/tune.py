@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import random
 import statistics
 import time
@@ -30,12 +29,14 @@ from rich.table import Table
 
 import qwenkern.kernels
 from qwenkern import Config
-from qwenkern.benchmarks import results
-from qwenkern.benchmarks.cases import CASES, Case, Size
-from qwenkern.benchmarks.run import check, expected, numbers
-from qwenkern.benchmarks.timing import ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.correctness import check, expected
+from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, side_by_side
+from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.run import numbers
 from qwenkern.cli import terminal
 from qwenkern.kernels import tuning
+from qwenkern.kernels.environment import CONFIG_DIR
 
 NEAR_THE_FLOOR = 1.03  # times the physical limit: nothing left to look for
 HOPELESS = 1.3  # times the best so far: one reading is enough
@@ -166,7 +167,7 @@ def _try(problem: Problem, chosen: dict[str, int], best: float) -> Candidate:
 
 def _compile_time_fault(problem: Problem) -> str:
     """Why a candidate need not run: spills, or more shared memory than there is."""
-    from qwenkern.benchmarks.machine_code import launches_on, read
+    from qwenkern.benchmarks.offline.machine_code import launches_on, read
 
     device = tuning.device_of(problem.sets[0][0][0])
     for sets in problem.sets:
@@ -241,7 +242,7 @@ def main(
     if not cases:
         raise typer.BadParameter(f"{op!r}: not among {', '.join(case.name for case in CASES)}")
     config = Config.from_name(model)
-    root = out or Path(os.environ.get("QWENKERN_CONFIG_DIR") or Path(qwenkern.kernels.__file__).parent / "tuned")
+    root = out or Path(CONFIG_DIR.get() or Path(qwenkern.kernels.__file__).parent / "tuned")
     folder = root / tuning.device_of(torch.empty(1, device=place)).folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from . import tuning
+from .environment import KERNELS
 from .triton_if_any import INSTALLED, INTERPRETED, ensure_cache
 
 
@@ -120,10 +120,9 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
 
 def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:
     """Whether the op on x runs on its kernel. ``unsupported`` says what of it the kernel does not take, if anything."""
-    choice = os.environ.get("QWENKERN_KERNELS", "triton")
-    if choice not in ("triton", "reference"):
-        raise ValueError(f"QWENKERN_KERNELS must be triton or reference, and is {choice!r}")
-    if choice == "reference" or not (x.is_cuda or tuning.is_offline() or (INTERPRETED and x.device.type == "cpu")):
+    if KERNELS.get() == "reference" or not (
+        x.is_cuda or tuning.is_offline() or (INTERPRETED and x.device.type == "cpu")
+    ):
         return False
     if x.dtype == torch.float64 or not x.numel():  # nothing to launch
         return False

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .environment import CONFIG_DIR
+
 
 @dataclass(frozen=True)
 class Device:
@@ -128,7 +130,7 @@ def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, 
         _trial.seen.append((sizes, heuristic))
         return {**heuristic, **_trial.config}
     try:
-        entries = _entries(op, device.folder, os.environ.get("QWENKERN_CONFIG_DIR", ""))
+        entries = _entries(op, device.folder, CONFIG_DIR.get() or "")
         return {**heuristic, **_nearest(entries, sizes, heuristic, SPACES.get(op, {}))}
     except ValueError as error:  # what somebody tuned may be stale or damaged, and ends no forward pass
         _warn_once(f"{op} for {device.name}: {error}")

@@ -5,8 +5,13 @@
 >>> model.chat([{"role": "user", "content": "Write a haiku about compilers."}]).text
 """
 
+import qwenkern_start
+
+if qwenkern_start.is_module_run(__name__):
+    qwenkern_start.watch()  # before torch is imported
+
 from .config import Config, YarnScaling
-from .engine.completion import Completion, Score, Stream
+from .engine import Completion, Score, Stream
 from .errors import CheckpointError, ConfigError, Error, NonFiniteError, RequestError
 from .Model import Model  # `import qwenkern.Model` works too: this name hides the module behind its class
 from .sampling import SamplingParams, TokenLogprob

@@ -1,6 +1,6 @@
-"""``python -m qwenkern`` is ``qwenkern``, but for Ctrl-C in its first second: Python imports the package before."""
+"""``python -m qwenkern`` is the command ``qwenkern``."""
 
-from .cli.commands import main
+from qwenkern_start import main
 
 if __name__ == "__main__":
     main()

@@ -50,7 +50,7 @@ class Qwen2(nn.Module):
         """Of what the layers made of some tokens [T, K]: float32 [T, vocabulary]."""
         return ops.lm_head(x, residual, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.weight)
 
-    def likeliest(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
+    def greedy(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
         """As forward, but only the largest logit after each token, [T] float32, and its id, [T]. Of equal ones the
         lowest. It is NaN or +inf where one of the logits is."""
         x, residual = self.model(batch, cache)

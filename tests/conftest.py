@@ -17,14 +17,22 @@ if (found := importlib.util.find_spec("kernels")) and not found.has_location:
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here: it has nothing to ask anybody
 
 import torch
+from support.selection import FEW, quick
 
 if not torch.cuda.is_available():  # Triton reads its variable when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
-    os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch twins, as on any CPU
+    os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch reference
 
 from qwenkern import kernels
 from qwenkern.errors import CheckpointError
-from qwenkern.hub import sources
+from qwenkern.hub import names
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from support.interpreter import spare_useless_work
+
+    spare_useless_work()
+
+HAS_GPU = torch.cuda.is_available()
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,8 +40,17 @@ def pytest_configure(config: pytest.Config) -> None:
         torch.set_num_threads(1)  # the workers share the cores
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if torch.cuda.is_available():
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help=f"no slow test, and of each other at most {FEW} cases")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("quick"):
+        chosen = quick(items)
+        config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+        items[:] = [item for item in items if item in chosen]
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)  # what takes long first, so that nobody waits
+    if HAS_GPU:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
@@ -44,7 +61,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def demo_path() -> Path:
     """The demo model's file, pulled if it is absent. pytest keeps the outcome, also a skip, for the whole session."""
     try:
-        return sources.pull("demo")
+        return names.pull("demo")
     except CheckpointError as error:
         if os.environ.get("QWENKERN_REQUIRE_DEMO") == "1":
             pytest.fail(f"QWENKERN_REQUIRE_DEMO=1, and the demo model is not to be had: {error}")

@@ -46,7 +46,8 @@ from qwenkern.checkpoint import open_checkpoint
 from qwenkern.checkpoint.packing import slots
 from qwenkern.cli import commands as cli
 from qwenkern.errors import Error
-from qwenkern.hub import download, sources
+from qwenkern.hub import download
+from qwenkern.hub.names import resolve
 from qwenkern.text.tokenizer import Tokenizer
 
 SECONDS = 20.0  # of the processor's time that one input may take, and a tenth of what it may take on the clock
@@ -592,7 +593,7 @@ def names(folder: Path) -> Target:
         name = chance.choice((chance.choice(sound), _changed(chance, chance.choice(sound)), odd_values(chance)))
         no_network = mock.patch.object(download, "_fetch", side_effect=Error("no network"))
         with no_network, mock.patch.dict(os.environ, {"QWENKERN_CACHE": str(folder)}):
-            sources.resolve(name)
+            resolve(name)
 
     return one
 

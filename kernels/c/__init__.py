@@ -24,10 +24,10 @@ them, in words, or None. A refusal compiles, allocates and measures nothing: ``p
     kept.py          where what is compiled or measured here is kept
 """
 
-import os
 from collections.abc import Callable
 from typing import Any
 
+from ..environment import KERNELS
 from . import threads
 from .attention import decode_attention, prefill_attention, refuses_decode_attention, refuses_prefill_attention
 from .build import NOT_PREPARED, check_environment, describe, library, prepare, prepared, renew, target
@@ -95,7 +95,7 @@ __all__ = [
 
 def takes(refuses: Callable[..., str | None], *given: Any) -> bool:
     """Whether C takes these arguments: the call sites' question until they are backends of a list."""
-    if os.environ.get("QWENKERN_KERNELS") == "reference":
+    if KERNELS.get() == "reference":
         return False
     reason = refuses(*given)
     if reason == NOT_PREPARED:

@@ -14,6 +14,9 @@ import stat
 import time
 from pathlib import Path
 
+from ..environment import cache_folder
+from ..ownership import only_we_can_write
+
 logger = logging.getLogger(__name__)
 DAY = 24 * 60 * 60  # seconds
 UNUSED = 30  # days
@@ -21,11 +24,9 @@ _OURS = re.compile(r"[0-9a-f]{16}-[a-z0-9.-]+\.(so|json)|choice-[a-z-]+-[0-9a-f]
 
 
 def folder() -> Path | None:
-    """``compiled`` below QWENKERN_CACHE, else ``$XDG_CACHE_HOME/qwenkern`` where that is absolute, as its specification
-    demands, else ``~/.cache/qwenkern``. None, which is said once, where it cannot be made or others may write to it. A
-    relative one is below the folder that was the current one when it was first needed."""
-    own, shared = os.environ.get("QWENKERN_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
-    return _made(own or str(Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern")))
+    """``compiled`` in the folder of caches. None, which is said once, where it cannot be made or others may write to
+    it. A relative one is below the folder that was the current one when it was first needed."""
+    return _made(str(cache_folder()))
 
 
 def trusted(path: Path) -> bool:
@@ -34,9 +35,7 @@ def trusted(path: Path) -> bool:
     status = path.stat()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         return False
-    if not hasattr(os, "getuid"):  # Windows, where rights are not read this way
-        return True
-    return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return only_we_can_write(status)
 
 
 def used(file: Path) -> None:

@@ -7,13 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
 import platform
 import sys
 from pathlib import Path
 from typing import NamedTuple
-
-FORCED = "QWENKERN_CPU_TARGET"
 
 
 class Target(NamedTuple):
@@ -80,20 +77,22 @@ def usable() -> list[Target]:
     """What may be loaded here, best first: QWENKERN_CPU_TARGET alone where it is set, else all that fit.
 
     Raises ValueError where QWENKERN_CPU_TARGET names no target, or one that this processor lacks something for."""
+    from ..environment import CPU_TARGET  # not above: setup.py loads this file alone
+
     here = [target for target in TARGETS if target.machine == machine()]
-    if name := os.environ.get(FORCED):
-        return [_forced(name, [*here, native()])]
+    if name := CPU_TARGET.get():
+        return [_forced(CPU_TARGET.name, name, [*here, native()])]
     return [target for target in here if target.needs <= features()] + [native()]
 
 
-def _forced(name: str, here: list[Target]) -> Target:
+def _forced(variable: str, name: str, here: list[Target]) -> Target:
     names = ", ".join(target.name for target in here)
     target = next((target for target in here if target.name == name), None)
     if target is None:
-        raise ValueError(f"{FORCED} is {name!r}; expected one of {names} on {machine()}, or unset for the best")
+        raise ValueError(f"{variable} is {name!r}; expected one of {names} on {machine()}, or unset for the best")
     if missing := sorted(target.needs - features()):
         raise ValueError(
-            f"{FORCED} is {name!r}, and this processor lacks {', '.join(missing)}; expected another of {names}"
+            f"{variable} is {name!r}, and this processor lacks {', '.join(missing)}; expected another of {names}"
         )
     return target
 

@@ -53,8 +53,7 @@ struct team {
     barrier_state barrier;
 };
 
-#define NEW_EVENT_COUNT \
-    { .mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER }
+#define NEW_EVENT_COUNT {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER}
 
 static long nanoseconds(void) {
     struct timespec now;

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import torch
 
-VARIABLE = "QWENKERN_THREADS"
-MOST = 1024  # as C has it: more is a mistake, and each costs memory
+from ..environment import MOST_THREADS as MOST
+from ..environment import THREADS
+
 _asked: int | None = None
 
 
@@ -26,8 +27,8 @@ def count() -> int:
     Cores and quota are read once. Raises ValueError where QWENKERN_THREADS is no whole number from 1 to MOST."""
     if _asked is not None:
         return min(_asked, torch.get_num_threads())
-    if given := os.environ.get(VARIABLE):
-        return _number(given)
+    if given := THREADS.get():
+        return given
     return min(available(), torch.get_num_threads())
 
 
@@ -49,13 +50,6 @@ def one_in_torch() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@functools.cache
-def _number(given: str) -> int:
-    if not given.strip().isdecimal() or not 1 <= int(given) <= MOST:
-        raise ValueError(f"{VARIABLE} is {given!r}; expected a whole number from 1 to {MOST}, or unset")
-    return int(given)
 
 
 @functools.cache

@@ -1,5 +1,7 @@
-"""The paged key-value cache."""
+"""The paged key-value cache: who has which page, the pages' memory, and the batch of one pass."""
 
-from .cache import PAGE_SIZE, Batch, BlockTable, PagedCache
+from .allocator import BlockTable, PageAllocator
+from .batch import Batch
+from .paged_cache import PAGE_SIZE, PagedCache
 
-__all__ = ["PAGE_SIZE", "Batch", "BlockTable", "PagedCache"]
+__all__ = ["PAGE_SIZE", "Batch", "BlockTable", "PageAllocator", "PagedCache"]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from qwenkern.errors import CheckpointError
-
-FOLLOW = "QWENKERN_FOLLOW_LINKS"
+from qwenkern.kernels.environment import FOLLOW_LINKS
 
 
 def inside(folder: Path, name: str, named_by: str) -> Path:
@@ -24,9 +22,9 @@ def inside(folder: Path, name: str, named_by: str) -> Path:
     if not target.is_file():
         raise CheckpointError(f"{path}: leads to {target}; expected a file")
     allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    if target.parent not in allowed and os.environ.get(FOLLOW) != "1":
+    if target.parent not in allowed and not FOLLOW_LINKS.get():
         raise CheckpointError(
             f"{path}: is a link to {target}, outside of {folder}, as a download could have it to any file of yours; "
-            f"expected the file itself, or {FOLLOW}=1 where you made the link"
+            f"expected the file itself, or {FOLLOW_LINKS.name}=1 where you made the link"
         )
     return path

@@ -14,13 +14,12 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..checkpoint import open_checkpoint
 from ..config import FAMILY, Config
-from ..engine.completion import Completion, Stream
+from ..engine import Completion, Stream
 from ..errors import Error
-from ..hub import sources
+from ..hub import names
+from ..loading import find, tokenizer_of
 from ..Model import Model
-from ..text.tokenizer import Tokenizer
 from . import info as facts
 from . import terminal
 from .terminal import note, stderr
@@ -138,8 +137,8 @@ def chat(
 def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo") -> None:
     """Fetch a model into the cache and print where it is."""
     with _progress() as progress:
-        path = sources.resolve(model, lambda done, total: progress("download", done, total))
-    if licence := sources.licence(model):
+        path = names.resolve(model, lambda origin, done, total: progress(f"download from {origin}", done, total))
+    if licence := names.licence(model):
         note(f"licence: {licence}")
     typer.echo(os.fsencode(path))  # the bytes that the file system knows it by
 
@@ -175,7 +174,7 @@ def info(
         f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
     )
     out.print(table, sizes, f"cache: {config.kv_bytes_per_token():,} bytes a token")
-    if licence := sources.licence(model):
+    if licence := names.licence(model):
         out.print(f"licence: {licence}")
     for name, value in facts.processor().items():
         out.print(f"{name}: {value}")
@@ -269,16 +268,10 @@ def _facts(model: str) -> tuple[Config, list[str]]:
     if model.lower() in FAMILY and not Path(model).exists():
         return FAMILY[model.lower()], []
     with _progress() as progress:
-        path = sources.resolve(model, lambda done, total: progress("download", done, total))
-    checkpoint = open_checkpoint(path)
-    tokenizer = (
-        Tokenizer.from_gguf(checkpoint.metadata, source=str(path))
-        if checkpoint.metadata
-        else Tokenizer.from_folder(path)
-    )
+        path, checkpoint = find(model, progress)
     return checkpoint.config, facts.contradictions(
         checkpoint.config,
         path.stem if path.is_file() else path.name,
         checkpoint.shapes,
-        tokenizer.vocab_size,
+        tokenizer_of(checkpoint, path).vocab_size,
     )

@@ -1,1 +1,9 @@
 """From requests to tokens: who runs in a step, the pass itself, and what a caller gets."""
+
+from .completion import Completion, Score, Stream
+from .engine import Engine, Output
+from .request import Request
+from .runner import Runner
+from .scheduler import Limits
+
+__all__ = ["Completion", "Engine", "Limits", "Output", "Request", "Runner", "Score", "Stream"]

@@ -9,7 +9,8 @@ import torch
 
 from ..errors import RequestError
 from ..sampling import TokenLogprob
-from .generate import Sequence
+from .engine import Output
+from .request import Request
 
 
 @dataclass(frozen=True)
@@ -18,9 +19,7 @@ class Completion:
 
     text: str
     token_ids: list[int]  # the id that ended the text included
-    finish_reason: (
-        str | None
-    )  # "stop": an end id or stop string; "length": max_tokens or the context; None: not at its end
+    finish_reason: str | None  # "stop": an end id or stop string; "length": max_tokens or the context; None: not ended
     stop_reason: int | str | None  # the id or string that ended it
     logprobs: list[TokenLogprob] | None  # one a token, where asked for
     num_prompt_tokens: int
@@ -32,16 +31,16 @@ class Completion:
         return len(self.token_ids)
 
     @classmethod
-    def of(cls, sequence: Sequence) -> Completion:
+    def of(cls, request: Request) -> Completion:
         return cls(
-            text=sequence.text,
-            token_ids=list(sequence.output_ids),
-            finish_reason=sequence.finish_reason,
-            stop_reason=sequence.stop_reason,
-            logprobs=None if sequence.params.logprobs is None else list(sequence.logprobs),
-            num_prompt_tokens=len(sequence.prompt_ids),
-            prompt_index=sequence.prompt_index,
-            sample_index=sequence.sample_index,
+            text=request.text,
+            token_ids=list(request.output_ids),
+            finish_reason=request.finish_reason,
+            stop_reason=request.stop_reason,
+            logprobs=None if request.params.logprobs is None else list(request.logprobs),
+            num_prompt_tokens=len(request.prompt_ids),
+            prompt_index=request.prompt_index,
+            sample_index=request.sample_index,
         )
 
 
@@ -51,20 +50,20 @@ class Stream:
     A stream that is open and not read keeps its room in the key-value cache until another call needs it. Its tokens are
     then computed again when it is read on, once there is room."""
 
-    def __init__(self, steps: Generator[tuple[Sequence, str], None, None], sequence: Sequence) -> None:
-        self._steps = steps
-        self._sequence = sequence
+    def __init__(self, outputs: Generator[Output, None, None], request: Request) -> None:
+        self._outputs = outputs
+        self._request = request
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
         try:
-            for _, text in self._steps:
-                if self._sequence.unwanted:  # closed by another thread, during this step
-                    self._steps.close()
-                elif text:
-                    return text
+            for output in self._outputs:
+                if self._request.aborted:  # closed by another thread, during this step
+                    self._outputs.close()
+                elif output.text:
+                    return output.text
         except ValueError as error:
             if not _is_being_read(error):
                 raise
@@ -80,9 +79,9 @@ class Stream:
     def close(self) -> None:
         """Stops the model; the text so far stays in ``completion``. While another thread reads, its iteration ends
         after the step in progress, or soon where it waits for room in the cache."""
-        self._sequence.unwanted = True
+        self._request.aborted = True
         try:
-            self._steps.close()
+            self._outputs.close()
         except ValueError as error:
             if not _is_being_read(error):
                 raise
@@ -90,7 +89,7 @@ class Stream:
     @property
     def completion(self) -> Completion:
         """Everything so far."""
-        return Completion.of(self._sequence)
+        return Completion.of(self._request)
 
 
 def _is_being_read(error: ValueError) -> bool:

@@ -1,171 +1,176 @@
-"""Whose turn it is: how all calls on a model, of whatever thread, share the pages of its cache.
+"""Who runs in the next pass.
 
-- A sequence starts when there is room for all of its tokens; until then its call waits in line, first come, first
-  served. Whoever fits an empty cache is served.
-- A sequence that grows into a full cache takes the pages of the one that started last, in whatever call: that one
-  waits in line, and computes its tokens again when it goes on. So the one that started first always goes on.
-- A stream may be open and read by nobody. It keeps its pages while nobody needs them. After PATIENCE, or at once where
-  the thread that reads it is the one in need, they are taken, and it waits in line when it is read again.
-
-A call that has pages never waits, and a call that waits has none, so nobody waits for ever. Pages change hands under
-the cache's lock, between passes. Giving them back needs no lock.
+Prompts first, a chunk of them at a time; then one token of every running request. A request starts, in order, when the
+cache has room for its tokens. One that loses its pages to another (sharing.py) waits in front of the others, and starts
+again from its tokens.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
-import threading
-import time
 from collections import deque
-from collections.abc import Generator, Iterable
-from typing import Protocol, TypeVar
+from dataclasses import dataclass
+from typing import NamedTuple
 
-from ..cache import BlockTable, PagedCache
+from ..cache import PagedCache
+from .request import Request
+from .sharing import Share
 
-PATIENCE = 0.1  # seconds; also how long a waiting call sleeps at most before it looks again
-
-_order = itertools.count()
-T = TypeVar("T")
-
-
-class Holder(Protocol):
-    """What has pages: a sequence."""
-
-    table: BlockTable
-    started: int  # a number that grows from start to start
+MAX_BATCH = 64  # sequences that decode together
 
 
-class Call:
-    """One call on a model: its sequences that have pages, and those that wait for them."""
+@dataclass(frozen=True)
+class Limits:
+    """What one pass may hold.
 
-    def __init__(self, cache: PagedCache, sequences: Iterable[Holder]) -> None:
-        self.cache = cache
-        self.waiting: deque[Holder] = deque(sequences)
-        self.running: list[Holder] = []  # in the order they started
-        self._ticket: int | None = None  # its place in line
-        self._thread = 0  # that read it last
-        self._idle_since: float | None = None  # while its reader does something else
-        self._gate = threading.Lock()  # closed while locked
-        self._gate.acquire()
+    ``batch_invariant`` is the promise that a request's bits do not depend on the others in its batch. Prompts are then
+    read one at a time, and a request starts when the cache has room for all of it, so that it keeps its pages. Only one
+    that nobody steps can lose them; what it decoded is then decoded again, token by token, for the same bits. The ops
+    keep their part of the promise up to ``max_batch``."""
 
-    def serve(self, tokens: Iterable[T]) -> Generator[T, None, None]:
-        """Yields what the call computes; when that ends, in whatever way, its pages go back."""
-        try:
-            try:
-                self.cache.calls[self] = None
-                for token in tokens:
-                    self._thread, self._idle_since = threading.get_ident(), time.monotonic()
-                    yield token
-                    self._idle_since = None
-            finally:
-                self._leave()
-        finally:
-            self._leave()  # a second interrupt may have struck the first
+    prefill_chunk: int  # prompt tokens
+    max_batch: int = MAX_BATCH  # rows of logits: requests, and completions of the same prompt that start with them
+    batch_invariant: bool = False
 
-    def start(self, num_tokens: int) -> bool:
-        """Starts the first sequence that waits, with room for ``num_tokens``, or takes a place in line. Under the
-        lock. Raises RequestError where even an empty cache is too small."""
-        cache, sequence = self.cache, self.waiting[0]
-        missing = cache.missing_pages(sequence.table, num_tokens)
-        if missing <= cache.num_pages and not (self._is_next() and self._find(missing)):
-            if self._ticket is None:
-                self._ticket = next(_order)
+
+class Scheduled(NamedTuple):
+    """The tokens of one request that a pass computes."""
+
+    request: Request
+    ids: list[int]
+
+
+class Scheduler:
+    """The requests of one engine: those that wait and those that run."""
+
+    def __init__(self, cache: PagedCache, limits: Limits) -> None:
+        self.limits = limits
+        self.share = Share(cache)
+        self.waiting: deque[Request] = deque()
+        self._arrivals: deque[Request] = deque()  # since the last pass, from any thread
+
+    @property
+    def running(self) -> list[Request]:
+        """Those that have pages, in the order they started."""
+        return list(self.share.running)
+
+    @property
+    def has_requests(self) -> bool:
+        return bool(self._arrivals or self.waiting or self.share.running)
+
+    def add(self, request: Request) -> None:
+        """From any thread."""
+        self._arrivals.append(request)
+
+    def schedule(self) -> list[Scheduled]:
+        """What the next pass computes; nothing where all requests wait for room. Under the cache's lock."""
+        self._sort()
+        self._admit()
+        return self._to_score() or self._prompts() or self._next_tokens()
+
+    def goes_on(self, requests: list[Request]) -> bool:
+        """Whether the next pass is one more token of just these requests, without any decision. Under the lock."""
+        if self._arrivals or any(request.has_ended for request in requests):
             return False
-        self._start(sequence)
-        cache.extend(sequence.table, num_tokens)
-        self.waiting.popleft()
-        if self._ticket is not None:
-            self.leave_line()
-        return True
+        share = self.share
+        return all(map(share.cache.holds, (each.table for each in requests))) and share.cache.has_room(share.missing())
 
-    def fork(self, sequence: Holder, copy: Holder, num_tokens: int) -> bool:
-        """Starts a copy of a sequence with room for ``num_tokens`` more, if there are pages. Under the lock."""
-        cache, length = self.cache, sequence.table.length
-        missing = -(-(length + num_tokens) // cache.page_size) - length // cache.page_size
-        if not cache.has_room(max(1, missing)):  # one at least: its next token may need it
-            return False
-        self._start(copy)
-        cache.fork(sequence.table, copy.table)
-        cache.extend(copy.table, num_tokens)
-        return True
+    def fork(self, request: Request) -> list[Request]:
+        """The request, whose prompt is in the cache, and its siblings that start there. Siblings that find no room
+        wait, and the first of them starts the others. Under the lock."""
+        siblings, request.siblings = deque(request.siblings), []
+        started = [request]
+        while siblings and len(self.share.running) < self.limits.max_batch:
+            to_come = siblings[0].max_tokens - 1 if self.limits.batch_invariant else 0
+            if not self.share.fork(request, siblings[0], to_come):
+                break
+            started.append(siblings.popleft())
+        self.waiting.extendleft(_led_by_first(siblings))
+        return started
 
-    def grow(self) -> None:
-        """Makes room for the next token of every running sequence, or stops some. Under the lock."""
-        while not self._find(self.missing()):
-            self.cache.release(max(self._holders(self.cache.calls), key=_start_of).table)
-            self.take_back()
+    def end(self, request: Request) -> None:
+        """Gives the pages of a request back, which has had its last token."""
+        self.share.end(request)
 
-    def missing(self) -> int:
-        """Pages that the next token of every running sequence needs."""
-        return sum(self.cache.missing_pages(sequence.table, 1) for sequence in self.running)
+    def abort(self, request: Request) -> None:
+        """Drops a request wherever it stands, and gives its pages back. The completions of its prompt that have not
+        started go on without it. Under the lock."""
+        self._take_arrivals()
+        heirs = _led_by_first(request.siblings)
+        request.siblings = []
+        if request in self.share.running:
+            self.share.end(request)
+            self.waiting.extendleft(heirs)
+        elif request in self.waiting:
+            at = self.waiting.index(request)
+            self.waiting.remove(request)
+            for heir in heirs:
+                self.waiting.insert(at, heir)
+        for other in [*self.waiting, *self.share.running]:
+            if request in other.siblings:
+                other.siblings.remove(request)
 
-    def take_back(self) -> None:
-        """Puts sequences that have lost their pages in front of those that wait. Under the lock."""
-        lost = [sequence for sequence in self.running if not self.cache.holds(sequence.table)]
-        for sequence in reversed(lost):
-            sequence.table = BlockTable()
-            self.running.remove(sequence)
-            self.waiting.appendleft(sequence)
+    def close(self) -> None:
+        """Drops all requests. Takes no lock: the garbage collector may close a stream in the middle of anything."""
+        self.share.give_all_back()
+        self._arrivals.clear()
+        self.waiting.clear()
 
-    def end(self, sequence: Holder) -> None:
-        """Gives the pages of a running sequence back."""
-        self.cache.release(sequence.table)
-        self.running.remove(sequence)
-        self._wake()
+    def _sort(self) -> None:
+        """Takes in who arrived, drops who was aborted, and lets those wait that have lost their pages."""
+        self._take_arrivals()
+        for request in [each for each in [*self.waiting, *self.share.running] if each.aborted]:
+            self.abort(request)
+        self.waiting.extendleft(reversed(self.share.lost()))
 
-    def wait(self) -> None:
-        """Until pages came back, or PATIENCE is over. Without the lock."""
-        self._gate.acquire(timeout=PATIENCE)
+    def _take_arrivals(self) -> None:
+        while self._arrivals:
+            self.waiting.append(self._arrivals.popleft())
 
-    def leave_line(self) -> None:
-        self._ticket = None
-        self._wake()
+    def _admit(self) -> None:
+        """Starts waiting requests, in order, while there is room for all of their tokens."""
+        while self.waiting:
+            request = self.waiting[0]
+            rows = sum(1 + len(each.siblings) for each in [*self.share.running, request])
+            if self.share.running and rows > self.limits.max_batch:
+                self.share.leave_line()
+                return
+            to_come = 0
+            if self.limits.batch_invariant and not request.wants_logits:
+                to_come = request.max_tokens - len(request.output_ids) - 1  # the last one is never cached
+            if not self.share.start(request, len(request.pending_ids) + to_come):
+                return
+            self.waiting.popleft()
 
-    def _start(self, sequence: Holder) -> None:
-        sequence.started = next(_order)
-        self.running.append(sequence)
+    def _to_score(self) -> list[Scheduled]:
+        """A chunk of a prompt whose logits are all asked for: by itself, since it has so many rows of them."""
+        for request in self.share.running:
+            if request.wants_logits:
+                return [Scheduled(request, request.pending_ids[: self.limits.prefill_chunk])]
+        return []
 
-    def _leave(self) -> None:
-        """Not under the lock: the garbage collector may close a stream in the middle of anything."""
-        self.cache.calls.pop(self, None)
-        for sequence in self.running:
-            self.cache.release(sequence.table)
-        self.cache.recount()
-        self._wake()
+    def _prompts(self) -> list[Scheduled]:
+        """A chunk of unfinished prompts."""
+        scheduled, budget = [], self.limits.prefill_chunk
+        for request in self.share.running:
+            pending = request.pending_ids
+            if self.limits.batch_invariant and len(pending) > 1:  # what was decoded at first is decoded again
+                pending = pending[: max(1, len(request.prompt_ids) - request.num_cached)]
+            if len(pending) > 1 and budget and not (self.limits.batch_invariant and scheduled):
+                scheduled.append(Scheduled(request, pending[:budget]))
+                budget -= len(scheduled[-1].ids)
+        return scheduled
 
-    def _wake(self) -> None:
-        for call in list(self.cache.calls):
-            if call._ticket is not None and call._gate.locked():
-                with contextlib.suppress(RuntimeError):  # another one was faster
-                    call._gate.release()
-
-    def _is_next(self) -> bool:
-        """Whether nobody has waited longer."""
-        tickets = [call._ticket for call in list(self.cache.calls) if call is not self and not call._sleeps()]
-        return all(ticket is None or (self._ticket is not None and self._ticket < ticket) for ticket in tickets)
-
-    def _find(self, pages: int) -> bool:
-        """Whether so many pages are free, if need be from calls that sleep."""
-        cache = self.cache
-        if cache.has_room(pages):
-            return True
-        others = [call for call in list(cache.calls) if call is not self and call._sleeps()]
-        asleep = sorted(self._holders(others), key=_start_of)
-        if pages > cache.num_free_pages + sum(len(sequence.table.pages) for sequence in asleep):
-            return False
-        while asleep and not cache.has_room(pages):
-            cache.release(asleep.pop().table)
-        return cache.has_room(pages)
-
-    def _holders(self, calls: Iterable[Call]) -> list[Holder]:
-        return [each for call in list(calls) for each in list(call.running) if self.cache.holds(each.table)]
-
-    def _sleeps(self) -> bool:
-        """Whether its reader does something else for long, or, being who asks, for as long as it waits."""
-        since = self._idle_since
-        return since is not None and (self._thread == threading.get_ident() or time.monotonic() - since > PATIENCE)
+    def _next_tokens(self) -> list[Scheduled]:
+        """The next token of every running request. Where the cache is full, some are preempted."""
+        while not self.share.find(self.share.missing()):
+            self.share.preempt_latest()
+            self.waiting.extendleft(reversed(self.share.lost()))
+        return [Scheduled(request, request.pending_ids[:1]) for request in self.share.running]
 
 
-def _start_of(sequence: Holder) -> int:
-    return sequence.started
+def _led_by_first(siblings: deque[Request] | list[Request]) -> list[Request]:
+    """The first of some completions of a prompt, with the others as its siblings; nothing of none."""
+    if not siblings:
+        return []
+    first, *first.siblings = siblings
+    return [first]

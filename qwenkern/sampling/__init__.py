@@ -1,27 +1,20 @@
-"""How the next token is chosen from the logits."""
+"""How the next token is chosen from the logits: parameters, penalties, the draw, log-probabilities."""
 
-from .sampling import (
-    BELOW_ONE,
-    NOT_FINITE,
-    Row,
-    SamplingParams,
-    Settings,
-    TokenLogprob,
-    draw,
-    draw_width,
-    or_not_finite,
-    sample,
-)
+from .draw import BELOW_ONE, NOT_FINITE, DrawSettings, draw, num_candidates, or_not_finite
+from .logprobs import TokenLogprob
+from .parameters import SampledSequence, SamplingParams
+from .sampler import Sampled, sample
 
 __all__ = [
     "BELOW_ONE",
     "NOT_FINITE",
-    "Row",
+    "DrawSettings",
+    "Sampled",
+    "SampledSequence",
     "SamplingParams",
-    "Settings",
     "TokenLogprob",
     "draw",
-    "draw_width",
+    "num_candidates",
     "or_not_finite",
     "sample",
 ]

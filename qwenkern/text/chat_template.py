@@ -1,7 +1,7 @@
 """Chat templates: a checkpoint's Jinja source turns messages into the text its model was trained on.
 
 A template is code that came with a download, so it runs in a sandbox that bounds its time and memory
-(template_sandbox.py) and is handed nothing but JSON-like values.
+(sandbox/) and is handed nothing but JSON-like values.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class ChatTemplate:
         """What the template makes of a conversation."""
         from jinja2.sandbox import SecurityError
 
-        from .template_sandbox import budget
+        from .sandbox import budget
 
         name = "tool_use" if chat.tools and "tool_use" in self._templates else "default"
         template = self._compile(name)
@@ -198,7 +198,7 @@ class ChatTemplate:
                 "expected an Instruct checkpoint, or plain text through encode()"
             )
         if name not in self._compiled:
-            from .template_sandbox import LARGEST_TEMPLATE, budget
+            from .sandbox import LARGEST_TEMPLATE, budget
 
             source, file = self._templates[name]
             if len(source) > LARGEST_TEMPLATE:
@@ -234,7 +234,7 @@ def _environment() -> Any:
     from jinja2 import TemplateError
     from jinja2.ext import Extension
 
-    from .template_sandbox import Sandbox
+    from .sandbox import Sandbox
 
     class Generation(Extension):
         """`{% generation %}` marks the assistant's text for training; a prompt only needs what is inside."""

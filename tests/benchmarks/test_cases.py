@@ -10,7 +10,7 @@ import torch
 from support.tolerances import assert_as_close_as
 
 from qwenkern import Config, kernels
-from qwenkern.benchmarks.cases import CASES, Size
+from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.kernels import reference
 
 QWEN_3B = Config.from_name("qwen2.5-3b")
@@ -72,7 +72,7 @@ def test_bytes_are_those_of_the_tensors(case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_inputs_suit_the_op_and_its_twin(case):
+def test_inputs_suit_the_op_and_its_reference(case):
     inputs = case.inputs(TINY, Size(3, context=70, device="cpu"))
     peers = [each.clone() if isinstance(each, torch.Tensor) else each for each in inputs]
     wide = [each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in peers]
@@ -90,8 +90,8 @@ GRAPH = """
 import torch
 from dataclasses import replace
 from qwenkern import Config
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.machine_code import launches
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.offline.machine_code import launches
 from qwenkern.cache import Batch
 from qwenkern.qwen2 import Qwen2
 
@@ -128,6 +128,7 @@ for tokens, sequences in ((1, 1), (16, 16), (512, 1)):
 """
 
 
+@pytest.mark.slow
 def test_the_cases_launch_every_kernel_of_the_graph(compiling):
     done = subprocess.run([sys.executable, "-c", GRAPH], capture_output=True, text=True, env=compiling, check=False)
     assert done.returncode == 0, done.stderr

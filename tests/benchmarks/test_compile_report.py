@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from qwenkern.benchmarks import compile_report
-from qwenkern.benchmarks.cases import CASES
 from qwenkern.benchmarks.compile_report import broken_rules
-from qwenkern.benchmarks.machine_code import DEVICES, Access, Code, Launch, accesses, occupancy
+from qwenkern.benchmarks.offline.machine_code import DEVICES, Access, Code, Launch, accesses, occupancy
+from qwenkern.benchmarks.ops.cases import CASES
 
 PROGRAM = Path(compile_report.__file__)
 GOOD = Code(
@@ -99,7 +99,7 @@ def test_the_reader_finds_tiles_and_widths():
 BAD_KERNEL = """
 import torch, triton, triton.language as tl
 from qwenkern.benchmarks.compile_report import broken_rules
-from qwenkern.benchmarks.machine_code import launches, read
+from qwenkern.benchmarks.offline.machine_code import launches, read
 
 @triton.jit
 def _linear_kernel(out_ptr, x_ptr, BLOCK: tl.constexpr):
@@ -131,6 +131,7 @@ def test_the_interpreter_is_refused(compiling):
     assert "TRITON_INTERPRET=1 is set" in done.stderr
 
 
+@pytest.mark.slow
 def test_3b_on_every_architecture(compiling, tmp_path):
     """No rule is broken; every case is there, on every architecture, but the one that is torch's kernel."""
     done = _report(compiling, "--json", str(tmp_path / "report.json"))
@@ -148,7 +149,7 @@ def test_3b_on_every_architecture(compiling, tmp_path):
 SUMS = r"""
 import re, torch
 from qwenkern import kernels
-from qwenkern.benchmarks.machine_code import launches
+from qwenkern.benchmarks.offline.machine_code import launches
 
 def sizes(*shape):
     return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
@@ -168,6 +169,7 @@ for arch in ("sm_80", "sm_90", "sm_120"):
 """
 
 
+@pytest.mark.slow
 def test_sums_have_one_order_for_any_number_of_tokens(compiling, tmp_path):
     """What the promise of equal bits rests on: one matrix instruction, and one tree over the slices of K after it."""
     (tmp_path / "sums.py").write_text(SUMS)

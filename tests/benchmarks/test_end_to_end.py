@@ -15,9 +15,10 @@ from support.models import TINY, tiny_model
 from typer.testing import CliRunner
 
 from qwenkern import Config
-from qwenkern.benchmarks import contention, end_to_end, llama_cpp, peers, roofline
-from qwenkern.benchmarks.peers import Engine, Reading
-from qwenkern.benchmarks.roofline import Roofline
+from qwenkern.benchmarks import end_to_end
+from qwenkern.benchmarks.models import contention, llama_cpp, peers, roofline
+from qwenkern.benchmarks.models.peers import Engine, Reading
+from qwenkern.benchmarks.models.roofline import Roofline
 from qwenkern.kernels import c as c_backend
 
 app = typer.Typer()
@@ -234,6 +235,7 @@ def run(tmp_path, *options):
     return json.loads((tmp_path / "now.json").read_text()), done.output
 
 
+@pytest.mark.slow
 def test_end_to_end_of_random_weights(tmp_path, threads, programs):
     pytest.importorskip("gguf")
     found, said = run(tmp_path, "--peers", "transformers,llama.cpp", "--note", "a stand-in")
@@ -253,6 +255,7 @@ def test_a_missing_peer_is_said(tmp_path, threads, monkeypatch):
     assert [row["engine"] for row in found["rows"]] == ["qwenkern"]
 
 
+@pytest.mark.slow
 def test_decoding_beside_a_busy_process(tmp_path, threads):
     found, said = run(tmp_path, "--peers", "transformers", "--busy", "1")
     assert [row["engine"] for row in found["rows"]] == ["qwenkern", "transformers"]
@@ -266,7 +269,7 @@ def test_busy_processes_end_with_the_block_and_with_their_parent():
     with contention.busy(2):
         assert len(_spinning()) == len(before) + 2
     assert _spinning() == before
-    code = "from qwenkern.benchmarks import contention; import os; contention.busy(1).__enter__(); os._exit(0)"
+    code = "from qwenkern.benchmarks.models import contention; import os; contention.busy(1).__enter__(); os._exit(0)"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60, cwd="/")
     deadline = time.monotonic() + 10
     while _spinning() != before and time.monotonic() < deadline:
@@ -289,6 +292,7 @@ def _spinning():
     return found
 
 
+@pytest.mark.slow
 def test_two_processes_each_have_a_row(tmp_path, threads):
     found, _ = run(tmp_path, "--peers", "transformers", "--twice")
     names = [f"{engine}, process {number}" for engine in ("qwenkern", "transformers") for number in (1, 2)]

@@ -13,14 +13,15 @@ import pytest
 from typer.testing import CliRunner
 
 from qwenkern.benchmarks import on_gpu
-from qwenkern.benchmarks.cases import CASES
-from qwenkern.benchmarks.providers import PROVIDERS
+from qwenkern.benchmarks.ops.cases import CASES
+from qwenkern.benchmarks.ops.providers import PROVIDERS
 from qwenkern.cli import commands as cli
 from qwenkern.kernels import c as c_backend
 
 PARTS = ("correctness", "end_to_end", "where", "kernels", "compiled", "peers", "tune")
 
 
+@pytest.mark.slow
 def test_a_dry_run_goes_through_every_part(compiling, tmp_path):
     if not c_backend.library():
         pytest.skip("no C compiler here, which taking a step apart on a CPU needs")

@@ -10,11 +10,12 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from qwenkern.benchmarks import results, run
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.providers import PROVIDERS, Provider
-from qwenkern.benchmarks.results import Row
-from qwenkern.benchmarks.timing import Ceilings, Spread
+from qwenkern.benchmarks import run
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.providers import PROVIDERS, Provider
+from qwenkern.benchmarks.ops.timing import Ceilings, Spread
+from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.reports.results import Row
 from qwenkern.kernels import reference
 
 LIMITS = Ceilings(copy=1e10, matrix=1e11)
@@ -48,7 +49,7 @@ def test_every_case_is_measured(name):
     assert rows[0].ratio == Spread(1.0, 1.0, 1.0)
 
 
-def test_compiled_twins_are_measured():
+def test_compiled_references_are_measured():
     rows = _measure("swiglu", KNOWN["qwenkern"], KNOWN["compile"])
     assert [row.provider for row in rows if row.seconds] == ["qwenkern", "compile"]
 

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from qwenkern import Config
-from qwenkern.benchmarks import timing
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.timing import Spread
+from qwenkern.benchmarks.ops import timing
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.timing import Spread
 
 
 def test_spreads():

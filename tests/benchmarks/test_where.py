@@ -10,8 +10,8 @@ import torch
 from typer.testing import CliRunner
 
 from qwenkern import Config
-from qwenkern.benchmarks import where
-from qwenkern.benchmarks.where import BETWEEN, CPU_LINEARS, GPU_LINEARS, Span, charge, labels
+from qwenkern.benchmarks.models import where
+from qwenkern.benchmarks.models.where import BETWEEN, CPU_LINEARS, GPU_LINEARS, Span, charge, labels
 from qwenkern.cli.commands import app
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import dispatch

@@ -20,6 +20,7 @@ from qwenkern.errors import RequestError
 from qwenkern.hub import download
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels.c import build, choose, compiler, kept, targets, threads
+from qwenkern.kernels.environment import CPU_TARGET, THREADS
 
 ROOT = Path(qwenkern.__file__).parents[1]
 
@@ -31,7 +32,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv(targets.FORCED, targets.usable()[-1].name)
+    monkeypatch.setenv(CPU_TARGET.name, targets.usable()[-1].name)
     monkeypatch.setattr(choose, "WEIGHTS", 1 << 18)
     monkeypatch.setattr(choose, "TOKENS", 17)  # many
     build.forget()
@@ -71,9 +72,9 @@ ZEN4 = targets._V4 | {"avx512_vnni", "avx512_bf16"}
 def test_a_processor_gets_the_best_that_it_has(monkeypatch, machine, has, best):
     monkeypatch.setattr(targets.platform, "machine", lambda: machine)
     monkeypatch.setattr(targets, "features", lambda: frozenset(has))
-    monkeypatch.delenv(targets.FORCED, raising=False)
+    monkeypatch.delenv(CPU_TARGET.name, raising=False)
     assert [target.name for target in targets.usable()] == best
-    monkeypatch.setenv(targets.FORCED, best[0])
+    monkeypatch.setenv(CPU_TARGET.name, best[0])
     assert [target.name for target in targets.usable()] == best[:1]
 
 
@@ -91,7 +92,7 @@ def test_a_processor_gets_the_best_that_it_has(monkeypatch, machine, has, best):
 def test_a_target_that_cannot_be_forced_is_an_error(monkeypatch, name, said):
     monkeypatch.setattr(targets.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(targets, "features", lambda: ZEN4 - {"avx512_vnni", "avx512_bf16", "avx512f"})
-    monkeypatch.setenv(targets.FORCED, name)
+    monkeypatch.setenv(CPU_TARGET.name, name)
     build.forget()
     with pytest.raises(ValueError, match=said):
         c_backend.library()
@@ -125,7 +126,7 @@ def test_what_torch_sees_of_this_processor_is_seen_here():
 
 def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     assert runs()
-    assert c_backend.target() == os.environ[targets.FORCED]
+    assert c_backend.target() == os.environ[CPU_TARGET.name]
     assert "compiling the C kernels" in caplog.text
     assert fresh.stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
     [library] = fresh.glob("*.so")
@@ -208,7 +209,7 @@ def test_a_compiler_that_does_not_work_is_one_line_and_torch_runs(fresh, monkeyp
 
 def test_where_the_best_target_does_not_compile_the_next_one_runs(fresh, monkeypatch):
     """As with a compiler that is older than the processor."""
-    monkeypatch.delenv(targets.FORCED)
+    monkeypatch.delenv(CPU_TARGET.name)
     odd = targets.Target("odd", targets.machine(), ("-march=of-tomorrow",), frozenset(), floats="native")
     monkeypatch.setattr(targets, "usable", lambda: [odd, targets.native()])
     with pytest.warns(UserWarning, match=r"failed with exit code 1: .*of-tomorrow.*; the C functions for native run"):
@@ -330,7 +331,7 @@ def test_another_user_runs_from_what_root_has_made(tmp_path, mode, origin):
     with tempfile.TemporaryDirectory() as place:  # where another user may look, as into no folder of pytest's
         os.chmod(place, 0o755)
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
-        environment |= {"QWENKERN_CACHE": place, targets.FORCED: targets.usable()[-1].name}
+        environment |= {"QWENKERN_CACHE": place, CPU_TARGET.name: targets.usable()[-1].name}
 
         def run(code: str, **more: str) -> subprocess.CompletedProcess:
             command = [sys.executable, "-c", code]
@@ -553,7 +554,7 @@ def test_a_damaged_choice_is_measured_anew(fresh, damaged):
 def torch_threads(monkeypatch):
     before = torch.get_num_threads()
     monkeypatch.setattr(threads, "_asked", None)
-    monkeypatch.delenv(threads.VARIABLE, raising=False)
+    monkeypatch.delenv(THREADS.name, raising=False)
     yield
     torch.set_num_threads(before)
 
@@ -563,7 +564,7 @@ def test_threads_follow_torch_up_to_the_cores(torch_threads, monkeypatch):
     for torchs, expected in ((1, 1), (2, 2), (8, 3)):
         torch.set_num_threads(torchs)
         assert threads.count() == expected
-    monkeypatch.setenv(threads.VARIABLE, "5")
+    monkeypatch.setenv(THREADS.name, "5")
     assert threads.count() == 5
     threads.use(2)
     assert threads.count() == torch.get_num_threads() == 2
@@ -573,7 +574,7 @@ def test_threads_follow_torch_up_to_the_cores(torch_threads, monkeypatch):
 
 @pytest.mark.parametrize("given", ["0", "-1", "two", "1.5", " ", "²"])
 def test_a_number_of_threads_is_a_whole_one(torch_threads, monkeypatch, given):
-    monkeypatch.setenv(threads.VARIABLE, given)
+    monkeypatch.setenv(THREADS.name, given)
     with pytest.raises(ValueError, match=f"QWENKERN_THREADS is '{given}'; expected a whole number from 1 to 1024"):
         threads.count()
     with pytest.raises(RequestError, match="QWENKERN_THREADS"):
@@ -688,6 +689,7 @@ def _in_c(place: Path, cache: Path, **environment: str) -> subprocess.CompletedP
 fits_here = pytest.mark.skipif(len(targets.usable()) == 1, reason="no fixed target fits this processor")
 
 
+@pytest.mark.slow
 @fits_here
 @pytest.mark.xdist_group("wheel")
 def test_an_installed_wheel_needs_no_compiler(installed, tmp_path):
@@ -699,6 +701,7 @@ def test_an_installed_wheel_needs_no_compiler(installed, tmp_path):
     assert not done.stderr
 
 
+@pytest.mark.slow
 @fits_here
 @pytest.mark.xdist_group("wheel")
 @pytest.mark.parametrize("damage", ["library", "sources", "manifest"])

@@ -17,6 +17,7 @@ from qwenkern import kernels
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import dispatch, reference
 from qwenkern.kernels.c import build, choose, recorded_calls, targets
+from qwenkern.kernels.environment import CPU_TARGET
 
 EPS = 1e-6
 
@@ -37,9 +38,9 @@ def in_c(request, monkeypatch):
     if name == "plain":
         emulated.skip_large(request)
     if name in ("narrow", "plain"):
-        monkeypatch.setenv(targets.FORCED, "native")
+        monkeypatch.setenv(CPU_TARGET.name, "native")
     elif name in [target.name for target in targets.usable()]:
-        monkeypatch.setenv(targets.FORCED, name)
+        monkeypatch.setenv(CPU_TARGET.name, name)
     else:
         emulated.use(name, request, monkeypatch)
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)

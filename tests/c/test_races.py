@@ -144,6 +144,7 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
     return Build(folder)
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("races")
 def test_the_ops_have_no_data_race(build: Build) -> None:
     done = run([build.program(), str(TURNS)])
@@ -151,6 +152,7 @@ def test_the_ops_have_no_data_race(build: Build) -> None:
     assert "data race" not in done.stdout, done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("races")
 @pytest.mark.parametrize("mutation", BROKEN, ids=lambda mutation: mutation.name)
 def test_a_mutation_is_found(build: Build, mutation: Mutation, tmp_path: Path) -> None:

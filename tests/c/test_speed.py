@@ -12,8 +12,7 @@ import torch
 
 from qwenkern import Config
 from qwenkern.cache import BlockTable, PagedCache
-from qwenkern.engine.decode import DecodeSteps
-from qwenkern.engine.generate import forward
+from qwenkern.engine import Runner
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import decode_attention, dispatch
 from qwenkern.qwen2 import Qwen2, initialise
@@ -50,14 +49,14 @@ def model():
 def test_a_decode_step_is_faster_than_torchs(in_c, monkeypatch, model):
     cache = PagedCache(CONFIG, 512, torch.bfloat16, torch.device("cpu"))
     table = BlockTable()
-    forward(model, cache, [(table, list(range(200)))])
-    steps = DecodeSteps(model, cache)
+    runner = Runner(model, cache)
+    runner.logits([(table, list(range(200)))])
 
     def step(captured):
         table.length = 200
-        forward(model, cache, [(table, [7])], [0], captured)
+        runner.logits([(table, [7])], [0], captured)
 
-    assert _ratio(monkeypatch, ours=lambda: step(steps), torchs=lambda: step(None)) > 1.25
+    assert _ratio(monkeypatch, ours=lambda: step(True), torchs=lambda: step(False)) > 1.25
 
 
 def test_prefill_is_not_slower_than_torchs(in_c, monkeypatch, model):
@@ -66,14 +65,14 @@ def test_prefill_is_not_slower_than_torchs(in_c, monkeypatch, model):
     cache = PagedCache(CONFIG, 512, torch.bfloat16, torch.device("cpu"))
 
     def prefill():
-        forward(model, cache, [(table := BlockTable(), list(range(256)))], [255])
+        Runner(model, cache).logits([(table := BlockTable(), list(range(256)))], [255])
         cache.release(table)
 
     assert _ratio(monkeypatch, ours=prefill, torchs=prefill, rounds=5) > 0.9
 
 
 def test_attention_over_a_long_cache_does_not_copy_it(in_c, monkeypatch):
-    """8,192 cached tokens: the twin gathers them into a tensor first."""
+    """8,192 cached tokens: the reference gathers them into a tensor first."""
     k_pages, v_pages = (torch.randn(128, 64, 2, 64).bfloat16() for _ in range(2))
     tables, lengths = torch.randperm(128, dtype=torch.int32)[None], torch.tensor([8192], dtype=torch.int32)
     q = torch.randn(1, 14, 64).bfloat16()

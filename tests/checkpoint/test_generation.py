@@ -143,7 +143,7 @@ def test_a_folder_and_a_gguf_of_one_model_end_alike(original, prompt, tmp_path):
     assert ends(ours, prompt, TOLD, ignore_eos=True, stop_token_ids=[9]) == {9}
     theirs = load(gguf(original, tmp_path / "one.gguf", eos_token_id=5, eot_token_id=256))
     assert ends(theirs, prompt, TOLD) == USUAL | {5, 256}
-    assert load(gguf(original, tmp_path / "none.gguf"))._sequences([[5]], NOTHING)[0].end_ids == USUAL
+    assert load(gguf(original, tmp_path / "none.gguf"))._requests([[5]], NOTHING)[0].end_ids == USUAL
 
 
 def test_all_that_name_an_end_are_united(original, tmp_path):
@@ -152,11 +152,11 @@ def test_all_that_name_an_end_are_united(original, tmp_path):
         "config": {"eos_token_id": [8]},
         "tokenizer_config": {"eos_token": {"content": "<|bos|>"}},
     }
-    [sequence] = load(folder(original, tmp_path / "folder", **files))._sequences([[5]], NOTHING)
-    assert sequence.end_ids == USUAL | {7, 8, IDS["<|bos|>"]}
+    [request] = load(folder(original, tmp_path / "folder", **files))._requests([[5]], NOTHING)
+    assert request.end_ids == USUAL | {7, 8, IDS["<|bos|>"]}
     keys = {f"{name}_token_id": n for n, name in enumerate(["eos", "eot", "eom", "fim_pad", "fim_rep", "fim_sep"], 10)}
-    [sequence] = load(gguf(original, tmp_path / "all.gguf", **keys))._sequences([[5]], NOTHING)
-    assert sequence.end_ids == USUAL | set(range(10, 16))
+    [request] = load(gguf(original, tmp_path / "all.gguf", **keys))._requests([[5]], NOTHING)
+    assert request.end_ids == USUAL | set(range(10, 16))
 
 
 @pytest.mark.parametrize(

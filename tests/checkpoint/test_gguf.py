@@ -20,7 +20,7 @@ from qwenkern.checkpoint.dequantize import SUPPORTED
 from qwenkern.checkpoint.gguf_container import read_container
 from qwenkern.errors import CheckpointError, ConfigError
 from qwenkern.generation import Generation
-from qwenkern.hub import sources
+from qwenkern.hub import names
 
 Q, V = GGMLQuantizationType, GGUFValueType
 HIDDEN, FFN, KV, VOCAB = 256, 512, 64, 40
@@ -172,7 +172,7 @@ def test_another_alignment(tmp_path):
 def test_a_file_of_any_name_is_known_by_its_first_bytes(name, tmp_path):
     write_model(tmp_path / name)
     assert open_checkpoint(tmp_path / name).config.vocab_size == VOCAB
-    assert sources.resolve(str(tmp_path / name)) == tmp_path / name
+    assert names.resolve(str(tmp_path / name)) == tmp_path / name
 
 
 # --- models in parts --------------------------------------------------------------------------------------------------

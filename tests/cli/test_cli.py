@@ -23,7 +23,7 @@ from qwenkern import Model
 from qwenkern.benchmarks import run as run_benchmarks
 from qwenkern.cli import commands as cli
 from qwenkern.cli import terminal
-from qwenkern.engine.completion import Stream
+from qwenkern.engine import Stream
 from qwenkern.kernels import c as c_backend
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -319,7 +319,7 @@ def interrupted(*_, **__):
         (["generate", "-m", "{folder}", "Hi"], (Stream, "__next__")),
         (["generate", "-m", "{folder}"], (terminal, "read_stdin")),
         (["chat", "-m", "{folder}"], (cli.Model, "from_pretrained")),
-        (["pull", "demo"], (cli.sources, "resolve")),
+        (["pull", "demo"], (cli.names, "resolve")),
         (["info", "{folder}"], (cli, "open_checkpoint")),
         (["bench", "--op", "rms_norm"], (run_benchmarks, "_cases")),
     ],
@@ -360,6 +360,48 @@ def test_ctrl_c_while_torch_is_imported(during, ignored, code):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (code, "")
     assert ("Usage" in done.stdout) == (code == 0)
+
+
+CTRL_C_WHILE_THE_PACKAGE_IS_IMPORTED = """
+import os, runpy, signal, sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == during:
+            os.kill(os.getpid(), signal.SIGINT)
+during, before = sys.argv[1:]
+sys.meta_path.insert(0, Interrupts())
+signal.signal(signal.SIGINT, signal.SIG_IGN if before == "ignored" else signal.default_int_handler)
+sys.argv = ["-m", "--help"]  # as Python has them then
+sys.orig_argv = ["python", "-m", "qwenkern", "--help"] if before != "another" else ["python", "-m", "another", "--help"]
+try:
+    runpy._run_module_as_main("qwenkern")
+except KeyboardInterrupt:
+    print("KeyboardInterrupt")
+"""
+
+
+@pytest.mark.parametrize(
+    ("during", "before", "code", "says"),
+    [
+        ("torch", "", 130, ""),
+        ("numpy", "", 130, ""),
+        ("qwenkern.cli.commands", "", 130, ""),
+        ("torch", "ignored", 0, "Usage"),
+        ("none", "", 0, "Usage"),
+        ("torch", "another", 0, "KeyboardInterrupt"),  # a library that the program imports does not end it
+    ],
+)
+def test_ctrl_c_while_python_m_imports_the_package(during, before, code, says):
+    command = [sys.executable, "-c", CTRL_C_WHILE_THE_PACKAGE_IS_IMPORTED, during, before]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (code, "")
+    assert (says in done.stdout) if says else not done.stdout
+
+
+def test_python_m_is_the_command():
+    command = [sys.executable, "-m", "qwenkern", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    assert "Usage: python -m qwenkern" in done.stdout
 
 
 def test_a_current_folder_that_was_deleted_is_said(tmp_path):

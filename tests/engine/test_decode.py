@@ -11,8 +11,9 @@ from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import NonFiniteError, SamplingParams
-from qwenkern.engine.decode import Cpu, DecodeStep, DecodeSteps
-from qwenkern.engine.generate import Limits, generate
+from qwenkern.engine import Engine, Limits, Runner
+from qwenkern.engine.capture import CallCapture
+from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import dispatch, waits_for_host
 
@@ -30,7 +31,7 @@ def in_c(monkeypatch):
 class Fake:
     """A GPU's part played by torch on a CPU: steps are recorded as they are launched, and run when they are read."""
 
-    ahead = 1
+    steps_in_flight = 1
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -38,7 +39,7 @@ class Fake:
         self._queue: list = []
         self.running = False
 
-    def size(self, sequences: int) -> int:
+    def padded(self, sequences: int) -> int:
         return -(-sequences // 4) * 4
 
     def capture(self, function):
@@ -76,17 +77,21 @@ class Fake:
         self.running = False
 
 
-class NotCaptured(Cpu):
+class NotCaptured(CallCapture):
     def run_until(self, done) -> None:
         """Nothing is queued."""
 
-    def size(self, sequences: int) -> None:
+    def padded(self, sequences: int) -> None:
         return None
 
 
-def with_device(model, device):
-    model._steps = DecodeSteps(model.module, model.cache, device)
+def with_capture(model, capture):
+    model._runner = Runner(model.module, model.cache, capture)
     return model
+
+
+def run(model, requests):
+    return Engine(model._runner, Limits(512)).run(requests)
 
 
 def ids_of(completions):
@@ -96,19 +101,19 @@ def ids_of(completions):
 @pytest.fixture
 def plain():
     model = tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size))
-    return with_device(model, NotCaptured())
+    return with_capture(model, NotCaptured())
 
 
 @pytest.fixture
-def ahead(monkeypatch):
-    load = DecodeStep.load
+def pipelined(monkeypatch):
+    load = CapturedStep.load
 
     def in_order(step, batch):  # a GPU runs torch's own operations in order with what was launched
-        step._device.run_until(lambda: False)
+        step._capture.run_until(lambda: False)
         load(step, batch)
 
-    monkeypatch.setattr(DecodeStep, "load", in_order)
-    return with_device(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size)), Fake())
+    monkeypatch.setattr(CapturedStep, "load", in_order)
+    return with_capture(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size)), Fake())
 
 
 @pytest.mark.parametrize(
@@ -121,21 +126,21 @@ def ahead(monkeypatch):
         {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2},
     ],
 )
-def test_the_text_is_that_of_steps_not_captured(ahead, plain, how):
+def test_the_text_is_that_of_steps_not_captured(pipelined, plain, how):
     expected = plain.generate(PROMPTS, max_tokens=40, ignore_eos=True, **how)
-    assert ids_of(ahead.generate(PROMPTS, max_tokens=40, ignore_eos=True, **how)) == ids_of(expected)
-    assert ahead.cache.num_free_tokens == ahead.cache.num_tokens
+    assert ids_of(pipelined.generate(PROMPTS, max_tokens=40, ignore_eos=True, **how)) == ids_of(expected)
+    assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
 
 
-def test_a_step_is_launched_before_the_last_one_is_read(ahead):
-    log = ahead._steps._device.log
-    ahead.generate(PROMPTS[1], max_tokens=10, ignore_eos=True)
+def test_a_step_is_launched_before_the_last_one_is_read(pipelined):
+    log = pipelined._runner.captured.capture.log
+    pipelined.generate(PROMPTS[1], max_tokens=10, ignore_eos=True)
     assert log == ["launch"] + ["launch", "read"] * 8 + ["read"]  # the prompt's own pass gave the first token
 
 
-def test_nothing_else_waits(ahead, monkeypatch):
+def test_nothing_else_waits(pipelined, monkeypatch):
     """What reads a tensor's values waits for a GPU: between prompt and last token, only `download` may."""
-    waits, device = [], ahead._steps._device
+    waits, device = [], pipelined._runner.captured.capture
 
     def spy(name):
         actual = getattr(torch.Tensor, name)
@@ -147,76 +152,76 @@ def test_nothing_else_waits(ahead, monkeypatch):
 
         return call
 
-    sequences = ahead._sequences([PROMPTS[1]], SamplingParams(max_tokens=10, temperature=1, ignore_eos=True))
-    tokens = generate(ahead.module, ahead.cache, sequences, Limits(512), ahead._steps)
+    requests = pipelined._requests([PROMPTS[1]], SamplingParams(max_tokens=10, temperature=1, ignore_eos=True))
+    tokens = run(pipelined, requests)
     next(tokens)
     next(tokens)  # captured by now
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, spy(name))
-    assert len([token for token, _ in tokens]) == 8
+    assert len(list(tokens)) == 8
     assert waits == []
     torch.ones(1).item()
     assert waits == ["item"]
 
 
-def test_stops_are_exact_although_one_token_more_was_decoded(ahead, plain):
+def test_stops_are_exact_although_one_token_more_was_decoded(pipelined, plain):
     full = plain.generate(PROMPTS[1], max_tokens=30, temperature=0, ignore_eos=True)
     stop = full.token_ids[7]
     first = full.token_ids.index(stop)
-    one = ahead.generate(PROMPTS[1], max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    one = pipelined.generate(PROMPTS[1], max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
     assert one.token_ids == full.token_ids[: first + 1]
     assert (one.finish_reason, one.stop_reason) == ("stop", stop)
-    several = ahead.generate(PROMPTS, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
+    several = pipelined.generate(PROMPTS, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
     expected = plain.generate(PROMPTS, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
     assert ids_of(several) == ids_of(expected)
-    assert ahead.cache.num_free_tokens == ahead.cache.num_tokens
+    assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
 
 
-def test_rows_without_a_sequence_change_nothing_and_stay_in_place(ahead):
+def test_rows_without_a_sequence_change_nothing_and_stay_in_place(pipelined):
     """Three sequences in a step of four rows: the spare page takes what the fourth writes."""
-    ahead.cache.k.zero_()
-    ahead.generate(PROMPTS[:3], max_tokens=10, temperature=0, ignore_eos=True)
-    assert ahead._steps._device.sizes == [4]
-    [step] = ahead._steps._steps.values()
+    pipelined.cache.k.zero_()
+    pipelined.generate(PROMPTS[:3], max_tokens=10, temperature=0, ignore_eos=True)
+    assert pipelined._runner.captured.capture.sizes == [4]
+    [step] = pipelined._runner.captured._steps.values()
     assert step._batch.positions[3] == 0
     assert step._batch.lengths[3] == 1
-    used = (ahead.cache.k != 0).flatten(2).any(-1).any(0).sum()
+    used = (pipelined.cache.k != 0).flatten(2).any(-1).any(0).sum()
     assert used == 1 + 2 + 2 + 1  # pages of the three, and the spare one
 
 
 @pytest.mark.parametrize("how", [{"logprobs": 0}, {}])
-def test_a_sequence_that_has_ended_leaves_the_others_alone(ahead, plain, how):
+def test_a_sequence_that_has_ended_changes_no_other(pipelined, plain, how):
     """Its pages are soon another's: what its row of the step still wrote would land there."""
 
     def texts(model):
         rows = []
         for start, length, count in ((9, 50, 60), (3, 50, 60), (20, 50, 60), (5, 3, 6)):
             params = SamplingParams(max_tokens=count, ignore_eos=True, **{"temperature": 0} | how)
-            rows += model._sequences([[n * 7 % 503 for n in range(start, start + length)]], params)
-        for _ in generate(model.module, model.cache, rows, Limits(512), model._steps):
+            rows += model._requests([[n * 7 % 503 for n in range(start, start + length)]], params)
+        for _ in run(model, rows):
             pass
         return [row.output_ids for row in rows]
 
-    assert texts(ahead) == texts(plain)
+    assert texts(pipelined) == texts(plain)
 
 
-def test_two_generators_share_the_captured_steps(ahead, plain):
+def test_two_engines_share_the_captured_steps(pipelined, plain):
     expected = ids_of(plain.generate([[5, 6], [7, 8, 9]], max_tokens=12, temperature=0, ignore_eos=True))
     how = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-    rows = [ahead._sequences([prompt], how)[0] for prompt in ([5, 6], [7, 8, 9])]
-    one, two = (generate(ahead.module, ahead.cache, [row], Limits(512), ahead._steps) for row in rows)
+    rows = [pipelined._requests([prompt], how)[0] for prompt in ([5, 6], [7, 8, 9])]
+    one, two = (run(pipelined, [row]) for row in rows)
     for _ in range(12):
         next(one), next(two)
     assert [row.output_ids for row in rows] == expected
 
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 1}])
-def test_what_is_not_finite_ends_the_run_ahead(ahead, plain, how):
+def test_what_is_not_finite_ends_the_pipeline(pipelined, plain, how):
     """At the token where it does without, although another step was launched."""
     full = plain.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how).token_ids
     at = next(index for index in range(5, 30) if full[index] not in PROMPTS[1] + full[:index])
     messages = []
-    for model in (plain, ahead):
+    for model in (plain, pipelined):
         with torch.no_grad():
             model.module.model.embed_tokens.weight[full[at]] = float("nan")
         with pytest.raises(NonFiniteError, match=f"after position {len(PROMPTS[1]) + at} ") as raised:
@@ -226,37 +231,37 @@ def test_what_is_not_finite_ends_the_run_ahead(ahead, plain, how):
     assert messages[0] == messages[1]
 
 
-def test_a_full_cache_ends_the_run_ahead_and_evicts(plain):
+def test_a_full_cache_ends_the_pipeline_and_preempts(plain):
     expected = ids_of(plain.generate(PROMPTS, max_tokens=100, temperature=0, ignore_eos=True))
-    small = with_device(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size), cache_tokens=384), Fake())
+    small = with_capture(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size), cache_tokens=384), Fake())
     assert ids_of(small.generate(PROMPTS, max_tokens=100, temperature=0, ignore_eos=True)) == expected
 
 
-def test_a_closed_stream_gives_its_pages_back(ahead):
-    stream = ahead.stream(PROMPTS[1], max_tokens=50, ignore_eos=True)
+def test_a_closed_stream_gives_its_pages_back(pipelined):
+    stream = pipelined.stream(PROMPTS[1], max_tokens=50, ignore_eos=True)
     next(stream), next(stream)
     stream.close()
-    assert ahead.cache.num_free_tokens == ahead.cache.num_tokens
+    assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
 
 
-def test_a_tape_gives_the_same_bits_as_the_ops_one_by_one(in_c):
+def test_recorded_calls_give_the_same_bits_as_the_ops_one_by_one(in_c):
     model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
-    taped = ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1))
-    assert sorted(size for (size, _), step in model._steps._steps.items() if step) == [
+    recorded = ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1))
+    assert sorted(size for (size, _), step in model._runner.captured._steps.items() if step) == [
         1,
         4,
     ]  # the shortest prompt starts, and ends, last
-    with_device(model, NotCaptured())
-    assert ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)) == taped
-    alone = [model.generate(prompt, max_tokens=20, temperature=0, ignore_eos=True) for prompt in PROMPTS]
-    assert ids_of(alone) == taped
+    with_capture(model, NotCaptured())
+    assert ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)) == recorded
+    single = [model.generate(prompt, max_tokens=20, temperature=0, ignore_eos=True) for prompt in PROMPTS]
+    assert ids_of(single) == recorded
 
 
 @pytest.mark.parametrize(("config", "dtype"), [(TINY, torch.bfloat16), (IN_C, torch.float32)])
-def test_what_c_does_not_take_runs_without_a_tape(in_c, config, dtype):
+def test_what_c_does_not_take_is_not_recorded(in_c, config, dtype):
     model = tiny_model(config, dtype, tokenizer=byte_tokenizer(TINY.vocab_size))
     assert model.generate(PROMPTS[0], max_tokens=4, ignore_eos=True).num_tokens == 4
-    assert set(model._steps._steps.values()) == {None}
+    assert set(model._runner.captured._steps.values()) == {None}
 
 
 MANY = [[n * 11 % 503 for n in range(start, start + length)] for start, length in enumerate(range(1, 40, 2))]
@@ -269,10 +274,10 @@ def logprobs_of(model, prompts, **how):
 
 
 def test_deterministic_gives_a_prompt_the_same_bits_in_any_batch(in_c):
-    """20 prompts and two completions of each: more than decode together, read and forked in company or alone."""
-    alone = tiny_model(IN_C, torch.bfloat16, deterministic=True)
-    expected = [pair for prompt in MANY for pair in logprobs_of(alone, [prompt], n=2)]
-    assert logprobs_of(alone, MANY, n=2) == expected
+    """20 prompts and two completions of each: more than decode together, read and forked together or one by one."""
+    single = tiny_model(IN_C, torch.bfloat16, deterministic=True)
+    expected = [pair for prompt in MANY for pair in logprobs_of(single, [prompt], n=2)]
+    assert logprobs_of(single, MANY, n=2) == expected
     small = tiny_model(IN_C, torch.bfloat16, deterministic=True, cache_tokens=384)
     assert logprobs_of(small, MANY, n=2) == expected
     assert small.cache.num_free_tokens == small.cache.num_tokens
@@ -295,7 +300,7 @@ def test_deterministic_on_torch_decodes_one_by_one():
     assert set(sizes) == {1}
 
 
-def test_threads_take_turns_on_one_tape(in_c):
+def test_threads_take_turns_on_one_recording(in_c):
     model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
     expected = ids_of(model.generate([prompt], max_tokens=30, temperature=0, ignore_eos=True)[0] for prompt in PROMPTS)
     found: dict[int, list[int]] = {}
@@ -316,7 +321,8 @@ def test_threads_take_turns_on_one_tape(in_c):
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 20, "seed": 1}, {"seed": 2}, {"logprobs": 1, "seed": 3}])
 @pytest.mark.parametrize("sequences", [1, 3, 16, 24])
 def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
-    """With dependent launches, replayed ahead of the host, rows ending at different times; twice, for races."""
+    """With dependent launches, replayed before the host has read the last tokens, rows ending at different times;
+    twice, for races."""
     config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
     model = tiny_model(config, torch.bfloat16, device="cuda")
     prompts = [[(7 * at + row) % 503 for at in range(1 + 5 * row)] for row in range(sequences)]
@@ -325,16 +331,16 @@ def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
         rows = []
         for row, prompt in enumerate(prompts):
             params = SamplingParams(max_tokens=200 - 7 * row, ignore_eos=True, **{"temperature": 0.9} | how)
-            rows += model._sequences([prompt], params)
-        for _ in generate(model.module, model.cache, rows, Limits(512), model._steps):
+            rows += model._requests([prompt], params)
+        for _ in run(model, rows):
             pass
         return [row.output_ids for row in rows]
 
-    with_device(model, NotCaptured())
+    with_capture(model, NotCaptured())
     one_by_one = texts()
-    model._steps = DecodeSteps(model.module, model.cache)
+    model._runner = Runner(model.module, model.cache)
     captured = texts()
-    assert any(step for step in model._steps._steps.values())
+    assert any(step for step in model._runner.captured._steps.values())
     assert texts() == captured
     if sequences <= 16:  # more are cuBLAS's, whose bits depend on how many rows a step has
         assert captured == one_by_one

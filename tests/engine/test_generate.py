@@ -1,4 +1,4 @@
-"""The loop: greedy text against transformers, and the same text however sequences are batched, chunked or evicted."""
+"""The loop: greedy text against transformers, and the same text however sequences are batched, chunked or preempted."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import threading
 
 import pytest
 import torch
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, reference_model, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import NonFiniteError, RequestError, SamplingParams
 from qwenkern.cache import PagedCache
-from qwenkern.engine import generate as generate_module
-from qwenkern.engine.generate import Limits, StopStrings
+from qwenkern.engine import Engine, Limits, Runner
+from qwenkern.engine import engine as engine_module
+from qwenkern.engine.stop_strings import StopStrings
 from qwenkern.generation import Generation
 
 PROMPTS = [
@@ -31,7 +32,7 @@ def model():
 @pytest.fixture(scope="module")
 def greedy(model):
     """24 tokens after each prompt, by transformers."""
-    theirs = twin(model)
+    theirs = reference_model(model)
     with torch.no_grad():
         return [_continue(theirs, prompt) for prompt in PROMPTS]
 
@@ -47,8 +48,8 @@ def _continue(theirs, prompt):
 def test_greedy_tokens_are_those_of_transformers(model, greedy):
     assert len({tuple(tokens) for tokens in greedy}) == len(PROMPTS), "the prompts must lead to different texts"
     assert all(len(set(tokens)) > 3 for tokens in greedy)
-    alone = [model.generate(prompt, max_tokens=24, ignore_eos=True).token_ids for prompt in PROMPTS]
-    assert alone == greedy
+    single = [model.generate(prompt, max_tokens=24, ignore_eos=True).token_ids for prompt in PROMPTS]
+    assert single == greedy
 
 
 def test_a_ragged_batch_gives_the_same_tokens(model, greedy):
@@ -64,14 +65,14 @@ def test_any_chunk_of_prefill_gives_the_same_tokens(greedy, chunk):
     assert [completion.token_ids for completion in together] == greedy
 
 
-def test_a_cache_too_small_for_all_evicts_and_starts_again(model, greedy):
+def test_a_cache_too_small_for_all_preempts_and_starts_again(model, greedy):
     small = tiny_model(cache_tokens=448)  # seven pages; the longest sequence needs four of them
-    evicted = []
+    released = []
     release = small.cache.release
-    small.cache.release = lambda table: (evicted.append(table.length), release(table))
+    small.cache.release = lambda table: (released.append(table.length), release(table))
     together = small.generate(PROMPTS, max_tokens=24, ignore_eos=True)
     assert [completion.token_ids for completion in together] == greedy
-    assert len(evicted) > len(PROMPTS), "nothing was evicted, so this shows nothing"
+    assert len(released) > len(PROMPTS), "nothing was preempted, so this shows nothing"
     assert small.cache.num_free_tokens == small.cache.num_tokens
 
 
@@ -80,7 +81,7 @@ def test_every_page_comes_back(model):
     assert model.cache.num_free_tokens == model.cache.num_tokens
     with model.stream(PROMPTS[5], max_tokens=50, ignore_eos=True) as stream:
         for _ in range(3):
-            next(stream._steps)
+            next(stream._outputs)
         assert model.cache.num_free_tokens < model.cache.num_tokens
     assert model.cache.num_free_tokens == model.cache.num_tokens
 
@@ -91,8 +92,8 @@ def test_completions_of_one_prompt_share_it_and_differ(model):
     assert len({tuple(completion.token_ids) for completion in first}) == 4
     again = model.generate([PROMPTS[0], PROMPTS[4]], n=4, temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
     assert [c.token_ids for c in again[4:]] == [c.token_ids for c in first], "the batch changes no one's text"
-    alone = model.generate(PROMPTS[4], temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
-    assert alone.token_ids == first[0].token_ids
+    single = model.generate(PROMPTS[4], temperature=1.0, seed=5, max_tokens=12, ignore_eos=True)
+    assert single.token_ids == first[0].token_ids
 
 
 def test_forks_that_find_no_page_wait(greedy):
@@ -106,28 +107,28 @@ def test_no_pass_has_more_rows_than_the_limit(model, deterministic):
     """Completions of one prompt wait like sequences do, and what they say stays the same."""
     how = {"temperature": 1.0, "seed": 5, "max_tokens": 6, "ignore_eos": True}
     expected = [each.token_ids for prompt in PROMPTS[:4] for each in model.generate(prompt, n=5, **how)]
-    sequences = model._sequences(PROMPTS[:4], SamplingParams(n=5, **how))
+    requests = model._requests(PROMPTS[:4], SamplingParams(n=5, **how))
     rows, tokens = [], []
-    sampled = generate_module.sample
-    forward = generate_module.forward
+    sampled = engine_module.sample
+    forward = Runner.logits
 
     def sample_spy(logits, *args):
         rows.append(len(logits))
         return sampled(logits, *args)
 
-    def forward_spy(model, cache, parts, *args):
+    def forward_spy(runner, parts, *args):
         rows.append(len(parts))
         tokens.append(sum(len(ids) for _, ids in parts))
-        return forward(model, cache, parts, *args)
+        return forward(runner, parts, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate_module, "sample", sample_spy)
-        patch.setattr(generate_module, "forward", forward_spy)
-        first = [sequence for sequence in sequences if not sequence.sample_index]
-        limits = Limits(512, max_batch=10, alone=deterministic)
-        for _ in generate_module.generate(model.module, model.cache, first, limits):
+        patch.setattr(engine_module, "sample", sample_spy)
+        patch.setattr(Runner, "logits", forward_spy)
+        first = [request for request in requests if not request.sample_index]
+        limits = Limits(512, max_batch=10, batch_invariant=deterministic)
+        for _ in Engine(Runner(model.module, model.cache), limits).run(first):
             pass
-    assert [sequence.output_ids for sequence in sequences] == expected
+    assert [request.output_ids for request in requests] == expected
     assert max(rows) == 10
     assert sum(tokens) == sum(map(len, PROMPTS[:4])) + 5 * 4 * 5, "a prompt was computed twice"
 
@@ -136,12 +137,12 @@ def test_no_pass_has_more_rows_than_the_limit(model, deterministic):
 def test_more_completions_than_a_pass_holds(model, deterministic):
     how = {"temperature": 1.0, "seed": 5, "max_tokens": 3, "ignore_eos": True}
     expected = model.generate(PROMPTS[3], n=7, **how)
-    sequences = model._sequences([PROMPTS[3]], SamplingParams(n=7, **how))
-    limits = Limits(512, max_batch=3, alone=deterministic)
+    requests = model._requests([PROMPTS[3]], SamplingParams(n=7, **how))
+    engine = Engine(Runner(model.module, model.cache), Limits(512, max_batch=3, batch_invariant=deterministic))
     sizes = [0]
-    for _ in generate_module.generate(model.module, model.cache, sequences[:1], limits):
-        sizes.append(len(next(iter(model.cache.calls)).running))
-    assert [sequence.output_ids for sequence in sequences] == [each.token_ids for each in expected]
+    for _ in engine.run(requests[:1]):
+        sizes.append(len(engine.scheduler.running))
+    assert [request.output_ids for request in requests] == [each.token_ids for each in expected]
     assert max(sizes) <= 3
 
 
@@ -168,10 +169,10 @@ def test_logits_that_are_not_finite_are_an_error(how):
         model.generate([[7, 21], DAMAGED, [9]], max_tokens=50, ignore_eos=True, **how)
     assert model.cache.num_free_tokens == model.cache.num_tokens
     others = model.stream([7, 21], max_tokens=5, ignore_eos=True, temperature=0)
-    next(others._steps)
+    next(others._outputs)
     with pytest.raises(NonFiniteError), model.stream(DAMAGED, max_tokens=5) as stream:
         list(stream)
-    assert len(list(others._steps)) == 4, "another call goes on"
+    assert len(list(others._outputs)) == 4, "another call goes on"
 
 
 def test_the_position_is_that_of_the_token_read_last():
@@ -207,10 +208,10 @@ def test_an_overflow_says_what_to_try(dtype, advice):
 
 def test_the_largest_random_number_draws_what_is_allowed(model, monkeypatch):
     monkeypatch.setattr("random.Random.random", lambda self: 1 - 2**-53)
-    likeliest = model.generate([1, 2], max_tokens=1, logprobs=3, temperature=0).logprobs[0].top
+    most_probable = model.generate([1, 2], max_tokens=1, logprobs=3, temperature=0).logprobs[0].top
     for few in (1, 2, 3):
         (drawn,) = model.generate([1, 2], max_tokens=1, temperature=2.0, top_k=few).token_ids
-        assert drawn == list(likeliest)[few - 1]
+        assert drawn == list(most_probable)[few - 1]
 
 
 def test_without_a_seed_texts_differ_from_call_to_call(model):
@@ -222,7 +223,7 @@ def test_two_streams_may_be_read_in_turns(model, greedy):
     streams = [model.stream(PROMPTS[n], max_tokens=24, ignore_eos=True) for n in (3, 5)]
     for _ in range(24):
         for stream in streams:
-            next(stream._steps)
+            next(stream._outputs)
     assert [stream.completion.token_ids for stream in streams] == [greedy[3], greedy[5]]
     for stream in streams:
         stream.close()
@@ -231,14 +232,14 @@ def test_two_streams_may_be_read_in_turns(model, greedy):
 def test_a_stream_may_be_closed_while_another_thread_reads_it(model):
     stream = model.stream([65, 66, 67], max_tokens=400, ignore_eos=True)
     reading, go_on = threading.Event(), threading.Event()
-    accept = type(stream._sequence).accept
+    accept = type(stream._request).accept
 
     def slow(sequence, token):
         reading.set()
         go_on.wait(20)
         return accept(sequence, token)
 
-    stream._sequence.accept = slow.__get__(stream._sequence)
+    stream._request.accept = slow.__get__(stream._request)
     pieces: list[str] = []
     reader = threading.Thread(target=lambda: pieces.extend(stream))
     reader.start()
@@ -259,7 +260,7 @@ def test_streams_that_are_forgotten_give_their_pages_back(model):
 
     def forget(in_a_cycle: bool):
         stream = model.stream(PROMPTS[5], max_tokens=50, ignore_eos=True)
-        next(stream._steps)
+        next(stream._outputs)
         if in_a_cycle:
             stream.itself = stream
 

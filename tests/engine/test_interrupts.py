@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from engine.test_decode import Fake, NotCaptured, with_device
+from engine.test_decode import Fake, NotCaptured, with_capture
 from support.models import TINY, tiny_model
 
 import qwenkern
 from qwenkern.cache import Batch, PagedCache
-from qwenkern.engine import scheduler
-from qwenkern.engine.decode import DecodeStep
+from qwenkern.engine import sharing
+from qwenkern.engine.captured_step import CapturedStep
 
 SMALL = replace(
     TINY, vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
@@ -48,7 +48,7 @@ def lists(model) -> None:
     model.generate([LONG, SHORT, LONG[:63]], n=2, max_tokens=3, seed=1, temperature=1.0, ignore_eos=True, logprobs=1)
 
 
-def evicts(model) -> None:
+def preempts(model) -> None:
     model.generate([LONG[:62], LONG[:61], LONG[:60], LONG[1:62]], max_tokens=5, **HOW)
 
 
@@ -56,8 +56,8 @@ def streams(model) -> None:
     """Of two open streams one loses its pages, and takes them back from the other."""
     with model.stream(LONG, max_tokens=60, **HOW) as one, model.stream(LONG[1:], max_tokens=60, **HOW) as two:
         for stream in (one, two, one):
-            next(stream._steps)
-            next(stream._steps)
+            next(stream._outputs)
+            next(stream._outputs)
         model.score(LONG + LONG)
     list(model.stream(SHORT, max_tokens=2, **HOW))
 
@@ -65,7 +65,7 @@ def streams(model) -> None:
 def waits(model) -> None:
     """Another thread's stream sleeps, and has the pages that this one needs."""
     theirs = model.stream(LONG, max_tokens=60, **HOW)
-    thread = threading.Thread(target=lambda: next(theirs._steps))
+    thread = threading.Thread(target=lambda: next(theirs._outputs))
     thread.start()
     thread.join()
     model.generate([LONG + LONG[:30]], max_tokens=2, min_tokens=1, logit_bias={3: 1.0}, **HOW)
@@ -73,9 +73,27 @@ def waits(model) -> None:
 
 
 def captures(model) -> None:
-    model._steps._steps.clear()
+    model._runner.captured._steps.clear()
     model.generate([SHORT, LONG], max_tokens=3, **HOW)
     model.generate([SHORT], max_tokens=3, temperature=1.0, ignore_eos=True)
+
+
+def comes_and_goes(model) -> None:
+    """Requests that are added between steps, of which two are aborted: one that runs, and one that waits for room."""
+    with model._engine() as engine:
+        requests = [
+            request
+            for prompt in (LONG, SHORT, LONG[1:], LONG[2:])
+            for request in model._requests([prompt], qwenkern.SamplingParams(max_tokens=4, **HOW))
+        ]
+        for request in requests:
+            engine.add(request)
+            engine.step()
+        engine.abort(requests[0])
+        engine.step()
+        engine.abort(requests[3])
+        while engine.has_requests:
+            engine.step()
 
 
 def logits(model) -> None:
@@ -96,7 +114,7 @@ class Gpu(Fake):
 
 
 class Sums:
-    """In place of the layers: keeps token ids as keys, and makes the likeliest token from all of a sequence's. Wrong
+    """In place of the layers: keeps token ids as keys, and makes the most likely token from all of a sequence's. Wrong
     pages give another text."""
 
     def __init__(self, vocabulary: int, device: Any) -> None:
@@ -120,29 +138,31 @@ class Sums:
     def layers(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
         return (logits := self.forward(batch, cache)), logits
 
-    def likeliest(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
+    def greedy(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
         return self.forward(batch, cache).max(-1)
 
 
 SCENARIOS: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
     "lists": (lists, {}),
-    "evicts": (evicts, {}),
+    "preempts": (preempts, {}),
     "streams": (streams, {}),
     "waits": (waits, {}),
+    "comes and goes": (comes_and_goes, {}),
     "logits": (logits, {}),
     "lists, deterministic": (lists, {"deterministic": True}),
     "streams, deterministic": (streams, {"deterministic": True}),
-    "evicts, ahead": (evicts, {"device": Gpu}),
-    "streams, ahead": (streams, {"device": Gpu}),
-    "captures, ahead": (captures, {"device": Gpu}),
+    "preempts, pipelined": (preempts, {"device": Gpu}),
+    "streams, pipelined": (streams, {"device": Gpu}),
+    "captures, pipelined": (captures, {"device": Gpu}),
+    "comes and goes, pipelined": (comes_and_goes, {"device": Gpu}),
 }
 
 
 def make(device: Callable[[], Any] = NotCaptured, **keywords: Any):
     model = tiny_model(SMALL, cache_tokens=192, prefill_chunk=40, **keywords)
-    steps = with_device(model, device())._steps
-    sums = Sums(SMALL.vocab_size, steps._device)
-    model.module.forward, model.module.likeliest = sums.forward, sums.likeliest
+    capture = with_capture(model, device())._runner.captured.capture
+    sums = Sums(SMALL.vocab_size, capture)
+    model.module.forward, model.module.greedy = sums.forward, sums.greedy
     model.module.model.forward, model.module.logits = sums.layers, lambda logits, _: logits
     return model
 
@@ -213,7 +233,7 @@ def interrupted(
 def check(model, expected: list[int]) -> None:
     cache = model.cache
     assert not cache.lock.locked(), "a lock stays taken"
-    assert not cache.calls, "a call stays"
+    assert not cache.shares, "a share of the cache stays"
     assert cache.num_free_pages == cache.num_pages, "pages are lost"
     with cache.lock:
         assert cache.has_room(cache.num_pages), "pages are lost"
@@ -223,15 +243,15 @@ def check(model, expected: list[int]) -> None:
 @pytest.mark.parametrize("bytecodes", [False, True], ids=["lines", "bytecodes"])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_an_interrupt_anywhere_loses_nothing(name, bytecodes, monkeypatch):
-    monkeypatch.setattr(scheduler, "PATIENCE", 0.001)
-    load = DecodeStep.load
+    monkeypatch.setattr(sharing, "PATIENCE", 0.001)
+    load = CapturedStep.load
 
     def in_order(step, batch):  # likewise
-        if isinstance(step._device, Fake):
-            step._device.run_until(lambda: False)
+        if isinstance(step._capture, Fake):
+            step._capture.run_until(lambda: False)
         load(step, batch)
 
-    monkeypatch.setattr(DecodeStep, "load", in_order)
+    monkeypatch.setattr(CapturedStep, "load", in_order)
     scenario, keywords = SCENARIOS[name]
     model = make(**keywords)
     expected = model.generate(LONG, max_tokens=6, **HOW).token_ids

@@ -13,8 +13,7 @@ import torch
 from support.models import tiny_model
 
 from qwenkern import RequestError, SamplingParams
-from qwenkern.engine import scheduler
-from qwenkern.engine.generate import Limits, generate
+from qwenkern.engine import sharing
 
 PATIENCE = 60  # seconds until a thread that has not ended is taken for one that never will
 PROMPTS = [
@@ -56,7 +55,7 @@ def at_once(*works: Callable[[], Any]) -> list[Any]:
 
 
 def all_free(model) -> bool:
-    return model.cache.num_free_tokens == model.cache.num_tokens and not model.cache.calls
+    return model.cache.num_free_tokens == model.cache.num_tokens and not model.cache.shares
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -101,7 +100,7 @@ def test_scores_and_logits_wait_and_are_right(expected):
 
 def read(stream, count: int) -> None:
     for _ in range(count):
-        next(stream._steps)
+        next(stream._outputs)
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -120,11 +119,11 @@ def test_an_open_stream_hinders_nobody(deterministic, work):
         "generate": lambda model: model.generate(PROMPTS[0], **HOW).token_ids,
         "score": lambda model: model.score(list(range(200))).logprobs,
         "forward": lambda model: model.forward(list(range(200))).tolist(),
-        "stream": lambda model: list(model.stream(PROMPTS[0], **HOW)._steps)[-1][0].output_ids,
+        "stream": lambda model: list(model.stream(PROMPTS[0], **HOW)._outputs)[-1].request.output_ids,
     }
     calm = small(deterministic=deterministic)
-    alone = begin(calm)
-    read(alone, 60)
+    single = begin(calm)
+    read(single, 60)
     theirs = works[work](calm)
     model = small(deterministic=deterministic)
     stream = begin(model)
@@ -135,7 +134,7 @@ def test_an_open_stream_hinders_nobody(deterministic, work):
     read(stream, 5)
     assert at_once(lambda: works[work](model)) == [theirs]
     read(stream, 55)
-    tokens, expected = stream.completion.logprobs, alone.completion.logprobs
+    tokens, expected = stream.completion.logprobs, single.completion.logprobs
     assert [token.token_id for token in tokens] == [token.token_id for token in expected]
     if deterministic:
         assert tokens == expected
@@ -158,15 +157,15 @@ def test_one_thread_may_read_streams_in_turns_that_do_not_fit(expected):
 
 def test_a_stream_that_is_read_keeps_its_pages(expected, monkeypatch):
     """Of two readers that do not fit together one waits until the other is through, and nothing is computed twice."""
-    monkeypatch.setattr(scheduler, "PATIENCE", 5.0)
+    monkeypatch.setattr(sharing, "PATIENCE", 5.0)
     model, passes = small(), []
     forward = type(model.module).forward
     model.module.forward = lambda batch, *args: (passes.append(len(batch.ids)), forward(model.module, batch, *args))[1]
-    model._run([]), setattr(model._steps._device, "size", lambda sequences: None)
+    model._engine(), setattr(model._runner.captured.capture, "padded", lambda sequences: None)
 
     def consume(prompt):
         stream = model.stream(prompt, **HOW)
-        for _ in stream._steps:
+        for _ in stream._outputs:
             time.sleep(0.001)
         return stream.completion.token_ids
 
@@ -184,7 +183,7 @@ def test_who_came_first_is_served_first():
         order.append(name)
 
     def reads():  # so that the stream does not sleep
-        while len(model.cache.calls) < 4:
+        while len(model.cache.shares) < 4:
             read(first, 1)
             time.sleep(0.02)
         read(first, 5)
@@ -235,21 +234,29 @@ def test_streams_come_and_go_at_random(expected):
 def test_what_an_empty_cache_cannot_hold_is_refused():
     model = small()
     model.module.config = model.config
-    sequences = model._sequences([[1] * 200], SamplingParams(max_tokens=50, ignore_eos=True))
-    sequences[0].max_tokens = 100
+    [request] = model._requests([[1] * 200], SamplingParams(max_tokens=50, ignore_eos=True))
+    request.max_tokens = 100
+    with model._engine() as engine, pytest.raises(RequestError, match=r"room for 256 tokens, .* of 200 .*needs 299"):
+        engine.add(request)
+    assert not engine.has_requests
+    request.max_tokens = 57
+    engine = model._engine()
+    engine.add(request)
+    request.max_tokens = 100  # so that it is seen only as it grows
     with pytest.raises(RequestError, match=r"room for 256 more tokens of its 256.*needs 257 more"):
-        list(generate(model.module, model.cache, sequences, Limits(512)))
+        list(engine.run([]))
+    assert not engine.has_requests
     assert all_free(model)
 
 
 def test_a_stream_that_waits_may_be_closed(monkeypatch):
-    monkeypatch.setattr(scheduler.Call, "_sleeps", lambda _: False)  # the first keeps its pages
+    monkeypatch.setattr(sharing.Share, "_is_idle", lambda _: False)  # the first keeps its pages
     model = small()
     first, waiting = (model.stream(prompt, **HOW) for prompt in PROMPTS[:2])
     read(first, 40)
     reader = threading.Thread(target=lambda: list(waiting), daemon=True)
     reader.start()
-    while not any(call._ticket is not None for call in list(model.cache.calls)):
+    while not any(share._ticket is not None for share in list(model.cache.shares)):
         time.sleep(0.001)
     waiting.close()
     reader.join(PATIENCE)

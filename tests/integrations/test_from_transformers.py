@@ -9,7 +9,7 @@ from dataclasses import replace
 import peft
 import pytest
 import torch
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, reference_model, tiny_model
 from support.toy_tokenizer import byte_library, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
@@ -28,7 +28,7 @@ pytestmark = pytest.mark.processor
 
 def loaded(config: Config = TINY, dtype: torch.dtype = torch.float32) -> Qwen2ForCausalLM:
     """transformers' model with weights of its own."""
-    model = copy.deepcopy(twin(tiny_model(config, dtype)))
+    model = copy.deepcopy(reference_model(tiny_model(config, dtype)))
     model.tie_weights()
     return model
 

@@ -27,19 +27,10 @@ from qwenkern import RequestError
 from qwenkern.integrations.transformers import apply_qwenkern, layers, register_attention, revert
 from qwenkern.integrations.transformers import patch as integration
 
-pytestmark = pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
-
-
-@pytest.fixture(autouse=True)
-def whatever_pays(monkeypatch):
-    monkeypatch.setattr(layers, "FEW", 0)
-
-
-@pytest.fixture(params=["reference", "triton"])
-def path(request, monkeypatch):
-    """On the torch reference, and through the kernels in Triton's interpreter."""
-    monkeypatch.setenv("QWENKERN_KERNELS", request.param)
-    monkeypatch.setattr(layers, "INTERPRETED", request.param == "triton")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers"),
+    pytest.mark.usefixtures("ours_at_any_size"),
+]
 
 
 @torch.no_grad()
@@ -216,7 +207,7 @@ def copied_shallowly(model):
     [copy.deepcopy, copied_shallowly, replica, saved, pickled],
     ids=["deepcopy", "copy", "DataParallel's replica", "torch.save", "pickle"],
 )
-def test_a_copy_computes_with_its_own_weights(path, copier):
+def test_a_copy_computes_with_its_own_weights(backend, copier):
     model, plain = apply_qwenkern(make()), make()
     copied, expected = copier(model), logits(plain)
     for each in (copied, plain):
@@ -247,6 +238,7 @@ def test_a_copy_under_accelerates_hooks_computes_with_its_own_weights():
     torch.testing.assert_close(norm(x), 2 * model.model.norm(x))
 
 
+@pytest.mark.slow
 def test_in_another_process(tmp_path):
     """A saved model is patched where it is loaded."""
     model = apply_qwenkern(make())
@@ -284,6 +276,7 @@ class Logits(torch.nn.Module):
         return self.model(ids, use_cache=False).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strict", [True, False], ids=["strict", "non-strict"])
 @pytest.mark.parametrize("few", [0, 1 << 15], ids=["ours pays", "at some length"])
 @torch.no_grad()
@@ -311,6 +304,7 @@ def exported(monkeypatch, strict, few, shapes):
     return str(program.graph)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [0, 20 * 64])
 def test_compiled_for_open_lengths_it_is_compiled_once(monkeypatch, few):
     monkeypatch.setattr(layers, "FEW", few)
@@ -341,7 +335,7 @@ def test_patching_and_reverting_reach_a_compiled_model(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_trained_evaluated_converted_and_loaded(path):
+def test_trained_evaluated_converted_and_loaded(backend):
     """One patched model through a life, beside an unpatched one that lives the same: as close to float64 throughout."""
     models = make(), apply_qwenkern(make())
 
@@ -374,7 +368,7 @@ def test_trained_evaluated_converted_and_loaded(path):
     assert torch.equal(*(logits(model) for model in models))
 
 
-def test_functional_call(path):
+def test_functional_call(backend):
     model = apply_qwenkern(make())
     weights = {name: 0.9 * value.detach() for name, value in model.named_parameters()}
     plain = make()
@@ -384,7 +378,7 @@ def test_functional_call(path):
     torch.testing.assert_close(logits(model), logits(make()))
 
 
-def test_hooks_of_torch_from_before_and_after(path):
+def test_hooks_of_torch_from_before_and_after(backend):
     """They see what they see on an unpatched model, and what they change counts."""
     theirs, ours = seen_by_hooks(make(), lambda model: None), seen_by_hooks(make(), apply_qwenkern)
     truth = seen_by_hooks(make().double(), lambda model: None)

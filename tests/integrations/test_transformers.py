@@ -19,27 +19,17 @@ from qwenkern.integrations.transformers import apply_qwenkern, layers, register_
 from qwenkern.integrations.transformers import patch as integration
 from qwenkern.integrations.transformers.patch import PIECES
 
-pytestmark = pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers")
-
-
-@pytest.fixture(autouse=True)
-def whatever_pays(monkeypatch):
-    monkeypatch.setattr(layers, "FEW", 0)
-
-
-@pytest.fixture(params=["reference", "triton"])
-def path(request, monkeypatch):
-    """On the torch reference, and through the kernels in Triton's interpreter."""
-    monkeypatch.setenv("QWENKERN_KERNELS", request.param)
-    monkeypatch.setattr(layers, "INTERPRETED", request.param == "triton")
-    return request.param
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:qwenkern was tested with transformers"),
+    pytest.mark.usefixtures("ours_at_any_size"),
+]
 
 
 @pytest.mark.processor
 @pytest.mark.parametrize("mask", [None, PADDED], ids=["whole", "padded"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", MODELS.values(), ids=MODELS.keys())
-def test_logits_are_as_close_to_float64(path, kind, dtype, mask):
+def test_logits_are_as_close_to_float64(backend, kind, dtype, mask):
     model = make(kind, dtype)
     with torch.no_grad():
         truth = copy.deepcopy(model).double()(IDS, attention_mask=mask).logits
@@ -74,7 +64,7 @@ def test_other_orders_are_the_same_function(kind):
     ],
     ids=lambda how: " ".join(how) or "greedy",
 )
-def test_generation_is_that_of_transformers(path, how):
+def test_generation_is_that_of_transformers(backend, how):
     expected, found = (_generate(patched, **how) for patched in (False, True))
     assert torch.equal(found, expected)
     assert len(set(found[0].tolist())) > 5, "a text so dull shows little"
@@ -93,28 +83,28 @@ def _generate(patched, attention="sdpa", **how):
 
 
 @pytest.mark.parametrize("how", [{}, {"attention_mask": PADDED}, {"num_beams": 2}], ids=["greedy", "padded", "beams"])
-def test_attention_by_name(path, how):
+def test_attention_by_name(backend, how):
     register_attention()
     expected = _generate(False, **how)
     assert torch.equal(_generate(False, attention="qwenkern", **how), expected)
     assert torch.equal(_generate(True, attention="qwenkern", **how), expected)
 
 
-def test_our_attention_is_what_runs(monkeypatch, path):
+def test_our_attention_is_what_runs(monkeypatch, backend):
     calls = []
     actual = layers.ops.attention
     monkeypatch.setattr(layers.ops, "attention", lambda *args: calls.append(args[0].shape) or actual(*args))
     model = apply_qwenkern(make())
     with torch.no_grad():
         model(IDS)
-        assert len(calls) == (2 if path == "triton" else 0)
+        assert len(calls) == (2 if backend == "triton" else 0)
         model(IDS, attention_mask=PADDED)
-    assert len(calls) == (2 if path == "triton" else 0), "a mask is torch's"
+    assert len(calls) == (2 if backend == "triton" else 0), "a mask is torch's"
     model(IDS).logits.sum().backward()
-    assert len(calls) == (2 if path == "triton" else 0), "so is a gradient"
+    assert len(calls) == (2 if backend == "triton" else 0), "so is a gradient"
 
 
-def test_dropout_and_packed_sequences_are_right(path):
+def test_dropout_and_packed_sequences_are_right(backend):
     model, ids = make(), IDS[:1]
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]])
     with torch.no_grad():
@@ -218,7 +208,7 @@ def test_compiles_in_one_graph(attention):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_training_follows_the_unpatched(path, dtype):
+def test_training_follows_the_unpatched(backend, dtype):
     """16 steps: at each the loss is as close to float64's as that of transformers alone in the same dtype."""
     kind = Qwen2ForCausalLM, Qwen2Config(**SIZES | {"num_hidden_layers": 1})
 
@@ -241,7 +231,7 @@ def test_training_follows_the_unpatched(path, dtype):
     assert_as_close_as(out.float(), peer.float(), truth)
 
 
-def test_gradients_reach_every_parameter(path):
+def test_gradients_reach_every_parameter(backend):
     model, patched = make(), apply_qwenkern(make())
     for each in (model, patched):
         each(IDS, labels=IDS).loss.backward()
@@ -254,7 +244,7 @@ def test_gradients_reach_every_parameter(path):
         assert_as_close_as(mine.grad, theirs.grad, exact.grad)
 
 
-def test_gradient_checkpointing(path):
+def test_gradient_checkpointing(backend):
     grads = []
     for checkpointing in (False, True):
         model = apply_qwenkern(make()).train()
@@ -265,7 +255,7 @@ def test_gradient_checkpointing(path):
     assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
 
 
-def test_inside_peft(path):
+def test_inside_peft(backend):
     """The base model is found, adapters take part, and only they learn."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
 
@@ -284,7 +274,7 @@ def test_inside_peft(path):
     assert not is_patched(revert(model))
 
 
-def test_norms_that_an_adapter_wraps_stay(path):
+def test_norms_that_an_adapter_wraps_stay(backend):
     config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["post_attention_layernorm", "norm"])
     model = peft.get_peft_model(make(), config)
     with torch.no_grad():
@@ -292,7 +282,7 @@ def test_norms_that_an_adapter_wraps_stay(path):
         torch.testing.assert_close(apply_qwenkern(model)(IDS).logits, expected)
 
 
-def test_with_accelerates_hooks(path):
+def test_with_accelerates_hooks(backend):
     """They bring weights to where they are needed: before and after, on top of ours and below."""
     model, expected = make(), make()(IDS).logits
     add_hook_to_module(model.model.layers[0].post_attention_layernorm, AlignDevicesHook(execution_device="cpu"))
@@ -322,13 +312,13 @@ class Counts(ModelHook):
         return args, keywords
 
 
-def test_norms_that_are_tuned_later(path):
+def test_norms_that_are_tuned_later(backend):
     config = peft.LNTuningConfig(task_type="CAUSAL_LM", target_modules=["input_layernorm", "post_attention_layernorm"])
     expected = make()(IDS).logits
     torch.testing.assert_close(peft.get_peft_model(apply_qwenkern(make()), config)(IDS).logits, expected)
 
 
-def test_a_layer_called_by_hand(path):
+def test_a_layer_called_by_hand(backend):
     """By position, with rows that are not contiguous, once as two layers, with other angles for the second call."""
     model, ids = make(), torch.randn(1, 64, 5).transpose(1, 2)
     table = model.model.rotary_emb(ids, torch.arange(5)[None])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, reference_model, tiny_model
 from support.tolerances import assert_as_close_as
 from torch import nn
 from transformers.models.qwen2 import modeling_qwen2
@@ -68,8 +68,8 @@ def test_a_module_of_layers(dtype) -> None:
 def test_a_model_of_transformers(rotary, dtype) -> None:
     model = tiny_model(dtype=dtype)
     ids = torch.randint(TINY.vocab_size, (2, 50), generator=torch.Generator().manual_seed(0))
-    theirs = twin(model)
-    truth, peer = twin(model, torch.float64)(ids).logits, theirs(ids).logits
+    theirs = reference_model(model)
+    truth, peer = reference_model(model, torch.float64)(ids).logits, theirs(ids).logits
     written = theirs.generate(ids[:1], max_new_tokens=6, do_sample=False, pad_token_id=0)
     kernelized(theirs)
     assert theirs.model.norm.forward.__func__.__module__ == "qwenkern_kernels.layers"

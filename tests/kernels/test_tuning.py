@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 from qwenkern import Config
 from qwenkern.benchmarks import tune
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.timing import Ceilings
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.timing import Ceilings
 from qwenkern.kernels import tuning
 
 TINY = Config(97, 64, 96, 1, 4, 2, 16, max_position_embeddings=128)

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from support.models import TINY, in_other_orders, save_checkpoint, tiny_model, twin
+from support.models import TINY, in_other_orders, reference_model, save_checkpoint, tiny_model
 from support.tolerances import assert_as_close_as
 from support.toy_tokenizer import CHAT_TEMPLATE, byte_library, byte_tokenizer
 from tokenizers import processors
@@ -109,8 +109,8 @@ def test_forward_gives_the_logits_of_transformers_for_one_and_for_many(model):
     assert logits.shape == (2, 20, TINY.vocab_size)
     assert logits.dtype == torch.float32
     with torch.no_grad():
-        truth = twin(model, torch.float64)(ids).logits
-        peers = torch.stack([each(ids).logits for each in in_other_orders(twin(model))])
+        truth = reference_model(model, torch.float64)(ids).logits
+        peers = torch.stack([each(ids).logits for each in in_other_orders(reference_model(model))])
     assert_as_close_as(logits, list(peers), truth)
     for one in (ids[1], ids[1].tolist()):  # a library's products of fewer rows may be sums in another order
         assert_as_close_as(model.forward(one), list(peers[:, 1]), truth[1])
@@ -333,10 +333,10 @@ def test_every_error_is_an_error_of_ours():
         assert issubclass(error, qwenkern.Error)
 
 
-def test_twins_agree(model):
+def test_the_reference_agrees(model):
     ids = torch.arange(30)
     with torch.no_grad():
-        assert torch.equal(model.forward(ids).argmax(-1), twin(model)(ids[None]).logits[0].argmax(-1))
+        assert torch.equal(model.forward(ids).argmax(-1), reference_model(model)(ids[None]).logits[0].argmax(-1))
 
 
 def test_importing_prints_nothing():

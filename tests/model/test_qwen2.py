@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from support.models import TINY, tiny_model, twin
+from support.models import TINY, reference_model, tiny_model
 from support.tolerances import YARN_RELATIVE, assert_as_close_as
 from transformers import Qwen2Config
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -34,7 +34,7 @@ def test_logits_are_as_close_to_float64_as_those_of_transformers(config, dtype):
     ids = torch.randint(config.vocab_size, (2, 150), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         truth = _in_float64(model)(ids).logits
-        peer = twin(model)(ids).logits
+        peer = reference_model(model)(ids).logits
     assert_as_close_as(model.forward(ids).to(dtype), peer, truth)
 
 
@@ -42,7 +42,7 @@ def test_a_changed_weight_changes_the_logits():
     """The comparison above would notice."""
     model, ids = tiny_model(), torch.arange(40)
     before = model.forward(ids)
-    theirs = twin(tiny_model())
+    theirs = reference_model(tiny_model())
     with torch.no_grad():
         model.module.model.layers[1].self_attn.qkv_proj.bias[-1] += 0.5
         truth = _in_float64(tiny_model())(ids[None]).logits[0]
@@ -85,8 +85,9 @@ ON_KERNELS = {
 ON_KERNELS = {name: replace(config, hidden_size=64, vocab_size=97) for name, config in ON_KERNELS.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", ON_KERNELS.values(), ids=ON_KERNELS.keys())
-def test_kernels_and_twins_write_the_same_text(monkeypatch, device, config):
+def test_kernels_and_reference_write_the_same_text(monkeypatch, device, config):
     """A ragged batch: prefill of many and of few tokens, then two decode steps, into a page's last place, a new page's
     first, and its second."""
     model = tiny_model(config, device=device)
@@ -94,7 +95,7 @@ def test_kernels_and_twins_write_the_same_text(monkeypatch, device, config):
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")
     expected = [each.token_ids for each in model.generate(prompts, max_tokens=3)]
     monkeypatch.setenv("QWENKERN_KERNELS", "triton")
-    model._steps = None
+    model._runner = None
     assert [each.token_ids for each in model.generate(prompts, max_tokens=3)] == expected
     assert model.generate(prompts[1], max_tokens=2).token_ids == expected[1][:2]
 
@@ -107,10 +108,10 @@ def test_logits_on_the_kernels(ops, device, config, dtype, num_tokens):
     ids = torch.randint(97, (1, num_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     with torch.no_grad():
         truth = _in_float64(model)(ids).logits
-        peer = twin(model)(ids).logits
+        peer = reference_model(model)(ids).logits
     assert_as_close_as(model.forward(ids).to(dtype), peer, truth)
 
 
 def _in_float64(model):
     """transformers in float64; its rotary embedding and norms stay in float32, as they do in every dtype of it."""
-    return twin(model, torch.float64)
+    return reference_model(model, torch.float64)

@@ -18,7 +18,7 @@ from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from qwenkern.benchmarks import machine_code
+from qwenkern.benchmarks.offline import machine_code
 from qwenkern.kernels import tuning
 
 from .faults import Unknown

@@ -17,7 +17,7 @@ from support.references import assert_matches_twin
 from ptx.device import device
 from ptx.faults import Fault
 from qwenkern import kernels as ops
-from qwenkern.benchmarks.machine_code import DEVICES
+from qwenkern.benchmarks.offline.machine_code import DEVICES
 from qwenkern.kernels import tuning
 
 CPU = torch.device("cpu")
@@ -29,7 +29,7 @@ def run(key: str, seed: int, test: Callable[..., None], parameters: dict[str, An
         test(ops, CPU, **parameters)
 
 
-def others_of_company(key: str, seed: int, op: str, counts: tuple[int, ...]) -> list[int]:
+def counts_with_other_bits(key: str, seed: int, op: str, counts: tuple[int, ...]) -> list[int]:
     """How many tokens of 16, for which an op gives them other bits than among 16."""
     x, residual, weight, bias = test_linear._inputs(16, 34, 896, torch.bfloat16, CPU)
     norm_weight = test_linear._norm_weight(896, x.dtype, CPU)

@@ -15,7 +15,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from qwenkern import RequestError, SamplingParams, TokenLogprob
-from qwenkern.engine.generate import StopStrings
+from qwenkern.engine.stop_strings import StopStrings
 from qwenkern.errors import shown
 from qwenkern.sampling import NOT_FINITE, sample
 
@@ -45,10 +45,12 @@ def logits():
 
 def _choose(logits, row):
     [token] = sample(logits[None].clone(), [row])
+    if isinstance(token, RequestError):
+        raise token
     return token
 
 
-def test_temperature_zero_takes_the_likeliest(logits):
+def test_temperature_zero_takes_the_most_probable(logits):
     assert _choose(logits, FakeRow(SamplingParams(temperature=0))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-9))) == logits.argmax().item()
     assert _choose(logits, FakeRow(SamplingParams(temperature=1e-5))) == logits.argmax().item()
@@ -63,13 +65,13 @@ def test_a_row_that_is_not_finite_gets_no_token(logits, fields, values):
     rows = [
         FakeRow(SamplingParams(**fields), output_ids=[1, 2], end_ids=frozenset([3]), seed=seed) for seed in range(3)
     ]
-    alone = [sample(logits[None].clone(), [row]) for row in rows]
+    single = [sample(logits[None].clone(), [row]) for row in rows]
     rows = [
         FakeRow(SamplingParams(**fields), output_ids=[1, 2], end_ids=frozenset([3]), seed=seed) for seed in range(3)
     ]
     tokens = sample(torch.stack([logits, damaged, logits]), rows)
     assert tokens[1] == NOT_FINITE
-    assert [tokens[0], tokens[2]] == [*alone[0], *alone[2]]
+    assert [tokens[0], tokens[2]] == [*single[0], *single[2]]
 
 
 def test_minus_infinity_is_a_logit_like_any_other(logits):
@@ -138,19 +140,19 @@ def test_tokens_come_as_often_as_transformers_says(logits, fields):
 
 
 def test_rows_of_a_batch_do_not_disturb_one_another(logits):
-    alone = [_choose(logits, FakeRow(SamplingParams(**fields), seed=n)) for n, fields in enumerate(FILTERS)]
+    single = [_choose(logits, FakeRow(SamplingParams(**fields), seed=n)) for n, fields in enumerate(FILTERS)]
     together = sample(
         logits.repeat(len(FILTERS), 1), [FakeRow(SamplingParams(**fields), seed=n) for n, fields in enumerate(FILTERS)]
     )
-    assert together == alone
+    assert together == single
 
 
 def _adjusted(logits, row):
     """The logits after penalties: read off by log-probabilities of a second, greedy look."""
-    from qwenkern.sampling.sampling import _penalise
+    from qwenkern.sampling.penalties import penalise
 
     out = logits.clone()
-    _penalise(out, row)
+    penalise(out, row)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Small random models, twice: as ours and as transformers'."""
+"""Small random models of ours, and the same weights in transformers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def tiny_model(config: Config = TINY, dtype: torch.dtype = torch.float32, **keyw
     return model
 
 
-def twin(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
+def reference_model(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
     """transformers' model with the same weights, computed in ``dtype``; in the dtype of ours it shares their memory."""
     config = model.config
     fields = {name: getattr(config, name) for name in _SHARED}

@@ -213,6 +213,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_utime)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and limits memory as Linux does")
 def test_hostile_templates_end_within_400_megabytes():
     code = CHILD.format(tests=str(Path(__file__).parent))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from qwenkern import Config
-from qwenkern.benchmarks.timing import ceilings
+from qwenkern.benchmarks.ops.timing import ceilings
 from qwenkern.kernels import c as c_backend
 
 BYTES = 1 << 28  # that are read, more than any cache of a processor with a few cores

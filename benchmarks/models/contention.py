@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from typing import Any
 
-from qwenkern.benchmarks.results import middle_and_ends
+from qwenkern.benchmarks.reports.results import middle_and_ends
 
 # One process, on a core of its own where the system can be told so; it ends with the one that started it.
 SPIN = """

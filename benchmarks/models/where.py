@@ -24,11 +24,12 @@ from rich.table import Table
 from torch import Tensor
 
 from qwenkern import Config
-from qwenkern.benchmarks import results
-from qwenkern.benchmarks.cases import CASES, Size
-from qwenkern.benchmarks.timing import ceilings, circumstances, device_name
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.timing import ceilings, circumstances, device_name
+from qwenkern.benchmarks.reports import results
 from qwenkern.cache import BlockTable, PagedCache
-from qwenkern.engine.decode import Cpu, Cuda, DecodeStep, Device
+from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
+from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import invariant_tokens
 from qwenkern.qwen2 import Qwen2, initialise
@@ -69,7 +70,7 @@ class Span:
     end: float
 
 
-class Recorded(Cpu):
+class Recorded(CallCapture):
     """Keeps the recorded calls, which are timed one by one."""
 
     recorded: c_backend.RecordedCalls
@@ -106,15 +107,15 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
     return [Part(name, len(each), floor(name, len(each)), sum(each)) for name, each in seconds.items()]
 
 
-def _step(config: Config, sequences: int, context: int, device: torch.device) -> tuple[DecodeStep, Device]:
+def _step(config: Config, sequences: int, context: int, device: torch.device) -> tuple[CapturedStep, Capture]:
     """Captured, and loaded with sequences that have all but the last of their tokens in the cache."""
     model = Qwen2(config, torch.bfloat16, device)
     initialise(model, 0)
     cache = PagedCache(config, sequences * (context + 2 * STEPS + 64), torch.bfloat16, device)
     cache.k.normal_()
     cache.v.normal_()
-    capturer = Cuda(device) if device.type == "cuda" else Recorded()
-    step = DecodeStep(model, cache, sequences, 1 if device.type == "cuda" else 0, capturer)
+    capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
+    step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]
     for table in tables:
         cache.extend(table, context + 2 * STEPS)  # a step on a GPU moves on by itself
@@ -144,13 +145,13 @@ def _seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def _on_gpu(layers: int, step: DecodeStep) -> dict[str, list[float]]:
+def _on_gpu(layers: int, step: CapturedStep) -> dict[str, list[float]]:
     for _ in range(STEPS):
-        step.launch()
+        step.replay()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         for _ in range(STEPS):
-            step.launch()
+            step.replay()
         torch.cuda.synchronize()
     on_device = [each for each in profile.events() if each.device_type == torch.autograd.DeviceType.CUDA]
     spans = [Span(each.name, each.time_range.start / 1e6, each.time_range.end / 1e6) for each in on_device]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import functools
-import os
 import platform
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ import triton
 
 import qwenkern
 from qwenkern.kernels import dependent_launches
+from qwenkern.kernels.environment import COMMIT
 
 Calls = Sequence[Callable[[], Any]]  # the same function, on each set of inputs
 LEAST_SECONDS = 200e-6  # of one reading on a GPU, well above the resolution of its clock
@@ -196,7 +196,7 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 def _commit() -> str:
     """Where the checkout came without its .git, QWENKERN_COMMIT may say which one it is."""
     described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
-    return os.environ.get("QWENKERN_COMMIT") or described or "unknown"
+    return COMMIT.get() or described or "unknown"
 
 
 def _output(*command: str) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qwenkern import Model
-from qwenkern.benchmarks import llama_cpp as programs
+from qwenkern.benchmarks.models import llama_cpp as programs
 
 Generate = Callable[[list[list[int]], int], Any]  # prompts, and how many tokens to add to each
 

@@ -6,14 +6,14 @@ loads the file, warms up, and then takes the times itself; they leave out loadin
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-FOLDER = "QWENKERN_LLAMA_CPP"
+from qwenkern.kernels.environment import LLAMA_CPP
+
 LIMIT = 900  # seconds that a program may take
 FACTS = "build_number build_commit cpu_info backends n_threads n_batch n_ubatch flash_attn load_mode type_k type_v"
 # The fastest of those tried on two cores: see docs/performance.md.
@@ -22,10 +22,14 @@ SETTINGS = ("--flash-attn", "on")
 
 def find(name: str) -> str:
     """The path of a program. Raises FileNotFoundError that says where it was looked for."""
-    folder = os.environ.get(FOLDER)
+    folder = LLAMA_CPP.get()
     found = shutil.which(name, path=folder) if folder else shutil.which(name)
     if found is None:
-        where = f"{folder}, which {FOLDER} names" if folder else f"any folder of PATH; {FOLDER} may name another"
+        where = (
+            f"{folder}, which {LLAMA_CPP.name} names"
+            if folder
+            else f"any folder of PATH; {LLAMA_CPP.name} may name another"
+        )
         raise FileNotFoundError(f"llama.cpp's {name} is not in {where}")
     return found
 

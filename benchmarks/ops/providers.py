@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from qwenkern import kernels
-from qwenkern.benchmarks.cases import Case
+from qwenkern.benchmarks.ops.cases import Case
 from qwenkern.kernels import reference
 
 Function = Callable[..., Any]

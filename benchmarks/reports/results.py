@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from qwenkern.benchmarks.timing import Spread
+from qwenkern.benchmarks.ops.timing import Spread
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,135 @@
+"""Every QWENKERN_* variable of the environment: its name, meaning, default and parser. And the folder of caches.
+
+A variable is read when it is used, never when a file is imported. Set to nothing it counts as not set. The table of
+docs/environment.md has the same rows, and a test compares the two.
+
+The file lies in kernels/, the lowest room, because the ops read variables too, and this folder must load under any name
+(Hugging Face's `kernels` gives it one of its own), so it imports nothing of the package above it. It imports the
+standard library only: setup.py loads it before anything is installed."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+MOST_THREADS = 1024  # more is a mistake, and each costs memory
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """A variable of the environment. parse: from its name and its text, which is not empty; it may raise ValueError."""
+
+    name: str
+    meaning: str
+    default: str  # what holds without it, in words
+    parse: Callable[[str, str], T]
+
+    def get(self) -> T | None:
+        """Its value now, None where it is not set. Raises ValueError that names it where it cannot be read."""
+        text = os.environ.get(self.name)
+        return self.parse(self.name, text) if text else None
+
+
+def _text(name: str, text: str) -> str:
+    return text
+
+
+def _is_one(name: str, text: str) -> bool:
+    return text == "1"
+
+
+@functools.cache
+def _threads(name: str, text: str) -> int:
+    if not text.strip().isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise ValueError(f"{name} is {text!r}; expected a whole number from 1 to {MOST_THREADS}, or unset")
+    return int(text)
+
+
+def _kernels(name: str, text: str) -> str:
+    if text not in ("triton", "reference"):
+        raise ValueError(f"{name} is {text!r}; expected triton or reference, or unset")
+    return text
+
+
+CACHE = Variable(
+    "QWENKERN_CACHE",
+    "The folder for downloads (`models/`) and for what was compiled and measured for a CPU (`compiled/`). It may begin "
+    "with `~`, or be relative to the current folder",
+    "`$XDG_CACHE_HOME/qwenkern` if `XDG_CACHE_HOME` is an absolute path, else `~/.cache/qwenkern`",
+    _text,
+)
+THREADS = Variable(
+    "QWENKERN_THREADS",
+    "The number of CPU threads, from 1 to 1024. `threads=` of a model and `--threads` override it",
+    "one thread for each physical core that the process may run on, but not more than the cgroup's CPU quota (rounded "
+    "up) or `torch.get_num_threads()`",
+    _threads,
+)
+CPU_TARGET = Variable(
+    "QWENKERN_CPU_TARGET",
+    "The target of the C functions: `x86-64-v3`, `x86-64-v4`, `x86-64-v4-bf16`, `armv8.2-dotprod`, `armv8.6-bf16` or "
+    "`native`",
+    "the best one for the processor",
+    _text,  # whether this processor has such a target, only the C backend knows
+)
+KERNELS = Variable(
+    "QWENKERN_KERNELS",
+    "`reference` runs every op in torch, without Triton or C. `triton` runs the kernels",
+    "`triton`",
+    _kernels,
+)
+CONFIG_DIR = Variable(
+    "QWENKERN_CONFIG_DIR",
+    "A folder of tuned launch configurations. The kernels look there before they use the configurations in the "
+    "package. `qwenkern tune` writes there",
+    "the package's own configurations alone",
+    _text,
+)
+FOLLOW_LINKS = Variable(
+    "QWENKERN_FOLLOW_LINKS",
+    "`1` follows links that lead out of a checkpoint's folder",
+    "such a link is an error",
+    _is_one,
+)
+REQUIRE_C = Variable(
+    "QWENKERN_REQUIRE_C",
+    "`1` makes it an error that a package is built without C functions",
+    "a warning",
+    _is_one,
+)
+LLAMA_CPP = Variable(
+    "QWENKERN_LLAMA_CPP",
+    "The folder of llama.cpp's programs, for `benchmarks/end_to_end.py`",
+    "the folders of `PATH`",
+    _text,
+)
+COMMIT = Variable(
+    "QWENKERN_COMMIT",
+    "The commit named in benchmark results, for a checkout without `.git`",
+    "what `git describe` says",
+    _text,
+)
+
+VARIABLES: tuple[Variable, ...] = (
+    CACHE,
+    THREADS,
+    CPU_TARGET,
+    KERNELS,
+    CONFIG_DIR,
+    FOLLOW_LINKS,
+    REQUIRE_C,
+    LLAMA_CPP,
+    COMMIT,
+)
+
+
+def cache_folder() -> Path:
+    """The folder of caches as the variables name it: it may be relative, and may begin with ``~``. XDG_CACHE_HOME
+    counts where it is absolute, as its specification demands."""
+    shared = os.environ.get("XDG_CACHE_HOME", "")
+    return Path(CACHE.get() or Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern"))

@@ -1,0 +1,64 @@
+"""The key-value cache: the pages' memory, and the lock of those who share it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from ..config import Config
+from ..rope import RopeTable
+from .allocator import BlockTable, PageAllocator
+from .batch import Batch
+
+PAGE_SIZE = 64  # tokens; one tile of the attention kernels
+
+
+class PagedCache(PageAllocator):
+    """Keys and values of all layers: ``k`` and ``v`` are [layers, pages + 1, page_size, Hkv, D].
+
+    The memory is not cleared, and on a CPU the operating system provides it only as pages are first written.
+
+    Whoever takes pages, or runs a pass, holds ``lock``. Releasing pages needs no lock, since the garbage collector may
+    be the one who does it, in the middle of anything."""
+
+    def __init__(
+        self, config: Config, num_tokens: int, dtype: torch.dtype, device: torch.device, page_size: int = PAGE_SIZE
+    ) -> None:
+        super().__init__(-(-num_tokens // page_size), page_size)
+        self.dtype = dtype
+        self.spare_page = self.num_pages  # of nobody: for rows of a captured step that have no sequence
+        shape = (config.num_hidden_layers, self.num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
+        self.device = self.k.device
+        self.rope = RopeTable(config, self.num_tokens, device)  # of the positions that its sequences reach
+        self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache
+        self.shares: dict[Any, None] = {}  # engine.sharing.Share: one for each engine that uses the cache
+
+    def extend(self, table: BlockTable, num_tokens: int) -> None:
+        missing = self.missing_pages(table, num_tokens)
+        if missing and self.has_room(missing):  # first: a page without its angles would be used
+            self.rope.reach((len(table.pages) + missing) * self.page_size)
+        super().extend(table, num_tokens)
+
+    def fork(self, table: BlockTable, copy: BlockTable) -> None:
+        super().fork(table, copy)
+        full, tail = divmod(table.length, self.page_size)
+        if tail:
+            self.k[:, copy.pages[full]] = self.k[:, table.pages[full]]
+            self.v[:, copy.pages[full]] = self.v[:, table.pages[full]]
+
+    def batch(self, parts: Sequence[tuple[BlockTable, Sequence[int]]]) -> Batch:
+        """Makes room for the next token ids of some sequences and says where they go. When the forward pass has
+        written them, call ``advance``."""
+        for table, ids in parts:
+            self.extend(table, len(ids))
+        return Batch.of(parts, self.page_size, self.device)
+
+    def advance(self, parts: Sequence[tuple[BlockTable, Sequence[int]]]) -> None:
+        """Counts the tokens of a batch as cached."""
+        for table, ids in parts:
+            table.length += len(ids)

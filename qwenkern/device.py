@@ -1,0 +1,92 @@
+"""Where and in which numbers a model runs: its device, its dtype, a CPU's threads, and the size of its cache."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from .arguments import whole
+from .config import Config
+from .errors import ConfigError, RequestError, shown
+from .kernels import c as c_backend
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+
+
+def choose_device(device: str | torch.device) -> torch.device:
+    """The device that was asked for: "auto" is CUDA where there is one. Raises RequestError."""
+    expected = "expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
+    if not isinstance(device, (str, torch.device)):
+        raise RequestError(f"device is {shown(device)}; {expected}")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        found = torch.device(device)
+    except (RuntimeError, ValueError, OverflowError) as error:
+        raise RequestError(f"device is {shown(device)}; {expected}") from error
+    if found.type not in ("cpu", "cuda"):
+        raise RequestError(f"device is {shown(device)}; {expected}")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise RequestError(f"device is {shown(device)}, and torch sees {torch.cuda.device_count()} CUDA devices")
+    return found
+
+
+def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
+    """The dtype that was asked for: "auto" is the checkpoint's. Raises RequestError, or ConfigError for that one."""
+    name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
+    if name == "auto":
+        name = config.dtype.removeprefix("torch.")
+        if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            name = "float16"  # before Ampere
+        if name not in _DTYPES:
+            raise ConfigError(
+                f"{config.source}: dtype is {shown(config.dtype)}; expected {', '.join(map(repr, _DTYPES))}, or one of "
+                "them given as dtype="
+            )
+    if name not in _DTYPES:
+        raise RequestError(f"dtype is {shown(dtype)} ({name:.80}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
+    return _DTYPES[name]
+
+
+def use_threads(threads: int | None) -> None:
+    """Has this process compute with so many threads on a CPU, and looks at what the environment says of the CPU, before
+    any weight is read. Raises RequestError."""
+    threads = whole("threads", threads, 1, c_backend.threads.MOST, optional=True)
+    try:
+        if threads is not None:
+            c_backend.threads.use(threads)
+        c_backend.check_environment()
+    except ValueError as error:
+        raise RequestError(str(error)) from None
+
+
+def cache_room(asked: int | None, config: Config, dtype: torch.dtype, device: torch.device) -> int:
+    """How many tokens the key-value cache holds: what is asked for, else a default. Raises RequestError where the whole
+    memory of the device would not hold it."""
+    asked = whole("cache_tokens", asked, 1, optional=True)
+    if asked is None:
+        return _default_cache_tokens(config, dtype, device)
+    on_gpu = device.type == "cuda"
+    memory = torch.cuda.mem_get_info(device)[1] if on_gpu else _machine_memory()
+    if (most := memory // config.kv_bytes_per_token(dtype.itemsize)) < asked:
+        raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
+    return asked
+
+
+def _default_cache_tokens(config: Config, dtype: torch.dtype, device: torch.device) -> int:
+    """What is left of a GPU's memory, less a share for activations; on a CPU, where memory is taken only as it is
+    used, four contexts or half of the machine's memory."""
+    per_token = config.kv_bytes_per_token(dtype.itemsize)
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        tokens, most = int(free - 0.1 * total) // per_token, 64 * config.context_length
+    else:
+        tokens, most = _machine_memory() // 2 // per_token, 4 * config.context_length
+    if tokens < 1:
+        raise RequestError(f"{device} has no memory left for a key-value cache; expected a smaller model")
+    return min(tokens, most)
+
+
+def _machine_memory() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,214 @@
+"""The engine: requests come at any time, and each step gives some of them their next token."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import accumulate
+
+from torch import Tensor
+
+from ..errors import Error, NonFiniteError, RequestError
+from ..sampling import NOT_FINITE, Sampled, num_candidates, sample
+from .pipeline import DecodePipeline
+from .request import Request
+from .runner import Runner
+from .scheduler import MAX_BATCH, Limits, Scheduled, Scheduler
+
+
+@dataclass(frozen=True)
+class Output:
+    """What a step brought to one request."""
+
+    request: Request
+    token_ids: list[int]  # new ones
+    text: str  # that became certain
+    finish_reason: str | None = None  # "stop" or "length" where these were its last tokens
+    error: Error | None = None  # that ended it instead
+    logits: Iterator[Tensor] | None = None  # where it wants those of its prompt: the next rows, float32 [<= 64, V] each
+
+
+class Engine:
+    """Runs requests on a model, in steps.
+
+    >>> with Engine(runner, limits) as engine:
+    ...     engine.add(request)
+    ...     while engine.has_requests:
+    ...         for output in engine.step():
+    ...             print(output.text, end="")
+
+    ``add`` and ``abort`` may be called from any thread and between any two steps; one thread at a time makes steps.
+    Several engines may run on one runner. They share its cache as sharing.py says; their requests do not run in common
+    batches.
+
+    An error in one request's logits or sampling ends that request. An exception of a step, such as a KeyboardInterrupt,
+    ends all requests of the engine and gives their pages back. Other engines go on. An engine that is dropped without
+    ``close`` keeps its pages until another one needs them."""
+
+    def __init__(self, runner: Runner, limits: Limits) -> None:
+        self.runner = runner
+        self.scheduler = Scheduler(runner.cache, limits)
+        self._pipeline: DecodePipeline | None = None
+        self._stepping = threading.Lock()
+
+    @property
+    def has_requests(self) -> bool:
+        """Whether a step has anything to do."""
+        return self.scheduler.has_requests or self._pipeline is not None
+
+    def add(self, request: Request) -> None:
+        """Takes a request and its siblings, from any thread. They start in a later step, when the cache has room.
+
+        Raises RequestError where even an empty cache has none."""
+        cache, num_tokens = self.runner.cache, len(request.prompt_ids) + max(0, request.max_tokens - 1)
+        if num_tokens > cache.num_tokens:  # the last token is never cached
+            raise RequestError(
+                f"the key-value cache has room for {cache.num_tokens} tokens, and a request of "
+                f"{len(request.prompt_ids)} and max_tokens {request.max_tokens} needs {num_tokens}: pass a larger "
+                "cache_tokens to Model.from_pretrained"
+            )
+        self.scheduler.add(request)
+
+    def abort(self, request: Request) -> None:
+        """Ends a request, from any thread. It waits for the pass in progress; when it returns, the pages are free and
+        no later step has an output for the request. Other completions of its prompt go on. Nothing happens to a request
+        that has ended."""
+        request.aborted = True
+        with self.runner.cache.lock:
+            self.scheduler.abort(request)
+
+    def step(self) -> list[Output]:
+        """Runs one pass, or waits for up to 0.1 s where the cache has no room for any request.
+
+        Returns what each request gained: nothing where a pass only read a part of a prompt, or without requests. An
+        output's error is a NonFiniteError where the logits are not finite, a RequestError where biases and penalties
+        leave no token to draw."""
+        if not self._stepping.acquire(blocking=False):
+            raise RequestError("another thread is in a step of this engine; expected one at a time")
+        try:
+            self.scheduler.share.begin_step()
+            outputs = self._step()
+            self.scheduler.share.end_step()
+            return outputs
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._stepping.release()
+
+    def run(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
+        """Adds requests and makes steps until all have ended. When the iteration ends, in whatever way, the pages are
+        given back. Raises the error of the first request that has one."""
+        try:
+            try:
+                for request in requests:
+                    self.add(request)
+                while self.has_requests:
+                    for output in self.step():
+                        if output.error:
+                            raise output.error
+                        yield output
+            finally:
+                self.close()
+        finally:
+            self.close()  # a second interrupt may have struck the first
+
+    def close(self) -> None:
+        """Ends all requests, and gives their pages back. Not while another thread is in a step."""
+        self.scheduler.close()
+        self._pipeline = None
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _step(self) -> list[Output]:
+        if self._pipeline:
+            if tokens := self._pipeline.tokens():
+                return self._accept(tokens)
+            self._pipeline = None
+        if not self.scheduler.has_requests:
+            return []
+        with self.runner.cache.lock:
+            scheduled = self.scheduler.schedule()
+            if scheduled and scheduled[0].request.wants_logits:
+                return self._score(*scheduled[0])
+            self._pipeline = self._new_pipeline(scheduled)
+            tokens = self._decode(scheduled) if scheduled and not self._pipeline else []
+        if self._pipeline:
+            tokens = self._pipeline.tokens()
+        elif not scheduled and self.scheduler.has_requests:
+            self.scheduler.share.wait()
+        return self._accept(tokens)
+
+    def _new_pipeline(self, scheduled: list[Scheduled]) -> DecodePipeline | None:
+        """A pipeline of the scheduled requests, where the device draws tokens and these need no more than that."""
+        captured, requests = self.runner.captured, [request for request, _ in scheduled]
+        if not requests or not captured.in_flight or not all(map(_may_be_pipelined, requests)):
+            return None
+        candidates = num_candidates(requests, self.runner.model.config.vocab_size)
+        if captured.get(len(requests), candidates) is None:
+            return None
+        return DecodePipeline(self.runner, self.scheduler, requests, candidates)
+
+    def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
+        """A pass, and a token for every request that it completes and for the siblings that start there."""
+        last_rows = [end - 1 for end in accumulate(len(ids) for _, ids in scheduled)]
+        may_replay = all(request.output_ids for request, _ in scheduled)  # not for a prompt of one token
+        logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
+        requests, rows = [], []
+        for row, (request, _) in enumerate(scheduled):
+            if not request.pending_ids:
+                started = self.scheduler.fork(request)
+                requests += started
+                rows += [row] * len(started)
+        return list(zip(requests, sample(logits[rows], requests), strict=True)) if requests else []
+
+    def _accept(self, tokens: Iterable[tuple[Request, Sampled]]) -> list[Output]:
+        return [self._accept_one(request, token) for request, token in tokens if not request.has_ended]
+
+    def _accept_one(self, request: Request, token: Sampled) -> Output:
+        if isinstance(token, RequestError):
+            return self._fail(request, token)
+        if token == NOT_FINITE:
+            where = f"prompt_index {request.prompt_index}, sample_index {request.sample_index}"
+            position = len(request.prompt_ids) + len(request.output_ids) - 1
+            return self._fail(request, NonFiniteError.at(position, self.runner.cache.dtype, where))
+        text = request.accept(token)
+        if request.finish_reason:
+            self.scheduler.end(request)
+        return Output(request, request.output_ids[-1:], text, request.finish_reason)
+
+    def _fail(self, request: Request, error: Error) -> Output:
+        request.error = error
+        self.scheduler.end(request)
+        return Output(request, [], "", error=error)
+
+    def _score(self, request: Request, ids: list[int]) -> list[Output]:
+        """A pass over a part of a prompt whose logits are all asked for. Those that were given out before the request
+        lost its pages are not given again. Under the lock."""
+        start = request.num_cached
+        x, residual = self.runner.hidden([(request.table, ids)])
+        if start != request.num_scored:
+            return []
+        request.num_scored += len(ids)
+        if request.num_scored == len(request.prompt_ids):
+            request.finish_reason = "length"
+            self.scheduler.end(request)
+        return [Output(request, [], "", request.finish_reason, logits=self._logits(x, residual))]
+
+    def _logits(self, x: Tensor, residual: Tensor) -> Iterator[Tensor]:
+        for rows in zip(x.split(MAX_BATCH), residual.split(MAX_BATCH), strict=True):
+            self.scheduler.share.begin_step()
+            with self.runner.cache.lock:
+                logits = self.runner.logits_of(*rows)
+            self.scheduler.share.end_step()
+            yield logits
+
+
+def _may_be_pipelined(request: Request) -> bool:
+    """Whether its next token is drawn from the logits after its last one, as the captured step does."""
+    return bool(request.output_ids) and len(request.pending_ids) == 1 and not request.params.needs_host

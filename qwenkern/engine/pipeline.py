@@ -1,0 +1,71 @@
+"""Decode steps launched before the tokens of the last ones are read."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+from .captured_step import CapturedStep, Read
+from .request import Request
+from .runner import Runner
+from .scheduler import Scheduler
+
+
+class DecodePipeline:
+    """Captured steps of requests that each have one pending token, until the scheduler has to decide something: one of
+    them has ended, another has come, or the cache is full. What a request decodes beyond its end is thrown away."""
+
+    def __init__(self, runner: Runner, scheduler: Scheduler, requests: list[Request], candidates: int) -> None:
+        self._cache, self._captured, self._scheduler = runner.cache, runner.captured, scheduler
+        self._requests, self._candidates = requests, candidates
+        self._key = object()  # says that a step was loaded for this pipeline
+        self._unread: deque[Read] = deque()  # of steps in flight
+        self._launches_left = min(request.max_tokens - len(request.output_ids) for request in requests)
+
+    def tokens(self) -> list[tuple[Request, int]]:
+        """The next token of each request, once more steps are launched. Nothing when all are read and the scheduler
+        has to decide."""
+        while len(self._unread) <= self._captured.in_flight and self._launch_next():
+            pass
+        while self._unread:
+            tokens = self._unread.popleft()()[: len(self._requests)]
+            read = [pair for pair in zip(self._requests, tokens, strict=True) if not pair[0].has_ended]
+            if read:
+                return read
+        return []
+
+    def _launch_next(self) -> bool:
+        if not self._launches_left:
+            return False
+        with self._cache.lock:
+            step = self._captured.get(len(self._requests), self._candidates)
+            is_loaded = step.owner is self._key  # not at first, nor after another pipeline has used the step
+            if not self._scheduler.goes_on(self._requests) or (self._unread and not is_loaded):
+                return False
+            step.owner = None  # until all of it has worked
+            self._launch(step, is_loaded)
+            step.owner = self._key
+            self._unread.append(step.tokens())
+            self._launches_left -= 1
+        return True
+
+    @torch.inference_mode()
+    def _launch(self, step: CapturedStep, is_loaded: bool) -> None:
+        """Launches a step: from where its last replay ended, or with tokens and places that the host knows."""
+        if is_loaded:
+            self._add_pages(step)
+        else:
+            step.load(self._cache.batch([(request.table, request.pending_ids) for request in self._requests]))
+            step.load_settings(self._requests)
+        step.load_uniforms(self._requests)
+        step.replay()
+        for request in self._requests:
+            request.table.length += 1
+
+    def _add_pages(self, step: CapturedStep) -> None:
+        for row, request in enumerate(self._requests):
+            table = request.table
+            if self._cache.missing_pages(table, 1):
+                self._cache.extend(table, 1)
+                step.add_page(row, len(table.pages) - 1, table.pages[-1])

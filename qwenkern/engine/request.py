@@ -1,0 +1,88 @@
+"""A request: one completion of a prompt, what is asked of it, and what there is of it so far."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from ..cache import BlockTable
+from ..errors import Error
+from ..sampling import BELOW_ONE, SamplingParams, TokenLogprob
+from ..text.tokenizer import Detokenizer
+from .stop_strings import StopStrings
+
+
+@dataclass(eq=False)
+class Request:
+    """One completion of a prompt, or with ``wants_logits`` the logits after each of the prompt's tokens."""
+
+    prompt_ids: list[int]
+    params: SamplingParams  # with defaults filled
+    end_ids: frozenset[int]  # ids that end the text
+    max_tokens: int
+    detokenizer: Detokenizer | None = None  # None: token ids only
+    prompt_index: int = 0
+    sample_index: int = 0
+    siblings: list[Request] = field(default_factory=list)  # other completions of the same prompt, not started yet
+    wants_logits: bool = False  # of the prompt; then nothing is sampled
+
+    def __post_init__(self) -> None:
+        self.table = BlockTable()
+        self.started = 0  # grows from start to start, over all requests
+        self.output_ids: list[int] = []
+        self.logprobs: list[TokenLogprob] = []
+        self.text = ""
+        self.finish_reason: str | None = None  # "stop" or "length"
+        self.stop_reason: int | str | None = None  # the id or string that ended it
+        self.aborted = False
+        self.error: Error | None = None  # that ended it
+        self.num_scored = 0  # tokens of the prompt whose logits were given out
+        self._stops = StopStrings(self.params.stop)
+        seed = self.params.seed
+        self._random = random.Random() if seed is None else random.Random(f"{seed}/{self.sample_index}")
+
+    @property
+    def has_ended(self) -> bool:
+        return self.aborted or self.finish_reason is not None or self.error is not None
+
+    @property
+    def num_cached(self) -> int:
+        return self.table.length
+
+    @property
+    def pending_ids(self) -> list[int]:
+        """Tokens that are not in the cache yet."""
+        cached = self.table.length
+        if cached >= len(self.prompt_ids):
+            return self.output_ids[cached - len(self.prompt_ids) :]
+        return self.prompt_ids[cached:] + self.output_ids
+
+    def uniform(self) -> float:
+        return min(self._random.random(), BELOW_ONE)
+
+    def accept(self, token: TokenLogprob | int) -> str:
+        """Appends a token. Returns the text that is now certain; sets finish_reason when it was the last one."""
+        if isinstance(token, TokenLogprob):
+            self.logprobs.append(token)
+            token = token.token_id
+        self.output_ids.append(token)
+        if token in self.end_ids and len(self.output_ids) >= self.params.min_tokens:
+            self.finish_reason, self.stop_reason = "stop", token
+            return self._emit("", last=True)
+        text = self.detokenizer.add(token) if self.detokenizer else ""
+        is_last = len(self.output_ids) >= self.max_tokens
+        if is_last:
+            self.finish_reason = "length"
+        return self._emit(text, last=is_last)
+
+    def _emit(self, text: str, last: bool) -> str:
+        if last and self.detokenizer:
+            text += self.detokenizer.finish()
+        if len(self.output_ids) >= self.params.min_tokens:
+            text = self._stops.add(text)
+        if self._stops.found is not None:
+            self.finish_reason, self.stop_reason = "stop", self._stops.found
+        elif last:
+            text += self._stops.finish()
+        self.text += text
+        return text

@@ -1,0 +1,48 @@
+"""One pass: from scheduled sequences to a batch, through the model, to logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..cache import BlockTable, PagedCache
+from ..qwen2 import Qwen2
+from .capture import Capture
+from .captured_step import CapturedSteps
+
+Part = tuple[BlockTable, Sequence[int]]  # a sequence, and its token ids that the pass computes
+
+
+class Runner:
+    """A model over a cache. Whoever runs a pass holds the cache's lock."""
+
+    def __init__(self, model: Qwen2, cache: PagedCache, capture: Capture | None = None) -> None:
+        self.model = model
+        self.cache = cache
+        self.captured = CapturedSteps(model, cache, capture)
+
+    @torch.inference_mode()
+    def logits(self, parts: Sequence[Part], rows: list[int] | None = None, captured: bool = False) -> Tensor:
+        """Logits after all tokens of a pass, or after those of the given rows: float32 [rows, V].
+
+        captured: replays the captured step, if there is one for this batch. They are then valid until the next pass."""
+        batch = self.cache.batch(parts)
+        logits = self.captured.logits(batch) if captured and batch.is_decode else None
+        if logits is None:
+            chosen = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
+            logits = self.model(batch, self.cache, chosen)
+        self.cache.advance(parts)
+        return logits
+
+    @torch.inference_mode()
+    def hidden(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+        """What the layers make of all tokens of a pass: x and residual, [T, K] each, for `logits_of`."""
+        hidden = self.model.model(self.cache.batch(parts), self.cache)
+        self.cache.advance(parts)
+        return hidden
+
+    @torch.inference_mode()
+    def logits_of(self, x: Tensor, residual: Tensor) -> Tensor:
+        return self.model.logits(x, residual)

@@ -1,0 +1,167 @@
+"""The Hugging Face hub: a model's repository through huggingface_hub, and one file of known size over plain HTTPS.
+
+HF_ENDPOINT names another server, and HF_HUB_OFFLINE=1 asks none, as for huggingface_hub itself."""
+
+from __future__ import annotations
+
+import http.client
+import os
+import queue
+import threading
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+from ..config import Config
+from ..errors import CheckpointError, ConfigError
+
+ANSWER = 3.0  # seconds that the hub may take to begin its answer
+STALL, SLOWEST = 10.0, 10_000  # a download that brings fewer bytes a second, over so many seconds, has stalled
+
+_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]  # no pickles: they run code when read
+_CHUNK = 1 << 20
+_TRUE = ("1", "ON", "YES", "TRUE")
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """A file's origin: one file of a repository, in one revision."""
+
+    repository: str
+    revision: str
+    file: str
+    size: int  # in bytes
+
+    @property
+    def name(self) -> str:
+        try:
+            return urlsplit(_endpoint()).hostname or _endpoint()
+        except ValueError:  # HF_ENDPOINT is no URL
+            return _endpoint()
+
+    def space(self, done: int) -> int:
+        """Bytes of disk that the rest needs, where so many are there."""
+        return max(0, self.size - done)
+
+    def complete(self, file: BinaryIO, scratch: Path, report: Callable[[int], None]) -> None:
+        """Brings a file that is a beginning of the whole to its full length, from where it ends.
+
+        report: called with the bytes that are there. Raises CheckpointError where the hub is not to be asked, does not
+        answer within seconds, answers with something of another size, or stalls; what it brought stays in the file."""
+        start = file.seek(0, os.SEEK_END)
+        if start == self.size:
+            return
+        if start > self.size:
+            start = file.seek(0)
+        try:
+            with self._answer(start) as answer:
+                start = self._where_it_begins(answer, start)
+                file.seek(start)
+                file.truncate()
+                self._copy(answer, file, start, report)
+        finally:
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _answer(self, start: int) -> http.client.HTTPResponse:
+        """The hub's answer, as soon as its head is there. No socket's timeout covers the look-up of a host's name, so
+        a thread asks, and we do not wait for it longer than ANSWER seconds."""
+        if any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
+            raise self._unavailable("is not asked, as HF_HUB_OFFLINE says")
+        url = f"{_endpoint()}/{self.repository}/resolve/{self.revision}/{self.file}"
+        answers: queue.SimpleQueue = queue.SimpleQueue()
+
+        def ask() -> None:
+            try:
+                request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
+                answers.put(urllib.request.urlopen(request, timeout=STALL))
+            except Exception as error:  # raised below, in the thread that waits
+                answers.put(error)
+
+        threading.Thread(target=ask, daemon=True).start()
+        try:
+            answer = answers.get(timeout=ANSWER)
+        except queue.Empty:
+            raise self._unavailable(f"did not answer within {ANSWER:g} s") from None
+        if isinstance(answer, (OSError, http.client.HTTPException, ValueError)):  # ValueError: HF_ENDPOINT is no URL
+            raise self._unavailable(f"did not answer: {answer}") from answer
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def _where_it_begins(self, answer: http.client.HTTPResponse, start: int) -> int:
+        """The place in the file of an answer's first byte. Raises where it is not an answer with the rest of it."""
+        if answer.status != 206:
+            start = 0  # it does not take ranges, or was not asked for one
+        elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
+            raise self._unavailable(f"answered with {answer.headers.get('Content-Range')}; expected bytes {start}-")
+        found, expected = answer.headers.get("Content-Length"), str(self.size - start)
+        if found != expected:  # the page of a network that wants a password, say
+            raise self._unavailable(f"answered with {found} bytes; expected {expected}")
+        return start
+
+    def _copy(self, answer: http.client.HTTPResponse, file: BinaryIO, done: int, report: Callable[[int], None]) -> None:
+        report(done)
+        watched, since = done, time.monotonic()
+        while done < self.size:
+            try:
+                chunk = answer.read1(min(_CHUNK, self.size - done))
+            except (OSError, http.client.HTTPException) as error:
+                raise self._unavailable(f"stopped after {done} of {self.size} bytes: {error}") from error
+            if not chunk:
+                raise self._unavailable(f"stopped after {done} of {self.size} bytes")
+            file.write(chunk)
+            done += len(chunk)
+            report(done)
+            if (elapsed := time.monotonic() - since) > STALL:
+                if done - watched < SLOWEST * elapsed:
+                    raise self._unavailable(f"stalled after {done} of {self.size} bytes")
+                watched, since = done, time.monotonic()
+
+    def _unavailable(self, what: str) -> CheckpointError:
+        return CheckpointError(f"{self.name}: {what}")
+
+
+def snapshot(hub_id: str) -> Path:
+    """The folder of a model's repository, in huggingface_hub's own cache. It draws bars of its own.
+
+    Raises CheckpointError where it cannot be fetched, ConfigError where its configuration is of a model that we do not
+    run: that is asked for first."""
+    folder = _download(hub_id, ["config.json"])
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"{hub_id}: has no config.json, expected a model's repository; of one of GGUF files, download one file "
+            "(all parts of a split one), and give its path"
+        )
+    try:
+        Config.from_json(folder / "config.json")  # gigabytes that cannot run would be in vain
+    except ConfigError as error:
+        raise ConfigError(f"{hub_id}: {error}") from error
+    folder = _download(hub_id, _FILES)
+    if not any(folder.glob("*.safetensors")):
+        raise CheckpointError(f"{hub_id}: found no .safetensors file in {folder}, expected the model's weights")
+    return folder
+
+
+def _download(hub_id: str, files: list[str]) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise CheckpointError(
+            f'{hub_id}: huggingface_hub is not installed, expected for hub models; pip install "qwenkern[hub]"'
+        ) from error
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=files))
+    except Exception as error:  # of the hub's own classes, of its HTTP client (which changes), of the system
+        reason = next(iter(str(error).strip().splitlines()), "no reason given")
+        raise CheckpointError(
+            f"{hub_id}: the download from the hub failed, expected a snapshot: {type(error).__name__}: {reason}"
+        ) from error
+
+
+def _endpoint() -> str:
+    return (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")

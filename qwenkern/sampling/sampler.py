@@ -1,0 +1,46 @@
+"""The next token of each sequence of a batch, by all the steps that SamplingParams names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..errors import RequestError
+from .draw import NOT_FINITE, DrawSettings, draw, num_candidates
+from .logprobs import TokenLogprob, logprobs_of, with_logprobs
+from .parameters import SampledSequence
+from .penalties import choice_errors, options_like, penalise
+
+# A token id, or a TokenLogprob where the sequence asks for log-probabilities. NOT_FINITE where the model's logits have
+# NaN or infinity on top. An error where the sequence's own biases and penalties leave no token to draw.
+Sampled = int | TokenLogprob | RequestError
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled]:
+    """The next token of each row of logits [R, V] (float32, may be overwritten)."""
+    finite = [math.isfinite(top) for top in logits.amax(-1).tolist()]  # a maximum is NaN where anything is
+    logprobs = logprobs_of(logits, sequences)
+    changed = [index for index, each in enumerate(sequences) if each.params.changes_logits and finite[index]]
+    for index in changed:
+        penalise(logits[index], sequences[index])
+    errors = choice_errors(logits, sequences, changed) if changed else {}
+    candidates = num_candidates(sequences, logits.shape[-1])
+    is_greedy = [sequence.params.is_greedy for sequence in sequences]
+    settings = None
+    if candidates > 1:
+        numbers = [0.0 if greedy else sequence.uniform() for greedy, sequence in zip(is_greedy, sequences, strict=True)]
+        values = DrawSettings.of(sequences)
+        settings = DrawSettings(*(torch.tensor(each, **options_like(logits)) for each in (values, numbers)))
+    tokens: list[Sampled] = draw(logits, settings, candidates, any(is_greedy)).tolist()
+    for index, of in enumerate(logprobs):
+        if not finite[index]:
+            tokens[index] = NOT_FINITE
+        elif index in errors:
+            tokens[index] = errors[index]
+        elif of is not None:
+            tokens[index] = with_logprobs(of, tokens[index])
+    return tokens

@@ -1,0 +1,34 @@
+"""Triton's interpreter, without work whose results it throws away: the kernels' tests take half the time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
+
+import triton.language as tl
+from triton.runtime import interpreter
+
+
+def spare_useless_work() -> None:
+    """Of triton 3.7; what another version does not have stays as it is there.
+
+    A launch replaces the functions of ``triton.language`` by the interpreter's, and restores them when it ends. Each
+    call of a device function within it does so again, although nothing is left to replace. Each sum, difference and
+    product of integers is computed in int64, too, and compared with the bounds of its type, for an assertion that is
+    off."""
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = _unless_replaced(interpreter._patch_lang)
+    options = interpreter.interpreter_builder.options
+    if {"debug", "sanitize_overflow"} <= {field.name for field in fields(options)} and not options.debug:
+        interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+
+
+def _unless_replaced(patch: Callable[[Callable[..., Any]], Any]) -> Callable[[Callable[..., Any]], Any]:
+    def wrapped(function: Callable[..., Any]) -> Any:
+        languages = [each for each in function.__globals__.values() if each is tl or each is tl.core]
+        if languages and not any(tl.core.is_builtin(each.load) for each in languages):
+            return interpreter._LangPatchScope()  # with nothing to restore
+        return patch(function)
+
+    return wrapped

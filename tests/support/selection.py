@@ -1,0 +1,21 @@
+"""Which tests a quick run has."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+FEW = 3  # cases of a test
+
+
+def quick(items: Iterable[pytest.Item]) -> set[pytest.Item]:
+    """At most FEW cases of each test, from the first to the last at equal distances; none that is marked slow, or that
+    cannot run here."""
+    tests: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        absent = item.get_closest_marker("gpu") and not torch.cuda.is_available()
+        if not item.get_closest_marker("slow") and not absent:
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    return {cases[at * (len(cases) - 1) // (FEW - 1)] for cases in tests.values() for at in range(FEW)}
