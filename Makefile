@@ -3,8 +3,9 @@ PYTHON ?= python3
 WORKERS ?= 2
 BIN := .venv/bin
 READY := .venv/ready
+DOCS := .venv/docs-ready
 
-.PHONY: demo quick test test-avx2 lint bench results clean
+.PHONY: demo quick test test-avx2 lint docs bench results clean
 
 demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's cache)
 	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
@@ -27,6 +28,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h')
 
+docs: $(DOCS)  ## the site, in build/site; a broken link is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 bench: $(READY)  ## each kernel, or its twin on a CPU, beside torch and torch.compile; then a whole model beside transformers
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/end_to_end.py
@@ -40,4 +44,8 @@ clean:
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,hub]"
+	touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[docs]"
 	touch $@

@@ -44,6 +44,12 @@ EXTRAS = {
         "matplotlib>=3.8",  # the runner's pictures
         "ruff",  # lint and format
         "clang-format",  # the same for the C files: compilers' own versions format differently
+        "mypy",  # types: py.typed is a promise to those who check their own
+    ],
+    "docs": [
+        "mkdocs-material>=9.5",  # the site: search, dark mode, links that are checked
+        "mkdocstrings[python]>=1",  # its API reference, from the docstrings, without importing torch
+        "ruff",  # breaks long signatures there
     ],
 }
 
@@ -106,20 +112,11 @@ class DistributionWithC(Distribution):
 
 
 setup(
-    name="qwenkern",
-    version="0.1.0",
-    description="Fused Triton kernels and a thin torch runtime for the Qwen2.5 family of language models",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
-    long_description_content_type="text/markdown",
-    license="Apache-2.0",
-    license_files=["LICENSE"],
-    python_requires=">=3.10",
     # The folder kernels/ is the package qwenkern.kernels: a top-level package `kernels` would shadow Hugging Face's.
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
         *find_packages(include=["qwenkern", "qwenkern.*"]),
-        "qwenkern.kernels",
-        "qwenkern.kernels.c",
+        *(f"qwenkern.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
         "qwenkern.benchmarks",
         "qwenkern.benchmarks.models",
         "qwenkern.benchmarks.offline",
@@ -129,12 +126,12 @@ setup(
     py_modules=["qwenkern_start"],
     package_data={
         "qwenkern": ["py.typed"],
-        "qwenkern.kernels": ["metadata.json", "tuned/*/*.json"],
+        "qwenkern.kernels": ["metadata.json"],
+        "qwenkern.kernels.triton": ["tuned/*/*.json"],
         "qwenkern.kernels.c": ["*.[ch]"],
     },
     distclass=DistributionWithC,
     cmdclass={"build_py": BuildWithC, "bdist_wheel": WheelOfLibraries},
     install_requires=CORE,
     extras_require=EXTRAS,
-    entry_points={"console_scripts": ["qwenkern = qwenkern_start:main"]},
 )

@@ -31,8 +31,8 @@ from qwenkern.benchmarks.ops.timing import Ceilings, Spread, ceilings, circumsta
 from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.reports.results import Row
 from qwenkern.cli import terminal
-from qwenkern.kernels import tuning
 from qwenkern.kernels.environment import CONFIG_DIR
+from qwenkern.kernels.triton import tuning
 
 
 @torch.inference_mode()  # the check, too: another mode or other kinds of tensors would be compiled anew

@@ -35,8 +35,8 @@ from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, 
 from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.run import numbers
 from qwenkern.cli import terminal
-from qwenkern.kernels import tuning
 from qwenkern.kernels.environment import CONFIG_DIR
+from qwenkern.kernels.triton import tuning
 
 NEAR_THE_FLOOR = 1.03  # times the physical limit: nothing left to look for
 HOPELESS = 1.3  # times the best so far: one reading is enough

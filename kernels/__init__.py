@@ -5,24 +5,32 @@ if __name__ == "kernels":  # found by its folder's name, which is another librar
 
     hand_over()
 else:
-    from . import layers as layers
-    from .attention import attention
-    from .decode_attention import decode_attention
-    from .decode_attention import waits_for_host as waits_for_host
+    # isort: off
+    # the contracts, which the backends need
+    from .attention import attention, decode_attention, prefill_attention
+    from .attention import waits_for_host as waits_for_host
     from .dispatch import dependent_launches as dependent_launches
+    from .dispatch import invariant_tokens as invariant_tokens
     from .embedding import embedding
-    from .linear import invariant_tokens as invariant_tokens
     from .linear import linear, norm_linear, norm_swiglu_linear
     from .lm_head import lm_head, lm_head_top_k
-    from .prefill_attention import prefill_attention
+    from .pages import Pages
     from .qkv_rope import norm_qkv_rope
-    from .rms_norm import add_rms_norm, rms_norm
-    from .rms_norm_backward import rms_norm_backward
+    from .rms_norm import add_rms_norm, rms_norm, rms_norm_backward
     from .rope import apply_rope, rope_and_cache
-    from .swiglu import silu_mul, swiglu
-    from .swiglu_backward import silu_mul_backward, swiglu_backward
+    from .swiglu import silu_mul, silu_mul_backward, swiglu, swiglu_backward
+    from .weights import Weight
+
+    # the backends, in the order in which they are tried
+    from . import triton as triton
+    from .c import ops as ops
+
+    from . import layers as layers
+    # isort: on
 
 __all__ = [
+    "Pages",
+    "Weight",
     "add_rms_norm",
     "apply_rope",
     "attention",

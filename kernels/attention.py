@@ -1,38 +1,76 @@
-"""Causal attention over keys and values that lie as other projects keep them, [B, Hkv, Tk, D], with the kernels of the
-paged cache: each sequence is one page, of any strides, so nothing is copied.
+"""Causal grouped-query attention: over the paged cache, of one query token a sequence or of several, and over keys and
+values as other projects keep them.
 
-    out[b, i, h] = softmax(scale * q[b, h, i] . k[b, h // group, : p + 1]) v[b, h // group, : p + 1]    p = Tk - Tq + i
+    out[i, h] = softmax(scale * q[i, h] . k[: p + 1, h // group]) v[: p + 1, h // group]     row i has position p
 
-One query a sequence runs as decode_attention, several as prefill_attention; what those files say holds here.
+Scores and sums in float32; the weights of v are rounded to its dtype. Bytes moved: 2 Hkv D elements a cached token, q
+and out. Operations: 4 Hq D a pair of query and key.
 """
 
 from __future__ import annotations
 
-import functools
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .checks import check_device, check_tensor
-from .decode_attention import attend as attend_one
-from .decode_attention import unsupported as unsupported_one
-from .dispatch import op, runs_on_triton
-from .prefill_attention import attend as attend_many
-from .prefill_attention import unsupported as unsupported_many
-from .triton_if_any import triton
-
-PAGE = 64  # what a page's length is rounded up to; the kernels never look beyond a sequence's own
+from .checks import INTEGERS, can_look_at, check_device, check_range, check_tensor
+from .dispatch import Steps, op, serving
+from .pages import Pages, check_pages
 
 
-def _places(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """block_tables, lengths and query_starts of sequences that are one page each."""
-    tables = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-    lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
-    return tables, lengths, torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+def _fake_decode_attention(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    return q.new_empty(q.shape)
 
 
-_kept_places = functools.lru_cache(maxsize=64)(_places)  # every layer of a model asks for the same ones
+@op(fake=_fake_decode_attention)
+def decode_attention(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, scale: float) -> Steps[Tensor]:
+    """Attention of one query token a sequence over its cached tokens, itself included (Vaswani et al. 2017,
+    arXiv:1706.03762, equation 1; grouped: Ainslie et al. 2023, arXiv:2305.13245).
+
+    q [S, Hq, D], sequences of any stride; pages dense, of q's dtype, or the pair (k_pages, v_pages) of [num_pages,
+    page_size, Hkv, D]; block_tables [S, P] and lengths [S] integers, lengths from 1 to P * page_size. Returns
+    [S, Hq, D]. Page numbers beyond a sequence's length are never read. On a GPU neither lengths nor page numbers are
+    checked."""
+    _check_paged("decode_attention", q, pages, block_tables, lengths)
+    if len(q) != len(lengths):
+        raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
+    yield
+    out = torch.empty_like(q)
+    for row, length in enumerate(lengths.tolist()):
+        k, v = pages.gather(block_tables[row], length)
+        # the query heads that share a key-value head are its rows, so nothing of the cache is repeated
+        grouped = q[row].unflatten(0, (len(k), -1))
+        out[row] = F.scaled_dot_product_attention(grouped[None], k[None], v[None], scale=scale)[0].flatten(0, 1)
+    return out
+
+
+def _fake_prefill_attention(
+    q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, query_starts: Tensor, scale: float
+) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@op(fake=_fake_prefill_attention)
+def prefill_attention(
+    q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, query_starts: Tensor, scale: float
+) -> Steps[Tensor]:
+    """Causal attention of several query tokens a sequence, packed without padding, over the cached tokens (Dao 2023,
+    arXiv:2307.08691, algorithm 1).
+
+    q [T, Hq, D], tokens of any stride; pages dense, of q's dtype, or the pair (k_pages, v_pages); block_tables [S, P],
+    lengths [S] and query_starts [S + 1] integers. Rows query_starts[s] to query_starts[s + 1] are the last tokens of
+    sequence s, and the last of them sees all lengths[s] tokens; a sequence may have no query. Returns [T, Hq, D]. On a
+    GPU the values of the integers are not checked."""
+    _check_paged("prefill_attention", q, pages, block_tables, lengths)
+    _check_query_starts(len(q), lengths, query_starts)
+    yield
+    out = torch.empty_like(q)
+    starts = query_starts.tolist()
+    for row, length in enumerate(lengths.tolist()):
+        queries = q[starts[row] : starts[row + 1]].transpose(0, 1)
+        k, v = pages.gather(block_tables[row], length)
+        out[starts[row] : starts[row + 1]] = _attended(queries[None], k[None], v[None], scale)[0]
+    return out
 
 
 def _fake_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -41,7 +79,7 @@ def _fake_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 @op(fake=_fake_attention)
-def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Steps[Tensor]:
     """Causal attention (Dao 2023, arXiv:2307.08691) of the last Tq tokens of B sequences of one length.
 
     q [B, Hq, Tq, D]; k and v [B, Hkv, Tk, D] of q's dtype, Tk at least Tq, Hq a multiple of Hkv; any strides, but the
@@ -56,16 +94,53 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         raise ValueError(f"attention: q's {heads} heads must be a multiple of k's {kv_heads}")
     if keys < queries:
         raise ValueError(f"attention: k has {keys} tokens, fewer than q's {queries}")
-    rows = q.transpose(1, 2).flatten(0, 1)
-    k_pages, v_pages = k.transpose(1, 2), v.transpose(1, 2)
-    unsupported = unsupported_one if queries == 1 else unsupported_many
-    if not runs_on_triton(q, unsupported(rows, k_pages, PAGE)):
-        return reference.attention(q, k, v, scale)
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    tables, lengths, starts = (_places if capturing else _kept_places)(batch, queries, keys, q.device)
-    page_size = triton.cdiv(keys, PAGE) * PAGE
-    if queries == 1:
-        out = attend_one(rows, k_pages, v_pages, tables, lengths, scale, page_size)
-    else:
-        out = attend_many(rows, k_pages, v_pages, tables, lengths, starts, scale, page_size)
-    return out.unflatten(0, (batch, queries))
+    yield
+    return _attended(q, k, v, scale)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """attention's reference, without checks."""
+    queries, keys = q.shape[2], k.shape[2]
+    mask = None
+    if 1 < queries < keys:  # a cached prefix: the triangle sits at the lower right
+        mask = torch.ones(queries, keys, dtype=torch.bool, device=q.device).tril(keys - queries)
+    causal = queries == keys and queries > 1
+    return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True).transpose(1, 2)
+
+
+def waits_for_host(num_q_heads: int, pages: Pages) -> bool:
+    """Whether decode_attention over these pages looks at lengths on the host, so that no graph can capture it: its
+    reference does."""
+    q = torch.empty(1, num_q_heads, pages.head_dim, dtype=pages.dtype, device=pages.device)
+    one = torch.ones(1, 1, dtype=torch.int32, device=pages.device)
+    return serving("decode_attention", q, q, pages, one, one[0], 1.0) is None
+
+
+def _check_paged(op: str, q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor) -> None:
+    """Raises unless these are the arguments of an attention over a paged cache."""
+    check_tensor(op, "q", q, ("tokens", "Hq", "D"))
+    check_pages(op, pages, like=q, head_dim=q.shape[-1])
+    check_tensor(op, "lengths", lengths, ("S",), dtypes=INTEGERS)
+    check_tensor(op, "block_tables", block_tables, (len(lengths), "pages"), dtypes=INTEGERS)
+    check_device(op, q=q, pages=pages, block_tables=block_tables, lengths=lengths)
+    num_pages, page_size, num_kv_heads, _ = pages.shape
+    if q.shape[1] % num_kv_heads:
+        raise ValueError(f"{op}: q's {q.shape[1]} heads must be a multiple of the cache's {num_kv_heads}")
+    check_range(op, "lengths", lengths, 1, block_tables.shape[1] * page_size + 1)
+    if can_look_at(lengths):
+        starts = torch.arange(block_tables.shape[1], device=lengths.device) * page_size
+        check_range(op, "block_tables", block_tables[starts < lengths[:, None]], 0, num_pages)
+
+
+def _check_query_starts(num_tokens: int, lengths: Tensor, query_starts: Tensor) -> None:
+    """Raises unless they cut the rows of q into the sequences' last tokens; values are looked at on a CPU only."""
+    check_tensor("prefill_attention", "query_starts", query_starts, (len(lengths) + 1,), dtypes=INTEGERS)
+    check_device("prefill_attention", lengths=lengths, query_starts=query_starts)
+    if query_starts.device.type != "cpu":
+        return
+    counts = query_starts.diff()
+    if query_starts[0] != 0 or query_starts[-1] != num_tokens or (counts < 0).any() or (counts > lengths).any():
+        raise ValueError(
+            f"prefill_attention: query_starts must rise from 0 to q's {num_tokens} rows, by no more than each "
+            f"sequence's length, and is {query_starts.tolist()} for lengths {lengths.tolist()}"
+        )

@@ -1,18 +1,21 @@
 """What the public functions demand of their arguments. Everything here raises; nothing here touches a GPU's memory.
 
 Values on a GPU (lengths, page numbers, slots, positions) cannot be looked at without waiting for it, so they are
-checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise. Nor are they looked at while a
-tape is recorded (c/): they come later.
+checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise. Nor are they looked at while
+calls of C are recorded (c/): they come later.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from . import c as c_backend
+from .weights import Dense, Weight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
@@ -49,8 +52,7 @@ def check_tensor(
             raise ValueError(f"{op}: {name} is empty, with shape {_text(tensor.shape)}")
         if tensor.dtype not in dtypes if like is None else tensor.dtype != like.dtype:
             allowed = dtypes if like is None else (like.dtype,)
-            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
-            raise TypeError(f"{op}: {name} must be {names}, and is {str(tensor.dtype).removeprefix('torch.')}")
+            raise TypeError(f"{op}: {name} must be {' or '.join(map(_name, allowed))}, and is {_name(tensor.dtype)}")
         if dense and not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, and has strides {_text(tensor.stride())}")
         if tensor.stride(-1) != 1:
@@ -63,20 +65,29 @@ def check_tensor(
         raise TypeError(f"{op}: {name} must be a dense tensor, and is {_layout(tensor)}") from None
 
 
-def check_device(op: str, **tensors: Tensor | None) -> None:
-    """Raises unless all tensors are on one device."""
+def check_device(op: str, **tensors: Any) -> None:
+    """Raises unless all tensors, and those of weights and pages, are on one device. None stands for no tensor."""
     first = None
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
+    for name, tensor in _named(tensors):
         if first is None:
             first, device = name, tensor.device
         elif tensor.device != device:
             raise ValueError(f"{op}: {name} is on {tensor.device}, and {first} on {device}")
 
 
+def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            yield name, value
+        elif isinstance(value, Weight):
+            yield from ((name, each) for each in value.tensors)
+        elif value is not None:  # Pages
+            yield from value.named_tensors().items()
+
+
 def can_look_at(values: Tensor) -> bool:
-    return values.device.type == "cpu" and not c_backend.is_recording()
+    """Whether values are there to be read: not on a GPU, on torch's fake tensors, or while calls are recorded."""
+    return values.device.type == "cpu" and type(values) is not FakeTensor and not c_backend.is_recording()
 
 
 def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:
@@ -93,26 +104,25 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
         raise ValueError(f"{op}: {name} must be within {low} and {high - 1}, and one is {wrong}")
 
 
-def check_cache(op: str, k_pages: Tensor, v_pages: Tensor, like: Tensor, head_dim: int | str = "D") -> None:
-    """Raises unless both are [num_pages, page_size, Hkv, D] in the dtype of ``like``, with this D, or any."""
-    check_tensor(op, "k_pages", k_pages, ("pages", "page size", "Hkv", head_dim), like=like, dense=True)
-    check_tensor(op, "v_pages", v_pages, tuple(k_pages.shape), like=like, dense=True)
+def check_weight(op: str, name: str, weight: Weight, x: Tensor) -> None:
+    """Raises unless this is a weight [N, K] for x [T, K], of its dtype."""
+    if isinstance(weight, Dense):
+        check_tensor(op, name, weight.tensor, ("N", x.shape[1]), like=x)
+    elif not isinstance(weight, Weight):
+        raise TypeError(f"{op}: {name} must be a tensor or a Weight, and is {type(weight).__name__}")
+    elif len(weight.shape) != 2 or weight.shape[1] != x.shape[1] or not weight.shape[0]:
+        raise ValueError(f"{op}: {name} must have shape {_text(('N', x.shape[1]))}, and has {_text(weight.shape)}")
+    elif weight.dtype != x.dtype:
+        raise TypeError(f"{op}: {name} must be for {_name(x.dtype)}, and is for {_name(weight.dtype)}")
 
 
-def check_paged(op: str, q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor) -> None:
-    """Raises unless these are the arguments of an attention over a paged cache."""
-    check_tensor(op, "q", q, ("tokens", "Hq", "D"))
-    check_cache(op, k_pages, v_pages, like=q, head_dim=q.shape[-1])
-    check_tensor(op, "lengths", lengths, ("S",), dtypes=INTEGERS)
-    check_tensor(op, "block_tables", block_tables, (len(lengths), "pages"), dtypes=INTEGERS)
-    check_device(op, q=q, k_pages=k_pages, v_pages=v_pages, block_tables=block_tables, lengths=lengths)
-    num_pages, page_size, num_kv_heads, _ = k_pages.shape
-    if q.shape[1] % num_kv_heads:
-        raise ValueError(f"{op}: q's {q.shape[1]} heads must be a multiple of the cache's {num_kv_heads}")
-    check_range(op, "lengths", lengths, 1, block_tables.shape[1] * page_size + 1)
-    if can_look_at(lengths):
-        pages = torch.arange(block_tables.shape[1], device=lengths.device) * page_size
-        check_range(op, "block_tables", block_tables[pages < lengths[:, None]], 0, num_pages)
+def wide(x: Tensor) -> Tensor:
+    """x in float32, or in float64 where it is."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _layout(tensor: Tensor) -> str:

@@ -1,9 +1,11 @@
-"""Which implementation an op runs on, and its registration with torch.library.
+"""Ops, and which backend runs them.
 
-The rule: CUDA tensors run on Triton; bfloat16 tensors on a CPU in C (c/), others there on the torch reference in
-reference.py; or on Triton's interpreter, all of them, where TRITON_INTERPRET=1 was set when Triton was imported.
-QWENKERN_KERNELS=reference chooses the reference everywhere. float64, and sizes that a kernel does not take, run on it,
-too; on a GPU a warning says so once.
+A contract is one function: its signature and docstring, then checks, then ``yield``, then the torch reference. A
+backend registers implementations against contracts (``Backend.implements``), each with a function of the same arguments
+that says why it refuses them, or None. A call runs the checks, then the first backend of the device that does not
+refuse, or else the rest of the contract. The order of the backends is that of their registration (see __init__.py).
+
+QWENKERN_KERNELS=reference chooses the reference everywhere. Where a GPU runs the reference, a warning says why, once.
 """
 
 from __future__ import annotations
@@ -12,63 +14,337 @@ import contextlib
 import functools
 import inspect
 import threading
+import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, ParamSpec, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from . import tuning
 from .environment import KERNELS
-from .triton_if_any import INSTALLED, INTERPRETED, ensure_cache
+from .pages import Pages, as_pages
+from .weights import Weight, as_weight
+
+P = ParamSpec("P")
+R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
+Steps = Generator[None, None, R]  # what the body of a contract is: checks, a yield, the reference
+
+Refuses = Callable[..., "str | None"]
+Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and backward, as register_autograd takes them
+
+
+class Op(Protocol[P, R_co]):
+    """An op as it is called: ``reference`` is the contract's own torch code, checks included."""
+
+    __name__: str
+    reference: Callable[..., Any]
+    has_gradient: bool
+
+    def __call__(self, *args: P.args, **keywords: P.kwargs) -> R_co: ...
+
+
+@dataclass(frozen=True)
+class Implementation:
+    backend: Backend
+    run: Callable[..., Any]
+    refuses: Refuses
+
+
+@dataclass
+class Backend:
+    """Kernels for the tensors of some devices.
+
+    ``serves`` says whether it is there for a type of device ("cuda", "cpu", "meta"). ``refuses`` says of an op's first
+    tensor why no op of this backend takes it, or None. ``prepare`` is called once before the first of these: it may
+    compile, measure or write to the log, and ``refuses`` may not. ``invariant_tokens`` is the number of tokens up to
+    which the bits that a linear gives a token do not depend on the other tokens."""
+
+    name: str
+    serves: Callable[[str], bool]
+    refuses: Callable[[Tensor], str | None]
+    prepare: Callable[[], None] = lambda: None
+    invariant_tokens: int = 1
+    implementations: dict[str, Implementation] = field(default_factory=dict)
+    is_prepared: bool = False
+
+    def __post_init__(self) -> None:
+        BACKENDS.append(self)
+
+    def implements(self, refuses: Refuses | None = None) -> Callable[[Callable], Callable]:
+        """Registers the decorated function as this backend's implementation of the op of its name.
+
+        It and ``refuses`` get the op's arguments, checked, with weights and pages as values."""
+
+        def register(function: Callable) -> Callable:
+            name = function.__name__
+            if name not in OPS:
+                raise ValueError(
+                    f"backend {self.name} implements {name}, and there is no such op among {', '.join(OPS)}"
+                )
+            if name in self.implementations:
+                raise ValueError(f"backend {self.name} implements {name} twice")
+            theirs, mine = (list(inspect.signature(each).parameters) for each in (OPS[name], function))
+            if theirs != mine:
+                raise ValueError(f"backend {self.name}'s {name} has the arguments {mine}; expected {theirs}")
+            self.implementations[name] = Implementation(self, function, refuses or _takes_all)
+            return function
+
+        return register
+
+
+BACKENDS: list[Backend] = []  # in the order in which they are tried
+OPS: dict[str, Op[..., Any]] = {}
+
+
+def _takes_all(*args: Any, **keywords: Any) -> None:
+    return None
 
 
 def op(
-    fake: Callable, mutates: tuple[str, ...] = (), gradient: tuple[Callable, Callable] | None = None
-) -> Callable[[Callable], Callable]:
-    """Registers the decorated function as torch.ops.qwenkern.<its name>, for torch.compile and other projects.
+    *, fake: Callable | None = None, mutates: tuple[str, ...] = (), gradient: Gradient | None = None
+) -> Callable[[Callable[P, Steps[R]]], Op[P, R]]:
+    """Makes an op of a contract, and registers it as torch.ops.qwenkern.<its name> for torch.compile and others.
 
-    ``gradient`` is what torch.library.register_autograd takes: setup_context(ctx, inputs, output) and backward(ctx,
-    *gradients of the outputs). Without one, a backward pass through the op raises.
+    ``fake`` gives results of the right shapes; by default the contract's own code does, on torch's fake tensors, which
+    it cannot where it looks at values. ``mutates`` names the arguments that are written to. ``gradient`` is what
+    torch.library.register_autograd takes; without one, a backward pass through the op raises.
 
-    In eager mode without gradients it is called directly: the way through torch's dispatcher costs tens of microseconds
-    a call."""
+    In torch.ops a Weight is a list of its tensors, and a keyword ``<name>_format`` says which format they have; Pages
+    likewise. Eager calls without gradients go past torch's dispatcher, which costs tens of microseconds a call."""
 
-    def register(function: Callable) -> Callable:
-        name = function.__name__
-        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder leaves the first one's ops alone
-            custom = torch.library.custom_op(f"qwenkern::{name}", _for_library(function), mutates_args=mutates)
-            custom.register_fake(fake)
-            if gradient:
-                custom.register_autograd(gradient[1], setup_context=gradient[0])
+    def register(body: Callable[P, Steps[R]]) -> Op[P, R]:
+        name = body.__name__
+        values = _Values(body)
 
-        @functools.wraps(function)
+        def reference(*args: Any, **keywords: Any) -> Any:
+            args, keywords = values.wrap(args, keywords)
+            steps = body(*args, **keywords)
+            next(steps)
+            return _rest(steps)
+
+        def eager(*args: Any, **keywords: Any) -> Any:
+            steps = body(*args, **keywords)
+            next(steps)  # the checks
+            first = args[0] if args else _first_tensor(keywords.values())
+            found = serving(name, first, *args, **keywords)
+            return _rest(steps) if found is None else found.run(*args, **keywords)
+
+        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder leaves the first one's ops as they are
+            _register_with_torch(body, values, eager, fake or reference, mutates, gradient)
+
+        @functools.wraps(body)
         def public(*args: Any, **keywords: Any) -> Any:
+            args, keywords = values.wrap(args, keywords)
             given = (*args, *keywords.values()) if keywords else args
             if torch.autograd.forward_ad._current_level >= 0:
                 _refuse_tangents(name, given)
             if torch.compiler.is_compiling() or _is_traced():
-                return getattr(torch.ops.qwenkern, name)(*args, **keywords)
+                return values.call_torch(name, args, keywords)
             if _is_for_torch(given):
-                _refuse_negated(function, mutates, args, keywords)
-                return getattr(torch.ops.qwenkern, name)(*args, **keywords)
+                _refuse_negated(body, mutates, args, keywords)
+                return values.call_torch(name, args, keywords)
             first = given[0] if given and isinstance(given[0], Tensor) else _first_tensor(given)
             if first is None or first.is_cpu:
-                return function(*args, **keywords)
-            if first.is_meta and not tuning.is_offline():  # shapes alone, where all are; else the op says which is not
-                alone = all(each.is_meta for each in given if isinstance(each, Tensor))
-                return (getattr(torch.ops.qwenkern, name) if alone else function)(*args, **keywords)
+                return eager(*args, **keywords)
+            if first.is_meta and not any(backend.serves("meta") for backend in BACKENDS):
+                shapes_only = all(each.is_meta for each in _tensors(given))  # else the checks say which is not
+                return values.call_torch(name, args, keywords) if shapes_only else eager(*args, **keywords)
             if first.is_cuda and first.device.index != torch.cuda.current_device():
                 with torch.cuda.device(first.device):  # Triton launches on the current device
-                    return function(*args, **keywords)
-            return function(*args, **keywords)
+                    return eager(*args, **keywords)
+            return eager(*args, **keywords)
 
+        public.__signature__ = values.signature.replace(return_annotation=values.result)
+        public.reference = reference
         public.has_gradient = gradient is not None
-        return public
+        made = cast("Op[P, R]", public)
+        OPS[name] = made
+        return made
 
     return register
+
+
+def _rest(steps: Steps[R]) -> R:
+    """What a contract returns when it goes on behind its checks."""
+    try:
+        next(steps)
+    except StopIteration as end:
+        return end.value
+    raise RuntimeError(f"{steps.__name__} yields twice; expected checks, one yield, and the reference")
+
+
+def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementation | None:
+    """The implementation that runs an op with these arguments, which are checked; None: its reference does. ``first``
+    is the tensor whose device and dtype decide."""
+    kind = first.device.type
+    refusal: str | None = "anything, for Triton is not installed"
+    for backend in backends(kind):
+        refusal = None  # it may be for none of its kernels to say: nothing to warn of
+        implementation = backend.implementations.get(name)
+        if implementation is None or backend.refuses(first) is not None:
+            continue
+        refusal = implementation.refuses(*args, **keywords)
+        if refusal is None:
+            return implementation
+    if kind == "cuda" and refusal is not None and not _chooses_reference():
+        _warn_once(refusal)
+    return None
+
+
+def backends(kind: str) -> Iterator[Backend]:
+    """Those for a type of device, prepared, in the order in which they are tried."""
+    if _chooses_reference():
+        return
+    for backend in BACKENDS:
+        if backend.serves(kind):
+            if not backend.is_prepared:
+                backend.prepare()
+                backend.is_prepared = True
+            yield backend
+
+
+def invariant_tokens(weight: Tensor) -> int:
+    """The number of tokens up to which the bits that linears with such weights give a token do not depend on the other
+    tokens of the call."""
+    return next((each.invariant_tokens for each in backends(weight.device.type) if each.refuses(weight) is None), 1)
+
+
+def _chooses_reference() -> bool:
+    return KERNELS.get() == "reference"
+
+
+@functools.cache
+def _warn_once(refusal: str) -> None:
+    warnings.warn(f"qwenkern: the Triton kernel does not take {refusal}; torch runs it, slower", stacklevel=5)
+
+
+_dependent = threading.local()
+
+
+@contextlib.contextmanager
+def dependent_launches() -> Iterator[None]:
+    """While it lasts, kernels are launched as in a captured graph: for what runs once before it is captured, so that
+    nothing is compiled or loaded while it is."""
+    before, _dependent.on = launches_dependently(), True
+    try:
+        yield
+    finally:
+        _dependent.on = before
+
+
+def launches_dependently() -> bool:
+    return getattr(_dependent, "on", False)
+
+
+class _Values:
+    """The arguments of a contract that are weights or pages: several tensors to torch, one value to everybody else."""
+
+    def __init__(self, body: Callable) -> None:
+        self.signature = inspect.signature(body)
+        self.result = str(self.signature.return_annotation).removeprefix("Steps[").removesuffix("]")
+        kinds = {"Weight": as_weight, "Pages": as_pages}
+        annotations = [parameter.annotation for parameter in self.signature.parameters.values()]
+        names = list(self.signature.parameters)
+        self.places = [(at, names[at], kinds[each]) for at, each in enumerate(annotations) if each in kinds]
+
+    def wrap(self, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        """Tensors become dense weights, and pairs of them dense pages."""
+        for at, name, as_value in self.places:
+            if at < len(args):
+                if not isinstance(args[at], (Weight, Pages)):
+                    args = (*args[:at], as_value(args[at]), *args[at + 1 :])
+            elif name in keywords:
+                keywords = keywords | {name: as_value(keywords[name])}
+        return args, keywords
+
+    def call_torch(self, name: str, args: tuple, keywords: dict[str, Any]) -> Any:
+        formats = {}
+        for at, parameter, _ in self.places:
+            value = args[at] if at < len(args) else keywords[parameter]
+            if not isinstance(value, (Weight, Pages)):
+                continue  # torch says what is wrong with it
+            if at < len(args):
+                args = (*args[:at], list(value.tensors), *args[at + 1 :])
+            else:
+                keywords = keywords | {parameter: list(value.tensors)}
+            formats[f"{parameter}_format"] = value.format
+        return getattr(torch.ops.qwenkern, name)(*args, **keywords, **formats)
+
+    def from_torch(self, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        for at, parameter, as_value in self.places:
+            form = keywords.pop(f"{parameter}_format")
+            if at < len(args):
+                args = (*args[:at], as_value(args[at], form), *args[at + 1 :])
+            else:
+                keywords[parameter] = as_value(keywords[parameter], form)
+        return args, keywords
+
+
+def _register_with_torch(
+    body: Callable,
+    values: _Values,
+    eager: Callable,
+    fake: Callable,
+    mutates: tuple[str, ...],
+    gradient: Gradient | None,
+) -> None:
+    hints = typing.get_type_hints(body)
+    parameters = []
+    for parameter in values.signature.parameters.values():
+        hint = hints[parameter.name]
+        parameters.append(parameter.replace(annotation=list[Tensor] if hint in (Weight, Pages) else hint))
+    for _, name, _ in values.places:
+        parameters.append(
+            inspect.Parameter(f"{name}_format", inspect.Parameter.KEYWORD_ONLY, default="dense", annotation=str)
+        )
+    result = typing.get_args(hints["return"])[2]  # of Generator[None, None, ...]
+
+    def through_torch(function: Callable) -> Callable:
+        @functools.wraps(body)
+        def call(*args: Any, **keywords: Any) -> Any:
+            if values.places:
+                bound = library_signature.bind(*args, **keywords)
+                bound.apply_defaults()
+                args, keywords = values.from_torch(bound.args, bound.kwargs)
+            inputs = [*_tensors(args), *_tensors(keywords.values())]
+            return _own(function(*args, **keywords), inputs)
+
+        call.__signature__ = library_signature
+        return call
+
+    library_signature = inspect.Signature(parameters, return_annotation=result)
+    custom = torch.library.custom_op(f"qwenkern::{body.__name__}", through_torch(eager), mutates_args=mutates)
+    custom.register_fake(through_torch(fake))
+    if gradient:
+        custom.register_autograd(gradient[1], setup_context=gradient[0])
+
+
+def _own(outputs: Any, inputs: list[Tensor]) -> Any:
+    """torch.library wants outputs that are not inputs (a stream that begins with x returns x as its residual), and that
+    lie as the fakes say: densely, where a reference keeps the order of its input's dimensions."""
+    if not isinstance(outputs, tuple):
+        return outputs.contiguous()
+    return tuple(
+        out.clone(memory_format=torch.contiguous_format) if any(out is each for each in inputs) else out.contiguous()
+        for out in outputs
+    )
+
+
+def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among arguments, those of weights and pages included."""
+    for each in given:
+        if isinstance(each, Tensor):
+            yield each
+        elif isinstance(each, (Weight, Pages)):
+            yield from each.tensors
+
+
+def _first_tensor(given: Iterable[Any]) -> Tensor | None:
+    return next(_tensors(given), None)
 
 
 def _is_for_torch(given: Iterable[Any]) -> bool:
@@ -80,7 +356,7 @@ def _is_for_torch(given: Iterable[Any]) -> bool:
         if kind is Tensor or kind is Parameter:
             if each.is_neg() or (wants_gradient and each.requires_grad):
                 return True
-        elif isinstance(each, Tensor):
+        elif isinstance(each, Tensor) or (isinstance(each, (Weight, Pages)) and _is_for_torch(each.tensors)):
             return True
     return False
 
@@ -94,89 +370,17 @@ def _is_traced() -> bool:
     )
 
 
-def _first_tensor(given: Iterable[Any]) -> Tensor | None:
-    return next((each for each in given if isinstance(each, Tensor)), None)
-
-
-def _refuse_negated(
-    function: Callable, names: tuple[str, ...], args: tuple[Any, ...], keywords: dict[str, Any]
-) -> None:
+def _refuse_negated(body: Callable, names: tuple[str, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
     """Raises where an argument to be written to is negated when it is read: torch has no way to write to it."""
     if names:
-        given = inspect.signature(function).bind(*args, **keywords).arguments
-        for each in names:
-            if isinstance(given[each], Tensor) and given[each].is_neg():
-                raise ValueError(
-                    f"{function.__name__}: {each} is written to, and is a negated view; expected a plain one"
-                )
+        given = inspect.signature(body).bind(*args, **keywords).arguments
+        for name in names:
+            if any(each.is_neg() for each in _tensors([given[name]])):
+                raise ValueError(f"{body.__name__}: {name} is written to, and is a negated view; expected a plain one")
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     """Raises where a forward-mode derivative would silently be lost."""
-    for each in args:
-        if isinstance(each, Tensor) and torch.autograd.forward_ad.unpack_dual(each).tangent is not None:
+    for each in _tensors(args):
+        if torch.autograd.forward_ad.unpack_dual(each).tangent is not None:
             raise NotImplementedError(f"{name} has no forward-mode derivative; expected tensors without tangents")
-
-
-def runs_on_triton(x: Tensor, unsupported: str | None = None) -> bool:
-    """Whether the op on x runs on its kernel. ``unsupported`` says what of it the kernel does not take, if anything."""
-    if KERNELS.get() == "reference" or not (
-        x.is_cuda or tuning.is_offline() or (INTERPRETED and x.device.type == "cpu")
-    ):
-        return False
-    if x.dtype == torch.float64 or not x.numel():  # nothing to launch
-        return False
-    if not INSTALLED:
-        unsupported = "anything, for Triton is not installed"
-    if unsupported and x.is_cuda:
-        _warn_once(unsupported)
-    if not (unsupported or INTERPRETED):
-        ensure_cache()
-    return not unsupported
-
-
-_dependent = threading.local()
-
-
-@contextlib.contextmanager
-def dependent_launches() -> Iterator[None]:
-    """While it lasts, kernels are launched as in a captured graph: for what runs once before it is captured, so that
-    nothing is compiled or loaded while it is."""
-    before, _dependent.on = getattr(_dependent, "on", False), True
-    try:
-        yield
-    finally:
-        _dependent.on = before
-
-
-def pdl_options(x: Tensor) -> dict[str, bool]:
-    """Launch options for programmatic dependent launch: on from sm_90, and only inside a captured graph, because an
-    eager launch pays for it on the host."""
-    device = tuning.device_of(x)
-    if INTERPRETED or device.backend != "cuda" or device.capability < 90:
-        return {"PDL": False}
-    if not (tuning.is_offline() or getattr(_dependent, "on", False) or torch.cuda.is_current_stream_capturing()):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
-
-
-@functools.cache
-def _warn_once(unsupported: str) -> None:
-    warnings.warn(f"qwenkern: the Triton kernel does not take {unsupported}; torch runs it, slower", stacklevel=3)
-
-
-def _for_library(function: Callable) -> Callable:
-    """torch.library wants outputs that are not inputs (a stream that begins with x returns x as its residual), and that
-    lie as the fakes say: densely, where a twin keeps the order of its input's dimensions."""
-
-    @functools.wraps(function)
-    def call(*args: Any, **keywords: Any) -> Any:
-        outputs = function(*args, **keywords)
-        if not isinstance(outputs, tuple):
-            return outputs.contiguous()
-        return tuple(
-            out.clone(memory_format=torch.contiguous_format) if any(out is arg for arg in args) else out.contiguous()
-            for out in outputs
-        )
-
-    return call

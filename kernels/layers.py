@@ -18,10 +18,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from . import reference
-from .rms_norm import rms_norm
-from .rope import apply_rope
-from .swiglu import swiglu
+from .rms_norm import normed, rms_norm
+from .rope import apply_rope, rotated
+from .swiglu import gated, swiglu
 
 
 class RMSNorm(nn.Module):
@@ -35,7 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         suits = hidden_states.dtype == self.weight.dtype and _is_plain(hidden_states)
-        return (rms_norm if suits else reference.rms_norm)(hidden_states, self.weight, self.variance_epsilon)
+        return (rms_norm if suits else normed)(hidden_states, self.weight, self.variance_epsilon)
 
 
 class SiluAndMul(nn.Module):
@@ -45,7 +44,7 @@ class SiluAndMul(nn.Module):
     has_backward = swiglu.has_gradient
 
     def forward(self, x: Tensor) -> Tensor:
-        return (swiglu if _is_plain(x) else reference.swiglu)(x)
+        return swiglu(x) if _is_plain(x) else gated(*x.chunk(2, dim=-1))
 
 
 class RotaryPosEmb(nn.Module):
@@ -65,7 +64,7 @@ class RotaryPosEmb(nn.Module):
         num_tokens = q.shape[0] * q.shape[1]
         flat = [x.reshape(num_tokens, *x.shape[2:]) for x in (q, k)]
         suits = q.dtype == k.dtype and all(map(_is_plain, flat))
-        flat = (apply_rope if suits else reference.apply_rope)(*flat, *angles(cos, sin, num_tokens))
+        flat = (apply_rope if suits else rotated)(*flat, *angles(cos, sin, num_tokens))
         q, k = (out.view(x.shape) for out, x in zip(flat, (q, k), strict=True))
         return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
 

@@ -1,219 +1,47 @@
-"""Linear layers over few tokens, alone and with what stands before and after them in the graph.
+"""Linear layers, and with them what stands before and after them in the graph.
 
     linear              out = x W' (+ bias) (+ residual)
     norm_linear         residual' = round(residual + x);  out = rms_norm(residual') W' (+ bias)
     norm_swiglu_linear  residual' = round(residual + x);  out = silu(rms_norm(residual') G') * (rms_norm(residual') U')
 
 x [T, K], W [N, K], G and U [F, K] packed as one weight. The norm rounds as rms_norm does; products are summed in
-float32, and everything after them stays in float32 until out is rounded once. Bytes moved: the weight, T K of x (and
-of residual and residual'), T N of out. Up to 16 tokens run in one kernel (few_tokens.py has the picture); more run
-as rms_norm, the library's matrix product, and swiglu.
-
-Where N gives too few programs, SPLIT_K of them share a tile and leave float32 parts behind; the last to arrive adds
-the parts in their order.
+float32. Bytes moved: the weight, T K of x (and of residual and residual'), T N of out.
 """
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import c as c_backend
-from . import reference, tuning
-from .checks import check_device, check_tensor
-from .dispatch import op, pdl_options, runs_on_triton
-from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, prefetch_weight, row_scales
-from .language import cast, silu, wait_for_inputs
-from .rms_norm import add_rms_norm
-from .swiglu import swiglu
-from .triton_if_any import tl, triton
+from .checks import check_device, check_tensor, check_weight
+from .dispatch import Steps, op
+from .rms_norm import add_normed
+from .swiglu import gated
+from .weights import Weight
 
 
-@triton.jit
-def _linear_kernel(
-    out_ptr,  # [T, N]
-    new_residual_ptr,  # [T, K], or None
-    x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], or None: added before the norm
-    norm_weight_ptr,  # [K], or None: no norm
-    weight_ptr,  # [N, K]
-    up_ptr,  # [N, K], or None: no SwiGLU
-    bias_ptr,  # [N], or None
-    addend_ptr,  # [T, N], or None: added to the product
-    parts_ptr,  # [SPLIT_K, T, N] float32, or None
-    arrivals_ptr,  # [number of tiles] int32, all zero before and after; or None
-    num_tokens,
-    n_size,
-    k_size,
-    new_residual_stride,
-    x_stride,
-    residual_stride,
-    weight_stride,
-    addend_stride,
-    eps,
-    BLOCK_T: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-    PREFETCH_LINES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    # Beyond the last row the last one is read again: what comes of it is not stored.
-    rows = tl.minimum(tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), n_size - 1)
-    k_per_split = tl.cdiv(tl.cdiv(k_size, BLOCK_K), SPLIT_K) * BLOCK_K
-    k_start = split * k_per_split
-    k_end = tl.minimum(k_size, k_start + k_per_split)
-    prefetch_weight(weight_ptr, rows, weight_stride, k_start, k_end, PREFETCH_LINES)
-    if up_ptr is not None:
-        prefetch_weight(up_ptr, rows, weight_stride, k_start, k_end, PREFETCH_LINES)
-
-    wait_for_inputs(PDL)
-    scales = tl.zeros([BLOCK_T], tl.float32)
-    if norm_weight_ptr is not None:
-        scales = row_scales(
-            new_residual_ptr, x_ptr, residual_ptr, num_tokens, k_size, new_residual_stride, x_stride, residual_stride,
-            eps, tile * SPLIT_K + split, tl.num_programs(0) * SPLIT_K, BLOCK_T, BLOCK_ROW,
-        )  # fmt: skip
-    acc, acc_up = accumulate(
-        x_ptr, residual_ptr, norm_weight_ptr, scales, weight_ptr, up_ptr, rows, num_tokens, k_start, k_end,
-        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
-    )  # fmt: skip
-
-    tokens = tl.arange(0, BLOCK_T)[None, :]
-    rows = (tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    mask = (tokens < num_tokens) & (rows < n_size)
-    at = tokens * n_size + rows
-    last = True
-    if SPLIT_K > 1:
-        part = num_tokens * n_size
-        tl.store(parts_ptr + split * part + at, acc, mask=mask)
-        tl.debug_barrier()  # all threads' parts are written before one of them says so
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
-    if last:
-        if SPLIT_K > 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            for other in range(SPLIT_K):
-                acc += tl.load(parts_ptr + other * part + at, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(arrivals_ptr + tile, 0)
-        if up_ptr is not None:
-            acc = silu(acc) * acc_up
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows, mask=rows < n_size, other=0.0).to(tl.float32)
-        if addend_ptr is not None:
-            acc += tl.load(addend_ptr + tokens * addend_stride + rows, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, cast(acc, out_ptr.dtype.element_ty), mask=mask)
-
-
-def _launch_linear(
-    name: str,
-    out: Tensor,
-    new_residual: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor | None,
-    weight: Tensor,
-    up: Tensor | None,
-    bias: Tensor | None,
-    addend: Tensor | None,
-    eps: float,
-) -> None:
-    (num_tokens, k_size), n_size = x.shape, out.shape[1]
-    device = tuning.device_of(x)
-    block_t = padded(num_tokens, device)
-    chosen = config(name, device, n_size, k_size, block_t, x.element_size(), parts=1 if up is None else 2)
-    tiles, split_k = triton.cdiv(n_size, chosen["BLOCK_N"]), chosen["SPLIT_K"]
-    _linear_kernel[(tiles, split_k)](
-        out,
-        new_residual,
-        x,
-        residual,
-        norm_weight,
-        weight,
-        up,
-        bias,
-        addend,
-        x.new_empty((split_k, num_tokens, n_size), dtype=torch.float32) if split_k > 1 else None,
-        _arrivals(x.device, tiles) if split_k > 1 else None,
-        num_tokens,
-        n_size,
-        k_size,
-        0 if new_residual is None else new_residual.stride(0),
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        weight.stride(0),
-        0 if addend is None else addend.stride(0),
-        eps,
-        BLOCK_T=block_t,
-        BLOCK_ROW=triton.next_power_of_2(k_size),
-        SLICES=chosen["num_warps"],
-        EVEN_K=k_size % chosen["BLOCK_K"] == 0,
-        **chosen,
-        **pdl_options(x),
-    )
-
-
-_counters: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-def _arrivals(device: torch.device, tiles: int) -> Tensor:
-    """Counters of programs that are done with a tile. Kernels on one stream use them one after the other."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, triton.next_power_of_2(max(tiles, 1024)))
-    if key in _counters:
-        return _counters[key]
-    zeros = torch.zeros(key[2], dtype=torch.int32, device=device)
-    if stream and torch.cuda.is_current_stream_capturing():
-        return zeros  # of this graph alone, which writes the zeros at each replay
-    return _counters.setdefault(key, zeros)
-
-
-def _fake_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[0])
-
-
-def _fake_norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0]), torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
-) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape[0], weight.shape[0] // 2), torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-@op(fake=_fake_linear)
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+@op()
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Steps[Tensor]:
     """x [T, K] times weight [N, K] transposed, plus bias [N], plus residual [T, N]: [T, N].
 
-    All of one dtype (float32, bfloat16 or float16), rows of any stride."""
+    All of one dtype (float32, bfloat16 or float16), rows of any stride. The weight is a tensor, or one of a format
+    (weights/)."""
     check_tensor("linear", "x", x, ("T", "K"))
-    check_tensor("linear", "weight", weight, ("N", x.shape[1]), like=x)
+    check_weight("linear", "weight", weight, x)
     if bias is not None:
         check_tensor("linear", "bias", bias, (len(weight),), like=x)
     if residual is not None:
         check_tensor("linear", "residual", residual, (len(x), len(weight)), like=x)
     check_device("linear", x=x, weight=weight, bias=bias, residual=residual)
-    if not runs_on_triton(x) or len(x) > MAX_TOKENS:
-        if c_backend.takes(c_backend.refuses_linear, x, weight, bias, residual):
-            return c_backend.linear(x, weight, bias, residual)
-        return reference.linear(x, weight, bias, residual)
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    _launch_linear("linear", out, None, x, None, None, weight, None, bias, residual, 0.0)
-    return out
+    yield
+    out = F.linear(x, weight.dequantise(), bias)
+    return out if residual is None else residual + out
 
 
-@op(fake=_fake_norm_linear)
+@op()
 def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
+) -> Steps[tuple[Tensor, Tensor]]:
     """add_rms_norm of x and residual [T, K], then linear with weight [N, K]: (out [T, N], new residual [T, K]).
 
     ``residual=None`` starts a stream: the new residual is x itself."""
@@ -221,61 +49,44 @@ def norm_linear(
     if bias is not None:
         check_tensor("norm_linear", "bias", bias, (len(weight),), like=x)
         check_device("norm_linear", x=x, bias=bias)
-    if not runs_on_triton(x, unsupported(x)):
-        if c_backend.takes(c_backend.refuses_norm_linear, x, residual, norm_weight, eps, weight, bias):
-            return c_backend.norm_linear(x, residual, norm_weight, eps, weight, bias)
-        return reference.norm_linear(x, residual, norm_weight, eps, weight, bias)
-    if len(x) > MAX_TOKENS:
-        normed, residual = add_rms_norm(x, residual, norm_weight, eps)
-        return F.linear(normed, weight, bias), residual
-    out, new_residual = x.new_empty(len(x), len(weight)), new_residual_like(x, residual)
-    _launch_linear("norm_linear", out, new_residual, x, residual, norm_weight, weight, None, bias, None, eps)
-    return out, x if new_residual is None else new_residual
+    yield
+    return normed_product(x, residual, norm_weight, eps, weight, bias)
 
 
-@op(fake=_fake_norm_swiglu_linear)
+@op()
 def norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
-) -> tuple[Tensor, Tensor]:
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
+) -> Steps[tuple[Tensor, Tensor]]:
     """add_rms_norm of x and residual [T, K], then linear with the packed weight [2 F, K] (gate rows, then up rows),
     then silu(gate) * up: (out [T, F], new residual [T, K]).
 
-    Up to 16 tokens, gate and up stay in float32."""
+    Up to 16 tokens, Triton keeps gate and up in float32."""
     check_normed("norm_swiglu_linear", x, residual, norm_weight, weight)
     if len(weight) % 2:
         raise ValueError(f"norm_swiglu_linear: weight must have an even number of rows, and has {len(weight)}")
-    if not runs_on_triton(x, unsupported(x)):
-        if c_backend.takes(c_backend.refuses_norm_swiglu_linear, x, residual, norm_weight, eps, weight):
-            return c_backend.norm_swiglu_linear(x, residual, norm_weight, eps, weight)
-        return reference.norm_swiglu_linear(x, residual, norm_weight, eps, weight)
-    if len(x) > MAX_TOKENS:
-        normed, residual = add_rms_norm(x, residual, norm_weight, eps)
-        return swiglu(F.linear(normed, weight)), residual
-    gate, up = weight.chunk(2)
-    out, new_residual = x.new_empty(len(x), len(gate)), new_residual_like(x, residual)
-    _launch_linear("norm_swiglu_linear", out, new_residual, x, residual, norm_weight, gate, up, None, None, eps)
-    return out, x if new_residual is None else new_residual
+    yield
+    gate_up, residual = normed_product(x, residual, norm_weight, eps, weight)
+    return gated(*gate_up.chunk(2, dim=-1)), residual
 
 
-def invariant_tokens(weight: Tensor) -> int:
-    """How many tokens the linears of weights like this one take whose bits do not depend on each other's number."""
-    in_c = weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and c_backend.library() is not None
-    return MAX_TOKENS if runs_on_triton(weight) or in_c else 1
+def normed_product(
+    x: Tensor,
+    residual: Tensor | None,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Weight,
+    bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """norm_linear's reference, without checks."""
+    normed, residual = add_normed(x, residual, norm_weight, eps)
+    return F.linear(normed, weight.dequantise(), bias), residual
 
 
-def check_normed(name: str, x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Tensor) -> None:
+def check_normed(name: str, x: Tensor, residual: Tensor | None, norm_weight: Tensor, weight: Weight) -> None:
     """Raises unless these are the arguments of a linear layer behind a norm."""
     check_tensor(name, "x", x, ("T", "K"))
     if residual is not None:
         check_tensor(name, "residual", residual, tuple(x.shape), like=x)
     check_tensor(name, "norm_weight", norm_weight, (x.shape[1],), like=x)
-    check_tensor(name, "weight", weight, ("N", x.shape[1]), like=x)
+    check_weight(name, "weight", weight, x)
     check_device(name, x=x, residual=residual, norm_weight=norm_weight, weight=weight)
-
-
-def unsupported(x: Tensor) -> str | None:
-    return f"a norm over {x.shape[1]} (at most {MAX_HIDDEN})" if x.shape[1] > MAX_HIDDEN else None
-
-
-def new_residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
-    return None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)

@@ -1,217 +1,46 @@
-"""What a layer does before its attention, in one launch: add, norm, q k v, rotary embedding, write into the cache.
+"""What a layer does before its attention: add, norm, q k v, rotary embedding, write into the cache.
 
     residual' = round(residual + x);  qkv = round(rms_norm(residual') W' + bias);  then as rope_and_cache (rope.py)
 
 x [T, K], W [N, K] with N = (Hq + 2 Hkv) D, heads in the order q, k, v. Rounded where norm_linear and rope_and_cache
-round. Bytes moved: the weight, T K of x, residual and residual', T N of q, k and v. Up to 16 tokens run in one
-kernel (few_tokens.py says how it streams); more run as norm_linear and rope_and_cache.
-
-A rotation needs elements i and i + D/2 of a head, so a program takes BLOCK_N / 2 rows of each half:
-
-    weight of a head [D, K]     ░░ program 0   ▒▒ program 1 ...   │   ░░ program 0   ▒▒ program 1 ...
-                                0                                D/2                               D
+round. Bytes moved: the weight, T K of x, residual and residual', T N of q, k and v.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from . import tuning
 from .checks import check_device, check_tensor
-from .dispatch import op, pdl_options, runs_on_triton
-from .few_tokens import MAX_TOKENS, accumulate, config, padded, prefetch_weight, row_scales
-from .language import cast, round_to, wait_for_inputs
-from .linear import check_normed, new_residual_like, norm_linear, unsupported
-from .rope import check_places, rope_and_cache, unsupported_heads
-from .triton_if_any import tl, triton
+from .dispatch import Steps, op
+from .linear import check_normed, normed_product
+from .pages import Pages
+from .rope import check_places, rotated_into_cache
+from .weights import Weight
 
 
-@triton.jit
-def _norm_qkv_rope_kernel(
-    q_out_ptr,  # [T, Hq, D]
-    k_pages_ptr,  # [slots, Hkv, D]
-    v_pages_ptr,  # [slots, Hkv, D]
-    new_residual_ptr,  # [T, K], or None
-    x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], or None: added before the norm
-    norm_weight_ptr,  # [K]
-    weight_ptr,  # [N, K]
-    bias_ptr,  # [N], or None
-    positions_ptr,  # [T]
-    cos_sin_ptr,  # [context, D] float32
-    slots_ptr,  # [T]
-    num_tokens,
-    num_q_heads,
-    num_kv_heads,
-    k_size,
-    new_residual_stride,
-    x_stride,
-    residual_stride,
-    weight_stride,
-    eps,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_ROW: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,
-    EVEN_K: tl.constexpr,
-    PREFETCH_LINES: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    HALF: tl.constexpr = HEAD_DIM // 2
-    PAIRS: tl.constexpr = BLOCK_N // 2
-    tile = tl.program_id(0)
-    head = tile // (HALF // PAIRS)
-    first = tile % (HALF // PAIRS) * PAIRS
-    local = tl.arange(0, BLOCK_N)
-    rows = head.to(tl.int64) * HEAD_DIM + first + local % PAIRS + local // PAIRS * HALF
-    prefetch_weight(weight_ptr, rows, weight_stride, 0, k_size, PREFETCH_LINES)
-
-    wait_for_inputs(PDL)
-    scales = row_scales(
-        new_residual_ptr, x_ptr, residual_ptr, num_tokens, k_size, new_residual_stride, x_stride, residual_stride,
-        eps, tile, tl.num_programs(0), BLOCK_T, BLOCK_ROW,
-    )  # fmt: skip
-    acc, _ = accumulate(
-        x_ptr, residual_ptr, norm_weight_ptr, scales, weight_ptr, None, rows, num_tokens, 0, k_size,
-        x_stride, residual_stride, weight_stride, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
-    )  # fmt: skip
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-
-    dtype = x_ptr.dtype.element_ty
-    low, high = tl.split(tl.permute(tl.reshape(round_to(acc, dtype), [2, PAIRS, BLOCK_T]), [1, 2, 0]))
-    tokens = tl.arange(0, BLOCK_T)[None, :]
-    mask = tl.broadcast_to(tokens < num_tokens, [PAIRS, BLOCK_T])
-    column = first + tl.arange(0, PAIRS)[:, None]
-    position = tl.load(positions_ptr + tokens, mask=tokens < num_tokens, other=0).to(tl.int64)
-    cos = tl.load(cos_sin_ptr + position * HEAD_DIM + column, mask=mask, other=0.0)
-    sin = tl.load(cos_sin_ptr + position * HEAD_DIM + HALF + column, mask=mask, other=0.0)
-    is_v = head >= num_q_heads + num_kv_heads
-    first_half = cast(tl.where(is_v, low, low * cos - high * sin), dtype)
-    second_half = cast(tl.where(is_v, high, high * cos + low * sin), dtype)
-
-    slot = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=0).to(tl.int64)
-    k_head = head - num_q_heads
-    if k_head < 0:
-        to = q_out_ptr + (tokens.to(tl.int64) * num_q_heads + head) * HEAD_DIM + column
-        tl.store(to, first_half, mask=mask)
-        tl.store(to + HALF, second_half, mask=mask)
-    elif k_head < num_kv_heads:
-        to = k_pages_ptr + (slot * num_kv_heads + k_head) * HEAD_DIM + column
-        tl.store(to, first_half, mask=mask)
-        tl.store(to + HALF, second_half, mask=mask)
-    else:
-        to = v_pages_ptr + (slot * num_kv_heads + k_head - num_kv_heads) * HEAD_DIM + column
-        tl.store(to, first_half, mask=mask)
-        tl.store(to + HALF, second_half, mask=mask)
-
-
-def _launch_norm_qkv_rope(
-    q_out: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    new_residual: Tensor | None,
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    cos_sin: Tensor,
-    slots: Tensor,
-    eps: float,
-) -> None:
-    (num_tokens, k_size), (_, num_q_heads, head_dim) = x.shape, q_out.shape
-    device = tuning.device_of(x)
-    block_t = padded(num_tokens, device)
-    chosen = config("norm_qkv_rope", device, len(weight), k_size, block_t, x.element_size(), parts=0)
-    block_n = min(chosen["BLOCK_N"], head_dim)
-    options = {name: value for name, value in chosen.items() if name not in ("BLOCK_N", "SPLIT_K")}
-    _norm_qkv_rope_kernel[(len(weight) // block_n,)](
-        q_out,
-        k_pages,
-        v_pages,
-        new_residual,
-        x,
-        residual,
-        norm_weight,
-        weight,
-        bias,
-        positions,
-        cos_sin,
-        slots,
-        num_tokens,
-        num_q_heads,
-        k_pages.shape[2],
-        k_size,
-        0 if new_residual is None else new_residual.stride(0),
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        weight.stride(0),
-        eps,
-        HEAD_DIM=head_dim,
-        BLOCK_T=block_t,
-        BLOCK_ROW=triton.next_power_of_2(k_size),
-        BLOCK_N=block_n,
-        SLICES=chosen["num_warps"],
-        EVEN_K=k_size % chosen["BLOCK_K"] == 0,
-        **options,
-        **pdl_options(x),
-    )
-
-
-def _fake_norm_qkv_rope(
-    x: Tensor,
-    residual: Tensor | None,
-    norm_weight: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor | None,
-    positions: Tensor,
-    cos_sin: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    slots: Tensor,
-) -> tuple[Tensor, Tensor]:
-    _, _, num_kv_heads, head_dim = k_pages.shape
-    q = x.new_empty(x.shape[0], weight.shape[0] // head_dim - 2 * num_kv_heads, head_dim)
-    return q, new_residual_like(x, x)
-
-
-@op(fake=_fake_norm_qkv_rope, mutates=("k_pages", "v_pages"))
+@op(mutates=("pages",))
 def norm_qkv_rope(
     x: Tensor,
     residual: Tensor | None,
     norm_weight: Tensor,
     eps: float,
-    weight: Tensor,
+    weight: Weight,
     bias: Tensor | None,
     positions: Tensor,
     cos_sin: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Pages,
     slots: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Steps[tuple[Tensor, Tensor]]:
     """norm_linear of x and residual [T, K] with the packed weight [(Hq + 2 Hkv) D, K], then rope_and_cache of what it
     gives: (q [T, Hq, D], new residual [T, K]).
 
-    Changes k_pages and v_pages. Arguments and errors are those of the two."""
+    Changes the pages. Arguments and errors are those of the two."""
     name = "norm_qkv_rope"
     check_normed(name, x, residual, norm_weight, weight)
     if bias is not None:
         check_tensor(name, "bias", bias, (len(weight),), like=x)
         check_device(name, x=x, bias=bias)
-    check_places(name, x, "weight", len(weight), positions, cos_sin, k_pages, v_pages, slots)
-    if len(x) > MAX_TOKENS or not runs_on_triton(x, unsupported(x) or unsupported_heads(k_pages.shape[-1])):
-        qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
-        return rope_and_cache(qkv, positions, cos_sin, k_pages, v_pages, slots), residual
-    q_out, _ = _fake_norm_qkv_rope(
-        x, residual, norm_weight, eps, weight, bias, positions, cos_sin, k_pages, v_pages, slots
-    )
-    new_residual = new_residual_like(x, residual)
-    _launch_norm_qkv_rope(
-        q_out, k_pages, v_pages, new_residual, x, residual, norm_weight, weight, bias, positions, cos_sin, slots, eps
-    )
-    return q_out, x if new_residual is None else new_residual
+    check_places(name, x, "weight", len(weight), positions, cos_sin, pages, slots)
+    yield
+    qkv, residual = normed_product(x, residual, norm_weight, eps, weight, bias)
+    return rotated_into_cache(qkv, positions, cos_sin, pages, slots), residual

@@ -1,12 +1,16 @@
-"""RMSNorm, alone and with the addition to the residual stream before it.
+"""RMSNorm, with or without the addition to the residual stream before it, and its gradients.
 
     residual' = round(residual + x)                            (add_rms_norm; else x itself)
     out = round(round(residual' * rsqrt(mean(residual'^2) + eps)) * weight)
 
-x, residual, out and residual' [T, H] of any row stride. Everything in float32 between the roundings, which are those of
-transformers' Qwen2RMSNorm. Bytes moved: 2 T H elements, with the addition 4 T H, and H of the weight.
+Everything in float32 between the roundings, which are those of transformers' Qwen2RMSNorm. Bytes moved, of T rows of H
+elements: 2 T H elements, with the addition 4 T H, and H of the weight.
 
-    program p:  rows p * ROWS .. p * ROWS + ROWS - 1, each whole in registers
+    r         = rsqrt(mean(x^2) + eps),  xhat = x * r,  g = grad * weight
+    grad_x    = round(r * (g - xhat * mean(g * xhat)) + grad_residual)          (rms_norm: without grad_residual)
+    grad_w    = round(sum over rows of grad * round(xhat))
+
+x being the rows that were normalised. r is computed again, so that nothing but x and the weight is kept for it.
 """
 
 from __future__ import annotations
@@ -16,108 +20,50 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import c as c_backend
-from . import reference, tuning
-from .checks import check_device, check_tensor
-from .dispatch import op, pdl_options, runs_on_triton
-from .language import cast, round_to, wait_for_inputs
-from .rms_norm_backward import add_rms_norm_gradient, rms_norm_gradient
-from .triton_if_any import tl, triton
-
-MAX_HIDDEN = 32768  # a row must fit in a program's registers
+from .checks import check_device, check_tensor, wide
+from .dispatch import Steps, op
 
 
-tuning.SPACES["rms_norm"] = {"ROWS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)}
+@op()
+def rms_norm_backward(
+    grad: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, eps: float
+) -> Steps[tuple[Tensor, Tensor]]:
+    """The gradients of rms_norm, or with grad_residual those of add_rms_norm: (of x, [..., H]; of the weight, [H]).
+
+    grad [..., H] is what came back for the normed rows, grad_residual [..., H] for the new residual; x [..., H] is the
+    row that was normalised, for add_rms_norm the new residual, and its gradient that of both summands. float32,
+    bfloat16 or float16, the last dimensions contiguous. The first gradient is computed in float32 and rounded once; the
+    second sums, in float32, the products of grad with the quotient, rounded as in the op. Deterministic: the weight's
+    gradient has no atomic sums."""
+    name = "rms_norm_backward"
+    check_tensor(name, "x", x, ("...", "H"))
+    check_tensor(name, "grad", grad, tuple(x.shape), like=x)
+    if grad_residual is not None:
+        check_tensor(name, "grad_residual", grad_residual, tuple(x.shape), like=x)
+    check_tensor(name, "weight", weight, (x.shape[-1],), like=x)
+    check_device(name, grad=grad, grad_residual=grad_residual, x=x, weight=weight)
+    yield
+    wide_x, wide_grad = wide(x), wide(grad)
+    scale = torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)
+    normed, scaled = wide_x * scale, wide_grad * weight
+    grad_x = scale * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    if grad_residual is not None:
+        grad_x = grad_x + grad_residual
+    grad_weight = (wide_grad * normed.to(x.dtype)).reshape(-1, x.shape[-1]).sum(0)
+    return grad_x.to(x.dtype), grad_weight.to(weight.dtype)
 
 
-@tuning.remember
-def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
-    """Several narrow rows a program, as long as there are programs for every multiprocessor."""
-    block = triton.next_power_of_2(hidden)
-    together = max(1, min(4096 // block, rows // (4 * device.num_sms)))
-    together = 1 << (together.bit_length() - 1)
-    heuristic = {"ROWS": together, "num_warps": min(16, max(1, block * together // 512))}
-    return tuning.lookup("rms_norm", device, {"hidden": hidden, "rows": rows}, heuristic)
+def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
-def _rms_norm_kernel(
-    out_ptr,  # [T, H]
-    new_residual_ptr,  # [T, H], or None
-    x_ptr,  # [T, H]
-    residual_ptr,  # [T, H], or None
-    weight_ptr,  # [H]
-    num_rows,
-    hidden,
-    out_stride,
-    new_residual_stride,
-    x_stride,
-    residual_stride,
-    eps,
-    BLOCK_H: tl.constexpr,
-    ROWS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    columns = tl.arange(0, BLOCK_H)[None, :]
-    mask = (rows < num_rows) & (columns < hidden)
-    dtype = x_ptr.dtype.element_ty
-
-    wait_for_inputs(PDL)  # before the weight, too: in a graph of someone else's an optimiser may just have written it
-    weight = tl.load(weight_ptr + columns, mask=columns < hidden, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + rows * residual_stride + columns, mask=mask, other=0.0).to(tl.float32)
-        x = round_to(x + residual, dtype)
-
-    scale = tl.rsqrt(tl.sum(x * x, axis=1, keep_dims=True) / hidden + eps)
-    out = round_to(x * scale, dtype) * weight
-
-    if residual_ptr is not None:
-        tl.store(new_residual_ptr + rows * new_residual_stride + columns, cast(x, dtype), mask=mask)
-    tl.store(out_ptr + rows * out_stride + columns, cast(out, dtype), mask=mask)
+def _rms_norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return *torch.ops.qwenkern.rms_norm_backward(grad.contiguous(), None, *ctx.saved_tensors, ctx.eps), None
 
 
-def _launch_rms_norm(
-    out: Tensor, new_residual: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
-) -> None:
-    """All of them [T, H], but for the weight [H]."""
-    num_rows, hidden = x.shape
-    config = _config(tuning.device_of(x), hidden, num_rows)
-    _rms_norm_kernel[(triton.cdiv(num_rows, config["ROWS"]),)](
-        out,
-        new_residual,
-        x,
-        residual,
-        weight,
-        num_rows,
-        hidden,
-        out.stride(0),
-        0 if new_residual is None else new_residual.stride(0),
-        x.stride(0),
-        0 if residual is None else residual.stride(0),
-        eps,
-        BLOCK_H=triton.next_power_of_2(hidden),
-        **config,
-        **pdl_options(x),
-    )
-
-
-def _unsupported(x: Tensor) -> str | None:
-    return f"rows of {x.shape[-1]} (at most {MAX_HIDDEN})" if x.shape[-1] > MAX_HIDDEN else None
-
-
-def _fake_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
-def _fake_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    out, new_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    return out, new_residual
-
-
-@op(fake=_fake_rms_norm, gradient=rms_norm_gradient)
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+@op(gradient=(_save_rows, _rms_norm_gradient))
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Steps[Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 
     x [..., H] float32, bfloat16 or float16, its last dimension contiguous; weight [H] of the same dtype. Returns a
@@ -125,30 +71,50 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     check_tensor("rms_norm", "x", x, ("...", "H"))
     check_tensor("rms_norm", "weight", weight, (x.shape[-1],), like=x)
     check_device("rms_norm", x=x, weight=weight)
-    if not runs_on_triton(x, _unsupported(x)):
-        in_c = c_backend.takes(c_backend.refuses_rms_norm, x, weight, eps)
-        return (c_backend if in_c else reference).rms_norm(x, weight, eps)
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _launch_rms_norm(out.view(-1, x.shape[-1]), None, x.reshape(-1, x.shape[-1]), None, weight, eps)
-    return out
+    yield
+    return normed(x, weight, eps)
 
 
-@op(fake=_fake_add_rms_norm, gradient=add_rms_norm_gradient)
-def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    """Keeps the new residual, which lives anyway, and neither of its summands."""
+    _, _, weight, ctx.eps = inputs
+    ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)  # what is not used has the gradient None
+
+
+def _add_rms_norm_gradient(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
+    grad_weight = None
+    if grad is not None:
+        grad_residual = None if grad_residual is None else grad_residual.contiguous()
+        grad_residual, grad_weight = torch.ops.qwenkern.rms_norm_backward(
+            grad.contiguous(), grad_residual, *ctx.saved_tensors, ctx.eps
+        )
+    return grad_residual, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, None
+
+
+@op(gradient=(_save_sum, _add_rms_norm_gradient))
+def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Steps[tuple[Tensor, Tensor]]:
     """Adds x [..., H] to the residual stream and normalises the sum: (normed, new residual), both of x's shape.
 
     The sum is rounded to the dtype before its variance is taken. ``residual=None`` starts a stream: the new residual is
     x itself."""
-    if residual is None:
-        return rms_norm(x, weight, eps), x
     check_tensor("add_rms_norm", "x", x, ("...", "H"))
-    check_tensor("add_rms_norm", "residual", residual, tuple(x.shape), like=x)
+    if residual is not None:
+        check_tensor("add_rms_norm", "residual", residual, tuple(x.shape), like=x)
     check_tensor("add_rms_norm", "weight", weight, (x.shape[-1],), like=x)
     check_device("add_rms_norm", x=x, residual=residual, weight=weight)
-    if not runs_on_triton(x, _unsupported(x)):
-        in_c = c_backend.takes(c_backend.refuses_add_rms_norm, x, residual, weight, eps)
-        return (c_backend if in_c else reference).add_rms_norm(x, residual, weight, eps)
-    out, new_residual = (torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(2))
-    flat = (-1, x.shape[-1])
-    _launch_rms_norm(out.view(flat), new_residual.view(flat), x.reshape(flat), residual.reshape(flat), weight, eps)
-    return out, new_residual
+    yield
+    return add_normed(x, residual, weight, eps)
+
+
+def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """rms_norm's reference, without checks."""
+    wide_x = wide(x)
+    return (wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
+
+
+def add_normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """add_rms_norm's reference, without checks."""
+    if residual is not None:
+        x = residual + x
+    return normed(x, weight, eps), x

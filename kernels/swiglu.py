@@ -1,93 +1,99 @@
-"""SwiGLU, over the packed projection or over two.
+"""SwiGLU, over the packed projection or over two, and its gradients.
 
-    out = round(round(silu(gate)) * up)
+    out       = round(round(silu(gate)) * up)
+    grad_gate = round(grad * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate))))
+    grad_up   = round(grad * round(silu(gate)))
 
-gate and up [T, F] of any row stride (swiglu: the halves of gate_up [T, 2 F]); out [T, F]. silu in float32, rounded
-where transformers rounds it. Bytes moved: 3 T F elements.
-
-    program (t, p):  columns p * BLOCK .. of row t
+Everything in float32 between the roundings, which are those of transformers. Bytes moved, of T rows of F elements:
+3 T F elements forwards, 5 T F backwards, where silu is computed again for a quarter of the bytes that keeping it would
+cost.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import c as c_backend
-from . import reference, tuning
-from .checks import check_device, check_tensor
-from .dispatch import op, pdl_options, runs_on_triton
-from .language import cast, round_to, silu, wait_for_inputs
-from .swiglu_backward import config, silu_mul_gradient, swiglu_gradient
-from .triton_if_any import tl, triton
+from .checks import check_device, check_tensor, wide
+from .dispatch import Steps, op
 
 
-@triton.jit
-def _swiglu_kernel(
-    out_ptr,  # [T, F]
-    gate_ptr,  # [T, F]
-    up_ptr,  # [T, F]
-    columns,
-    gate_stride,
-    up_stride,
-    BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask = column < columns
-    dtype = gate_ptr.dtype.element_ty
+@op()
+def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Steps[Tensor]:
+    """The gradient of swiglu's gate_up [..., 2 F], packed like it, from that of its result, grad [..., F].
 
-    wait_for_inputs(PDL)
-    gate = tl.load(gate_ptr + row * gate_stride + column, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(up_ptr + row * up_stride + column, mask=mask, other=0.0).to(tl.float32)
-    out = round_to(silu(gate), dtype) * up
-    tl.store(out_ptr + row * columns + column, cast(out, dtype), mask=mask)
+    float32, bfloat16 or float16, the last dimensions contiguous."""
+    _check_packed("swiglu_backward", gate_up)
+    check_tensor("swiglu_backward", "grad", grad, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), like=gate_up)
+    check_device("swiglu_backward", grad=grad, gate_up=gate_up)
+    yield
+    return torch.cat(_gradients(grad, *gate_up.chunk(2, dim=-1)), dim=-1)
 
 
-def _launch_swiglu(out: Tensor, gate: Tensor, up: Tensor) -> None:
-    """All [T, F]."""
-    rows, columns = out.shape
-    chosen = config("swiglu", tuning.device_of(out), rows, columns)
-    grid = (rows, triton.cdiv(columns, chosen["BLOCK"]))
-    _swiglu_kernel[grid](out, gate, up, columns, gate.stride(0), up.stride(0), **chosen, **pdl_options(out))
+@op()
+def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Steps[tuple[Tensor, Tensor]]:
+    """The gradients of silu_mul's gate and up, from that of its result, all [..., F].
+
+    float32, bfloat16 or float16, the last dimensions contiguous. That of gate is computed in float32 and rounded once;
+    that of up is grad times silu, rounded as in the op."""
+    check_tensor("silu_mul_backward", "gate", gate, ("...", "F"))
+    check_tensor("silu_mul_backward", "up", up, tuple(gate.shape), like=gate)
+    check_tensor("silu_mul_backward", "grad", grad, tuple(gate.shape), like=gate)
+    check_device("silu_mul_backward", grad=grad, gate=gate, up=up)
+    yield
+    return _gradients(grad, gate, up)
 
 
-def _fake_swiglu(gate_up: Tensor) -> Tensor:
-    return gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
 
 
-@op(fake=_fake_swiglu, gradient=swiglu_gradient)
-def swiglu(gate_up: Tensor) -> Tensor:
+def _swiglu_gradient(ctx: Any, grad: Tensor) -> Tensor:
+    return torch.ops.qwenkern.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+def _silu_mul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.ops.qwenkern.silu_mul_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+@op(gradient=(_save_inputs, _swiglu_gradient))
+def swiglu(gate_up: Tensor) -> Steps[Tensor]:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of gate_up [..., 2 F], gate in the first half: [..., F].
 
     float32, bfloat16 or float16, the last dimension contiguous. silu is rounded to the dtype before the product."""
-    check_tensor("swiglu", "gate_up", gate_up, ("...", "2 F"))
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu: gate_up's last dimension must be even, and is {gate_up.shape[-1]}")
-    if not runs_on_triton(gate_up):
-        in_c = c_backend.takes(c_backend.refuses_swiglu, gate_up)
-        return (c_backend if in_c else reference).swiglu(gate_up)
-    out = _fake_swiglu(gate_up)
-    _launch_swiglu(out.view(-1, out.shape[-1]), *gate_up.reshape(-1, gate_up.shape[-1]).chunk(2, dim=-1))
-    return out
+    _check_packed("swiglu", gate_up)
+    yield
+    return gated(*gate_up.chunk(2, dim=-1))
 
 
-def _fake_silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    return torch.empty_like(gate, memory_format=torch.contiguous_format)
-
-
-@op(fake=_fake_silu_mul, gradient=silu_mul_gradient)
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
+@op(gradient=(_save_inputs, _silu_mul_gradient))
+def silu_mul(gate: Tensor, up: Tensor) -> Steps[Tensor]:
     """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of two tensors [..., F] of one shape: [..., F].
 
     float32, bfloat16 or float16, the last dimension contiguous. silu is rounded to the dtype before the product."""
     check_tensor("silu_mul", "gate", gate, ("...", "F"))
     check_tensor("silu_mul", "up", up, tuple(gate.shape), like=gate)
     check_device("silu_mul", gate=gate, up=up)
-    if not runs_on_triton(gate):
-        in_c = c_backend.takes(c_backend.refuses_silu_mul, gate, up)
-        return (c_backend if in_c else reference).silu_mul(gate, up)
-    out = _fake_silu_mul(gate, up)
-    _launch_swiglu(*(each.reshape(-1, each.shape[-1]) for each in (out, gate, up)))
-    return out
+    yield
+    return gated(gate, up)
+
+
+def gated(gate: Tensor, up: Tensor) -> Tensor:
+    """silu_mul's reference, without checks."""
+    return F.silu(gate) * up
+
+
+def _gradients(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    wide_gate = wide(gate)
+    sigmoid = torch.sigmoid(wide_gate)
+    slope = sigmoid * (1 + wide_gate * (1 - sigmoid))
+    return (wide(grad) * wide(up) * slope).to(gate.dtype), grad * F.silu(gate)
+
+
+def _check_packed(name: str, gate_up: Tensor) -> None:
+    check_tensor(name, "gate_up", gate_up, ("...", "2 F"))
+    if gate_up.shape[-1] % 2:
+        raise ValueError(f"{name}: gate_up's last dimension must be even, and is {gate_up.shape[-1]}")

@@ -3,10 +3,6 @@ then, and the ops run in C or in torch. C needs torch and a compiler only."""
 
 from __future__ import annotations
 
-import functools
-import os
-import tempfile
-import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -35,22 +31,4 @@ else:
     INTERPRETED = triton.knobs.runtime.interpret
 
 
-@functools.cache
-def ensure_cache() -> tempfile.TemporaryDirectory | None:
-    """Sees to a folder that Triton can compile into. Its own lies below the user's home or where TRITON_CACHE_DIR says;
-    where that cannot be written to, which would end the launch, it is one of this process."""
-    folder = triton.knobs.cache.dir
-    try:
-        os.makedirs(folder, exist_ok=True)
-        if os.access(folder, os.W_OK | os.X_OK):
-            return None
-        reason = "it cannot be written to"
-    except OSError as error:
-        reason = error.strerror
-    place = tempfile.TemporaryDirectory(prefix="qwenkern-triton-")
-    warnings.warn(f"qwenkern: Triton keeps no compiled kernels in {folder}: {reason}", stacklevel=3)
-    triton.knobs.cache.dir = place.name
-    return place
-
-
-__all__ = ["INSTALLED", "INTERPRETED", "ensure_cache", "gdc_launch_dependents", "gdc_wait", "tl", "triton"]
+__all__ = ["INSTALLED", "INTERPRETED", "gdc_launch_dependents", "gdc_wait", "tl", "triton"]

@@ -19,6 +19,7 @@ from . import kernels as ops
 from .cache import Batch, PagedCache
 from .config import Config
 from .errors import RequestError
+from .kernels import Pages
 
 HUGE_PAGE = 2 << 20
 
@@ -76,8 +77,8 @@ class Decoder(nn.Module):
 
     def forward(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
         x, residual = ops.embedding(batch.ids, self.embed_tokens.weight), None
-        for layer, k_pages, v_pages in zip(self.layers, cache.k, cache.v, strict=True):
-            x, residual = layer(x, residual, batch, k_pages, v_pages, cache.rope.cos_sin)
+        for layer, pages in zip(self.layers, cache.pages, strict=True):
+            x, residual = layer(x, residual, batch, pages, cache.rope.cos_sin)
         return x, residual
 
 
@@ -90,9 +91,9 @@ class DecoderLayer(nn.Module):
         self.mlp = MLP(config, dtype, device)
 
     def forward(
-        self, x: Tensor, residual: Tensor | None, batch: Batch, k_pages: Tensor, v_pages: Tensor, cos_sin: Tensor
+        self, x: Tensor, residual: Tensor | None, batch: Batch, pages: Pages, cos_sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        x, residual = self.self_attn(x, residual, self.input_layernorm.weight, batch, k_pages, v_pages, cos_sin)
+        x, residual = self.self_attn(x, residual, self.input_layernorm.weight, batch, pages, cos_sin)
         return self.mlp(x, residual, self.post_attention_layernorm.weight)
 
 
@@ -112,20 +113,17 @@ class Attention(nn.Module):
         residual: Tensor | None,
         norm_weight: Tensor,
         batch: Batch,
-        k_pages: Tensor,
-        v_pages: Tensor,
+        pages: Pages,
         cos_sin: Tensor,
     ) -> tuple[Tensor, Tensor]:
         weight, bias = self.qkv_proj.weight, self.qkv_proj.bias
         q, residual = ops.norm_qkv_rope(
-            x, residual, norm_weight, self.eps, weight, bias, batch.positions, cos_sin, k_pages, v_pages, batch.slots
+            x, residual, norm_weight, self.eps, weight, bias, batch.positions, cos_sin, pages, batch.slots
         )
         if batch.is_decode:
-            x = ops.decode_attention(q, k_pages, v_pages, batch.block_tables, batch.lengths, self.scale)
+            x = ops.decode_attention(q, pages, batch.block_tables, batch.lengths, self.scale)
         else:
-            x = ops.prefill_attention(
-                q, k_pages, v_pages, batch.block_tables, batch.lengths, batch.query_starts, self.scale
-            )
+            x = ops.prefill_attention(q, pages, batch.block_tables, batch.lengths, batch.query_starts, self.scale)
         return ops.linear(x.flatten(1), self.o_proj.weight), residual
 
 

@@ -112,8 +112,9 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     model = Qwen2(config, torch.bfloat16, device)
     initialise(model, 0)
     cache = PagedCache(config, sequences * (context + 2 * STEPS + 64), torch.bfloat16, device)
-    cache.k.normal_()
-    cache.v.normal_()
+    for layer in cache.pages:
+        for tensor in layer.tensors:
+            tensor.normal_()
     capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
     step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]

@@ -24,7 +24,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qwenkern.kernels import tuning
+from qwenkern.kernels.triton import tuning
 
 # Multiprocessors and shared memory a program may use: the cards' data sheets, and the CUDA C++ programming guide's
 # table of technical specifications by compute capability.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwenkern import Config, kernels
 from qwenkern.cache import PAGE_SIZE
+from qwenkern.kernels.pages import DensePages
 
 FEW, MANY = (1, 16), (512,)
 
@@ -66,15 +67,15 @@ def _stream(config: Config, size: Size) -> tuple[Tensor, Tensor, Tensor, float]:
     return x, residual, _ones(size, config.hidden_size), config.rms_norm_eps
 
 
-def _cache(config: Config, size: Size, sequences: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k_pages, v_pages, block_tables, lengths of sequences with ``context`` tokens each."""
+def _cache(config: Config, size: Size, sequences: int) -> tuple[DensePages, Tensor, Tensor]:
+    """pages, block_tables, lengths of sequences with ``context`` tokens each."""
     pages = -(-size.context // PAGE_SIZE)
     shape = (sequences * pages, PAGE_SIZE, config.num_key_value_heads, config.head_dim)
     order = torch.randperm(sequences * pages, dtype=torch.int32) if size.device != "meta" else None
     tables = torch.empty(sequences, pages, dtype=torch.int32, device="meta")
     tables = tables if order is None else order.view(sequences, pages).to(size.device)
     lengths = torch.full((sequences,), size.context, dtype=torch.int32, device=size.device)
-    return _normal(size, *shape), _normal(size, *shape), tables, lengths
+    return DensePages(_normal(size, *shape), _normal(size, *shape)), tables, lengths
 
 
 def _rotation(config: Config, size: Size) -> tuple[Tensor, Tensor]:
@@ -107,8 +108,8 @@ def _rms_norm_backward(config: Config, size: Size) -> tuple[Any, ...]:
 
 def _rope_and_cache(config: Config, size: Size) -> tuple[Any, ...]:
     positions, cos_sin = _rotation(config, size)
-    k_pages, v_pages, *_ = _cache(config, Size(size.tokens, size.tokens, size.dtype, size.device), 1)
-    return _normal(size, size.tokens, config.qkv_size), positions, cos_sin, k_pages, v_pages, positions
+    pages, *_ = _cache(config, Size(size.tokens, size.tokens, size.dtype, size.device), 1)
+    return _normal(size, size.tokens, config.qkv_size), positions, cos_sin, pages, positions
 
 
 def _norm_qkv_rope(config: Config, size: Size) -> tuple[Any, ...]:

@@ -18,6 +18,7 @@ from torch import Tensor
 from qwenkern import kernels
 from qwenkern.benchmarks.ops.cases import Case
 from qwenkern.kernels import reference
+from qwenkern.kernels.pages import DensePages
 
 Function = Callable[..., Any]
 
@@ -62,15 +63,15 @@ def _sdpa(case: Case) -> Function | None:
     return _dense_prefill if case.op == "prefill_attention" else None
 
 
-def _dense_decode(q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    k, v = (pages.view(len(q), -1, *pages.shape[2:]).transpose(1, 2) for pages in (k_pages, v_pages))
+def _dense_decode(q: Tensor, pages: DensePages, tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    k, v = (each.view(len(q), -1, *each.shape[2:]).transpose(1, 2) for each in pages.tensors)
     return F.scaled_dot_product_attention(q[:, :, None], k, v, scale=scale, enable_gqa=True)[:, :, 0]
 
 
 def _dense_prefill(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float
+    q: Tensor, pages: DensePages, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float
 ) -> Tensor:
-    k, v = (pages.flatten(0, 1)[: len(q)].transpose(0, 1)[None] for pages in (k_pages, v_pages))
+    k, v = (each.flatten(0, 1)[: len(q)].transpose(0, 1)[None] for each in pages.tensors)
     out = F.scaled_dot_product_attention(q.transpose(0, 1)[None], k, v, is_causal=True, scale=scale, enable_gqa=True)
     return out[0].transpose(0, 1)
 
@@ -83,12 +84,10 @@ def _flex(case: Case) -> Function | None:
 
     compiled, masks = torch.compile(flex_attention, dynamic=False), {}
 
-    def prefill(
-        q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float
-    ) -> Tensor:
+    def prefill(q: Tensor, pages: DensePages, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float) -> Tensor:
         if len(q) not in masks:
             masks[len(q)] = create_block_mask(lambda b, h, row, key: row >= key, None, None, len(q), len(q), q.device)
-        k, v = (pages.flatten(0, 1)[: len(q)].transpose(0, 1)[None] for pages in (k_pages, v_pages))
+        k, v = (each.flatten(0, 1)[: len(q)].transpose(0, 1)[None] for each in pages.tensors)
         out = compiled(q.transpose(0, 1)[None], k, v, block_mask=masks[len(q)], scale=scale, enable_gqa=True)
         return out[0].transpose(0, 1)
 
@@ -99,10 +98,8 @@ def _flash_attn(case: Case) -> Function | None:
     """FlashAttention over the pages in their order, without looking them up."""
     from flash_attn import flash_attn_func
 
-    def prefill(
-        q: Tensor, k_pages: Tensor, v_pages: Tensor, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float
-    ) -> Tensor:
-        k, v = (pages.flatten(0, 1)[: len(q)][None] for pages in (k_pages, v_pages))
+    def prefill(q: Tensor, pages: DensePages, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float) -> Tensor:
+        k, v = (each.flatten(0, 1)[: len(q)][None] for each in pages.tensors)
         return flash_attn_func(q[None], k, v, softmax_scale=scale, causal=True)[0]
 
     return prefill if case.op == "prefill_attention" else None

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from . import choose, compiler, kept, limits, targets, threads
 from .targets import Target
@@ -70,15 +69,18 @@ def prepared() -> Prepared:
     return _found
 
 
-def refuses(x: Tensor) -> str | None:
-    """Why no C op takes tensors like x, or None. Prepares nothing."""
-    if not x.is_cpu:
-        return f"tensors on {x.device} (C runs on a CPU)"
-    if x.dtype != torch.bfloat16:
-        return f"{str(x.dtype).removeprefix('torch.')} (C computes in bfloat16)"
+def refuses() -> str | None:
+    """Why C cannot run here, or None. Prepares nothing."""
     if isinstance(_found, Prepared):
         return None
     return NOT_PREPARED if _found is None else _found
+
+
+def refuses_dtype(dtype: torch.dtype) -> str | None:
+    """Why no C op takes floats of this type, or None."""
+    if dtype != torch.bfloat16:
+        return f"{str(dtype).removeprefix('torch.')} (C computes in bfloat16)"
+    return refuses()
 
 
 def library() -> ctypes.CDLL | None:

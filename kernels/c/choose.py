@@ -22,11 +22,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from . import formats, kept, threads
+from ..weights import Dense
+from . import kept, threads
 from .calls import Call, make
 from .compiler import digest
 from .limits import linear_scratch
 from .targets import processor
+from .weights import NO_WEIGHT, weight_struct
 
 if TYPE_CHECKING:
     from .build import Loaded
@@ -101,8 +103,8 @@ def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0)
         out=x.new_empty(tokens, n),
         scratch=scratch,
         x=x,
-        weight=formats.dense_weight(w),
-        up=formats.NO_WEIGHT,
+        weight=weight_struct(Dense(w)),
+        up=NO_WEIGHT,
         num_tokens=tokens,
         out_features=n,
         in_features=k,

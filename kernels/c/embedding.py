@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from . import build
+from .backend import C
 from .calls import make
 from .recorded_calls import run
 
@@ -12,9 +13,10 @@ from .recorded_calls import run
 def refuses_embedding(ids: Tensor, weight: Tensor) -> str | None:
     if weight.stride(1) != 1:
         return f"a table whose values lie {weight.stride(1)} apart (side by side)"
-    return build.refuses(weight)
+    return build.refuses_dtype(weight.dtype)
 
 
+@C.implements(refuses_embedding)
 def embedding(ids: Tensor, weight: Tensor) -> Tensor:
     num_tokens, row_size = len(ids), weight.shape[1]
     out = weight.new_empty(num_tokens, row_size)

@@ -7,48 +7,54 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import build, formats, threads
+from ..weights import Weight
+from . import build, threads
+from .backend import C
 from .calls import make
 from .limits import linear_scratch
 from .recorded_calls import run, scratch
+from .weights import NO_WEIGHT, refuses_weight, weight_struct
 
 
-def refuses_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> str | None:
-    return refuses_product(x)
+def refuses_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> str | None:
+    return refuses_product(x, weight)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+@C.implements(refuses_linear)
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
     return product(x, None, None, 0.0, weight, bias=bias, addend=residual)[0]
 
 
 def refuses_norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
 ) -> str | None:
-    return refuses_product(x)
+    return refuses_product(x, weight)
 
 
+@C.implements(refuses_norm_linear)
 def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None = None
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     return product(x, residual, norm_weight, eps, weight, bias=bias)
 
 
 def refuses_norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
 ) -> str | None:
-    return refuses_product(x)
+    return refuses_product(x, weight)
 
 
+@C.implements(refuses_norm_swiglu_linear)
 def norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Tensor
+    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
 ) -> tuple[Tensor, Tensor]:
-    gate, up = weight.chunk(2)
+    gate, up = weight.halves()
     return product(x, residual, norm_weight, eps, gate, up=up)
 
 
-def refuses_product(x: Tensor) -> str | None:
-    """Why C does not multiply x [T, K] with a weight, if it does not."""
-    if reason := build.refuses(x):
+def refuses_product(x: Tensor, weight: Weight) -> str | None:
+    """Why C does not multiply x [T, K] by this weight, or None."""
+    if reason := refuses_weight(weight):
         return reason
     here = build.prepared()
     if x.shape[1] % here.limits.in_features_multiple:
@@ -63,9 +69,9 @@ def product(
     residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
-    weight: Tensor,
+    weight: Weight,
     *,
-    up: Tensor | None = None,
+    up: Weight | None = None,
     bias: Tensor | None = None,
     addend: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
@@ -86,8 +92,8 @@ def product(
             x=x,
             residual=residual,
             norm_weight=norm_weight,
-            weight=formats.dense_weight(weight),
-            up=formats.NO_WEIGHT if up is None else formats.dense_weight(up),
+            weight=weight_struct(weight),
+            up=NO_WEIGHT if up is None else weight_struct(up),
             bias=bias,
             addend=addend,
             num_tokens=num_tokens,

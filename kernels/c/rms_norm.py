@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from . import build
+from .backend import C
 from .calls import make
 from .recorded_calls import run
 from .rows import rows, team_of
@@ -15,6 +16,7 @@ def refuses_rms_norm(x: Tensor, weight: Tensor, eps: float) -> str | None:
     return _refuses(x)
 
 
+@C.implements(refuses_rms_norm)
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     _norm(out, None, x, None, weight, eps)
@@ -25,6 +27,7 @@ def refuses_add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps
     return _refuses(x)
 
 
+@C.implements(refuses_add_rms_norm)
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     if residual is None:
         return rms_norm(x, weight, eps), x
@@ -35,8 +38,6 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 
 def _refuses(x: Tensor) -> str | None:
-    if reason := build.refuses(x):
-        return reason
     multiple = build.prepared().limits.norm_multiple
     return f"rows of {x.shape[-1]} values (a multiple of {multiple})" if x.shape[-1] % multiple else None
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import build, formats
+from ..pages import Pages
+from . import build
+from .backend import C
 from .calls import make
+from .pages import pages_struct, refuses_pages
 from .recorded_calls import run
 from .rows import dense_heads, team_of
 
 
 def refuses_apply_rope(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False) -> str | None:
-    return build.refuses(q) or refuses_head_dim(q.shape[2])
+    return refuses_head_dim(q.shape[2])
 
 
+@C.implements(refuses_apply_rope)
 def apply_rope(
     q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -42,22 +46,19 @@ def apply_rope(
     return q_out, k_out
 
 
-def refuses_rope_and_cache(
-    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
-) -> str | None:
-    return build.refuses(qkv) or refuses_head_dim(k_pages.shape[-1])
+def refuses_rope_and_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: Pages, slots: Tensor) -> str | None:
+    return refuses_pages(pages) or refuses_head_dim(pages.shape[-1])
 
 
-def rope_and_cache(
-    qkv: Tensor, positions: Tensor, cos_sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
-) -> Tensor:
-    num_tokens, (num_kv_heads, head_dim) = len(qkv), k_pages.shape[-2:]
+@C.implements(refuses_rope_and_cache)
+def rope_and_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: Pages, slots: Tensor) -> Tensor:
+    num_tokens, (num_kv_heads, head_dim) = len(qkv), pages.shape[-2:]
     num_q_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
     q_out = qkv.new_empty(num_tokens, num_q_heads, head_dim)
     run(
         make.rope_and_cache(
             q_out=q_out,
-            cache=formats.dense_pages(k_pages, v_pages),
+            cache=pages_struct(pages),
             qkv=qkv,
             positions=positions.long().contiguous(),
             slots=slots.long().contiguous(),

@@ -5,24 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import build
+from .backend import C
 from .calls import make
 from .recorded_calls import run
 from .rows import rows, team_of
 
 
-def refuses_swiglu(gate_up: Tensor) -> str | None:
-    return build.refuses(gate_up)
-
-
+@C.implements()
 def swiglu(gate_up: Tensor) -> Tensor:
     return silu_mul(*gate_up.chunk(2, dim=-1))
 
 
-def refuses_silu_mul(gate: Tensor, up: Tensor) -> str | None:
-    return build.refuses(gate)
-
-
+@C.implements()
 def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     gate, up = rows(gate), rows(up)

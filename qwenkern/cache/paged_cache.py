@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..config import Config
+from ..kernels.pages import DensePages
 from ..rope import RopeTable
 from .allocator import BlockTable, PageAllocator
 from .batch import Batch
@@ -17,7 +18,7 @@ PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 
 
 class PagedCache(PageAllocator):
-    """Keys and values of all layers: ``k`` and ``v`` are [layers, pages + 1, page_size, Hkv, D].
+    """Keys and values of all layers: ``pages`` has those of each as one value (kernels/pages/), with one page to spare.
 
     The memory is not cleared, and on a CPU the operating system provides it only as pages are first written.
 
@@ -30,10 +31,9 @@ class PagedCache(PageAllocator):
         super().__init__(-(-num_tokens // page_size), page_size)
         self.dtype = dtype
         self.spare_page = self.num_pages  # of nobody: for rows of a captured step that have no sequence
-        shape = (config.num_hidden_layers, self.num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
-        self.k = torch.empty(shape, dtype=dtype, device=device)
-        self.v = torch.empty(shape, dtype=dtype, device=device)
-        self.device = self.k.device
+        shape = (self.num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
+        self.pages = [DensePages.allocate(*shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.device = self.pages[0].device
         self.rope = RopeTable(config, self.num_tokens, device)  # of the positions that its sequences reach
         self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache
         self.shares: dict[Any, None] = {}  # engine.sharing.Share: one for each engine that uses the cache
@@ -48,8 +48,8 @@ class PagedCache(PageAllocator):
         super().fork(table, copy)
         full, tail = divmod(table.length, self.page_size)
         if tail:
-            self.k[:, copy.pages[full]] = self.k[:, table.pages[full]]
-            self.v[:, copy.pages[full]] = self.v[:, table.pages[full]]
+            for layer in self.pages:
+                layer.copy_page(copy.pages[full], table.pages[full])
 
     def batch(self, parts: Sequence[tuple[BlockTable, Sequence[int]]]) -> Batch:
         """Makes room for the next token ids of some sequences and says where they go. When the forward pass has

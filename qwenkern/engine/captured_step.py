@@ -125,7 +125,7 @@ class CapturedSteps:
 
     def _waits_for_host(self) -> bool:
         cache = self._cache
-        return cache.device.type == "cuda" and waits_for_host(self._model.config.num_attention_heads, cache.k[0])
+        return cache.device.type == "cuda" and waits_for_host(self._model.config.num_attention_heads, cache.pages[0])
 
     def _captured(self, size: int, candidates: int | None) -> CapturedStep | None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import accumulate
@@ -43,14 +44,14 @@ class Engine:
     batches.
 
     An error in one request's logits or sampling ends that request. An exception of a step, such as a KeyboardInterrupt,
-    ends all requests of the engine and gives their pages back. Other engines go on. An engine that is dropped without
-    ``close`` keeps its pages until another one needs them."""
+    ends all requests of the engine and gives their pages back. Other engines go on."""
 
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits)
         self._pipeline: DecodePipeline | None = None
         self._stepping = threading.Lock()
+        self._finalizer = weakref.finalize(self, self.scheduler.close)  # where nobody closes it
 
     @property
     def has_requests(self) -> bool:
@@ -118,6 +119,7 @@ class Engine:
         """Ends all requests, and gives their pages back. Not while another thread is in a step."""
         self.scheduler.close()
         self._pipeline = None
+        self._finalizer.detach()
 
     def __enter__(self) -> Engine:
         return self

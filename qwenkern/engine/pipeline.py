@@ -24,16 +24,14 @@ class DecodePipeline:
         self._launches_left = min(request.max_tokens - len(request.output_ids) for request in requests)
 
     def tokens(self) -> list[tuple[Request, int]]:
-        """The next token of each request, once more steps are launched. Nothing when all are read and the scheduler
-        has to decide."""
+        """The next token of each request, also of one that has ended meanwhile, once more steps are launched. Nothing
+        when all are read and the scheduler has to decide."""
         while len(self._unread) <= self._captured.in_flight and self._launch_next():
             pass
-        while self._unread:
-            tokens = self._unread.popleft()()[: len(self._requests)]
-            read = [pair for pair in zip(self._requests, tokens, strict=True) if not pair[0].has_ended]
-            if read:
-                return read
-        return []
+        if not self._unread:
+            return []
+        tokens = self._unread.popleft()()
+        return list(zip(self._requests, tokens[: len(self._requests)], strict=True))
 
     def _launch_next(self) -> bool:
         if not self._launches_left:

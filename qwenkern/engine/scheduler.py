@@ -77,7 +77,7 @@ class Scheduler:
     def fork(self, request: Request) -> list[Request]:
         """The request, whose prompt is in the cache, and its siblings that start there. Siblings that find no room
         wait, and the first of them starts the others. Under the lock."""
-        siblings, request.siblings = deque(request.siblings), []
+        siblings, request.siblings = deque(each for each in request.siblings if not each.aborted), []
         started = [request]
         while siblings and len(self.share.running) < self.limits.max_batch:
             to_come = siblings[0].max_tokens - 1 if self.limits.batch_invariant else 0
@@ -92,22 +92,19 @@ class Scheduler:
         self.share.end(request)
 
     def abort(self, request: Request) -> None:
-        """Drops a request wherever it stands, and gives its pages back. The completions of its prompt that have not
+        """Drops a request that runs or waits, and gives its pages back. The completions of its prompt that have not
         started go on without it. Under the lock."""
-        self._take_arrivals()
-        heirs = _led_by_first(request.siblings)
-        request.siblings = []
         if request in self.share.running:
+            at = 0
             self.share.end(request)
-            self.waiting.extendleft(heirs)
         elif request in self.waiting:
             at = self.waiting.index(request)
             self.waiting.remove(request)
-            for heir in heirs:
-                self.waiting.insert(at, heir)
-        for other in [*self.waiting, *self.share.running]:
-            if request in other.siblings:
-                other.siblings.remove(request)
+        else:  # it has just arrived, or waits for its prompt: it is dropped when it comes to its turn
+            return
+        for heir in _led_by_first(request.siblings):
+            self.waiting.insert(at, heir)
+        request.siblings = []
 
     def close(self) -> None:
         """Drops all requests. Takes no lock: the garbage collector may close a stream in the middle of anything."""
@@ -117,14 +114,11 @@ class Scheduler:
 
     def _sort(self) -> None:
         """Takes in who arrived, drops who was aborted, and lets those wait that have lost their pages."""
-        self._take_arrivals()
+        while self._arrivals:
+            self.waiting.append(self._arrivals.popleft())
         for request in [each for each in [*self.waiting, *self.share.running] if each.aborted]:
             self.abort(request)
         self.waiting.extendleft(reversed(self.share.lost()))
-
-    def _take_arrivals(self) -> None:
-        while self._arrivals:
-            self.waiting.append(self._arrivals.popleft())
 
     def _admit(self) -> None:
         """Starts waiting requests, in order, while there is room for all of their tokens."""

@@ -14,7 +14,6 @@ from qwenkern.benchmarks.models import where
 from qwenkern.benchmarks.models.where import BETWEEN, CPU_LINEARS, GPU_LINEARS, Span, charge, labels
 from qwenkern.cli.commands import app
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels import dispatch
 
 # the modules, whose names the package gives to their ops
 qkv_rope, decode_attention, linear, lm_head = (
@@ -71,7 +70,7 @@ def test_a_linears_place_says_which_it_is():
 @pytest.fixture
 def in_c(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
     if c_backend.prepare():
         pytest.skip("no C compiler here")
 

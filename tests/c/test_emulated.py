@@ -7,8 +7,7 @@ import torch
 from c import emulated
 from torch import Tensor
 
-from qwenkern.kernels import c as c_backend
-from qwenkern.kernels.c import build, choose
+from qwenkern.kernels.c import build, choose, ops
 from qwenkern.kernels.c.calls import FIELDS, make
 from qwenkern.kernels.c.recorded_calls import run
 
@@ -36,7 +35,7 @@ def silu(out: Tensor, x: Tensor, columns: int) -> None:
 def test_views_of_one_storage_keep_their_places():
     x = torch.randn(3, 100, generator=torch.Generator().manual_seed(0)).bfloat16()
     assert torch.equal(
-        c_backend.silu_mul(x[:, 10:40], x[:, 30:60]), c_backend.silu_mul(*(x[:, i : i + 30].clone() for i in (10, 30)))
+        ops.silu_mul(x[:, 10:40], x[:, 30:60]), ops.silu_mul(*(x[:, i : i + 30].clone() for i in (10, 30)))
     )
 
 

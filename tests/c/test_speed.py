@@ -14,7 +14,7 @@ from qwenkern import Config
 from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.engine import Runner
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels import decode_attention, dispatch
+from qwenkern.kernels import decode_attention
 from qwenkern.qwen2 import Qwen2, initialise
 
 # the 0.5B size, with fewer layers and words: 118 MB of weights, more than a core's caches
@@ -34,7 +34,7 @@ pytestmark = [pytest.mark.xdist_group("speed"), pytest.mark.processor]
 @pytest.fixture
 def in_c(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
     if c_backend.prepare():
         pytest.skip("no C compiler here, so torch runs both sides")
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels.c import build, recorded_calls
+from qwenkern.kernels.c import build, ops, recorded_calls
+from qwenkern.kernels.weights import Dense
 
 X, W = (torch.randn(rows, 896, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (40, 333))
 
@@ -35,7 +36,7 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
 
 def products() -> tuple[torch.Tensor, ...]:
     """What few tokens and many give: two loops each, of more tasks than threads and of fewer."""
-    return c_backend.linear(X[:1], W), c_backend.linear(X[:7], W), c_backend.linear(X, W)
+    return tuple(ops.linear(rows, Dense(W)) for rows in (X[:1], X[:7], X))
 
 
 def equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:

@@ -414,7 +414,7 @@ def test_a_current_folder_that_was_deleted_is_said(tmp_path):
 
 
 def test_the_command_begins_with_the_standard_library_only():
-    assert 'entry_points={"console_scripts": ["qwenkern = qwenkern_start:main"]}' in (ROOT / "setup.py").read_text()
+    assert '[project.scripts]\nqwenkern = "qwenkern_start:main"\n' in (ROOT / "pyproject.toml").read_text()
     code = "import sys; before = set(sys.modules); import qwenkern_start; print(*set(sys.modules) - before)"
     done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert {name.partition(".")[0] for name in done.stdout.split()} - {"qwenkern_start"} <= sys.stdlib_module_names

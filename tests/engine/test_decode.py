@@ -15,7 +15,7 @@ from qwenkern.engine import Engine, Limits, Runner
 from qwenkern.engine.capture import CallCapture
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels import dispatch, waits_for_host
+from qwenkern.kernels import waits_for_host
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
 pytestmark = pytest.mark.processor
@@ -25,7 +25,7 @@ IN_C = replace(TINY, intermediate_size=192)  # a multiple of what C reads at onc
 @pytest.fixture
 def in_c(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
 
 
 class Fake:

@@ -27,7 +27,6 @@ from torch import Tensor
 from qwenkern import Model
 from qwenkern.integrations.transformers import layers
 from qwenkern.integrations.transformers import patch as integration
-from qwenkern.kernels import dispatch
 
 pytestmark = [pytest.mark.demo, pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("demo")]
 
@@ -46,7 +45,7 @@ PROMPTS = [
 def as_for_anybody():
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("QWENKERN_KERNELS", raising=False)
-        patch.setattr(dispatch, "INTERPRETED", False)
+        patch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
         yield
 
 

@@ -15,7 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from qwenkern import kernels
-from qwenkern.kernels import dispatch
 
 TOKENS, HEADS, KV_HEADS, DIM, HIDDEN = 2, 4, 2, 32, 64
 
@@ -122,7 +121,7 @@ def freed(x: Tensor) -> Tensor:
 @pytest.fixture(autouse=True, params=["C", "torch"])
 def backend(request, monkeypatch) -> str:
     monkeypatch.setenv("QWENKERN_KERNELS", "reference" if request.param == "torch" else "triton")
-    monkeypatch.setattr(dispatch, "INTERPRETED", False)
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
     return request.param
 
 

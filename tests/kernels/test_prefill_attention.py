@@ -59,7 +59,7 @@ def test_tiles_divide_the_page(ops, device, page_size):
 def test_tiles_tuned_for_other_sizes(ops, device, page_size, dtype):
     """A tile of keys lies within one page, whatever a tuned file says of larger pages."""
     inputs = _inputs([(40, 100)], (4, 2, 32), dtype, device, page_size)
-    tuning = importlib.import_module(f"{ops.__name__}.tuning")
+    tuning = importlib.import_module(f"{ops.__name__}.triton.tuning")
     with tuning.trying("prefill_attention", {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}) as trial:
         assert_matches_twin(ops, "prefill_attention", *inputs)
     assert bool(trial.seen) == (dtype != torch.float32)  # float32 has no tuned tiles

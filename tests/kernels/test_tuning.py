@@ -18,7 +18,7 @@ from qwenkern import Config
 from qwenkern.benchmarks import tune
 from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.benchmarks.ops.timing import Ceilings
-from qwenkern.kernels import tuning
+from qwenkern.kernels.triton import tuning
 
 TINY = Config(97, 64, 96, 1, 4, 2, 16, max_position_embeddings=128)
 BY_NAME = {case.name: case for case in CASES}
@@ -112,13 +112,13 @@ def test_a_kernel_runs_with_what_was_tuned(folder, ops):
     tune.write(file, "swiglu", {"device": "interpreter"}, {"rows": 2, "columns": 32}, {"BLOCK": 16, "num_warps": 1})
     with tuning.trying("rms_norm", {}):
         ops.swiglu(torch.ones(2, 64))
-    from qwenkern.kernels.swiglu import config
+    from qwenkern.kernels.triton.swiglu_backward import config
 
     assert config("swiglu", tuning.INTERPRETER, 2, 32) == {"BLOCK": 16, "num_warps": 1}
 
 
 def test_what_was_tuned_for_other_pages_stays_within_one(folder):
-    from qwenkern.kernels.decode_attention import _config
+    from qwenkern.kernels.triton.decode_attention import _config
 
     sizes = {"num_kv_heads": 2, "head_dim": 64, "page_size": 64}
     tune.write(folder / "interpreter" / "decode_attention.json", "decode_attention", {}, sizes, {"BLOCK_N": 64})
@@ -132,7 +132,8 @@ def test_triton_compiles_where_its_folder_cannot_be_written(compiling):
     code = """
 import os, warnings, torch, triton
 from triton.runtime.cache import get_cache_manager
-from qwenkern.kernels import dispatch, tuning
+from qwenkern import kernels
+from qwenkern.kernels.triton import tuning
 with warnings.catch_warnings(record=True) as said, tuning.offline(tuning.Device("any", "cuda", 90, 132, 232448)):
     warnings.simplefilter("always")
     assert dispatch.runs_on_triton(torch.empty(1, device="meta"))

@@ -19,7 +19,7 @@ from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
 from qwenkern.benchmarks.offline import machine_code
-from qwenkern.kernels import tuning
+from qwenkern.kernels.triton import tuning
 
 from .faults import Unknown
 from .launch import Kernel, Launch

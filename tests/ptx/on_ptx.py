@@ -18,7 +18,7 @@ from ptx.device import device
 from ptx.faults import Fault
 from qwenkern import kernels as ops
 from qwenkern.benchmarks.offline.machine_code import DEVICES
-from qwenkern.kernels import tuning
+from qwenkern.kernels.triton import tuning
 
 CPU = torch.device("cpu")
 

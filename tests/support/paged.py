@@ -8,6 +8,8 @@ import torch
 from support.references import random
 from torch import Tensor
 
+from qwenkern.kernels.pages import DensePages
+
 
 def paged_cache(
     lengths: Sequence[int],
@@ -17,8 +19,8 @@ def paged_cache(
     dtype: torch.dtype,
     device: torch.device,
     spare_pages: int = 1,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """k_pages, v_pages, block_tables, lengths. Page 0 is NaN throughout, and stands in every table beyond the
+) -> tuple[DensePages, Tensor, Tensor]:
+    """pages, block_tables, lengths. Page 0 is NaN throughout, and stands in every table beyond the
     sequence's own pages; NaN too are the tokens of a last page that the sequence does not have."""
     counts = [-(-length // page_size) for length in lengths]
     order = 1 + torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1))
@@ -30,4 +32,8 @@ def paged_cache(
         block_tables[row, : len(pages)] = pages
         if length % page_size:
             k_pages[pages[-1], length % page_size :] = v_pages[pages[-1], length % page_size :] = float("nan")
-    return k_pages, v_pages, block_tables.to(device), torch.tensor(lengths, dtype=torch.int32, device=device)
+    return (
+        DensePages(k_pages, v_pages),
+        block_tables.to(device),
+        torch.tensor(lengths, dtype=torch.int32, device=device),
+    )

@@ -17,9 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
+import triton.language as tl
+
+from ..language import INTERPRETED, cast, dot, round_to
 from . import tuning
-from .language import INTERPRETED, cast, dot, prefetch, round_to
-from .triton_if_any import tl, triton
 
 MAX_TOKENS = 16  # above, a library's matrix product is as fast
 IN_FLIGHT = (
@@ -80,15 +82,6 @@ def padded(tokens: int, device: tuning.Device) -> int:
 
 
 @triton.jit
-def prefetch_weight(weight_ptr, rows, weight_stride, k_start, k_end, LINES: tl.constexpr):
-    """Asks for the first cache lines of each row: they come while the kernel before drains and the norm is computed."""
-    if LINES > 0:
-        line: tl.constexpr = 1024 // weight_ptr.dtype.element_ty.primitive_bitwidth  # elements
-        k = k_start + tl.arange(0, LINES)[None, :] * line
-        prefetch(weight_ptr + rows[:, None] * weight_stride + k, (rows[:, None] >= 0) & (k < k_end))
-
-
-@triton.jit
 def _row(x_ptr, residual_ptr, token, k, mask, x_stride, residual_stride):
     x = tl.load(x_ptr + token * x_stride + k, mask=mask, other=0.0)
     residual = x
@@ -142,23 +135,24 @@ def accumulate(
     residual_ptr,  # [T, K], or None
     norm_weight_ptr,  # [K], or None: x as it is
     scales,  # [BLOCK_T], of the norm
-    weight_ptr,  # [N, K]
-    up_ptr,  # [N, K], or None
+    weight,  # [N, K], as its format has it
+    up,  # [N, K], with GATED
     rows,  # [BLOCK_N] int64, all within N
     num_tokens,
     k_start,
     k_end,
     x_stride,
     residual_stride,
-    weight_stride,
+    LOAD: tl.constexpr,  # of the weight's format
+    GATED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SLICES: tl.constexpr,  # of BLOCK_K; as many as warps
     EVEN_K: tl.constexpr,
 ):
-    """The rows of one weight, or of two, times the (normalised) tokens: two of [BLOCK_N, BLOCK_T] float32, the second
-    zero without a second weight. Tiles are [SLICES, rows, BLOCK_K / SLICES]."""
+    """Rows of the weight, and with GATED those of up, times the (normalised) tokens: [BLOCK_N, BLOCK_T] float32 twice,
+    the second zero without GATED. Tiles are [SLICES, rows, BLOCK_K / SLICES]."""
     dtype = x_ptr.dtype.element_ty
     # Beyond the last token the last one is read again: what comes of it is not stored.
     tokens = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1)[None, :, None]
@@ -179,9 +173,7 @@ def accumulate(
                 h = round_to(h + residual.to(tl.float32), dtype)
             norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other).to(tl.float32)
             x = cast(round_to(h * scales[None, :, None], dtype) * norm_weight, dtype)
-        weight = tl.load(weight_ptr + rows * weight_stride + k, mask=mask, other=other)
-        acc = dot(weight, tl.permute(x, [0, 2, 1]), acc)
-        if up_ptr is not None:
-            up = tl.load(up_ptr + rows * weight_stride + k, mask=mask, other=other)
-            acc_up = dot(up, tl.permute(x, [0, 2, 1]), acc_up)
+        acc = dot(LOAD(weight, rows, k, mask, other), tl.permute(x, [0, 2, 1]), acc)
+        if GATED:
+            acc_up = dot(LOAD(up, rows, k, mask, other), tl.permute(x, [0, 2, 1]), acc_up)
     return tl.sum(acc, axis=0), tl.sum(acc_up, axis=0)

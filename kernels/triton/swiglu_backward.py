@@ -15,13 +15,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import reference, tuning
-from .checks import check_device, check_tensor
-from .dispatch import op, pdl_options, runs_on_triton
-from .language import cast, round_to, silu, wait_for_inputs
-from .triton_if_any import tl, triton
+from ..language import cast, round_to, silu, wait_for_inputs
+from . import tuning
+from .backend import TRITON, pdl_options
 
 for _op in ("swiglu", "swiglu_backward"):
     tuning.SPACES[_op] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
@@ -91,61 +91,17 @@ def _launch_swiglu_backward(grad_gate: Tensor, grad_up: Tensor, grad: Tensor, ga
     )
 
 
-def _fake_swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    return torch.empty_like(gate_up, memory_format=torch.contiguous_format)
-
-
-@op(fake=_fake_swiglu_backward)
+@TRITON.implements()
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Tensor:
-    """The gradient of swiglu's gate_up [..., 2 F], packed like it, from that of its result, grad [..., F].
-
-    float32, bfloat16 or float16, the last dimensions contiguous."""
-    check_tensor("swiglu_backward", "gate_up", gate_up, ("...", "2 F"))
-    if gate_up.shape[-1] % 2:
-        raise ValueError(f"swiglu_backward: gate_up's last dimension must be even, and is {gate_up.shape[-1]}")
-    check_tensor("swiglu_backward", "grad", grad, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), like=gate_up)
-    check_device("swiglu_backward", grad=grad, gate_up=gate_up)
-    if not runs_on_triton(gate_up):
-        return reference.swiglu_backward(grad, gate_up)
-    out = _fake_swiglu_backward(grad, gate_up)
+    out = torch.empty_like(gate_up, memory_format=torch.contiguous_format)
     halves = (half for each in (out, gate_up) for half in each.reshape(-1, each.shape[-1]).chunk(2, dim=-1))
     grad_gate, grad_up, gate, up = halves
     _launch_swiglu_backward(grad_gate, grad_up, grad.reshape(-1, grad.shape[-1]), gate, up)
     return out
 
 
-def _fake_silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    grad_gate, grad_up = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
-    return grad_gate, grad_up
-
-
-@op(fake=_fake_silu_mul_backward)
+@TRITON.implements()
 def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of silu_mul's gate and up, from that of its result, all [..., F].
-
-    float32, bfloat16 or float16, the last dimensions contiguous."""
-    check_tensor("silu_mul_backward", "gate", gate, ("...", "F"))
-    check_tensor("silu_mul_backward", "up", up, tuple(gate.shape), like=gate)
-    check_tensor("silu_mul_backward", "grad", grad, tuple(gate.shape), like=gate)
-    check_device("silu_mul_backward", grad=grad, gate=gate, up=up)
-    if not runs_on_triton(gate):
-        return reference.silu_mul_backward(grad, gate, up)
-    outs = _fake_silu_mul_backward(grad, gate, up)
-    _launch_swiglu_backward(*(each.reshape(-1, each.shape[-1]) for each in (*outs, grad, gate, up)))
-    return outs
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _swiglu_gradient(ctx: Any, grad: Tensor) -> Tensor:
-    return torch.ops.qwenkern.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
-
-
-def _silu_mul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.ops.qwenkern.silu_mul_backward(grad.contiguous(), *ctx.saved_tensors)
-
-
-swiglu_gradient = (_save_inputs, _swiglu_gradient)
-silu_mul_gradient = (_save_inputs, _silu_mul_gradient)
+    grad_gate, grad_up = (torch.empty_like(gate, memory_format=torch.contiguous_format) for _ in range(2))
+    _launch_swiglu_backward(*(each.reshape(-1, each.shape[-1]) for each in (grad_gate, grad_up, grad, gate, up)))
+    return grad_gate, grad_up

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .environment import CONFIG_DIR
+from ..environment import CONFIG_DIR
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import c as c_backend
-from . import reference, tuning
-from .checks import INTEGERS, check_device, check_paged, check_tensor
+from ..language import cast, dot, wait_for_inputs
+from ..pages import Pages
+from . import tuning
+from .backend import TRITON, pdl_options
 from .decode_attention import LOG2_E
-from .dispatch import op, pdl_options, runs_on_triton
-from .language import cast, dot, wait_for_inputs
-from .triton_if_any import tl, triton
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 
@@ -86,17 +86,15 @@ def _attend(
     best,  # [BLOCK_M] float32, largest score
     q,  # [BLOCK_M, D]
     positions,  # [BLOCK_M]
-    k_ptr,
-    v_ptr,
+    pages,  # as their format has them
+    kv_head,
     table,
     page_size,
-    k_page_stride,
-    k_token_stride,
-    v_page_stride,
-    v_token_stride,
     start,
     end,
     scale,
+    LOAD_K: tl.constexpr,  # of the pages' format
+    LOAD_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
@@ -107,13 +105,11 @@ def _attend(
     page = tl.load(table + start // page_size, mask=start < end, other=0).to(tl.int64)
     for tile in range(start, end, BLOCK_N):
         token = (tile % page_size + row).to(tl.int64)[:, None]
-        k_at = page * k_page_stride + token * k_token_stride + column
-        v_at = page * v_page_stride + token * v_token_stride + column
+        this_page = page
         # the next page's number is on its way before it is needed; the last one is asked for twice
         page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
         mask = (tile + row < end)[:, None] if MASKED else None
-        other = 0.0 if MASKED else None
-        k = tl.load(k_ptr + k_at, mask=mask, other=other).to(q.dtype)  # a cache of fewer bits would be converted here
+        k = LOAD_K(pages, kv_head, this_page, token, column, mask)
         scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * (scale * LOG2_E)
         if MASKED:
             scores = tl.where((tile + row)[None, :] <= positions[:, None], scores, float("-inf"))
@@ -121,7 +117,7 @@ def _attend(
         weights = tl.exp2(scores - new_best[:, None])
         shrink = tl.exp2(best - new_best)
         total = total * shrink + tl.sum(weights, axis=1)
-        v = tl.load(v_ptr + v_at, mask=mask, other=other).to(q.dtype)
+        v = LOAD_V(pages, kv_head, this_page, token, column, mask)
         acc = dot(cast(weights, q.dtype), v, acc * shrink[:, None])
         best = new_best
     return acc, total, best
@@ -131,22 +127,17 @@ def _attend(
 def _prefill_attention_kernel(
     out_ptr,  # [T, Hq, D]
     q_ptr,  # [T, Hq, D]
-    k_ptr,  # [num_pages, page_size, Hkv, D]
-    v_ptr,  # [num_pages, page_size, Hkv, D]
+    pages,  # as their format has them
     block_tables_ptr,  # [S, P]
     lengths_ptr,  # [S]
     query_starts_ptr,  # [S + 1]
     num_sequences,
     page_size,
     q_stride,  # of a token; heads are dense
-    k_page_stride,
-    k_token_stride,
-    k_head_stride,
-    v_page_stride,
-    v_token_stride,
-    v_head_stride,
     block_tables_stride,
     scale,
+    LOAD_K: tl.constexpr,  # of the pages' format
+    LOAD_V: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -176,19 +167,15 @@ def _prefill_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     table = block_tables_ptr + sequence.to(tl.int64) * block_tables_stride
-    k_ptr += (head // GROUP).to(tl.int64) * k_head_stride
-    v_ptr += (head // GROUP).to(tl.int64) * v_head_stride
     seen_by_all = (first - query_end + length + 1) // BLOCK_N * BLOCK_N
     seen_by_last = tl.minimum(first + BLOCK_M, query_end) - query_end + length
     acc, total, best = _attend(
-        acc, total, best, q, positions, k_ptr, v_ptr, table, page_size,
-        k_page_stride, k_token_stride, v_page_stride, v_token_stride,
-        0, seen_by_all, scale, BLOCK_M, BLOCK_N, False,
+        acc, total, best, q, positions, pages, head // GROUP, table, page_size,
+        0, seen_by_all, scale, LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, False,
     )  # fmt: skip
     acc, total, best = _attend(
-        acc, total, best, q, positions, k_ptr, v_ptr, table, page_size,
-        k_page_stride, k_token_stride, v_page_stride, v_token_stride,
-        seen_by_all, seen_by_last, scale, BLOCK_M, BLOCK_N, True,
+        acc, total, best, q, positions, pages, head // GROUP, table, page_size,
+        seen_by_all, seen_by_last, scale, LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, True,
     )  # fmt: skip
 
     out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
@@ -199,33 +186,31 @@ def _prefill_attention_kernel(
 def _launch_prefill_attention(
     out: Tensor,
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     lengths: Tensor,
     query_starts: Tensor,
     scale: float,
     page_size: int,
 ) -> None:
-    """k_pages and v_pages [num_pages, page_size, Hkv, D] of any strides but the last."""
-    (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k_pages.shape[2]
+    """The pages may have any strides but the last; ``page_size`` is what a page is taken for."""
+    (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
     config = _config(tuning.device_of(q), head_dim, page_size, q.element_size())
     tiles = num_tokens // config["BLOCK_M"] + len(lengths)
     _prefill_attention_kernel[(num_q_heads, tiles)](
         out,
         q,
-        k_pages,
-        v_pages,
+        pages.triton_arguments(),
         block_tables,
         lengths,
         query_starts,
         len(lengths),
         page_size,
         q.stride(0),
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
         block_tables.stride(0),
         scale,
+        LOAD_K=pages.triton_load_k,
+        LOAD_V=pages.triton_load_v,
         GROUP=num_q_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         **config,
@@ -233,77 +218,33 @@ def _launch_prefill_attention(
     )
 
 
+def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
+    """Why q is not attended to pages that are taken for pages of this size."""
+    if pages.triton_load_k is None:
+        return f"pages of the format {pages.format}"
+    if q.shape[2] not in HEAD_DIMS:
+        return f"heads of {q.shape[2]} (16, 32, 64, 128 or 256)"
+    return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
+
+
 def attend(
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     lengths: Tensor,
     query_starts: Tensor,
     scale: float,
     page_size: int,
 ) -> Tensor:
-    """prefill_attention of checked arguments, over pages of any strides."""
+    """prefill_attention over pages of any strides, which are taken for pages of ``page_size``."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     out = q.new_empty(q.shape)
-    _launch_prefill_attention(out, q, k_pages, v_pages, block_tables, lengths, query_starts, scale, page_size)
+    _launch_prefill_attention(out, q, pages, block_tables, lengths, query_starts, scale, page_size)
     return out
 
 
-def _check_query_starts(num_tokens: int, lengths: Tensor, query_starts: Tensor) -> None:
-    """Raises unless they cut the rows of q into the sequences' last tokens; values are looked at on a CPU only."""
-    check_tensor("prefill_attention", "query_starts", query_starts, (len(lengths) + 1,), dtypes=INTEGERS)
-    check_device("prefill_attention", lengths=lengths, query_starts=query_starts)
-    if query_starts.device.type != "cpu":
-        return
-    counts = query_starts.diff()
-    if query_starts[0] != 0 or query_starts[-1] != num_tokens or (counts < 0).any() or (counts > lengths).any():
-        raise ValueError(
-            f"prefill_attention: query_starts must rise from 0 to q's {num_tokens} rows, by no more than each "
-            f"sequence's length, and is {query_starts.tolist()} for lengths {lengths.tolist()}"
-        )
-
-
-def unsupported(q: Tensor, k_pages: Tensor, page_size: int) -> str | None:
-    head_dim = q.shape[2]
-    if head_dim not in HEAD_DIMS:
-        return f"heads of {head_dim} (16, 32, 64, 128 or 256)"
-    return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
-
-
-def _fake_prefill_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_tables: Tensor,
-    lengths: Tensor,
-    query_starts: Tensor,
-    scale: float,
-) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@op(fake=_fake_prefill_attention)
+@TRITON.implements(lambda q, pages, *rest, **keywords: refuses_paged(q, pages, pages.page_size))
 def prefill_attention(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_tables: Tensor,
-    lengths: Tensor,
-    query_starts: Tensor,
-    scale: float,
+    q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, query_starts: Tensor, scale: float
 ) -> Tensor:
-    """Causal attention of several query tokens a sequence, packed without padding, over the cached tokens (Dao 2023,
-    arXiv:2307.08691, algorithm 1).
-
-    q [T, Hq, D], tokens of any stride; pages dense, of q's dtype; block_tables [S, P], lengths [S] and query_starts
-    [S + 1] integers. The query in row query_starts[s + 1] - 1 sees all lengths[s] tokens; a sequence may have no query.
-    Returns [T, Hq, D]. On a GPU the values of the integers are not checked."""
-    check_paged("prefill_attention", q, k_pages, v_pages, block_tables, lengths)
-    _check_query_starts(len(q), lengths, query_starts)
-    if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
-        given = (q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
-        if c_backend.takes(c_backend.refuses_prefill_attention, *given):
-            return c_backend.prefill_attention(*given)
-        return reference.prefill_attention(q, k_pages, v_pages, block_tables, lengths, query_starts, scale)
-    return attend(q, k_pages, v_pages, block_tables, lengths, query_starts, scale, k_pages.shape[1])
+    return attend(q, pages, block_tables, lengths, query_starts, scale, pages.page_size)

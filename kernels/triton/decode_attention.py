@@ -21,15 +21,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import c as c_backend
-from . import reference, tuning
-from .checks import check_paged
-from .dispatch import op, pdl_options, runs_on_triton
-from .language import cast, dot, wait_for_inputs
+from ..language import cast, dot, wait_for_inputs
+from ..pages import Pages
+from . import tuning
+from .backend import TRITON, pdl_options
 from .rope import HEAD_DIMS
-from .triton_if_any import tl, triton
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_GROUP = 64
@@ -81,21 +81,16 @@ def _decode_attention_kernel(
     parts_ptr,  # [S, Hq, splits, D] float32, or None: one split
     logs_ptr,  # [S, Hq, splits] float32, or None
     q_ptr,  # [S, Hq, D]
-    k_ptr,  # [num_pages, page_size, Hkv, D]
-    v_ptr,  # [num_pages, page_size, Hkv, D]
+    pages,  # as their format has them
     block_tables_ptr,  # [S, P]
     lengths_ptr,  # [S]
     splits,  # room in parts and logs
     page_size,
     q_stride,  # of a sequence; heads are dense
-    k_page_stride,
-    k_token_stride,
-    k_head_stride,
-    v_page_stride,
-    v_token_stride,
-    v_head_stride,
     block_tables_stride,
     scale,
+    LOAD_K: tl.constexpr,  # of the pages' format
+    LOAD_V: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
@@ -112,9 +107,7 @@ def _decode_attention_kernel(
     group = tl.arange(0, BLOCK_G)[:, None]
     column = tl.arange(0, HEAD_DIM)[None, :]
     row = tl.arange(0, BLOCK_N)[:, None]
-    dtype = v_ptr.dtype.element_ty
-    k_ptr += kv_head.to(tl.int64) * k_head_stride
-    v_ptr += kv_head.to(tl.int64) * v_head_stride
+    dtype = q_ptr.dtype.element_ty
     table = block_tables_ptr + sequence * block_tables_stride
     q_heads = kv_head * GROUP + group
     head = sequence * num_kv_heads * GROUP + q_heads
@@ -129,18 +122,17 @@ def _decode_attention_kernel(
         page = tl.load(table + start // page_size).to(tl.int64)
         for tile in range(start, end, BLOCK_N):
             token = (tile % page_size + row).to(tl.int64)
-            k_at = page * k_page_stride + token * k_token_stride + column
-            v_at = page * v_page_stride + token * v_token_stride + column
+            this_page = page
             # the next page's number is on its way before it is needed; the last one is asked for twice
             page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
-            k = tl.load(k_ptr + k_at, mask=tile + row < end, other=0.0)
+            k = LOAD_K(pages, kv_head, this_page, token, column, tile + row < end)
             scores = dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
             scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = tl.exp2(scores - new_best[:, None])
             shrink = tl.exp2(best - new_best)
             total = total * shrink + tl.sum(weights, axis=1)
-            v = tl.load(v_ptr + v_at, mask=tile + row < end, other=0.0)
+            v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)
             acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
             best = new_best
 
@@ -188,16 +180,15 @@ def _launch_decode_attention(
     parts: Tensor | None,
     logs: Tensor | None,
     q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
+    pages: Pages,
     block_tables: Tensor,
     lengths: Tensor,
     scale: float,
     page_size: int,
     config: dict[str, Any],
 ) -> None:
-    """k_pages and v_pages [num_pages, page_size, Hkv, D] of any strides but the last."""
-    (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, k_pages.shape[2]
+    """The pages may have any strides but the last; ``page_size`` is what a page is taken for."""
+    (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
     group = num_q_heads // num_kv_heads
     splits = 1 if logs is None else logs.shape[2]
     # Twice what fits the device, and no more: a captured step makes room for a whole context, and most of it is empty.
@@ -207,17 +198,16 @@ def _launch_decode_attention(
         parts,
         logs,
         q,
-        k_pages,
-        v_pages,
+        pages.triton_arguments(),
         block_tables,
         lengths,
         splits,
         page_size,
         q.stride(0),
-        *k_pages.stride()[:3],
-        *v_pages.stride()[:3],
         block_tables.stride(0),
         scale,
+        LOAD_K=pages.triton_load_k,
+        LOAD_V=pages.triton_load_v,
         GROUP=group,
         HEAD_DIM=head_dim,
         BLOCK_G=max(16, triton.next_power_of_2(group)),
@@ -242,29 +232,23 @@ def _launch_decode_attention(
     )
 
 
-def unsupported(q: Tensor, k_pages: Tensor, page_size: int) -> str | None:
-    num_kv_heads, head_dim = k_pages.shape[2:]
-    if head_dim not in HEAD_DIMS:
-        return f"heads of {head_dim} (16, 32, 64 or 128)"
+def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
+    """Why q is not attended to pages that are taken for pages of this size."""
+    if pages.triton_load_k is None:
+        return f"pages of the format {pages.format}"
+    if pages.head_dim not in HEAD_DIMS:
+        return f"heads of {pages.head_dim} (16, 32, 64 or 128)"
     if page_size % 16:
         return f"pages of {page_size} tokens (a multiple of 16)"
-    if q.shape[1] // num_kv_heads > MAX_GROUP:
-        return f"{q.shape[1] // num_kv_heads} query heads for one of the cache (at most {MAX_GROUP})"
+    if q.shape[1] // pages.num_kv_heads > MAX_GROUP:
+        return f"{q.shape[1] // pages.num_kv_heads} query heads for one of the cache (at most {MAX_GROUP})"
     return None
 
 
-def attend(
-    q: Tensor,
-    k_pages: Tensor,
-    v_pages: Tensor,
-    block_tables: Tensor,
-    lengths: Tensor,
-    scale: float,
-    page_size: int,
-) -> Tensor:
-    """decode_attention of checked arguments, over pages of any strides."""
+def attend(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, scale: float, page_size: int) -> Tensor:
+    """decode_attention over pages of any strides, which are taken for pages of ``page_size``."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
-    num_kv_heads, head_dim = k_pages.shape[2:]
+    num_kv_heads, head_dim = pages.num_kv_heads, pages.head_dim
     config = _config(tuning.device_of(q), num_kv_heads, head_dim, page_size, q.element_size())
     splits = min(config["NUM_SPLITS"], triton.cdiv(block_tables.shape[1] * page_size, config["BLOCK_N"]))
     out = q.new_empty(q.shape)
@@ -272,37 +256,10 @@ def attend(
     if splits > 1:
         parts = q.new_empty((*q.shape[:2], splits, head_dim), dtype=torch.float32)
         logs = q.new_empty((*q.shape[:2], splits), dtype=torch.float32)
-    _launch_decode_attention(out, parts, logs, q, k_pages, v_pages, block_tables, lengths, scale, page_size, config)
+    _launch_decode_attention(out, parts, logs, q, pages, block_tables, lengths, scale, page_size, config)
     return out
 
 
-def waits_for_host(num_q_heads: int, k_pages: Tensor) -> bool:
-    """Whether decode_attention over these pages looks at lengths on the host, so that no graph can capture it."""
-    q = k_pages.new_empty(1, num_q_heads, k_pages.shape[-1])
-    return not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1]))
-
-
-def _fake_decode_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    return q.new_empty(q.shape)
-
-
-@op(fake=_fake_decode_attention)
-def decode_attention(
-    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_tables: Tensor, lengths: Tensor, scale: float
-) -> Tensor:
-    """Attention of one query token a sequence over its cached tokens, itself included (Vaswani et al. 2017,
-    arXiv:1706.03762, equation 1; grouped: Ainslie et al. 2023, arXiv:2305.13245).
-
-    q [S, Hq, D], sequences of any stride; pages dense, of q's dtype; block_tables [S, P] and lengths [S] integers,
-    lengths from 1 to P * page_size. Returns [S, Hq, D]. Page numbers beyond a sequence's length are never read. On a
-    GPU neither lengths nor page numbers are checked."""
-    check_paged("decode_attention", q, k_pages, v_pages, block_tables, lengths)
-    if len(q) != len(lengths):
-        raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
-    if not runs_on_triton(q, unsupported(q, k_pages, k_pages.shape[1])):
-        if c_backend.takes(c_backend.refuses_decode_attention, q, k_pages, v_pages, block_tables, lengths, scale):
-            return c_backend.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
-        return reference.decode_attention(q, k_pages, v_pages, block_tables, lengths, scale)
-    return attend(q, k_pages, v_pages, block_tables, lengths, scale, k_pages.shape[1])
+@TRITON.implements(lambda q, pages, *rest, **keywords: refuses_paged(q, pages, pages.page_size))
+def decode_attention(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
+    return attend(q, pages, block_tables, lengths, scale, pages.page_size)

@@ -20,13 +20,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
-from . import reference, tuning
-from .checks import check_device, check_tensor
-from .dispatch import op, pdl_options, runs_on_triton
-from .language import cast, round_to, wait_for_inputs
-from .triton_if_any import tl, triton
+from ..language import cast, round_to, wait_for_inputs
+from . import tuning
+from .backend import TRITON, pdl_options
 
 MAX_HIDDEN = 16384  # a row and its sum must fit in a program's registers: to 8192 without spills, twice that with some
 
@@ -144,32 +144,16 @@ def _launch_sum_parts(out: Tensor, parts: Tensor) -> None:
     )
 
 
-def _fake_rms_norm_backward(
-    grad: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
+def _refuses(grad: Tensor, *rest: object) -> str | None:
+    return f"rows of {grad.shape[-1]} (at most {MAX_HIDDEN})" if grad.shape[-1] > MAX_HIDDEN else None
 
 
-@op(fake=_fake_rms_norm_backward)
+@TRITON.implements(_refuses)
 def rms_norm_backward(
     grad: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of rms_norm, or with grad_residual those of add_rms_norm: (of x, [..., H]; of the weight, [H]).
-
-    grad [..., H] is what came back for the normed rows, grad_residual [..., H] for the new residual; x [..., H] is the
-    row that was normalised, for add_rms_norm the new residual, and its gradient that of both summands. float32,
-    bfloat16 or float16, the last dimensions contiguous. Deterministic: the weight's gradient has no atomic sums."""
-    name = "rms_norm_backward"
-    check_tensor(name, "x", x, ("...", "H"))
-    check_tensor(name, "grad", grad, tuple(x.shape), like=x)
-    if grad_residual is not None:
-        check_tensor(name, "grad_residual", grad_residual, tuple(x.shape), like=x)
-    check_tensor(name, "weight", weight, (x.shape[-1],), like=x)
-    check_device(name, grad=grad, grad_residual=grad_residual, x=x, weight=weight)
     hidden = x.shape[-1]
-    if not runs_on_triton(x, f"rows of {hidden} (at most {MAX_HIDDEN})" if hidden > MAX_HIDDEN else None):
-        return reference.rms_norm_backward(grad, grad_residual, x, weight, eps)
-    grad_x, grad_weight = _fake_rms_norm_backward(grad, grad_residual, x, weight, eps)
+    grad_x, grad_weight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
     rows = grad, grad_residual, x
     grad, grad_residual, x = (None if each is None else each.reshape(-1, hidden) for each in rows)
     config = _config(tuning.device_of(x), hidden, len(x))
@@ -177,33 +161,3 @@ def rms_norm_backward(
     _launch_rms_norm_backward(grad_x.view(-1, hidden), parts, grad, grad_residual, x, weight, eps)
     _launch_sum_parts(grad_weight, parts)
     return grad_x, grad_weight
-
-
-def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, ctx.eps = inputs
-    ctx.save_for_backward(x, weight)
-
-
-def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keeps the new residual, which lives anyway, and neither of its summands."""
-    _, _, weight, ctx.eps = inputs
-    ctx.save_for_backward(output[1], weight)
-    ctx.set_materialize_grads(False)  # what is not used has the gradient None
-
-
-def _rms_norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *torch.ops.qwenkern.rms_norm_backward(grad.contiguous(), None, *ctx.saved_tensors, ctx.eps), None
-
-
-def _add_rms_norm_gradient(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
-    grad_weight = None
-    if grad is not None:
-        grad_residual = None if grad_residual is None else grad_residual.contiguous()
-        grad_residual, grad_weight = torch.ops.qwenkern.rms_norm_backward(
-            grad.contiguous(), grad_residual, *ctx.saved_tensors, ctx.eps
-        )
-    return grad_residual, grad_residual if ctx.needs_input_grad[1] else None, grad_weight, None
-
-
-rms_norm_gradient = (_save_rows, _rms_norm_gradient)
-add_rms_norm_gradient = (_save_sum, _add_rms_norm_gradient)

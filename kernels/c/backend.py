@@ -1,0 +1,24 @@
+"""C as a backend of CPUs. The ops register in the files named like their contracts; ops.py has them all."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..dispatch import Backend
+from . import build
+
+FLOATS = (torch.float32, torch.float16, torch.float64)
+
+
+def _refuses(x: Tensor) -> str | None:
+    """Of an op's first tensor, which may be of integers."""
+    return build.refuses_dtype(x.dtype) if x.dtype in FLOATS else build.refuses()
+
+
+def _prepare() -> None:
+    if build.prepare() is None:
+        C.invariant_tokens = build.prepared().limits.max_few_tokens
+
+
+C = Backend("c", lambda kind: kind == "cpu", _refuses, _prepare)

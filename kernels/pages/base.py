@@ -1,0 +1,96 @@
+"""What a format of cache pages must say of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+FORMATS: dict[str, type[Pages]] = {}
+
+
+class Pages(ABC):
+    """Keys and values of one layer, in pages: token t of a sequence lies in page ``block_table[t // page_size]`` at
+    offset ``t % page_size``, and its *slot* is ``page * page_size + offset``. The constructor takes the tensors.
+
+    Triton: ``triton_arguments`` are what a kernel gets of the pages, a named tuple. The @triton.jit functions
+    ``triton_load_k`` and ``triton_load_v`` (pages, kv_head, page, token, column, mask) load a tile in the dtype of q;
+    ``triton_store_k`` and ``triton_store_v`` (pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM) write
+    one. A format without them is refused by Triton's ops.
+
+    C: kernels/c/pages.py has the struct of each format; one that is not there is refused by C's ops."""
+
+    format: ClassVar[str]
+    triton_load_k: ClassVar[Callable | None] = None
+    triton_load_v: ClassVar[Callable | None] = None
+    triton_store_k: ClassVar[Callable | None] = None
+    triton_store_v: ClassVar[Callable | None] = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        FORMATS[cls.format] = cls
+
+    @classmethod
+    @abstractmethod
+    def allocate(
+        cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> Pages:
+        """Pages whose contents are undefined."""
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the constructor's arguments."""
+
+    @abstractmethod
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Its tensors by the names that error messages use."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, int, int, int]:
+        """(pages, page size, key-value heads, head size)."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the keys and values that go in and come out, which is that of q."""
+
+    @abstractmethod
+    def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
+        """Raises ValueError or TypeError, which name the op, unless the tensors are pages for x of the dtype of
+        ``like``, with heads of this size."""
+
+    @abstractmethod
+    def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """Writes k and v [T, Hkv, D] into the slots [T]."""
+
+    @abstractmethod
+    def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """The first ``length`` tokens of one sequence: k and v [Hkv, length, D] in their dtype."""
+
+    @abstractmethod
+    def copy_page(self, to: int, source: int) -> None:
+        """Copies one page over another."""
+
+    def triton_arguments(self) -> tuple[Any, ...]:
+        raise NotImplementedError(f"pages of the format {self.format} have no Triton kernels")
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def page_size(self) -> int:
+        return self.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.shape[2]
+
+    @property
+    def head_dim(self) -> int:
+        return self.shape[3]

@@ -1,0 +1,103 @@
+"""Keys and values as they were computed, in the dtype of q."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_tensor
+from ..triton_if_any import tl, triton
+from .base import Pages
+
+
+class DensePagesArguments(NamedTuple):
+    k: Any  # [num_pages, page_size, Hkv, D]
+    k_page_stride: Any
+    k_token_stride: Any
+    k_head_stride: Any
+    v: Any  # [num_pages, page_size, Hkv, D]
+    v_page_stride: Any
+    v_token_stride: Any
+    v_head_stride: Any
+
+
+@triton.jit
+def _load_k(pages, kv_head, page, token, column, mask):
+    head = pages.k + kv_head.to(tl.int64) * pages.k_head_stride
+    at = page * pages.k_page_stride + token * pages.k_token_stride + column
+    return tl.load(head + at, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def _load_v(pages, kv_head, page, token, column, mask):
+    head = pages.v + kv_head.to(tl.int64) * pages.v_head_stride
+    at = page * pages.v_page_stride + token * pages.v_token_stride + column
+    return tl.load(head + at, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def _store_k(pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM: tl.constexpr):
+    tl.store(pages.k + (slot * num_kv_heads + kv_head) * HEAD_DIM + column, value, mask=mask)
+
+
+@triton.jit
+def _store_v(pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM: tl.constexpr):
+    tl.store(pages.v + (slot * num_kv_heads + kv_head) * HEAD_DIM + column, value, mask=mask)
+
+
+class DensePages(Pages):
+    """Two tensors [num_pages, page_size, Hkv, D]. Attention reads them at any strides but the last; they are written to
+    where they are dense."""
+
+    format = "dense"
+    triton_load_k, triton_load_v = _load_k, _load_v
+    triton_store_k, triton_store_v = _store_k, _store_v
+    __slots__ = ("k", "v")
+
+    def __init__(self, k: Tensor, v: Tensor) -> None:
+        self.k, self.v = k, v
+
+    @classmethod
+    def allocate(
+        cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> DensePages:
+        k, v = (torch.empty(num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
+        return cls(k, v)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.k, self.v
+
+    def named_tensors(self) -> dict[str, Tensor]:
+        return {"k_pages": self.k, "v_pages": self.v}
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return self.k.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.k.dtype
+
+    def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
+        check_tensor(op, "k_pages", self.k, ("pages", "page size", "Hkv", head_dim), like=like, dense=True)
+        check_tensor(op, "v_pages", self.v, tuple(self.k.shape), like=like, dense=True)
+
+    def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        num_kv_heads, head_dim = self.k.shape[-2:]
+        self.k.view(-1, num_kv_heads, head_dim)[slots] = k
+        self.v.view(-1, num_kv_heads, head_dim)[slots] = v
+
+    def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        numbers = block_table[: -(-length // self.k.shape[1])].long()
+        k, v = (paged[numbers].flatten(0, 1)[:length].transpose(0, 1) for paged in (self.k, self.v))
+        return k, v
+
+    def copy_page(self, to: int, source: int) -> None:
+        self.k[to] = self.k[source]
+        self.v[to] = self.v[source]
+
+    def triton_arguments(self) -> DensePagesArguments:
+        return DensePagesArguments(self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3])

@@ -1,0 +1,58 @@
+"""Causal attention over keys and values that lie as other projects keep them, [B, Hkv, Tk, D], with the kernels of the
+paged cache: each sequence is one page, of any strides, so nothing is copied.
+
+    out[b, i, h] = softmax(scale * q[b, h, i] . k[b, h // group, : p + 1]) v[b, h // group, : p + 1]    p = Tk - Tq + i
+
+One query a sequence runs as decode_attention, several as prefill_attention; what those files say holds here.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import triton
+from torch import Tensor
+
+from ..pages import DensePages, Pages
+from .backend import TRITON
+from .decode_attention import attend as attend_one
+from .decode_attention import refuses_paged as refuses_one
+from .prefill_attention import attend as attend_many
+from .prefill_attention import refuses_paged as refuses_many
+
+PAGE = 64  # what a page's length is rounded up to; the kernels never look beyond a sequence's own
+
+
+def _places(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """block_tables, lengths and query_starts of sequences that are one page each."""
+    tables = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
+    lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
+    return tables, lengths, torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
+
+
+_kept_places = functools.lru_cache(maxsize=64)(_places)  # every layer of a model asks for the same ones
+
+
+def _as_pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pages]:
+    """q [B * Tq, Hq, D], and k and v as one page a sequence."""
+    return q.transpose(1, 2).flatten(0, 1), DensePages(k.transpose(1, 2), v.transpose(1, 2))
+
+
+def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
+    return (refuses_one if q.shape[2] == 1 else refuses_many)(*_as_pages(q, k, v), PAGE)
+
+
+@TRITON.implements(_refuses)
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    batch, _, queries, _ = q.shape
+    keys = k.shape[2]
+    rows, pages = _as_pages(q, k, v)
+    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
+    tables, lengths, starts = (_places if capturing else _kept_places)(batch, queries, keys, q.device)
+    page_size = triton.cdiv(keys, PAGE) * PAGE
+    if queries == 1:
+        out = attend_one(rows, pages, tables, lengths, scale, page_size)
+    else:
+        out = attend_many(rows, pages, tables, lengths, starts, scale, page_size)
+    return out.unflatten(0, (batch, queries))

@@ -1,0 +1,64 @@
+"""Where Triton's kernels run, what none of them takes, and the options that every launch has."""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+import warnings
+
+import torch
+import triton
+from torch import Tensor
+
+from ..dispatch import Backend, launches_dependently
+from ..triton_if_any import INTERPRETED
+from . import tuning
+from .few_tokens import MAX_TOKENS
+
+
+def _serves(kind: str) -> bool:
+    return kind == "cuda" or tuning.is_offline() or (INTERPRETED and kind == "cpu")
+
+
+def _refuses(x: Tensor) -> str | None:
+    if x.dtype == torch.float64:
+        return "float64"
+    return None if x.numel() else "tensors without elements"
+
+
+def _prepare() -> None:
+    if not INTERPRETED:
+        ensure_cache()
+
+
+@functools.cache
+def ensure_cache() -> tempfile.TemporaryDirectory | None:
+    """Sees to a folder that Triton can compile into. Its own lies below the user's home or where TRITON_CACHE_DIR says;
+    where that cannot be written to, which would end the launch, it is one of this process."""
+    folder = triton.knobs.cache.dir
+    try:
+        os.makedirs(folder, exist_ok=True)
+        if os.access(folder, os.W_OK | os.X_OK):
+            return None
+        reason = "it cannot be written to"
+    except OSError as error:
+        reason = error.strerror
+    place = tempfile.TemporaryDirectory(prefix="qwenkern-triton-")
+    warnings.warn(f"qwenkern: Triton keeps no compiled kernels in {folder}: {reason}", stacklevel=3)
+    triton.knobs.cache.dir = place.name
+    return place
+
+
+def pdl_options(x: Tensor) -> dict[str, bool]:
+    """Launch options for programmatic dependent launch: on from sm_90, and only inside a captured graph, because an
+    eager launch pays for it on the host."""
+    device = tuning.device_of(x)
+    if INTERPRETED or device.backend != "cuda" or device.capability < 90:
+        return {"PDL": False}
+    if not (tuning.is_offline() or launches_dependently() or torch.cuda.is_current_stream_capturing()):
+        return {"PDL": False}
+    return {"PDL": True, "launch_pdl": True}
+
+
+TRITON = Backend("triton", _serves, _refuses, _prepare, invariant_tokens=MAX_TOKENS)

@@ -1,0 +1,79 @@
+"""What a format of weights must say of itself."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+FORMATS: dict[str, type[Weight]] = {}
+
+
+class Weight(ABC):
+    """The matrix [N, K] of a linear layer. Its constructor takes its tensors, in the order of ``names``.
+
+    ``names`` are those of the tensors in a module, for a layer's parameters; the dense format's is "weight" alone.
+
+    Triton: ``triton_arguments`` are what a kernel gets of a weight, a named tuple of tensors and numbers (no field may
+    be called values, which is Triton's). ``triton_load(weight, rows, k, mask, other)`` loads a tile in the dtype of x,
+    ``triton_prefetch(weight, rows, k_start, k_end, LINES)`` asks for the first cache lines of each row, and
+    ``triton_skip(weight, rows)`` is the weight without its first rows. They are @triton.jit functions, which a kernel
+    takes as constants. A format without them is refused by Triton's ops.
+
+    C: kernels/c/weights.py has the struct of each format; one that is not there is refused by C's ops."""
+
+    format: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
+    triton_load: ClassVar[Callable | None] = None
+    triton_prefetch: ClassVar[Callable | None] = None
+    triton_skip: ClassVar[Callable | None] = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        super().__init_subclass__(**keywords)
+        FORMATS[cls.format] = cls
+
+    @property
+    @abstractmethod
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Its tensors, in the order of ``names``."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> torch.Size:
+        """[N, K], of the matrix that it stands for."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """Of the matrix that it stands for, which is that of x."""
+
+    @abstractmethod
+    def dequantise(self) -> Tensor:
+        """The matrix [N, K] in its dtype: what the reference multiplies by."""
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Weight:
+        """Its rows from ``start`` to ``stop``, in the same memory. Raises ValueError where the format cannot."""
+
+    def triton_arguments(self) -> tuple[Any, ...]:
+        raise NotImplementedError(f"weights of the format {self.format} have no Triton kernels")
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a kernel reads."""
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def halves(self) -> tuple[Weight, Weight]:
+        """The first and the second half of its rows, as of gate and up."""
+        middle = len(self) // 2
+        return self.rows(0, middle), self.rows(middle, len(self))

@@ -1,0 +1,74 @@
+"""The weight as a checkpoint has it: one tensor of bfloat16, float16, float32 or float64."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..language import prefetch
+from ..triton_if_any import tl, triton
+from .base import Weight
+
+
+class DenseArguments(NamedTuple):
+    data: Any  # [N, K]
+    stride: Any  # elements between rows
+
+
+@triton.jit
+def _load(weight, rows, k, mask, other):
+    return tl.load(weight.data + rows * weight.stride + k, mask=mask, other=other)
+
+
+@triton.jit
+def _prefetch(weight, rows, k_start, k_end, LINES: tl.constexpr):
+    if LINES > 0:
+        line: tl.constexpr = 1024 // weight.data.dtype.element_ty.primitive_bitwidth  # elements
+        k = k_start + tl.arange(0, LINES)[None, :] * line
+        prefetch(weight.data + rows[:, None] * weight.stride + k, (rows[:, None] >= 0) & (k < k_end))
+
+
+@triton.jit
+def _skip(weight, rows):
+    return DenseArguments(weight.data + tl.cast(rows, tl.int64) * weight.stride, weight.stride)
+
+
+class Dense(Weight):
+    """One tensor [N, K], rows of any stride."""
+
+    format = "dense"
+    names = ("weight",)
+    triton_load = _load
+    triton_prefetch = _prefetch
+    triton_skip = _skip
+    __slots__ = ("tensor",)
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return (self.tensor,)
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.tensor.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensor.device
+
+    def dequantise(self) -> Tensor:
+        return self.tensor
+
+    def rows(self, start: int, stop: int) -> Dense:
+        return Dense(self.tensor[start:stop])
+
+    def triton_arguments(self) -> DenseArguments:
+        return DenseArguments(self.tensor, self.tensor.stride(0))
