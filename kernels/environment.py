@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-MOST_THREADS = 1024  # as C has it: more is a mistake, and each costs memory
+MOST_THREADS = 1024  # more is a mistake, and each costs memory
 
 
 @dataclass(frozen=True)
