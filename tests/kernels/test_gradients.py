@@ -82,7 +82,7 @@ def test_numerical_gradients(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_formulas_are_those_of_autograd(name):
-    """Through the twin in float64."""
+    """Through the reference in float64."""
     arguments, op = _arguments(name, torch.float64, torch.device("cpu")), name.split(",")[0]
     ours = _gradients(getattr(torch.ops.qwenkern, op), arguments)
     for out, expected in zip(ours, _gradients(getattr(reference, op), arguments), strict=True):
@@ -93,7 +93,7 @@ def test_the_formulas_are_those_of_autograd(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_gradients_of_the_public_functions(ops, device, monkeypatch, name, dtype, choice):
-    """As close to the truth as autograd's through the twin, which rounds what lies between."""
+    """As close to the truth as autograd's through the reference, which rounds what lies between."""
     monkeypatch.setenv("QWENKERN_KERNELS", choice)
     arguments, op = _arguments(name, dtype, device), name.split(",")[0]
     truths = _gradients(getattr(reference, op), _widened(arguments))
@@ -181,7 +181,7 @@ def test_registrations(ops, device, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_registrations_of_folded_batches(ops, device, monkeypatch, name):
-    """[batch, tokens] exchanged, on the twin, too: what comes back lies as the compiler was told."""
+    """[batch, tokens] exchanged, on the reference, too: what comes back lies as the compiler was told."""
     arguments = _arguments(name, torch.float32, device)
     if not name.startswith("apply_rope"):
         folded = [

@@ -1,4 +1,4 @@
-"""How a kernel is held against its torch twin: in guarded memory, by the rule of tolerances.py."""
+"""How a kernel is held against its torch reference: in guarded memory, by the rule of tolerances.py."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class guarded_allocations(TorchDispatchMode, AbstractContextManager):
                 assert (side == CANARY).all(), "a kernel wrote outside its output"
 
 
-def assert_rounds_like_twin(ops: ModuleType, name: str, *args: Any) -> None:
-    """Rounds where the twin rounds: hardly an element differs, which one rounding more or less would not allow."""
+def assert_rounds_like_reference(ops: ModuleType, name: str, *args: Any) -> None:
+    """Rounds where the reference rounds: hardly an element differs, which one rounding more or less would not allow."""
     outs, peers = getattr(ops, name)(*args), getattr(reference, name)(*args)
     for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
         assert_nearly_equal(out, peer)
@@ -67,23 +67,24 @@ def guard(tensor: Tensor, padding: int = 0) -> Tensor:
     return view.copy_(tensor)
 
 
-def assert_matches_twin(
+def assert_matches_reference(
     ops: ModuleType, name: str, *args: Any, changed: Sequence[int] = (), padding: int = 0, **keywords: Any
 ) -> Any:
     """Runs an op on guarded copies of its arguments; every float result, and every argument at the positions
-    ``changed``, must be as close to the twin in float64 as the twin in the same dtype is. Returns the op's result."""
+    ``changed``, must be as close to the reference in float64 as the reference in the same dtype is. Returns the op's
+    result."""
     mine = [guard(arg, padding if arg.dim() > 1 else 0) if isinstance(arg, Tensor) else arg for arg in args]
     with guarded_allocations():
         outs = getattr(ops, name)(*mine, **keywords)
-    twins = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-    peers = getattr(reference, name)(*twins, **keywords)
+    copies = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
+    peers = getattr(reference, name)(*copies, **keywords)
     wide = [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
     wide = [arg.clone() if isinstance(arg, Tensor) else arg for arg in wide]
     truths = getattr(reference, name)(*wide, **keywords)
     if isinstance(outs, Tensor):
         outs, peers, truths = (outs,), (peers,), (truths,)
     outs, peers, truths = (
-        [*results, *(given[at] for at in changed)] for results, given in ((outs, mine), (peers, twins), (truths, wide))
+        [*results, *(given[at] for at in changed)] for results, given in ((outs, mine), (peers, copies), (truths, wide))
     )
     for out, peer, truth in zip(outs, peers, truths, strict=True):
         assert out.dtype == peer.dtype
