@@ -90,6 +90,16 @@ print(x.grad.isfinite().all().item(), torch.equal(compiled(x), kernels.swiglu(x)
     assert _python(code).split() == ["True"] * 3
 
 
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_tools_find_the_folders_of_the_root_inside_the_package(name):
+    link = ROOT / "qwenkern" / name
+    tracked = subprocess.run(
+        ["git", "ls-files", "-s", str(link)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert not tracked.stdout or tracked.stdout.startswith("120000 "), "git has it as another thing than a link"
+    assert link.read_text() == f"../{name}" if link.is_file() else link.samefile(ROOT / name)
+
+
 # The bare name `kernels`, as the root of a checkout puts it on the path
 
 

@@ -37,13 +37,14 @@ DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float
 ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="one a physical core")]
 MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="the checkpoint's")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", show_default="the checkpoint's")]
+TopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default="the checkpoint's")]
 TopP = Annotated[
-    float | None, typer.Option(help="Only the likeliest tokens that make up p.", show_default="the checkpoint's")
+    float | None,
+    typer.Option(help="Only the most probable tokens, which sum to p.", show_default="the checkpoint's"),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Only tokens this likely, relative to the likeliest.", show_default="the checkpoint's"),
+    typer.Option(help="Only tokens this probable, relative to the top one.", show_default="the checkpoint's"),
 ]
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", show_default="the checkpoint's")
@@ -74,7 +75,7 @@ def generate(
     if prompt is None:
         prompt = terminal.read_stdin()
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -105,7 +106,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -149,8 +150,21 @@ def info(
     renew: Annotated[
         bool, typer.Option("--renew", help="Only measure anew what is fastest on this CPU, and say what changed.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Only say which backend runs each op here, and why the others do not.")
+    ] = False,
 ) -> None:
     """Parameters, memory by context, contradictions among the numbers, and how this CPU computes. Loads no weights."""
+    if kernels:
+        from . import serving
+
+        table = Table(title=f"ops of {serving.MODEL} in bfloat16", title_justify="left")
+        for column in ("op", "tokens", "runs on", "others"):
+            table.add_column(column)
+        for op, tokens, runs, others in serving.served():
+            table.add_row(op, str(tokens), runs, others)
+        Console(highlight=False).print(table)
+        return
     if renew:
         for name, value in facts.renewed().items():
             Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")

@@ -117,7 +117,8 @@ def run(app: typer.Typer) -> NoReturn:
     except Exception as error:
         if hasattr(error, "exit_code"):
             with contextlib.suppress(OSError):
-                error.show()  # a wrong command line: click says how it should be
+                # a wrong command line: click, which typer brings along under a name of its own, says how it should be
+                error.show()  # type: ignore[attr-defined]
             code = error.exit_code
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # torch's
             complain(f"not enough memory: {str(error).partition(chr(10))[0]}")

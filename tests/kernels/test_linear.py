@@ -151,10 +151,10 @@ def test_bad_dtypes_and_halves(ops, device):
 def test_registrations(ops, device):
     x, residual, weight, bias = _inputs(2, 6, 16, torch.float32, device)
     norm_weight = _norm_weight(16, x.dtype, device)
-    torch.library.opcheck(torch.ops.qwenkern.linear, (x, weight, bias, None))
-    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, residual, norm_weight, EPS, weight, bias))
-    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, None, norm_weight, EPS, weight))
-    torch.library.opcheck(torch.ops.qwenkern.norm_swiglu_linear, (x, residual, norm_weight, EPS, weight))
+    torch.library.opcheck(torch.ops.qwenkern.linear, (x, [weight], bias, None))
+    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, residual, norm_weight, EPS, [weight], bias))
+    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, None, norm_weight, EPS, [weight]))
+    torch.library.opcheck(torch.ops.qwenkern.norm_swiglu_linear, (x, residual, norm_weight, EPS, [weight]))
 
 
 def _inputs(tokens, n, k, dtype, device):
@@ -174,7 +174,7 @@ _SMALL = {"n": 65, "k": 2048, "tokens": 7, "dtype": torch.bfloat16}
 MUTATIONS = [
     Mutation(
         "no mask at the end of K",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "None if EVEN_K else k < k_end",
         "None if EVEN_K else k < k_end + BLOCK_K",
         test_odd_sizes,
@@ -182,7 +182,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows beyond the weight",
-        "linear.py",
+        "triton/linear.py",
         "(tokens < num_tokens) & (rows < n_size)",
         "(tokens < num_tokens)",
         test_odd_sizes,
@@ -190,7 +190,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tokens beyond the batch",
-        "linear.py",
+        "triton/linear.py",
         "(tokens < num_tokens) & (rows < n_size)",
         "(rows < n_size)",
         test_odd_sizes,
@@ -198,7 +198,7 @@ MUTATIONS = [
     ),
     Mutation(
         "part of another split",
-        "linear.py",
+        "triton/linear.py",
         "parts_ptr + other * part",
         "parts_ptr",
         test_programs_share_a_tile,
@@ -206,7 +206,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a part lost",
-        "linear.py",
+        "triton/linear.py",
         "for other in range(SPLIT_K)",
         "for other in range(1, SPLIT_K)",
         test_programs_share_a_tile,
@@ -214,7 +214,7 @@ MUTATIONS = [
     ),
     Mutation(
         "arrivals not reset",
-        "linear.py",
+        "triton/linear.py",
         "tl.store(arrivals_ptr + tile, 0)",
         "pass",
         test_programs_share_a_tile,
@@ -222,7 +222,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a slice lost",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "tl.sum(acc, axis=0), ",
         "tl.sum(acc, axis=0) - tl.sum(tl.where(tl.arange(0, SLICES)[:, None, None] == 1, acc, 0.0), axis=0), ",
         test_programs_share_a_tile,
@@ -230,7 +230,7 @@ MUTATIONS = [
     ),
     Mutation(
         "norm weight before rounding",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "round_to(h * scales[None, :, None], dtype)",
         "(h * scales[None, :, None])",
         test_the_norm_rounds_like_rms_norm,
@@ -238,7 +238,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sum not rounded",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "h = round_to(h + residual.to(tl.float32), dtype)",
         "h = h + residual.to(tl.float32)",
         test_the_norm_rounds_like_rms_norm,
@@ -246,7 +246,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one token's scale for all",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "tl.where(tokens == token, scale, scales)",
         "scale + scales * 0",
         test_norm_linear,
@@ -254,7 +254,7 @@ MUTATIONS = [
     ),
     Mutation(
         "residual of other tokens not written",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "if token % num_writers == writer:",
         "if writer == 0 and token == 0:",
         test_norm_linear,
@@ -262,7 +262,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate and up exchanged",
-        "linear.py",
+        "triton/linear.py",
         "silu(acc) * acc_up",
         "silu(acc_up) * acc",
         test_norm_swiglu_linear,
@@ -270,7 +270,7 @@ MUTATIONS = [
     ),
     Mutation(
         "bias forgotten",
-        "linear.py",
+        "triton/linear.py",
         "if bias_ptr is not None:",
         "if False:",
         test_programs_share_a_tile,
