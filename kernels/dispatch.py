@@ -38,8 +38,10 @@ Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and b
 
 
 class Op(Protocol[P, R_co]):
-    """An op as it is called. ``reference`` is the contract's own torch code, checks included; ``wrap`` gives arguments as
-    backends get them, weights and pages as values."""
+    """An op as it is called.
+
+    ``reference`` is the contract's own torch code, checks included. ``wrap`` gives arguments as backends get them, with
+    weights and pages as values."""
 
     __name__: str
     reference: Callable[..., Any]

@@ -59,7 +59,7 @@ print(info.processor()["Triton"], info.processor()["CPU"], file=sys.stderr)
 
 @pytest.mark.slow
 def test_without_triton_c_runs_all_the_same():
-    """The same tape, and the same bits."""
+    """The same recorded calls, and the same bits."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "QWENKERN_KERNELS")
     }

@@ -1,4 +1,4 @@
-"""The ops in C against float64 and against torch in the same dtype, and the tape."""
+"""The ops in C against float64 and against torch in the same dtype, and recorded calls."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -112,7 +112,7 @@ def test_rows_may_have_any_stride() -> None:
 
 
 def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
-    """q, pages in a shuffled order with NaN in every token that nobody may read, block tables, lengths."""
+    """q, pages in a shuffled order with NaN in every token that may not be read, block tables, lengths."""
     pages_of = [-(-length // 16) for length in lengths]
     order = torch.randperm(sum(pages_of), generator=torch.Generator().manual_seed(1)).int().split(pages_of)
     tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
@@ -187,7 +187,7 @@ def test_a_key_that_is_no_number_is_not_hidden() -> None:
 
 
 def softmax_attention(q, k, v, tables, counts, scale: float) -> torch.Tensor:
-    """decode_attention in float64, as the formula has it."""
+    """decode_attention in float64, by its formula."""
     rows = []
     for query, table, count in zip(q.double(), tables.long(), counts.tolist(), strict=True):
         keys, values = (pages.double()[table].flatten(0, 1)[:count] for pages in (k, v))

@@ -1,4 +1,4 @@
-"""The command line, run as a person runs it: what is on stdout, what on stderr, and the exit code."""
+"""The command line, run as a user runs it: stdout, stderr and the exit code."""
 
 from __future__ import annotations
 
@@ -230,9 +230,9 @@ GENERATE = QWENKERN + " generate -m . --max-tokens 4"
     ("line", "said", "code"),
     [
         (GENERATE + " <&-", "error: standard input is closed; expected a prompt there, or as an argument", 1),
-        (r"printf 'a\200' | " + GENERATE, "error: standard input: byte 0x80 at 1 is no utf-8; expected text", 1),
+        (r"printf 'a\200' | " + GENERATE, "error: standard input: byte 0x80 at 1 is not utf-8; expected text", 1),
         (QWENKERN + " chat -m . <&-", "Ctrl-C stops an answer", 0),
-        (r"printf '\200' | " + QWENKERN + " chat -m .", "error: standard input: byte 0x80 at 0 is no utf-8", 1),
+        (r"printf '\200' | " + QWENKERN + " chat -m .", "error: standard input: byte 0x80 at 0 is not utf-8", 1),
         (GENERATE + " Hi >&-", "error: standard output is closed; expected somewhere to write to", 1),
         (GENERATE + " Hi > /dev/full", "error: standard output: No space left on device", 1),
         (QWENKERN + " info qwen2.5-3b > /dev/full", "error: standard output: No space left on device", 1),

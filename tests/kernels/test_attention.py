@@ -1,4 +1,4 @@
-"""attention over tensors as transformers keeps them, against its reference and against the paged ops."""
+"""attention over tensors in transformers' layout, against its reference and against the paged ops."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ def test_strided_rows(ops, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [896, 2048, 2560])
 def test_bits_are_batch_invariant(ops, n):
-    """One token alone and among 16, 250 times over."""
+    """One token by itself and among 16, 250 times."""
     device = torch.device("cuda")
     x, residual, weight, bias = _inputs(16, n, 2048, torch.bfloat16, device)
     norm_weight = _norm_weight(2048, x.dtype, device)

@@ -52,8 +52,8 @@ def test_of_equal_logits_the_lower_id_comes_first(ops, device):
     """Within a tile, and among tiles."""
     x, residual, norm_weight, eps, weight = _exact_inputs(400, 64, device)
     best = int(ops.lm_head(x, residual, norm_weight, eps, weight).argmax())
-    for other in (399, 7, 6, 250):
-        weight[other] = weight[best]
+    for equal in (399, 7, 6, 250):
+        weight[equal] = weight[best]
     _, ids = ops.lm_head_top_k(x, residual, norm_weight, eps, weight, 5)
     assert ids.tolist() == [sorted({399, 7, 6, 250, best})]
 

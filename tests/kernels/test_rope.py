@@ -37,7 +37,7 @@ def test_many_tokens(ops, device, tokens):
 
 @pytest.mark.parametrize("padding", [8, 3])
 def test_strided_rows(ops, device, padding):
-    """Only qkv may have a stride, so it alone is laid out with one."""
+    """Only qkv may have a stride, so only its layout has one."""
     qkv, *rest = _inputs(5, 14, 2, 64, torch.bfloat16, device)
     peers = [mapped(torch.Tensor.clone, each) for each in rest]
     with guarded_allocations():
@@ -92,7 +92,7 @@ def test_apply_rope(ops, device, heads, dtype):
 @pytest.mark.parametrize("heads", [HEADS["3B"], HEADS["odd"]], ids=["3B", "odd"])
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_inverse(ops, device, tokens, heads, dtype):
-    """By the negative angle: against the reference, and back to where a rotation began."""
+    """A rotation by the negative angle: against the reference, and as the inverse of a rotation."""
     num_q_heads, num_kv_heads, head_dim = heads
     _, positions, cos_sin, *_ = _inputs(tokens, *heads, dtype, device)
     q = random(tokens, num_q_heads, head_dim, dtype=dtype, device=device, seed=7)

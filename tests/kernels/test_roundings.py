@@ -1,5 +1,5 @@
-"""Where values are rounded, backend by backend, as docs/drop-in.md says: counted in elements that differ from the
-reference in the same dtype. One rounding more or less changes a third of them, another order of summing hardly any."""
+"""Where each backend rounds, as docs/drop-in.md says. The tests count the elements that differ from the reference in
+the same dtype. One rounding more or less changes a third of them, and another order of sums changes hardly any."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a kernel is held against its torch reference: in guarded memory, by the rule of tolerances.py."""
+"""Compares a kernel with its torch reference, in guarded memory, by the rule of tolerances.py."""
 
 from __future__ import annotations
 
@@ -49,7 +49,8 @@ class guarded_allocations(TorchDispatchMode, AbstractContextManager):
 
 
 def assert_rounds_like_reference(ops: ModuleType, name: str, *args: Any) -> None:
-    """Rounds where the reference rounds: hardly an element differs, which one rounding more or less would not allow."""
+    """The op rounds where the reference rounds: hardly an element differs. One rounding more or less would change
+    more."""
     outs, peers = getattr(ops, name)(*(own(ops, arg) for arg in args)), getattr(reference, name)(*args)
     for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
         assert_nearly_equal(out, peer)
