@@ -207,6 +207,7 @@ def test_compiles_in_one_graph(attention):
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_follows_the_unpatched(backend, dtype):
     """At each of 16 steps the loss is as close to float64's as that of unpatched transformers in the same dtype."""

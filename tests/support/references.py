@@ -48,7 +48,7 @@ class guarded_allocations(TorchDispatchMode, AbstractContextManager):
                 assert (side == CANARY).all(), "a kernel wrote outside its output"
 
 
-def assert_rounds_like_twin(ops: ModuleType, name: str, *args: Any) -> None:
+def assert_rounds_like_reference(ops: ModuleType, name: str, *args: Any) -> None:
     """The op rounds where the reference rounds: hardly an element differs. One rounding more or less would change
     more."""
     outs, peers = getattr(ops, name)(*(own(ops, arg) for arg in args)), getattr(reference, name)(*args)
@@ -92,11 +92,12 @@ def guard(tensor: Tensor, padding: int = 0) -> Tensor:
     return view.copy_(tensor)
 
 
-def assert_matches_twin(
+def assert_matches_reference(
     ops: ModuleType, name: str, *args: Any, changed: Sequence[int] = (), padding: int = 0, **keywords: Any
 ) -> Any:
     """Runs an op on guarded copies of its arguments; every float result, and every argument at the positions
-    ``changed``, must be as close to the twin in float64 as the twin in the same dtype is. Returns the op's result."""
+    ``changed``, must be as close to the reference in float64 as the reference in the same dtype is. Returns the op's
+    result."""
     mine = [mapped(lambda each: guard(each, padding if each.dim() > 1 else 0), arg) for arg in args]
     with guarded_allocations():
         outs = getattr(ops, name)(*(own(ops, arg) for arg in mine), **keywords)
