@@ -1,4 +1,5 @@
-"""Checks of arguments, one a kind: each returns the value as a plain Python one, or raises RequestError.
+"""Checks of values, one a kind: each returns the value as a plain Python one, or raises RequestError, or the error that
+its caller names.
 
 An integer is what Python takes as an index (numpy's integers, an element of a tensor), but neither True nor False. A
 number is an integer or a real number, numpy's included, but not NaN.
@@ -11,7 +12,7 @@ import numbers
 import operator
 from typing import Any, Literal, overload
 
-from .errors import RequestError, shown
+from .errors import Error, RequestError, shown
 
 
 def is_whole(value: Any) -> bool:
@@ -25,17 +26,42 @@ def is_whole(value: Any) -> bool:
 
 
 @overload
-def whole(name: str, value: Any, low: int, high: int | None = None, optional: Literal[False] = False) -> int: ...
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    optional: Literal[False] = False,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int: ...
 @overload
-def whole(name: str, value: Any, low: int, high: int | None = None, *, optional: bool) -> int | None: ...
-def whole(name: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> int | None:
-    """An integer from low to high, or None where it is optional."""
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    *,
+    optional: bool,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int | None: ...
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    optional: bool = False,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int | None:
+    """An integer from low to high, or None where it is optional. exact: Python's own, as JSON gives it."""
     if value is None and optional:
         return None
-    number = operator.index(value) if is_whole(value) else None
+    number = operator.index(value) if (type(value) is int if exact else is_whole(value)) else None
     if number is None or number < low or (high is not None and number > high):
         span = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise RequestError(f"{name} is {shown(value)}; expected a whole number {span}" + " or None" * optional)
+        raise error(f"{name} is {shown(value)}; expected a whole number {span}" + " or None" * optional)
     return number
 
 

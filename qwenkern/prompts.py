@@ -16,7 +16,8 @@ from .engine import Request
 from .errors import RequestError, shown
 from .generation import Generation
 from .sampling import SamplingParams
-from .text.tokenizer import Detokenizer, Tokenizer
+from .text.detokenizer import Detokenizer
+from .text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or the messages of a chat
 

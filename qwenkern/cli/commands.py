@@ -37,13 +37,14 @@ DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float
 ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="one a physical core")]
 MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="the checkpoint's")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
-TopK = Annotated[int | None, typer.Option(help="Only the k likeliest tokens.", show_default="the checkpoint's")]
+TopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default="the checkpoint's")]
 TopP = Annotated[
-    float | None, typer.Option(help="Only the likeliest tokens that make up p.", show_default="the checkpoint's")
+    float | None,
+    typer.Option(help="Only the most probable tokens, which sum to p.", show_default="the checkpoint's"),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Only tokens this likely, relative to the likeliest.", show_default="the checkpoint's"),
+    typer.Option(help="Only tokens this probable, relative to the top one.", show_default="the checkpoint's"),
 ]
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", show_default="the checkpoint's")

@@ -70,7 +70,7 @@ def read_messages(messages: Any, read_arguments: bool = True, keep_null: bool = 
     """The messages in plain types, with text as content, and absent keys for None.
 
     read_arguments: the arguments of tool calls that come as JSON text become what it spells.
-    keep_null: a message of tool calls alone has the content None.
+    keep_null: the content of a message that has nothing but tool calls stays None.
     Raises RequestError, naming the message and the field.
     """
     if not isinstance(messages, (list, tuple)) or not messages:

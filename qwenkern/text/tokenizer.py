@@ -6,11 +6,9 @@ incremental decoding are one thing. A special token is one that stands for struc
 
 from __future__ import annotations
 
-import codecs
 import json
 import operator
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tokenizers import AddedToken, decoders, models
 from ..errors import CheckpointError, ConfigError, RequestError, shown
 from ..generation import END_TOKENS, check_eos_token
 from ..reading import read_json
+from .added_tokens import AnyOf
 from .chat_template import ChatTemplate, Conversation
 from .messages import plain, unused_characters
 from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
@@ -83,8 +82,8 @@ class Tokenizer:
         self._plain.pre_tokenizer = library.pre_tokenizer
         self._source = source
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self._any_added = _AnyOf(self._added.values())
-        self._any_special = _AnyOf(token.content for token in added.values() if token.special)
+        self._any_added = AnyOf(self._added.values())
+        self._any_special = AnyOf(token.content for token in added.values() if token.special)
         self._chat_template = chat_template or ChatTemplate({}, {}, source)
         self.vocab_size = vocab_size
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
@@ -193,7 +192,7 @@ class Tokenizer:
             found = f"a lone surrogate, U+{ord(text[fault.start]):04X}, at position {fault.start}"
             raise RequestError(f"text has {found}; expected text that UTF-8 can hold") from fault
         library = self._library if allow_special else self._plain
-        # Qwen's expression meets the engine's limit only on a longer run of blanks; sooner, the expression is at fault.
+        # On blanks Qwen's expression meets the engine's limit from this length on. Below it the expression is at fault.
         error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
         with guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
             return library.encode(text, add_special_tokens=False).ids
@@ -227,7 +226,7 @@ class Tokenizer:
             ids = iter(ids)
         except TypeError:
             raise RequestError(f"ids are {shown(ids)}; expected a list of token ids") from None
-        return b"".join(self._shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
+        return b"".join(self.shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that a token stands for, which need not be whole characters; b"" for an id that no token has."""
@@ -311,32 +310,11 @@ class Tokenizer:
             end = following
         return ids + self.encode(rendered[end:].translate(shown), allow_special=False)
 
-    def _shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
+    def shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
+        """token_bytes, or none of a special token where those are skipped."""
         shown = self.token_bytes(token_id)
         # operator.index: an id may be a tensor's element, whose hash is not its value's.
         return b"" if skip_special and operator.index(token_id) in self.special_ids else shown
-
-
-class Detokenizer:
-    """Text of a growing sequence of ids: `add` returns what is now certain, never half a character.
-
-    The pieces joined, `finish` included, equal `tokenizer.decode(ids)` for every sequence of ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token_id: int) -> str:
-        """Text that this id completes, often "". Raises RequestError for an id outside the vocabulary."""
-        return self._utf8.decode(self._tokenizer._shown_bytes(token_id, self._skip_special))
-
-    def finish(self) -> str:
-        """What is still held back, as U+FFFD; after it a new sequence may begin."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
 
 
 def _spells_bytes(decoder: Any) -> bool:
@@ -344,38 +322,6 @@ def _spells_bytes(decoder: Any) -> bool:
     if isinstance(decoder, decoders.Sequence):
         return [step.get("type") for step in json.loads(decoder.__getstate__())["decoders"]] == ["ByteLevel"]
     return isinstance(decoder, decoders.ByteLevel)
-
-
-class _AnyOf:
-    """Finds the tokens of a set in a text, from left to right, the longest that begins at a place. A regular expression
-    of the 14,000 added tokens of a model of speech takes seconds to compile."""
-
-    def __init__(self, tokens: Iterable[str]) -> None:
-        self._tokens = frozenset(tokens)
-        lengths: dict[str, set[int]] = {}
-        for token in self._tokens:
-            lengths.setdefault(token[0], set()).add(len(token))
-        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
-        self._firsts = re.compile("|".join(map(re.escape, lengths)) or "(?!)")  # (?!) matches nowhere
-
-    def places(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where each begins and ends."""
-        end = 0
-        for first in self._firsts.finditer(text):
-            start = first.start()
-            for length in self._lengths[first[0]] if start >= end else ():
-                if (found := text[start : start + length]) in self._tokens:
-                    end = start + len(found)
-                    yield start, end
-                    break
-
-    def replace(self, text: str, by: Mapping[str, str]) -> str:
-        parts: list[str] = []
-        end = 0
-        for start, following in self.places(text):
-            parts += text[end:start], by[text[start:following]]
-            end = following
-        return "".join([*parts, text[end:]])
 
 
 def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> list[Any]:

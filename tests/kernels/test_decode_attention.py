@@ -31,6 +31,7 @@ def test_several_tiles_a_split(ops, device, dtype):
     assert_matches_twin(ops, "decode_attention", *_inputs([1100, 70], (8, 8, 32), dtype, device))
 
 
+@pytest.mark.slow
 def test_several_splits_a_program(ops, device):
     """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100."""
     lengths = [1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 320]

@@ -58,6 +58,7 @@ def test_of_equal_logits_the_lower_id_comes_first(ops, device):
     assert ids.tolist() == [sorted({399, 7, 6, 250, best})]
 
 
+@pytest.mark.slow
 def test_of_equal_logits_far_apart_the_lower_id_comes_first(ops, device):
     """Among more candidates than the second kernel looks at together (8192, and 16 of every 32 rows are some)."""
     x, residual, norm_weight, eps, weight = _exact_inputs(16400, 8, device)
