@@ -26,6 +26,7 @@ test-avx2: $(READY)  ## the tests for which the processor matters, as an x86-64 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(DOCS)  ## the site, in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -38,7 +39,7 @@ results: $(READY)  ## writes the tables of README.md and docs/ from benchmarks/r
 	$(BIN)/python benchmarks/tables.py
 
 clean:
-	rm -rf .venv build .benchmarks *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build .benchmarks *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

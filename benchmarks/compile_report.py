@@ -44,7 +44,12 @@ MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
 WARP = 32
 H100_PAPER, H100_COPY = 3.35e12, 3.0e12  # bytes/s: the data sheet, and what a copy reaches
 H100_MATRIX = 790e12  # bf16 operations/s that a large matrix product reaches
-ON_TENSOR_CORES = ("_decode_attention_kernel", "_prefill_attention_kernel", "_linear_kernel", "_lm_head_kernel")
+ON_TENSOR_CORES: tuple[str, ...] = (
+    "_decode_attention_kernel",
+    "_prefill_attention_kernel",
+    "_linear_kernel",
+    "_lm_head_kernel",
+)
 ON_TENSOR_CORES += ("_norm_qkv_rope_kernel",)
 
 

@@ -210,7 +210,8 @@ def main(
                     pairs[name] = (first, second)
             document = facts | {"twice": True, "rows": contention.alone_and_together(pairs, repeats)}
         else:
-            rows, limits = [], []
+            rows: list[dict[str, Any]] = []
+            limits: list[Any] = []
             for count, length in itertools.product(batches, prompts):
                 found, rounds = measure(
                     engines, loaded.config, count, length, new_tokens, repeats, lambda: roofline(place, threads)

@@ -24,6 +24,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = "on_gpu.log"  # of all parts
@@ -126,7 +127,7 @@ def facts() -> dict[str, object]:
     return found
 
 
-def run(part: Part, out: Path, env: dict[str, str]) -> dict[str, object]:
+def run(part: Part, out: Path, env: dict[str, str]) -> dict[str, Any]:
     """Runs a part with ``env`` added to the environment. Its output goes to the log, which is kept in any case."""
     started = time.monotonic()
     with (out / LOG).open("a+b") as log:
@@ -170,20 +171,21 @@ def main() -> None:
     if unknown := set(options.only or []) - {part.name for part in known}:
         parser.error(f"--only {', '.join(unknown)}: the parts are {', '.join(part.name for part in known)}")
     (out / LOG).unlink(missing_ok=True)
-    summary, spare = {"facts": facts(), "parts": []}, 0.0
+    done: list[dict[str, Any]] = []
+    summary, spare = {"facts": facts(), "parts": done}, 0.0
     print(json.dumps(summary["facts"], indent=1), flush=True)
     for part in known:
         if not options.only or part.name in options.only:
             env = {"TRITON_INTERPRET": "1"} if options.dry_run and part.interpreted else {}
             limit = part.seconds + spare
-            summary["parts"].append(run(replace(part, seconds=limit), out, env))
-            spare = max(0.0, limit - summary["parts"][-1]["seconds"])
+            done.append(run(replace(part, seconds=limit), out, env))
+            spare = max(0.0, limit - done[-1]["seconds"])
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
     if (out / "tuned").is_dir():  # one file instead of many
         shutil.make_archive(str(out / "tuned"), "gztar", out / "tuned")
         shutil.rmtree(out / "tuned")
-    print(*(f"{each['part']}: {each['outcome']} ({each['seconds']} s)" for each in summary["parts"]), sep="\n")
-    raise SystemExit(any(each["outcome"] != "passed" for each in summary["parts"]))
+    print(*(f"{each['part']}: {each['outcome']} ({each['seconds']} s)" for each in done), sep="\n")
+    raise SystemExit(any(each["outcome"] != "passed" for each in done))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ from qwenkern.cli import terminal
 from qwenkern.kernels.environment import CONFIG_DIR
 from qwenkern.kernels.triton import tuning
 
+ALL_PROVIDERS = ",".join(provider.name for provider in PROVIDERS)
+
 
 @torch.inference_mode()  # also for the check, because another mode or other kinds of tensors would be compiled again
 def measure(
@@ -105,6 +107,8 @@ def _providers(names: list[str]) -> list[Provider]:
 def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
     def function(case: Case) -> Function | None:
         inner = provider.function(case)
+        if inner is None:
+            return None
 
         def run(*inputs: Any) -> Any:
             with _tuned_by(folder):
@@ -141,7 +145,7 @@ def show(console: Console, rows: list[Row], limits: Ceilings) -> None:
         head = (row.case, str(row.tokens))
         cells = (*(head if head != before else ("", "")), row.provider + ("" if row.same else " *"))
         before = head
-        if row.seconds is None:
+        if row.seconds is None or row.ratio is None:
             table.add_row(*cells, "[red]failed[/red]")
             continue
         micro = [value * 1e6 for value in (row.seconds.p20, row.seconds.p80, row.floor)]

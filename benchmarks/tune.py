@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,7 +31,7 @@ from rich.table import Table
 
 import qwenkern.kernels
 from qwenkern import Config
-from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size, mapped
 from qwenkern.benchmarks.ops.correctness import check, expected
 from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.benchmarks.reports import results
@@ -84,7 +86,7 @@ class Problem:
         """The seconds per call, as the geometric mean over the numbers of tokens."""
         medians = []
         for sets in self.sets:
-            calls = {"": [lambda inputs=inputs: self.run(inputs) for inputs in sets]}
+            calls = {"": [partial(self.run, inputs) for inputs in sets]}
             medians.append(statistics.median(side_by_side(calls, self.device, patience)[""]))
         return statistics.geometric_mean(medians)
 
@@ -107,7 +109,8 @@ _TUNED_AS |= {"attention": "decode_attention", "silu_mul": "swiglu", "silu_mul_b
 def problems(case: Case, config: Config, sizes: list[Size]) -> list[Problem]:
     """The sizes of a case, grouped by the configuration that the kernel looks up. Sizes at which the kernel does not
     run are left out (for many tokens the library's product runs)."""
-    op, groups = _TUNED_AS.get(case.op, case.op), {}
+    op = _TUNED_AS.get(case.op, case.op)
+    groups: dict[Any, list[Size]] = {}
     for size in sizes:
         with tuning.trying(op, {}) as trial:
             case.run(*case.inputs(config, size))
@@ -140,7 +143,7 @@ def search(
         with log.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps([candidate.config, candidate.seconds, candidate.reason]) + "\n")
         best = min(best, candidate.seconds or best)
-    good = sorted((each for each in tried.values() if each.seconds), key=lambda each: each.seconds)
+    good = sorted((each for each in tried.values() if each.seconds), key=lambda each: each.seconds or math.inf)
     return _beats_the_heuristic(problem, good[:3]), list(tried.values())
 
 
@@ -171,8 +174,8 @@ def _compile_time_fault(problem: Problem) -> str:
 
     device = tuning.device_of(problem.sets[0][0][0])
     for sets in problem.sets:
-        shapes = [each.to("meta") if isinstance(each, torch.Tensor) else each for each in sets[0]]
-        for launch in launches_on(device, lambda shapes=shapes: problem.run(tuple(shapes))):
+        shapes = mapped(lambda each: each.to("meta"), sets[0])
+        for launch in launches_on(device, partial(problem.run, shapes)):
             code = read(launch.kernel)
             if code.spills:
                 return f"{code.spills} spills"
@@ -243,7 +246,7 @@ def main(
     if not cases:
         raise typer.BadParameter(f"{op!r}: not among {', '.join(case.name for case in CASES)}")
     config = Config.from_name(model)
-    root = out or Path(CONFIG_DIR.get() or Path(qwenkern.kernels.__file__).parent / "tuned")
+    root = out or Path(CONFIG_DIR.get() or Path(tuning.__file__).parent / "tuned")
     folder = root / tuning.device_of(torch.empty(1, device=place)).folder
     try:
         folder.mkdir(parents=True, exist_ok=True)

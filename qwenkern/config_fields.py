@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from . import arguments
 from .errors import ConfigError, shown
 
 # Larger sizes mean a damaged file: the largest size in the family is 152,064, and the most layers are 80.
@@ -150,9 +151,7 @@ def required(fields: Mapping[str, Any], name: str, source: str) -> Any:
 
 
 def whole(source: str, name: str, value: Any, largest: int = LARGEST) -> int:
-    if type(value) is not int or not 0 < value <= largest:
-        raise ConfigError(f"{source}: {name} is {shown(value)}; expected a whole number from 1 to {largest}")
-    return value
+    return arguments.whole(f"{source}: {name}", value, 1, largest, exact=True, error=ConfigError)
 
 
 def positive(source: str, name: str, value: Any) -> float:

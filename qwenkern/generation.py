@@ -191,7 +191,7 @@ def check_eos_token(token: Any, vocab: Mapping[str, int], width: Any, file: Path
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
         raise ConfigError(f"{file}: eos_token is {shown(token)}; expected a text, or an object with its content")
-    token_id = None if token is None else vocab.get(text)
+    token_id = vocab.get(text) if isinstance(text, str) else None
     if token_id is not None and isinstance(width, int) and token_id >= width:
         raise ConfigError(
             f"{file}: eos_token is {shown(text)}, with id {token_id}; expected one below vocab_size {width}"

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,6 @@ def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """For json.loads: the pairs of an object as a dict. Raises ValueError for a name that occurs twice."""
     content = dict(pairs)
     if len(content) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))
+        twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"{twice!r} occurs twice")
     return content

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .config import Config
 
-_FLOATS = {"dtype": torch.float32, "device": "cpu"}  # independent of torch's defaults
-_ELEMENTS = 1 << 19  # elements of a block of rows: 4,096 positions of a head of 128, a few milliseconds
+_FLOATS: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}  # whatever torch's defaults are
+_ELEMENTS = 1 << 19  # of a block of rows: 4,096 positions of a head of 128, some milliseconds
 
 
 class RopeTable:

@@ -128,18 +128,15 @@ def transformers_model(model: Model) -> Any:
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
     config = model.config
-    names = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads"
+    names = (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "max_position_embeddings rms_norm_eps tie_word_embeddings"
+    )
+    fields: dict[str, Any] = {name: getattr(config, name) for name in names.split()}
+    fields["attn_implementation"] = "sdpa"
+    fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     with torch.device("meta"):
-        peer = Qwen2ForCausalLM(
-            Qwen2Config(
-                **{name: getattr(config, name) for name in names.split()},
-                max_position_embeddings=config.max_position_embeddings,
-                rms_norm_eps=config.rms_norm_eps,
-                tie_word_embeddings=config.tie_word_embeddings,
-                rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-                attn_implementation="sdpa",
-            )
-        )
+        peer = Qwen2ForCausalLM(Qwen2Config(**fields))
     weights = unpacked(model)
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
@@ -150,7 +147,8 @@ def transformers_model(model: Model) -> Any:
 
 def unpacked(model: Model) -> dict[str, Tensor]:
     """Views of a model's weights, by their names in Hugging Face's checkpoints."""
-    config, weights = model.config, {}
+    config = model.config
+    weights: dict[str, Tensor] = {}
     for name, tensor in model.module.state_dict().items():
         if "qkv_proj" in name:
             sizes = [config.q_size, config.kv_size, config.kv_size]
@@ -182,6 +180,8 @@ def write_gguf(model: Model, file: Path) -> None:
     writer.add_tokenizer_model("no_vocab")
     for long_name, tensor in unpacked(model).items():
         name = names.get_name(long_name, try_suffixes=(".weight", ".bias"))
+        if name is None:
+            raise ValueError(f"GGUF has no name for {long_name}")
         if tensor.dim() == 1:
             writer.add_tensor(name, tensor.float().cpu().numpy())
         else:

@@ -150,7 +150,7 @@ def read(kernel: CompiledKernel) -> Code:
         file.flush()
         usage = _cuobjdump("--dump-resource-usage", file.name)
         opcodes = Counter(_INSTRUCTION.findall(_cuobjdump("--dump-sass", file.name)))
-    registers, stack = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
+    registers, stack = (int(_search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Code(
         registers=registers,
         stack=stack,
@@ -165,10 +165,16 @@ def read(kernel: CompiledKernel) -> Code:
     )
 
 
+def _search(pattern: str, text: str) -> re.Match[str]:
+    if found := re.search(pattern, text):
+        return found
+    raise ValueError(f"no {pattern!r} in {text[:200]!r}")
+
+
 def _read_amd(kernel: CompiledKernel) -> Code:
     text = kernel.asm["amdgcn"]
     registers, spills, stack = (
-        int(re.search(rf"\.{name}:\s+(\d+)", text)[1])
+        int(_search(rf"\.{name}:\s+(\d+)", text)[1])
         for name in ("vgpr_count", "vgpr_spill_count", "private_segment_fixed_size")
     )
     matrix = dict(Counter(re.findall(r"\b(v_mfma_\w+)", text)))
@@ -222,7 +228,7 @@ def _line(location: str, locations: dict[str, str]) -> str:
     """The innermost file and line of a location, which may be named, or inlined somewhere."""
     text = locations[location]
     while not (found := _FILE.search(text)):
-        text = locations[re.search(r"#loc\d*", text)[0]]
+        text = locations[_search(r"#loc\d*", text)[0]]
     return f"{found[1]}:{found[2]}"
 
 

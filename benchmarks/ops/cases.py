@@ -6,7 +6,7 @@ as written once, as the kernels' docstrings do.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from qwenkern import Config, kernels
 from qwenkern.cache import PAGE_SIZE
+from qwenkern.kernels import Pages, Weight
 from qwenkern.kernels.pages import DensePages
 
 FEW, MANY = (1, 16), (512,)
@@ -47,6 +48,17 @@ class Case:
 
     def run(self, *inputs: Any) -> Any:
         return getattr(kernels, self.op)(*inputs)
+
+
+def mapped(function: Callable[[Tensor], Tensor], inputs: Iterable[Any]) -> tuple[Any, ...]:
+    """Inputs with ``function`` applied to each tensor, those of weights and pages included."""
+
+    def one(each: Any) -> Any:
+        if isinstance(each, Tensor):
+            return function(each)
+        return type(each)(*map(function, each.tensors)) if isinstance(each, (Weight, Pages)) else each
+
+    return tuple(map(one, inputs))
 
 
 def _normal(size: Size, *shape: int, scale: float = 1.0) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from qwenkern.benchmarks.ops.cases import Case
+from qwenkern.benchmarks.ops.cases import Case, mapped
 from qwenkern.benchmarks.ops.providers import Function
 from qwenkern.kernels import reference
 
@@ -15,15 +15,9 @@ from qwenkern.kernels import reference
 ERROR_RATIO, RMS_RATIO = 2.0, 1.5
 
 
-def _copies(inputs: tuple[Any, ...], wide: bool = False) -> list[Any]:
+def _copies(inputs: tuple[Any, ...], wide: bool = False) -> tuple[Any, ...]:
     """Copies of the tensors, because ops may write into the caches; in float64 if ``wide``."""
-
-    def copy(each: Any) -> Any:
-        if not isinstance(each, torch.Tensor):
-            return each
-        return each.double() if wide and each.is_floating_point() else each.clone()
-
-    return [copy(each) for each in inputs]
+    return mapped(lambda each: each.double() if wide and each.is_floating_point() else each.clone(), inputs)
 
 
 def expected(case: Case, inputs: tuple[Any, ...]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -48,12 +48,13 @@ def _compiled(case: Case) -> Function | None:
 
 def _library(case: Case) -> Function | None:
     """The vendor's matrix product without what is fused with it: a lower limit of the time, not the same op."""
-    return {
+    found: dict[str, Function] = {
         "linear": lambda x, weight: F.linear(x, weight),
         "norm_linear": lambda x, residual, norm, eps, weight, bias: F.linear(x, weight, bias),
         "norm_swiglu_linear": lambda x, residual, norm, eps, weight: F.linear(x, weight),
         "lm_head": lambda x, residual, norm, eps, weight: F.linear(x, weight),
-    }.get(case.op)
+    }
+    return found.get(case.op)
 
 
 def _sdpa(case: Case) -> Function | None:
@@ -126,7 +127,8 @@ def _transformers(case: Case) -> Function | None:
         q, k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
         return q[0].transpose(0, 1), k[0].transpose(0, 1)
 
-    return {"rms_norm": rms_norm, "apply_rope": apply_rope}.get(case.op)
+    found: dict[str, Function] = {"rms_norm": rms_norm, "apply_rope": apply_rope}
+    return found.get(case.op)
 
 
 def _liger(case: Case) -> Function | None:
@@ -140,7 +142,8 @@ def _liger(case: Case) -> Function | None:
         gate, up = gate_up.chunk(2, dim=-1)
         return LigerSiLUMulFunction.apply(gate.contiguous(), up.contiguous())
 
-    return {"rms_norm": rms_norm, "swiglu": swiglu}.get(case.op)
+    found: dict[str, Function] = {"rms_norm": rms_norm, "swiglu": swiglu}
+    return found.get(case.op)
 
 
 def _flashinfer(case: Case) -> Function | None:
@@ -151,11 +154,12 @@ def _flashinfer(case: Case) -> Function | None:
         flashinfer.fused_add_rmsnorm(x, residual, weight, eps)
         return x, residual
 
-    return {
+    found: dict[str, Function] = {
         "rms_norm": lambda x, weight, eps: flashinfer.rmsnorm(x, weight, eps),
         "add_rms_norm": add_rms_norm,
         "swiglu": lambda gate_up: flashinfer.silu_and_mul(gate_up),
-    }.get(case.op)
+    }
+    return found.get(case.op)
 
 
 def _quack(case: Case) -> Function | None:

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ import torch
 import triton
 
 import qwenkern
-from qwenkern.kernels import dependent_launches
+from qwenkern.kernels import Pages, Weight, dependent_launches
 from qwenkern.kernels.environment import COMMIT
 
 Calls = Sequence[Callable[[], Any]]  # one function on each set of inputs
@@ -41,13 +41,13 @@ class Spread:
 
     @classmethod
     def of(cls, readings: Sequence[float]) -> Spread:
-        if len(readings) < 2:
-            return cls(*readings * 3)
+        if len(readings) == 1:
+            return cls(readings[0], readings[0], readings[0])
         tenths = statistics.quantiles(readings, n=10, method="inclusive")
         return cls(tenths[1], tenths[4], tenths[7])
 
 
-def side_by_side(calls: dict[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
+def side_by_side(calls: Mapping[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
     """The readings of each function, in seconds per call. All readings take about ``seconds``. The functions take
     turns. Ratios are those of readings in one round. Another function begins each round, so that no function always
     follows the same one."""
@@ -138,7 +138,7 @@ def _between_events(run: Callable[[], Any], repeats: int) -> float:
 def input_sets(make: Callable[[], tuple[Any, ...]], device: torch.device, most: int = 16) -> list[tuple[Any, ...]]:
     """Sets of inputs that together are twice as large as the last cache, so that each call finds its inputs evicted."""
     sets = [make()]
-    size = sum(each.nbytes for each in sets[0] if isinstance(each, torch.Tensor))
+    size = sum(each.nbytes for each in sets[0] if isinstance(each, (torch.Tensor, Weight, Pages)))
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
     while len(sets) < most and len(sets) * size < 2 * cache:
         sets.append(make())

@@ -40,6 +40,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 def _open(path: Path) -> Checkpoint:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or folder")
+    checkpoint: Checkpoint
     if path.is_dir() or is_gguf(path):
         if path.is_dir():
             checkpoint = open_safetensors(path)

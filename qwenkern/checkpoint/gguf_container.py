@@ -121,7 +121,8 @@ class _Header:
         kind = self.value_type(key)
         if key == "general.alignment" and kind != GGUFValueType.UINT32:
             self.fail(f"general.alignment has type {kind.name}; expected UINT32")
-        self.metadata[key] = value = self.array(key) if kind == GGUFValueType.ARRAY else self.values(kind, 1, key)[0]
+        value: Any = self.array(key) if kind == GGUFValueType.ARRAY else self.values(kind, 1, key)[0]
+        self.metadata[key] = value
         if key == "general.alignment":
             if value == 0 or value & (value - 1):
                 self.fail(f"general.alignment is {value}; expected a power of two")

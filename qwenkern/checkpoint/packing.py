@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
+from qwenkern.kernels import Weight
 
 logger = logging.getLogger(__name__)
 
@@ -119,7 +120,7 @@ def load_weights(
                 expected = ", ".join(map(str, _DTYPES))
                 raise CheckpointError(f"{source}: tensor {name} has dtype {tensor.dtype}; expected one of {expected}")
             if name in table:
-                parameters[slot.parameter].data[slot.start : slot.start + slot.shape[0]].copy_(tensor)
+                _part(module, slot).copy_(tensor)
             else:
                 tied_head = tensor  # compared at the end, because the embedding may come later
         done += tensor.nbytes
@@ -137,8 +138,26 @@ def load_weights(
                 HEAD,
                 EMBEDDING,
             )
-            module.untie()
+            module.untie()  # type: ignore[operator]  # of qwen2.Qwen2, which is not imported here
             module.get_parameter(HEAD).data.copy_(tied_head)
+
+
+def unpacked(module: torch.nn.Module, config: Config) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a checkpoint as they stand in a module, by Hugging Face's name: of dense weights views of their
+    rows, of others the values that they stand for."""
+    for name, slot in slots(config).items():
+        part = _part(module, slot)
+        yield name, part.dequantise() if isinstance(part, Weight) else part
+
+
+def _part(module: torch.nn.Module, slot: Slot) -> Weight | torch.Tensor:
+    """The rows of a parameter that a tensor goes to."""
+    owner, _, kind = slot.parameter.rpartition(".")
+    holder = module.get_submodule(owner)
+    end = slot.start + slot.shape[0]
+    if kind == "weight" and len(slot.shape) == 2:
+        return holder.value.rows(slot.start, end)
+    return holder.get_parameter(kind).data[slot.start : end]
 
 
 def _slot(name: str, shape: tuple[int, ...], table: Mapping[str, Slot], source: str) -> Slot | None:
@@ -173,7 +192,8 @@ def _same_bits(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
 def _summary(missing: Iterable[str], table: Mapping[str, Slot]) -> str:
     """The names as text: whole layers as ranges, then the first few other names ("layers 20..23,
     model.norm.weight")."""
-    names, layers = [], {}
+    names: list[str] = []
+    layers: dict[int, list[str]] = {}
     for name in missing:
         match = re.match(r"model\.layers\.(\d+)\.", name)
         layers.setdefault(int(match[1]), []).append(name) if match else names.append(name)

@@ -80,7 +80,7 @@ def generate(
     if prompt is None:
         prompt = terminal.read_stdin()
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -111,7 +111,7 @@ def chat(
 ) -> None:
     """Chat with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
     loaded = _load(model, device, dtype, threads)
-    params = {
+    params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
         "top_k": top_k,
@@ -155,10 +155,23 @@ def info(
     renew: Annotated[
         bool, typer.Option("--renew", help="Only repeat the measurements of this CPU, and print what changed.")
     ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Only say which backend runs each op here, and why the others do not.")
+    ] = False,
 ) -> None:
     """Show parameters, memory by context length, contradictions in the numbers, and how this CPU computes.
 
     Loads no weights."""
+    if kernels:
+        from . import serving
+
+        table = Table(title=f"ops of {serving.MODEL} in bfloat16", title_justify="left")
+        for column in ("op", "tokens", "runs on", "others"):
+            table.add_column(column)
+        for op, tokens, runs, others in serving.served():
+            table.add_row(op, str(tokens), runs, others)
+        Console(highlight=False).print(table)
+        return
     if renew:
         for name, value in facts.renewed().items():
             Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache
@@ -89,8 +89,8 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
@@ -106,8 +106,8 @@ class ChatTemplate:
 
     def read(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> tuple[Conversation, str]:
@@ -209,10 +209,8 @@ class ChatTemplate:
             try:
                 with budget():
                     self._compiled[name] = _environment().from_string(source)
-            except (
-                Exception
-            ) as fault:  # not only TemplateSyntaxError: deep nesting raises RecursionError or SyntaxError
-                line = f", line {fault.lineno}" if getattr(fault, "lineno", None) else ""
+            except Exception as fault:  # not only TemplateSyntaxError: depth shows as RecursionError or SyntaxError
+                line = f", line {number}" if (number := getattr(fault, "lineno", None)) else ""
                 raise CheckpointError(f"{file}: the chat template{line} does not compile: {fault}") from fault
         return self._compiled[name]
 

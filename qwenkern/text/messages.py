@@ -70,9 +70,9 @@ def unused_characters(text: str) -> Iterator[str]:
 def read_messages(messages: Any, read_arguments: bool = True, keep_null: bool = False) -> list[dict[str, Any]]:
     """The messages in plain types, with text as content, and without keys whose value is None.
 
-    read_arguments: replaces arguments of tool calls in JSON text by the value that the text spells.
-    keep_null: a message that has only tool calls gets the content None.
-    Raises RequestError, which names the message and the field.
+    read_arguments: the arguments of tool calls that come as JSON text become what it spells.
+    keep_null: the content of a message that has nothing but tool calls stays None.
+    Raises RequestError, naming the message and the field.
     """
     if not isinstance(messages, (list, tuple)) or not messages:
         found = "an empty one" if isinstance(messages, (list, tuple)) else f"a {type(messages).__name__}"

@@ -6,11 +6,9 @@ are the same code. A special token stands for structure, not for text (<|im_end|
 
 from __future__ import annotations
 
-import codecs
 import json
 import operator
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ from tokenizers import AddedToken, decoders, models
 from ..errors import CheckpointError, ConfigError, RequestError, shown
 from ..generation import END_TOKENS, check_eos_token
 from ..reading import read_json
+from .added_tokens import AnyOf
 from .chat_template import ChatTemplate, Conversation
 from .messages import plain, unused_characters
 from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
@@ -83,13 +82,13 @@ class Tokenizer:
         self._plain.pre_tokenizer = library.pre_tokenizer
         self._source = source
         self._added = {token_id: token.content for token_id, token in added.items()}
-        self._any_added = _AnyOf(self._added.values())
-        self._any_special = _AnyOf(token.content for token in added.values() if token.special)
+        self._any_added = AnyOf(self._added.values())
+        self._any_special = AnyOf(token.content for token in added.values() if token.special)
         self._chat_template = chat_template or ChatTemplate({}, {}, source)
         self.vocab_size = vocab_size
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         ends = {token_id for token_id, token in self._added.items() if token in END_TOKENS}
-        ends |= {self.id_of(token) for token in eos_tokens} - {None}
+        ends |= {end for token in eos_tokens if (end := self.id_of(token)) is not None}
         self.end_of_text_ids = frozenset(ends)
         with guard(CheckpointError, f"{source}: the tokenizer fails on a line of text"):
             self.beginning_ids = beginning_of(library, _PROBE)
@@ -219,7 +218,7 @@ class Tokenizer:
                 continue
             _, found, after = text.rpartition(answer)
             if found and (place := next(self._any_special.places(after), None)):
-                return frozenset({self._library.token_to_id(after[slice(*place)])})
+                return frozenset({self._id_of_added(after[slice(*place)])})
         return frozenset()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
@@ -229,7 +228,7 @@ class Tokenizer:
             ids = iter(ids)
         except TypeError:
             raise RequestError(f"ids are {shown(ids)}; expected a list of token ids") from None
-        return b"".join(self._shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
+        return b"".join(self.shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes of a token, which need not be whole characters; b"" for an id without a token."""
@@ -254,10 +253,16 @@ class Tokenizer:
         except UnicodeEncodeError:  # a lone surrogate, which no token has
             return None
 
+    def _id_of_added(self, token: str) -> int:
+        """Of one of the added tokens, all of which have ids."""
+        token_id = self._library.token_to_id(token)
+        assert token_id is not None, token
+        return token_id
+
     def render_chat(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
@@ -266,8 +271,8 @@ class Tokenizer:
 
     def encode_chat(
         self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
@@ -304,36 +309,15 @@ class Tokenizer:
         ids, end = [], 0
         for start, following in self._any_added.places(rendered):
             ids += self.encode(rendered[end:start].translate(shown), allow_special=False)
-            ids.append(self._library.token_to_id(rendered[start:following]))
+            ids.append(self._id_of_added(rendered[start:following]))
             end = following
         return ids + self.encode(rendered[end:].translate(shown), allow_special=False)
 
-    def _shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
+    def shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
+        """token_bytes, or none of a special token where those are skipped."""
         shown = self.token_bytes(token_id)
         # operator.index, because an id may be a tensor's element, whose hash is not that of its value.
         return b"" if skip_special and operator.index(token_id) in self.special_ids else shown
-
-
-class Detokenizer:
-    """The text of a growing sequence of ids. `add` returns the text that is final now, never half a character.
-
-    The pieces of `add` and `finish`, joined, equal `tokenizer.decode(ids)` for every sequence of ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = True) -> None:
-        self._tokenizer = tokenizer
-        self._skip_special = skip_special
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def add(self, token_id: int) -> str:
-        """The text that this id completes, often "". Raises RequestError for an id outside the vocabulary."""
-        return self._utf8.decode(self._tokenizer._shown_bytes(token_id, self._skip_special))
-
-    def finish(self) -> str:
-        """The bytes that are still incomplete, as U+FFFD. After it, a new sequence may begin."""
-        rest = self._utf8.decode(b"", final=True)
-        self._utf8.reset()
-        return rest
 
 
 def _spells_bytes(decoder: Any) -> bool:
@@ -341,37 +325,6 @@ def _spells_bytes(decoder: Any) -> bool:
     if isinstance(decoder, decoders.Sequence):
         return [step.get("type") for step in json.loads(decoder.__getstate__())["decoders"]] == ["ByteLevel"]
     return isinstance(decoder, decoders.ByteLevel)
-
-
-class _AnyOf:
-    """Finds the tokens of a set in a text, from left to right; at each place it takes the longest. A regular expression
-    of the 14,000 added tokens of a speech model would take seconds to compile."""
-
-    def __init__(self, tokens: Iterable[str]) -> None:
-        self._tokens = frozenset(tokens)
-        lengths: dict[str, set[int]] = {}
-        for token in self._tokens:
-            lengths.setdefault(token[0], set()).add(len(token))
-        self._lengths = {first: sorted(found, reverse=True) for first, found in lengths.items()}
-        self._firsts = re.compile("|".join(map(re.escape, lengths)) or "(?!)")  # (?!) matches nowhere
-
-    def places(self, text: str) -> Iterator[tuple[int, int]]:
-        """The begin and the end of each token found."""
-        end = 0
-        for first in self._firsts.finditer(text):
-            start = first.start()
-            for length in self._lengths[first[0]] if start >= end else ():
-                if (found := text[start : start + length]) in self._tokens:
-                    end = start + len(found)
-                    yield start, end
-                    break
-
-    def replace(self, text: str, by: Mapping[str, str]) -> str:
-        parts, end = [], 0
-        for start, following in self.places(text):
-            parts += text[end:start], by[text[start:following]]
-            end = following
-        return "".join([*parts, text[end:]])
 
 
 def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> list[Any]:

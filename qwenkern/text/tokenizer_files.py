@@ -73,11 +73,12 @@ def open_library(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
     if not isinstance(begins, bool):
         raise ConfigError(f"{file}: add_bos_token is {shown(begins)}; expected true or false")
     if begins and isinstance(beginning, str) and beginning:
-        begin_with(library, beginning, library.token_to_id(beginning))
+        token_id = library.token_to_id(beginning)
+        begin_with(library, beginning, token_id)
     return library, vocabulary
 
 
-def begin_with(library: tokenizers.Tokenizer, token: str, token_id: int) -> None:
+def begin_with(library: tokenizers.Tokenizer, token: str, token_id: int | None) -> None:
     """Makes the library put a token before every text."""
     named = {"id": "BEGIN", "ids": [token_id], "tokens": [token]}
     library.post_processor = processors.TemplateProcessing(

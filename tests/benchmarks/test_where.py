@@ -17,7 +17,7 @@ from qwenkern.kernels import c as c_backend
 
 # the modules, whose names the package gives to their ops
 qkv_rope, decode_attention, linear, lm_head = (
-    import_module(f"qwenkern.kernels.{name}") for name in ("qkv_rope", "decode_attention", "linear", "lm_head")
+    import_module(f"qwenkern.kernels.triton.{name}") for name in ("qkv_rope", "decode_attention", "linear", "lm_head")
 )
 SMALL = Config(
     vocab_size=512,

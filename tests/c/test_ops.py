@@ -129,8 +129,8 @@ def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: 
     q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim)
     assert c_backend.takes_heads(q, k)
     out = c_backend.decode_attention(q, k, v, tables, counts, dim**-0.5)
-    expected = reference.decode_attention(q, k, v, tables, counts, dim**-0.5)
-    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, dim**-0.5)
+    expected = reference.decode_attention(q, (k, v), tables, counts, dim**-0.5)
+    truth = reference.decode_attention(q.double(), (k.double(), v.double()), tables, counts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row in range(len(lengths)):
         alone = c_backend.decode_attention(
@@ -148,8 +148,8 @@ def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads:
     q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0)[:, :-8].unflatten(1, (heads, dim))
     assert c_backend.takes_prefill(q, k)
     out = c_backend.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
-    expected = reference.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
-    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, ends, starts, dim**-0.5)
+    expected = reference.prefill_attention(q, (k, v), tables, ends, starts, dim**-0.5)
+    truth = reference.prefill_attention(q.double(), (k.double(), v.double()), tables, ends, starts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row, (first, last) in enumerate(pairwise(starts.tolist())):
         if first < last:
@@ -161,8 +161,8 @@ def test_queries_far_apart_do_not_overflow() -> None:
     _, k, v, tables, lengths = cached([300], 14, 2, 64)
     q, starts = tensor(300, 14, 64, seed=6, scale=200.0), torch.tensor([0, 300])
     out = c_backend.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
-    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, lengths, starts, 1.0)
-    assert_as_close_as(out, reference.prefill_attention(q, k, v, tables, lengths, starts, 1.0), truth)
+    truth = reference.prefill_attention(q.double(), (k.double(), v.double()), tables, lengths, starts, 1.0)
+    assert_as_close_as(out, reference.prefill_attention(q, (k, v), tables, lengths, starts, 1.0), truth)
 
 
 def test_a_block_table_may_be_part_of_a_wider_one() -> None:
@@ -294,8 +294,8 @@ def test_scores_far_apart_do_not_overflow() -> None:
     q, k, v, tables, counts = cached([300], 14, 2, 64)
     q = q * 100
     out = c_backend.decode_attention(q, k, v, tables, counts, 1.0)
-    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, 1.0)
-    assert_as_close_as(out, reference.decode_attention(q, k, v, tables, counts, 1.0), truth)
+    truth = reference.decode_attention(q.double(), (k.double(), v.double()), tables, counts, 1.0)
+    assert_as_close_as(out, reference.decode_attention(q, (k, v), tables, counts, 1.0), truth)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32)])
@@ -306,8 +306,8 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
     out = c_backend.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
     same, wide = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.float64)
-    expected = reference.rope_and_cache(qkv, positions, cos_sin, *same, slots)
-    truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), *wide, slots)
+    expected = reference.rope_and_cache(qkv, positions, cos_sin, list(same), slots)
+    truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), list(wide), slots)
     assert_as_close_as(out, expected, truth)
     assert_as_close_as(pages[0], same[0], wide[0])
     assert torch.equal(pages[1], same[1])

@@ -79,7 +79,7 @@ def test_attention_over_a_long_cache_does_not_copy_it(in_c, monkeypatch):
     q = torch.randn(1, 14, 64).bfloat16()
 
     def attend():
-        decode_attention(q, k_pages, v_pages, tables, lengths, 0.125)
+        decode_attention(q, (k_pages, v_pages), tables, lengths, 0.125)
 
     assert _ratio(monkeypatch, ours=attend, torchs=attend) > 1.25
 

@@ -19,6 +19,7 @@ from qwenkern import Model
 from qwenkern.checkpoint import load_weights, open_checkpoint
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError, ConfigError
+from qwenkern.kernels.weights import Dense
 
 TINY = Config(
     vocab_size=24,
@@ -66,6 +67,10 @@ class Weights(nn.Module):
         super().__init__()
         for name, shape in shapes.items():
             setattr(self, name, nn.Parameter(torch.full(shape, torch.nan, dtype=dtype)))
+
+    @property
+    def value(self) -> Dense:
+        return Dense(self.weight.data)
 
 
 def fake_module(config: Config = TINY, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -596,6 +596,7 @@ def test_no_damage_to_the_header_gets_past_our_errors(whole, data):
 # --- the real thing ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.demo
 def test_the_demo_model_is_what_the_gguf_library_reads(demo_path):
     checkpoint = open_checkpoint(demo_path)

@@ -253,6 +253,7 @@ def test_streams_as_a_shell_may_hand_them_over(folder, line, said, code):
         assert len(done.stderr.splitlines()) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["2> /dev/full", "2>&-"])
 def test_remarks_that_nobody_hears_change_nothing(folder, model, streams):
     line = f"{GENERATE} Hi {streams}"
@@ -260,6 +261,7 @@ def test_remarks_that_nobody_hears_change_nothing(folder, model, streams):
     assert (done.stdout.decode(), done.returncode) == (model.generate("Hi", max_tokens=4).text + "\n", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said_by", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
 def test_a_terminal_that_knows_ascii_only(folder, model, said_by):
     """What it cannot show is escaped; what is read is UTF-8 all the same."""

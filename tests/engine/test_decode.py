@@ -179,13 +179,14 @@ def test_stops_are_exact_although_one_token_more_was_decoded(pipelined, plain):
 
 def test_rows_without_a_sequence_change_nothing_and_stay_in_place(pipelined):
     """Three sequences in a step of four rows: the spare page takes what the fourth writes."""
-    pipelined.cache.k.zero_()
+    for pages in pipelined.cache.pages:
+        pages.k.zero_()
     pipelined.generate(PROMPTS[:3], max_tokens=10, temperature=0, ignore_eos=True)
     assert pipelined._runner.captured.capture.sizes == [4]
     [step] = pipelined._runner.captured._steps.values()
     assert step._batch.positions[3] == 0
     assert step._batch.lengths[3] == 1
-    used = (pipelined.cache.k != 0).flatten(2).any(-1).any(0).sum()
+    used = (torch.stack([pages.k for pages in pipelined.cache.pages]) != 0).flatten(2).any(-1).any(0).sum()
     assert used == 1 + 2 + 2 + 1  # pages of the three, and the spare one
 
 

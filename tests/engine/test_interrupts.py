@@ -124,7 +124,7 @@ class Sums:
     def forward(self, batch: Batch, cache: PagedCache, rows: torch.Tensor | None = None) -> torch.Tensor:
         if isinstance(self._device, Fake) and not self._device.running:
             self._device.run_until(lambda: False)  # a GPU runs what was launched before
-        pages = cache.k[0, :, :, 0, 0].numpy()
+        pages = cache.pages[0].k[:, :, 0, 0].numpy()
         slots = batch.slots.numpy()
         pages[slots // cache.page_size, slots % cache.page_size] = batch.ids
         starts, positions, tables = batch.query_starts.numpy(), batch.positions.numpy(), batch.block_tables.numpy()

@@ -14,8 +14,8 @@ from support.toy_tokenizer import byte_library, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from qwenkern import Config, ConfigError, Model, RequestError, YarnScaling
+from qwenkern.allocation import allocate
 from qwenkern.integrations.transformers import share as integration
-from qwenkern.qwen2 import Weights
 
 SHAPES = {
     "plain": TINY,
@@ -127,15 +127,15 @@ def test_one_packed_tensor_at_a_time_is_all_the_memory_it_takes(monkeypatch):
     """What a packed tensor replaces is free before the next one is made."""
     theirs, apart = loaded(), []
 
-    def counted(*shape, **keywords):
+    def counted(shape, dtype, device):
         layers = theirs.model.layers
         parts = [(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight) for layer in layers]
         parts += [(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight) for layer in layers]
         if len(shape) > 1:
             apart.append(sum(a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() for a, b in parts))
-        return Weights(*shape, **keywords)
+        return allocate(shape, dtype, device)
 
-    monkeypatch.setattr(integration, "Weights", counted)
+    monkeypatch.setattr(integration, "allocate", counted)
     integration.shared_module(theirs)
     assert apart == [4, 3, 2, 1]
 

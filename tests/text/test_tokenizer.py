@@ -23,7 +23,9 @@ from tokenizers import AddedToken, normalizers
 
 from qwenkern.errors import CheckpointError, ConfigError, RequestError
 from qwenkern.text import tokenizer as room
-from qwenkern.text.tokenizer import Detokenizer, Tokenizer
+from qwenkern.text.added_tokens import AnyOf
+from qwenkern.text.detokenizer import Detokenizer
+from qwenkern.text.tokenizer import Tokenizer
 from qwenkern.text.tokenizer_files import EXPRESSIONS, QWEN2_SPLIT
 
 TEXTS = json.loads(Path(__file__).parents[1].joinpath("data", "texts.json").read_text("utf-8"))
@@ -729,6 +731,7 @@ def test_steps_that_could_take_for_ever(tmp_path, changes, message):
     assert time.process_time() - started < 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("expression", sorted(EXPRESSIONS))
 def test_expressions_read_a_text_once(tmp_path, expression):
     """Twice the text takes about twice as long, whatever the text."""
@@ -1281,7 +1284,7 @@ def test_special_tokens_in_tools_and_calls_are_text(toy):
 @given(st.sets(st.text("ab<", min_size=1, max_size=5), max_size=12), st.text("ab<", max_size=40))
 def test_added_tokens_are_found_as_an_expression_finds_them(tokens, text):
     expression = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
-    found = room._AnyOf(tokens)
+    found = AnyOf(tokens)
     assert list(found.places(text)) == [match.span() for match in expression.finditer(text)]
     by = {token: token.upper() + "!" for token in tokens}
     assert found.replace(text, by) == expression.sub(lambda match: by[match[0]], text)

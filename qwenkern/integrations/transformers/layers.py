@@ -17,11 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ... import kernels as ops
-
-try:
-    from ...kernels.dispatch import INTERPRETED
-except ImportError:  # no Triton
-    INTERPRETED = False
+from ...kernels.triton_if_any import INTERPRETED
 
 FEW = 1 << 15  # values; with fewer, torch's own operations on a CPU are as fast as ours
 _classes: dict[tuple, type[Patched]] = {}  # by original class, kind and switches
@@ -35,7 +31,8 @@ class Patched(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         """For copy and pickle: names the original class, because a class made here cannot be imported."""
-        make, arguments, *state = super().__reduce_ex__(protocol)
+        reduced: Any = super().__reduce_ex__(protocol)
+        make, arguments, *state = reduced
         patch = type(self)
         if "original" in vars(patch):
             make, arguments = _new, (patch.original, patch.__mro__[1], patch.how)
@@ -82,6 +79,11 @@ class RMSNorm(Patched):
 class MLP(Patched):
     """silu(gate) * up in one kernel, between the module's own projections."""
 
+    act_fn: nn.Module
+    gate_proj: nn.Module
+    up_proj: nn.Module
+    down_proj: nn.Module
+
     def forward(self, x: Tensor) -> Tensor:
         if not _pays(x) or _has_hooks(self.act_fn):
             return super().forward(x)
@@ -90,6 +92,11 @@ class MLP(Patched):
 
 class DecoderLayer(Patched):
     """A decoder layer whose first addition is fused with the norm after it."""
+
+    input_layernorm: nn.Module
+    self_attn: nn.Module
+    post_attention_layernorm: Any  # a norm, or what wraps one
+    mlp: nn.Module
 
     def forward(
         self,
@@ -131,6 +138,15 @@ class Attention(Patched):
     modeling: types.ModuleType
     rotates: bool
     attends: bool
+    config: Any
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    attention_dropout: float
+    q_proj: nn.Module
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
 
     def forward(
         self,
@@ -224,7 +240,7 @@ def _table(cos: Tensor, sin: Tensor, num_tokens: int, first: bool) -> tuple[Tens
     state = sin, num_tokens, *(None if each.is_inference() else each._version for each in (cos, sin))
     kept = None if first else cos.__dict__.get("_qwenkern_table")
     if kept is None or kept[0][0] is not sin or kept[0][1:] != state[1:]:
-        cos._qwenkern_table = kept = state, ops.layers.angles(cos, sin, num_tokens)
+        cos.__dict__["_qwenkern_table"] = kept = state, ops.layers.angles(cos, sin, num_tokens)
     return kept[1]
 
 

@@ -67,7 +67,7 @@ def register_attention() -> None:
     AttentionMaskInterface.register("qwenkern", sdpa_mask)
 
 
-def _wanted(decoder: nn.Module, pieces: frozenset[str]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
+def _wanted(decoder: Any, pieces: frozenset[str]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
     """The modules to replace, and the new class of each."""
     implementation = decoder.config._attn_implementation
     attends = "attention" in pieces and implementation == "sdpa"
@@ -140,7 +140,7 @@ def _become(module: nn.Module, new: type[nn.Module]) -> None:
             "forward", None
         )  # accelerate left it there; a copy would compute with this module's weights
     if _is_own(module, module.__dict__.get("_old_forward")):
-        module._old_forward = types.MethodType(new.forward, module)
+        module.__dict__["_old_forward"] = types.MethodType(new.forward, module)
     module.__class__ = new
 
 
@@ -177,7 +177,7 @@ def _decoder(model: nn.Module) -> nn.Module:
     raise RequestError(f"{type(model).__name__} has no decoder layers; expected a Qwen2, Llama or Mistral model")
 
 
-def _check_model(decoder: nn.Module, pieces: frozenset[str]) -> None:
+def _check_model(decoder: Any, pieces: frozenset[str]) -> None:
     kind = getattr(getattr(decoder, "config", None), "model_type", None)
     if kind not in MODEL_TYPES:
         raise RequestError(
@@ -194,7 +194,7 @@ def _check_model(decoder: nn.Module, pieces: frozenset[str]) -> None:
             )
 
 
-def _touched(decoder: nn.Module) -> Iterator[nn.Module]:
+def _touched(decoder: Any) -> Iterator[nn.Module]:
     for layer in decoder.layers:
         yield from (layer, layer.input_layernorm, layer.post_attention_layernorm, layer.mlp, layer.self_attn)
     yield decoder.norm

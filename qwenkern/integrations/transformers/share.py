@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...allocation import allocate
 from ...checkpoint.packing import EMBEDDING, HEAD, check_shapes, slots
 from ...config import Config
 from ...errors import CheckpointError, RequestError
 from ...generation import Generation
-from ...qwen2 import Qwen2, Weights
+from ...qwen2 import Qwen2
 from ...text.tokenizer import Tokenizer
 
 CLASS = "Qwen2ForCausalLM"
@@ -121,7 +122,7 @@ def _packed(parts: Sequence[nn.Parameter]) -> Tensor:
     if whole is None:
         first = parts[0]
         shape = (sum(map(len, parts)), *first.shape[1:])
-        whole = Weights(*shape, dtype=first.dtype, device=first.device).weight.data
+        whole = allocate(shape, first.dtype, first.device)
         for part, rows in zip(parts, whole.split([len(part) for part in parts]), strict=True):
             part.data = rows.copy_(part.data)
     return whole
