@@ -87,7 +87,7 @@ CONFIG_DIR = Variable(
     "QWENKERN_CONFIG_DIR",
     "A folder of tuned launch configurations. The kernels look there before they use the configurations in the "
     "package. `qwenkern tune` writes there",
-    "the package's own configurations alone",
+    "only the configurations in the package",
     _text,
 )
 FOLLOW_LINKS = Variable(

@@ -48,7 +48,8 @@ def refuses_norm_swiglu_linear(
 def norm_swiglu_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
 ) -> tuple[Tensor, Tensor]:
-    gate, up = weight.halves()
+    middle = len(weight) // 2
+    gate, up = weight.rows(0, middle), weight.rows(middle, len(weight))
     return product(x, residual, norm_weight, eps, gate, up=up)
 
 
