@@ -26,6 +26,7 @@ from torch.nn import Parameter
 
 from .environment import KERNELS
 from .pages import Pages, as_pages
+from .recording import CannotRecord, is_recording
 from .weights import Weight, as_weight
 
 P = ParamSpec("P")
@@ -65,13 +66,15 @@ class Backend:
     ``serves`` says whether it is there for a type of device ("cuda", "cpu", "meta"). ``refuses`` says of an op's first
     tensor why no op of this backend takes it, or None. ``prepare`` is called once before the first of these: it may
     compile, measure or write to the log, and ``refuses`` may not. ``invariant_tokens`` is the number of tokens up to
-    which the bits that a linear gives a token do not depend on the other tokens."""
+    which the bits that a linear gives a token do not depend on the other tokens. ``is_recorded`` says whether its calls
+    on a CPU are recorded where they are to be made again (c/recorded_calls.py); others end the recording."""
 
     name: str
     serves: Callable[[str], bool]
     refuses: Callable[[Tensor], str | None]
     prepare: Callable[[], None] = lambda: None
     invariant_tokens: int = 1
+    is_recorded: bool = False
     implementations: dict[str, Implementation] = field(default_factory=dict)
     is_prepared: bool = False
 
@@ -87,7 +90,8 @@ class Backend:
             name = function.__name__
             if name not in OPS:
                 raise ValueError(
-                    f"backend {self.name} implements {name}, and there is no such op among {', '.join(OPS)}"
+                    f"backend {self.name} implements {name}, and there is no such op among {', '.join(OPS)}; expected "
+                    "its contract to be imported first, in kernels/__init__.py"
                 )
             if name in self.implementations:
                 raise ValueError(f"backend {self.name} implements {name} twice")
@@ -193,6 +197,8 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
         if implementation is not None and backend.refuses(first) is None:
             refusal = implementation.refuses(*args, **keywords)
             if refusal is None:
+                if kind == "cpu" and not backend.is_recorded and is_recording():
+                    raise CannotRecord(f"{name} runs in {backend.name}, whose calls are not recorded")
                 return implementation
     if kind == "cuda":
         _warn_of_reference(refusal)

@@ -21,4 +21,4 @@ def _prepare() -> None:
         C.invariant_tokens = build.prepared().limits.max_few_tokens
 
 
-C = Backend("c", lambda kind: kind == "cpu", _refuses, _prepare)
+C = Backend("c", lambda kind: kind == "cpu", _refuses, _prepare, is_recorded=True)
