@@ -11,8 +11,15 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 import qwenkern.kernels
 
-sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-model = Qwen2ForCausalLM(Qwen2Config(vocab_size=256, num_hidden_layers=2, **sizes)).eval()
+config = Qwen2Config(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
+model = Qwen2ForCausalLM(config).eval()
 ids = torch.randint(256, (1, 64))
 with torch.inference_mode():
     before = model(ids).logits

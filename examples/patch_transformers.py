@@ -9,8 +9,14 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from qwenkern.integrations.transformers import apply_qwenkern, revert
 
-sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-config = Qwen2Config(vocab_size=256, num_hidden_layers=2, **sizes)
+config = Qwen2Config(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 model = Qwen2ForCausalLM(config).eval().to(torch.bfloat16)  # or AutoModelForCausalLM.from_pretrained(...)
 ids = torch.randint(256, (1, 256))
 

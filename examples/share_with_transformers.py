@@ -8,8 +8,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from qwenkern import Model
 
-sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-config = Qwen2Config(vocab_size=256, num_hidden_layers=2, **sizes)
+config = Qwen2Config(
+    vocab_size=256,
+    hidden_size=128,
+    intermediate_size=256,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+)
 theirs = Qwen2ForCausalLM(config).eval()  # or AutoModelForCausalLM.from_pretrained("Qwen/Qwen2.5-0.5B-Instruct")
 ours = Model.from_transformers(theirs)  # and its tokenizer, for prompts that are text
 

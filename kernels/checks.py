@@ -7,7 +7,7 @@ calls of C are recorded (c/): they come later.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,23 +66,16 @@ def check_tensor(
 
 
 def check_device(op: str, **tensors: Any) -> None:
-    """Raises unless all tensors, and those of weights and pages, are on one device. None stands for no tensor."""
+    """Raises unless all tensors, weights and pages are on one device. None stands for no tensor."""
     first = None
-    for name, tensor in _named(tensors):
+    for name, value in tensors.items():
+        if value is None:
+            continue
         if first is None:
-            first, device = name, tensor.device
-        elif tensor.device != device:
-            raise ValueError(f"{op}: {name} is on {tensor.device}, and {first} on {device}")
-
-
-def _named(values: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in values.items():
-        if isinstance(value, Tensor):
-            yield name, value
-        elif isinstance(value, Weight):
-            yield from ((name, each) for each in value.tensors)
-        elif value is not None:  # Pages
-            yield from value.named_tensors().items()
+            first, device = name, value.device
+        elif value.device != device:
+            name = name if name != "pages" else next(iter(value.named_tensors()))
+            raise ValueError(f"{op}: {name} is on {value.device}, and {first} on {device}")
 
 
 def can_look_at(values: Tensor) -> bool:
@@ -104,15 +97,23 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
         raise ValueError(f"{op}: {name} must be within {low} and {high - 1}, and one is {wrong}")
 
 
+def check_matrix(op: str, name: str, weight: Weight) -> None:
+    """Raises unless this is a weight [V, K]."""
+    if isinstance(weight, Dense):
+        check_tensor(op, name, weight.tensor, ("V", "K"))
+    elif not isinstance(weight, Weight):
+        raise TypeError(f"{op}: {name} must be a tensor or a Weight, and is {type(weight).__name__}")
+
+
 def check_weight(op: str, name: str, weight: Weight, x: Tensor) -> None:
     """Raises unless this is a weight [N, K] for x [T, K], of its dtype."""
     if isinstance(weight, Dense):
         check_tensor(op, name, weight.tensor, ("N", x.shape[1]), like=x)
-    elif not isinstance(weight, Weight):
-        raise TypeError(f"{op}: {name} must be a tensor or a Weight, and is {type(weight).__name__}")
-    elif len(weight.shape) != 2 or weight.shape[1] != x.shape[1] or not weight.shape[0]:
+        return
+    check_matrix(op, name, weight)
+    if weight.shape[1] != x.shape[1] or not weight.shape[0]:
         raise ValueError(f"{op}: {name} must have shape {_text(('N', x.shape[1]))}, and has {_text(weight.shape)}")
-    elif weight.dtype != x.dtype:
+    if weight.dtype != x.dtype:
         raise TypeError(f"{op}: {name} must be for {_name(x.dtype)}, and is for {_name(weight.dtype)}")
 
 

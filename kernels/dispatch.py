@@ -38,10 +38,14 @@ Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and b
 
 
 class Op(Protocol[P, R_co]):
-    """An op as it is called: ``reference`` is the contract's own torch code, checks included."""
+    """An op as it is called.
+
+    ``reference`` is the contract's own torch code, checks included. ``wrap`` gives arguments as backends get them, with
+    weights and pages as values."""
 
     __name__: str
     reference: Callable[..., Any]
+    wrap: Callable[[tuple, dict[str, Any]], tuple[tuple, dict[str, Any]]]
     has_gradient: bool
 
     def __call__(self, *args: P.args, **keywords: P.kwargs) -> R_co: ...
@@ -138,7 +142,8 @@ def op(
 
         @functools.wraps(body)
         def public(*args: Any, **keywords: Any) -> Any:
-            args, keywords = values.wrap(args, keywords)
+            if values.places:
+                args, keywords = values.wrap(args, keywords)
             given = (*args, *keywords.values()) if keywords else args
             if torch.autograd.forward_ad._current_level >= 0:
                 _refuse_tangents(name, given)
@@ -160,6 +165,7 @@ def op(
 
         public.__signature__ = values.signature.replace(return_annotation=values.result)
         public.reference = reference
+        public.wrap = values.wrap
         public.has_gradient = gradient is not None
         made = cast("Op[P, R]", public)
         OPS[name] = made
@@ -181,30 +187,47 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
     """The implementation that runs an op with these arguments, which are checked; None: its reference does. ``first``
     is the tensor whose device and dtype decide."""
     kind = first.device.type
-    refusal: str | None = "anything, for Triton is not installed"
+    refusal: str | None = None
     for backend in backends(kind):
-        refusal = None  # it may be for none of its kernels to say: nothing to warn of
         implementation = backend.implementations.get(name)
-        if implementation is None or backend.refuses(first) is not None:
-            continue
-        refusal = implementation.refuses(*args, **keywords)
-        if refusal is None:
-            return implementation
-    if kind == "cuda" and refusal is not None and not _chooses_reference():
-        _warn_once(refusal)
+        if implementation is not None and backend.refuses(first) is None:
+            refusal = implementation.refuses(*args, **keywords)
+            if refusal is None:
+                return implementation
+    if kind == "cuda":
+        _warn_of_reference(refusal)
     return None
 
 
-def backends(kind: str) -> Iterator[Backend]:
-    """Those for a type of device, prepared, in the order in which they are tried."""
-    if _chooses_reference():
-        return
+def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
+    """Of each backend, by its name, why it does not run an op with these arguments; None where it would. The first of
+    those runs it, and where there is none torch does."""
+    kind, found = first.device.type, {}
+    args, _ = OPS[name].wrap(args, {})
+    chosen = backends(kind)
     for backend in BACKENDS:
-        if backend.serves(kind):
-            if not backend.is_prepared:
-                backend.prepare()
-                backend.is_prepared = True
-            yield backend
+        implementation = backend.implementations.get(name)
+        if implementation is None:
+            found[backend.name] = "has no such kernel"
+        elif backend not in chosen:
+            reason = "QWENKERN_KERNELS=reference" if KERNELS.get() == "reference" else f"does not run on {kind}"
+            found[backend.name] = reason
+        else:
+            reason = backend.refuses(first) or implementation.refuses(*args)
+            found[backend.name] = reason and f"does not take {reason}"
+    return found
+
+
+def backends(kind: str) -> list[Backend]:
+    """Those for a type of device, prepared, in the order in which they are tried."""
+    if KERNELS.get() == "reference":
+        return []
+    found = [backend for backend in BACKENDS if backend.serves(kind)]
+    for backend in found:
+        if not backend.is_prepared:
+            backend.prepare()
+            backend.is_prepared = True
+    return found
 
 
 def invariant_tokens(weight: Tensor) -> int:
@@ -213,13 +236,19 @@ def invariant_tokens(weight: Tensor) -> int:
     return next((each.invariant_tokens for each in backends(weight.device.type) if each.refuses(weight) is None), 1)
 
 
-def _chooses_reference() -> bool:
-    return KERNELS.get() == "reference"
+def _warn_of_reference(refusal: str | None) -> None:
+    """That a GPU runs torch's own kernels, where that is not what somebody chose."""
+    if KERNELS.get() == "reference":
+        return
+    if not any(backend.serves("cuda") for backend in BACKENDS):
+        refusal = "anything, for Triton is not installed"
+    if refusal is not None:
+        _warn_once(refusal)
 
 
 @functools.cache
 def _warn_once(refusal: str) -> None:
-    warnings.warn(f"qwenkern: the Triton kernel does not take {refusal}; torch runs it, slower", stacklevel=5)
+    warnings.warn(f"qwenkern: the Triton kernel does not take {refusal}; torch runs it, slower", stacklevel=6)
 
 
 _dependent = threading.local()
@@ -255,7 +284,7 @@ class _Values:
         """Tensors become dense weights, and pairs of them dense pages."""
         for at, name, as_value in self.places:
             if at < len(args):
-                if not isinstance(args[at], (Weight, Pages)):
+                if isinstance(args[at], (Tensor, tuple, list)):
                     args = (*args[:at], as_value(args[at]), *args[at + 1 :])
             elif name in keywords:
                 keywords = keywords | {name: as_value(keywords[name])}

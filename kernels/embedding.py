@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import INTEGERS, check_device, check_range, check_tensor
+from .checks import INTEGERS, check_device, check_matrix, check_range, check_tensor
 from .dispatch import Steps, op
+from .weights import Weight
 
 
 @op()
-def embedding(ids: Tensor, weight: Tensor) -> Steps[Tensor]:
+def embedding(ids: Tensor, weight: Weight) -> Steps[Tensor]:
     """Rows [T, K] of weight [V, K] with the numbers ids [T] (integers), which on a GPU are not checked."""
     check_tensor("embedding", "ids", ids, ("tokens",), dtypes=INTEGERS)
-    check_tensor("embedding", "weight", weight, ("V", "K"))
+    check_matrix("embedding", "weight", weight)
     check_device("embedding", ids=ids, weight=weight)
     check_range("embedding", "ids", ids, 0, len(weight))
     yield
-    return weight[ids]
+    return weight.take(ids)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, overload
 
 import torch
 from torch import Tensor
@@ -161,6 +161,34 @@ class Model:
             limits = Limits(self.prefill_chunk, invariant_tokens(self.module.model.norm.weight), batch_invariant=True)
         return Engine(self._runner, limits)
 
+    @overload
+    def generate(
+        self,
+        prompts: Prompt,
+        params: None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        n: Literal[1] = 1,
+        **keywords: Any,
+    ) -> Completion: ...
+    @overload
+    def generate(
+        self,
+        prompts: list[str] | list[list[int]] | list[list[dict[str, Any]]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
+    ) -> list[Completion]: ...
+    @overload
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
+    ) -> Completion | list[Completion]: ...
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -176,7 +204,8 @@ class Model:
         prompt, n of each. tools: as in `chat`, for messages."""
         params = sampling_params(params, keywords)
         single = is_one_prompt(prompts)
-        completions = self._complete(self._requests([prompts] if single else prompts, params, tools))
+        listed = cast("Sequence[Prompt]", [prompts] if single else prompts)
+        completions = self._complete(self._requests(listed, params, tools))
         return completions[0] if single and params.n == 1 else completions
 
     def _complete(self, requests: list[Request]) -> list[Completion]:
@@ -202,6 +231,25 @@ class Model:
         [request] = self._requests([prompt], params, tools)
         return Stream(self._engine().run([request]), request)
 
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        n: Literal[1] = 1,
+        **keywords: Any,
+    ) -> Completion: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
+    ) -> Completion | list[Completion]: ...
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -249,7 +297,7 @@ class Model:
         """Logits of a sequence, some tokens at a time."""
         self._prompts.check(ids)
         request = Request(ids, SamplingParams(), frozenset(), max_tokens=0, wants_logits=True)
-        return chain.from_iterable(output.logits for output in self._engine().run([request]))
+        return chain.from_iterable(output.logits or () for output in self._engine().run([request]))
 
     @property
     def _prompts(self) -> Prompts:

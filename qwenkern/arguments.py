@@ -1,7 +1,8 @@
-"""Checks of arguments, one a kind: each returns the value as a plain Python one, or raises RequestError.
+"""Checks of values, one a kind: each returns the value as a plain Python one, or raises RequestError, or the error that
+its caller names.
 
-An integer is what Python takes as an index (numpy's integers, an element of a tensor), but neither True nor False. A
-number is an integer or a real number, numpy's included, but not NaN.
+An integer is what Python takes as an index (also numpy's integers, or an element of a tensor), except True and False. A
+number is an integer or a real number, also numpy's, except NaN.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from typing import Any
+from typing import Any, Literal, overload
 
-from .errors import RequestError, shown
+from .errors import Error, RequestError, shown
 
 
 def is_whole(value: Any) -> bool:
@@ -24,24 +25,61 @@ def is_whole(value: Any) -> bool:
     return True
 
 
-def whole(name: str, value: Any, low: int, high: int | None = None, optional: bool = False) -> int | None:
-    """An integer from low to high, or None where it is optional."""
+@overload
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    optional: Literal[False] = False,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int: ...
+@overload
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    *,
+    optional: bool,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int | None: ...
+def whole(
+    name: str,
+    value: Any,
+    low: int,
+    high: int | None = None,
+    optional: bool = False,
+    exact: bool = False,
+    error: type[Error] = RequestError,
+) -> int | None:
+    """An integer from low to high, or None if it is optional."""
     if value is None and optional:
         return None
-    number = operator.index(value) if is_whole(value) else None
+    number = operator.index(value) if (type(value) is int if exact else is_whole(value)) else None
     if number is None or number < low or (high is not None and number > high):
         span = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise RequestError(f"{name} is {shown(value)}; expected a whole number {span}" + " or None" * optional)
+        raise error(f"{name} is {shown(value)}; expected a whole number {span}" + " or None" * optional)
     return number
 
 
+@overload
+def number(
+    name: str, value: Any, low: float, high: float, optional: Literal[False] = False, open_below: bool = False
+) -> float: ...
+@overload
+def number(
+    name: str, value: Any, low: float, high: float, *, optional: bool, open_below: bool = False
+) -> float | None: ...
 def number(
     name: str, value: Any, low: float, high: float, optional: bool = False, open_below: bool = False
-) -> float | int | None:
-    """A number from low to high, or above low where the range is open below; or None where it is optional."""
+) -> float | None:
+    """A number from low to high (above low if ``open_below``), or None if it is optional."""
     if value is None and optional:
         return None
-    found = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
+    found: Any = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan
     try:
         float(found)
     except (OverflowError, ValueError):  # more digits than a float holds

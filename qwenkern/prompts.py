@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -16,7 +16,8 @@ from .engine import Request
 from .errors import RequestError, shown
 from .generation import Generation
 from .sampling import SamplingParams
-from .text.tokenizer import Detokenizer, Tokenizer
+from .text.detokenizer import Detokenizer
+from .text.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]  # text, token ids, or the messages of a chat
 
@@ -50,7 +51,7 @@ class Prompts:
                     params=params,
                     end_ids=end_ids,
                     max_tokens=max_tokens,
-                    detokenizer=self.tokenizer and Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens),
+                    detokenizer=self._detokenizer(params),
                     prompt_index=prompt_index,
                     sample_index=sample_index,
                 )
@@ -61,6 +62,9 @@ class Prompts:
         if not requests:
             raise RequestError("prompts is an empty list; expected at least one prompt")
         return requests
+
+    def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
+        return Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens) if self.tokenizer else None
 
     def encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
         """Token ids of one prompt."""
@@ -154,7 +158,7 @@ def sampling_params(params: SamplingParams | None, keywords: dict[str, Any]) -> 
     return replace(params or SamplingParams(), **keywords)
 
 
-def is_ids(prompt: Any) -> bool:
+def is_ids(prompt: Any) -> TypeGuard[Sequence[int]]:
     """Whether these are token ids."""
     return isinstance(prompt, range) or (isinstance(prompt, (list, tuple)) and all(map(is_whole, prompt)))
 

@@ -57,8 +57,9 @@ print(info.processor()["Triton"], info.processor()["CPU"], file=sys.stderr)
 """
 
 
+@pytest.mark.slow
 def test_without_triton_c_runs_all_the_same():
-    """The same tape, and the same bits."""
+    """The same recorded calls, and the same bits."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "QWENKERN_KERNELS")
     }
@@ -74,6 +75,7 @@ def test_without_triton_c_runs_all_the_same():
     assert "not installed" not in run[1].stderr
 
 
+@pytest.mark.slow
 def test_without_triton_ops_have_gradients_and_fakes():
     code = """
 import sys
@@ -88,9 +90,20 @@ print(x.grad.isfinite().all().item(), torch.equal(compiled(x), kernels.swiglu(x)
     assert _python(code).split() == ["True"] * 3
 
 
+@pytest.mark.parametrize("name", ["kernels", "benchmarks"])
+def test_tools_find_the_folders_of_the_root_inside_the_package(name):
+    link = ROOT / "qwenkern" / name
+    tracked = subprocess.run(
+        ["git", "ls-files", "-s", str(link)], capture_output=True, text=True, check=False, cwd=ROOT
+    )
+    assert not tracked.stdout or tracked.stdout.startswith("120000 "), "git has it as another thing than a link"
+    assert link.read_text() == f"../{name}" if link.is_file() else link.samefile(ROOT / name)
+
+
 # The bare name `kernels`, as the root of a checkout puts it on the path
 
 
+@pytest.mark.slow
 def test_the_bare_name_is_the_library_that_has_it():
     code = """
 import transformers
@@ -107,6 +120,7 @@ print(kernels.__name__, kernels.rms_norm.__name__)
     assert found[2:] == ["True", "kernels.layer.mode", "qwenkern.kernels", "rms_norm"]
 
 
+@pytest.mark.slow
 def test_pytest_as_a_module_runs_in_the_root():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/cli/test_info.py"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
@@ -123,6 +137,7 @@ def without_the_library(tmp_path_factory) -> Path:
     return place
 
 
+@pytest.mark.slow
 def test_without_the_library_the_folder_stands_in_nobodys_way(without_the_library):
     code = """
 import transformers

@@ -1,7 +1,7 @@
-"""Who computes an op: our kernel, its torch twin, and whoever else is installed.
+"""The providers of an op: our kernel, its torch reference, and other libraries that are installed.
 
-A provider makes, for a case, a function of the case's inputs that returns what the op returns, or None where it has
-nothing for it. Peers are imported only when they are asked for.
+A provider makes a function for a case. The function takes the case's inputs and returns what the op returns. The
+provider returns None if it does not implement the op. Other libraries are imported only when they are used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Function = Callable[..., Any]
 class Provider:
     name: str
     function: Callable[[Case], Function | None]
-    same: bool = True  # computes the op itself, so that its result can be checked
+    same: bool = True  # computes exactly the op, so that its result can be checked
     gpu_only: bool = False
 
 
@@ -40,24 +40,25 @@ def _eager(case: Case) -> Function:
 
 
 def _compiled(case: Case) -> Function | None:
-    if case.op in ("decode_attention", "prefill_attention"):  # their loops over lengths are the host's
+    if case.op in ("decode_attention", "prefill_attention"):  # they loop over lengths on the host
         return None
     torch.compiler.reset()
     return torch.compile(getattr(reference, case.op), dynamic=False)
 
 
 def _library(case: Case) -> Function | None:
-    """The vendor's matrix product alone, without what is fused with it: a floor, not the same op."""
-    return {
+    """The vendor's matrix product without what is fused with it: a lower limit of the time, not the same op."""
+    found: dict[str, Function] = {
         "linear": lambda x, weight: F.linear(x, weight),
         "norm_linear": lambda x, residual, norm, eps, weight, bias: F.linear(x, weight, bias),
         "norm_swiglu_linear": lambda x, residual, norm, eps, weight: F.linear(x, weight),
         "lm_head": lambda x, residual, norm, eps, weight: F.linear(x, weight),
-    }.get(case.op)
+    }
+    return found.get(case.op)
 
 
 def _sdpa(case: Case) -> Function | None:
-    """torch's attention as if the pages lay in order: the same work without the look-up, and other tokens."""
+    """torch's attention on the pages in their order in memory: the same work without block tables, on other tokens."""
     if case.op == "decode_attention":
         return _dense_decode
     return _dense_prefill if case.op == "prefill_attention" else None
@@ -77,7 +78,7 @@ def _dense_prefill(
 
 
 def _flex(case: Case) -> Function | None:
-    """torch's FlexAttention, compiled, over the pages in their order."""
+    """torch's FlexAttention, compiled, on the pages in their order in memory."""
     if case.op != "prefill_attention":
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -95,7 +96,7 @@ def _flex(case: Case) -> Function | None:
 
 
 def _flash_attn(case: Case) -> Function | None:
-    """FlashAttention over the pages in their order, without looking them up."""
+    """FlashAttention on the pages in their order in memory."""
     from flash_attn import flash_attn_func
 
     def prefill(q: Tensor, pages: DensePages, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float) -> Tensor:
@@ -106,10 +107,10 @@ def _flash_attn(case: Case) -> Function | None:
 
 
 def _transformers(case: Case) -> Function | None:
-    """Its own modules' functions, in eager mode."""
+    """The functions of transformers' modules, in eager mode."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
-    @functools.cache  # a module of each weight: making one is no part of the op
+    @functools.cache  # one module per weight, because making it is not part of the op
     def norm(weight: Tensor, eps: float) -> Qwen2RMSNorm:
         module = Qwen2RMSNorm(len(weight), eps)
         module.weight = torch.nn.Parameter(weight, requires_grad=False)
@@ -126,7 +127,8 @@ def _transformers(case: Case) -> Function | None:
         q, k = apply_rotary_pos_emb(q.transpose(0, 1)[None], k.transpose(0, 1)[None], cos, sin)
         return q[0].transpose(0, 1), k[0].transpose(0, 1)
 
-    return {"rms_norm": rms_norm, "apply_rope": apply_rope}.get(case.op)
+    found: dict[str, Function] = {"rms_norm": rms_norm, "apply_rope": apply_rope}
+    return found.get(case.op)
 
 
 def _liger(case: Case) -> Function | None:
@@ -140,7 +142,8 @@ def _liger(case: Case) -> Function | None:
         gate, up = gate_up.chunk(2, dim=-1)
         return LigerSiLUMulFunction.apply(gate.contiguous(), up.contiguous())
 
-    return {"rms_norm": rms_norm, "swiglu": swiglu}.get(case.op)
+    found: dict[str, Function] = {"rms_norm": rms_norm, "swiglu": swiglu}
+    return found.get(case.op)
 
 
 def _flashinfer(case: Case) -> Function | None:
@@ -151,11 +154,12 @@ def _flashinfer(case: Case) -> Function | None:
         flashinfer.fused_add_rmsnorm(x, residual, weight, eps)
         return x, residual
 
-    return {
+    found: dict[str, Function] = {
         "rms_norm": lambda x, weight, eps: flashinfer.rmsnorm(x, weight, eps),
         "add_rms_norm": add_rms_norm,
         "swiglu": lambda gate_up: flashinfer.silu_and_mul(gate_up),
-    }.get(case.op)
+    }
+    return found.get(case.op)
 
 
 def _quack(case: Case) -> Function | None:

@@ -37,9 +37,13 @@ def _refuses_pages(q: Tensor, pages: Pages) -> str | None:
     return None if ops.takes_heads(q, pages.k) else f"heads of {pages.head_dim}"
 
 
-@C.implements(lambda ids, weight: None if ops.takes_rows(weight) else "such a table")
-def embedding(ids: Tensor, weight: Tensor) -> Tensor:
-    return ops.embedding(ids, weight)
+def _refuses_embedding(ids: Tensor, weight: Weight) -> str | None:
+    return None if isinstance(weight, Dense) and ops.takes_rows(weight.tensor) else "such a table"
+
+
+@C.implements(_refuses_embedding)
+def embedding(ids: Tensor, weight: Weight) -> Tensor:
+    return ops.embedding(ids, weight.dequantise())
 
 
 @C.implements(lambda x, *rest, **keywords: None if ops.takes_norm(x) else "such rows")

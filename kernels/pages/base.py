@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 FORMATS: dict[str, type[Pages]] = {}
 
 
-class Pages(ABC):
+class Pages:
     """Keys and values of one layer, in pages: token t of a sequence lies in page ``block_table[t // page_size]`` at
     offset ``t % page_size``, and its *slot* is ``page * page_size + offset``. The constructor takes the tensors.
 
@@ -23,6 +22,7 @@ class Pages(ABC):
 
     C: kernels/c/pages.py has the struct of each format; one that is not there is refused by C's ops."""
 
+    __slots__ = ()
     format: ClassVar[str]
     triton_load_k: ClassVar[Callable | None] = None
     triton_load_v: ClassVar[Callable | None] = None
@@ -32,49 +32,51 @@ class Pages(ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         FORMATS[cls.format] = cls
+        if missing := [name for name in ABSTRACT if getattr(cls, name) is getattr(Pages, name)]:
+            raise TypeError(f"{cls.__name__} does not define {', '.join(missing)}")
 
     @classmethod
-    @abstractmethod
     def allocate(
         cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Pages:
         """Pages whose contents are undefined."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """In the order of the constructor's arguments."""
+        raise NotImplementedError
 
-    @abstractmethod
     def named_tensors(self) -> dict[str, Tensor]:
         """Its tensors by the names that error messages use."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def shape(self) -> tuple[int, int, int, int]:
         """(pages, page size, key-value heads, head size)."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the keys and values that go in and come out, which is that of q."""
+        raise NotImplementedError
 
-    @abstractmethod
     def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
         """Raises ValueError or TypeError, which name the op, unless the tensors are pages for x of the dtype of
         ``like``, with heads of this size."""
+        raise NotImplementedError
 
-    @abstractmethod
     def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """Writes k and v [T, Hkv, D] into the slots [T]."""
+        raise NotImplementedError
 
-    @abstractmethod
     def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """The first ``length`` tokens of one sequence: k and v [Hkv, length, D] in their dtype."""
+        raise NotImplementedError
 
-    @abstractmethod
     def copy_page(self, to: int, source: int) -> None:
         """Copies one page over another."""
+        raise NotImplementedError
 
     def triton_arguments(self) -> tuple[Any, ...]:
         raise NotImplementedError(f"pages of the format {self.format} have no Triton kernels")
@@ -82,6 +84,10 @@ class Pages(ABC):
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
     @property
     def page_size(self) -> int:
@@ -94,3 +100,16 @@ class Pages(ABC):
     @property
     def head_dim(self) -> int:
         return self.shape[3]
+
+
+ABSTRACT = (
+    "allocate",
+    "tensors",
+    "named_tensors",
+    "shape",
+    "dtype",
+    "check",
+    "store",
+    "gather",
+    "copy_page",
+)

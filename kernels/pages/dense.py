@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_tensor
+from ..checks import check_device, check_tensor
 from ..triton_if_any import tl, triton
 from .base import Pages
 
@@ -84,6 +84,7 @@ class DensePages(Pages):
     def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
         check_tensor(op, "k_pages", self.k, ("pages", "page size", "Hkv", head_dim), like=like, dense=True)
         check_tensor(op, "v_pages", self.v, tuple(self.k.shape), like=like, dense=True)
+        check_device(op, k_pages=self.k, v_pages=self.v)
 
     def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         num_kv_heads, head_dim = self.k.shape[-2:]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 FORMATS: dict[str, type[Weight]] = {}
 
 
-class Weight(ABC):
+class Weight:
     """The matrix [N, K] of a linear layer. Its constructor takes its tensors, in the order of ``names``.
 
     ``names`` are those of the tensors in a module, for a layer's parameters; the dense format's is "weight" alone.
@@ -25,6 +24,7 @@ class Weight(ABC):
 
     C: kernels/c/weights.py has the struct of each format; one that is not there is refused by C's ops."""
 
+    __slots__ = ()
     format: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     triton_load: ClassVar[Callable | None] = None
@@ -34,29 +34,47 @@ class Weight(ABC):
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
         FORMATS[cls.format] = cls
+        if missing := [name for name in ABSTRACT if getattr(cls, name) is getattr(Weight, name)]:
+            raise TypeError(f"{cls.__name__} does not define {', '.join(missing)}")
+
+    @classmethod
+    def allocate(
+        cls, rows: int, columns: int, dtype: torch.dtype, empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    ) -> Weight:
+        """A matrix [rows, columns] for x of this dtype, its values undefined. ``empty`` gives a tensor of a shape and a
+        dtype."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """Its tensors, in the order of ``names``."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def shape(self) -> torch.Size:
         """[N, K], of the matrix that it stands for."""
+        raise NotImplementedError
 
     @property
-    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Of the matrix that it stands for, which is that of x."""
+        raise NotImplementedError
 
-    @abstractmethod
     def dequantise(self) -> Tensor:
         """The matrix [N, K] in its dtype: what the reference multiplies by."""
+        raise NotImplementedError
 
-    @abstractmethod
     def rows(self, start: int, stop: int) -> Weight:
         """Its rows from ``start`` to ``stop``, in the same memory. Raises ValueError where the format cannot."""
+        raise NotImplementedError
+
+    def take(self, ids: Tensor) -> Tensor:
+        """Its rows of these numbers [T], in its dtype: [T, K]."""
+        raise NotImplementedError
+
+    def copy_(self, matrix: Tensor) -> None:
+        """Takes the values of a matrix [N, K] of any float dtype."""
+        raise NotImplementedError
 
     def triton_arguments(self) -> tuple[Any, ...]:
         raise NotImplementedError(f"weights of the format {self.format} have no Triton kernels")
@@ -73,7 +91,14 @@ class Weight(ABC):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def halves(self) -> tuple[Weight, Weight]:
-        """The first and the second half of its rows, as of gate and up."""
-        middle = len(self) // 2
-        return self.rows(0, middle), self.rows(middle, len(self))
+
+ABSTRACT = (
+    "allocate",
+    "tensors",
+    "shape",
+    "dtype",
+    "dequantise",
+    "rows",
+    "take",
+    "copy_",
+)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -48,6 +49,12 @@ class Dense(Weight):
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
 
+    @classmethod
+    def allocate(
+        cls, rows: int, columns: int, dtype: torch.dtype, empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    ) -> Dense:
+        return cls(empty((rows, columns), dtype))
+
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return (self.tensor,)
@@ -64,11 +71,20 @@ class Dense(Weight):
     def device(self) -> torch.device:
         return self.tensor.device
 
+    def __len__(self) -> int:
+        return len(self.tensor)
+
     def dequantise(self) -> Tensor:
         return self.tensor
 
     def rows(self, start: int, stop: int) -> Dense:
         return Dense(self.tensor[start:stop])
+
+    def take(self, ids: Tensor) -> Tensor:
+        return self.tensor[ids]
+
+    def copy_(self, matrix: Tensor) -> None:
+        self.tensor.copy_(matrix)
 
     def triton_arguments(self) -> DenseArguments:
         return DenseArguments(self.tensor, self.tensor.stride(0))

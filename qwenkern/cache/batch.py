@@ -29,7 +29,9 @@ class Batch:
     @classmethod
     def of(cls, parts: Sequence[tuple[BlockTable, Sequence[int]]], page_size: int, device: torch.device) -> Batch:
         """The next token ids of some sequences, each of which has the pages for them."""
-        ids, positions, slots, lengths, query_starts = [], [], [], [], [0]
+        ids: list[int] = []
+        positions: list[int] = []
+        slots, lengths, query_starts = [], [], [0]
         for table, new in parts:
             end = table.length + len(new)
             ids += new

@@ -27,7 +27,7 @@ class Capture(Protocol):
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """A replay of the function, and the tensor that it fills."""
 
-    def upload(self, target: Tensor, values: Sequence[float]) -> None:
+    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
         """Writes numbers into a tensor, in order with what is launched, without waiting."""
 
     def download(self, source: Tensor) -> Read:
@@ -48,7 +48,7 @@ class CallCapture:
             out = function()
         return tape.replay, out
 
-    def upload(self, target: Tensor, values: Sequence[float]) -> None:
+    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
         target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu"))
 
     def download(self, source: Tensor) -> Read:
@@ -81,7 +81,7 @@ class GraphCapture:
                 out = function()
         return graph.replay, out
 
-    def upload(self, target: Tensor, values: Sequence[float]) -> None:
+    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
         target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu", pin_memory=True), non_blocking=True)
 
     def download(self, source: Tensor) -> Read:

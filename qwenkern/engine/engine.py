@@ -138,12 +138,12 @@ class Engine:
             if scheduled and scheduled[0].request.wants_logits:
                 return self._score(*scheduled[0])
             self._pipeline = self._new_pipeline(scheduled)
-            tokens = self._decode(scheduled) if scheduled and not self._pipeline else []
+            sampled = self._decode(scheduled) if scheduled and not self._pipeline else []
         if self._pipeline:
-            tokens = self._pipeline.tokens()
-        elif not scheduled and self.scheduler.has_requests:
+            return self._accept(self._pipeline.tokens())
+        if not scheduled and self.scheduler.has_requests:
             self.scheduler.share.wait()
-        return self._accept(tokens)
+        return self._accept(sampled)
 
     def _new_pipeline(self, scheduled: list[Scheduled]) -> DecodePipeline | None:
         """A pipeline of the scheduled requests, where the device draws tokens and these need no more than that."""

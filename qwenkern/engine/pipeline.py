@@ -38,6 +38,7 @@ class DecodePipeline:
             return False
         with self._cache.lock:
             step = self._captured.get(len(self._requests), self._candidates)
+            assert step is not None, "the engine makes a pipeline only where steps can be captured"
             is_loaded = step.owner is self._key  # not at first, nor after another pipeline has used the step
             if not self._scheduler.goes_on(self._requests) or (self._unread and not is_loaded):
                 return False

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from ..cache import BlockTable
 from ..errors import Error
 from ..sampling import BELOW_ONE, SamplingParams, TokenLogprob
-from ..text.tokenizer import Detokenizer
+from ..text.detokenizer import Detokenizer
 from .stop_strings import StopStrings
 
 

@@ -144,7 +144,8 @@ class Scheduler:
 
     def _prompts(self) -> list[Scheduled]:
         """A chunk of unfinished prompts."""
-        scheduled, budget = [], self.limits.prefill_chunk
+        scheduled: list[Scheduled] = []
+        budget = self.limits.prefill_chunk
         for request in self.share.running:
             pending = request.pending_ids
             if self.limits.batch_invariant and len(pending) > 1:  # what was decoded at first is decoded again

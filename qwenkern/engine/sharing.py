@@ -18,20 +18,13 @@ import itertools
 import threading
 import time
 from collections.abc import Iterable
-from typing import Protocol
 
 from ..cache import BlockTable, PagedCache
+from .request import Request
 
 PATIENCE = 0.1  # seconds; also how long a waiting engine sleeps at most before it looks again
 
 _order = itertools.count()
-
-
-class Holder(Protocol):
-    """What has pages: a request."""
-
-    table: BlockTable
-    started: int  # grows from start to start
 
 
 class Share:
@@ -39,7 +32,7 @@ class Share:
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
-        self.running: dict[Holder, None] = {}  # in the order they started
+        self.running: dict[Request, None] = {}  # in the order they started
         self._ticket: int | None = None  # the place in line
         self._thread = 0  # that made the last step
         self._idle_since: float | None = None  # the end of the last step; None while one is made
@@ -55,7 +48,7 @@ class Share:
         if not self.running and self._ticket is None:
             self.cache.shares.pop(self, None)
 
-    def start(self, holder: Holder, num_tokens: int) -> bool:
+    def start(self, holder: Request, num_tokens: int) -> bool:
         """Starts a request that waits, with room for ``num_tokens``, or takes a place in line. Under the lock. Raises
         RequestError where even an empty cache is too small."""
         missing = self.cache.missing_pages(holder.table, num_tokens)
@@ -69,7 +62,7 @@ class Share:
             self.leave_line()
         return True
 
-    def fork(self, holder: Holder, copy: Holder, num_tokens: int) -> bool:
+    def fork(self, holder: Request, copy: Request, num_tokens: int) -> bool:
         """Starts a copy of a request with room for ``num_tokens`` more, if there are pages. Under the lock."""
         cache, length = self.cache, holder.table.length
         missing = -(-(length + num_tokens) // cache.page_size) - length // cache.page_size
@@ -101,7 +94,7 @@ class Share:
         """Takes the pages of the request that started last, in whatever engine. Under the lock."""
         self.cache.release(max(self._holders(self.cache.shares), key=_start_of).table)
 
-    def lost(self) -> list[Holder]:
+    def lost(self) -> list[Request]:
         """Running requests whose pages were taken. They run no longer. Under the lock."""
         lost = [holder for holder in self.running if not self.cache.holds(holder.table)]
         for holder in lost:
@@ -109,7 +102,7 @@ class Share:
             self.running.pop(holder, None)
         return lost
 
-    def end(self, holder: Holder) -> None:
+    def end(self, holder: Request) -> None:
         """Gives the pages of a running request back."""
         self.cache.release(holder.table)
         self.running.pop(holder, None)  # another thread may have ended it, too
@@ -133,7 +126,7 @@ class Share:
         self._ticket = None
         self._wake_others()
 
-    def _enter(self, holder: Holder) -> None:
+    def _enter(self, holder: Request) -> None:
         holder.started = next(_order)
         self.running[holder] = None
 
@@ -148,7 +141,7 @@ class Share:
         tickets = [share._ticket for share in list(self.cache.shares) if share is not self and not share._is_idle()]
         return all(ticket is None or (self._ticket is not None and self._ticket < ticket) for ticket in tickets)
 
-    def _holders(self, shares: Iterable[Share]) -> list[Holder]:
+    def _holders(self, shares: Iterable[Share]) -> list[Request]:
         return [each for share in list(shares) for each in list(share.running) if self.cache.holds(each.table)]
 
     def _is_idle(self) -> bool:
@@ -157,5 +150,5 @@ class Share:
         return since is not None and (self._thread == threading.get_ident() or time.monotonic() - since > PATIENCE)
 
 
-def _start_of(holder: Holder) -> int:
+def _start_of(holder: Request) -> int:
     return holder.started

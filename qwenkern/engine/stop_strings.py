@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class StopStrings:
     """Passes text on, except what a stop string could still begin with, and ends it before the first one."""
 
-    def __init__(self, strings: tuple[str, ...]) -> None:
+    def __init__(self, strings: Sequence[str]) -> None:
         self.strings = strings
         self.held = ""  # text that is not passed on yet
         self.found: str | None = None

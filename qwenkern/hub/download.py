@@ -233,7 +233,7 @@ def _open_own(path: Path) -> Iterator[BinaryIO]:
         if descriptor is not None:
             os.close(descriptor)
         if os.path.lexists(path):
-            logger.warning("%s: is not a file of ours alone; removed, a new one is begun", path)
+            logger.warning("%s: others can write to it, or it is a link; removed, a new one is begun", path)
             os.unlink(path)
         descriptor = os.open(path, flags | os.O_EXCL, 0o644)
     with open(descriptor, "r+b") as file:

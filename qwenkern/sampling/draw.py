@@ -33,10 +33,10 @@ class DrawSettings:
         """The values of some sequences."""
         columns = [
             (
-                0.0 if params.is_greedy else params.temperature,
-                min(params.top_k, 2**31) or math.inf,
-                params.top_p if params.top_p < 1 else math.inf,
-                params.min_p,
+                0.0 if params.is_greedy else params.temperature or 0.0,
+                min(params.top_k or 0, 2**31) or math.inf,
+                params.top_p if params.top_p is not None and params.top_p < 1 else math.inf,
+                params.min_p or 0.0,
             )
             for params in (sequence.params for sequence in sequences)
         ]
@@ -62,6 +62,7 @@ def draw(logits: Tensor, settings: DrawSettings | None, candidates: int, some_gr
     not finite gets some id."""
     if candidates == 1:
         return logits.argmax(-1)
+    assert settings is not None, "a choice among several tokens takes settings"
     temperature, top_k, top_p, min_p = settings.values[..., None]
     few = candidates < logits.shape[-1]
     values, ids = logits.topk(candidates) if few else logits.sort(-1, descending=True)

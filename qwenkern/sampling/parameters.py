@@ -71,7 +71,7 @@ class SamplingParams:
 
     def with_defaults(self, sampling: Mapping[str, float]) -> SamplingParams:
         """Fills what is None from the checkpoint's values (Generation.sampling), else with what changes nothing."""
-        defaults = _NEUTRAL | sampling
+        defaults: dict[str, Any] = {**_NEUTRAL, **sampling}
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @property

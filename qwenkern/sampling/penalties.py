@@ -17,10 +17,11 @@ from .parameters import SampledSequence
 def penalise(row: Tensor, sequence: SampledSequence) -> None:
     """Penalties, biases and forbidden ends, in place, on one row of logits [V]."""
     params = sequence.params
-    if params.repetition_penalty != 1.0:
+    penalty = params.repetition_penalty
+    if penalty is not None and penalty != 1.0:
         seen = ids_like(set(sequence.prompt_ids) | set(sequence.output_ids), row)
         scores = row[seen]
-        row[seen] = torch.where(scores > 0, scores / params.repetition_penalty, scores * params.repetition_penalty)
+        row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
     if params.presence_penalty or params.frequency_penalty:
         counts = Counter(sequence.output_ids)
         often = torch.tensor(list(counts.values()), **options_like(row))

@@ -35,12 +35,13 @@ def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled
         numbers = [0.0 if greedy else sequence.uniform() for greedy, sequence in zip(is_greedy, sequences, strict=True)]
         values = DrawSettings.of(sequences)
         settings = DrawSettings(*(torch.tensor(each, **options_like(logits)) for each in (values, numbers)))
-    tokens: list[Sampled] = draw(logits, settings, candidates, any(is_greedy)).tolist()
+    drawn: list[int] = draw(logits, settings, candidates, any(is_greedy)).tolist()
+    tokens: list[Sampled] = [*drawn]
     for index, of in enumerate(logprobs):
         if not finite[index]:
             tokens[index] = NOT_FINITE
         elif index in errors:
             tokens[index] = errors[index]
         elif of is not None:
-            tokens[index] = with_logprobs(of, tokens[index])
+            tokens[index] = with_logprobs(of, drawn[index])
     return tokens

@@ -1,4 +1,4 @@
-"""The registry of benchmarks: its byte counts, and that it knows every kernel of the graph."""
+"""The cases of the benchmarks: their byte counts, and that there is one for every kernel of the model."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support.references import mapped, tensors_of
 from support.tolerances import assert_as_close_as
 
 from qwenkern import Config, kernels
@@ -22,13 +23,13 @@ BY_NAME = {case.name: case for case in CASES}
     ("name", "megabytes"), [("qkv", 10.5), ("o_proj", 8.4), ("gate_up", 90.2), ("down", 45.1), ("lm_head", 622.3)]
 )
 def test_one_token_reads_the_weights_of_3b(name, megabytes):
-    """By the model card: 2 bytes times rows times columns."""
+    """The byte counts equal those of the model card: 2 bytes times rows times columns."""
     moved = BY_NAME[name].bytes_moved(QWEN_3B, Size(1))
     assert moved / 1e6 == pytest.approx(megabytes, rel=0.005)
 
 
 def test_attention_reads_the_cache():
-    """36,864 bytes a token over the 36 layers of 3B."""
+    """A cached token of 3B has 36,864 bytes over the 36 layers."""
     case = BY_NAME["decode_attention"]
     one, two = (case.bytes_moved(QWEN_3B, Size(1, context=context)) for context in (1000, 2000))
     assert (two - one) * 36 == 36864 * 1000
@@ -36,7 +37,7 @@ def test_attention_reads_the_cache():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bytes_are_those_of_the_tensors(case):
-    """Counted again from what goes in and what comes out; the attentions' caches count up to the length."""
+    """The byte counts equal those of the inputs and outputs. The caches of attention count up to the length."""
     size = Size(5, context=64, device="cpu")
     config = QWEN_3B if case.name not in ("lm_head", "lm_head_top_k", "gate_up", "down") else TINY
     inputs = case.inputs(config, size)
@@ -49,7 +50,7 @@ def test_bytes_are_those_of_the_tensors(case):
         "norm_qkv_rope",
         "rope_and_cache",
         "apply_rope",
-    ):  # more goes in than is read
+    ):  # these do not read all of their inputs
         used = {
             "embedding": 2 * 5 * config.hidden_size * 2,
             "norm_qkv_rope": sum(
@@ -64,7 +65,7 @@ def test_bytes_are_those_of_the_tensors(case):
         )
         assert moved == used
         return
-    big = [each for each in (*inputs, *outputs) if isinstance(each, torch.Tensor) and each.is_floating_point()]
+    big = [each for value in (*inputs, *outputs) for each in tensors_of(value) if each.is_floating_point()]
     counted = sum(each.numel() * each.element_size() for each in big)
     if case.name in ("lm_head", "lm_head_top_k"):  # the logits are float32; the few best are not worth counting
         counted -= 0 if case.name == "lm_head" else outputs[0].numel() * 4
@@ -74,8 +75,8 @@ def test_bytes_are_those_of_the_tensors(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_inputs_suit_the_op_and_its_reference(case):
     inputs = case.inputs(TINY, Size(3, context=70, device="cpu"))
-    peers = [each.clone() if isinstance(each, torch.Tensor) else each for each in inputs]
-    wide = [each.double() if isinstance(each, torch.Tensor) and each.is_floating_point() else each for each in peers]
+    peers = [mapped(torch.Tensor.clone, each) for each in inputs]
+    wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, value) for value in peers]
     out, peer, truth = case.run(*inputs), getattr(reference, case.op)(*peers), getattr(reference, case.op)(*wide)
     if isinstance(out, tuple):
         out, peer, truth = out[0], peer[0], truth[0]
@@ -93,13 +94,14 @@ from qwenkern import Config
 from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.benchmarks.offline.machine_code import launches
 from qwenkern.cache import Batch
+from qwenkern.kernels.pages import DensePages
 from qwenkern.qwen2 import Qwen2
 
 config = replace(Config.from_name("qwen2.5-3b"), num_hidden_layers=2)
 shape = lambda *sizes, dtype=torch.bfloat16: torch.empty(sizes, dtype=dtype, device="meta")
 
 class Cache:
-    k = v = shape(2, 128, 64, config.num_key_value_heads, config.head_dim)
+    pages = [DensePages.allocate(128, 64, config.num_key_value_heads, config.head_dim, torch.bfloat16, "meta")] * 2
     class rope:
         cos_sin = shape(8192, config.head_dim, dtype=torch.float32)
 

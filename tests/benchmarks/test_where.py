@@ -1,4 +1,4 @@
-"""Where a step's time goes: what is charged to whom, and the program on a CPU."""
+"""Where a step's time goes: the time of each kernel, and the program on a CPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qwenkern.kernels import c as c_backend
 
 # the modules, whose names the package gives to their ops
 qkv_rope, decode_attention, linear, lm_head = (
-    import_module(f"qwenkern.kernels.{name}") for name in ("qkv_rope", "decode_attention", "linear", "lm_head")
+    import_module(f"qwenkern.kernels.triton.{name}") for name in ("qkv_rope", "decode_attention", "linear", "lm_head")
 )
 SMALL = Config(
     vocab_size=512,
@@ -104,7 +104,7 @@ def test_what_torch_runs_cannot_be_taken_apart(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--tokens", "17"], "takes 1 to 16 sequences"), (["--context", "99999"], "do not fit a context of")],
+    [(["--tokens", "17"], "expected 1 to 16"), (["--context", "99999"], "expected at most")],
 )
 def test_bad_arguments(arguments, message):
     done = CliRunner().invoke(app, ["bench", "--where", "--device", "cpu", "--model", "qwen2.5-0.5b", *arguments])

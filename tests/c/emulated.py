@@ -1,12 +1,12 @@
 """The C ops compiled for Arm and run by qemu-user, behind the interface of the compiled library.
 
-The program emulated.c and this one share a file in memory. A run copies the storage of each tensor into it, once
-however many views there are, and copies back what the op may write. This shows more than a run in place:
+The program emulated.c and this one share a file in memory. A run copies the storage of each tensor into it, once for
+all views, and copies back what the op may write. It finds more errors than a native run:
 
-- a page that may be neither read nor written lies behind each tensor and before it;
-- up to its first and last byte lies NaN, which must be there still afterwards, and which spreads where it is read;
-- outputs and scratch memory are NaN before the op, so what it leaves out is seen;
-- what an op only reads must not have changed.
+- Before and after each tensor lies a guard page, which may be neither read nor written.
+- NaN fills the space between the guard pages and the tensor. It must be unchanged, and it spreads if it is read.
+- Outputs and scratch memory are NaN before the op, so missing writes are found.
+- Inputs that an op only reads must be unchanged.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ PATIENCE = 300  # seconds that a run may take
 
 
 def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has a test run on an emulated target. It is skipped where that cannot be, unless QWENKERN_REQUIRE_ARM=1."""
+    """Runs a test on an emulated target. Without emulation it is skipped, unless QWENKERN_REQUIRE_ARM=1."""
     sizes = getattr(request.node, "callspec", None)
     if sizes and prod(sizes.params.get(size, 1) for size in ("tokens", "n", "k")) > PRODUCTS:
         pytest.skip("takes long when emulated; smaller products take the same paths")

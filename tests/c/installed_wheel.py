@@ -1,5 +1,5 @@
-"""A program: runs an op of the installed package in C, and prints where the package lies and what ran. Fails if torch
-ran instead."""
+"""A program that runs an op of the installed package in C, and prints where the package lies and what ran. It fails if
+torch ran instead."""
 
 import logging
 

@@ -27,7 +27,7 @@ ROOT = Path(qwenkern.__file__).parents[1]
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing loaded, an empty cache, one target, quickly compiled, and quick measurements."""
+    """No library is loaded, the cache is empty, one target compiles fast, and measurements are fast."""
     monkeypatch.setattr(compiler, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in compiler.FLAGS))
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.delenv("CC", raising=False)
@@ -43,7 +43,7 @@ def fresh(monkeypatch, tmp_path):
 
 
 def runs() -> bool:
-    """Whether an op runs in C, and rightly."""
+    """Whether an op runs in C with the right result."""
     x = torch.arange(64).reshape(2, 32).bfloat16()
     if not c_backend.takes_linear(x):
         return False
@@ -208,7 +208,7 @@ def test_a_compiler_that_does_not_work_is_one_line_and_torch_runs(fresh, monkeyp
 
 
 def test_where_the_best_target_does_not_compile_the_next_one_runs(fresh, monkeypatch):
-    """As with a compiler that is older than the processor."""
+    """A compiler that is older than the processor."""
     monkeypatch.delenv(CPU_TARGET.name)
     odd = targets.Target("odd", targets.machine(), ("-march=of-tomorrow",), frozenset(), floats="native")
     monkeypatch.setattr(targets, "usable", lambda: [odd, targets.native()])
@@ -304,7 +304,7 @@ def test_whatever_the_umask_nobody_else_may_write(fresh, monkeypatch):
 
 @pytest.mark.parametrize(("user", "mode"), [(0, 0o755), (4242, 0o700)])
 def test_what_root_makes_others_may_read(fresh, monkeypatch, user, mode):
-    """As in an image that root builds, and that runs as another user."""
+    """An image that root builds and that runs as another user."""
     monkeypatch.setattr(kept.os, "getuid", lambda: user)
     monkeypatch.setattr(kept, "trusted", lambda path: True)
     assert kept.folder().stat().st_mode & 0o777 == mode

@@ -1,4 +1,4 @@
-"""The ops in C against float64 and against torch in the same dtype, and the tape."""
+"""The ops in C against float64 and against torch in the same dtype, and recorded calls."""
 
 from collections.abc import Callable
 from itertools import pairwise
@@ -112,7 +112,7 @@ def test_rows_may_have_any_stride() -> None:
 
 
 def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
-    """q, pages in a shuffled order with NaN in every token that nobody may read, block tables, lengths."""
+    """q, pages in a shuffled order with NaN in every token that may not be read, block tables, lengths."""
     pages_of = [-(-length // 16) for length in lengths]
     order = torch.randperm(sum(pages_of), generator=torch.Generator().manual_seed(1)).int().split(pages_of)
     tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
@@ -129,8 +129,8 @@ def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: 
     q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim)
     assert c_backend.takes_heads(q, k)
     out = c_backend.decode_attention(q, k, v, tables, counts, dim**-0.5)
-    expected = reference.decode_attention(q, k, v, tables, counts, dim**-0.5)
-    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, dim**-0.5)
+    expected = reference.decode_attention(q, (k, v), tables, counts, dim**-0.5)
+    truth = reference.decode_attention(q.double(), (k.double(), v.double()), tables, counts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row in range(len(lengths)):
         alone = c_backend.decode_attention(
@@ -148,8 +148,8 @@ def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads:
     q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0)[:, :-8].unflatten(1, (heads, dim))
     assert c_backend.takes_prefill(q, k)
     out = c_backend.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
-    expected = reference.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
-    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, ends, starts, dim**-0.5)
+    expected = reference.prefill_attention(q, (k, v), tables, ends, starts, dim**-0.5)
+    truth = reference.prefill_attention(q.double(), (k.double(), v.double()), tables, ends, starts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row, (first, last) in enumerate(pairwise(starts.tolist())):
         if first < last:
@@ -161,8 +161,8 @@ def test_queries_far_apart_do_not_overflow() -> None:
     _, k, v, tables, lengths = cached([300], 14, 2, 64)
     q, starts = tensor(300, 14, 64, seed=6, scale=200.0), torch.tensor([0, 300])
     out = c_backend.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
-    truth = reference.prefill_attention(q.double(), k.double(), v.double(), tables, lengths, starts, 1.0)
-    assert_as_close_as(out, reference.prefill_attention(q, k, v, tables, lengths, starts, 1.0), truth)
+    truth = reference.prefill_attention(q.double(), (k.double(), v.double()), tables, lengths, starts, 1.0)
+    assert_as_close_as(out, reference.prefill_attention(q, (k, v), tables, lengths, starts, 1.0), truth)
 
 
 def test_a_block_table_may_be_part_of_a_wider_one() -> None:
@@ -187,7 +187,7 @@ def test_a_key_that_is_no_number_is_not_hidden() -> None:
 
 
 def softmax_attention(q, k, v, tables, counts, scale: float) -> torch.Tensor:
-    """decode_attention in float64, as the formula has it."""
+    """decode_attention in float64, by its formula."""
     rows = []
     for query, table, count in zip(q.double(), tables.long(), counts.tolist(), strict=True):
         keys, values = (pages.double()[table].flatten(0, 1)[:count] for pages in (k, v))
@@ -294,8 +294,8 @@ def test_scores_far_apart_do_not_overflow() -> None:
     q, k, v, tables, counts = cached([300], 14, 2, 64)
     q = q * 100
     out = c_backend.decode_attention(q, k, v, tables, counts, 1.0)
-    truth = reference.decode_attention(q.double(), k.double(), v.double(), tables, counts, 1.0)
-    assert_as_close_as(out, reference.decode_attention(q, k, v, tables, counts, 1.0), truth)
+    truth = reference.decode_attention(q.double(), (k.double(), v.double()), tables, counts, 1.0)
+    assert_as_close_as(out, reference.decode_attention(q, (k, v), tables, counts, 1.0), truth)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32)])
@@ -306,8 +306,8 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
     out = c_backend.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
     same, wide = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.float64)
-    expected = reference.rope_and_cache(qkv, positions, cos_sin, *same, slots)
-    truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), *wide, slots)
+    expected = reference.rope_and_cache(qkv, positions, cos_sin, list(same), slots)
+    truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), list(wide), slots)
     assert_as_close_as(out, expected, truth)
     assert_as_close_as(pages[0], same[0], wide[0])
     assert torch.equal(pages[1], same[1])

@@ -1,4 +1,4 @@
-"""ThreadSanitizer finds no data race in the C ops, and races.c notices what is broken here on purpose."""
+"""ThreadSanitizer finds no data race in the C ops, and races.c finds those that this file makes on purpose."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ RACE, OTHER_BITS = "ThreadSanitizer: data race", "differ from those of one"
 
 
 class Mutation(NamedTuple):
-    """In ``file`` of the C files each text, which stands there, becomes the one beside it."""
+    """In ``file`` of the C files, replaces each text by its replacement."""
 
     name: str
     file: str

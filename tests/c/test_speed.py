@@ -1,6 +1,7 @@
-"""Ours against torch's own, in one process and in turns: a ratio, so that a slow machine is slow for both.
+"""The speed of the C ops over that of torch, in one process and in turns. The ratio does not depend on the machine's
+speed.
 
-The bounds are far from what is measured (docs/performance.md): they notice what is broken, not what is noisy."""
+The bounds are far from the measured ratios (docs/performance.md), so that noise does not fail a test."""
 
 from __future__ import annotations
 
@@ -78,13 +79,13 @@ def test_attention_over_a_long_cache_does_not_copy_it(in_c, monkeypatch):
     q = torch.randn(1, 14, 64).bfloat16()
 
     def attend():
-        decode_attention(q, k_pages, v_pages, tables, lengths, 0.125)
+        decode_attention(q, (k_pages, v_pages), tables, lengths, 0.125)
 
     assert _ratio(monkeypatch, ours=attend, torchs=attend) > 1.25
 
 
 def _ratio(monkeypatch, ours, torchs, rounds=9):
-    """torch's time over ours: the median of rounds of one reading each, so that what else runs here meets both."""
+    """The speed-up over torch: the median over rounds with one reading of each, so that other programs affect both."""
 
     def seconds(function, kernels):
         monkeypatch.setenv("QWENKERN_KERNELS", kernels)

@@ -1,4 +1,4 @@
-"""The threads that carry C calls out: torch's own through OpenMP, and ours where it has none."""
+"""The threads of C calls: torch's own with OpenMP, and ours without it."""
 
 from __future__ import annotations
 
@@ -98,8 +98,8 @@ def test_threads_that_have_nothing_to_do_sleep(team: Callable[[int], None]) -> N
 
 
 def test_a_team_larger_than_the_machine_wastes_little(team: Callable[[int], None]) -> None:
-    """32 threads wait for each other at every loop. Were they to wait awake, each loop would take a time slice of every
-    thread, thousands of times the work; asleep it is about 80 times."""
+    """32 threads wait for each other at every loop. If they spun, each loop would take a time slice of every thread,
+    thousands of times the work. Sleeping threads take about 80 times the work."""
 
     def cost(threads: int) -> float:
         team(threads)

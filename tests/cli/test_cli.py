@@ -1,4 +1,4 @@
-"""The command line, run as a person runs it: what is on stdout, what on stderr, and the exit code."""
+"""The command line, run as a user runs it: stdout, stderr and the exit code."""
 
 from __future__ import annotations
 
@@ -230,9 +230,9 @@ GENERATE = QWENKERN + " generate -m . --max-tokens 4"
     ("line", "said", "code"),
     [
         (GENERATE + " <&-", "error: standard input is closed; expected a prompt there, or as an argument", 1),
-        (r"printf 'a\200' | " + GENERATE, "error: standard input: byte 0x80 at 1 is no utf-8; expected text", 1),
+        (r"printf 'a\200' | " + GENERATE, "error: standard input: byte 0x80 at 1 is not utf-8; expected text", 1),
         (QWENKERN + " chat -m . <&-", "Ctrl-C stops an answer", 0),
-        (r"printf '\200' | " + QWENKERN + " chat -m .", "error: standard input: byte 0x80 at 0 is no utf-8", 1),
+        (r"printf '\200' | " + QWENKERN + " chat -m .", "error: standard input: byte 0x80 at 0 is not utf-8", 1),
         (GENERATE + " Hi >&-", "error: standard output is closed; expected somewhere to write to", 1),
         (GENERATE + " Hi > /dev/full", "error: standard output: No space left on device", 1),
         (QWENKERN + " info qwen2.5-3b > /dev/full", "error: standard output: No space left on device", 1),
@@ -253,6 +253,7 @@ def test_streams_as_a_shell_may_hand_them_over(folder, line, said, code):
         assert len(done.stderr.splitlines()) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", ["2> /dev/full", "2>&-"])
 def test_remarks_that_nobody_hears_change_nothing(folder, model, streams):
     line = f"{GENERATE} Hi {streams}"
@@ -260,6 +261,7 @@ def test_remarks_that_nobody_hears_change_nothing(folder, model, streams):
     assert (done.stdout.decode(), done.returncode) == (model.generate("Hi", max_tokens=4).text + "\n", 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("said_by", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}])
 def test_a_terminal_that_knows_ascii_only(folder, model, said_by):
     """What it cannot show is escaped; what is read is UTF-8 all the same."""

@@ -1,4 +1,4 @@
-"""Pages: who has them, where tokens go, and that none is lost."""
+"""Pages: which sequence has them, where tokens go, and that none is lost."""
 
 from __future__ import annotations
 
@@ -24,9 +24,11 @@ def cache():
 def _fill(cache, table, count):
     parts = [(table, list(range(count)))]
     batch = cache.batch(parts)
-    cache.k.view(TINY.num_hidden_layers, -1, *cache.k.shape[-2:])[:, batch.slots] = (
-        batch.positions[None, :, None, None].float() + 100 * table.pages[0]
+    marks = (batch.positions[:, None, None].float() + 100 * table.pages[0]).expand(
+        -1, TINY.num_key_value_heads, TINY.head_dim
     )
+    for pages in cache.pages:
+        pages.store(batch.slots, marks, -marks)
     cache.advance(parts)
     return batch
 
@@ -75,7 +77,8 @@ def test_a_fork_shares_full_pages_and_keeps_its_own_tail(cache, length):
     if length % 4:
         assert fork.pages[-1] != table.pages[-1]
         filled = slice(0, length % 4)
-        assert torch.equal(cache.k[:, fork.pages[-1], filled], cache.k[:, table.pages[-1], filled])
+        for each in (tensor for pages in cache.pages for tensor in pages.tensors):
+            assert torch.equal(each[fork.pages[-1], filled], each[table.pages[-1], filled])
     used = 40 - cache.num_free_tokens
     cache.release(table)
     assert 40 - cache.num_free_tokens == used - (4 if length % 4 else 0), "shared pages stay while the fork uses them"

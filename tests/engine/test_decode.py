@@ -1,4 +1,4 @@
-"""The captured decode step: the same text as without, on whatever device, and no waiting on the critical path."""
+"""The captured decode step: the same text as without it, on every device, and no wait for the device."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def in_c(monkeypatch):
 
 
 class Fake:
-    """A GPU's part played by torch on a CPU: steps are recorded as they are launched, and run when they are read."""
+    """Imitates a GPU with torch on a CPU: steps are recorded at their launch, and run when their tokens are read."""
 
     steps_in_flight = 1
 
@@ -179,13 +179,14 @@ def test_stops_are_exact_although_one_token_more_was_decoded(pipelined, plain):
 
 def test_rows_without_a_sequence_change_nothing_and_stay_in_place(pipelined):
     """Three sequences in a step of four rows: the spare page takes what the fourth writes."""
-    pipelined.cache.k.zero_()
+    for pages in pipelined.cache.pages:
+        pages.k.zero_()
     pipelined.generate(PROMPTS[:3], max_tokens=10, temperature=0, ignore_eos=True)
     assert pipelined._runner.captured.capture.sizes == [4]
     [step] = pipelined._runner.captured._steps.values()
     assert step._batch.positions[3] == 0
     assert step._batch.lengths[3] == 1
-    used = (pipelined.cache.k != 0).flatten(2).any(-1).any(0).sum()
+    used = (torch.stack([pages.k for pages in pipelined.cache.pages]) != 0).flatten(2).any(-1).any(0).sum()
     assert used == 1 + 2 + 2 + 1  # pages of the three, and the spare one
 
 
@@ -217,7 +218,7 @@ def test_two_engines_share_the_captured_steps(pipelined, plain):
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 1}])
 def test_what_is_not_finite_ends_the_pipeline(pipelined, plain, how):
-    """At the token where it does without, although another step was launched."""
+    """The text ends at the same token as without capture, although another step was launched."""
     full = plain.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how).token_ids
     at = next(index for index in range(5, 30) if full[index] not in PROMPTS[1] + full[:index])
     messages = []

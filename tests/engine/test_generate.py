@@ -393,7 +393,7 @@ def test_pages_of_others_are_not_read(model, greedy):
     """Memory that no token of the sequence wrote may hold anything, NaN too."""
     poisoned = tiny_model()
     poisoned.cache = PagedCache(TINY, 2048, torch.float32, torch.device("cpu"))
-    poisoned.cache.k.fill_(float("nan"))
-    poisoned.cache.v.fill_(float("nan"))
+    for each in (tensor for pages in poisoned.cache.pages for tensor in pages.tensors):
+        each.fill_(float("nan"))
     together = poisoned.generate(PROMPTS, max_tokens=24, ignore_eos=True)
     assert [completion.token_ids for completion in together] == greedy

@@ -14,8 +14,8 @@ from support.toy_tokenizer import byte_library, byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from qwenkern import Config, ConfigError, Model, RequestError, YarnScaling
+from qwenkern.allocation import allocate
 from qwenkern.integrations.transformers import share as integration
-from qwenkern.qwen2 import Weights
 
 SHAPES = {
     "plain": TINY,
@@ -127,15 +127,15 @@ def test_one_packed_tensor_at_a_time_is_all_the_memory_it_takes(monkeypatch):
     """What a packed tensor replaces is free before the next one is made."""
     theirs, apart = loaded(), []
 
-    def counted(*shape, **keywords):
+    def counted(shape, dtype, device):
         layers = theirs.model.layers
         parts = [(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight) for layer in layers]
         parts += [(layer.mlp.gate_proj.weight, layer.mlp.up_proj.weight) for layer in layers]
         if len(shape) > 1:
             apart.append(sum(a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr() for a, b in parts))
-        return Weights(*shape, **keywords)
+        return allocate(shape, dtype, device)
 
-    monkeypatch.setattr(integration, "Weights", counted)
+    monkeypatch.setattr(integration, "allocate", counted)
     integration.shared_module(theirs)
     assert apart == [4, 3, 2, 1]
 
@@ -201,7 +201,7 @@ def turned(model):
         (mixed, RequestError, r"model.norm.weight is bfloat16 on cpu, and model.embed_tokens.weight float32 on cpu"),
         (wide, RequestError, "is float64; expected bfloat16, float16 or float32"),
         (half_loaded, RequestError, r"layers.1.mlp.gate_proj.weight is on the device meta; expected"),
-        (slides, ConfigError, r"sliding-window attention \(sliding_window None\), which is not built"),
+        (slides, ConfigError, r"sliding-window attention \(sliding_window None\), which is not supported"),
         (adapted, RequestError, "unknown tensor model.layers.0.mlp.extra.weight"),
         (reshaped, RequestError, r"model.norm.weight has shape \(64,\); expected \(128,\)"),
         (turned, RequestError, r"lm_head.weight has strides \[1, 503\]; expected contiguous rows"),
@@ -225,7 +225,7 @@ def test_other_objects_are_refused():
         Model.from_transformers("Qwen/Qwen2.5-3B")
     theirs = Qwen2ForCausalLM(Qwen2Config(**small, **heads))
     adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(RequestError, match=r"model is a PeftModel; expected .* what merge_and_unload\(\) gives"):
+    with pytest.raises(RequestError, match=r"model is a PeftModel; expected .* the result of merge_and_unload\(\)"):
         Model.from_transformers(adapted)
     theirs = adapted.merge_and_unload()
     with pytest.raises(RequestError, match="tokenizer is a str; expected a fast tokenizer of transformers"):

@@ -1,4 +1,4 @@
-"""attention over tensors as transformers keeps them, against its twin and against the paged ops."""
+"""attention over tensors in transformers' layout, against its reference and against the paged ops."""
 
 from __future__ import annotations
 
@@ -79,15 +79,17 @@ def _inputs(batch, queries, keys, heads, dtype, device):
 _MANY = {"heads": (14, 2, 64), "queries": 65, "keys": 130}
 MUTATIONS = [
     Mutation(
-        "keys' strides for values", "decode_attention.py", "page * v_page_stride + token * v_token_stride",
-        "page * k_page_stride + token * k_token_stride", test_any_strides, {"queries": 1},
+        "keys' strides for values", "pages/dense.py", "page * pages.v_page_stride + token * pages.v_token_stride",
+        "page * pages.k_page_stride + token * pages.k_token_stride", test_any_strides, {"queries": 1},
     ),
     Mutation(
-        "keys' strides for values of a prompt", "prefill_attention.py", "page * v_page_stride + token * v_token_stride",
-        "page * k_page_stride + token * k_token_stride", test_any_strides, {"queries": 20},
+        "keys' strides for values of a prompt", "pages/dense.py",
+        "page * pages.v_page_stride + token * pages.v_token_stride",
+        "page * pages.k_page_stride + token * pages.k_token_stride", test_any_strides, {"queries": 20},
     ),
     Mutation(
-        "one sequence's page for all", "attention.py", "torch.arange(batch, dtype=torch.int32, device=device)[:, None]",
+        "one sequence's page for all", "triton/attention.py",
+        "torch.arange(batch, dtype=torch.int32, device=device)[:, None]",
         "torch.zeros(batch, 1, dtype=torch.int32, device=device)", test_heads_of_the_family, _MANY,
     ),
 ]  # fmt: skip

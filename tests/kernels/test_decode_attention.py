@@ -1,4 +1,4 @@
-"""decode_attention against its twin."""
+"""decode_attention against its reference."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ def test_several_tiles_a_split(ops, device, dtype):
     assert_matches_twin(ops, "decode_attention", *_inputs([1100, 70], (8, 8, 32), dtype, device))
 
 
+@pytest.mark.slow
 def test_several_splits_a_program(ops, device):
     """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100."""
     lengths = [1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 320]
@@ -48,11 +49,11 @@ def test_one_split(ops, device, length, spare_pages):
 def test_bits_do_not_depend_on_the_company(ops, device):
     """Alone and in a narrow table, or among others in a wide one."""
     lengths = [1, 64, 65, 300]
-    q, k_pages, v_pages, tables, lengths, scale = _inputs(lengths, (8, 8, 32), torch.bfloat16, device, spare_pages=3)
-    together = ops.decode_attention(q, k_pages, v_pages, tables, lengths, scale)
+    q, pages, tables, lengths, scale = _inputs(lengths, (8, 8, 32), torch.bfloat16, device, spare_pages=3)
+    together = ops.decode_attention(q, pages, tables, lengths, scale)
     for row, length in enumerate(lengths.tolist()):
         own = tables[row : row + 1, : -(-length // 64)].contiguous()
-        alone = ops.decode_attention(q[row : row + 1], k_pages, v_pages, own, lengths[row : row + 1], scale)
+        alone = ops.decode_attention(q[row : row + 1], pages, own, lengths[row : row + 1], scale)
         assert torch.equal(alone[0], together[row])
 
 
@@ -72,12 +73,12 @@ def test_strided_queries(ops, device):
 
 def test_pages_beyond_two_to_the_31(ops, device):
     """Only the pages touched take memory. Broken, it would read elsewhere, so no mutation tries that."""
-    q, k_pages, v_pages, tables, lengths, scale = _inputs([100], (2, 1, 128), torch.bfloat16, device)
+    q, pages, tables, lengths, scale = _inputs([100], (2, 1, 128), torch.bfloat16, device)
     far = 2**31 // (64 * 128) + 7
     k_far, v_far = (torch.empty(far + 3, 64, 1, 128, dtype=q.dtype, device=device) for _ in range(2))
-    k_far[far : far + 3], v_far[far : far + 3] = k_pages, v_pages
-    out = ops.decode_attention(q, k_far, v_far, tables + far, lengths, scale)
-    assert torch.equal(out, ops.decode_attention(q, k_pages, v_pages, tables, lengths, scale))
+    k_far[far : far + 3], v_far[far : far + 3] = pages.tensors
+    out = ops.decode_attention(q, (k_far, v_far), tables + far, lengths, scale)
+    assert torch.equal(out, ops.decode_attention(q, pages, tables, lengths, scale))
 
 
 @pytest.mark.gpu
@@ -96,15 +97,15 @@ def test_races(ops):
         (0, lambda q: q[:, :3], "q's 3 heads must be a multiple of the cache's 2"),
         (0, lambda q: q.half(), "k_pages must be float16, and is float32"),
         (0, lambda q: q[0], r"q must have shape \[tokens, Hq, D\], and has \[4, 32\]"),
-        (1, lambda pages: pages[..., :16], r"k_pages must have shape \[pages, page size, Hkv, 32\]"),
-        (1, lambda pages: pages.transpose(0, 1), "k_pages must be contiguous"),
-        (2, lambda pages: pages[:1], "v_pages must have shape"),
-        (3, lambda tables: tables[:1], r"block_tables must have shape \[2, pages\], and has \[1, 2\]"),
-        (3, lambda tables: tables + 100, "block_tables must be within 0 and 3, and one is 10"),
-        (3, lambda tables: tables.float(), "block_tables must be int32 or int64, and is float32"),
-        (4, lambda lengths: lengths * 0, "lengths must be within 1 and 128, and one is 0"),
-        (4, lambda lengths: lengths + 100, "lengths must be within 1 and 128, and one is 165"),
-        (4, lambda lengths: lengths[:0], "lengths is empty"),
+        (1, lambda pages: (pages.k[..., :16], pages.v), r"k_pages must have shape \[pages, page size, Hkv, 32\]"),
+        (1, lambda pages: (pages.k.transpose(0, 1), pages.v), "k_pages must be contiguous"),
+        (1, lambda pages: (pages.k, pages.v[:1]), "v_pages must have shape"),
+        (2, lambda tables: tables[:1], r"block_tables must have shape \[2, pages\], and has \[1, 2\]"),
+        (2, lambda tables: tables + 100, "block_tables must be within 0 and 3, and one is 10"),
+        (2, lambda tables: tables.float(), "block_tables must be int32 or int64, and is float32"),
+        (3, lambda lengths: lengths * 0, "lengths must be within 1 and 128, and one is 0"),
+        (3, lambda lengths: lengths + 100, "lengths must be within 1 and 128, and one is 165"),
+        (3, lambda lengths: lengths[:0], "lengths is empty"),
     ],
 )
 def test_bad_input(ops, at, change, message):
@@ -122,7 +123,8 @@ def test_other_sizes_run_on_the_twin(ops, device, heads, page_size):
 
 
 def test_registration(ops, device):
-    torch.library.opcheck(torch.ops.qwenkern.decode_attention, _inputs([20, 3], (2, 1, 16), torch.float32, device, 16))
+    q, pages, *rest = _inputs([20, 3], (2, 1, 16), torch.float32, device, 16)
+    torch.library.opcheck(torch.ops.qwenkern.decode_attention, (q, list(pages.tensors), *rest))
 
 
 def _inputs(lengths, heads, dtype, device, page_size=64, spare_pages=1):
@@ -134,7 +136,7 @@ def _inputs(lengths, heads, dtype, device, page_size=64, spare_pages=1):
 _RAGGED = {"page_size": 64, "dtype": torch.float32}
 _SPLITS = {"dtype": torch.float32}
 _3B = {"heads": (16, 2, 128)}
-FILE = "decode_attention.py"
+FILE = "triton/decode_attention.py"
 MUTATIONS = [
     Mutation(
         "only the first split of each program",
@@ -163,8 +165,8 @@ MUTATIONS = [
     Mutation(
         "v beyond the length",
         FILE,
-        "v = tl.load(v_ptr + v_at, mask=tile + row < end, other=0.0)",
-        "v = tl.load(v_ptr + v_at)",
+        "v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)",
+        "v = LOAD_V(pages, kv_head, this_page, token, column, None)",
         test_ragged_lengths,
         _RAGGED,
     ),

@@ -1,4 +1,4 @@
-"""The few-token linears against their twins."""
+"""The few-token linears against their references."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_strided_rows(ops, device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("n", [896, 2048, 2560])
 def test_bits_do_not_depend_on_the_company(ops, n):
-    """One token alone and among 16, 250 times over."""
+    """One token by itself and among 16, 250 times."""
     device = torch.device("cuda")
     x, residual, weight, bias = _inputs(16, n, 2048, torch.bfloat16, device)
     norm_weight = _norm_weight(2048, x.dtype, device)
@@ -150,10 +150,10 @@ def test_bad_dtypes_and_halves(ops, device):
 def test_registrations(ops, device):
     x, residual, weight, bias = _inputs(2, 6, 16, torch.float32, device)
     norm_weight = _norm_weight(16, x.dtype, device)
-    torch.library.opcheck(torch.ops.qwenkern.linear, (x, weight, bias, None))
-    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, residual, norm_weight, EPS, weight, bias))
-    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, None, norm_weight, EPS, weight))
-    torch.library.opcheck(torch.ops.qwenkern.norm_swiglu_linear, (x, residual, norm_weight, EPS, weight))
+    torch.library.opcheck(torch.ops.qwenkern.linear, (x, [weight], bias, None))
+    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, residual, norm_weight, EPS, [weight], bias))
+    torch.library.opcheck(torch.ops.qwenkern.norm_linear, (x, None, norm_weight, EPS, [weight]))
+    torch.library.opcheck(torch.ops.qwenkern.norm_swiglu_linear, (x, residual, norm_weight, EPS, [weight]))
 
 
 def _inputs(tokens, n, k, dtype, device):
@@ -173,7 +173,7 @@ _SMALL = {"n": 65, "k": 2048, "tokens": 7, "dtype": torch.bfloat16}
 MUTATIONS = [
     Mutation(
         "no mask at the end of K",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "None if EVEN_K else k < k_end",
         "None if EVEN_K else k < k_end + BLOCK_K",
         test_odd_sizes,
@@ -181,7 +181,7 @@ MUTATIONS = [
     ),
     Mutation(
         "rows beyond the weight",
-        "linear.py",
+        "triton/linear.py",
         "(tokens < num_tokens) & (rows < n_size)",
         "(tokens < num_tokens)",
         test_odd_sizes,
@@ -189,7 +189,7 @@ MUTATIONS = [
     ),
     Mutation(
         "tokens beyond the batch",
-        "linear.py",
+        "triton/linear.py",
         "(tokens < num_tokens) & (rows < n_size)",
         "(rows < n_size)",
         test_odd_sizes,
@@ -197,7 +197,7 @@ MUTATIONS = [
     ),
     Mutation(
         "part of another split",
-        "linear.py",
+        "triton/linear.py",
         "parts_ptr + other * part",
         "parts_ptr",
         test_programs_share_a_tile,
@@ -205,7 +205,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a part lost",
-        "linear.py",
+        "triton/linear.py",
         "for other in range(SPLIT_K)",
         "for other in range(1, SPLIT_K)",
         test_programs_share_a_tile,
@@ -213,7 +213,7 @@ MUTATIONS = [
     ),
     Mutation(
         "arrivals not reset",
-        "linear.py",
+        "triton/linear.py",
         "tl.store(arrivals_ptr + tile, 0)",
         "pass",
         test_programs_share_a_tile,
@@ -221,7 +221,7 @@ MUTATIONS = [
     ),
     Mutation(
         "a slice lost",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "tl.sum(acc, axis=0), ",
         "tl.sum(acc, axis=0) - tl.sum(tl.where(tl.arange(0, SLICES)[:, None, None] == 1, acc, 0.0), axis=0), ",
         test_programs_share_a_tile,
@@ -229,7 +229,7 @@ MUTATIONS = [
     ),
     Mutation(
         "norm weight before rounding",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "round_to(h * scales[None, :, None], dtype)",
         "(h * scales[None, :, None])",
         test_the_norm_rounds_like_rms_norm,
@@ -237,7 +237,7 @@ MUTATIONS = [
     ),
     Mutation(
         "sum not rounded",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "h = round_to(h + residual.to(tl.float32), dtype)",
         "h = h + residual.to(tl.float32)",
         test_the_norm_rounds_like_rms_norm,
@@ -245,7 +245,7 @@ MUTATIONS = [
     ),
     Mutation(
         "one token's scale for all",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "tl.where(tokens == token, scale, scales)",
         "scale + scales * 0",
         test_norm_linear,
@@ -253,7 +253,7 @@ MUTATIONS = [
     ),
     Mutation(
         "residual of other tokens not written",
-        "few_tokens.py",
+        "triton/few_tokens.py",
         "if token % num_writers == writer:",
         "if writer == 0 and token == 0:",
         test_norm_linear,
@@ -261,7 +261,7 @@ MUTATIONS = [
     ),
     Mutation(
         "gate and up exchanged",
-        "linear.py",
+        "triton/linear.py",
         "silu(acc) * acc_up",
         "silu(acc_up) * acc",
         test_norm_swiglu_linear,
@@ -269,7 +269,7 @@ MUTATIONS = [
     ),
     Mutation(
         "bias forgotten",
-        "linear.py",
+        "triton/linear.py",
         "if bias_ptr is not None:",
         "if False:",
         test_programs_share_a_tile,

@@ -1,4 +1,4 @@
-"""prefill_attention against its twin."""
+"""prefill_attention against its reference."""
 
 from __future__ import annotations
 
@@ -67,35 +67,35 @@ def test_tiles_tuned_for_other_sizes(ops, device, page_size, dtype):
 
 def test_numbers_of_pages_beyond_the_sequence(ops, device):
     """Nobody looks at them."""
-    q, k_pages, v_pages, tables, *rest = _inputs([(40, 100), (7, 7)], (4, 2, 32), torch.bfloat16, device)
+    q, pages, tables, *rest = _inputs([(40, 100), (7, 7)], (4, 2, 32), torch.bfloat16, device)
     garbage = torch.where(tables == 0, torch.tensor([2**31 - 1, -5], dtype=torch.int32, device=device)[:, None], tables)
     assert not torch.equal(garbage, tables)
-    out = ops.prefill_attention(q, k_pages, v_pages, garbage, *rest)
-    assert torch.equal(out, ops.prefill_attention(q, k_pages, v_pages, tables, *rest))
+    out = ops.prefill_attention(q, pages, garbage, *rest)
+    assert torch.equal(out, ops.prefill_attention(q, pages, tables, *rest))
 
 
 def test_wide_integers(ops, device):
-    q, k_pages, v_pages, *integers, scale = _inputs([(40, 100), (7, 7)], (4, 2, 32), torch.bfloat16, device)
+    q, pages, *integers, scale = _inputs([(40, 100), (7, 7)], (4, 2, 32), torch.bfloat16, device)
     wide = [each.long() for each in integers]
-    out = ops.prefill_attention(q, k_pages, v_pages, *wide, scale)
-    assert torch.equal(out, ops.prefill_attention(q, k_pages, v_pages, *integers, scale))
+    out = ops.prefill_attention(q, pages, *wide, scale)
+    assert torch.equal(out, ops.prefill_attention(q, pages, *integers, scale))
 
 
 def test_bits_do_not_depend_on_the_company(ops, device):
     parts = [(130, 150), (1, 64), (20, 20)]
-    q, k_pages, v_pages, tables, lengths, starts, scale = _inputs(parts, (4, 2, 32), torch.bfloat16, device)
-    together = ops.prefill_attention(q, k_pages, v_pages, tables, lengths, starts, scale)
+    q, pages, tables, lengths, starts, scale = _inputs(parts, (4, 2, 32), torch.bfloat16, device)
+    together = ops.prefill_attention(q, pages, tables, lengths, starts, scale)
     for row, (count, _) in enumerate(parts):
         rows, own = slice(starts[row], starts[row] + count), slice(row, row + 1)
         start = torch.tensor([0, count], dtype=torch.int32, device=device)
-        alone = ops.prefill_attention(q[rows], k_pages, v_pages, tables[own], lengths[own], start, scale)
+        alone = ops.prefill_attention(q[rows], pages, tables[own], lengths[own], start, scale)
         assert torch.equal(alone, together[rows])
 
 
 def test_one_query_is_a_decode_step(ops, device):
-    q, k_pages, v_pages, tables, lengths, starts, scale = _inputs([(1, 65), (1, 9)], (4, 2, 64), torch.float32, device)
-    out = assert_matches_twin(ops, "prefill_attention", q, k_pages, v_pages, tables, lengths, starts, scale)
-    torch.testing.assert_close(out, ops.decode_attention(q, k_pages, v_pages, tables, lengths, scale))
+    q, pages, tables, lengths, starts, scale = _inputs([(1, 65), (1, 9)], (4, 2, 64), torch.float32, device)
+    out = assert_matches_twin(ops, "prefill_attention", q, pages, tables, lengths, starts, scale)
+    torch.testing.assert_close(out, ops.decode_attention(q, pages, tables, lengths, scale))
 
 
 @pytest.mark.parametrize("size", [300.0, 1e-3])
@@ -122,12 +122,12 @@ def test_sizes_for_the_twin(ops, device, head_dim, page_size):
 
 def test_pages_beyond_two_to_the_31(ops, device):
     """Only the pages touched take memory. What a number of 32 bits would wrap to lies in the first half."""
-    q, pages, _, tables, *rest = _inputs([(10, 200)], (2, 1, 128), torch.bfloat16, device)
+    q, pages, tables, *rest = _inputs([(10, 200)], (2, 1, 128), torch.bfloat16, device)
     far = 2**31 // (64 * 128) + 7
-    far_pages = torch.empty(2, far + len(pages), 64, 1, 128, dtype=q.dtype, device=device)[1]
-    far_pages[far:] = pages
-    out = ops.prefill_attention(q, far_pages, far_pages, tables + far, *rest)
-    assert torch.equal(out, ops.prefill_attention(q, pages, pages, tables, *rest))
+    far_pages = torch.empty(2, far + len(pages.k), 64, 1, 128, dtype=q.dtype, device=device)[1]
+    far_pages[far:] = pages.k
+    out = ops.prefill_attention(q, (far_pages, far_pages), tables + far, *rest)
+    assert torch.equal(out, ops.prefill_attention(q, (pages.k, pages.k), tables, *rest))
 
 
 @pytest.mark.gpu
@@ -142,13 +142,13 @@ def test_races(ops):
 @pytest.mark.parametrize(
     ("at", "change", "message"),
     [
-        (5, lambda starts: starts[:-1], r"query_starts must have shape \[3\], and has \[2\]"),
-        (5, lambda starts: starts.float(), "query_starts must be int32 or int64, and is float32"),
-        (5, lambda starts: starts + 1, r"rise from 0 to q's 25 rows, .* and is \[1, 21, 26\] for lengths \[20, 9\]"),
-        (5, lambda starts: starts.flip(0), "query_starts must rise from 0 to q's 25 rows"),
-        (4, lambda lengths: lengths - 1, "by no more than each sequence's length"),
-        (4, lambda lengths: lengths + 200, "lengths must be within 1 and 128, and one is 2"),
-        (3, lambda tables: tables + 9, "block_tables must be within 0 and 2, and one is 1"),
+        (4, lambda starts: starts[:-1], r"query_starts must have shape \[3\], and has \[2\]"),
+        (4, lambda starts: starts.float(), "query_starts must be int32 or int64, and is float32"),
+        (4, lambda starts: starts + 1, r"rise from 0 to q's 25 rows, .* and is \[1, 21, 26\] for lengths \[20, 9\]"),
+        (4, lambda starts: starts.flip(0), "query_starts must rise from 0 to q's 25 rows"),
+        (3, lambda lengths: lengths - 1, "by no more than each sequence's length"),
+        (3, lambda lengths: lengths + 200, "lengths must be within 1 and 128, and one is 2"),
+        (2, lambda tables: tables + 9, "block_tables must be within 0 and 2, and one is 1"),
         (0, lambda q: q[:, :3], "q's 3 heads must be a multiple of the cache's 2"),
         (0, lambda q: q[:0], r"q is empty, with shape \[0, 4, 32\]"),
         (0, lambda q: q.double(), "k_pages must be float64, and is float32"),
@@ -162,8 +162,8 @@ def test_bad_input(ops, at, change, message):
 
 
 def test_registration(ops, device):
-    inputs = _inputs([(5, 9), (2, 2)], (2, 1, 16), torch.float32, device, page_size=16)
-    torch.library.opcheck(torch.ops.qwenkern.prefill_attention, inputs)
+    q, pages, *rest = _inputs([(5, 9), (2, 2)], (2, 1, 16), torch.float32, device, page_size=16)
+    torch.library.opcheck(torch.ops.qwenkern.prefill_attention, (q, list(pages.tensors), *rest))
 
 
 def _inputs(parts, heads, dtype, device, page_size=64):
@@ -177,10 +177,15 @@ def _inputs(parts, heads, dtype, device, page_size=64):
 
 _PREFIX = {"page_size": 64, "prefix": 63, "dtype": torch.float32}
 _3B = {"heads": (16, 2, 128)}
-FILE = "prefill_attention.py"
+FILE = "triton/prefill_attention.py"
 MUTATIONS = [
     Mutation(
-        "heads of another group", FILE, "k_ptr += (head // GROUP)", "k_ptr += (head % 2)", test_heads_of_the_family, _3B
+        "heads of another group",
+        FILE,
+        "k = LOAD_K(pages, kv_head,",
+        "k = LOAD_K(pages, tl.program_id(0) % 2,",
+        test_heads_of_the_family,
+        _3B,
     ),
     Mutation("no causal mask", FILE, "<= positions[:, None], scores", "< end, scores", test_cached_prefixes, _PREFIX),
     Mutation(
@@ -221,8 +226,8 @@ MUTATIONS = [
     Mutation(
         "v beyond the last token",
         FILE,
-        "v = tl.load(v_ptr + v_at, mask=mask, other=other)",
-        "v = tl.load(v_ptr + v_at)",
+        "v = LOAD_V(pages, kv_head, this_page, token, column, mask)",
+        "v = LOAD_V(pages, kv_head, this_page, token, column, None)",
         test_cached_prefixes,
         _PREFIX,
     ),

@@ -1,4 +1,4 @@
-"""rms_norm and add_rms_norm against their twin."""
+"""rms_norm and add_rms_norm against their reference."""
 
 from __future__ import annotations
 
@@ -96,11 +96,20 @@ _ROW = {"rows": 7, "hidden": 896, "dtype": torch.bfloat16}
 _BF16 = {"dtype": torch.bfloat16}
 MUTATIONS = [
     Mutation(
-        "weight before rounding", "rms_norm.py", "round_to(x * scale, dtype)", "(x * scale)", test_roundings, _BF16
+        "weight before rounding",
+        "triton/rms_norm.py",
+        "round_to(x * scale, dtype)",
+        "(x * scale)",
+        test_roundings,
+        _BF16,
     ),
-    Mutation("sum not rounded", "rms_norm.py", "round_to(x + residual, dtype)", "x + residual", test_roundings, _BF16),
-    Mutation("no mask at the tail", "rms_norm.py", " & (columns < hidden)\n", "\n", test_rms_norm, _ROW),
-    Mutation("no mask below", "rms_norm.py", "(rows < num_rows) & ", "", test_several_rows_a_program, {"rows": 1057}),
-    Mutation("mean over the block", "rms_norm.py", "/ hidden + eps", "/ BLOCK_H + eps", test_rms_norm, _ROW),
-    Mutation("eps forgotten", "rms_norm.py", "/ hidden + eps", "/ hidden", test_small_values_lean_on_eps, {}),
+    Mutation(
+        "sum not rounded", "triton/rms_norm.py", "round_to(x + residual, dtype)", "x + residual", test_roundings, _BF16
+    ),
+    Mutation("no mask at the tail", "triton/rms_norm.py", " & (columns < hidden)\n", "\n", test_rms_norm, _ROW),
+    Mutation(
+        "no mask below", "triton/rms_norm.py", "(rows < num_rows) & ", "", test_several_rows_a_program, {"rows": 1057}
+    ),
+    Mutation("mean over the block", "triton/rms_norm.py", "/ hidden + eps", "/ BLOCK_H + eps", test_rms_norm, _ROW),
+    Mutation("eps forgotten", "triton/rms_norm.py", "/ hidden + eps", "/ hidden", test_small_values_lean_on_eps, {}),
 ]

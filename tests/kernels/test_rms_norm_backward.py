@@ -1,4 +1,4 @@
-"""rms_norm_backward against its twin."""
+"""rms_norm_backward against its reference."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _inputs(rows, hidden, dtype, device):
 
 
 _ROW = {"rows": 7, "hidden": 77, "dtype": torch.float32}
-_FILE = "rms_norm_backward.py"
+_FILE = "triton/rms_norm_backward.py"
 MUTATIONS = [
     Mutation("no projection", _FILE, "(scaled - normed * (", "(scaled - 0.0 * (", test_add_rms_norm, _ROW),
     Mutation(

@@ -1,5 +1,5 @@
-"""Where values are rounded, backend by backend, as docs/drop-in.md says: counted in elements that differ from the
-reference in the same dtype. One rounding more or less changes a third of them, another order of summing hardly any."""
+"""Where each backend rounds, as docs/drop-in.md says. The tests count the elements that differ from the reference in
+the same dtype. One rounding more or less changes a third of them, and another order of sums changes hardly any."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.references import random
+from support.references import mapped, random
 from support.tolerances import DIFFERING, assert_as_close_as
 from torch import Tensor
 
@@ -36,7 +36,7 @@ def calls(tokens: int) -> dict[str, tuple[Any, ...]]:
         "linear with a residual": (x, weight, bias, made(tokens, 512, seed=10)),
         "norm_linear": (x, residual, norm, EPS, weight, bias),
         "norm_swiglu_linear": (x, residual, norm, EPS, weight),
-        "norm_qkv_rope": (x, residual, norm, EPS, weight[:384], bias[:384], *places, *pages, torch.arange(tokens)),
+        "norm_qkv_rope": (x, residual, norm, EPS, weight[:384], bias[:384], *places, pages, torch.arange(tokens)),
         "lm_head": (x, residual, norm, EPS, weight),
     }
 
@@ -65,7 +65,7 @@ def test_roundings_are_those_of_the_page(monkeypatch, backend, tokens, name):
     differing = (out != expected).double().mean().item()
     if name in FEWER[backend, tokens > 16]:
         assert differing > 0.2
-        truth = getattr(reference, op)(*(x.double() if isinstance(x, Tensor) else x for x in args))
+        truth = getattr(reference, op)(*(mapped(Tensor.double, x) for x in args))
         truth = truth[0] if isinstance(truth, tuple) else truth
         assert_as_close_as(out, expected, truth)
         errors = [(each.double() - truth).square().mean() for each in (out, expected)]

@@ -1,4 +1,4 @@
-"""swiglu against its twin."""
+"""swiglu against its reference."""
 
 from __future__ import annotations
 
@@ -74,19 +74,26 @@ _ROW = {"rows": 7, "columns": 257, "dtype": torch.bfloat16}
 MUTATIONS = [
     Mutation(
         "silu not rounded",
-        "swiglu.py",
+        "triton/swiglu.py",
         "round_to(silu(gate), dtype)",
         "silu(gate)",
         test_roundings,
         {"dtype": torch.bfloat16},
     ),
     Mutation(
-        "gate and up exchanged", "swiglu.py", "silu(gate), dtype) * up", "silu(up), dtype) * gate", test_swiglu, _ROW
+        "gate and up exchanged",
+        "triton/swiglu.py",
+        "silu(gate), dtype) * up",
+        "silu(up), dtype) * gate",
+        test_swiglu,
+        _ROW,
     ),
-    Mutation("no mask at the tail", "swiglu.py", "mask = column < columns", "mask = column >= 0", test_swiglu, _ROW),
+    Mutation(
+        "no mask at the tail", "triton/swiglu.py", "mask = column < columns", "mask = column >= 0", test_swiglu, _ROW
+    ),
     Mutation(
         "rows taken for dense",
-        "swiglu.py",
+        "triton/swiglu.py",
         "row * up_stride",
         "row * columns",
         test_strided_rows,

@@ -1,4 +1,4 @@
-"""swiglu_backward and silu_mul_backward against their twins."""
+"""swiglu_backward and silu_mul_backward against their references."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _inputs(rows, columns, dtype, device):
 
 
 _ROW = {"rows": 7, "columns": 257, "dtype": torch.bfloat16}
-_FILE = "swiglu_backward.py"
+_FILE = "triton/swiglu_backward.py"
 MUTATIONS = [
     Mutation(
         "silu not rounded",

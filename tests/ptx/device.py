@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -43,7 +43,7 @@ def device(this: tuning.Device, seed: int, change: Change = lambda name, ptx: pt
         if compiled.hash not in kernels:
             kernels[compiled.hash] = Kernel(change(self.__name__, compiled.asm["ptx"]))
         given = dict(zip(self.arg_names, args, strict=False)) | keywords
-        values = {name: given[name] for name, type_ in compiled.src.signature.items() if type_ != "constexpr"}
+        values = [value for name, type_ in compiled.src.signature.items() for value in _parameters(given[name], type_)]
         launches += 1
         _launch(compiled, kernels[compiled.hash], grid, values, bool(keywords.get("launch_pdl")), seed + launches)
         return compiled
@@ -57,11 +57,11 @@ def device(this: tuning.Device, seed: int, change: Change = lambda name, ptx: pt
 
 
 def _launch(
-    compiled: CompiledKernel, kernel: Kernel, grid: Any, values: Mapping[str, Any], is_dependent: bool, seed: int
+    compiled: CompiledKernel, kernel: Kernel, grid: Any, values: Sequence[Any], is_dependent: bool, seed: int
 ) -> None:
-    storages = _Storages([value for value in values.values() if isinstance(value, Tensor)])
+    storages = _Storages([value for value in values if isinstance(value, Tensor)])
     parameters = kernel.program.parameters
-    bits = [storages.address(value) if isinstance(value, Tensor) else _bits(value) for value in values.values()]
+    bits = [storages.address(value) if isinstance(value, Tensor) else _bits(value) for value in values]
     spare = len(parameters) - len(bits)  # Triton's own scratch memory, of which these kernels have none
     if not 0 <= spare <= 2:
         raise Unknown(f"{len(bits)} arguments of {kernel.program.name}, which has {len(parameters)} parameters")
@@ -75,6 +75,16 @@ def _launch(
         is_dependent,
     ).run(seed)
     storages.take_back()
+
+
+def _parameters(value: Any, type_: Any) -> Iterator[Any]:
+    """What a kernel has parameters for, of an argument and its type in Triton's signature: not for constants, and for
+    each field of a tuple."""
+    if isinstance(type_, tuple):
+        for each in zip(value, type_, strict=True):
+            yield from _parameters(*each)
+    elif type_ != "constexpr":
+        yield value
 
 
 def _bits(value: float | int) -> int:

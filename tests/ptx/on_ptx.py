@@ -57,9 +57,8 @@ def o_proj() -> None:
 
 def split_k() -> None:
     """Four programs a tile, twice, since they count each other."""
-    importlib.import_module(
-        f"{ops.__name__}.linear"
-    )._counters.clear()  # a run without a piece may have left any number
+    linear = importlib.import_module(f"{ops.__name__}.triton.linear")
+    linear._counters.clear()  # a run without a piece may have left any number
     x, _, weight, _ = test_linear._inputs(3, 17, 4096, torch.bfloat16, CPU)
     for _ in range(2):
         assert_matches_twin(ops, "linear", x, weight)
@@ -90,18 +89,19 @@ PIECES = {
 class Removal(NamedTuple):
     piece: str
     number: int  # of its kind, in the order of the text
-    source: str  # "linear.py:86"
+    source: tuple[str, ...]  # "dense.py:36", and where that was inlined, "decode_attention.py:135"
     between_first_copies: bool  # in a straight line, and before any wait for them
     spans: tuple[tuple[int, int], ...]
 
 
 def _removals(ptx: str) -> Iterator[Removal]:
     """Each piece of its own, but the sizes of all copies that a line makes together."""
-    copies: dict[str, list[tuple[int, int]]] = {}
+    copies: dict[tuple[str, ...], list[tuple[int, int]]] = {}
     for piece, pattern in PIECES.items():
         for number, found in enumerate(re.finditer(pattern, ptx)):
             before = ptx[: found.start()]
-            source = re.findall(r"\.loc\s.*//\s*([^\s:]+:\d+)", before)[-1]
+            location = re.findall(r"\.loc\s.*//(.*)", before)[-1]
+            source = tuple(re.findall(r"[^\s:]+\.py:\d+", location))
             if piece == "sizes of copies":
                 copies.setdefault(source, []).append(found.span())
                 continue

@@ -1,7 +1,7 @@
-"""The kernels' own tests on the PTX that Triton compiles for GPUs that are not there (ptx/), and proof that the runner
-notices what is missing in a kernel.
+"""The kernels' own tests on the PTX that Triton compiles for several GPUs, without having them. Other tests show that
+the runner notices a missing piece of a kernel.
 
-All of it runs in a process beside this one, in which Triton compiles (on_ptx.py)."""
+All of it runs in a second process, in which Triton compiles (on_ptx.py)."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_what_is_missing_is_noticed(process, key, kernel):
 
 # What these lines do where it is of no use does no harm either.
 HARMLESS = {
-    "k = tl.load(k_ptr + k_at, mask=tile + row < end": "a tile lies within a page; scores beyond the end are replaced",
+    "k = LOAD_K(pages, kv_head, this_page, token": "a tile lies within a page; scores beyond the end are replaced",
     "page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1)": "the index is clamped to the sequence's pages",
     "page = tl.load(table + start // page_size)": "no split begins beyond its sequence's pages",
     "acc += tl.load(parts_ptr + other * part + at": "behind all parts but the last lies the next one; it is not stored",
@@ -140,9 +140,14 @@ HARMLESS = {
 def why_needless(removal: Removal) -> str | None:
     """The reason why nothing is wrong without it, if there is one."""
     if removal.piece == "barrier" and removal.between_first_copies:
-        return "it stands between the first asynchronous copies, each to a place of its own, and nobody reads"
+        return "it stands between the first asynchronous copies, each to a place of its own, and no warp reads"
     if removal.piece in ("guard", "sizes of copies"):
-        file, line = removal.source.split(":")
-        text = (Path(kernels.__file__).parent / file).read_text(encoding="utf-8").splitlines()[int(line) - 1]
-        return next((why for beginning, why in HARMLESS.items() if text.strip().startswith(beginning)), None)
+        lines = [text for each in removal.source for text in lines_at(*each.split(":"))]
+        return next((why for beginning, why in HARMLESS.items() for text in lines if text.startswith(beginning)), None)
     return None
+
+
+def lines_at(name: str, number: str) -> list[str]:
+    """That line of each file of the name: PTX says no folder of what was inlined."""
+    files = [file.read_text(encoding="utf-8").splitlines() for file in Path(kernels.__file__).parent.rglob(name)]
+    return [text[int(number) - 1].strip() for text in files if int(number) <= len(text)]

@@ -1,8 +1,8 @@
-"""How a kernel is held against its torch twin: in guarded memory, by the rule of tolerances.py."""
+"""Compares a kernel with its torch reference, in guarded memory, by the rule of tolerances.py."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import Any
@@ -12,7 +12,7 @@ from support.tolerances import assert_as_close_as, assert_nearly_equal
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qwenkern.kernels import reference
+from qwenkern.kernels import Pages, Weight, reference
 
 GUARD = 4096  # elements on each side of a buffer
 CANARY = 77
@@ -49,10 +49,35 @@ class guarded_allocations(TorchDispatchMode, AbstractContextManager):
 
 
 def assert_rounds_like_twin(ops: ModuleType, name: str, *args: Any) -> None:
-    """Rounds where the twin rounds: hardly an element differs, which one rounding more or less would not allow."""
-    outs, peers = getattr(ops, name)(*args), getattr(reference, name)(*args)
+    """The op rounds where the reference rounds: hardly an element differs. One rounding more or less would change
+    more."""
+    outs, peers = getattr(ops, name)(*(own(ops, arg) for arg in args)), getattr(reference, name)(*args)
     for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
         assert_nearly_equal(out, peer)
+
+
+def mapped(function: Callable[[Tensor], Tensor], arg: Any) -> Any:
+    """An argument of an op, ``function`` applied to it or to each tensor of a weight, of pages, or of a pair."""
+    if isinstance(arg, Tensor):
+        return function(arg)
+    if isinstance(arg, (Weight, Pages)):
+        return type(arg)(*map(function, arg.tensors))
+    return type(arg)(map(function, arg)) if isinstance(arg, (list, tuple)) else arg
+
+
+def tensors_of(arg: Any) -> Sequence[Tensor]:
+    """Those that an argument of an op consists of; a number has none."""
+    if isinstance(arg, (Weight, Pages)):
+        return arg.tensors
+    return arg if isinstance(arg, (list, tuple)) else [arg] if isinstance(arg, Tensor) else []
+
+
+def own(ops: ModuleType, arg: Any) -> Any:
+    """An argument as a value of ``ops``, which may be a broken copy of the kernels with classes of its own."""
+    if isinstance(arg, (Weight, Pages)):
+        room = ops.weights if isinstance(arg, Weight) else ops.pages
+        return room.FORMATS[arg.format](*arg.tensors)
+    return arg
 
 
 def guard(tensor: Tensor, padding: int = 0) -> Tensor:
@@ -72,18 +97,19 @@ def assert_matches_twin(
 ) -> Any:
     """Runs an op on guarded copies of its arguments; every float result, and every argument at the positions
     ``changed``, must be as close to the twin in float64 as the twin in the same dtype is. Returns the op's result."""
-    mine = [guard(arg, padding if arg.dim() > 1 else 0) if isinstance(arg, Tensor) else arg for arg in args]
+    mine = [mapped(lambda each: guard(each, padding if each.dim() > 1 else 0), arg) for arg in args]
     with guarded_allocations():
-        outs = getattr(ops, name)(*mine, **keywords)
-    twins = [arg.clone() if isinstance(arg, Tensor) else arg for arg in args]
-    peers = getattr(reference, name)(*twins, **keywords)
-    wide = [arg.double() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args]
-    wide = [arg.clone() if isinstance(arg, Tensor) else arg for arg in wide]
+        outs = getattr(ops, name)(*(own(ops, arg) for arg in mine), **keywords)
+    copies = [mapped(Tensor.clone, arg) for arg in args]
+    peers = getattr(reference, name)(*copies, **keywords)
+    wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, arg) for arg in args]
+    wide = [mapped(Tensor.clone, arg) for arg in wide]
     truths = getattr(reference, name)(*wide, **keywords)
     if isinstance(outs, Tensor):
         outs, peers, truths = (outs,), (peers,), (truths,)
     outs, peers, truths = (
-        [*results, *(given[at] for at in changed)] for results, given in ((outs, mine), (peers, twins), (truths, wide))
+        [*results, *(each for at in changed for each in tensors_of(given[at]))]
+        for results, given in ((outs, mine), (peers, copies), (truths, wide))
     )
     for out, peer, truth in zip(outs, peers, truths, strict=True):
         assert out.dtype == peer.dtype

@@ -44,10 +44,12 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, functions: dict[str, Callable[..., Any]], filters: dict[str, Any], **options: Any) -> None:
         super().__init__(finalize=printed, **options)
         self.filters |= filters
-        self.filters = {name: priced(self.filters[name], cost) for name, cost in FILTERS.items()}
+        given: dict[str, Any] = self.filters  # jinja2 has no better type for the functions in it
+        tests: dict[str, Any] = self.tests
+        self.filters = {name: priced(given[name], cost) for name, cost in FILTERS.items()}
         self.filters |= {"spend": spend_filter, "spend and": spend_and, "compare": compare, "key": key}
         self.filters |= {"~": concat, "slice made": sliced}
-        self.tests = {name: priced(test, deep if name in LONG_TESTS else free) for name, test in self.tests.items()}
+        self.tests = {name: priced(test, deep if name in LONG_TESTS else free) for name, test in tests.items()}
         del self.globals["lipsum"]
         self.globals |= functions
         self._functions = [*functions.values(), *self.globals.values()]
@@ -91,7 +93,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             spend(len(text))
             return type(text)(formatter.vformat(text, args, named))
 
-        format.is_priced = True
+        format.is_priced = True  # type: ignore[attr-defined]  # a function may have attributes
         return format
 
     def call(self, context: Any, obj: Any, /, *args: Any, **named: Any) -> Any:

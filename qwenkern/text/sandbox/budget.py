@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, NoReturn
@@ -49,9 +49,10 @@ def refuse(what: str) -> NoReturn:
 def walk(*values: Any) -> int:
     """Spends what it costs to read values to their depths, which it returns: shared parts count as often as they
     occur."""
+    level: Iterable[Any] = values
     for depth in range(_DEEPEST):
         below: list[Any] = []
-        for value in values:
+        for value in level:
             if isinstance(value, str):
                 spend(4 + len(value))
             elif isinstance(value, dict):
@@ -67,10 +68,11 @@ def walk(*values: Any) -> int:
                 spend(4)
         if not below:
             return depth
-        values = below
+        level = below
     refuse(f"it nests values {_DEEPEST} deep")
 
 
+_CONTAINERS: tuple[type[Any], ...]
 _CONTAINERS = (list, tuple, set, frozenset, range, type({}.keys()), type({}.values()), type({}.items()))
 
 

@@ -124,7 +124,8 @@ class Rewriter(NodeTransformer):
 
     def _filter(self, name: str, node: nodes.Node | None, *arguments: nodes.Expr, at: nodes.Node) -> nodes.Filter:
         made = nodes.Filter(node, name, list(arguments), [], None, None)
-        return made.set_lineno(at.lineno).set_environment(self.environment)
+        made.set_lineno(at.lineno).set_environment(self.environment)
+        return made
 
     def _with_cost(self, node: Any) -> Any:
         cost = nodes.Const(_weight(node))
@@ -132,7 +133,7 @@ class Rewriter(NodeTransformer):
         node.body.insert(0, body.set_lineno(node.lineno))
         return node
 
-    def visit_For(self, node: nodes.For) -> nodes.For:
+    def visit_For(self, node: nodes.For) -> Any:
         if node.test is not None:
             node.test = self._filter("spend and", node.test, nodes.Const(_weight(node.test)), at=node)
         return self.generic_visit(self._with_cost(node))
