@@ -26,6 +26,7 @@ test-avx2: $(READY)  ## the tests for which the processor matters, as an x86-64 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h')
 	$(BIN)/mypy
 
 docs: $(DOCS)  ## the site, in build/site; a broken link is an error

@@ -49,7 +49,8 @@ config = qwenkern.Config(256, 64, 96, 2, 2, 1, 32, max_position_embeddings=128)
 torch.manual_seed(0)
 model = qwenkern.Model.from_config(config, device="cpu", dtype="bfloat16")
 played = []
-c_backend.Tape.replay, replay = lambda tape: (played.append(tape), replay(tape)), c_backend.Tape.replay
+Recorded = c_backend.RecordedCalls
+Recorded.replay, replay = lambda recorded: (played.append(recorded), replay(recorded)), Recorded.replay
 done = model.generate([1, 2, 3], max_tokens=9, logprobs=2)
 logits = model.forward([1, 2, 3, *done.token_ids])
 print(len(played), hashlib.sha256(logits.numpy().tobytes()).hexdigest(), done.token_ids, done.logprobs)

@@ -10,7 +10,6 @@ calls is a row of its own.
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import invariant_tokens
 from qwenkern.qwen2 import Qwen2, initialise
 
 STEPS = 20
@@ -70,25 +70,25 @@ class Span:
     end: float
 
 
-class Taped(CallCapture):
+class Recorded(CallCapture):
     """Keeps the recorded calls, which are timed one by one."""
 
-    tape: c_backend.Tape
+    recorded: c_backend.RecordedCalls
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.tape = c_backend.Tape()
+        self.recorded = c_backend.RecordedCalls()
         try:
-            with self.tape.record():
+            with self.recorded.record():
                 out = function()
-        except c_backend.NotRecordable as error:
-            raise RuntimeError(f"--where on a CPU needs the step in C, but torch runs it here: {error}") from error
-        return self.tape.replay, out
+        except c_backend.CannotRecord as error:
+            raise RuntimeError(f"--where on a CPU needs the step in C, and torch runs it here: {error}") from error
+        return self.recorded.replay, out
 
 
 @torch.inference_mode()  # torch's graphs share tensors, and one made in this mode cannot be used outside
 def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
     """The parts of a decode step with random weights in bfloat16. Each sequence has ``context`` cached tokens."""
-    most = c_backend.MAX_TOKENS
+    most = invariant_tokens(torch.ones(1, 32, dtype=torch.bfloat16, device=device))
     if not 1 <= sequences <= most:
         raise ValueError(f"--where: {sequences} sequences; expected 1 to {most}, for which our kernels run")
     most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # each replay on a GPU appends a token
@@ -96,7 +96,7 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
         raise ValueError(f"--where: {context} tokens; expected at most {most}, the context")
     step, capturer = _step(config, sequences, context, device)
     layers = config.num_hidden_layers
-    seconds = _on_cpu(layers, capturer.tape) if isinstance(capturer, Taped) else _on_gpu(layers, step)
+    seconds = _on_cpu(layers, capturer.recorded) if isinstance(capturer, Recorded) else _on_gpu(layers, step)
     copy = ceilings(device).copy
     cases = {case.name: case for case in CASES}
     size = Size(sequences, context, device=str(device))
@@ -115,7 +115,7 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     for layer in cache.pages:
         for tensor in layer.tensors:
             tensor.normal_()
-    capturer = GraphCapture(device) if device.type == "cuda" else Taped()
+    capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
     step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]
     for table in tables:
@@ -125,16 +125,16 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
     return step, capturer
 
 
-def _on_cpu(layers: int, tape: c_backend.Tape) -> dict[str, list[float]]:
-    names = list(labels((c_backend.OPS[call.op] for call in tape.calls), CPU_LINEARS, layers))
+def _on_cpu(layers: int, recorded: c_backend.RecordedCalls) -> dict[str, list[float]]:
+    names = list(labels(recorded.ops, CPU_LINEARS, layers))
     wholes: list[float] = []
-    alone: list[list[float]] = [[] for _ in names]
+    singles: list[list[float]] = [[] for _ in names]
     for _ in range(STEPS):
-        wholes.append(_seconds(tape.replay))
-        for call, readings in zip(tape.calls, alone, strict=True):
-            readings.append(_seconds(lambda call=call: c_backend.play(ctypes.byref(call), 1)))
+        wholes.append(_seconds(recorded.replay))
+        for call, readings in zip(recorded.calls, singles, strict=True):
+            readings.append(_seconds(lambda call=call: c_backend.play(call, 1)))
     found: dict[str, list[float]] = {}
-    for name, readings in zip(names, alone, strict=True):
+    for name, readings in zip(names, singles, strict=True):
         found.setdefault(name, []).append(statistics.median(readings))
     rest = statistics.median(wholes) - sum(chain.from_iterable(found.values()))
     return found | {BETWEEN: [rest]}
@@ -186,7 +186,7 @@ def labels(names: Iterable[str], linears: Sequence[str], layers: int) -> Iterabl
     """The op of each kernel of a step. The last linear of the recorded calls is lm_head."""
     seen = 0
     for name in names:
-        if name in ("_linear_kernel", "few_tokens"):
+        if name in ("_linear_kernel", "linear"):
             yield linears[seen % len(linears)] if seen < layers * len(linears) else "lm_head"
             seen += 1
         else:

@@ -1,9 +1,8 @@
-"""What a decode step should take on an H100, from its bytes and its machine code: to hold a measurement against.
+"""Predicts the time of a decode step on an H100 from its bytes and its machine code, to compare with a measurement.
 
-A kernel streams at what a copy reaches if it asks for enough ahead: bandwidth times latency is about 40 KB a
-multiprocessor, and what it has asked for is at most its shared memory, times its programs there. Each launch of a graph
-costs NODE where nothing overlaps it; dependent launch should hide it, so a step's time is given with every one of them
-hidden and with none.
+A kernel reaches the bandwidth of a copy if it has enough bytes in flight: bandwidth times latency, about 40 KB per SM.
+Its bytes in flight are at most its shared memory per CTA times its CTAs per SM. A node of a CUDA graph costs NODE if
+nothing overlaps it. Dependent launch can overlap it, so the prediction has two values: all nodes overlapped, and none.
 """
 
 from __future__ import annotations

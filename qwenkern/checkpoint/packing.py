@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -153,7 +154,7 @@ def unpacked(module: torch.nn.Module, config: Config) -> Iterator[tuple[str, tor
 def _part(module: torch.nn.Module, slot: Slot) -> Weight | torch.Tensor:
     """The rows of a parameter that a tensor goes to."""
     owner, _, kind = slot.parameter.rpartition(".")
-    holder = module.get_submodule(owner)
+    holder: Any = module.get_submodule(owner)  # of qwen2.py, which is not imported here
     end = slot.start + slot.shape[0]
     if kind == "weight" and len(slot.shape) == 2:
         return holder.value.rows(slot.start, end)

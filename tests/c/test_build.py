@@ -19,8 +19,9 @@ from qwenkern.cli import info
 from qwenkern.errors import RequestError
 from qwenkern.hub import download
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels.c import build, choose, compiler, kept, targets, threads
+from qwenkern.kernels.c import build, choose, compiler, kept, ops, targets, threads
 from qwenkern.kernels.environment import CPU_TARGET, THREADS
+from qwenkern.kernels.weights import Dense
 
 ROOT = Path(qwenkern.__file__).parents[1]
 
@@ -34,7 +35,7 @@ def fresh(monkeypatch, tmp_path):
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(CPU_TARGET.name, targets.usable()[-1].name)
     monkeypatch.setattr(choose, "WEIGHTS", 1 << 18)
-    monkeypatch.setattr(choose, "TOKENS", c_backend.MAX_TOKENS + 1)
+    monkeypatch.setattr(choose, "TOKENS", 17)  # many
     build.forget()
     kept._made.cache_clear()
     yield tmp_path / "cache" / "compiled"
@@ -45,9 +46,9 @@ def fresh(monkeypatch, tmp_path):
 def runs() -> bool:
     """Whether an op runs in C with the right result."""
     x = torch.arange(64).reshape(2, 32).bfloat16()
-    if not c_backend.takes_linear(x):
+    if c_backend.prepare() is not None:
         return False
-    return torch.equal(c_backend.linear(x, x)[0], x @ x.T)
+    return torch.equal(ops.linear(x, Dense(x)), x @ x.T)
 
 
 # Targets
@@ -127,7 +128,7 @@ def test_what_torch_sees_of_this_processor_is_seen_here():
 def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     assert runs()
     assert c_backend.target() == os.environ[CPU_TARGET.name]
-    assert "compiles its C functions" in caplog.text
+    assert "compiling the C kernels" in caplog.text
     assert fresh.stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
     [library] = fresh.glob("*.so")
     said = json.loads(library.with_suffix(".json").read_text())
@@ -136,7 +137,7 @@ def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     build.forget()
     monkeypatch.setattr(compiler, "compile_to", None)
     assert runs()
-    assert "compiles" not in caplog.text
+    assert "compiling" not in caplog.text
     assert "compiled on this machine" in c_backend.describe()["CPU"]
 
 
@@ -270,7 +271,7 @@ threading.stack_size(1 << 20)
 from qwenkern import kernels
 from qwenkern.kernels import c as c_backend, reference
 x = torch.ones(1, 8 << 20, dtype=torch.bfloat16)
-assert c_backend.takes_linear(x)
+assert c_backend.prepare() is None
 def run():
     print(kernels.norm_linear(x, x, x[0], 1e-6, x[:, :1].expand(1, 8 << 20).contiguous())[0].item())
 for team in (1, 2):
@@ -322,7 +323,7 @@ os.setgroups([])
 os.setresgid(4242, 4242, 4242)
 os.setresuid(4242, 4242, 4242)
 x = torch.ones(2, 32).bfloat16()
-print(c_backend.takes_linear(x), build.loaded() and build.loaded().origin)
+print(c_backend.prepare(), c_backend.prepared().origin)
 """
 
 
@@ -340,10 +341,10 @@ def test_another_user_runs_from_what_root_has_made(tmp_path, mode, origin):
             command = [sys.executable, "-c", code]
             return subprocess.run(command, capture_output=True, text=True, check=True, env=environment | more)
 
-        run("from qwenkern.kernels import c as c_backend; c_backend.library(), c_backend.multiplies()")
+        run("from qwenkern.kernels import c as c_backend; c_backend.prepare()")
         os.chmod(Path(place, "compiled"), mode)
         done = run(ANOTHER_USER, **({"PATH": ""} if mode == 0o755 else {}))
-        assert done.stdout.startswith("True"), done.stderr
+        assert done.stdout.startswith("None"), done.stderr
         assert origin in done.stdout
         assert ("it cannot be read" in done.stderr) == (mode == 0o700)
 
@@ -457,6 +458,7 @@ def test_readings_agree_where_both_halves_choose_the_same(ours, theirs, expected
     assert choose.decide({"ours": ours, "theirs": theirs}, choose._fastest) == expected
 
 
+TARGET, BOTH = targets.native(), ("pairs", "floats")
 SECONDS = {"pairs": 1.0, "floats": 2.0, "torch": 1.5, 0: 1.0, 4096: 0.9, 16384: 0.88}
 
 
@@ -470,14 +472,16 @@ SECONDS = {"pairs": 1.0, "floats": 2.0, "torch": 1.5, 0: 1.0, 4096: 0.9, 16384: 
     ],
 )
 def test_the_fastest_is_chosen_and_remembered(fresh, monkeypatch, differs, expected):
-    library = c_backend.library()
+    c_backend.prepare()
+    loaded = [build.Loaded(*c_backend.prepared()[:4])._replace(target=TARGET._replace(name=name)) for name in BOTH]
     shutil.rmtree(fresh)
     fresh.mkdir()
     monkeypatch.setattr(choose, "_readings", lambda ways: {way: [(SECONDS | differs)[way]] * 4 for way in ways})
 
     def chosen() -> tuple:
-        products = choose.products(dict.fromkeys(("pairs", "floats"), library))
-        return products, choose.multiplies(library, products), choose.prefetch(library, products)
+        products = choose.products(dict(zip(BOTH, loaded, strict=True)))
+        best = loaded[BOTH.index(products)]
+        return products, choose.multiplies(best), choose.prefetch(best)
 
     assert chosen() == expected
     assert len(list(fresh.iterdir())) == 3
@@ -512,23 +516,25 @@ def test_everything_is_measured_anew_when_asked(fresh, monkeypatch):
 
 
 def test_a_doubtful_measurement_is_used_and_not_kept(fresh, monkeypatch, caplog):
-    library = c_backend.library()
+    c_backend.prepare()
+    loaded = build.Loaded(*c_backend.prepared()[:4])
     caplog.set_level("INFO")
     noisy = {0: [1.0, 1.0, 1.0, 1.0], 4096: [0.9, 2.0, 0.9, 2.0], 16384: [2.0] * 4}
     monkeypatch.setattr(choose, "_readings", lambda ways: noisy)
     monkeypatch.setattr(choose, "remembered", lambda *_: None)
     shutil.rmtree(fresh)
     fresh.mkdir()
-    assert choose.prefetch(library, "any") == 4096
+    assert choose.prefetch(loaded) == 4096
     assert not list(fresh.iterdir())
     assert "readings disagree" in caplog.text
 
 
 def test_what_is_measured_runs(fresh):
-    library = c_backend.library()
-    assert choose.products({"only": library}) == "only"
-    assert choose.prefetch(library, "only") in choose.DISTANCES
-    assert choose.multiplies(library, "only") in (True, False)
+    c_backend.prepare()
+    loaded = build.Loaded(*c_backend.prepared()[:4])
+    assert choose.products({"only": loaded}) == "only"
+    assert choose.prefetch(loaded) in choose.DISTANCES
+    assert choose.multiplies(loaded) in (True, False)
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"answer": 5}', '{"answer": true}', '{"answer": [0]}', "[" * 100000])
@@ -711,7 +717,7 @@ def test_a_built_library_that_is_not_what_it_was_is_compiled_here(installed, tmp
     if damage == "library":
         library.write_bytes(library.read_bytes()[:-1] + b"x")
     elif damage == "sources":
-        (folder / "common.h").open("a").write("/* changed */\n")
+        (folder / "team.h").open("a").write("/* changed */\n")
     else:
         library.with_suffix(".json").unlink()
     reasons = {"library": "is damaged", "sources": "from other sources", "manifest": "is missing or damaged"}
@@ -719,7 +725,7 @@ def test_a_built_library_that_is_not_what_it_was_is_compiled_here(installed, tmp
     assert f"{name}, compiled on this machine" in done.stdout
     first, second = done.stderr.splitlines()
     assert reasons[damage] in first
-    assert "compiles its C functions" in second
+    assert "compiling the C kernels" in second
 
 
 def test_an_editable_install_builds_nothing():

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels.c import build, tape
+from qwenkern.kernels.c import build, ops, recorded_calls
+from qwenkern.kernels.weights import Dense
 
 X, W = (torch.randn(rows, 896, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (40, 333))
 
@@ -29,13 +30,13 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         parallel.value = None
     elif before is None:
         pytest.skip("torch uses no OpenMP here")
-    yield lambda threads: monkeypatch.setattr(tape.threads, "count", lambda: threads)
+    yield lambda threads: monkeypatch.setattr(recorded_calls.threads, "count", lambda: threads)
     parallel.value = before
 
 
 def products() -> tuple[torch.Tensor, ...]:
     """What few tokens and many give: two loops each, of more tasks than threads and of fewer."""
-    return c_backend.linear(X[:1], W)[0], c_backend.linear(X[:7], W)[0], c_backend.linear(X, W)[0]
+    return tuple(ops.linear(rows, Dense(W)) for rows in (X[:1], X[:7], X))
 
 
 def equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
@@ -111,6 +112,6 @@ def test_a_team_larger_than_the_machine_wastes_little(team: Callable[[int], None
 
     if ctypes.c_void_p.in_dll(build.library(), "parallel").value is not None:
         pytest.skip("how long OpenMP's threads stay awake is theirs")
-    alone, crowded = cost(1), cost(32)
-    print(f"processor time of one thread {alone:.3f} s, of 32 {crowded:.3f} s")
-    assert crowded < 400 * alone
+    one, crowded = cost(1), cost(32)
+    print(f"processor time of one thread {one:.3f} s, of 32 {crowded:.3f} s")
+    assert crowded < 400 * one

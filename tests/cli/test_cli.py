@@ -323,7 +323,7 @@ def interrupted(*_, **__):
         (["generate", "-m", "{folder}"], (terminal, "read_stdin")),
         (["chat", "-m", "{folder}"], (cli.Model, "from_pretrained")),
         (["pull", "demo"], (cli.names, "resolve")),
-        (["info", "{folder}"], (cli, "open_checkpoint")),
+        (["info", "{folder}"], (cli, "find")),
         (["bench", "--op", "rms_norm"], (run_benchmarks, "_cases")),
     ],
 )
