@@ -406,9 +406,14 @@ def _refuse_negated(body: Callable, names: tuple[str, ...], args: tuple[Any, ...
     """Raises where an argument to be written to is negated when it is read: torch has no way to write to it."""
     if names:
         given = inspect.signature(body).bind(*args, **keywords).arguments
-        for name in names:
-            if any(each.is_neg() for each in _tensors([given[name]])):
-                raise ValueError(f"{body.__name__}: {name} is written to, and is a negated view; expected a plain one")
+        for argument in names:
+            value = given[argument]
+            parts = zip(value.names, value.tensors, strict=True) if isinstance(value, Pages) else [(argument, value)]
+            for name, each in parts:
+                if isinstance(each, Tensor) and each.is_neg():
+                    raise ValueError(
+                        f"{body.__name__}: {name} is written to, and is a negated view; expected a plain one"
+                    )
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:

@@ -52,6 +52,7 @@ class DensePages(Pages):
     where they are dense."""
 
     format = "dense"
+    names = ("k_pages", "v_pages")
     triton_load_k, triton_load_v = _load_k, _load_v
     triton_store_k, triton_store_v = _store_k, _store_v
     __slots__ = ("k", "v")
@@ -69,9 +70,6 @@ class DensePages(Pages):
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k, self.v
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        return {"k_pages": self.k, "v_pages": self.v}
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -144,7 +144,7 @@ def _launch_sum_parts(out: Tensor, parts: Tensor) -> None:
     )
 
 
-def _refuses(grad: Tensor, *rest: object) -> str | None:
+def _refuses(grad: Tensor, *rest: object, **keywords: object) -> str | None:
     return f"rows of {grad.shape[-1]} (at most {MAX_HIDDEN})" if grad.shape[-1] > MAX_HIDDEN else None
 
 
