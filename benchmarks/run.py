@@ -224,9 +224,7 @@ def main(
     context: Annotated[str, typer.Option(help="Cached tokens per sequence in decode_attention.")] = "8192",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    provider: Annotated[str, typer.Option(help="Providers, with commas between them.")] = ",".join(
-        each.name for each in PROVIDERS
-    ),
+    provider: Annotated[str, typer.Option(help="Providers, with commas between them.")] = ALL_PROVIDERS,
     side_a: Annotated[str, typer.Option(help="Time two providers, A and B; the speed-up is B's time over A's.")] = "",
     side_b: Annotated[str, typer.Option(help="The provider B.")] = "",
     seconds: Annotated[float, typer.Option(help="Seconds for each case and size.")] = 1.0,

@@ -176,8 +176,8 @@ def summary(devices: list[list[dict[str, Any]]]) -> str:
 
 def _both(row: dict[str, Any]) -> str:
     """The median speed-up of decoding and that of the prompt."""
-    speedups = [row.get("decode_speedup"), row.get("prompt_speedup")]
-    return " / ".join(f"{each[0]:.2f}" for each in speedups) if all(speedups) else "failed"
+    decode, prompt = row.get("decode_speedup"), row.get("prompt_speedup")
+    return f"{decode[0]:.2f} / {prompt[0]:.2f}" if decode and prompt else "failed"
 
 
 def contention(document: dict[str, Any]) -> Shown:
@@ -251,8 +251,8 @@ def blocks() -> Iterator[tuple[str, str]]:
     folders = sorted(file.parent for file in RESULTS.glob("*/end_to_end.json"))
     files = [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]
     yield "summary", summary([[json.loads(file.read_text(encoding="utf-8")) for file in each] for each in files])
-    for name, (make, files) in MAKERS.items():
-        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(files))]
+    for name, (make, pattern) in MAKERS.items():
+        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(pattern))]
         yield name, "\n\n".join(parts) or "Not yet measured."
 
 

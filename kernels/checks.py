@@ -73,7 +73,7 @@ def check_device(op: str, **tensors: Any) -> None:
         if first is None:
             first, device = name, value.device
         elif value.device != device:
-            name = name if name != "pages" else next(iter(value.named_tensors()))
+            name = name if name != "pages" else value.names[0]
             raise ValueError(f"{op}: {name} is on {value.device}, and {first} on {device}")
 
 

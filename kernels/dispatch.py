@@ -137,7 +137,7 @@ def op(
         def eager(*args: Any, **keywords: Any) -> Any:
             steps = body(*args, **keywords)
             next(steps)  # the checks
-            first = args[0] if args else _first_tensor(keywords.values())
+            first = args[0] if args else next(_tensors(keywords.values()))
             found = serving(name, first, *args, **keywords)
             return _rest(steps) if found is None else found.run(*args, **keywords)
 
@@ -167,10 +167,12 @@ def op(
                     return eager(*args, **keywords)
             return eager(*args, **keywords)
 
-        public.__signature__ = values.signature.replace(return_annotation=values.result)
-        public.reference = reference
-        public.wrap = values.wrap
-        public.has_gradient = gradient is not None
+        vars(public).update(
+            __signature__=values.signature.replace(return_annotation=values.result),
+            reference=reference,
+            wrap=values.wrap,
+            has_gradient=gradient is not None,
+        )
         made = cast("Op[P, R]", public)
         OPS[name] = made
         return made
@@ -184,7 +186,7 @@ def _rest(steps: Steps[R]) -> R:
         next(steps)
     except StopIteration as end:
         return end.value
-    raise RuntimeError(f"{steps.__name__} yields twice; expected checks, one yield, and the reference")
+    raise RuntimeError(f"{steps} yields twice; expected checks, one yield, and the reference")
 
 
 def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementation | None:
@@ -208,7 +210,8 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
 def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
     """Of each backend, by its name, why it does not run an op with these arguments; None where it would. The first of
     those runs it, and where there is none torch does."""
-    kind, found = first.device.type, {}
+    kind = first.device.type
+    found: dict[str, str | None] = {}
     args, _ = OPS[name].wrap(args, {})
     chosen = backends(kind)
     for backend in BACKENDS:
@@ -216,8 +219,8 @@ def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
         if implementation is None:
             found[backend.name] = "has no such kernel"
         elif backend not in chosen:
-            reason = "QWENKERN_KERNELS=reference" if KERNELS.get() == "reference" else f"does not run on {kind}"
-            found[backend.name] = reason
+            chosen_away = KERNELS.get() == "reference"
+            found[backend.name] = "QWENKERN_KERNELS=reference" if chosen_away else f"does not run on {kind}"
         else:
             reason = backend.refuses(first) or implementation.refuses(*args)
             found[backend.name] = reason and f"does not take {reason}"
@@ -348,7 +351,7 @@ def _register_with_torch(
             inputs = [*_tensors(args), *_tensors(keywords.values())]
             return _own(function(*args, **keywords), inputs)
 
-        call.__signature__ = library_signature
+        vars(call)["__signature__"] = library_signature
         return call
 
     library_signature = inspect.Signature(parameters, return_annotation=result)
@@ -409,9 +412,14 @@ def _refuse_negated(body: Callable, names: tuple[str, ...], args: tuple[Any, ...
     """Raises where an argument to be written to is negated when it is read: torch has no way to write to it."""
     if names:
         given = inspect.signature(body).bind(*args, **keywords).arguments
-        for name in names:
-            if any(each.is_neg() for each in _tensors([given[name]])):
-                raise ValueError(f"{body.__name__}: {name} is written to, and is a negated view; expected a plain one")
+        for argument in names:
+            value = given[argument]
+            parts = zip(value.names, value.tensors, strict=True) if isinstance(value, Pages) else [(argument, value)]
+            for name, each in parts:
+                if isinstance(each, Tensor) and each.is_neg():
+                    raise ValueError(
+                        f"{body.__name__}: {name} is written to, and is a negated view; expected a plain one"
+                    )
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:

@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 
@@ -132,7 +133,7 @@ def _on_cpu(layers: int, recorded: c_backend.RecordedCalls) -> dict[str, list[fl
     for _ in range(STEPS):
         wholes.append(_seconds(recorded.replay))
         for call, readings in zip(recorded.calls, singles, strict=True):
-            readings.append(_seconds(lambda call=call: c_backend.play(call, 1)))
+            readings.append(_seconds(partial(c_backend.play, call, 1)))
     found: dict[str, list[float]] = {}
     for name, readings in zip(names, singles, strict=True):
         found.setdefault(name, []).append(statistics.median(readings))

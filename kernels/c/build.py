@@ -206,7 +206,7 @@ def _load(target: Target) -> Loaded:
             return found
         raise
     logger.warning("qwenkern: compiling the C kernels for %s (some seconds, once)", target.name)
-    if file:
+    if file and folder:
         try:
             compiler.compile_to(file, target.flags)
             kept.tidy(folder)

@@ -20,15 +20,22 @@ import_files(__name__, __path__)
 def as_pages(value: Any, form: str = "dense") -> Any:
     """A pair of tensors (k, v) as dense pages; the tensors of pages, in the order in which they name them, as those of
     a format. Anything else as it is, for the checks of an op to refuse."""
-    if isinstance(value, (list, tuple)) and value and all(isinstance(each, Tensor) for each in value):
+    if isinstance(value, (list, tuple)) and all(isinstance(each, Tensor) for each in value):
         if form not in FORMATS:
             raise ValueError(f"pages have no format {form!r}; expected one of {', '.join(FORMATS)}")
-        return FORMATS[form](*value)
+        if len(value) == len(FORMATS[form].names):
+            return FORMATS[form](*value)
     return value
 
 
 def check_pages(op: str, pages: Any, like: Tensor, head_dim: int | str = "D") -> None:
     """Raises unless these are cache pages for tensors of the dtype of ``like``, with heads of this size, or of any."""
+    if isinstance(pages, (list, tuple)):
+        if len(pages) != len(DensePages.names):
+            raise TypeError(f"{op}: pages must be Pages or a pair of tensors, and is {len(pages)} values")
+        for name, each in zip(DensePages.names, pages, strict=True):
+            if not isinstance(each, Tensor):
+                raise TypeError(f"{op}: {name} must be a tensor, and is {type(each).__name__}")
     if not isinstance(pages, Pages):
         raise TypeError(f"{op}: pages must be Pages or a pair of tensors, and is {type(pages).__name__}")
     pages.check(op, like, head_dim)

@@ -15,7 +15,8 @@ FORMATS: dict[str, type[Pages]] = {}
 
 class Pages:
     """Keys and values of one layer, in pages: token t of a sequence lies in page ``block_table[t // page_size]`` at
-    offset ``t % page_size``, and its *slot* is ``page * page_size + offset``. The constructor takes the tensors.
+    offset ``t % page_size``, and its *slot* is ``page * page_size + offset``. The constructor takes the tensors, in the
+    order of ``names``, which are those of error messages.
 
     Triton: ``triton_arguments`` are what a kernel gets of the pages, a named tuple. The @triton.jit functions
     ``triton_load_k`` and ``triton_load_v`` (pages, kv_head, page, token, column, mask) load a tile in the dtype of q;
@@ -26,6 +27,7 @@ class Pages:
 
     __slots__ = ()
     format: ClassVar[str]
+    names: ClassVar[tuple[str, ...]]
     triton_load_k: ClassVar[Callable | None] = None
     triton_load_v: ClassVar[Callable | None] = None
     triton_store_k: ClassVar[Callable | None] = None
@@ -44,11 +46,7 @@ class Pages:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """In the order of the constructor's arguments."""
-        raise NotImplementedError
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Its tensors by the names that error messages use."""
+        """Its tensors, in the order of ``names``."""
         raise NotImplementedError
 
     @property
@@ -111,7 +109,6 @@ class Pages:
 REQUIRED = (
     "allocate",
     "tensors",
-    "named_tensors",
     "shape",
     "dtype",
     "check",

@@ -52,6 +52,7 @@ class DensePages(Pages):
     where they are dense."""
 
     format = "dense"
+    names = ("k_pages", "v_pages")
     triton_load_k, triton_load_v = _load_k, _load_v
     triton_store_k, triton_store_v = _store_k, _store_v
     __slots__ = ("k", "v")
@@ -70,12 +71,10 @@ class DensePages(Pages):
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k, self.v
 
-    def named_tensors(self) -> dict[str, Tensor]:
-        return {"k_pages": self.k, "v_pages": self.v}
-
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self.k.shape
+        num_pages, page_size, num_kv_heads, head_dim = self.k.shape
+        return num_pages, page_size, num_kv_heads, head_dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -101,4 +100,5 @@ class DensePages(Pages):
         self.v[to] = self.v[source]
 
     def triton_arguments(self) -> DensePagesArguments:
-        return DensePagesArguments(self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3])
+        k_strides, v_strides = self.k.stride(), self.v.stride()
+        return DensePagesArguments(self.k, *k_strides[:3], self.v, *v_strides[:3])  # type: ignore[call-arg] # of 4 each

@@ -101,7 +101,7 @@ def _launch_rms_norm(
     )
 
 
-def _refuses(x: Tensor, *rest: object) -> str | None:
+def _refuses(x: Tensor, *rest: object, **keywords: object) -> str | None:
     return f"rows of {x.shape[-1]} (at most {MAX_HIDDEN})" if x.shape[-1] > MAX_HIDDEN else None
 
 

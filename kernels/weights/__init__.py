@@ -22,10 +22,11 @@ def as_weight(value: Any, form: str = "dense") -> Any:
     Anything else as it is, for the checks of an op to refuse."""
     if isinstance(value, Tensor):
         return Dense(value)
-    if isinstance(value, list) and value and all(isinstance(each, Tensor) for each in value):
+    if isinstance(value, list) and all(isinstance(each, Tensor) for each in value):
         if form not in FORMATS:
             raise ValueError(f"weights have no format {form!r}; expected one of {', '.join(FORMATS)}")
-        return FORMATS[form](*value)
+        if len(value) == len(FORMATS[form].names):
+            return FORMATS[form](*value)
     return value
 
 

@@ -121,7 +121,7 @@ def run(app: typer.Typer) -> NoReturn:
         complain(f"{file}: {error.strerror}" if file else error)
         code = 1
     except Exception as error:
-        if hasattr(error, "exit_code"):
+        if hasattr(error, "exit_code") and hasattr(error, "show"):
             with contextlib.suppress(OSError):
                 error.show()  # a wrong command line: click prints the usage
             code = error.exit_code

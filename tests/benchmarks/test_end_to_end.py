@@ -52,7 +52,7 @@ def programs(tmp_path, monkeypatch):
     for name in ("llama-bench", "llama-batched-bench"):
         (folder / name).write_text(PROGRAM.format(python=sys.executable, log=str(log)))
         (folder / name).chmod(0o755)
-    monkeypatch.setenv(llama_cpp.FOLDER, str(folder))
+    monkeypatch.setenv(llama_cpp.LLAMA_CPP.name, str(folder))
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
@@ -80,10 +80,10 @@ def test_one_sequence_is_llama_benchs_and_several_are_batched_benchs(programs, t
 
 
 def test_missing_programs_are_named_with_where_they_were_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv(llama_cpp.FOLDER, str(tmp_path))
+    monkeypatch.setenv(llama_cpp.LLAMA_CPP.name, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"llama-bench is not in {tmp_path}, which QWENKERN_LLAMA_CPP names"):
         llama_cpp.find("llama-bench")
-    monkeypatch.delenv(llama_cpp.FOLDER)
+    monkeypatch.delenv(llama_cpp.LLAMA_CPP.name)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="any folder of PATH; QWENKERN_LLAMA_CPP may name another"):
         llama_cpp.find("llama-bench")
@@ -249,7 +249,7 @@ def test_end_to_end_of_random_weights(tmp_path, threads, programs):
 
 
 def test_a_missing_peer_is_said(tmp_path, threads, monkeypatch):
-    monkeypatch.setenv(llama_cpp.FOLDER, str(tmp_path))
+    monkeypatch.setenv(llama_cpp.LLAMA_CPP.name, str(tmp_path))
     found, said = run(tmp_path, "--peers", "llama.cpp")
     assert "left out llama.cpp" in said
     assert [row["engine"] for row in found["rows"]] == ["qwenkern"]

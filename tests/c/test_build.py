@@ -164,6 +164,7 @@ def test_a_kept_library_that_is_not_what_it_was_is_compiled_anew(fresh, caplog, 
     assert kept.trusted(library)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".so", ".json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
 def test_what_is_no_file_is_not_waited_for(fresh, kind, suffix):
@@ -176,6 +177,7 @@ def test_what_is_no_file_is_not_waited_for(fresh, kind, suffix):
     assert runs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifest", ["{}", "[]", "null", '"x"', '{"sources": 1}', "[" * 100_000, "\xff", ""])
 def test_an_odd_manifest_is_damaged(fresh, caplog, manifest):
     assert runs()
@@ -325,6 +327,7 @@ print(c_backend.prepare(), c_backend.prepared().origin)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may become another user")
 @pytest.mark.parametrize(("mode", "origin"), [(0o755, "compiled on this machine"), (0o700, "for this process only")])
 def test_another_user_runs_from_what_root_has_made(tmp_path, mode, origin):

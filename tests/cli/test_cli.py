@@ -288,6 +288,7 @@ def test_terminals_of_odd_widths(run, monkeypatch, environment):
     assert "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_no_home_and_an_empty_environment(folder, model):
     line = f"env -i {GENERATE} Hi"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder, check=True)
@@ -422,6 +423,7 @@ def test_the_command_begins_with_the_standard_library_only():
     assert {name.partition(".")[0] for name in done.stdout.split()} - {"qwenkern_start"} <= sys.stdlib_module_names
 
 
+@pytest.mark.slow
 def test_signals_while_it_generates(tmp_path):
     """Ctrl-C, several times, is exit code 130; SIGTERM ends it as it ends others."""
     save_checkpoint(tiny_model(replace(TINY, max_position_embeddings=16384)), folder := tmp_path / "Tiny-Qwen2.5")

@@ -10,11 +10,15 @@ from typing import Any
 
 import pytest
 import torch
+from support.references import tensors_of
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
 from qwenkern import kernels
+from qwenkern.kernels.dispatch import OPS
+from qwenkern.kernels.pages import DensePages
+from qwenkern.kernels.weights import Dense
 
 TOKENS, HEADS, KV_HEADS, DIM, HIDDEN = 2, 4, 2, 32, 64
 
@@ -27,7 +31,7 @@ def calls() -> dict[str, dict[str, Any]]:
     """Each op with arguments that it takes, by name. On a CPU those that have a C function run in it."""
     x, weight = tensor(TOKENS, HIDDEN), tensor(HIDDEN, seed=1)
     normed = {"x": x, "residual": tensor(TOKENS, HIDDEN, seed=2), "norm_weight": weight, "eps": 1e-6}
-    pages = {"k_pages": tensor(4, 16, KV_HEADS, DIM, seed=3), "v_pages": tensor(4, 16, KV_HEADS, DIM, seed=4)}
+    pages = {"pages": tuple(tensor(4, 16, KV_HEADS, DIM, seed=seed) for seed in (3, 4))}
     places = {
         "positions": torch.tensor([3, 4]),
         "cos_sin": torch.rand(8, DIM, generator=torch.Generator().manual_seed(5)),
@@ -74,11 +78,23 @@ def calls() -> dict[str, dict[str, Any]]:
 
 
 CALLS = calls()
-PLACES = [(op, name) for op, given in CALLS.items() for name, value in given.items() if isinstance(value, Tensor)]
+WITH_A_MATRIX = ("embedding", *(op for op in CALLS if "linear" in op or "lm_head" in op), "norm_qkv_rope")
+IN_A_PAIR = {"k_pages": 0, "v_pages": 1}  # the tensors of the argument called pages
+PLACES = [
+    (op, name)
+    for op, given in CALLS.items()
+    for argument, value in given.items()
+    for name in (IN_A_PAIR if argument == "pages" else [argument] if isinstance(value, Tensor) else [])
+]
 
 
 def is_written(op: str, name: str) -> bool:
-    return op in ("rope_and_cache", "norm_qkv_rope") and name in ("k_pages", "v_pages")
+    return op in ("rope_and_cache", "norm_qkv_rope") and name in IN_A_PAIR
+
+
+def of(given: dict[str, Any], name: str) -> Any:
+    """An argument, or one of the tensors of pages."""
+    return tensors_of(given["pages"])[IN_A_PAIR[name]] if name in IN_A_PAIR else given[name]
 
 
 class Wrapper(Tensor):
@@ -130,23 +146,53 @@ def outcome(op: str, given: dict[str, Any], by_name: bool) -> list[Tensor]:
     function = getattr(kernels, op)
     results = function(**given) if by_name else function(*given.values())
     results = results if isinstance(results, tuple) else (results,)
-    changed = [given[name] for name in given if is_written(op, name)]
+    changed = [of(given, name) for name in IN_A_PAIR if is_written(op, name)]
     return [each.inner if isinstance(each, Wrapper) else each for each in (*results, *changed)]
 
 
 def with_one(op: str, name: str, made: Callable[[Tensor], Any]) -> dict[str, Any]:
     """Arguments, one of them made into something else."""
     given = copy.deepcopy(CALLS[op])
-    given[name] = made(given[name])
+    if name in IN_A_PAIR:
+        given["pages"] = tuple(made(x) if at == IN_A_PAIR[name] else x for at, x in enumerate(given["pages"]))
+    else:
+        given[name] = made(given[name])
     return given
 
 
 def test_every_op_is_here():
-    assert set(CALLS) == set(kernels.__all__)
+    assert set(CALLS) == set(OPS) == set(kernels.__all__) - {"Pages", "Weight"}
     for op, given in CALLS.items():
         parameters = inspect.signature(getattr(kernels, op)).parameters
         assert list(given) == list(parameters)[: len(given)]
         assert {name for name in parameters if name not in given} <= {"inverse"}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU, Triton's interpreter is off")
+@pytest.mark.parametrize("op", CALLS)
+def test_arguments_by_name_and_as_values_reach_triton_too(op, backend, monkeypatch):
+    if backend == "torch":
+        return
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", True)
+    as_values = {"pages": lambda pages: DensePages(*pages), "weight": Dense if op in WITH_A_MATRIX else lambda x: x}
+    given = {name: as_values.get(name, lambda x: x)(value) for name, value in copy.deepcopy(CALLS[op]).items()}
+    expected = outcome(op, copy.deepcopy(CALLS[op]), False)
+    for result, wanted in zip(outcome(op, given, True), expected, strict=True):
+        assert torch.equal(result, wanted)
+
+
+def test_other_numbers_of_tensors_are_refused():
+    for op, given in CALLS.items():
+        if "pages" in given:
+            for pages in ((), given["pages"][:1], (*given["pages"], given["pages"][0])):
+                with pytest.raises(
+                    TypeError, match=f"{op}: pages must be Pages or a pair of tensors, and is {len(pages)} "
+                ):
+                    outcome(op, given | {"pages": pages}, True)
+        if op in WITH_A_MATRIX:
+            for weight in ([], 2 * [given["weight"]]):
+                with pytest.raises(TypeError, match=f"{op}: weight must be a tensor or a Weight, and is list"):
+                    outcome(op, given | {"weight": weight}, True)
 
 
 SAME = {
@@ -210,7 +256,7 @@ def test_what_has_no_memory_is_refused_in_c(op, name, made, backend):
     if backend == "torch" or "backward" in op or op in ("attention", "lm_head_top_k"):  # which torch runs
         return
     other = with_one(op, name, made)
-    if not other[name].is_floating_point():  # numbers, which are looked at before
+    if not of(other, name).is_floating_point():  # numbers, which are looked at before
         return
     said = ""
     try:
@@ -238,7 +284,7 @@ def test_shapes_alone_give_shapes(op):
 @pytest.mark.parametrize(("op", "name"), PLACES)
 def test_an_argument_that_wants_a_gradient_gets_one_or_an_error(op, name):
     other = with_one(op, name, lambda x: x.requires_grad_() if x.is_floating_point() else x)
-    if not other[name].is_floating_point():
+    if not of(other, name).is_floating_point():
         return
     if (op, name) == ("apply_rope", "cos_sin"):
         with pytest.raises(NotImplementedError, match="no gradient of cos_sin"):
@@ -250,7 +296,7 @@ def test_an_argument_that_wants_a_gradient_gets_one_or_an_error(op, name):
     loss = sum(result.float().sum() for result in results if result.requires_grad)
     if getattr(kernels, op).has_gradient:
         loss.backward()
-        assert other[name].grad.isfinite().all()
+        assert of(other, name).grad.isfinite().all()
     else:
         with pytest.raises(RuntimeError, match=r"qwenkern|does not require grad"):
             loss.backward()
@@ -261,7 +307,7 @@ def test_too_few_elements_are_an_error_that_names_them(op, name):
     """Of a tensor whose first dimension is 0, or whose last."""
     for cut in (lambda x: x[:0], lambda x: x[..., :0]):
         other = with_one(op, name, cut)
-        if op in ("rms_norm", "swiglu") and len(other[name]) == 0 < other[name].shape[-1]:
+        if op in ("rms_norm", "swiglu") and len(of(other, name)) == 0 < of(other, name).shape[-1]:
             assert outcome(op, other, True)[0].shape[0] == 0  # no rows: none come back
         else:
             with pytest.raises((ValueError, TypeError), match=op):
