@@ -66,8 +66,8 @@ def test_it_takes_values_and_rows_of_them(form):
 def test_what_does_not_fit_is_refused(ops, form):
     weight, x = made(form), torch.ones(2, COLUMNS).bfloat16()
     for wrong, message in (
-        (x[:, 1:], rf"linear: weight must have shape \[N, {COLUMNS - 1}\]"),
-        (x.float(), "linear: weight must be"),
+        (x[:, 1:], rf"linear: weight.* must have shape \[N, {COLUMNS - 1}\]"),
+        (x.float(), "linear: weight.* must be"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             ops.linear(wrong, weight)
