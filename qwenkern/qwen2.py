@@ -171,6 +171,8 @@ class Linear(nn.Module):
         self.format = weights
         try:
             value = weights.allocate(rows, columns, dtype, lambda shape, dtype: allocate(shape, dtype, device))
+        except RequestError:
+            raise
         except ValueError as error:  # sizes that the format does not have
             raise RequestError(f"weights is {weights.format!r}: {error}") from error
         for name, tensor in zip(weights.names, value.tensors, strict=True):

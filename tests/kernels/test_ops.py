@@ -17,9 +17,7 @@ FOLDER = ROOT / "kernels"
 
 
 def test_every_op_is_exported():
-    assert set(OPS) == set(kernels.__all__) - {"Pages", "Weight"}, (
-        "kernels/__init__.py exports other ops than there are"
-    )
+    assert set(OPS) == set(kernels.__all__) - {"Pages", "Weight"}, "kernels/__init__.py exports others"
     assert all(getattr(kernels, name) is op for name, op in OPS.items())
 
 
@@ -40,9 +38,7 @@ def test_an_op_is_documented_measured_and_tested(name):
     assert name in {case.op for case in CASES}, f"benchmarks/ops/cases.py has no case of {name}"
     asked = re.compile(rf'"{name}"|\.{name}\(')
     tests = [file for file in FOLDER.parent.glob("tests/kernels/test_*.py") if file.name != "test_arguments.py"]
-    assert any(asked.search(file.read_text(encoding="utf-8")) for file in tests), (
-        f"no file of tests/kernels tests {name}"
-    )
+    assert any(asked.search(file.read_text(encoding="utf-8")) for file in tests), f"tests/kernels has no test of {name}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
