@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import INTEGERS, can_look_at, check_device, check_range, check_tensor
-from .dispatch import Steps, op, serving
+from .contract import Steps, op
+from .dispatch import serving
 from .pages import Pages, check_pages
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_device, check_tensor, check_weight
-from .dispatch import Steps, op
+from .contract import Steps, op
 from .rms_norm import add_normed
 from .swiglu import gated
 from .weights import Weight
