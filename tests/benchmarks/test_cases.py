@@ -84,7 +84,9 @@ def test_inputs_suit_the_op_and_its_reference(case):
 
 
 def test_every_op_has_a_case():
-    assert {case.op for case in CASES} == set(kernels.__all__)
+    assert {case.op for case in CASES} == {
+        name for name in kernels.__all__ if not isinstance(getattr(kernels, name), type)
+    }
 
 
 GRAPH = """

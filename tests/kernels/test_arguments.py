@@ -142,7 +142,7 @@ def with_one(op: str, name: str, made: Callable[[Tensor], Any]) -> dict[str, Any
 
 
 def test_every_op_is_here():
-    assert set(CALLS) == set(kernels.__all__)
+    assert set(CALLS) == {name for name in kernels.__all__ if not isinstance(getattr(kernels, name), type)}
     for op, given in CALLS.items():
         parameters = inspect.signature(getattr(kernels, op)).parameters
         assert list(given) == list(parameters)[: len(given)]
