@@ -16,6 +16,7 @@ from qwenkern.kernels import Weight
 from qwenkern.kernels.weights import FORMATS, Dense, as_weight
 
 ROWS, COLUMNS, EPS = 48, 256, 1e-6
+CPU = torch.device("cpu")
 CONFIG = replace(TINY, intermediate_size=256)  # multiples of a block of any format
 pytestmark = pytest.mark.parametrize("form", FORMATS)
 
@@ -26,7 +27,7 @@ def allocated(form: str, rows: int, columns: int, dtype: torch.dtype, device: to
     )
 
 
-def made(form: str, rows: int = ROWS, dtype=torch.bfloat16, device=torch.device("cpu"), seed: int = 1) -> Weight:
+def made(form: str, rows: int = ROWS, dtype=torch.bfloat16, device: torch.device = CPU, seed: int = 1) -> Weight:
     weight = allocated(form, rows, COLUMNS, dtype, device)
     weight.copy_(random(rows, COLUMNS, dtype=dtype, device=device, seed=seed, scale=COLUMNS**-0.5))
     return weight
