@@ -15,7 +15,7 @@ from .device import choose_dtype
 from .errors import RequestError, shown
 from .generation import Generation
 from .hub.names import resolve
-from .kernels import Weight
+from .kernels import Weight, prepare
 from .kernels.weights import Dense
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
@@ -46,6 +46,7 @@ def load(
     path, checkpoint = find(model, progress)
     started = time.perf_counter()
     dtype = choose_dtype(dtype, checkpoint.config, device)
+    prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
     module = Qwen2(checkpoint.config, dtype, device, weights)
     total = checkpoint.num_bytes(dtype) if progress else 0

@@ -16,13 +16,13 @@ from .recorded_calls import run, scratch
 from .weights import NO_WEIGHT, refuses_weight, weight_struct
 
 
-def refuses_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> str | None:
+def refuses_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> str | None:
     return refuses_product(x, weight)
 
 
 @C.implements(refuses_linear)
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
-    return product(x, None, None, 0.0, weight, bias=bias, addend=residual)[0]
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+    return product(x, None, None, 0.0, weight, bias=bias, addend=addend)[0]
 
 
 def refuses_norm_linear(

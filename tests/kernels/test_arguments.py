@@ -64,7 +64,7 @@ def calls() -> dict[str, dict[str, Any]]:
         "attention": {**dense, "scale": 0.2},
         "decode_attention": {**paged, "scale": 0.2},
         "prefill_attention": {**paged, "query_starts": torch.tensor([0, 1, 2]), "scale": 0.2},
-        "linear": {"x": x, "weight": vocabulary, "bias": tensor(96), "residual": tensor(TOKENS, 96)},
+        "linear": {"x": x, "weight": vocabulary, "bias": tensor(96), "addend": tensor(TOKENS, 96)},
         "norm_linear": {**normed, "weight": vocabulary, "bias": tensor(96)},
         "norm_qkv_rope": {**normed, "weight": tensor(width, HIDDEN, seed=10), "bias": tensor(width), **places},
         "norm_swiglu_linear": {**normed, "weight": vocabulary},
