@@ -10,6 +10,7 @@ import pytest
 
 from qwenkern import kernels
 from qwenkern.benchmarks.ops.cases import CASES
+from qwenkern.kernels.c.backend import C
 from qwenkern.kernels.dispatch import BACKENDS, OPS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,6 +40,22 @@ def test_an_op_is_documented_measured_and_tested(name):
     asked = re.compile(rf'"{name}"|\.{name}\(')
     tests = [file for file in FOLDER.parent.glob("tests/kernels/test_*.py") if file.name != "test_arguments.py"]
     assert any(asked.search(file.read_text(encoding="utf-8")) for file in tests), f"tests/kernels has no test of {name}"
+
+
+@pytest.mark.parametrize("name", C.implementations)
+def test_an_op_in_c_is_tested_there(name):
+    text = (ROOT / "tests" / "c" / "test_ops.py").read_text(encoding="utf-8")
+    assert re.search(rf"fast\.{name}\(|kernels\.{name}\(", text), f"tests/c/test_ops.py does not call fast.{name}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "kernels").glob("test_*.py")), ids=lambda file: file.stem)
+def test_the_tests_of_a_kernel_run_on_its_ptx(file):
+    """Of those files that break one on purpose."""
+    if file.stem in ("test_mutations", "test_attention"):  # the second has the kernels of the two beside it
+        return
+    mutated = re.search(r'^\s+"triton/\w+\.py",$|Mutation\([^)]*"triton/', file.read_text(encoding="utf-8"), re.M)
+    listed = f"import {file.stem}\n" in (ROOT / "tests" / "ptx" / "test_kernels.py").read_text(encoding="utf-8")
+    assert listed or not mutated, f"tests/ptx/test_kernels.py runs no test of {file.stem}"
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
