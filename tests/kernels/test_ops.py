@@ -7,11 +7,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from support.references import mapped
+from support.tolerances import assert_as_close_as
 
-from qwenkern import kernels
-from qwenkern.benchmarks.ops.cases import CASES
+from qwenkern import Config, kernels
+from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.kernels.c.backend import C
-from qwenkern.kernels.dispatch import BACKENDS, OPS
+from qwenkern.kernels.dispatch import BACKENDS, OPS, Backend, refusals
+from qwenkern.kernels.recording import CannotRecord, recording
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "kernels"
@@ -58,9 +62,75 @@ def test_the_tests_of_a_kernel_run_on_its_ptx(file):
     assert listed or not mutated, f"tests/ptx/test_kernels.py runs no test of {file.stem}"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
-def test_a_backend_says_why_it_does_not_run(backend):
-    """Its name is that of its folder, and each implementation says in words what it does not take."""
+def test_what_a_backend_runs_is_as_close_as_torch(backend, dtype, monkeypatch):
+    """Every op that it does not refuse at a small model's sizes, on a CPU; and each refusal is a sentence's part."""
+    monkeypatch.setenv("QWENKERN_KERNELS", "triton")
+    config, ran = Config(96, 64, 96, 1, 4, 2, 32, max_position_embeddings=128), 0
+    for case in CASES:
+        implementation = backend.implementations.get(case.op)
+        inputs = case.inputs(config, Size(3, context=70, dtype=dtype, device="cpu"))
+        first = next(each for each in inputs if isinstance(each, torch.Tensor))
+        if implementation is None or not backend.serves("cpu"):
+            continue
+        reason = refusals(case.op, first, *inputs)[backend.name]
+        assert reason is None or reason.startswith("does not take "), reason
+        if reason is None:
+            ran += 1
+            peers = [mapped(torch.Tensor.clone, each) for each in inputs]
+            wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, each) for each in peers]
+            given, _ = OPS[case.op].wrap(inputs, {})
+            asked = implementation.run(*given), OPS[case.op].reference(*peers), OPS[case.op].reference(*wide)
+            for out, peer, truth in zip(*(each if isinstance(each, tuple) else (each,) for each in asked), strict=True):
+                if out.is_floating_point():
+                    assert_as_close_as(out, peer, truth)
+    assert ran or dtype == torch.float32, f"{backend.name} runs nothing of a small model in {dtype}"
+
+
+def test_what_is_registered_must_fit():
+    before = list(BACKENDS)
+    other = Backend("other", lambda kind: False, lambda x: None)
+    try:
+        with pytest.raises(ValueError, match="backend other implements rms_nrom, and there is no such op among"):
+            other.implements()(_named("rms_nrom", lambda x, weight, eps: x))
+        namesake = _named("rms_norm", lambda x, weight, eps: x)
+        with pytest.raises(ValueError, match="backend other's refusal of rms_norm does not take the op's arguments"):
+            other.implements(lambda x, weight: None)(namesake)
+        with pytest.raises(ValueError, match=r"other's rms_norm has the arguments \['x', 'weight'\]; expected"):
+            other.implements()(_named("rms_norm", lambda x, weight: x))
+        other.implements(lambda x, *rest, **keywords: None)(namesake)
+        with pytest.raises(ValueError, match="backend other implements rms_norm twice"):
+            other.implements()(namesake)
+        with pytest.raises(ValueError, match="there are two backends 'other'"):
+            Backend("other", lambda kind: False, lambda x: None)
+    finally:
+        BACKENDS[:] = before
+
+
+def test_a_backend_that_is_not_recorded_ends_a_recording():
+    """Its results would be those of the recording for ever."""
+    before, x = list(BACKENDS), torch.ones(2, 32)
+    other = Backend("other", lambda kind: kind == "cpu", lambda x: None)
+    try:
+        other.implements()(_named("rms_norm", lambda x, weight, eps: x + 1))
+        BACKENDS[:] = [other]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("QWENKERN_KERNELS", raising=False)
+            assert torch.equal(kernels.rms_norm(x, x[0], 1e-6), x + 1)
+            with recording([]), pytest.raises(CannotRecord, match="rms_norm runs in other, whose calls are not"):
+                kernels.rms_norm(x, x[0], 1e-6)
+    finally:
+        BACKENDS[:] = before
+
+
+def _named(name, function):
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_backend_is_called_as_its_folder(backend):
     assert (FOLDER / backend.name).is_dir()
     assert backend.implementations, f"kernels/{backend.name}/ implements nothing"
     assert all(name in OPS for name in backend.implementations)
