@@ -70,6 +70,8 @@ class Backend:
     implementations: dict[str, Implementation] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.name in [other.name for other in BACKENDS]:
+            raise ValueError(f"there are two backends {self.name!r}; expected a name of its own for each")
         BACKENDS.append(self)
 
     def implements(self, refuses: Refuses | None = None) -> Callable[[Callable], Callable]:
@@ -89,6 +91,8 @@ class Backend:
             theirs, mine = (list(inspect.signature(each).parameters) for each in (OPS[name], function))
             if theirs != mine:
                 raise ValueError(f"backend {self.name}'s {name} has the arguments {mine}; expected {theirs}")
+            if refuses is not None and not _takes(refuses, theirs):
+                raise ValueError(f"backend {self.name}'s refusal of {name} does not take the op's arguments {theirs}")
             self.implementations[name] = Implementation(self, function, refuses or _takes_all)
             return function
 
@@ -97,6 +101,16 @@ class Backend:
 
 BACKENDS: list[Backend] = []  # in the order in which they are tried
 OPS: dict[str, Op[..., Any]] = {}
+
+
+def _takes(function: Callable, names: list[str]) -> bool:
+    """Whether a function can be called with arguments of these names, by place and by name."""
+    try:
+        inspect.signature(function).bind(*names)
+        inspect.signature(function).bind(names[0], **dict.fromkeys(names[1:]))
+    except TypeError:
+        return False
+    return True
 
 
 def _takes_all(*args: Any, **keywords: Any) -> None:

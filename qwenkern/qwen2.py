@@ -17,6 +17,7 @@ from . import kernels as ops
 from .allocation import allocate
 from .cache import Batch, PagedCache
 from .config import Config
+from .errors import RequestError
 from .kernels import Pages, Weight
 from .kernels.weights import Dense
 
@@ -168,7 +169,12 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.format = weights
-        value = weights.allocate(rows, columns, dtype, lambda shape, dtype: allocate(shape, dtype, device))
+        try:
+            value = weights.allocate(rows, columns, dtype, lambda shape, dtype: allocate(shape, dtype, device))
+        except RequestError:
+            raise
+        except ValueError as error:  # sizes that the format does not have
+            raise RequestError(f"weights is {weights.format!r}: {error}") from error
         for name, tensor in zip(weights.names, value.tensors, strict=True):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         if bias:

@@ -107,6 +107,7 @@ class Pages:
 
 
 REQUIRED = (
+    "names",
     "allocate",
     "tensors",
     "shape",

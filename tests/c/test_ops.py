@@ -366,6 +366,21 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     assert torch.equal(pages[1], same[1])
 
 
+def test_norm_qkv_rope_is_its_two_halves(monkeypatch) -> None:
+    """Bit for bit; they are public ops, which here run in C."""
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
+    x, residual, norm, bias = tensor(3, 64, seed=0), tensor(3, 64, seed=1), tensor(64, seed=2), tensor(4 * 32, seed=3)
+    weight, cos_sin = tensor(4 * 32, 64, seed=4), angles(64, 32)
+    positions, slots = torch.tensor([3, 0, 63]), torch.tensor([31, 2, 17])
+    pages, same = (torch.zeros(2, 2, 16, 1, 32, dtype=torch.bfloat16) for _ in range(2))
+    stream = x, residual, norm, EPS
+    q, total = fast.norm_qkv_rope(*stream, weight, bias, positions, cos_sin, *pages, slots)
+    qkv, expected = fast.norm_linear(*stream, weight, bias)
+    assert torch.equal(q, fast.rope_and_cache(qkv, positions, cos_sin, *same, slots))
+    assert torch.equal(total, expected)
+    assert torch.equal(pages, same)
+
+
 def as_close_as_torch(name: str, *args, threads: int = 2):
     """The op in C, whose bits may not depend on the number of threads."""
     outs, expected = getattr(fast, name)(*args), getattr(torchs, name)(*args)

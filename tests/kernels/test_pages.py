@@ -166,7 +166,9 @@ def members(form: str, but: str) -> dict[str, object]:
 SLOTS = ("k", "v")  # which a class without __slots__ must not have twice
 
 
-@pytest.mark.parametrize("but", ["allocate", "tensors", "shape", "dtype", "check", "store", "gather", "copy_page"])
+@pytest.mark.parametrize(
+    "but", ["names", "allocate", "tensors", "shape", "dtype", "check", "store", "gather", "copy_page"]
+)
 def test_a_member_that_is_missing_is_named(form, but):
     with pytest.raises(TypeError, match=f"the format Partial of Pages does not define {but}$"):
         type("Partial", (Pages,), members(form, but) | {"format": "partial"})

@@ -15,8 +15,8 @@ from qwenkern import Model, RequestError
 from qwenkern.kernels import Weight
 from qwenkern.kernels.weights import FORMATS, Dense, as_weight
 
-ROWS, COLUMNS, EPS = 48, 256, 1e-6
 CPU = torch.device("cpu")
+ROWS, COLUMNS, EPS = 48, 256, 1e-6
 CONFIG = replace(TINY, intermediate_size=256)  # multiples of a block of any format
 pytestmark = pytest.mark.parametrize("form", FORMATS)
 
@@ -27,7 +27,7 @@ def allocated(form: str, rows: int, columns: int, dtype: torch.dtype, device: to
     )
 
 
-def made(form: str, rows: int = ROWS, dtype=torch.bfloat16, device: torch.device = CPU, seed: int = 1) -> Weight:
+def made(form: str, rows: int = ROWS, dtype=torch.bfloat16, device=CPU, seed: int = 1) -> Weight:
     weight = allocated(form, rows, COLUMNS, dtype, device)
     weight.copy_(random(rows, COLUMNS, dtype=dtype, device=device, seed=seed, scale=COLUMNS**-0.5))
     return weight
@@ -39,7 +39,7 @@ def test_it_stands_for_a_matrix(form, dtype):
     assert weight.shape == matrix.shape == (ROWS, COLUMNS)
     assert weight.dtype == matrix.dtype == dtype
     assert len(weight) == ROWS
-    assert weight.device == matrix.device == torch.device("cpu")
+    assert weight.device == matrix.device == CPU
     assert matrix.isfinite().all()
     assert weight.nbytes == sum(each.nbytes for each in weight.tensors)
     again = as_weight(list(weight.tensors), form)  # as torch.ops has it
@@ -50,15 +50,15 @@ def test_it_stands_for_a_matrix(form, dtype):
 
 def test_it_takes_values_and_rows_of_them(form):
     """Row by row, as a checkpoint's q, k and v come, the same bits as at once; and nothing of the rows beside."""
-    whole, parts = made(form), allocated(form, ROWS, COLUMNS, torch.bfloat16, torch.device("cpu"))
-    matrix = random(ROWS, COLUMNS, dtype=torch.bfloat16, device=torch.device("cpu"), seed=1, scale=COLUMNS**-0.5)
+    whole, parts = made(form), allocated(form, ROWS, COLUMNS, torch.bfloat16, CPU)
+    matrix = random(ROWS, COLUMNS, dtype=torch.bfloat16, device=CPU, seed=1, scale=COLUMNS**-0.5)
     for start, stop in ((0, 16), (17, ROWS), (16, 17)):
         parts.rows(start, stop).copy_(matrix[start:stop])
     assert torch.equal(parts.dequantise(), whole.dequantise())
     assert torch.equal(whole.rows(5, 9).dequantise(), whole.dequantise()[5:9])
     ids = torch.tensor([3, 0, ROWS - 1, 3])
     assert torch.equal(whole.take(ids), whole.dequantise()[ids])
-    zeros = allocated(form, ROWS, COLUMNS, torch.bfloat16, torch.device("cpu"))
+    zeros = allocated(form, ROWS, COLUMNS, torch.bfloat16, CPU)
     zeros.copy_(torch.zeros(ROWS, COLUMNS))
     assert not zeros.dequantise().any()
 
@@ -66,8 +66,8 @@ def test_it_takes_values_and_rows_of_them(form):
 def test_what_does_not_fit_is_refused(ops, form):
     weight, x = made(form), torch.ones(2, COLUMNS).bfloat16()
     for wrong, message in (
-        (x[:, 1:], rf"linear: weight must have shape \[N, {COLUMNS - 1}\]"),
-        (x.float(), "linear: weight must be"),
+        (x[:, 1:], rf"linear: weight.* must have shape \[N, {COLUMNS - 1}\]"),
+        (x.float(), "linear: weight.* must be"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             ops.linear(wrong, weight)
@@ -76,7 +76,7 @@ def test_what_does_not_fit_is_refused(ops, form):
 
 
 def test_torch_has_it_as_tensors(ops, form):
-    weight, x = made(form), random(2, COLUMNS, dtype=torch.bfloat16, device=torch.device("cpu"))
+    weight, x = made(form), random(2, COLUMNS, dtype=torch.bfloat16, device=CPU)
     out = torch.ops.qwenkern.linear(x, list(weight.tensors), weight_format=form)
     assert torch.equal(out, ops.linear(x, weight))
 
