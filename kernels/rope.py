@@ -44,7 +44,7 @@ def apply_rope(
     positions [T] integers within the context. Returns q and k, rotated in float32 and rounded once; ``inverse`` rotates
     them back, by the negative angle."""
     check_tensor("apply_rope", "q", q, ("T", "Hq", "D"))
-    check_tensor("apply_rope", "k", k, (len(q), "Hkv", q.shape[2]), like=q)
+    check_tensor("apply_rope", "k", k, (q.shape[0], "Hkv", q.shape[2]), like=q)
     if q.shape[2] % 2:
         raise ValueError(f"apply_rope: heads must have an even size, and q's have {q.shape[2]}")
     _check_table("apply_rope", q, q.shape[2], positions, cos_sin)
@@ -96,9 +96,9 @@ def rotated_into_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: P
 def _check_table(name: str, x: Tensor, head_dim: int, positions: Tensor, cos_sin: Tensor) -> None:
     """x [T, ...] is what will be rotated. A float64 table is for float64 alone."""
     dtypes = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
-    check_tensor(name, "positions", positions, (len(x),), dtypes=INTEGERS)
+    check_tensor(name, "positions", positions, (x.shape[0],), dtypes=INTEGERS)
     check_tensor(name, "cos_sin", cos_sin, ("context", head_dim), dtypes=dtypes, dense=True)
-    check_range(name, "positions", positions, 0, len(cos_sin))
+    check_range(name, "positions", positions, 0, cos_sin.shape[0])
 
 
 def check_places(
@@ -115,7 +115,7 @@ def check_places(
     check_pages(name, pages, like=x)
     num_pages, page_size, num_kv_heads, head_dim = pages.shape
     _check_table(name, x, head_dim, positions, cos_sin)
-    check_tensor(name, "slots", slots, (len(x),), dtypes=INTEGERS)
+    check_tensor(name, "slots", slots, (x.shape[0],), dtypes=INTEGERS)
     check_device(name, **{source: x}, positions=positions, cos_sin=cos_sin, pages=pages, slots=slots)
     check_range(name, "slots", slots, 0, num_pages * page_size)
     if width % head_dim or width // head_dim <= 2 * num_kv_heads:

@@ -362,8 +362,8 @@ def test_fakes_leave_the_number_of_rows_open():
                 kernels.silu_mul(wide, wide),
                 *kernels.apply_rope(heads, heads, table, ids),
                 kernels.embedding(ids, weight),
-                kernels.rope_and_cache(wide, ids, table, pages.clone(), pages.clone(), ids),
-                *kernels.norm_qkv_rope(x, x, norm, eps, weight, None, ids, table, pages.clone(), pages.clone(), ids),
+                kernels.rope_and_cache(wide, ids, table, (pages.clone(), pages.clone()), ids),
+                *kernels.norm_qkv_rope(x, x, norm, eps, weight, None, ids, table, (pages.clone(), pages.clone()), ids),
                 *kernels.layers.angles(wide[None], wide[None], x.shape[0]),
             )
 
