@@ -26,16 +26,17 @@ test-avx2: $(READY)  ## the tests for which the processor matters, as an x86-64 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files '*.c' '*.h')
 	$(BIN)/mypy
 
 docs: $(DOCS)  ## the site, in build/site; a broken link is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-bench: $(READY)  ## each kernel, or its twin on a CPU, beside torch and torch.compile; then a whole model beside transformers
+bench: $(READY)  ## times each kernel next to torch and torch.compile, then a whole model next to transformers
 	$(BIN)/python benchmarks/run.py $(ARGS)
 	$(BIN)/python benchmarks/end_to_end.py
 
-results: $(READY)  ## the tables of README.md and docs/performance.md, from benchmarks/results
+results: $(READY)  ## writes the tables of README.md and docs/ from benchmarks/results
 	$(BIN)/python benchmarks/tables.py
 
 clean:

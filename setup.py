@@ -43,6 +43,7 @@ EXTRAS = {
         "psutil",  # peak memory of a load
         "matplotlib>=3.8",  # the runner's pictures
         "ruff",  # lint and format
+        "clang-format",  # the same for the C files: compilers' own versions format differently
         "mypy",  # types: py.typed is a promise to those who check their own
     ],
     "docs": [

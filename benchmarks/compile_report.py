@@ -1,12 +1,17 @@
-"""Compiles every kernel at every size for GPUs that are not there, and checks what the machine code must be like.
+"""Compiles every kernel at every size for many GPUs, without having one, and checks the machine code.
 
     python benchmarks/compile_report.py                          Qwen2.5-3B, all architectures
     python benchmarks/compile_report.py --all --json FILE        0.5B, 3B, 7B and 72B
 
-The rules: no spills and no stack; 128-bit accesses wherever a program moves enough at once to fill every thread's;
-matrix instructions in the attentions and the few-token linears; shared memory within the device's, and no tile there
-whose rows lie in the same banks; and from sm_90 on programmatic dependent launch. A broken rule is an exit code of 1.
-AMD's code is listed, not judged.
+The rules:
+
+- A kernel has no spills and no stack.
+- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits.
+- The attention kernels and the few-token linears have matrix instructions.
+- A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks.
+- From sm_90 on, a kernel uses programmatic dependent launch.
+
+If a rule is broken, the exit code is 1. The rules do not apply to AMD's code, which is only listed.
 """
 
 from __future__ import annotations
@@ -59,12 +64,12 @@ class Row:
     kernel: str
     grid: tuple[int, ...]
     code: Code
-    occupancy: int | None  # programs a multiprocessor
+    occupancy: int | None  # CTAs per SM
     broken: list[str]
 
 
 def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
-    """What is wrong with a kernel's code, in words."""
+    """The rules that a kernel's code breaks, as text."""
     if key not in RESIDENT:
         return []
     broken = []
@@ -73,7 +78,7 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
     if code.shared > DEVICES[key].shared_memory:
         broken.append(f"{code.shared} bytes of shared memory, and the device has {DEVICES[key].shared_memory}")
     for access in code.accesses:
-        # a tile of less than 16 bytes for every thread cannot be moved 128 bits at a time by all of them
+        # if a tile has less than 16 bytes per thread, not every thread can move 128 bits
         if access.tile >= code.warps * WARP * 16 and access.width < 128:
             broken.append(f"{access.width}-bit {access.kind} of {access.tile} bytes ({access.name} {access.line})")
     if code.clashes:
@@ -81,14 +86,15 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
     if launch.name in ON_TENSOR_CORES and not code.matrix:
         broken.append("no matrix instruction")
     if launch.pdl != bool(code.waits and code.releases):
-        broken.append(f"dependent launch: asked {launch.pdl}, {code.waits} waits and {code.releases} releases")
+        broken.append(f"dependent launch is {launch.pdl}, with {code.waits} waits and {code.releases} releases")
     if DEVICES[key].capability >= 90 and not launch.pdl:
         broken.append("no programmatic dependent launch")
     return broken
 
 
 def floors(case: Case, config: Config, size: Size) -> tuple[float, float]:
-    """The least microseconds on an H100: at the bandwidth on paper, and at what a copy and a matrix product reach."""
+    """The least microseconds on an H100: at the data sheet's bandwidth, and at the speed of a copy or matrix
+    product."""
     moved, operations = case.bytes_moved(config, size), case.operations(config, size)
     return moved / H100_PAPER * 1e6, max(moved / H100_COPY, operations / H100_MATRIX) * 1e6
 
@@ -114,12 +120,12 @@ def main(
     model: Annotated[list[str], typer.Option(help="Sizes of the family.")] = ["qwen2.5-3b"],  # noqa: B006
     arch: Annotated[list[str], typer.Option(help=f"Of {', '.join(DEVICES)}.")] = list(DEVICES),  # noqa: B006
     everything: Annotated[bool, typer.Option("--all", help=f"{', '.join(MODELS)}, on every architecture.")] = False,
-    verbose: Annotated[bool, typer.Option(help="A line for every architecture.")] = False,
+    verbose: Annotated[bool, typer.Option(help="Print a row for every architecture.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there.")] = None,
 ) -> None:
     """Compile every kernel for every architecture, and check its machine code."""
     if triton.knobs.runtime.interpret:
-        raise typer.BadParameter("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
+        raise typer.BadParameter("TRITON_INTERPRET=1 is set, so kernels are not compiled; expected it to be unset")
     if unknown := set(arch) - set(DEVICES):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(DEVICES)}", param_hint="--arch")
     os.environ.pop(KERNELS.name, None)
@@ -150,12 +156,12 @@ def _pool() -> ProcessPoolExecutor:
 
 
 def _table(model: str, rows: list[Row], verbose: bool) -> Table:
-    """A line for each kernel and size, with the least and the most of all architectures."""
+    """A row for each kernel and size, with the smallest and the largest value over the architectures."""
     config = Config.from_name(model)
     table = Table(title=f"{model}, bfloat16, context 8192", title_justify="left")
     for heading in ("case", "tokens", "kernel", "on"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("registers", "shared KiB", "programs/SM", "spills", "least bits", "floor us", "at copy us"):
+    for heading in ("registers", "shared KiB", "CTAs/SM", "spills", "least bits", "limit us", "limit us (copy)"):
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("matrix", no_wrap=True)
     for key, same in itertools.groupby(rows, lambda row: (row.case, row.tokens)):
@@ -184,7 +190,7 @@ def _table(model: str, rows: list[Row], verbose: bool) -> Table:
 
 
 def _least_width(code: Code) -> int | None:
-    """Of what the rule looks at."""
+    """The narrowest access among those that the rule covers."""
     return min((each.width for each in code.accesses if each.tile >= code.warps * WARP * 16), default=None)
 
 

@@ -1,16 +1,16 @@
-"""Prompts and decoding of a whole model in tokens a second, beside other engines on the same weights in one run.
+"""Measures prefill and decode of a whole model in tokens per second, with other engines on the same weights in one run.
 
     python benchmarks/end_to_end.py                                   the demo model on a CPU
-    python benchmarks/end_to_end.py --model qwen2.5-3b                random weights; on a GPU where there is one
+    python benchmarks/end_to_end.py --model qwen2.5-3b                random weights; on a GPU if there is one
     python benchmarks/end_to_end.py --batch 1,8 --prompt-tokens 128,512 --threads 2 --json FILE
-    python benchmarks/end_to_end.py --busy 2                          decoding beside two busy processes
+    python benchmarks/end_to_end.py --busy 2                          decoding with two busy processes
     python benchmarks/end_to_end.py --twice                           two processes that decode at once
 
-All take turns, on the weights that qwenkern holds: transformers looks at the same memory, as it is, with our pieces or
-Liger's, or compiled; llama.cpp's own programs read them in bfloat16 from a GGUF file made of them, or (`llama.cpp
-file`) the quantised GGUF file that the model came from. In each round the roofline is measured and every engine read
-once; speed-ups and shares are taken within a round. A decode step must read every weight and the cached keys and
-values, at most at the bandwidth of a loop that only reads; a prompt's products end at the multiply-add peak.
+The engines take turns. transformers runs on the memory of qwenkern's weights: unchanged, with qwenkern's or Liger's
+kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made of these weights, or (`llama.cpp file`) the
+quantised GGUF file that the model came from. Each round measures the roofline and takes one reading of every engine.
+Speed-ups and shares are those within a round. A decode step must read every weight and the cached keys and values, so
+its limit is the bandwidth of a loop that only reads. The limit of a prompt is the multiply-add peak.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qwenkern.kernels.c import build
 from qwenkern.kernels.environment import THREADS
 
 PEERS = ("transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
-MISSING = (ImportError, FileNotFoundError)  # raised where a peer is not installed
+MISSING = (ImportError, FileNotFoundError)  # raised if a peer is not installed
 
 
 def measure(
@@ -56,8 +56,8 @@ def measure(
     repeats: int,
     limits: Callable[[], Roofline],
 ) -> tuple[list[dict[str, Any]], list[Roofline]]:
-    """A row for each engine, read in turns, and the roofline of each round. A speed-up is that of the first engine over
-    another one. An engine that fails is reported and left out."""
+    """A row for each engine, and the roofline of each round. The engines are read in turns. A speed-up is the speed of
+    the first engine over that of another one. The row of an engine that fails has its error."""
     prompts, failed, found = random_prompts(config, batch, prompt), {}, []
     readings: dict[str, list[peers.Reading]] = {name: [] for name in engines}
     for turn in range(repeats + 1):
@@ -67,10 +67,10 @@ def measure(
                 continue
             try:
                 reading = engine.read(prompts, new)
-            except Exception as error:  # a peer that cannot do this is a result
+            except Exception as error:  # that a peer cannot do this is a result
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 continue
-            if turn:  # the first one warms up
+            if turn:  # the first turn warms up
                 readings[name].append(reading)
         if turn:
             found.append(limit)
@@ -104,7 +104,7 @@ def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
 
 
 def load(model: str, device: torch.device, layers: int, room: int) -> Model:
-    """The model in bfloat16; of a size of the family, with random weights and perhaps fewer layers."""
+    """The model in bfloat16. The name of a size of the family gives random weights, with ``layers`` layers if not 0."""
     if model.lower() not in FAMILY:
         return Model.from_pretrained(model, device=device, dtype="bfloat16", cache_tokens=room)
     config = Config.from_name(model)
@@ -115,11 +115,11 @@ def load(model: str, device: torch.device, layers: int, room: int) -> Model:
 
 
 def make(name: str, loaded: Model, file: Path | None, folder: Path, threads: int) -> peers.Engine:
-    """An engine by its name; llama.cpp's bfloat16 file is written to ``folder``. Raises one of MISSING."""
+    """The engine of a name. Writes llama.cpp's bfloat16 file to ``folder``. Raises one of MISSING."""
     if name == "qwenkern":
         return peers.qwenkern(loaded)
     if name.startswith("llama.cpp"):
-        llama_cpp.find("llama-bench")  # before a file of gigabytes is written in vain
+        llama_cpp.find("llama-bench")  # before it writes a file of gigabytes for nothing
         if name == "llama.cpp":
             peers.write_gguf(loaded, file := folder / "model.gguf")
         assert file
@@ -129,7 +129,7 @@ def make(name: str, loaded: Model, file: Path | None, folder: Path, threads: int
 
 
 def decoder(name: str, model: str, layers: int, threads: int, prompt: int, new: int) -> contention.Rate:
-    """The decode rate of one sequence on a CPU, in a process that holds nothing else."""
+    """Measures the decode rate of one sequence on a CPU, in a process with nothing else."""
     use(threads)
     loaded = load(model, torch.device("cpu"), layers, prompt + new + 64)
     return rate(make(name, loaded, None, Path(), threads), loaded.config, prompt, new)
@@ -141,7 +141,7 @@ def rate(engine: peers.Engine, config: Config, prompt: int, new: int) -> content
 
 
 def use(threads: int) -> None:
-    """So many threads in qwenkern, torch, and the processes that this one starts."""
+    """Sets the number of threads of qwenkern, of torch, and of the processes that this one starts."""
     os.environ[THREADS.name] = str(threads)
     torch.set_num_threads(threads)
 
@@ -151,19 +151,19 @@ def main(
         str, typer.Option(help="What `generate` takes, or a size of the family (random weights).")
     ] = "demo",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    batch: Annotated[str, typer.Option(help="Sequences at once.")] = "1",
-    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt.")] = "128",
+    batch: Annotated[str, typer.Option(help="Sequences at once, with commas.")] = "1",
+    prompt_tokens: Annotated[str, typer.Option(help="Tokens of each prompt, with commas.")] = "128",
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after the first.")] = 32,
-    repeats: Annotated[int, typer.Option(min=1, help="Rounds; one more comes first and is not counted.")] = 5,
-    layers: Annotated[int, typer.Option(help="Fewer layers than the size has; only with random weights.")] = 0,
-    threads: Annotated[int, typer.Option(min=0, help="On a CPU, of each engine; 0: as many as torch takes.")] = 0,
-    beside: Annotated[str, typer.Option("--peers", help=f"With commas: {', '.join(PEERS)}.")] = "",
-    busy: Annotated[int, typer.Option(min=0, help="Decode calm, and beside so many busy processes, one a core.")] = 0,
-    twice: Annotated[bool, typer.Option("--twice", help="Decode in one process, and in two at once.")] = False,
-    note: Annotated[str, typer.Option(help="Kept with the result, for instance how llama.cpp was built.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds, after one that does not count.")] = 5,
+    layers: Annotated[int, typer.Option(help="Number of layers, with random weights; 0: those of the size.")] = 0,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each engine on a CPU; 0: as many as torch uses.")] = 0,
+    beside: Annotated[str, typer.Option("--peers", help=f"Of {', '.join(PEERS)}, with commas.")] = "",
+    busy: Annotated[int, typer.Option(min=0, help="Decode on the idle machine, then with so many busy processes.")] = 0,
+    twice: Annotated[bool, typer.Option("--twice", help="Decode in one process, then in two at once.")] = False,
+    note: Annotated[str, typer.Option(help="Stored with the result, for example how llama.cpp was built.")] = "",
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
-    """Time a whole model beside other engines."""
+    """Time a whole model and other engines."""
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     batches, prompts = numbers(batch), numbers(prompt_tokens)
     console = Console(width=None if Console().is_terminal else 172)
@@ -172,9 +172,11 @@ def main(
     if unknown := set(names) - set(PEERS):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")
     if "llama.cpp file" in names and (file is None or file.suffix != ".gguf"):
-        raise typer.BadParameter("llama.cpp file: the model is no GGUF file", param_hint="--peers")
+        raise typer.BadParameter("llama.cpp file: the model is not a GGUF file", param_hint="--peers")
     if (busy or twice) and (place.type != "cpu" or (busy and twice) or batches != [1] or len(prompts) > 1):
-        raise typer.BadParameter("--busy or --twice: one of them, on a CPU, one sequence and prompt length")
+        raise typer.BadParameter(
+            "--busy, --twice: expected one of them, on a CPU, with one sequence and one prompt length"
+        )
     threads = threads or torch.get_num_threads()
     use(threads)
     facts: dict[str, Any] = circumstances(place) | {"model": model, "new_tokens": new_tokens, "note": note}
@@ -201,7 +203,7 @@ def main(
             pairs: dict[str, tuple[contention.Rate, contention.Rate]] = {}
             for name, read in rates.items():
                 given = (decoder, name, model, layers, threads, prompts[0], new_tokens)
-                if name.startswith("llama.cpp"):  # whose readings are processes anyway
+                if name.startswith("llama.cpp"):  # each of its readings is a process anyway
                     pairs[name] = (read, read)
                 else:
                     first, second = (stack.enter_context(contention.process(*given)) for _ in range(2))
@@ -216,7 +218,7 @@ def main(
                 )
                 rows, limits = rows + found, limits + rounds
                 document = facts | {"peak_gb": _peak_gb(place), "roofline": spreads(limits), "rows": rows}
-                if json_file:  # each time, since a run on a lent machine may be cut off
+                if json_file:  # after each size, because the run may be interrupted
                     results.save(json_file, document)
     if json_file:
         results.save(json_file, document)
@@ -236,7 +238,7 @@ def _print(console: Console, document: dict[str, Any]) -> None:
     predicted = f"{document['predicted_gb']:.1f} GB predicted for weights and cache"
     console.print(f"ready after {document['load_seconds']:.1f} s; {predicted}")
     if document.get("peak_gb"):
-        console.print(f"at most {document['peak_gb']:.1f} GB of GPU memory were in use, the peers' included")
+        console.print(f"{document['peak_gb']:.1f} GB of GPU memory were in use at most, with the peers'")
     for row in document["rows"]:
         if "error" in row:
             console.print(f"[red]failed[/red] {row['engine']}: {row['error']}", soft_wrap=True)
@@ -247,7 +249,7 @@ def _peak_gb(device: torch.device) -> float:
 
 
 def spreads(limits: list[Roofline]) -> dict[str, list[float]]:
-    """Median, least and most of each limit."""
+    """The median, the smallest and the largest value of each limit."""
     return {
         name: results.middle_and_ends([getattr(limit, name) for limit in limits])
         for name in ("bandwidth", "float32", "bfloat16")

@@ -1,13 +1,13 @@
-"""Everything that a GPU is needed for, in one call: facts, correctness, end to end, every kernel's time, and tuning.
+"""Runs everything that needs a GPU in one call: facts, correctness, whole models, every kernel's time, and tuning.
 
-    python benchmarks/on_gpu.py --out results                  all of it, in under 9 minutes
+    python benchmarks/on_gpu.py --out results                  everything, in less than 9 minutes
     python benchmarks/on_gpu.py --out results --only kernels   one part
-    python benchmarks/on_gpu.py --out results --tune 300       and the tuner
-    python benchmarks/on_gpu.py --out results --dry-run        through every part on a CPU, on tiny sizes
+    python benchmarks/on_gpu.py --out results --tune 300       also the tuner
+    python benchmarks/on_gpu.py --out results --dry-run        every part on a CPU, with tiny sizes
 
-Needs no network; a bare checkout is installed by `pip install --no-build-isolation --no-deps -e .`. Each part is a
-program of its own with its own share of the time, so one that fails or hangs does not take the others along; what it
-leaves of its share is the next one's. With the tuner's, at most eight files come out.
+It needs no network. `pip install --no-build-isolation --no-deps -e .` installs a bare checkout. Each part is a program
+with a time limit, so a part that fails or hangs does not stop the others. The next part gets the time that a part does
+not use. At most eight files come out, the tuner's included.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = "on_gpu.log"  # of all parts
-QUICK = ("qwenkern", "eager", "library", "sdpa")  # providers that compile nothing but our own kernels
+QUICK = ("qwenkern", "eager", "library", "sdpa")  # providers for which only our own kernels are compiled
 
 
 @dataclass
@@ -36,11 +36,11 @@ class Part:
     name: str
     command: list[str]
     seconds: float  # at most
-    interpreted: bool = False  # in a dry run, on Triton's interpreter; the others run on the torch twins
+    interpreted: bool = False  # a dry run uses Triton's interpreter; the other parts use the torch references
 
 
 def parts(out: Path, dry: bool, tune: float) -> list[Part]:
-    """In the order of what matters most."""
+    """The parts, the most important first."""
     python, here, tests = sys.executable, ROOT / "benchmarks", ROOT / "tests"
     model = ["--model", "qwen2.5-0.5b" if dry else "qwen2.5-3b"]
     tiny = ["--layers", "1", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1"]
@@ -53,7 +53,7 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
         sizes, slow = ["--tokens", "1", "--seconds", "0.05", "--op", "rms_norm,swiglu"], ["qwenkern", "transformers"]
     pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     pytest += ["-c", str(ROOT / "pyproject.toml")]
-    # a file that cannot be imported there must not keep the others from running; compiling takes the time, on the host
+    # A file that cannot be imported must not stop the others. Most of the time is compilation, on the host.
     on_gpu = ["-m", "gpu", "-n", "8", "--continue-on-collection-errors", *kernel_tests()]
     whole = [python, str(here / "end_to_end.py"), *model]
 
@@ -89,7 +89,7 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
 
 
 def kernel_names() -> tuple[list[str], list[str]]:
-    """The cases, those of a decode step first; and who is slow to start, with ours to compare with."""
+    """The cases, those of a decode step first; and the providers that are slow to start, with ours to compare with."""
     from qwenkern.benchmarks.offline.plan import LAYER
     from qwenkern.benchmarks.ops.cases import CASES
     from qwenkern.benchmarks.ops.providers import PROVIDERS
@@ -99,7 +99,7 @@ def kernel_names() -> tuple[list[str], list[str]]:
 
 
 def kernel_tests() -> list[str]:
-    """The files whose tests run on a GPU; the others need packages that its machine may not have."""
+    """The files whose tests run on a GPU. The others need packages that the machine may lack."""
     on_gpu = re.compile(r"mark\.gpu|def test_\w+\([^)]*\bdevice\b")
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(file) for file in files if on_gpu.search(file.read_text(encoding="utf-8"))]
@@ -111,7 +111,7 @@ def check_installed() -> None:
 
 
 def facts() -> dict[str, object]:
-    """What this machine is, and what it reaches."""
+    """Facts of this machine, and its measured limits."""
     from dataclasses import asdict
 
     import torch
@@ -128,7 +128,7 @@ def facts() -> dict[str, object]:
 
 
 def run(part: Part, out: Path, env: dict[str, str]) -> dict[str, Any]:
-    """Runs a part with ``env`` added; its output goes to the log, which is kept whatever happens."""
+    """Runs a part with ``env`` added to the environment. Its output goes to the log, which is kept in any case."""
     started = time.monotonic()
     with (out / LOG).open("a+b") as log:
         log.write(f"== {part.name}\n".encode())
@@ -147,7 +147,7 @@ def run(part: Part, out: Path, env: dict[str, str]) -> dict[str, Any]:
             outcome = "passed" if status == 0 else f"failed with {status}"
         except subprocess.TimeoutExpired:
             outcome = f"ended after {part.seconds:.0f} s"
-        finally:  # with its workers, which would go on for the parts after it
+        finally:  # also its workers, which would disturb the next parts
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
@@ -161,7 +161,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
     parser.add_argument("--only", action="append", help="a part's name; may be given several times")
-    parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="search for configurations, too")
+    parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="also search configurations")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
     out = options.out.resolve()
@@ -181,7 +181,7 @@ def main() -> None:
             done.append(run(replace(part, seconds=limit), out, env))
             spare = max(0.0, limit - done[-1]["seconds"])
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    if (out / "tuned").is_dir():  # one file to carry
+    if (out / "tuned").is_dir():  # one file instead of many
         shutil.make_archive(str(out / "tuned"), "gztar", out / "tuned")
         shutil.rmtree(out / "tuned")
     print(*(f"{each['part']}: {each['outcome']} ({each['seconds']} s)" for each in done), sep="\n")

@@ -1,12 +1,12 @@
-"""Times every kernel beside what one would use instead, and says how far each is from the physical limit.
+"""Times every kernel and its alternatives, and compares each with the roofline.
 
     python benchmarks/run.py --op add_rms_norm --tokens 1,16,512
     python benchmarks/run.py --json now.json --base benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json
     python benchmarks/run.py --where --context 1024
     python benchmarks/run.py --side-a qwenkern --side-b qwenkern:my/tuned/folder
 
-Each provider's result is checked against the twin in float64 before it is timed; a wrong one of ours fails the run, a
-provider that is wrong or raises is reported and left out. Without a GPU the CPU's path is timed.
+The result of each provider is compared with the float64 reference before it is timed. A wrong result of ours fails the
+run. Another provider that is wrong or raises is reported and left out. Without a GPU, the ops on the CPU are timed.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from qwenkern.kernels.triton import tuning
 ALL_PROVIDERS = ",".join(provider.name for provider in PROVIDERS)
 
 
-@torch.inference_mode()  # the check, too: another mode or other kinds of tensors would be compiled anew
+@torch.inference_mode()  # also for the check, because another mode or other kinds of tensors would be compiled again
 def measure(
     case: Case, model: str, size: Size, providers: list[Provider], limits: Ceilings, seconds: float
 ) -> list[Row]:
-    """One case at one size, all providers in turns."""
+    """The rows of one case at one size; all providers take turns."""
     config, device = Config.from_name(model), torch.device(size.device)
     key = (case.name, model, size.tokens, size.context, str(size.dtype).removeprefix("torch."))
     sets = input_sets(lambda: case.inputs(config, size), device)
@@ -60,7 +60,7 @@ def measure(
             functions[provider.name] = function
         except ImportError:
             continue  # not installed
-        except Exception as error:  # a broken peer is a result, not the end of the run
+        except Exception as error:  # that a peer fails is a result, not the end of the run
             rows.append(Row(*key, provider.name, None, error=f"{type(error).__name__}: {error}".splitlines()[0][:200]))
     calls = {name: [_bound(function, inputs) for inputs in sets] for name, function in functions.items()}
     if not calls:
@@ -93,7 +93,7 @@ def _bound(function: Function, inputs: tuple[Any, ...]) -> Callable[[], Any]:
 
 
 def _providers(names: list[str]) -> list[Provider]:
-    """By name; "qwenkern:FOLDER" is our kernels with the tuned configurations of a folder."""
+    """The providers of these names. "qwenkern:FOLDER" is our kernels with the tuned configurations of a folder."""
     known = {provider.name: provider for provider in PROVIDERS}
     chosen: list[Provider] = []
     for name in names or known:
@@ -138,7 +138,7 @@ def show(console: Console, rows: list[Row], limits: Ceilings) -> None:
     table = Table(title=f"copy {limits.copy / 1e9:.0f} GB/s, matrix {limits.matrix / 1e12:.2f} TFLOP/s, measured now")
     for heading in ("case", "tokens", "provider"):
         table.add_column(heading, no_wrap=True)
-    for heading in ("us p50", "p20..p80", "floor us", "GB/s", "% copy", "TFLOP/s", "% matrix", "time over ours"):
+    for heading in ("us p50", "p20..p80", "roofline us", "GB/s", "% copy", "TFLOP/s", "% matrix", "speed-up over it"):
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for row in rows:
@@ -165,11 +165,11 @@ def show(console: Console, rows: list[Row], limits: Ceilings) -> None:
         if row.error:
             console.print(f"[red]failed[/red] {row.case} x{row.tokens} {row.provider}: {row.error}", soft_wrap=True)
     if any(not row.same for row in rows):
-        console.print("* work of the same size, not the same op: the library's product alone, attention without pages")
+        console.print("* work of the same size, not the same op: the matrix product only, or attention without pages")
 
 
 def plot(rows: list[Row], limits: Ceilings, folder: Path) -> list[Path]:
-    """Bandwidth against tokens, a picture a case. Needs matplotlib (the extra `bench`)."""
+    """Draws bandwidth over tokens, one picture per case. Needs matplotlib (the extra `bench`)."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -193,18 +193,18 @@ def plot(rows: list[Row], limits: Ceilings, folder: Path) -> list[Path]:
 
 
 def numbers(text: str) -> list[int]:
-    """Of an option that takes them with commas between them."""
+    """The numbers of an option, which have commas between them."""
     try:
         values = [int(part) for part in text.split(",")]
     except ValueError:
         values = []
     if not values or min(values) < 1:
-        raise typer.BadParameter(f"{text!r}: expected numbers from 1 on with commas between them")
+        raise typer.BadParameter(f"{text!r}: expected numbers from 1 on, with commas between them")
     return values
 
 
 def _cases(names: str) -> list[Case]:
-    """In the order of their names, or all."""
+    """The cases of these names, in their order; all if there are none."""
     known = {name for case in CASES for name in (case.name, case.op)}
     wanted = [name for name in names.split(",") if name]
     if unknown := set(wanted) - known:
@@ -218,32 +218,31 @@ def _place(device: str) -> torch.device:
 
 
 def main(
-    op: Annotated[
-        str, typer.Option(help="Cases or ops in this order, with commas between them; all where not given.")
-    ] = "",
+    op: Annotated[str, typer.Option(help="Cases or ops in this order, with commas between them; default: all.")] = "",
     model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
-    tokens: Annotated[str, typer.Option(help="With commas between them; each case's own where not given.")] = "",
-    context: Annotated[str, typer.Option(help="Cached tokens of a sequence in decode_attention.")] = "8192",
+    tokens: Annotated[str, typer.Option(help="Numbers, with commas; default: those of each case.")] = "",
+    context: Annotated[str, typer.Option(help="Cached tokens per sequence in decode_attention.")] = "8192",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    provider: Annotated[str, typer.Option(help="With commas between them.")] = ALL_PROVIDERS,
-    side_a: Annotated[str, typer.Option(help="Two providers alone, the ratio being B's time over A's.")] = "",
-    side_b: Annotated[str, typer.Option(help="The other one.")] = "",
-    seconds: Annotated[float, typer.Option(help="For each case and size.")] = 1.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows there.")] = None,
-    plot_folder: Annotated[Path | None, typer.Option("--plot", help="Draw pictures there.")] = None,
+    provider: Annotated[str, typer.Option(help="Providers, with commas between them.")] = ALL_PROVIDERS,
+    side_a: Annotated[str, typer.Option(help="Time two providers, A and B; the speed-up is B's time over A's.")] = "",
+    side_b: Annotated[str, typer.Option(help="The provider B.")] = "",
+    seconds: Annotated[float, typer.Option(help="Seconds for each case and size.")] = 1.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the rows to this file.")] = None,
+    plot_folder: Annotated[Path | None, typer.Option("--plot", help="Draw pictures into this folder.")] = None,
     base: Annotated[Path | None, typer.Option(help="A stored result to compare with.")] = None,
     in_a_step: Annotated[
-        bool, typer.Option("--where", help="Where a decode step's time goes; --tokens is then its sequences.")
+        bool,
+        typer.Option("--where", help="Time each op of a decode step; --tokens is then its sequences."),
     ] = False,
 ) -> None:
-    """Time the kernels beside torch, torch.compile and whatever else is installed."""
+    """Time the kernels next to torch, torch.compile and other libraries that are installed."""
     if in_a_step:
         where.show(model, numbers(tokens or "1"), numbers(context), _place(device), json_file)
         return
     before = results.load(base) if base else []
     if bool(side_a) != bool(side_b):
-        raise typer.BadParameter("--side-a and --side-b belong together")
+        raise typer.BadParameter("--side-a and --side-b: expected both or neither")
     if dtype not in ("bfloat16", "float16", "float32"):
         raise typer.BadParameter(f"{dtype!r}: expected bfloat16, float16 or float32")
     Config.from_name(model)
@@ -259,7 +258,7 @@ def main(
                     status.update(f"timing {case.name}, {count} tokens")
                     size = Size(count, cached, getattr(torch, dtype), str(place))
                     rows += measure(case, model, size, providers, limits, seconds)
-                    if json_file:  # each time, since a run on a lent machine may be cut off
+                    if json_file:  # after each size, because the run may be interrupted
                         results.save(json_file, results.document(circumstances(place), limits, rows))
     show(console, rows, limits)
     if plot_folder:
@@ -269,7 +268,7 @@ def main(
     for change in moved:
         console.print(f"[{'red' if change.ratio > 1 else 'green'}]{change}[/]")
     if base and not moved:
-        console.print(f"nothing moved beyond the noise against {base}")
+        console.print(f"no change larger than the noise since {base}")
     wrong = [row for row in rows if row.seconds is None and row.provider.startswith("qwenkern")]
     slower = [change for change in moved if change.ratio > 1 and change.row.provider.startswith("qwenkern")]
     raise typer.Exit(1 if wrong or slower else 0)

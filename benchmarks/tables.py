@@ -1,8 +1,8 @@
-"""The tables of README.md and docs/performance.md, from the results that are committed.
+"""Writes the tables of README.md and docs/ from the committed results.
 
     make results        python benchmarks/tables.py
 
-What stands between `<!-- NAME:begin -->` and `<!-- NAME:end -->` is written anew, and nothing else.
+It replaces the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->` and leaves the rest of a document alone.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
 
 
 def predicted(compiled: dict[str, Any]) -> str:
-    """Floors on an H100, and what the machine code for sm_90 looks like."""
+    """The bandwidth limit of each op on an H100, and facts of its machine code for sm_90."""
     floors = {(row["case"], row["tokens"]): row for row in compiled["h100_floors"]}
     rows = []
     for row in compiled["kernels"]:
@@ -38,25 +38,27 @@ def predicted(compiled: dict[str, Any]) -> str:
         cells += [row["kernel"].strip("_").removesuffix("_kernel"), str(programs), str(row["occupancy"])]
         cells += [str(code["registers"]), f"{code['shared'] / 1024:.0f}", " ".join(code["matrix"])]
         rows.append(cells)
-    headings = ["op", "tokens", "floor at 3.35 TB/s, µs", "at 3.0 TB/s, µs", "kernel", "programs", "a multiprocessor"]
-    headings += ["registers", "shared KiB", "matrix instruction"]
-    note = f"Compiled by Triton {compiled['triton']} on {compiled['date']}; nothing here was measured."
+    headings = ["op", "tokens", "limit at 3.35 TB/s, µs", "limit at 3.0 TB/s, µs", "kernel", "CTAs", "CTAs per SM"]
+    headings += ["registers per thread", "shared memory per CTA, KiB", "matrix instruction"]
+    note = f"Triton {compiled['triton']} compiled these kernels on {compiled['date']}. No figure here was measured."
     return f"{note}\n\n{markdown(headings, rows)}"
 
 
 def planned(compiled: list[dict[str, Any]]) -> str:
-    """A step of Qwen2.5-3B on an H100, op by op, and what it makes of the targets."""
+    """A decode step of Qwen2.5-3B on an H100, op by op; then its targets, its prediction and its measurement."""
     config = Config.from_name("qwen2.5-3b")
     rows = []
     for part in plan.step(config, 1, 1024, compiled):
         cells = [part.op, str(part.launches), f"{part.bytes / 1e6:.1f}", f"{part.bytes / plan.COPY * 1e6:.1f}"]
-        rows.append([*cells, "" if part.ahead is None else f"{part.ahead / 1024:.0f}", f"{part.seconds * 1e6:.1f}"])
+        rows.append(
+            [*cells, "" if part.in_flight is None else f"{part.in_flight / 1024:.0f}", f"{part.seconds * 1e6:.1f}"]
+        )
     headings = [
         "op, 1 sequence of 1,024 tokens",
         "launches",
         "MB",
-        "floor at 3.0 TB/s, µs",
-        "KiB ahead",
+        "limit at 3.0 TB/s, µs",
+        "KiB in flight per SM",
         "predicted µs",
     ]
     steps = []
@@ -67,12 +69,13 @@ def planned(compiled: list[dict[str, Any]]) -> str:
         nodes = sum(part.launches for part in parts)
         cells = [str(sequences), f"{context:,}", f"{paper:.0f}", f"{share * paper:.0f} ({share:.0%})"]
         steps.append([*cells, str(nodes), f"{bounds[0]:.0f} to {bounds[1]:.0f}", measured(sequences, context)])
-    heads = ["sequences", "context", "tokens/s on paper", "target", "graph nodes", "predicted tokens/s", "measured"]
+    heads = ["sequences", "context", "tokens/s at 3.35 TB/s", "target, tokens/s", "graph nodes", "predicted tokens/s"]
+    heads += ["measured tokens/s"]
     return f"{markdown(headings, rows)}\n\n{markdown(heads, steps)}"
 
 
 def measured(sequences: int, context: int) -> str:
-    """Tokens a second of that decode step on the H100, as `qwenkern bench --where` timed its replays."""
+    """Tokens per second of that decode step on the H100, measured by `qwenkern bench --where`."""
     file = RESULTS / "nvidia-h100-80gb-hbm3" / "where.json"
     rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
     seconds = [row["seconds"] for row in rows if (row["sequences"], row["context"]) == (sequences, context)]
@@ -80,7 +83,7 @@ def measured(sequences: int, context: int) -> str:
 
 
 def kernels(document: dict[str, Any]) -> str:
-    """Our time, its share of the measured ceiling, and everybody else's time over ours."""
+    """The time of each op, its share of the measured roofline, and its speed-up over each other provider."""
     found: dict[tuple[str, int, int], dict[str, dict[str, Any]]] = {}
     for row in document["rows"]:
         found.setdefault((row["case"], row["tokens"], row["context"]), {})[row["provider"]] = row
@@ -94,7 +97,8 @@ def kernels(document: dict[str, Any]) -> str:
         share = max(mine["of_copy"], mine["of_matrix"])
         cells = [case, str(tokens), f"{mine['seconds']['p50'] * 1e6:.2f}", f"{mine['floor'] * 1e6:.2f}", f"{share:.0%}"]
         rows.append(cells + [_ratio(by_provider.get(name)) for name in others])
-    headings = ["op", "tokens", "µs", "floor µs", "of the ceiling", *(f"{name} / ours" for name in others)]
+    headings = ["op", "tokens", "µs", "roofline, µs", "% of roofline"]
+    headings += [f"speed-up over {PROVIDERS.get(name, name)}" for name in others]
     return f"{_when(document)}\n\n{markdown(headings, rows)}"
 
 
@@ -104,14 +108,28 @@ def _ratio(row: dict[str, Any] | None) -> str:
     return f"{row['ratio']['p50']:.2f}" + ("" if row["same"] else " *")
 
 
+# The names in the tables of providers and engines whose names in the results need an explanation.
+PROVIDERS = {
+    "eager": "eager torch",
+    "compile": "torch.compile",
+    "sdpa": "SDPA without pages",
+    "library": "the matrix product only",
+}
+ENGINES = {
+    "patched": "transformers with qwenkern's kernels",
+    "liger": "transformers with Liger's kernels",
+    "compiled": "transformers, torch.compile",
+    "llama.cpp": "llama.cpp, bfloat16",
+    "llama.cpp file": "llama.cpp, quantised file",
+}
 Shown = tuple[str, list[str], list[list[str]]]  # a line above, headings, cells
 
 
 def end_to_end(document: dict[str, Any]) -> Shown:
-    """Losses are printed like wins."""
+    """The speed of each engine, its share of the limits, and the speed-up over it, also if that is below 1."""
     rows = []
     for row in document["rows"]:
-        cells = [str(row["batch"]), str(row["prompt"]), row["engine"]]
+        cells = [str(row["batch"]), str(row["prompt"]), ENGINES.get(row["engine"], row["engine"])]
         if "error" in row:
             rows.append([*cells, "failed", *[""] * 5])
             continue
@@ -121,25 +139,59 @@ def end_to_end(document: dict[str, Any]) -> Shown:
         ):
             cells += [f"{row[rate]:.1f}", f"{row[share]:.0%}" if share in row else "", _spread(row.get(speedup), "")]
         rows.append(cells)
-    headings = ["sequences", "prompt", "engine", "prompt tokens/s", "% of multiply-add peak", "speed-up, prompt"]
-    headings += ["decode tokens/s", "% of bandwidth limit", "speed-up, decode"]
+    headings = ["sequences", "prompt tokens", "engine", "prefill tokens/s", "% of multiply-add peak"]
+    headings += ["prefill speed-up", "decode tokens/s", "% of bandwidth limit", "decode speed-up"]
     said = _whole_model(document)
     if limits := document.get("roofline"):
         products = {"float32": limits["float32"], "bfloat16": limits["bfloat16"]}
         peaks = " and ".join(f"{each[0] / 1e9:.0f} GFLOP/s in {name}" for name, each in products.items() if each[0])
-        said += f" A read loop reaches {_spread(limits['bandwidth'], ' GB/s', 1e9, 0)}, multiply-adds {peaks}."
+        bandwidth = _spread(limits["bandwidth"], " GB/s", 1e9, 0)
+        said += f" Measured limits: memory bandwidth {bandwidth}, multiply-adds {peaks}."
     return said, headings, rows
 
 
+# The engines of the summary. "patched" is not among them: it runs qwenkern's own kernels.
+IN_SUMMARY = ("transformers", "compiled", "llama.cpp", "llama.cpp file")
+
+
+def summary(devices: list[list[dict[str, Any]]]) -> str:
+    """One row for each device and size: the speed of qwenkern, and its speed-up over each other engine.
+
+    The first result of a device has the rows; the others of that device add engines to them."""
+    rows = []
+    for first, *others in devices:
+        target = f", {first['target']}" if first.get("target") else ""
+        device = f"{first['model']}, {first['device']}{target}, {first['date']}"
+        for mine in first["rows"]:
+            if mine["engine"] == "qwenkern" and "error" not in mine:
+                size = (mine["batch"], mine["prompt"])
+                found = [row for document in (first, *others) for row in document["rows"]]
+                speedups = {row["engine"]: _both(row) for row in found if (row["batch"], row["prompt"]) == size}
+                cells = [device, *map(str, size), f"{mine['tokens_per_second']:.1f}", f"{mine['of_bandwidth']:.0%}"]
+                rows.append([*cells, *(speedups.get(name, "") for name in IN_SUMMARY)])
+                device = ""
+    headings = ["model, device, date", "sequences", "prompt tokens", "decode tokens/s", "% of bandwidth limit"]
+    return markdown(headings + [f"speed-up over {ENGINES.get(name, name)}" for name in IN_SUMMARY], rows)
+
+
+def _both(row: dict[str, Any]) -> str:
+    """The median speed-up of decoding and that of the prompt."""
+    decode, prompt = row.get("decode_speedup"), row.get("prompt_speedup")
+    return f"{decode[0]:.2f} / {prompt[0]:.2f}" if decode and prompt else "failed"
+
+
 def contention(document: dict[str, Any]) -> Shown:
-    """Decoding beside busy processes, or in two processes at once."""
+    """Decoding with busy processes, or in two processes at once."""
     count = document.get("busy")
-    beside = f"beside {count} busy process{'es' if count > 1 else ''}" if count else "both at once"
+    beside = f"with {count} busy process{'es' if count > 1 else ''}" if count else "two processes at once"
     rows = []
     for row in document["rows"]:
         speeds = [_spread(row[name], "", digits=1) for name in ("calm_tokens_per_second", "tokens_per_second")]
-        rows.append([row["engine"], *speeds, _spread([100 * share for share in row["share"]], " %", digits=0)])
-    return _whole_model(document), ["engine", "calm, tokens/s", f"{beside}, tokens/s", "of calm"], rows
+        engine, _, process = row["engine"].partition(",")
+        shares = _spread([100 * share for share in row["share"]], " %", digits=0)
+        rows.append([ENGINES.get(engine, engine) + (process and f",{process}"), *speeds, shares])
+    headings = ["engine", "idle machine, tokens/s", f"{beside}, tokens/s", "% of speed on the idle machine"]
+    return _whole_model(document), headings, rows
 
 
 def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: int = 2) -> str:
@@ -153,18 +205,19 @@ def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: in
 def _whole_model(document: dict[str, Any]) -> str:
     said = f"{document['model']}, bfloat16. {_when(document)}"
     if document.get("target"):
-        said += f" C for {document['target']}."
-    for name, facts in document.get("programs", {}).items():
-        said += f" {name}: build {facts.get('build_number')}, {' '.join(facts['flags'])}."
+        said += f" C backend compiled for {document['target']}."
+    programs = document.get("programs", {}).values()
+    builds = {f"build {each.get('build_number')}, {' '.join(each['flags'])}" for each in programs}
+    said += "".join(f" llama.cpp: {build}." for build in sorted(builds))
     if document.get("note"):
         said += f" {document['note'].rstrip('.')}."
     if "load_before" in document:
-        said += f" Load average before: {document['load_before']:.1f}."
+        said += f" Load average before the run: {document['load_before']:.1f}."
     return said
 
 
 def shown(make: Callable[[dict[str, Any]], Shown]) -> Callable[[dict[str, Any]], str]:
-    """The same as text for a document."""
+    """Makes the text for a document from such a table."""
 
     def text(document: dict[str, Any]) -> str:
         said, headings, rows = make(document)
@@ -179,35 +232,39 @@ def _when(document: dict[str, Any]) -> str:
     return f"{document['device']}, {versions}, {document['date']}{commit}."
 
 
-# What each block is made of: a kind of table, and the results that are shown so, one below the other.
+# By the name of a block: the function that makes a table of one result, and the files of the results.
 MAKERS = {
     "kernels": (kernels, "*/kernels*.json"),
     "end_to_end": (shown(end_to_end), "*/end_to_end.json"),
     "end_to_end_more": (shown(end_to_end), "*/end_to_end_*.json"),
     "contention": (shown(contention), "*/contention*.json"),
 }
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def blocks() -> Iterator[tuple[str, str]]:
-    """Every name that may stand in a document, and what belongs there."""
+    """The name of every table, and its text."""
     compiled = plan.COMPILED
     if compiled.exists():
         yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
         yield "plan", planned(plan.load())
-    for name, (make, files) in MAKERS.items():
-        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(files))]
+    folders = sorted(file.parent for file in RESULTS.glob("*/end_to_end.json"))
+    files = [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]
+    yield "summary", summary([[json.loads(file.read_text(encoding="utf-8")) for file in each] for each in files])
+    for name, (make, pattern) in MAKERS.items():
+        parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(pattern))]
         yield name, "\n\n".join(parts) or "Not yet measured."
 
 
 def fill(text: str, name: str, content: str) -> str:
-    """The text with what stands between a name's markers replaced."""
+    """The text, with ``content`` between the markers of a name."""
     pattern = re.compile(rf"(<!-- {name}:begin -->\n).*?(<!-- {name}:end -->)", re.S)
     return pattern.sub(lambda found: f"{found[1]}{content}\n{found[2]}", text)
 
 
 def main() -> None:
     found = dict(blocks())
-    for document in (ROOT / "README.md", ROOT / "docs" / "performance.md"):
+    for document in DOCUMENTS:
         text = before = document.read_text(encoding="utf-8")
         for name, content in found.items():
             text = fill(text, name, content)

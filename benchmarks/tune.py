@@ -1,11 +1,11 @@
-"""Searches each kernel's declared space on this device, and writes what wins where the kernels look for it.
+"""Searches each kernel's space of launch configurations on this device, and stores the fastest for the kernels.
 
     python benchmarks/tune.py --model qwen2.5-3b --budget 600
     qwenkern tune --op linear --out my/folder        then QWENKERN_CONFIG_DIR=my/folder
 
-A candidate must give the right result before its time counts. What spills or does not fit is left out before it runs, a
-first reading far behind the best is not repeated, and a search ends early at the physical limit. Every candidate goes
-to a log beside the result, from which a stopped search goes on.
+A candidate must give the right result before its time counts. A candidate that spills or does not fit does not run. If
+its first reading is far slower than the best, it is not repeated. A search ends early at the roofline. Every candidate
+goes to a log next to the result, from which a stopped search continues.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ from qwenkern.cli import terminal
 from qwenkern.kernels.environment import CONFIG_DIR
 from qwenkern.kernels.triton import tuning
 
-NEAR_THE_FLOOR = 1.03  # times the physical limit: nothing left to look for
-HOPELESS = 1.3  # times the best so far: one reading is enough
-WINS = 0.98  # of the heuristic's time, or it stays
+NEAR_THE_ROOFLINE = 1.03  # times the time of the roofline: the search ends
+HOPELESS = 1.3  # times the best time so far: one reading is enough
+WINS = 0.98  # of the heuristic's time; otherwise the heuristic stays
 
 
 @dataclass
 class Candidate:
-    """One configuration, and what became of it."""
+    """One configuration, with its time or the reason why it was rejected."""
 
     config: dict[str, int]
     seconds: float | None = None  # None: rejected
@@ -56,7 +56,7 @@ class Candidate:
 
 @dataclass
 class Problem:
-    """A case with every number of tokens that one configuration must serve."""
+    """A case, with all numbers of tokens for which the kernel uses the same configuration."""
 
     case: Case
     config: Config
@@ -70,7 +70,7 @@ class Problem:
         self.truths = [expected(self.case, sets[0]) for sets in self.sets]
 
     def lookup(self) -> tuple[dict[str, int], dict[str, Any]]:
-        """The sizes that the kernel looks its configuration up by, and what its heuristic chooses."""
+        """The sizes by which the kernel looks up its configuration, and the configuration of its heuristic."""
         with tuning.trying(self.op, {}) as trial:
             self.run(self.sets[0][0])
         return trial.seen[-1]
@@ -83,7 +83,7 @@ class Problem:
             check(self.case, getattr(qwenkern.kernels, self.case.op), sets[0], truth)
 
     def seconds(self, patience: float = 0.05) -> float:
-        """A call's, as the geometric mean over the numbers of tokens."""
+        """The seconds per call, as the geometric mean over the numbers of tokens."""
         medians = []
         for sets in self.sets:
             calls = {"": [partial(self.run, inputs) for inputs in sets]}
@@ -101,14 +101,14 @@ class Problem:
         )
 
 
-# Ops that share a kernel look their configuration up under one name.
+# Ops that share a kernel look up their configuration under one name.
 _TUNED_AS = {"add_rms_norm": "rms_norm", "apply_rope": "rope_and_cache", "lm_head_top_k": "lm_head"}
 _TUNED_AS |= {"attention": "decode_attention", "silu_mul": "swiglu", "silu_mul_backward": "swiglu_backward"}
 
 
 def problems(case: Case, config: Config, sizes: list[Size]) -> list[Problem]:
-    """The sizes of a case, those together that the kernel does not tell apart. Sizes at which it does not run (many
-    tokens take the library's product) are left out."""
+    """The sizes of a case, grouped by the configuration that the kernel looks up. Sizes at which the kernel does not
+    run are left out (for many tokens the library's product runs)."""
     op = _TUNED_AS.get(case.op, case.op)
     groups: dict[Any, list[Size]] = {}
     for size in sizes:
@@ -126,7 +126,7 @@ def search(
     deadline: float,
     progress: Callable[[], None] = lambda: None,
 ) -> tuple[dict[str, int], list[Candidate]]:
-    """The best configuration (empty where the heuristic is as good), and all candidates."""
+    """The best configuration (empty if the heuristic is as good), and all candidates."""
     _, heuristic = problem.lookup()
     with tuning.trying(problem.op, {}):
         default = problem.seconds()
@@ -136,7 +136,7 @@ def search(
         progress()
         if _key(chosen) in tried:
             continue
-        if time.monotonic() > deadline or best <= NEAR_THE_FLOOR * floor:
+        if time.monotonic() > deadline or best <= NEAR_THE_ROOFLINE * floor:
             break
         candidate = _try(problem, chosen, best)
         tried[_key(chosen)] = candidate
@@ -148,7 +148,7 @@ def search(
 
 
 def _candidates(space: dict[str, tuple[int, ...]], heuristic: dict[str, int]) -> Iterator[dict[str, int]]:
-    """All of the space, those nearest to the heuristic first: most fields of it are right."""
+    """The whole space. The candidates with the fewest changes from the heuristic come first."""
     fields = {name: values for name, values in space.items() if name in heuristic}
     everything = [dict(zip(fields, values, strict=True)) for values in itertools.product(*fields.values())]
     random.Random(0).shuffle(everything)
@@ -164,12 +164,12 @@ def _try(problem: Problem, chosen: dict[str, int], best: float) -> Candidate:
             problem.check()
             first = problem.seconds(patience=0.0)
             return Candidate(chosen, first if first > HOPELESS * best else problem.seconds())
-        except Exception as error:  # does not compile, does not fit, or is wrong: each is an answer
+        except Exception as error:  # it does not compile, does not fit, or is wrong
             return Candidate(chosen, None, f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
 def _compile_time_fault(problem: Problem) -> str:
-    """Why a candidate need not run: spills, or more shared memory than there is."""
+    """Why a candidate need not run: it spills, or needs too much shared memory."""
     from qwenkern.benchmarks.offline.machine_code import launches_on, read
 
     device = tuning.device_of(problem.sets[0][0][0])
@@ -185,7 +185,7 @@ def _compile_time_fault(problem: Problem) -> str:
 
 
 def _beats_the_heuristic(problem: Problem, finalists: list[Candidate]) -> dict[str, int]:
-    """The fastest of the finalists if it beats the heuristic when both are read again, else nothing."""
+    """The fastest of the finalists if it is faster than the heuristic when both are timed again; else empty."""
     if not finalists:
         return {}
 
@@ -203,7 +203,7 @@ def _key(config: dict[str, int]) -> str:
 
 
 def _resume(log: Path, heuristic: dict[str, int]) -> dict[str, Candidate]:
-    """What an earlier search of the same kernel has tried. A last line that was cut off is tried again."""
+    """The candidates that an earlier search of the same kernel tried. A last line that is incomplete is tried again."""
     tried = {}
     for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else []:
         try:
@@ -216,7 +216,7 @@ def _resume(log: Path, heuristic: dict[str, int]) -> dict[str, Candidate]:
 
 
 def write(file: Path, op: str, facts: dict[str, Any], sizes: dict[str, int], winner: dict[str, int]) -> None:
-    """Puts one winner among the entries of a tuned file, or takes a former one away."""
+    """Adds the fastest configuration to a tuned file, or removes an earlier one if ``winner`` is empty."""
     entries = tuning.read_entries(file) if file.exists() else []
     entries = [entry for entry in entries if entry["sizes"] != sizes]
     if winner:
@@ -226,20 +226,21 @@ def write(file: Path, op: str, facts: dict[str, Any], sizes: dict[str, int], win
 
 
 def main(
-    op: Annotated[str, typer.Option(help="Cases or ops, with commas between them; all where not given.")] = "",
+    op: Annotated[str, typer.Option(help="Cases or ops, with commas between them; default: all.")] = "",
     model: Annotated[str, typer.Option(help="A size of the family.")] = "qwen2.5-3b",
-    tokens: Annotated[str, typer.Option(help="With commas between them; each case's own where not given.")] = "",
-    context: Annotated[int, typer.Option(help="Cached tokens of a sequence in decode_attention.")] = 8192,
+    tokens: Annotated[str, typer.Option(help="Numbers, with commas; default: those of each case.")] = "",
+    context: Annotated[int, typer.Option(help="Cached tokens per sequence in decode_attention.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu (the interpreter) or cuda.")] = "auto",
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600.0,
     out: Annotated[
-        Path | None, typer.Option(help="Folder to write to; else QWENKERN_CONFIG_DIR, else beside the kernels.")
+        Path | None,
+        typer.Option(help="Folder to write to; default: QWENKERN_CONFIG_DIR, else that of the kernels."),
     ] = None,
 ) -> None:
     """Search for the fastest launch configurations on this device."""
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if place.type == "cpu" and not triton.knobs.runtime.interpret:
-        raise typer.BadParameter("no GPU: set TRITON_INTERPRET=1 to try the tuner on the interpreter")
+        raise typer.BadParameter("no GPU; expected one, or TRITON_INTERPRET=1 to try the tuner in the interpreter")
     wanted = [name for name in op.split(",") if name]
     cases = [case for case in CASES if not wanted or case.name in wanted or case.op in wanted]
     if not cases:

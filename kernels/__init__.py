@@ -23,7 +23,7 @@ else:
 
     # the backends, in the order in which they are tried
     from . import triton as triton
-    from .c import backend as backend
+    from .c import ops as ops
 
     from . import layers as layers
     # isort: on

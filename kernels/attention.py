@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import INTEGERS, can_look_at, check_device, check_range, check_tensor
-from .dispatch import Steps, op, serving
+from .contract import Steps, op
+from .dispatch import serving
 from .pages import Pages, check_pages
 
 
@@ -32,8 +33,8 @@ def decode_attention(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Ten
     [S, Hq, D]. Page numbers beyond a sequence's length are never read. On a GPU neither lengths nor page numbers are
     checked."""
     _check_paged("decode_attention", q, pages, block_tables, lengths)
-    if len(q) != len(lengths):
-        raise ValueError(f"decode_attention: q has {len(q)} rows, and lengths says {len(lengths)} sequences")
+    if q.shape[0] != len(lengths):
+        raise ValueError(f"decode_attention: q has {q.shape[0]} rows, and lengths says {len(lengths)} sequences")
     yield
     out = torch.empty_like(q)
     for row, length in enumerate(lengths.tolist()):
@@ -62,7 +63,7 @@ def prefill_attention(
     sequence s, and the last of them sees all lengths[s] tokens; a sequence may have no query. Returns [T, Hq, D]. On a
     GPU the values of the integers are not checked."""
     _check_paged("prefill_attention", q, pages, block_tables, lengths)
-    _check_query_starts(len(q), lengths, query_starts)
+    _check_query_starts(q.shape[0], lengths, query_starts)
     yield
     out = torch.empty_like(q)
     starts = query_starts.tolist()

@@ -19,7 +19,7 @@ from .weights import Dense, Weight
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-FEW = 64  # numbers that Python compares sooner than torch
+SMALL = 64  # so many numbers Python compares sooner than torch
 
 
 def check_tensor(
@@ -87,7 +87,7 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
     """Raises if a value that can be looked at is not within low .. high - 1."""
     if not can_look_at(values) or not values.numel():
         return
-    if values.numel() <= FEW:
+    if values.numel() <= SMALL:
         numbers = values.flatten().tolist()
         least, most = min(numbers), max(numbers)
     else:

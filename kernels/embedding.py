@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .checks import INTEGERS, check_device, check_matrix, check_range, check_tensor
-from .dispatch import Steps, op
+from .contract import Steps, op
 from .weights import Weight
 
 

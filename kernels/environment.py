@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-MOST_THREADS = 1024  # as C has it: more is a mistake, and each costs memory
+MOST_THREADS = 1024  # more is a mistake, and each costs memory
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ CONFIG_DIR = Variable(
     "QWENKERN_CONFIG_DIR",
     "A folder of tuned launch configurations. The kernels look there before they use the configurations in the "
     "package. `qwenkern tune` writes there",
-    "the package's own configurations alone",
+    "only the configurations in the package",
     _text,
 )
 FOLLOW_LINKS = Variable(

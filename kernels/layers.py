@@ -64,8 +64,9 @@ class RotaryPosEmb(nn.Module):
         num_tokens = q.shape[0] * q.shape[1]
         flat = [x.reshape(num_tokens, *x.shape[2:]) for x in (q, k)]
         suits = q.dtype == k.dtype and all(map(_is_plain, flat))
-        flat = (apply_rope if suits else rotated)(*flat, *angles(cos, sin, num_tokens))
-        q, k = (out.view(x.shape) for out, x in zip(flat, (q, k), strict=True))
+        cos_sin, positions = angles(cos, sin, num_tokens)
+        turned = (apply_rope if suits else rotated)(flat[0], flat[1], cos_sin, positions)
+        q, k = (out.view(x.shape) for out, x in zip(turned, (q, k), strict=True))
         return (q.transpose(1, 2), k.transpose(1, 2)) if unsqueeze_dim == 1 else (q, k)
 
 

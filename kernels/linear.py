@@ -1,6 +1,6 @@
 """Linear layers, and with them what stands before and after them in the graph.
 
-    linear              out = x W' (+ bias) (+ residual)
+    linear              out = x W' (+ bias) (+ addend)
     norm_linear         residual' = round(residual + x);  out = rms_norm(residual') W' (+ bias)
     norm_swiglu_linear  residual' = round(residual + x);  out = silu(rms_norm(residual') G') * (rms_norm(residual') U')
 
@@ -14,15 +14,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_device, check_tensor, check_weight
-from .dispatch import Steps, op
+from .contract import Steps, op
 from .rms_norm import add_normed
 from .swiglu import gated
 from .weights import Weight
 
 
 @op()
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Steps[Tensor]:
-    """x [T, K] times weight [N, K] transposed, plus bias [N], plus residual [T, N]: [T, N].
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Steps[Tensor]:
+    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]: [T, N].
 
     All of one dtype (float32, bfloat16 or float16), rows of any stride. The weight is a tensor, or one of a format
     (weights/)."""
@@ -30,12 +30,12 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tens
     check_weight("linear", "weight", weight, x)
     if bias is not None:
         check_tensor("linear", "bias", bias, (weight.shape[0],), like=x)
-    if residual is not None:
-        check_tensor("linear", "residual", residual, (x.shape[0], weight.shape[0]), like=x)
-    check_device("linear", x=x, weight=weight, bias=bias, residual=residual)
+    if addend is not None:
+        check_tensor("linear", "addend", addend, (x.shape[0], weight.shape[0]), like=x)
+    check_device("linear", x=x, weight=weight, bias=bias, addend=addend)
     yield
     out = F.linear(x, weight.dequantise(), bias)
-    return out if residual is None else residual + out
+    return out if addend is None else addend + out
 
 
 @op()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .checks import wide
-from .dispatch import Steps, op
+from .contract import Steps, op
 from .linear import check_normed, normed_product
 from .weights import Weight
 

@@ -19,7 +19,7 @@ def hand_over() -> None:
     elsewhere = [entry for entry in sys.path if not _is_here(os.path.join(entry or os.curdir, NAME))]
     found = (finder.find_spec(NAME, elsewhere) for finder in sys.meta_path)
     spec = next((spec for spec in found if spec is not None and spec.loader is not None), None)
-    if spec is None:
+    if spec is None or spec.loader is None:
         sys.modules[NAME] = _nothing(ours)
     else:
         sys.modules[NAME] = module_from_spec(spec)
@@ -40,5 +40,5 @@ def _nothing(ours: ModuleType) -> ModuleType:
             "that name is the package qwenkern.kernels: write `from qwenkern import kernels`"
         )
 
-    empty.__getattr__ = missing
+    vars(empty)["__getattr__"] = missing
     return empty

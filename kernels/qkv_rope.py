@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from .checks import check_device, check_tensor
-from .dispatch import Steps, op
+from .contract import Steps, op
 from .linear import check_normed, normed_product
 from .pages import Pages
 from .rope import check_places, rotated_into_cache

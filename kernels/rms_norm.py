@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_device, check_tensor, wide
-from .dispatch import Steps, op
+from .contract import Steps, op
 
 
 @op()

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .checks import INTEGERS, check_device, check_range, check_tensor, wide
-from .dispatch import Steps, op
+from .contract import Steps, op
 from .pages import Pages, check_pages
 
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .checks import check_device, check_tensor, wide
-from .dispatch import Steps, op
+from .contract import Steps, op
 
 
 @op()

@@ -1,4 +1,4 @@
-"""The facade: load a model, and turn prompts into text, log-probabilities or logits."""
+"""The facade: loads a model, and computes text, log-probabilities or logits from prompts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Model:
     >>> model = Model.from_pretrained("Qwen/Qwen2.5-3B-Instruct")
     >>> model.chat([{"role": "user", "content": "Hello!"}]).text
 
-    Safe to use from several threads: forward passes take turns, and who finds the key-value cache full waits."""
+    Several threads may use it: forward passes take turns, and calls wait while the key-value cache is full."""
 
     def __init__(
         self,
@@ -46,7 +46,7 @@ class Model:
         self.module = module
         self.config = module.config
         self.tokenizer = tokenizer
-        self.generation = generation or Generation()  # what the checkpoint says of it
+        self.generation = generation or Generation()  # what the checkpoint says about it
         self.dtype = module.model.norm.weight.dtype
         self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
@@ -73,20 +73,20 @@ class Model:
 
         model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
             safetensors, or a .gguf file, whose weights are dequantised.
-        device: "auto" (CUDA where there is one), "cpu", "cuda", "cuda:1".
+        device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1".
         dtype: "auto" (that of config.json, else of the first weight; bfloat16 for GGUF), "bfloat16", "float16",
             "float32".
-        cache_tokens: room of the key-value cache, shared by all calls: a sequence that finds it full waits.
-        prefill_chunk: prompt tokens a pass.
-        deterministic: the same bits for a prompt in whatever batch it comes. Without it that holds for the decode steps
-            of up to 16 sequences on our kernels. It costs throughput, not latency: prompts are read one by one, at most
-            16 sequences decode together (one where torch computes, as in float32 on a CPU), and each takes all the
-            room in the cache that its max_tokens may need before it starts.
-        threads: how many this process computes with on a CPU, torch's included. None: what QWENKERN_THREADS says, else
-            one for each physical core that it may run on and that its cgroup's quota and torch allow.
-        progress: called with what is done ("download from <origin>", "load"), bytes so far, bytes in all.
+        cache_tokens: tokens that the key-value cache holds. All calls share it and wait while it is full.
+        prefill_chunk: prompt tokens per pass.
+        deterministic: a prompt gives the same bits in every batch. Without it, only decode steps of up to 16 sequences
+            on our kernels are batch-invariant. It costs throughput, not latency: prompts are read one by one, at most
+            16 sequences decode together (one if the linears run in torch, as in float32 on a CPU), and a sequence
+            starts only when the cache has room for its prompt and its max_tokens.
+        threads: CPU threads of this process, torch's included. None: QWENKERN_THREADS, else one for each physical core
+            that the process may run on, but not more than its cgroup's quota and torch allow.
+        progress: called with the task ("download from <origin>", "load"), the bytes so far, and all bytes.
 
-        Raises CheckpointError, ConfigError or RequestError, naming what was found and what was expected."""
+        Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
         use_threads(threads)
         loaded = load(model, choose_device(device), dtype, progress)
         return cls(*loaded, cache_tokens, prefill_chunk, deterministic)
@@ -105,7 +105,7 @@ class Model:
         deterministic: bool = False,
         threads: int | None = None,
     ) -> Model:
-        """A model of random weights, made in place: a Config, or a size of the family such as "qwen2.5-3b".
+        """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
 
         Without a tokenizer, prompts are token ids and completions have no text."""
         use_threads(threads)
@@ -133,15 +133,15 @@ class Model:
     ) -> Model:
         """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
 
-        Both models work on, and share every weight: q, k, v and gate, up of transformers' model become views of the
-        tensors that we keep them packed in, made one at a time. So a change to a weight of one is a change to both;
-        moving or casting transformers' model ends the sharing. Its generation_config gives the defaults.
+        Both models work afterwards, and share every weight: q, k, v and gate, up of transformers' model become views of
+        packed tensors, which are made one at a time. So a change to a weight of one model is a change to both. Moving
+        or casting transformers' model ends the sharing. Its generation_config gives the defaults.
 
         tokenizer: a fast tokenizer of transformers, or a Tokenizer. Without one, prompts are token ids and completions
             have no text. The other options are those of from_pretrained.
 
-        Raises RequestError or ConfigError where the model is not one that we run, or its weights cannot be shared."""
-        from .integrations.transformers.share import (  # not for everyone
+        Raises RequestError or ConfigError if the model is not supported, or if its weights cannot be shared."""
+        from .integrations.transformers.share import (  # only here, because it needs transformers
             as_tokenizer,
             generation_defaults,
             shared_module,
@@ -197,11 +197,11 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         **keywords: Any,
     ) -> Completion | list[Completion]:
-        """Completes one prompt or a list of them, together and without padding.
+        """Completes one prompt or a list of prompts, which run together without padding.
 
-        A prompt is a text, a list of token ids, or a list of chat messages. Sampling is given as SamplingParams or by
-        its fields as keywords. One prompt with n = 1 gives a Completion; anything else a list of them, prompt by
-        prompt, n of each. tools: as in `chat`, for messages."""
+        A prompt is a text, a list of token ids, or a list of chat messages. Sampling is given as SamplingParams, or by
+        its fields as keywords. One prompt with n = 1 gives a Completion. Otherwise the result is a list, with n
+        completions of the first prompt, then those of the second. tools: as in `chat`, for messages."""
         params = sampling_params(params, keywords)
         single = is_one_prompt(prompts)
         listed = cast("Sequence[Prompt]", [prompts] if single else prompts)
@@ -261,7 +261,7 @@ class Model:
         """Answers a conversation, rendered by the checkpoint's chat template.
 
         messages: {"role": "system" | "user" | "assistant" | "tool", "content": text} each. tools: functions that the
-        model may call, as JSON schemas; it answers a call in <tool_call> tags."""
+        model may call, as JSON schemas. It writes a call in <tool_call> tags."""
         if isinstance(messages, str) or is_ids(messages):
             raise RequestError(
                 f"messages is {shown(messages)}; expected a list of messages, or generate for such a prompt"
@@ -279,9 +279,9 @@ class Model:
 
     @torch.inference_mode()
     def score(self, text: str | Sequence[int]) -> Score:
-        """Log-probability of every token of a text (or of token ids) after the ones before it.
+        """The log-probability of every token of a text, or of token ids, given the tokens before it.
 
-        Raises NonFiniteError where one of them is not a finite number."""
+        Raises NonFiniteError if one of them is not finite."""
         ids = self._prompts.encode(text)
         logprobs: list[float] = []
         for logits in self._logits(ids):

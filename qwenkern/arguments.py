@@ -1,8 +1,8 @@
 """Checks of values, one a kind: each returns the value as a plain Python one, or raises RequestError, or the error that
 its caller names.
 
-An integer is what Python takes as an index (numpy's integers, an element of a tensor), but neither True nor False. A
-number is an integer or a real number, numpy's included, but not NaN.
+An integer is what Python takes as an index (also numpy's integers, or an element of a tensor), except True and False. A
+number is an integer or a real number, also numpy's, except NaN.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def whole(
     exact: bool = False,
     error: type[Error] = RequestError,
 ) -> int | None:
-    """An integer from low to high, or None where it is optional. exact: Python's own, as JSON gives it."""
+    """An integer from low to high, or None if it is optional."""
     if value is None and optional:
         return None
     number = operator.index(value) if (type(value) is int if exact else is_whole(value)) else None
@@ -76,7 +76,7 @@ def number(
 def number(
     name: str, value: Any, low: float, high: float, optional: bool = False, open_below: bool = False
 ) -> float | None:
-    """A number from low to high, or above low where the range is open below; or None where it is optional."""
+    """A number from low to high (above low if ``open_below``), or None if it is optional."""
     if value is None and optional:
         return None
     found: Any = value if isinstance(value, numbers.Real) and not isinstance(value, bool) else math.nan

@@ -1,6 +1,6 @@
-"""The numbers that describe a Qwen2.5 model, read from config.json or GGUF metadata, and checked.
+"""The numbers of a Qwen2.5 model, read from config.json or GGUF metadata, and checked.
 
-A leaf of the package: standard library only."""
+This file imports the standard library only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class Config:
-    """A dense Qwen2.5 model. Raises ConfigError when its numbers cannot describe one."""
+    """The numbers of a dense Qwen2.5 model. Raises ConfigError if they cannot describe one."""
 
     vocab_size: int
     hidden_size: int
@@ -42,7 +42,7 @@ class Config:
     rope_theta: float = 1e6
     rope_scaling: YarnScaling | None = None
     tie_word_embeddings: bool = False
-    dtype: str = "bfloat16"  # of the weights in the checkpoint
+    dtype: str = "bfloat16"  # of the checkpoint's weights
     source: str = "config"  # the file or table that these numbers come from, for messages
 
     def __post_init__(self) -> None:
@@ -62,7 +62,9 @@ class Config:
                 "key-value heads evenly; expected num_attention_heads to be a multiple of num_key_value_heads"
             )
         if self.head_dim % 2:
-            raise ConfigError(f"{self.source}: head_dim is {self.head_dim}; rotary embedding needs an even number")
+            raise ConfigError(
+                f"{self.source}: head_dim is {self.head_dim}; expected an even number, for rotary embedding"
+            )
 
     @classmethod
     def from_json(cls, path: str | Path, dtype: str = "bfloat16") -> Config:
@@ -74,8 +76,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config", dtype: str = "bfloat16") -> Config:
-        """From the fields of a config.json. ``source`` names them in messages; ``dtype`` is that of the weights where
-        the fields name none."""
+        """From the fields of a config.json. ``source`` names them in messages. ``dtype`` is that of the weights if the
+        fields name none."""
         if fields.get("model_type") != "qwen2":
             raise ConfigError(
                 f"{source}: model_type is {shown(fields.get('model_type'))}; qwenkern runs 'qwen2', the dense Qwen2.5 "
@@ -114,7 +116,7 @@ class Config:
         cls, metadata: Mapping[str, Any], *, vocab_size: int, tie_word_embeddings: bool, source: str = "GGUF"
     ) -> Config:
         """From the key-values of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The width of
-        the vocabulary and whether the output is tied are read off its tensors, not its metadata."""
+        the vocabulary, and whether the output is tied, come from its tensors, not from its metadata."""
         if metadata.get("general.architecture") != "qwen2":
             raise ConfigError(
                 f"{source}: general.architecture is {shown(metadata.get('general.architecture'))}; qwenkern runs "
@@ -147,7 +149,7 @@ class Config:
             num_key_value_heads=fields.get("attention.head_count_kv", heads),
             head_dim=head_dim,
             max_position_embeddings=context,
-            # GGUF keeps float32: 1e-6 comes as 9.99999997e-07, which this turns into the number that was meant
+            # GGUF stores float32, so 1e-6 comes as 9.99999997e-07; this gives 1e-6 again
             rms_norm_eps=_shortest(fields.get("attention.layer_norm_rms_epsilon", 1e-6)),
             rope_theta=fields.get("rope.freq_base", 1e6),
             rope_scaling=scaling,
@@ -157,7 +159,7 @@ class Config:
 
     @classmethod
     def from_name(cls, name: str) -> Config:
-        """A size of the family, such as "qwen2.5-3b" (case and the suffix -instruct do not matter)."""
+        """The numbers of a size of the family, such as "qwen2.5-3b". Case and the suffix -instruct do not matter."""
         key = name.lower().split("/")[-1].removesuffix("-instruct").replace("-coder", "")
         if key not in FAMILY:
             raise ConfigError(f"{shown(name)} is not a size of the family; expected one of: {', '.join(FAMILY)}")
@@ -165,7 +167,7 @@ class Config:
 
     @property
     def context_length(self) -> int:
-        """Tokens that a sequence may have, YaRN's extension included."""
+        """The most tokens of a sequence, with YaRN's extension."""
         if self.rope_scaling is None:
             return self.max_position_embeddings
         stretched = self.rope_scaling.factor * self.rope_scaling.original_max_position_embeddings
@@ -194,17 +196,17 @@ class Config:
 
     @property
     def num_parameters(self) -> int:
-        """Exact count of trained numbers; tied embeddings count once."""
+        """The exact number of parameters; tied embeddings count once."""
         embeddings = self.num_embedding_parameters * (1 if self.tie_word_embeddings else 2)
         return embeddings + self.num_hidden_layers * self.num_layer_parameters + self.hidden_size
 
     def kv_bytes_per_token(self, bytes_per_element: int = 2) -> int:
-        """Bytes that one token occupies in the key-value cache of all layers."""
+        """Bytes of one token in the key-value cache, for all layers."""
         return 2 * self.num_hidden_layers * self.kv_size * bytes_per_element
 
 
 def _shortest(value: Any) -> Any:
-    """The decimal number of seven digits whose float32 this is."""
+    """The decimal number with at most seven digits that has this float32 value."""
     return float(f"{value:.7g}") if isinstance(value, float) else value
 
 

@@ -1,7 +1,7 @@
-"""Single fields of a configuration: read, checked, and refused where they ask for what is not built.
+"""Reads and checks single fields of a configuration, and refuses those that ask for what qwenkern does not support.
 
-``fields`` are those of a config.json; ``source`` names them in messages. Every error is a ConfigError. A leaf of the
-package: standard library only."""
+``fields`` are those of a config.json, and ``source`` names them in messages. Every error is a ConfigError. This file
+imports the standard library only."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 from . import arguments
 from .errors import ConfigError, shown
 
-# Sizes above these are damage, not models: the largest of the family has 152,064 of anything, and 80 layers.
+# Larger sizes mean a damaged file: the largest size in the family is 152,064, and the most layers are 80.
 LARGEST, MOST_LAYERS = 1 << 24, 1024
 
 
@@ -22,7 +22,7 @@ class YarnScaling:
     """YaRN context extension (Peng et al. 2023, https://arxiv.org/abs/2309.00071).
 
     ``factor`` stretches ``original_max_position_embeddings``. Frequencies that turn more than ``beta_fast`` times in
-    the original context are kept, those that turn less than ``beta_slow`` times are interpolated, with a ramp between.
+    the original context are kept. Those that turn less than ``beta_slow`` times are interpolated. A ramp lies between.
     """
 
     factor: float
@@ -40,8 +40,8 @@ class YarnScaling:
 
 
 def refuse_quantised(fields: Mapping[str, Any], source: str) -> None:
-    """Raises ConfigError for weights that are not numbers of bfloat16, float16 or float32."""
-    # compression_config: compressed-tensors, in earlier files; quantization: MLX, which also copies it to the first
+    """Raises ConfigError for quantised weights."""
+    # compression_config: earlier files of compressed-tensors. quantization: MLX, which also writes quantization_config.
     for name in ("quantization_config", "compression_config", "quantization"):
         found = fields.get(name)
         if found in (None, {}):
@@ -53,16 +53,16 @@ def refuse_quantised(fields: Mapping[str, Any], source: str) -> None:
             "bitsandbytes" if loads_bits else "MLX" if "group_size" in found else None
         )
         raise ConfigError(
-            f"{source}: {name} says that the weights are quantised by {shown(method)}, which is not built; expected "
-            "bfloat16, float16 or float32: take the model that this one was made from, or a GGUF file of it"
+            f"{source}: {name} says that the weights are quantised by {shown(method)}, which is not supported; "
+            "expected bfloat16, float16 or float32: use the model that this one was made from, or a GGUF file of it"
         )
 
 
 def refuse_windows(fields: Mapping[str, Any], layers: int, context: int, source: str) -> None:
-    """Raises ConfigError where transformers' Qwen2 would give a layer a window shorter than the context.
+    """Raises ConfigError if transformers' Qwen2 would give a layer a window shorter than the context.
 
-    Its rule: ``layer_types`` says which layers have the window, else those from ``max_window_layers`` on; without
-    ``use_sliding_window``, or with ``sliding_window`` null, there is no window."""
+    Its rule: ``layer_types`` names the layers with a window; without it, these are the layers from
+    ``max_window_layers`` on. Without ``use_sliding_window``, or if ``sliding_window`` is null, there is no window."""
     window = None
     if flag(fields, "use_sliding_window", False, source) and fields.get("sliding_window", 4096) is not None:
         window = whole(source, "sliding_window", fields.get("sliding_window", 4096))
@@ -83,14 +83,15 @@ def refuse_windows(fields: Mapping[str, Any], layers: int, context: int, source:
             raise ConfigError(f"{source}: layer_types[{i}] is {shown(kind)}; expected 'full_attention'")
         if kind == "sliding_attention" and (window is None or window < context):
             raise ConfigError(
-                f"{source}: layer {i} has sliding-window attention (sliding_window {window}), which is not built; "
+                f"{source}: layer {i} has sliding-window attention (sliding_window {window}), which is not supported; "
                 "expected 'full_attention', or use_sliding_window and a sliding_window of at least the context, "
                 f"{context}"
             )
 
 
 def rope(fields: Mapping[str, Any], max_positions: int, source: str) -> tuple[float, YarnScaling | None]:
-    """Theta and scaling: `rope_theta` and `rope_scaling` (transformers 4), or `rope_parameters` (transformers 5)."""
+    """Theta and scaling, from `rope_theta` and `rope_scaling` (transformers 4) or `rope_parameters` (transformers
+    5)."""
     parameters = given_or(given_or(fields.get("rope_parameters") or None, fields.get("rope_scaling")), {})
     if not isinstance(parameters, Mapping):
         raise ConfigError(f"{source}: rope_parameters or rope_scaling is {shown(parameters)}; expected an object")
@@ -105,14 +106,16 @@ def rope(fields: Mapping[str, Any], max_positions: int, source: str) -> tuple[fl
 
 
 def yarn(rope: Mapping[str, Any], max_positions: int, source: str) -> YarnScaling | None:
-    """The scaling of `rope_scaling` or `rope_parameters`; None where they ask for none."""
+    """The scaling of `rope_scaling` or `rope_parameters`; None if they have none."""
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind == "default":
         return None
     if kind != "yarn":
-        raise ConfigError(f"{source}: rope scaling of type {shown(kind)} is not built; expected 'yarn' or 'default'")
+        raise ConfigError(
+            f"{source}: rope scaling of type {shown(kind)} is not supported; expected 'yarn' or 'default'"
+        )
     if rope.get("mscale") or rope.get("mscale_all_dim"):
-        raise ConfigError(f"{source}: rope scaling has mscale, which no Qwen2.5 model uses; expected attention_factor")
+        raise ConfigError(f"{source}: rope scaling has mscale, which is not supported; expected attention_factor")
     given = given_or(rope.get("original_max_position_embeddings"), max_positions)
     original = whole(source, "original_max_position_embeddings", given)
     attention_factor = rope.get("attention_factor")
@@ -132,7 +135,7 @@ def yarn(rope: Mapping[str, Any], max_positions: int, source: str) -> YarnScalin
 
 
 def head_dim_of(hidden: Any, heads: Any, source: str) -> int:
-    """The size of a head where the configuration does not give it."""
+    """The size of a head if the configuration does not give it."""
     if not isinstance(hidden, int) or not isinstance(heads, int) or heads < 1 or hidden % heads:
         raise ConfigError(
             f"{source}: hidden_size {shown(hidden)} cannot be divided evenly among {shown(heads)} attention heads; "
@@ -152,7 +155,7 @@ def whole(source: str, name: str, value: Any, largest: int = LARGEST) -> int:
 
 
 def positive(source: str, name: str, value: Any) -> float:
-    """In the range of a float32's normal numbers, which is what these are computed with."""
+    """A number in the range of float32's normal numbers, because it is used in float32."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 2**-126 <= value < 2**128:
         raise ConfigError(f"{source}: {name} is {shown(value)}; expected a positive finite number, as float32 has them")
     return float(value)

@@ -1,4 +1,4 @@
-"""Where and in which numbers a model runs: its device, its dtype, a CPU's threads, and the size of its cache."""
+"""Chooses a model's device, its dtype, the CPU threads, and the size of its cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torc
 
 
 def choose_device(device: str | torch.device) -> torch.device:
-    """The device that was asked for: "auto" is CUDA where there is one. Raises RequestError."""
+    """The requested device; "auto" is CUDA if there is a GPU. Raises RequestError."""
     expected = "expected 'auto', 'cpu', 'cuda' or 'cuda:N'"
     if not isinstance(device, (str, torch.device)):
         raise RequestError(f"device is {shown(device)}; {expected}")
@@ -33,7 +33,7 @@ def choose_device(device: str | torch.device) -> torch.device:
 
 
 def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
-    """The dtype that was asked for: "auto" is the checkpoint's. Raises RequestError, or ConfigError for that one."""
+    """The requested dtype; "auto" is the checkpoint's. Raises RequestError, or ConfigError for a wrong checkpoint's."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
     if name == "auto":
         name = config.dtype.removeprefix("torch.")
@@ -50,8 +50,8 @@ def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device)
 
 
 def use_threads(threads: int | None) -> None:
-    """Has this process compute with so many threads on a CPU, and looks at what the environment says of the CPU, before
-    any weight is read. Raises RequestError."""
+    """Sets the CPU threads of this process, and checks the environment variables for the CPU before any weight is read.
+    Raises RequestError."""
     threads = whole("threads", threads, 1, c_backend.threads.MOST, optional=True)
     try:
         if threads is not None:
@@ -62,7 +62,7 @@ def use_threads(threads: int | None) -> None:
 
 
 def cache_room(asked: int | None, config: Config, dtype: torch.dtype, device: torch.device) -> int:
-    """How many tokens the key-value cache holds: what is asked for, else a default. Raises RequestError where the whole
+    """The number of tokens in the key-value cache: the requested one, else a default. Raises RequestError if the whole
     memory of the device would not hold it."""
     asked = whole("cache_tokens", asked, 1, optional=True)
     if asked is None:
@@ -75,8 +75,8 @@ def cache_room(asked: int | None, config: Config, dtype: torch.dtype, device: to
 
 
 def _default_cache_tokens(config: Config, dtype: torch.dtype, device: torch.device) -> int:
-    """What is left of a GPU's memory, less a share for activations; on a CPU, where memory is taken only as it is
-    used, four contexts or half of the machine's memory."""
+    """On a GPU, the tokens that its free memory holds, less a share for activations. On a CPU, where memory is taken
+    only when it is used, four contexts, but at most half of the machine's memory."""
     per_token = config.kv_bytes_per_token(dtype.itemsize)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)

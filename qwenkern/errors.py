@@ -1,5 +1,4 @@
-"""What can go wrong, by whose fault. Every message names the file, tensor or argument, what was found and what was
-expected."""
+"""The errors of qwenkern. Every message names the file, tensor or argument, what was found and what was expected."""
 
 from __future__ import annotations
 
@@ -11,11 +10,11 @@ class Error(Exception):
 
 
 class CheckpointError(Error):
-    """A file of weights, a tokenizer or a download is missing, damaged or not what it says it is."""
+    """A weight file, a tokenizer or a download is missing, damaged, or not what its name says."""
 
 
 class ConfigError(Error):
-    """A model's configuration is incomplete, contradicts itself, or asks for something that is not built."""
+    """A model's configuration is incomplete, contradicts itself, or asks for something that is not supported."""
 
 
 class NonFiniteError(Error, ArithmeticError):
@@ -23,7 +22,7 @@ class NonFiniteError(Error, ArithmeticError):
 
     @classmethod
     def at(cls, position: int, dtype: object, where: str) -> NonFiniteError:
-        """position: of the token that was read last, counted from 0. where: in which sequence."""
+        """position: that of the last token read, from 0. where: the sequence."""
         name = str(dtype).removeprefix("torch.")
         wider = "dtype='bfloat16' or 'float32'" if name == "float16" else "dtype='float32'"
         return cls(
@@ -38,9 +37,9 @@ class RequestError(Error, ValueError):
 
 
 def shown(value: Any, length: int = 80) -> str:
-    """What was found, for a message: its repr, shortened, also where a number has more digits than Python writes."""
+    """The repr of a value for a message, shortened. It also works for numbers with more digits than Python prints."""
     try:
         text = repr(value)
-    except Exception as fault:  # over 4,300 digits; something that holds itself too deeply; a class of the caller's
+    except Exception as fault:  # more than 4,300 digits, deep nesting, or an error in the caller's class
         text = f"a {type(value).__name__} that cannot be written: {type(fault).__name__}: {fault}"
     return text if len(text) <= length else text[: length - 3] + "..."

@@ -1,16 +1,15 @@
-"""What a checkpoint says of generating: which ids end a text, how tokens are chosen, how long a text may be.
+"""What a checkpoint says about generation: which ids end a text, how tokens are sampled, how long a text may be.
 
-The rule, the same for a folder of safetensors and for a GGUF file (docs/generation.md says it for users):
+The rules are the same for a folder of safetensors and for a GGUF file (docs/generation.md has them for users):
 
-- A text ends at any of the ids that these name, all of them together: `eos_token_id` of generation_config.json and of
-  config.json, `eos_token` of tokenizer_config.json; the GGUF keys in _END_KEYS; and every added token of the
-  vocabulary that is spelled as in END_TOKENS. A chat ends also at the token with which its template ends a turn.
-- How tokens are chosen and how many come at most is read from generation_config.json, or where there is no such file
-  from config.json, as transformers does; from `general.sampling.*` of a GGUF.
+- A text ends at the ids of all these sources: `eos_token_id` of generation_config.json and of config.json, `eos_token`
+  of tokenizer_config.json, the GGUF keys in _END_KEYS, and the added tokens of the vocabulary whose spelling is in
+  END_TOKENS. A chat also ends at the token with which its template ends a turn.
+- Sampling and the number of tokens come from generation_config.json, or from config.json if that file is missing, as in
+  transformers. In a GGUF file, sampling comes from `general.sampling.*`.
 
-A field that is null or absent says nothing. A value that cannot be meant is a ConfigError, a field that we do not
-implement is one warning.
-"""
+A field that is null counts as absent. An impossible value raises ConfigError. One warning names the fields that
+qwenkern does not support."""
 
 from __future__ import annotations
 
@@ -27,13 +26,13 @@ from .sampling import SamplingParams
 
 logger = logging.getLogger(__name__)
 
-# Spellings of added tokens that end a text: llama.cpp's end-of-generation tokens (src/llama-vocab.cpp of
-# https://github.com/ggml-org/llama.cpp), as far as Qwen2 models and what is tuned from them have them. llama.cpp looks
-# for them among all tokens; there </s> is a piece of text in Qwen's vocabulary.
+# Spellings of added tokens that end a text: those of llama.cpp's end-of-generation tokens (src/llama-vocab.cpp of
+# https://github.com/ggml-org/llama.cpp) that Qwen2 models and models tuned from them have. llama.cpp looks for them
+# among all tokens, where </s> is a piece of text in Qwen's vocabulary.
 END_TOKENS = (
     "<|im_end|>",
     "<|endoftext|>",
-    "<|fim_pad|>",  # these three: after a fill-in-the-middle, Coder goes on to another file or repository
+    "<|fim_pad|>",  # with the next two: after a fill-in-the-middle, Coder continues with another file or repository
     "<|repo_name|>",
     "<|file_sep|>",
     "<｜end▁of▁sentence｜>",
@@ -55,7 +54,7 @@ _SAMPLING_KEYS = {
     "general.sampling.min_p": "min_p",
     "general.sampling.penalty_repeat": "repetition_penalty",
 }
-# Fields of transformers' GenerationConfig and of GGUF that change a text and are not built: their neutral values.
+# Fields of transformers' GenerationConfig and of GGUF that change a text and are not supported: their neutral values.
 _NOT_BUILT = {
     "bad_words_ids": None,
     "begin_suppress_tokens": None,
@@ -95,13 +94,13 @@ _NOT_BUILT = {
 
 @dataclass(frozen=True)
 class Generation:
-    """What a checkpoint says of generating; empty where it says nothing.
+    """What a checkpoint says about generation; a field is empty if the checkpoint does not say it.
 
-    end_ids         ids that end a text, without those that only the tokenizer knows
-    sampling        fields of SamplingParams: what holds where a caller gives None
-    max_new_tokens  at most so many tokens after a prompt where a caller gives no max_tokens; None: no such bound
-    max_length      the same for prompt and new tokens together; max_new_tokens goes before it
-    source          where they come from, for messages
+    end_ids         ids that end a text, except those that only the tokenizer names
+    sampling        values for the fields of SamplingParams that a caller leaves None
+    max_new_tokens  the most tokens after a prompt if a caller gives no max_tokens; None: no limit
+    max_length      the same for the prompt and the new tokens together; max_new_tokens overrides it
+    source          the file that they come from, for messages
     """
 
     end_ids: frozenset[int] = frozenset()
@@ -114,7 +113,7 @@ class Generation:
     def from_folder(cls, folder: Path, vocab_size: int) -> Generation:
         """From generation_config.json and config.json. vocab_size: the width of the logits.
 
-        Raises ConfigError for a value that cannot be meant, CheckpointError for a file that cannot be read."""
+        Raises ConfigError for an impossible value, and CheckpointError for a file that cannot be read."""
         own, general = folder / "generation_config.json", folder / "config.json"
         config = read_json(general)
         said, source = (read_json(own), own) if os.path.lexists(own) else (config, general)
@@ -124,7 +123,7 @@ class Generation:
     def from_fields(cls, fields: Mapping[str, Any], vocab_size: int, source: str) -> Generation:
         """From the fields of a generation_config.json; ``source`` names it in messages.
 
-        There, `do_sample: false` (or absent) means greedy, whatever temperature is named."""
+        If `do_sample` is false or absent, sampling is greedy, whatever the temperature."""
         fields = {name: value for name, value in fields.items() if value is not None}
         sampling = {name: fields[name] for name in _SAMPLING if name in fields}
         for name in ("max_new_tokens", "max_length"):
@@ -145,7 +144,7 @@ class Generation:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], vocab_size: int, source: str) -> Generation:
-        """From the key-values of a GGUF file. Raises ConfigError, naming the key."""
+        """From the key-values of a GGUF file. Raises ConfigError, which names the key."""
         ends = {key: metadata[key] for key in _END_KEYS if key in metadata}
         for key, value in ends.items():
             if not _is_id(value, vocab_size):
@@ -153,7 +152,9 @@ class Generation:
         sampling = {}
         for key, name in _SAMPLING_KEYS.items():
             if (value := metadata.get(key)) is not None:
-                sampling[name] = 0 if name == "top_k" and value == -1 else value  # llama.cpp's other way to say all
+                sampling[name] = (
+                    0 if name == "top_k" and value == -1 else value
+                )  # llama.cpp also takes -1 for all tokens
                 _check(source, key, value, **{name: sampling[name]})
         if sampling:
             sampling.setdefault("temperature", 1.0)
@@ -161,7 +162,7 @@ class Generation:
         return cls(end_ids=frozenset(ends.values()), sampling=sampling, source=source)
 
     def with_ends(self, fields: Mapping[str, Any], vocab_size: int, source: str) -> Generation:
-        """With the ids of `eos_token_id` among ``fields``: an id, or a list of them."""
+        """The same with the ids of `eos_token_id` in ``fields``: an id, or a list of ids."""
         listed = fields.get("eos_token_id")
         if listed is None:
             return self
@@ -173,20 +174,20 @@ class Generation:
         return replace(self, end_ids=self.end_ids | frozenset(ids))
 
     def max_tokens_after(self, num_prompt_tokens: int) -> int | None:
-        """How many tokens may follow a prompt, None: as many as there is room for. Raises RequestError where max_length
-        allows none, as transformers does."""
+        """The number of tokens that may follow a prompt; None: as many as there is room for. Raises RequestError if
+        max_length allows none, as transformers does."""
         if self.max_new_tokens is not None or self.max_length is None:
             return self.max_new_tokens
         if num_prompt_tokens >= self.max_length:
             raise RequestError(
                 f"the prompt has {num_prompt_tokens} tokens, and max_length of {self.source} is {self.max_length}; "
-                "expected a shorter prompt, or max_tokens, which goes before it"
+                "expected a shorter prompt, or max_tokens, which overrides it"
             )
         return self.max_length - num_prompt_tokens
 
 
 def check_eos_token(token: Any, vocab: Mapping[str, int], width: Any, file: Path) -> None:
-    """Refuses what is no token, or one that no logit stands for, as the `eos_token` of a tokenizer_config.json."""
+    """Raises ConfigError if the `eos_token` of a tokenizer_config.json is not a token, or is one without a logit."""
     text = token.get("content") if isinstance(token, dict) else token
     if token is not None and not isinstance(text, str):
         raise ConfigError(f"{file}: eos_token is {shown(token)}; expected a text, or an object with its content")
@@ -196,11 +197,13 @@ def check_eos_token(token: Any, vocab: Mapping[str, int], width: Any, file: Path
             f"{file}: eos_token is {shown(text)}, with id {token_id}; expected one below vocab_size {width}"
         )
     if token is not None and token_id is None:
-        logger.warning("%s: eos_token is %s, which the vocabulary does not have: it ends nothing", file, shown(text))
+        logger.warning(
+            "%s: eos_token is %s, which the vocabulary does not have; it will not end a text", file, shown(text)
+        )
 
 
 def _check(source: str, name: str, value: Any, **as_params: Any) -> None:
-    """A value of a file is held to what a caller may give."""
+    """Raises ConfigError if a file's value is one that a caller may not pass."""
     try:
         SamplingParams(**as_params)
     except RequestError as error:
@@ -215,4 +218,4 @@ def _is_id(value: Any, vocab_size: int) -> bool:
 def _warn_of_others(fields: Mapping[str, Any], source: str) -> None:
     ignored = [name for name, neutral in _NOT_BUILT.items() if fields.get(name, neutral) not in (neutral, None, [], {})]
     if ignored:
-        logger.warning("%s: %s: qwenkern does not have this, and goes on without it", source, ", ".join(ignored))
+        logger.warning("%s: qwenkern does not support %s, and ignores it", source, ", ".join(ignored))

@@ -1,4 +1,4 @@
-"""From what names a model to its module, tokenizer and generation settings in memory."""
+"""Loads a model by its name: its module, tokenizer and generation settings."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from .text.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]  # (what is done, bytes so far, bytes in all)
+Progress = Callable[[str, int, int], None]  # (task, bytes so far, all bytes)
 
 
 class Loaded(NamedTuple):
-    """What a checkpoint becomes."""
+    """The parts of a loaded checkpoint."""
 
     module: Qwen2
     tokenizer: Tokenizer
@@ -32,7 +32,7 @@ class Loaded(NamedTuple):
 
 
 def load(model: str | Path, device: torch.device, dtype: str | torch.dtype, progress: Progress | None) -> Loaded:
-    """Fetches the model where it is not on this machine, and loads it. Raises what Model.from_pretrained names."""
+    """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
     path, checkpoint = find(model, progress)
@@ -53,7 +53,7 @@ def load(model: str | Path, device: torch.device, dtype: str | torch.dtype, prog
 
 
 def find(model: str | Path, progress: Progress | None = None) -> tuple[Path, Checkpoint]:
-    """The path of a model, which is fetched where need be, and its checkpoint, of which no weight is read yet."""
+    """The path of a model, which is downloaded if necessary, and its checkpoint, without reading a weight."""
     path = resolve(model, progress and (lambda origin, done, total: progress(f"download from {origin}", done, total)))
     return path, open_checkpoint(path)
 

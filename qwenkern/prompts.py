@@ -1,4 +1,4 @@
-"""From what a caller gives as a prompt to checked requests: token ids, and where the text ends at the latest."""
+"""Converts a caller's prompts to checked requests: token ids, and the most tokens of the text."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ _NO_IDS = (torch.bool, torch.complex32, torch.complex64, torch.complex128)
 
 @dataclass(frozen=True)
 class Prompts:
-    """How one model reads prompts. Whatever is wrong with one raises RequestError."""
+    """Reads the prompts of one model. A wrong prompt raises RequestError."""
 
     config: Config
     tokenizer: Tokenizer | None
-    generation: Generation  # what the checkpoint says of it
-    cache_tokens: int  # that fit the key-value cache
+    generation: Generation  # what the checkpoint says about it
+    cache_tokens: int  # tokens that fit the key-value cache
 
     def requests(
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[Request]:
-        """Checked requests: prompt by prompt, n of each, the first of each n with the others as its siblings."""
+        """Checked requests, n for each prompt in order. The first of each n has the others as its siblings."""
         params = params.with_defaults(self.generation.sampling)
         self._check_params(params)
         requests = []
@@ -74,7 +74,9 @@ class Prompts:
             if tools:
                 raise RequestError("tools need chat messages as the prompt, found token ids")
             if isinstance(prompt, range):
-                prompt = prompt[: self.config.context_length + 1]  # more of it would be refused, but after long
+                prompt = prompt[
+                    : self.config.context_length + 1
+                ]  # a longer prompt would be refused, but only after a long time
             return [operator.index(token) for token in prompt]
         if not isinstance(prompt, (str, list, tuple)):
             raise RequestError(
@@ -89,7 +91,7 @@ class Prompts:
         return self.tokenizer.encode_chat(prompt, tools=tools)
 
     def check(self, ids: list[int]) -> None:
-        """Raises where these ids cannot be read: none, unknown ones, or more than there is room for."""
+        """Raises RequestError if there are no ids, unknown ids, or more ids than there is room for."""
         if not ids:
             raise RequestError("the prompt is empty; expected at least one token")
         low, high = min(ids), max(ids)
@@ -101,23 +103,25 @@ class Prompts:
         self._room_after(len(ids))
 
     def _room_after(self, num_tokens: int) -> tuple[int, str]:
-        """How many tokens may follow so many, and what would be full then; RequestError where they are too many."""
+        """The number of tokens that may follow ``num_tokens``, and the limit as text. RequestError if there is no
+        room."""
         cached = self.cache_tokens
         room, where = min((self.config.context_length, "context length"), (cached, "key-value cache (cache_tokens)"))
         if num_tokens > room:
             raise RequestError(f"the prompt has {num_tokens} tokens, and the {where} is {room}")
-        # the last token that is sampled need not be cached, so a full context still gives one
+        # the last sampled token need not be cached, so a full context still gives one token
         return max(1, room - num_tokens), f"the {where} is {room}"
 
     def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
-        """How many tokens may follow the prompt; RequestError where more are asked for than there is room."""
+        """The number of tokens that may follow the prompt. RequestError if more are requested than there is room
+        for."""
         room, limit = self._room_after(num_prompt_tokens)
         if params.max_tokens is None:
             wanted = self.generation.max_tokens_after(num_prompt_tokens)
             if wanted is not None and wanted < params.min_tokens:
                 raise RequestError(
                     f"min_tokens is {params.min_tokens}, and {self.generation.source} allows {wanted} tokens after "
-                    f"{num_prompt_tokens} of a prompt; expected max_tokens, which goes before that"
+                    f"{num_prompt_tokens} of a prompt; expected max_tokens, which overrides that"
                 )
             return room if wanted is None else min(wanted, room)
         if params.max_tokens > room:
@@ -142,12 +146,14 @@ class Prompts:
             ends |= self.tokenizer.end_of_text_ids
             if is_chat:
                 ends |= self.tokenizer.end_of_turn_ids
-        width = self.config.vocab_size  # a tokenizer may have more ids than the model has logits: those never come
+        width = (
+            self.config.vocab_size
+        )  # a tokenizer may have more ids than the model has logits; such ids are never drawn
         return frozenset(params.stop_token_ids) | {token for token in ends if token < width}
 
 
 def sampling_params(params: SamplingParams | None, keywords: dict[str, Any]) -> SamplingParams:
-    """SamplingParams with what is given by keyword. Raises RequestError."""
+    """SamplingParams with the given keywords. Raises RequestError."""
     if params is not None and not isinstance(params, SamplingParams):
         raise RequestError(f"params is of type {type(params).__name__}; expected SamplingParams")
     known = {field.name for field in fields(SamplingParams)}

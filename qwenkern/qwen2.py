@@ -60,9 +60,10 @@ class Qwen2(nn.Module):
 
     def untie(self) -> None:
         """Gives the output weights of its own where they were the embedding's. Their values are undefined."""
-        weight = self.model.embed_tokens.weight
+        weight = self.model.embed_tokens.get_parameter("weight")
+        rows, columns = weight.shape
         self.config = replace(self.config, tie_word_embeddings=False)
-        self.lm_head = Linear(*weight.shape, dtype=weight.dtype, device=weight.device)
+        self.lm_head = Linear(rows, columns, dtype=weight.dtype, device=weight.device)
 
 
 class Decoder(nn.Module):

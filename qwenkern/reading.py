@@ -1,6 +1,6 @@
-"""The small files of a checkpoint as text or as JSON, within a bound, and how a large one begins.
+"""Reads the small files of a checkpoint as text or JSON, up to a limit, and the first bytes of large ones.
 
-A leaf of the package: standard library only."""
+This file imports the standard library only."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from typing import Any
 
 from .errors import CheckpointError, Error
 
-LARGEST = 1 << 24  # characters: some hundred times the largest index, template or configuration of the family
+LARGEST = 1 << 24  # characters: about a hundred times the largest index, template or configuration of the family
 
 
 def read_text(file: Path, error: type[Error] = CheckpointError) -> str:
-    """The text of a file in UTF-8. Raises ``error`` where it cannot be read or is larger than LARGEST."""
+    """The text of a UTF-8 file. Raises ``error`` if it cannot be read or is larger than LARGEST."""
     try:
-        if os.path.exists(file) and not os.path.isfile(file):  # reading from a named pipe would wait for its writer
+        if os.path.exists(file) and not os.path.isfile(file):  # a read from a named pipe would wait for its writer
             raise error(f"{file}: expected a file, found something else of that name")
         with open(file, encoding="utf-8") as stream:
             text = stream.read(LARGEST + 1)
@@ -30,8 +30,8 @@ def read_text(file: Path, error: type[Error] = CheckpointError) -> str:
 
 
 def read_json(file: Path, error: type[Error] = CheckpointError) -> dict[str, Any]:
-    """The object in a JSON file, {} where there is no file. Raises ``error`` for anything else, and for a name that
-    occurs twice in an object: which of the values counts would be a guess."""
+    """The object in a JSON file; {} if there is no file. Raises ``error`` for anything else, and for a name that occurs
+    twice in an object, because the right value is unknown."""
     if not os.path.lexists(file):
         return {}
     text = read_text(file, error)
@@ -45,14 +45,14 @@ def read_json(file: Path, error: type[Error] = CheckpointError) -> dict[str, Any
 
 
 def refuse_pointer(file: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError for what `git clone` leaves where Git LFS is not installed: a few lines of text."""
+    """Raises CheckpointError for a Git LFS pointer: a few lines of text that `git clone` leaves without Git LFS."""
     with open(file, "rb") as stream:
         if stream.read(42) == b"version https://git-lfs.github.com/spec/v1":
             raise CheckpointError(f"{file}: is a pointer of Git LFS; expected the file itself, which git lfs pull gets")
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a file that ends in .gguf, in whatever case, or begins with the four bytes of one."""
+    """Whether this is a file whose name ends in .gguf, in any case, or that begins with the four bytes of one."""
     if not os.path.isfile(path):
         return False
     if os.fspath(path).lower().endswith(".gguf"):
@@ -60,7 +60,7 @@ def is_gguf(path: str | os.PathLike[str]) -> bool:
     try:
         with open(path, "rb") as stream:
             return stream.read(4) == b"GGUF"
-    except OSError:  # whoever opens it will say why it cannot be read
+    except OSError:  # the caller who opens the file will raise the reason
         return False
 
 

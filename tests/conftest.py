@@ -1,4 +1,4 @@
-"""What every room's tests share: the real demo model, one thread a worker, and what needs a GPU."""
+"""Fixtures of all tests: the real demo model, one thread per worker, and the device of the kernels' tests."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads; prog
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if (found := importlib.util.find_spec("kernels")) and not found.has_location:
     sys.modules["kernels"] = None  # where the library of that name is missing, this folder's room is not taken for it
-os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is an oracle here: it has nothing to ask anybody
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is a reference here, and needs no network
 
 import torch
 from support.selection import FEW, quick
 
 if not torch.cuda.is_available():  # Triton reads its variable when it is imported
-    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run on the interpreter,
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # the kernels' tests run in the interpreter,
     os.environ.setdefault("QWENKERN_KERNELS", "reference")  # and all others on the torch reference
 
 from qwenkern import kernels
@@ -70,7 +70,7 @@ def demo_path() -> Path:
 
 @pytest.fixture(params=["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where a kernel's test runs: Triton's interpreter without a GPU, the GPU with one."""
+    """The device of a kernel's test: the GPU, or Triton's interpreter without one."""
     if request.param == "cuda":
         return torch.device("cuda")
     if torch.cuda.is_available():

@@ -1,12 +1,11 @@
-"""Damaged files and odd requests, thousands of them: each must end in success or in a qwenkern.Error.
+"""Tries thousands of damaged files and unusual requests. Each must end in success or in a qwenkern.Error.
 
     python tests/fuzz.py                     20,000 inputs for every target
     python tests/fuzz.py -n 500 gguf chat    fewer, for some
     python tests/fuzz.py --only 1234 gguf    one input again, with its traceback
 
-An input follows from its target and its number alone, so a fault is found again by both. It may take SECONDS of the
-processor's time at most.
-Anything else than success or qwenkern.Error is a fault: another exception, a wait, a crash.
+An input depends only on its target and its number, so these two reproduce a fault. An input may take at most SECONDS
+of processor time. Everything except success or qwenkern.Error is a fault: another exception, a hang, a crash.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ def target(make: Callable[[Path], Target]) -> Callable[[Path], Target]:
 
 
 def odd_values(chance: random.Random) -> Any:
-    """A value that nobody expected, as JSON can hold it."""
+    """An unexpected value, of those that JSON can express."""
     deep: Any = []
     for _ in range(chance.choice((3, 2000))):
         deep = [deep]
@@ -295,7 +294,7 @@ def use(path: Path) -> None:
 
 
 def damaged_file(folder: Path, name: str, content: dict[str, Any]) -> Target:
-    """A sound checkpoint in which this file alone is damaged."""
+    """A valid checkpoint in which only this file is damaged."""
     write_folder(folder)
 
     def one(chance: random.Random) -> None:
@@ -633,7 +632,7 @@ def command_line(folder: Path) -> Target:
 def attempt(one: Target, name: str, number: int) -> str:
     """ "success", the name of a qwenkern.Error, or a fault: the exception's type and where it was raised."""
     signal.signal(signal.SIGPROF, _too_slow)
-    signal.signal(signal.SIGALRM, _too_slow)  # for whoever sleeps
+    signal.signal(signal.SIGALRM, _too_slow)  # also ends an input that sleeps
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
     faulthandler.dump_traceback_later(15 * SECONDS, exit=True)  # native code does not see the signals

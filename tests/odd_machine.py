@@ -1,4 +1,4 @@
-"""A program: what the README tells a new user to type, on a machine that is nobody's. Linux, and as root.
+"""A program that runs the commands of the README on an unusual machine. It needs Linux and root.
 
     python tests/odd_machine.py                     # every step; several minutes
     python tests/odd_machine.py --list
@@ -6,7 +6,7 @@
 
 The machine: a clone of this repository's last commit, owned by a user id without a passwd entry; no HOME and no other
 variable than PATH and QWENKERN_CACHE; a PATH without compilers; a cache that holds the demo model and nothing else; one
-busy process for each core. Steps that change one of these are named after what they change.
+busy process for each core. A step that changes one of these has a name that says so.
 
 Packages come from an environment that is there (--venv), and the model from a cache that is there (--models), so
 nothing is fetched. What happens to mounts stays in a namespace of this program's own.

@@ -1,4 +1,4 @@
-"""The examples of the documents run, one after the other, as a reader would type them."""
+"""The examples of the documents run, and the links in them lead somewhere."""
 
 from __future__ import annotations
 
@@ -20,13 +20,34 @@ def test_drop_in_examples():
         exec(compile(example, f"drop-in.md, example {number + 1}", "exec"), names)
 
 
-def test_the_readme_lists_all_environment_variables():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = text.partition("## Environment variables")[2].partition("\n## ")[0]
-    named = re.findall(r"QWENKERN_[A-Z_]+", "".join(re.findall(r"^\| (`.*?) \|", table, re.M)))
+def test_a_page_lists_all_environment_variables():
+    named = set(re.findall(r"QWENKERN_[A-Z_]*[A-Z]", (ROOT / "docs" / "environment.md").read_text(encoding="utf-8")))
     files = [ROOT / "setup.py", ROOT / "Makefile"]
     files += [
         file for folder in ("qwenkern", "kernels", "benchmarks", "tests") for file in (ROOT / folder).rglob("*.py")
     ]
     used = {name for file in files for name in re.findall(r"QWENKERN_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))}
     assert sorted(named) == sorted(used)
+
+
+GENERATED = {"index.md", "contributing.md", "security.md", "changelog.md", "examples.md"}  # by docs/site/pages.py
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def anchors(text: str) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_somewhere(document):
+    text = re.sub(r"```.*?```", "", document.read_text(encoding="utf-8"), flags=re.S)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if not re.match(r"[a-z]+:", link):
+            name, _, anchor = link.partition("#")
+            target = (document.parent / name) if name else document
+            if target.name in GENERATED:
+                continue
+            assert target.exists(), link
+            assert not anchor or anchor in anchors(target.read_text(encoding="utf-8")), link

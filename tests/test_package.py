@@ -49,7 +49,8 @@ config = qwenkern.Config(256, 64, 96, 2, 2, 1, 32, max_position_embeddings=128)
 torch.manual_seed(0)
 model = qwenkern.Model.from_config(config, device="cpu", dtype="bfloat16")
 played = []
-c_backend.Tape.replay, replay = lambda tape: (played.append(tape), replay(tape)), c_backend.Tape.replay
+Recorded = c_backend.RecordedCalls
+Recorded.replay, replay = lambda recorded: (played.append(recorded), replay(recorded)), Recorded.replay
 done = model.generate([1, 2, 3], max_tokens=9, logprobs=2)
 logits = model.forward([1, 2, 3, *done.token_ids])
 print(len(played), hashlib.sha256(logits.numpy().tobytes()).hexdigest(), done.token_ids, done.logprobs)
@@ -59,7 +60,7 @@ print(info.processor()["Triton"], info.processor()["CPU"], file=sys.stderr)
 
 @pytest.mark.slow
 def test_without_triton_c_runs_all_the_same():
-    """The same tape, and the same bits."""
+    """The same recorded calls, and the same bits."""
     environment = {
         name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "QWENKERN_KERNELS")
     }

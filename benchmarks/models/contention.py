@@ -1,4 +1,5 @@
-"""Decoding beside other work: what is left of the calm speed while processes spin, or a second copy runs."""
+"""Measures the decode speed while other processes are busy, or while a second copy decodes, as a share of the speed on
+the idle machine."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from typing import Any
 
 from qwenkern.benchmarks.reports.results import middle_and_ends
 
-# One process, on a core of its own where the system can be told so; it ends with the one that started it.
+# A busy process, on its own core if the system allows it. It ends when its parent ends.
 SPIN = """
 import os, sys
 if hasattr(os, "sched_setaffinity"):
@@ -25,12 +26,12 @@ while os.getppid() == parent:
     for _ in range(1_000_000):
         pass
 """
-Rate = Callable[[], float]  # takes one reading: tokens a second
+Rate = Callable[[], float]  # takes one reading, in tokens per second
 
 
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
-    """While it lasts, so many processes spin, one a core."""
+    """Runs ``count`` busy processes, one per core, within the block."""
     children = []
     try:
         for number in range(count):
@@ -47,7 +48,8 @@ def busy(count: int) -> Iterator[None]:
 
 
 def calm_and_busy(engines: dict[str, Rate], count: int, repeats: int) -> list[dict[str, Any]]:
-    """Tokens a second calm and beside ``count`` busy processes, in turns; the share is taken within a round."""
+    """Tokens per second on the idle machine and with ``count`` busy processes, in turns; the share is that within a
+    round."""
     calm: dict[str, list[float]] = {name: [] for name in engines}
     disturbed: dict[str, list[float]] = {name: [] for name in engines}
     for read in engines.values():
@@ -61,7 +63,7 @@ def calm_and_busy(engines: dict[str, Rate], count: int, repeats: int) -> list[di
 
 
 def alone_and_together(pairs: dict[str, tuple[Rate, Rate]], repeats: int) -> list[dict[str, Any]]:
-    """Tokens a second of each of two processes while the other one waits, and while both decode, in turns."""
+    """Tokens per second of each of two processes, while the other one waits and while both decode, in turns."""
     rows = []
     for name, pair in pairs.items():
         alone: tuple[list[float], list[float]] = ([], [])
@@ -78,7 +80,7 @@ def alone_and_together(pairs: dict[str, tuple[Rate, Rate]], repeats: int) -> lis
 
 
 def _second_of_three(read: Rate) -> float:
-    """The other process is at work from its beginning to its end."""
+    """The second of three readings, so that the other process decodes during all of it."""
     return [read() for _ in range(3)][1]
 
 
@@ -94,8 +96,8 @@ def _row(name: str, calm: list[float], disturbed: list[float]) -> dict[str, Any]
 
 @contextlib.contextmanager
 def process(make: Callable[..., Rate], *given: Any) -> Iterator[Rate]:
-    """The readings of an engine that ``make(*given)`` makes in a process of its own, which ends with the block. Raises
-    RuntimeError where a reading fails there."""
+    """Runs the engine that ``make(*given)`` makes in a process of its own, which ends with the block. The result takes
+    a reading. It raises RuntimeError if the reading fails in the process."""
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
     worker = context.Process(target=_serve, args=(its, make, given), daemon=True)
@@ -122,7 +124,7 @@ def process(make: Callable[..., Rate], *given: Any) -> Iterator[Rate]:
 
 
 def _serve(connection: Connection, make: Callable[..., Rate], given: tuple[Any, ...]) -> None:
-    with contextlib.suppress(EOFError, ConnectionError):  # nobody asks any more
+    with contextlib.suppress(EOFError, ConnectionError):  # the parent has closed the pipe
         try:
             read = make(*given)
             while True:

@@ -1,7 +1,7 @@
-"""llama.cpp, measured by its own programs: `llama-bench` for one sequence, `llama-batched-bench` for several at once.
+"""Measures llama.cpp with its own programs: `llama-bench` for one sequence, `llama-batched-bench` for several at once.
 
-They are looked for in the folder that QWENKERN_LLAMA_CPP names, else on PATH. Each reading is a run of a program, which
-loads the file, warms up, and then takes the times itself; they leave out loading and the choice of the next token."""
+The programs are in the folder that QWENKERN_LLAMA_CPP names, else on PATH. Each reading is one run of a program. It
+loads the file, warms up, and takes the times itself. They include neither loading nor the choice of the next token."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from qwenkern.kernels.environment import LLAMA_CPP
 
 LIMIT = 900  # seconds that a program may take
 FACTS = "build_number build_commit cpu_info backends n_threads n_batch n_ubatch flash_attn load_mode type_k type_v"
-# The fastest of those tried on two cores: see docs/performance.md.
+# The fastest of those tried on two cores; see docs/performance.md.
 SETTINGS = ("--flash-attn", "on")
 
 
 def find(name: str) -> str:
-    """The path of a program. Raises FileNotFoundError that says where it was looked for."""
+    """The path of a program. Raises FileNotFoundError, which names the folders where it was expected."""
     folder = LLAMA_CPP.get()
     found = shutil.which(name, path=folder) if folder else shutil.which(name)
     if found is None:
@@ -35,23 +35,23 @@ def find(name: str) -> str:
 
 
 class Programs:
-    """llama.cpp on one GGUF file with so many threads."""
+    """llama.cpp on one GGUF file with a number of threads."""
 
     def __init__(self, file: Path, threads: int) -> None:
-        """Raises FileNotFoundError where a program is missing, RuntimeError where it cannot read the file."""
+        """Raises FileNotFoundError if a program is missing, and RuntimeError if it cannot read the file."""
         self.bench, self.batched = find("llama-bench"), find("llama-batched-bench")
         self.common = ["--model", str(file), "--threads", str(threads), *SETTINGS]
         first = self._bench("-p", "1", "-n", "0")
         self.facts = {name: first[name] for name in FACTS.split() if name in first} | {"flags": list(SETTINGS)}
 
     def seconds(self, batch: int, prompt: int, new: int) -> tuple[float, float]:
-        """What ``batch`` prompts of ``prompt`` tokens take, and then ``new`` more tokens of each."""
+        """The seconds for ``batch`` prompts of ``prompt`` tokens, and those for ``new`` more tokens of each."""
         if batch == 1:
             prefill = self._bench("-p", str(prompt), "-n", "0")
             decode = self._bench("-p", "0", "-n", str(new), "-d", str(prompt))
             return prefill["avg_ns"] / 1e9, decode["avg_ns"] / 1e9
-        room = batch * (-(-(prompt + new) // 256) * 256)  # it rounds each sequence's share up to 256 tokens
-        # One sequence comes last, since at its end the program may lose what it has not yet printed.
+        room = batch * (-(-(prompt + new) // 256) * 256)  # the program rounds each sequence's share up to 256 tokens
+        # One sequence comes last, because the program may lose its last output when it ends.
         sizes = {"-npp": prompt, "-ntg": new, "-npl": f"{batch},1", "-c": room}
         options = [str(part) for pair in sizes.items() for part in pair]
         found = _rows([self.batched, *self.common, *options, "--output-format", "jsonl"])[0]
@@ -62,7 +62,7 @@ class Programs:
 
 
 def _rows(command: Sequence[str]) -> list[dict[str, Any]]:
-    """The JSON lines that a program prints. Raises RuntimeError with its last words where there are none."""
+    """The JSON lines that a program prints. Raises RuntimeError with its last line of output if there are none."""
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=LIMIT)
     rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not rows:

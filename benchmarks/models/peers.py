@@ -1,4 +1,4 @@
-"""Other engines on the weights that a qwenkern Model holds: what end_to_end.py measures ours beside."""
+"""The other engines of end_to_end.py, on the weights of a qwenkern Model."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ class Reading:
     """One measurement of an engine."""
 
     first: float  # seconds until every prompt's first token
-    rate: float  # tokens a second, of all sequences together, after it
+    rate: float  # tokens per second after it, of all sequences together
 
 
 @dataclass(frozen=True)
 class Engine:
-    """What is measured, and what its shares of the roofline are taken from."""
+    """An engine, and what its share of the roofline is computed from."""
 
     read: Callable[[list[list[int]], int], Reading]  # prompts of equal length, and how many tokens after the first
-    weights: int  # bytes of them that a decode step reads
-    in_16_bits: bool = True  # else its products are not those of the multiply-add peak
+    weights: int  # bytes of weights that a decode step reads
+    in_16_bits: bool = True  # False: its products are not those of the multiply-add peak
     facts: dict[str, Any] = field(default_factory=dict)
 
 
 def timed(generate: Generate) -> Callable[[list[list[int]], int], Reading]:
-    """A decode rate is what more tokens cost more: (time of n + 1 tokens - time of 1 token) / n."""
+    """Readings of an engine. The time of a decode step is (time of n + 1 tokens - time of 1 token) / n."""
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
 
     def seconds(prompts: list[list[int]], count: int) -> float:
@@ -61,21 +61,21 @@ def qwenkern(model: Model) -> Engine:
 
 
 def step_weights(model: Model) -> int:
-    """Bytes of weights that a decode step reads: all but the other rows of an embedding that is not the head, too."""
+    """Bytes of weights that a decode step reads: all, except an embedding that is not also the head."""
     config = model.config
     embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
     return 2 * (config.num_parameters - embedding)
 
 
 def patched(peer: Any) -> Any:
-    """A transformers model with our pieces."""
+    """A transformers model with our kernels."""
     from qwenkern.integrations.transformers import apply_qwenkern
 
     return apply_qwenkern(peer)
 
 
 def with_liger(peer: Any) -> Any:
-    """A transformers model with Liger's norm and SwiGLU; its rotary embedding would change every model here."""
+    """A transformers model with Liger's norm and SwiGLU. Liger's rotary embedding would change every model here."""
     from liger_kernel.transformers import apply_liger_kernel_to_qwen2
 
     apply_liger_kernel_to_qwen2(model=peer, rope=False, rms_norm=True, swiglu=True)
@@ -83,14 +83,14 @@ def with_liger(peer: Any) -> Any:
 
 
 def transformers(model: Model, static: bool = False, change: Callable[[Any], Any] = lambda peer: peer) -> Engine:
-    """transformers over the weights of ours: eager with its dynamic cache, or compiled with a static one; ``change`` is
-    what is done to it first."""
+    """transformers on our weights: eager with its dynamic cache, or compiled with a static one. ``change`` is applied
+    to the model first."""
     from transformers import CompileConfig
 
     peer = change(transformers_model(model))
     device = next(model.module.parameters()).device
     compiled: dict[str, Any] = {"cache_implementation": "static"}
-    if device.type == "cpu":  # where transformers compiles only if it is told to
+    if device.type == "cpu":  # there transformers compiles only on request
         compiled["compile_config"] = CompileConfig(mode="default")
         compiled["compile_config"]._compile_all_devices = True
 
@@ -105,7 +105,7 @@ def transformers(model: Model, static: bool = False, change: Callable[[Any], Any
 
 
 def llama_cpp(file: Path, threads: int) -> Engine:
-    """llama.cpp's own programs on a GGUF file. Raises FileNotFoundError where they are missing, RuntimeError where they
+    """llama.cpp's programs on a GGUF file. Raises FileNotFoundError if they are missing, and RuntimeError if they
     cannot read the file."""
     import gguf
 
@@ -116,7 +116,7 @@ def llama_cpp(file: Path, threads: int) -> Engine:
         return Reading(prefill, len(prompts) * new / decode)
 
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(file).tensors}
-    if "output.weight" in tensors:  # else the embedding is the head, too
+    if "output.weight" in tensors:  # otherwise the embedding is also the head
         del tensors["token_embd.weight"]
     weights = sum(int(tensor.n_bytes) for tensor in tensors.values())
     types = {tensor.tensor_type.name for tensor in tensors.values()}
@@ -146,7 +146,7 @@ def transformers_model(model: Model) -> Any:
 
 
 def unpacked(model: Model) -> dict[str, Tensor]:
-    """Views of a model's weights under their names at Hugging Face."""
+    """Views of a model's weights, by their names in Hugging Face's checkpoints."""
     config = model.config
     weights: dict[str, Tensor] = {}
     for name, tensor in model.module.state_dict().items():

@@ -1,4 +1,4 @@
-"""What a device reaches at best, measured beside the engines: what a decode step and a prompt are shares of."""
+"""Measures the limits of a device: the bandwidth, for decode steps, and the multiply-add peak, for prompts."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from qwenkern import Config
 from qwenkern.benchmarks.ops.timing import ceilings
 from qwenkern.kernels import c as c_backend
 
-BYTES = 1 << 28  # that are read, more than any cache of a processor with a few cores
-ROUNDS = 4_000_000  # of a dozen multiply-adds of vectors or more, in each thread: some 10 ms
+BYTES = 1 << 28  # read by the loop: more than any cache of a processor with a few cores
+ROUNDS = 4_000_000  # each has at least a dozen vector multiply-adds in each thread; about 10 ms
 
 
 @dataclass(frozen=True)
 class Roofline:
     """Both limits of a device."""
 
-    bandwidth: float  # bytes a second of a loop that only reads; on a GPU, of a copy
-    float32: float  # operations a second, a multiply-add being two; 0 where it was not measured
-    bfloat16: float  # of products of bfloat16 that are added up in float32; 0 where the processor has none
+    bandwidth: float  # bytes per second of a loop that only reads; on a GPU, of a copy
+    float32: float  # operations per second, a multiply-add is two; 0: not measured
+    bfloat16: float  # the same for bfloat16 products summed in float32; 0: the processor has none
 
     @property
     def peak(self) -> float:
@@ -33,7 +33,7 @@ class Roofline:
 
 
 def roofline(device: torch.device, threads: int) -> Roofline:
-    """Measured now, in some 0.1 s: on a machine that others share, the limits change from minute to minute."""
+    """Measures in about 0.1 s. On a shared machine the limits change from minute to minute."""
     if device.type != "cpu":
         limits = ceilings(device)
         return Roofline(limits.copy, 0.0, limits.matrix)
@@ -44,26 +44,26 @@ def roofline(device: torch.device, threads: int) -> Roofline:
     read = _seconds(lambda: loops.read_memory(data.data_ptr(), BYTES, threads))
     rates = []
     for multiply_add in (loops.multiply_add, loops.multiply_add_pairs):
-        operations = multiply_add(1, threads) * ROUNDS  # none where the processor lacks the instruction
+        operations = multiply_add(1, threads) * ROUNDS  # 0 if the processor lacks the instruction
         rates.append(operations / _seconds(functools.partial(multiply_add, ROUNDS, threads)) if operations else 0.0)
     return Roofline(BYTES / read, *rates)
 
 
 def step_bytes(config: Config, weights: int, batch: int, context: int) -> int:
-    """What a decode step must read: its ``weights``, in bytes, and a cache of two bytes a number."""
+    """The bytes that a decode step must read: ``weights``, and a cache with two bytes per element."""
     return weights + batch * context * config.kv_bytes_per_token(2)
 
 
 def prompt_operations(config: Config, batch: int, tokens: int) -> int:
-    """Of the products with the layers' weights for every token, and with lm_head for the last one of each sequence.
-    Attention is not counted: 3 % as much at 512 tokens of the 0.5B size."""
+    """The operations of the layers' matrix products for every token, and of lm_head for the last token of each
+    sequence. Attention is not counted. It would add 3 % at 512 tokens of the 0.5B size."""
     head = config.vocab_size * config.hidden_size
     layers = config.num_parameters - (head if config.tie_word_embeddings else 2 * head)
     return 2 * batch * (layers * tokens + head)
 
 
 def _loops() -> ctypes.CDLL | None:
-    """The loops of kernels/c/ceilings.c, compiled for the same target as the ops; None where there is no C."""
+    """The loops of kernels/c/ceilings.c, compiled for the same target as the ops; None without C."""
     library = c_backend.library()
     if library is not None:
         library.read_memory.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
@@ -80,7 +80,7 @@ def _data() -> torch.Tensor:
 
 
 def _by_torch() -> Roofline:
-    """Its reduction reads nearly as fast as a loop in C; its products are somewhat below the peak."""
+    """Measures with torch. Its reduction reads almost as fast as a loop in C. Its products stay below the peak."""
     data, square = _data(), torch.randn(512, 512)
     narrow = square.bfloat16()
     rates = [2 * 512**3 / _seconds(functools.partial(torch.mm, each, each)) for each in (square, narrow)]
@@ -88,7 +88,7 @@ def _by_torch() -> Roofline:
 
 
 def _seconds(call: Callable[[], Any]) -> float:
-    """The least of three readings."""
+    """The shortest of three readings."""
     readings = []
     for _ in range(3):
         started = time.perf_counter()

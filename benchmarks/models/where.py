@@ -1,20 +1,20 @@
-"""Where the time of a decode step goes: each op's floor, what it took, the gap, and what lies between the kernels.
+"""Shows where the time of a decode step goes: the bandwidth limit of each op, its time, and the time between kernels.
 
     qwenkern bench --where --model qwen2.5-3b --tokens 1 --context 1024 --json where.json
 
-On a GPU the captured step is replayed under torch's profiler. Kernels that are launched dependently overlap, so a
-kernel is charged from the end of the one before it, and the time in which none ran is idle: the parts add up to the
-step. On a CPU each call of the tape is timed alone, between whole steps; what the step takes beyond their sum is the
-line between.
+On a GPU, the captured step is replayed under torch's profiler. Kernels with dependent launch overlap, so a kernel's
+time begins at the end of the kernel before it. The time in which no kernel ran is a row of its own, so the rows add up
+to the step. On a CPU, each recorded call is timed by itself, between whole steps. The step's time beyond the sum of the
+calls is a row of its own.
 """
 
 from __future__ import annotations
 
-import ctypes
 import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain, product
 from pathlib import Path
 
@@ -32,12 +32,13 @@ from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
+from qwenkern.kernels import invariant_tokens
 from qwenkern.qwen2 import Qwen2, initialise
 
 STEPS = 20
 BETWEEN = "between kernels"
 OTHER = "torch's own kernels"
-# What the kernel of an op is called, on a GPU or a tape; of one that serves several, the order in a layer says which.
+# The op of each kernel or recorded call. If one serves several ops, their order in a layer says which.
 NAMES = {
     "_norm_qkv_rope_kernel": "qkv_rope",
     "rope_and_cache": "rope_and_cache",
@@ -57,7 +58,7 @@ class Part:
 
     name: str
     launches: int
-    floor: float | None  # seconds, for what has one
+    floor: float | None  # seconds at the measured bandwidth; None for what is no op of ours
     seconds: float
 
 
@@ -70,33 +71,33 @@ class Span:
     end: float
 
 
-class Taped(CallCapture):
-    """Keeps the tape, whose calls are timed one by one."""
+class Recorded(CallCapture):
+    """Keeps the recorded calls, which are timed one by one."""
 
-    tape: c_backend.Tape
+    recorded: c_backend.RecordedCalls
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        self.tape = c_backend.Tape()
+        self.recorded = c_backend.RecordedCalls()
         try:
-            with self.tape.record():
+            with self.recorded.record():
                 out = function()
-        except c_backend.NotRecordable as error:
+        except c_backend.CannotRecord as error:
             raise RuntimeError(f"--where on a CPU needs the step in C, and torch runs it here: {error}") from error
-        return self.tape.replay, out
+        return self.recorded.replay, out
 
 
-@torch.inference_mode()  # all of it: torch's graphs share tensors, which one made in this mode keeps from others
+@torch.inference_mode()  # torch's graphs share tensors, and one made in this mode cannot be used outside
 def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
-    """The parts of a decode step of random weights in bfloat16, each sequence with ``context`` cached tokens."""
-    most = c_backend.MAX_TOKENS
+    """The parts of a decode step with random weights in bfloat16. Each sequence has ``context`` cached tokens."""
+    most = invariant_tokens(torch.ones(1, 32, dtype=torch.bfloat16, device=device))
     if not 1 <= sequences <= most:
-        raise ValueError(f"--where takes 1 to {most} sequences, those of our own kernels, not {sequences}")
-    most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # a step on a GPU moves on by itself
+        raise ValueError(f"--where: {sequences} sequences; expected 1 to {most}, for which our kernels run")
+    most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # each replay on a GPU appends a token
     if context > most:
-        raise ValueError(f"--where: {context} tokens do not fit a context of {most}")
+        raise ValueError(f"--where: {context} tokens; expected at most {most}, the context")
     step, capturer = _step(config, sequences, context, device)
     layers = config.num_hidden_layers
-    seconds = _on_cpu(layers, capturer.tape) if isinstance(capturer, Taped) else _on_gpu(layers, step)
+    seconds = _on_cpu(layers, capturer.recorded) if isinstance(capturer, Recorded) else _on_gpu(layers, step)
     copy = ceilings(device).copy
     cases = {case.name: case for case in CASES}
     size = Size(sequences, context, device=str(device))
@@ -108,33 +109,33 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
 
 
 def _step(config: Config, sequences: int, context: int, device: torch.device) -> tuple[CapturedStep, Capture]:
-    """Captured, and loaded with sequences that have all but the last of their tokens in the cache."""
+    """A captured step, loaded with sequences that have all tokens but the last in the cache."""
     model = Qwen2(config, torch.bfloat16, device)
     initialise(model, 0)
     cache = PagedCache(config, sequences * (context + 2 * STEPS + 64), torch.bfloat16, device)
     for layer in cache.pages:
         for tensor in layer.tensors:
             tensor.normal_()
-    capturer = GraphCapture(device) if device.type == "cuda" else Taped()
+    capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
     step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]
     for table in tables:
-        cache.extend(table, context + 2 * STEPS)  # a step on a GPU moves on by itself
+        cache.extend(table, context + 2 * STEPS)  # each replay on a GPU appends a token
         table.length = context - 1
     step.load(cache.batch([(table, [0]) for table in tables]))
     return step, capturer
 
 
-def _on_cpu(layers: int, tape: c_backend.Tape) -> dict[str, list[float]]:
-    names = list(labels((c_backend.OPS[call.op] for call in tape.calls), CPU_LINEARS, layers))
+def _on_cpu(layers: int, recorded: c_backend.RecordedCalls) -> dict[str, list[float]]:
+    names = list(labels(recorded.ops, CPU_LINEARS, layers))
     wholes: list[float] = []
-    alone: list[list[float]] = [[] for _ in names]
+    singles: list[list[float]] = [[] for _ in names]
     for _ in range(STEPS):
-        wholes.append(_seconds(tape.replay))
-        for call, readings in zip(tape.calls, alone, strict=True):
-            readings.append(_seconds(lambda call=call: c_backend.play(ctypes.byref(call), 1)))
+        wholes.append(_seconds(recorded.replay))
+        for call, readings in zip(recorded.calls, singles, strict=True):
+            readings.append(_seconds(partial(c_backend.play, call, 1)))
     found: dict[str, list[float]] = {}
-    for name, readings in zip(names, alone, strict=True):
+    for name, readings in zip(names, singles, strict=True):
         found.setdefault(name, []).append(statistics.median(readings))
     rest = statistics.median(wholes) - sum(chain.from_iterable(found.values()))
     return found | {BETWEEN: [rest]}
@@ -160,8 +161,8 @@ def _on_gpu(layers: int, step: CapturedStep) -> dict[str, list[float]]:
 
 
 def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[float]]:
-    """What each kernel of a step costs: the time from the end of all before it, or from its own start if that is later,
-    to its end, as the median over the steps. ``BETWEEN`` is when none ran."""
+    """The time of each kernel of a step, as the median over the steps. It begins when all earlier kernels have ended,
+    or at the kernel's own start if that is later. ``BETWEEN`` is the time in which no kernel ran."""
     spans = sorted(spans, key=lambda span: span.start)
     if not spans or len(spans) % steps:
         raise RuntimeError(f"the profiler saw {len(spans)} kernels in {steps} equal steps")
@@ -183,10 +184,10 @@ def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[flo
 
 
 def labels(names: Iterable[str], linears: Sequence[str], layers: int) -> Iterable[str]:
-    """Which op each kernel of a step belongs to; the last of a tape's linears is lm_head."""
+    """The op of each kernel of a step. The last linear of the recorded calls is lm_head."""
     seen = 0
     for name in names:
-        if name in ("_linear_kernel", "few_tokens"):
+        if name in ("_linear_kernel", "linear"):
             yield linears[seen % len(linears)] if seen < layers * len(linears) else "lm_head"
             seen += 1
         else:
@@ -206,15 +207,15 @@ def show(
         title = f"{model}, bfloat16, {count} sequences of {context} tokens, on {device_name(device)}"
         console.print(table(title, parts))
         rows += [{"sequences": count, "context": context, **asdict(part)} for part in parts]
-        if json_file:  # each time, since a run on a lent machine may be cut off
+        if json_file:  # after each size, because the run may be interrupted
             facts = circumstances(device) | {"model": model, "ceilings": asdict(ceilings(device))}
             results.save(json_file, facts | {"rows": rows})
 
 
 def table(title: str, parts: Sequence[Part]) -> Table:
-    """A line for each part, and the whole step below."""
+    """A row for each part, and one for the whole step."""
     shown = Table(title=title, title_justify="left")
-    for heading in ("op", "launches", "floor us", "measured us", "gap us", "% of floor", "% of step"):
+    for heading in ("op", "launches", "limit us", "measured us", "gap us", "% of limit", "% of step"):
         shown.add_column(heading, justify="left" if heading == "op" else "right", no_wrap=True)
     whole, floor = sum(part.seconds for part in parts), sum(part.floor or 0.0 for part in parts)
     for part in [*parts, Part("the step", sum(part.launches for part in parts if part.name != BETWEEN), floor, whole)]:

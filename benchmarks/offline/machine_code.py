@@ -1,7 +1,7 @@
-"""Compiles the kernels that an op launches for a GPU that is not there, and reads the machine code back.
+"""Compiles the kernels that an op launches, without a GPU, and reads the machine code.
 
-``launches(device, call)`` runs ``call`` on meta tensors: no memory, no GPU, every kernel that a launcher starts is
-compiled for ``device`` with the very arguments it would get. ``read(kernel)`` then says what the assembler made of it.
+``launches(device, call)`` runs ``call`` on meta tensors. Every kernel that a launcher starts is compiled for ``device``
+with the arguments of the launch. ``read(kernel)`` returns facts of its machine code.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from triton.runtime.jit import JITFunction
 
 from qwenkern.kernels.triton import tuning
 
-# Multiprocessors and shared memory a program may use: the cards' data sheets, and the CUDA C++ programming guide's
-# table of technical specifications by compute capability.
+# The number of SMs and the shared memory of a CTA: from the cards' data sheets, and from the CUDA C++ programming
+# guide's table of technical specifications by compute capability.
 DEVICES = {
     "sm_80": tuning.Device("NVIDIA A100-SXM4-80GB", "cuda", 80, 108, 163 * 1024),
     "sm_86": tuning.Device("NVIDIA GeForce RTX 3090", "cuda", 86, 82, 99 * 1024),
@@ -37,7 +37,7 @@ DEVICES = {
     "sm_120": tuning.Device("NVIDIA GeForce RTX 5090", "cuda", 120, 170, 99 * 1024),
     "gfx942": tuning.Device("AMD Instinct MI300X", "hip", 0, 304, 64 * 1024),
 }
-# Warps and programs that a multiprocessor holds at most, and its shared memory in KiB, by the same table.
+# The most warps and CTAs of an SM, and its shared memory in KiB, from the same table.
 RESIDENT = {
     "sm_80": (64, 32, 164),
     "sm_86": (48, 16, 100),
@@ -60,33 +60,33 @@ class Launch:
 
 @dataclass(frozen=True)
 class Access:
-    """Loads or stores of global memory that one line of a kernel makes."""
+    """The loads or stores of global memory of one line of a kernel."""
 
     kind: str  # "load" or "store"
-    name: str  # of the value that is loaded, as in the kernel
+    name: str  # of the loaded value, as in the kernel
     line: str  # "file.py:12"
-    tile: int  # bytes that a program moves there at once
-    width: int  # bits of the narrowest instruction made of it
+    tile: int  # bytes that a CTA moves there at once
+    width: int  # bits of its narrowest instruction
 
 
 @dataclass
 class Code:
-    """What the assembler made of a kernel."""
+    """Facts of a kernel's machine code."""
 
     registers: int
-    stack: int  # bytes a thread
+    stack: int  # bytes per thread
     spills: int  # loads and stores of local memory
-    shared: int  # bytes a program
+    shared: int  # bytes per CTA
     warps: int
     accesses: list[Access] = field(default_factory=list)
     matrix: dict[str, int] = field(default_factory=dict)  # tensor-core instructions by name
-    waits: int = 0  # programmatic dependent launch: griddepcontrol.wait
-    releases: int = 0  # and griddepcontrol.launch_dependents
+    waits: int = 0  # of griddepcontrol.wait, for programmatic dependent launch
+    releases: int = 0  # of griddepcontrol.launch_dependents
     clashes: int = 0  # kinds of tiles in shared memory whose rows lie in the same banks
 
 
 class _OfflineDriver:
-    """Stands in for the driver of a card that is not there. Triton keeps its compiled kernels by device number."""
+    """Replaces the driver of a card. Triton keeps its compiled kernels by device number."""
 
     def __init__(self, device: tuning.Device) -> None:
         self.number = f"offline {device.name}"
@@ -130,8 +130,8 @@ def _active(device: tuning.Device) -> Iterator[None]:
 
 
 def occupancy(key: str, code: Code) -> int:
-    """Programs that a multiprocessor of ``DEVICES[key]`` holds at a time. A warp's registers come in portions of 256,
-    of 65,536 in all; each program takes 1 KiB of shared memory more than it asks for."""
+    """The CTAs that an SM of ``DEVICES[key]`` holds at a time. The SM has 65,536 registers, and a warp gets them in
+    units of 256. Each CTA takes 1 KiB of shared memory more than it requests."""
     warps, programs, shared = RESIDENT[key]
     registers = code.warps * -(-code.registers * 32 // 256) * 256
     return min(programs, warps // code.warps, 65536 // registers, shared * 1024 // (code.shared + 1024))
@@ -142,7 +142,7 @@ _INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z
 
 
 def read(kernel: CompiledKernel) -> Code:
-    """Takes a compiled kernel apart, NVIDIA's with the tools that Triton's package carries."""
+    """The facts of a compiled kernel. For NVIDIA it uses the tools in Triton's package."""
     if "cubin" not in kernel.asm:
         return _read_amd(kernel)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -187,8 +187,8 @@ _TILE = re.compile(
     r": tensor<([\dx]+)x!tt\.ptr<\D+(\d+)>.*loc\((#loc\d*)\)$",
     re.M,
 )
-# A batch of tiles that lies row by row, the same row of all tiles together, but is swizzled by the tile: Triton lays it
-# out so where each thread loads from all tiles, and never from two rows of one.
+# A batch of tiles stored row by row, with the same row of all tiles together, but swizzled by the tile. Triton chooses
+# this layout if each thread loads from all tiles, and never from two rows of one tile.
 _CLASH = re.compile(r"ttg\.swizzled_shared<\{[^}]*maxPhase = [248], order = \[2, 0, 1\]")
 _LOCATION = re.compile(r"^(#loc\d*) = loc\((.*)\)$", re.M)
 _FILE = re.compile(r"([^/\"]+\.py)\":(\d+)")
@@ -201,8 +201,8 @@ _PTX = re.compile(
 
 
 def accesses(ttgir: str, ptx: str) -> list[Access]:
-    """The tiles that a kernel moves, by line: their sizes from Triton's last representation, where a load is still one
-    operation, and the instructions made of them from PTX. Scalars are left out."""
+    """The tiles that a kernel moves, by line, without scalars. The sizes come from Triton's last representation, in
+    which a load is still one operation. The instructions come from PTX."""
     locations = dict(_LOCATION.findall(ttgir))
     tiles: dict[tuple[str, str], tuple[str, int]] = {}
     for name, store, shape, bits, location in _TILE.findall(ttgir):

@@ -1,9 +1,8 @@
-"""What a decode step should take on an H100, from its bytes and its machine code: to hold a measurement against.
+"""Predicts the time of a decode step on an H100 from its bytes and its machine code, to compare with a measurement.
 
-A kernel streams at what a copy reaches if it asks for enough ahead: bandwidth times latency is about 40 KB a
-multiprocessor, and what it has asked for is at most its shared memory, times its programs there. Each launch of a graph
-costs NODE where nothing overlaps it; dependent launch should hide it, so a step's time is given with every one of them
-hidden and with none.
+A kernel reaches the bandwidth of a copy if it has enough bytes in flight: bandwidth times latency, about 40 KB per SM.
+Its bytes in flight are at most its shared memory per CTA times its CTAs per SM. A node of a CUDA graph costs NODE if
+nothing overlaps it. Dependent launch can overlap it, so the prediction has two values: all nodes overlapped, and none.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ from qwenkern import Config
 from qwenkern.benchmarks.ops.cases import CASES, Size
 
 COMPILED = Path(__file__).parents[1] / "results" / "compiled" / "sm_90.json"
-PAPER, COPY = 3.35e12, 3.0e12  # bytes/s of an H100: the data sheet, and what a copy reaches
+PAPER, COPY = 3.35e12, 3.0e12  # bytes/s of an H100: its data sheet, and a copy
 MULTIPROCESSORS = 132
-AHEAD = 40e3  # bytes a multiprocessor, that keep the memory busy
-NODE = 1.3e-6  # seconds of a node of a graph
+IN_FLIGHT = 40e3  # bytes per SM that keep the memory busy
+NODE = 1.3e-6  # seconds per node of a CUDA graph
 LAYER = ("qkv_rope", "decode_attention", "o_proj", "gate_up", "down")
 TORCH_NODES = 9  # of a greedy step: slots (4), embedding, ids, positions, lengths, and the copy to the host
-# sequences, cached tokens of each, the share of the paper bandwidth's tokens a second that is aimed at
+# sequences, cached tokens of each, the target as a share of the tokens per second at the data sheet's bandwidth
 TARGETS = ((1, 1024, 0.85), (1, 32768, 0.80), (16, 1024, 0.75))
 
 
@@ -35,22 +34,22 @@ class Part:
     op: str
     launches: int
     bytes: int
-    ahead: float | None  # bytes a multiprocessor that its first kernel has asked for, at most
+    in_flight: float | None  # bytes per SM that its first kernel has requested, at most
     seconds: float
 
 
 def step(config: Config, sequences: int, context: int, compiled: list[dict[str, Any]]) -> list[Part]:
-    """The ops of one step; ``compiled`` are the kernels of the compile report at this number of tokens."""
+    """The ops of one step. ``compiled`` are the kernels of the compile report."""
     cases = {case.name: case for case in CASES}
     parts = []
     for name in (*LAYER, "lm_head_top_k"):
         times = config.num_hidden_layers if name in LAYER else 1
         kernels = [row for row in compiled if row["case"] == name and row["tokens"] == sequences]
         programs = math.prod(kernels[0]["grid"]) / MULTIPROCESSORS
-        ahead = min(kernels[0]["occupancy"], max(1.0, programs)) * kernels[0]["code"]["shared"]
+        in_flight = min(kernels[0]["occupancy"], max(1.0, programs)) * kernels[0]["code"]["shared"]
         moved = cases[name].bytes_moved(config, Size(sequences, context))
-        seconds = moved / COPY / min(1.0, ahead / AHEAD)
-        parts.append(Part(name, times * len(kernels), times * moved, ahead, times * seconds))
+        seconds = moved / COPY / min(1.0, in_flight / IN_FLIGHT)
+        parts.append(Part(name, times * len(kernels), times * moved, in_flight, times * seconds))
     return [*parts, Part("torch's nodes", TORCH_NODES, 0, None, 0.0)]
 
 
@@ -60,7 +59,7 @@ def tokens_per_second(parts: list[Part], sequences: int, hidden: bool) -> float:
 
 
 def on_paper(parts: list[Part], sequences: int) -> float:
-    """Tokens a second if every byte came at the data sheet's bandwidth and nothing else took time."""
+    """Tokens per second if a step only moved its bytes, at the data sheet's bandwidth."""
     return sequences * PAPER / sum(part.bytes for part in parts)
 
 

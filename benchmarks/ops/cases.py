@@ -1,7 +1,7 @@
-"""Every op at its places in the graph: what goes in, how many bytes must move, how many operations it takes.
+"""The cases of the benchmarks: each op at each of its places in the model, with its inputs, bytes and operations.
 
-One entry an op and place. The sizes come from a Config, the formulas are those of the kernels' docstrings: each input
-read once, each output written once.
+A case is an op at one place. The sizes come from a Config. The formulas count each input as read once and each output
+as written once, as the kernels' docstrings do.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FEW, MANY = (1, 16), (512,)
 
 @dataclass(frozen=True)
 class Size:
-    """What a case is measured at. ``tokens`` are sequences for the attention of a decode step."""
+    """The size at which a case is measured. For decode attention, ``tokens`` is the number of sequences."""
 
     tokens: int
     context: int = 8192  # cached tokens of a sequence
@@ -37,13 +37,13 @@ class Size:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one place. ``inputs`` makes its arguments, random ones or, on the device "meta", shapes only."""
+    """One op at one place. ``inputs`` makes random arguments or, on the device "meta", only their shapes."""
 
     name: str
-    op: str  # in qwenkern.kernels, and its twin in qwenkern.kernels.reference
+    op: str  # its name in qwenkern.kernels and in qwenkern.kernels.reference
     inputs: Callable[[Config, Size], tuple[Any, ...]]
     bytes_moved: Callable[[Config, Size], int]
-    operations: Callable[[Config, Size], int]  # floating-point, a multiplication and an addition being two
+    operations: Callable[[Config, Size], int]  # floating-point operations; a multiply-add is two
     tokens: tuple[int, ...] = FEW + MANY
 
     def run(self, *inputs: Any) -> Any:
@@ -101,7 +101,7 @@ def _heads(config: Config, size: Size, heads: int) -> Tensor:
 
 
 def _embedding(config: Config, size: Size) -> tuple[Any, ...]:
-    """One row for each token; the same table as lm_head's where they are tied."""
+    """One row for each token, of lm_head's table if they are tied."""
     ids = torch.randint(config.vocab_size, (size.tokens,), device=size.device)
     return ids, _weight(size, config.vocab_size, config.hidden_size)
 
@@ -113,7 +113,7 @@ def _apply_rope(config: Config, size: Size) -> tuple[Any, ...]:
 
 
 def _rms_norm_backward(config: Config, size: Size) -> tuple[Any, ...]:
-    """As of add_rms_norm: what came back for its two results, the new residual, norm_weight and eps."""
+    """For add_rms_norm: the gradients of its two results, the new residual, norm_weight and eps."""
     x, residual, weight, eps = _stream(config, size)
     return x, residual, _normal(size, size.tokens, config.hidden_size), weight, eps
 
@@ -134,21 +134,21 @@ def _decode_attention(config: Config, size: Size) -> tuple[Any, ...]:
 
 
 def _dense_attention(config: Config, size: Size) -> tuple[Any, ...]:
-    """One query each of sequences that are kept as transformers keeps them."""
+    """One query for each sequence, with keys and values as transformers stores them."""
     q = _normal(size, size.tokens, config.num_attention_heads, 1, config.head_dim)
     k, v = (_normal(size, size.tokens, config.num_key_value_heads, size.context, config.head_dim) for _ in range(2))
     return q, k, v, config.head_dim**-0.5
 
 
 def _prefill_attention(config: Config, size: Size) -> tuple[Any, ...]:
-    """A prompt from its start: as many cached tokens as queries."""
+    """A prompt from its start, with as many cached tokens as queries."""
     cache = _cache(config, Size(size.tokens, size.tokens, size.dtype, size.device), 1)
     starts = torch.tensor([0, size.tokens], dtype=torch.int32, device=size.device)
     return _heads(config, size, config.num_attention_heads), *cache, starts, config.head_dim**-0.5
 
 
 def _elements(formula: Callable[[Config, int], int]) -> Callable[[Config, Size], int]:
-    """Bytes of a formula in elements."""
+    """The bytes of a formula that counts elements."""
     return lambda config, size: formula(config, size.tokens) * size.itemsize
 
 

@@ -1,7 +1,7 @@
-"""Who computes an op: our kernel, its torch twin, and whoever else is installed.
+"""The providers of an op: our kernel, its torch reference, and other libraries that are installed.
 
-A provider makes, for a case, a function of the case's inputs that returns what the op returns, or None where it has
-nothing for it. Peers are imported only when they are asked for.
+A provider makes a function for a case. The function takes the case's inputs and returns what the op returns. The
+provider returns None if it does not implement the op. Other libraries are imported only when they are used.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Function = Callable[..., Any]
 class Provider:
     name: str
     function: Callable[[Case], Function | None]
-    same: bool = True  # computes the op itself, so that its result can be checked
+    same: bool = True  # computes exactly the op, so that its result can be checked
     gpu_only: bool = False
 
 
@@ -40,14 +40,14 @@ def _eager(case: Case) -> Function:
 
 
 def _compiled(case: Case) -> Function | None:
-    if case.op in ("decode_attention", "prefill_attention"):  # their loops over lengths are the host's
+    if case.op in ("decode_attention", "prefill_attention"):  # they loop over lengths on the host
         return None
     torch.compiler.reset()
     return torch.compile(getattr(reference, case.op), dynamic=False)
 
 
 def _library(case: Case) -> Function | None:
-    """The vendor's matrix product alone, without what is fused with it: a floor, not the same op."""
+    """The vendor's matrix product without what is fused with it: a lower limit of the time, not the same op."""
     found: dict[str, Function] = {
         "linear": lambda x, weight: F.linear(x, weight),
         "norm_linear": lambda x, residual, norm, eps, weight, bias: F.linear(x, weight, bias),
@@ -58,7 +58,7 @@ def _library(case: Case) -> Function | None:
 
 
 def _sdpa(case: Case) -> Function | None:
-    """torch's attention as if the pages lay in order: the same work without the look-up, and other tokens."""
+    """torch's attention on the pages in their order in memory: the same work without block tables, on other tokens."""
     if case.op == "decode_attention":
         return _dense_decode
     return _dense_prefill if case.op == "prefill_attention" else None
@@ -78,7 +78,7 @@ def _dense_prefill(
 
 
 def _flex(case: Case) -> Function | None:
-    """torch's FlexAttention, compiled, over the pages in their order."""
+    """torch's FlexAttention, compiled, on the pages in their order in memory."""
     if case.op != "prefill_attention":
         return None
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -96,7 +96,7 @@ def _flex(case: Case) -> Function | None:
 
 
 def _flash_attn(case: Case) -> Function | None:
-    """FlashAttention over the pages in their order, without looking them up."""
+    """FlashAttention on the pages in their order in memory."""
     from flash_attn import flash_attn_func
 
     def prefill(q: Tensor, pages: DensePages, tables: Tensor, lengths: Tensor, starts: Tensor, scale: float) -> Tensor:
@@ -107,10 +107,10 @@ def _flash_attn(case: Case) -> Function | None:
 
 
 def _transformers(case: Case) -> Function | None:
-    """Its own modules' functions, in eager mode."""
+    """The functions of transformers' modules, in eager mode."""
     from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm, apply_rotary_pos_emb
 
-    @functools.cache  # a module of each weight: making one is no part of the op
+    @functools.cache  # one module per weight, because making it is not part of the op
     def norm(weight: Tensor, eps: float) -> Qwen2RMSNorm:
         module = Qwen2RMSNorm(len(weight), eps)
         module.weight = torch.nn.Parameter(weight, requires_grad=False)

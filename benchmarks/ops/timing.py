@@ -1,8 +1,8 @@
-"""Timing side by side: several functions in turns, on inputs that are not in the cache, and the device's own ceilings.
+"""Times several functions in turns, on inputs that are not in the cache, and measures the device's limits.
 
-On a GPU the calls over all input sets are captured in a CUDA graph and replayed, so that the host does not count; what
-waits for the host, which no graph can, is timed call after call between events. On a CPU it is the clock around each
-call.
+On a GPU, the calls over all input sets are captured in a CUDA graph and replayed, so that the host's time does not
+count. A function that waits for the host cannot be captured. It is timed call by call between events. On a CPU, the
+clock is read around each call.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ import qwenkern
 from qwenkern.kernels import Pages, Weight, dependent_launches
 from qwenkern.kernels.environment import COMMIT
 
-Calls = Sequence[Callable[[], Any]]  # the same function, on each set of inputs
-LEAST_SECONDS = 200e-6  # of one reading on a GPU, well above the resolution of its clock
+Calls = Sequence[Callable[[], Any]]  # one function on each set of inputs
+LEAST_SECONDS = 200e-6  # of one reading on a GPU: well above the resolution of its clock
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Spread:
 
 
 def side_by_side(calls: Mapping[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
-    """Seconds a call of each function, read in turns for about so long altogether. Readings of one round belong
-    together, so ratios are taken within it. Another one begins each round, so that none always finds the caches as the
-    same one left them."""
+    """The readings of each function, in seconds per call. All readings take about ``seconds``. The functions take
+    turns. Ratios are those of readings in one round. Another function begins each round, so that no function always
+    follows the same one."""
     make = _gpu_reader if device.type == "cuda" else _cpu_reader
     readers = {name: make(each, index / len(calls)) for index, (name, each) in enumerate(calls.items())}
     for read in readers.values():
@@ -65,7 +65,7 @@ def side_by_side(calls: Mapping[str, Calls], device: torch.device, seconds: floa
 
 
 def _cpu_reader(calls: Calls, share: float) -> Callable[[], float]:
-    turn = int(share * len(calls))  # no two functions are on the same set of inputs at a time
+    turn = int(share * len(calls))  # in a round, each function begins with another set of inputs
 
     def read() -> float:
         nonlocal turn
@@ -85,7 +85,7 @@ def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream), dependent_launches():
-        run()  # compiles, loads, allocates, and chooses algorithms
+        run()  # the first call compiles, loads, allocates, and chooses algorithms
     try:
         with torch.cuda.stream(stream), dependent_launches(), _waiting_raises():
             for _ in range(2):
@@ -93,7 +93,7 @@ def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
         run = _captured(run, stream)
     except RuntimeError as error:
         torch.cuda.synchronize()
-        warnings.warn(f"timed call by call, the host included, since it cannot be captured: {error}", stacklevel=2)
+        warnings.warn(f"timed call by call, including the host, because it cannot be captured: {error}", stacklevel=2)
     once = _between_events(run, 3)
     repeats = max(1, round(LEAST_SECONDS / max(once, 1e-7)))
     return lambda: _between_events(run, repeats) / len(calls)
@@ -101,7 +101,7 @@ def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
 
 @contextlib.contextmanager
 def _waiting_raises() -> Iterator[None]:
-    """While it lasts, an operation that waits for the GPU raises RuntimeError, if torch knows that it does."""
+    """Within the block, an operation that waits for the GPU raises RuntimeError, if torch knows that it waits."""
     before = torch.cuda.get_sync_debug_mode()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -111,14 +111,15 @@ def _waiting_raises() -> Iterator[None]:
 
 
 def _captured(run: Callable[[], Any], stream: torch.cuda.Stream) -> Callable[[], None]:
-    """The replay of what it launches. Raises RuntimeError, and leaves torch as it was, where it cannot be captured."""
+    """Captures what ``run`` launches and returns the replay. Raises RuntimeError, and leaves torch as it was, if it
+    cannot be captured."""
     home, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph, stream=stream, capture_error_mode="relaxed"):
             run()
     except RuntimeError:
-        torch.cuda.set_stream(home)  # a capture that fails at its end leaves its own stream
-        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # and random numbers fail until another one ends well
+        torch.cuda.set_stream(home)  # a capture that fails at its end leaves its stream current
+        with torch.cuda.graph(torch.cuda.CUDAGraph()):  # and random numbers fail until another capture succeeds
             torch.ones(1, device=stream.device)
         raise
     return graph.replay
@@ -135,7 +136,7 @@ def _between_events(run: Callable[[], Any], repeats: int) -> float:
 
 
 def input_sets(make: Callable[[], tuple[Any, ...]], device: torch.device, most: int = 16) -> list[tuple[Any, ...]]:
-    """Sets of inputs that together exceed the last cache twice over, so that each call finds its own gone."""
+    """Sets of inputs that together are twice as large as the last cache, so that each call finds its inputs evicted."""
     sets = [make()]
     size = sum(each.nbytes for each in sets[0] if isinstance(each, (torch.Tensor, Weight, Pages)))
     cache = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 32 << 20
@@ -146,10 +147,10 @@ def input_sets(make: Callable[[], tuple[Any, ...]], device: torch.device, most: 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What this device reaches at best, measured in the same run."""
+    """The limits of this device, measured in the same run."""
 
-    copy: float  # bytes a second, read and written
-    matrix: float  # operations a second of a large bfloat16 product
+    copy: float  # bytes per second, read plus written
+    matrix: float  # operations per second of a large bfloat16 product
 
 
 @functools.cache
@@ -158,7 +159,7 @@ def ceilings(device: torch.device) -> Ceilings:
     source = torch.ones((2 << 30) if gpu else (1 << 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = 8192 if gpu else 512
-    # not zeros: a card that toggles fewer bits draws less power and runs faster
+    # random values, because a card that toggles fewer bits draws less power and runs faster
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     calls: dict[str, Calls] = {"copy": [lambda: target.copy_(source)], "matrix": [lambda: left @ right]}
     best = {name: min(readings) for name, readings in side_by_side(calls, device, 0.5).items()}
@@ -179,7 +180,7 @@ def _cpu_name() -> str:
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What a result is nothing without: device, versions, commit and date."""
+    """What every result must name: device, versions, commit and date."""
     found = {
         "device": device_name(device),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -194,13 +195,13 @@ def circumstances(device: torch.device) -> dict[str, Any]:
 
 
 def _commit() -> str:
-    """Where the checkout came without its .git, QWENKERN_COMMIT may say which one it is."""
+    """The commit of the checkout. If the checkout has no .git, QWENKERN_COMMIT may name it."""
     described = _output("git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty")
     return COMMIT.get() or described or "unknown"
 
 
 def _output(*command: str) -> str:
-    """What a program prints, or nothing where it is not there or fails."""
+    """What a program prints; empty if it is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -1,4 +1,4 @@
-"""Results as files: what a row is, how two files are compared, and the tables that documents take from them."""
+"""Results as files: the rows, and the comparison of two files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from qwenkern.benchmarks.ops.timing import Spread
 
 @dataclass(frozen=True)
 class Row:
-    """One provider's time for one case. Seconds, bytes a second, operations a second."""
+    """One provider's time for one case, in seconds, bytes per second and operations per second."""
 
     case: str
     model: str
@@ -26,13 +26,13 @@ class Row:
     provider: str
     seconds: Spread | None  # None: it failed
     error: str = ""
-    same: bool = True  # the same op as ours, not only work of the same size
+    same: bool = True  # False: work of the same size that is not the same op
     bandwidth: float = 0.0
     rate: float = 0.0
     of_copy: float = 0.0  # share of the copy bandwidth
     of_matrix: float = 0.0  # share of the matrix rate
-    floor: float = 0.0  # seconds: bytes at the copy bandwidth, or operations at the matrix rate, whichever is more
-    ratio: Spread | None = None  # its time over ours, in the same rounds
+    floor: float = 0.0  # seconds by the roofline: bytes / copy bandwidth or operations / matrix rate, the larger one
+    ratio: Spread | None = None  # the speed-up of ours over it: its time over ours, in the same rounds
 
     @property
     def key(self) -> tuple[str, ...]:
@@ -40,7 +40,7 @@ class Row:
 
 
 def save(file: Path, document: dict[str, Any]) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a whole file, or nothing."""
     file.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
     try:
@@ -59,7 +59,7 @@ def document(circumstances: dict[str, Any], ceilings: Any, rows: Iterable[Row]) 
 
 
 def load(file: Path) -> list[Row]:
-    """The rows of a stored result. Raises ValueError that names the file where it is none."""
+    """The rows of a stored result. Raises ValueError, which names the file, if it is not a result."""
     try:
         rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
         spreads = {name: None for name in ("seconds", "ratio")}
@@ -70,10 +70,10 @@ def load(file: Path) -> list[Row]:
 
 @dataclass(frozen=True)
 class Change:
-    """A row that is slower or faster than it was, by more than its own noise."""
+    """A row that became slower or faster by more than its noise."""
 
     row: Row
-    ratio: float  # now over before
+    ratio: float  # the time now over the time before
 
     def __str__(self) -> str:
         where = f"{self.row.case} x{self.row.tokens} {self.row.provider}"
@@ -81,7 +81,7 @@ class Change:
 
 
 def changes(before: Sequence[Row], now: Sequence[Row], least: float = 0.05) -> list[Change]:
-    """What moved: by more than ``least``, and so that the middle halves of the readings do not touch."""
+    """The rows that changed by more than ``least``, and whose middle halves of the readings do not overlap."""
     old = {row.key: row.seconds for row in before}
     found = []
     for row in now:
@@ -96,12 +96,12 @@ def changes(before: Sequence[Row], now: Sequence[Row], least: float = 0.05) -> l
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
-    """Of readings that were taken in the same rounds."""
+    """The spread of the ratios of readings of the same rounds."""
     return Spread.of([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
 def middle_and_ends(values: Sequence[float]) -> list[float]:
-    """Median, least and most, or nothing of nothing."""
+    """The median, the smallest and the largest value; empty for no values."""
     return [statistics.median(values), min(values), max(values)] if values else []
 
 

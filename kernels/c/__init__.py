@@ -1,76 +1,46 @@
-"""The ops of the graph on a CPU in bfloat16, in C, compiled when the package is built or else at the first use.
+"""The C backend: the ops of the graph on a CPU in bfloat16, compiled with the package or else at the first use.
 
 torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
 without a second copy of them, and multiplies many tokens near the processor's peak. Which instructions do so is
-measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs. A
-Tape is to these ops what a CUDA graph is to kernels: it plays a whole step in one call.
+measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs.
 
-    ops.py       which tensors it takes, and the calls    vectors.h   registers of each width
-    call.py      one call                                 panels.h    products of many rows
-    tape.py      calls recorded and replayed              common.h    calls, and how loops are shared out
-    build.py     the library in use                       team.c      threads
-    compiler.py  how it is compiled                       linear.c, attention.c, step.c   the ops
-    targets.py   which processors it is compiled for      ceilings.c  loops that benchmarks take shares of
-    choose.py    what is fastest                          threads.py  how many threads run them
-    kept.py      where what is made or measured here is kept
+An op has the signature of its contract, and beside it ``refuses_<op>`` of the same arguments: why C does not take them,
+in words, or None. A refusal compiles, allocates and measures nothing: ``prepare`` does that.
+
+    Python, named like the contracts                 C
+    linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c
+    attention                                        attention.h, decode_attention.c, prefill_attention.c
+    rms_norm, rope, swiglu, embedding                norm.h, rms_norm.c, rope.c, swiglu.c, embedding.c
+    backend.py, ops.py: the backend, and all of them
+
+    calls.py          calls, read from calls.h       calls.h       the arguments of every op
+    weights.py        weights as structs             weights.h, and a file each format: dense_weight.h
+    pages.py          cache pages as structs         pages.h, and a file each format: dense_pages.h
+    limits.py         what the ops take              limits.c
+    recorded_calls.py calls recorded and replayed    team.h, team.c  the threads that carry calls out
+    threads.py        how many threads               plain.c       every op as the simplest loops: read this first
+    build.py          the library in use             vectors.h     registers of each width
+    compiler.py       how it is compiled             operands.h    what is multiplied
+    targets.py        for which processors           panels.h      products of many rows
+    choose.py         what is fastest                ceilings.c    loops that benchmarks take shares of
+    kept.py           where what is compiled or measured here is kept
 """
 
 from . import threads
-from .build import check_environment, describe, library, multiplies, renew, target
-from .call import OPS
-from .ops import (
-    MAX_TOKENS,
-    SPLIT,
-    add_rms_norm,
-    apply_rope,
-    decode_attention,
-    embedding,
-    linear,
-    prefill_attention,
-    rms_norm,
-    rope_and_cache,
-    silu_mul,
-    swiglu,
-    takes_gate,
-    takes_heads,
-    takes_linear,
-    takes_norm,
-    takes_prefill,
-    takes_rope,
-    takes_rows,
-)
-from .tape import NotRecordable, Tape, is_recording, play
+from .build import check_environment, describe, library, prepare, prepared, renew, target
+from .recorded_calls import CannotRecord, RecordedCalls, is_recording, play
 
 __all__ = [
-    "MAX_TOKENS",
-    "OPS",
-    "SPLIT",
-    "NotRecordable",
-    "Tape",
-    "add_rms_norm",
-    "apply_rope",
+    "CannotRecord",
+    "RecordedCalls",
     "check_environment",
-    "decode_attention",
     "describe",
-    "embedding",
     "is_recording",
     "library",
-    "linear",
-    "multiplies",
     "play",
-    "prefill_attention",
+    "prepare",
+    "prepared",
     "renew",
-    "rms_norm",
-    "rope_and_cache",
-    "silu_mul",
-    "swiglu",
-    "takes_gate",
-    "takes_heads",
-    "takes_linear",
-    "takes_norm",
-    "takes_prefill",
-    "takes_rope",
-    "takes_rows",
     "target",
     "threads",
 ]

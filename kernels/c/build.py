@@ -1,85 +1,125 @@
-"""The library of C functions that this process uses: built with the package, or compiled here at the first use."""
+"""The library of C functions that this process uses: built with the package, or compiled here at the first use.
+
+``prepare`` finds, compiles, loads and measures, once; everything else asks what it found."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
 import logging
 import os
 import tempfile
 import threading
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from . import choose, compiler, kept, targets, threads
+import torch
+
+from . import choose, compiler, kept, limits, targets, threads
 from .targets import Target
 
 logger = logging.getLogger(__name__)
 PROBLEMS = (compiler.CompilerError, compiler.Refused, OSError)
 BUILT = Path(__file__).parent / "built"  # what setup.py puts into a wheel; a source checkout has none
+NOT_PREPARED = "anything before it is prepared"
+LONG = 1.0  # seconds that measuring may take before it is said
 
-
-_deciding = threading.RLock()  # one thread compiles and measures; others wait for what it decides
+_deciding = threading.RLock()  # one thread prepares; others wait for what it finds
+_found: Prepared | str | None = None  # or why there is no C; None: nobody has prepared it
 
 
 class Loaded(NamedTuple):
     library: ctypes.CDLL
     target: Target
     origin: str  # where it comes from
+    limits: Any  # what its ops take: the fields of `limits` in calls.h
+
+
+class Prepared(NamedTuple):
+    """A library, and what was measured with it."""
+
+    library: ctypes.CDLL
+    target: Target
+    origin: str
+    limits: Any
+    multiplies: bool  # many tokens run faster here than in torch
+    prefetch_distance: int  # bytes before they are needed that weights are asked for
+
+
+def prepare() -> str | None:
+    """Loads the library, compiled if it must be, and measures what is fastest, unless an earlier call or an earlier
+    process did: seconds, once on a machine. Returns None, or why C cannot run here, which a warning has said once.
+
+    Raises ValueError where QWENKERN_CPU_TARGET is wrong."""
+    global _found
+    if _found is None:
+        with _deciding:
+            if _found is None:
+                _found = _prepared()
+    return _found if isinstance(_found, str) else None
+
+
+def prepared() -> Prepared:
+    """What ``prepare`` has found; prepares where nobody has. Raises RuntimeError where C cannot run."""
+    if not isinstance(_found, Prepared) and (reason := prepare()):
+        raise RuntimeError(f"the C kernels cannot run here: {reason}")
+    assert isinstance(_found, Prepared)
+    return _found
+
+
+def refuses() -> str | None:
+    """Why C cannot run here, or None. Prepares nothing."""
+    if isinstance(_found, Prepared):
+        return None
+    return NOT_PREPARED if _found is None else _found
+
+
+def refuses_dtype(dtype: torch.dtype) -> str | None:
+    """Why no C op takes floats of this type, or None."""
+    if dtype != torch.bfloat16:
+        return f"{str(dtype).removeprefix('torch.')} (C computes in bfloat16)"
+    return refuses()
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, or None, with a warning, where there are none. Raises ValueError where
-    QWENKERN_CPU_TARGET is wrong."""
-    found = loaded()
-    return found and found.library
+    """The compiled functions, prepared, or None where there are none."""
+    return None if prepare() else prepared().library
 
 
 def target() -> str | None:
     """The name of the target that the functions in use were compiled for."""
-    found = loaded()
-    return found and found.target.name
+    return None if prepare() else prepared().target.name
 
 
-@functools.cache
-def multiplies() -> bool:
-    """Whether many tokens run here faster than in torch; measured when it is first asked."""
-    with _deciding:
-        return _multiplies()
-
-
-@functools.cache
-def loaded() -> Loaded | None:
-    """The library in use, decided when it is first asked for."""
-    with _deciding:
-        return _loaded()
-
-
-@functools.cache
-def _multiplies() -> bool:
-    found = loaded()
-    return found is not None and choose.multiplies(found.library, found.target.name)
-
-
-@functools.cache
-def _loaded() -> Loaded | None:
+def _prepared() -> Prepared | str:
     """The best of this processor's targets that can be had. One that multiplies pairs of bfloat16 gives way to the one
     that widens them where that measures faster."""
     candidates = targets.usable()
-    found = _first(candidates)
+    found, problem = _first(candidates)
     if found is None:
-        return None
+        return problem
     rivals = {found.target.name: found}
     for other in candidates:
         if other.name == found.target.floats:
             with contextlib.suppress(*PROBLEMS):  # then there is no choice
                 rivals[other.name] = _load(other)
-    if len(rivals) > 1:
-        found = rivals[choose.products({name: each.library for name, each in rivals.items()})]
-    choose.set_prefetch(found.library, choose.prefetch(found.library, found.target.name))
-    return found
+    with _said_if_long("qwenkern: measuring which C kernels are fastest here (some seconds, once)"):
+        if len(rivals) > 1:
+            found = rivals[choose.products(rivals)]
+        return Prepared(*found, choose.multiplies(found), choose.prefetch(found))
+
+
+@contextlib.contextmanager
+def _said_if_long(message: str) -> Iterator[None]:
+    timer = threading.Timer(LONG, logger.warning, (message,))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def check_environment() -> None:
@@ -89,9 +129,9 @@ def check_environment() -> None:
 
 
 def forget() -> None:
-    """The next call decides anew."""
-    for decided in (loaded, multiplies, _loaded, _multiplies):
-        decided.cache_clear()
+    """The next call prepares anew."""
+    global _found
+    _found = None
 
 
 def describe() -> dict[str, str]:
@@ -113,15 +153,15 @@ def renew() -> dict[str, tuple[str, str]]:
 
 def _described() -> dict[str, tuple[str, str]]:
     """By what it is about: what is so, and when it was measured, if it was."""
-    found = loaded()
-    if not found:
+    if prepare():
         return {"CPU": ("no C, so torch runs", ""), "threads": (str(threads.count()), "")}
-    many, distance = multiplies(), choose.get_prefetch(found.library)
+    here = prepared()
+    distance = here.prefetch_distance
     when = {question: choose.measured.get(question, "") for question in choose.QUESTIONS}
     return {
-        "CPU": (f"C for {found.target.name}, {found.origin}", when["products"]),
+        "CPU": (f"C for {here.target.name}, {here.origin}", when["products"]),
         "threads": (str(threads.count()), ""),
-        "many tokens": ("multiplied in C" if many else "multiplied by torch", when["many tokens"]),
+        "many tokens": ("multiplied in C" if here.multiplies else "multiplied by torch", when["many tokens"]),
         "weights": (
             f"asked for {distance} bytes in advance" if distance else "not asked for in advance",
             when["prefetch"],
@@ -129,8 +169,8 @@ def _described() -> dict[str, tuple[str, str]]:
     }
 
 
-def _first(candidates: list[Target]) -> Loaded | None:
-    """The first that loads. A warning says why a better one, or any, does not."""
+def _first(candidates: list[Target]) -> tuple[Loaded | None, str]:
+    """The first that loads, and why a better one, or any, does not, which a warning says."""
     found, problem = None, None
     for each in candidates:
         try:
@@ -143,7 +183,7 @@ def _first(candidates: list[Target]) -> Loaded | None:
     if problem is not None:
         instead = f"the C functions for {found.target.name} run" if found else "torch runs in place of C, slower"
         warnings.warn(f"qwenkern: {problem}; {instead}", stacklevel=2)
-    return found
+    return found, str(problem)
 
 
 def _load(target: Target) -> Loaded:
@@ -165,8 +205,8 @@ def _load(target: Target) -> Loaded:
         if found := _made_elsewhere(folder, target):
             return found
         raise
-    logger.warning("qwenkern: compiles its C functions for %s: some seconds, once", target.name)
-    if file:
+    logger.warning("qwenkern: compiling the C kernels for %s (some seconds, once)", target.name)
+    if file and folder:
         try:
             compiler.compile_to(file, target.flags)
             kept.tidy(folder)
@@ -219,7 +259,7 @@ def _open(file: Path, target: Target, origin: str) -> Loaded:
     library.run.argtypes = (ctypes.c_void_p, ctypes.c_long, ctypes.c_int)
     library.run.restype = None
     _share_threads(library)
-    return Loaded(library, target, origin)
+    return Loaded(library, target, origin, limits.of_library(library))
 
 
 def _share_threads(library: ctypes.CDLL) -> None:

@@ -1,7 +1,8 @@
 /* What this processor reaches at best, for benchmarks: a loop that only reads, and loops that only multiply and add.
  * All are compiled for the same target as the ops, so a build for narrower vectors has the ceiling of narrower vectors.
  */
-#include "common.h"
+#include "team.h"
+#include "vectors.h"
 
 #include <pthread.h>
 

@@ -1,4 +1,4 @@
-"""What is fastest on this processor, measured when it is first needed, in under a second altogether.
+"""What is fastest on this processor, measured when C is prepared, in about a second altogether.
 
 Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's, and
 torch may have a matrix unit that beats both. Weights: some processors fetch far enough in advance by themselves, others
@@ -9,7 +9,6 @@ with it when it was measured and what the machine's load was."""
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import logging
@@ -17,16 +16,22 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ..weights import Dense
 from . import kept, threads
-from .call import Call
+from .calls import Call, make
 from .compiler import digest
+from .limits import linear_scratch
 from .targets import processor
+from .weights import NO_WEIGHT, weight_struct
+
+if TYPE_CHECKING:
+    from .build import Loaded
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +51,23 @@ QUESTIONS = {
 }
 
 
-def products(libraries: Mapping[str, ctypes.CDLL]) -> str:
+def products(rivals: Mapping[str, Loaded]) -> str:
     """Which of the libraries, by their targets' names, multiplies faster."""
 
     def ways() -> dict[str, Callable[[], object]]:
         x, w = _ones(TOKENS, 1024), _ones(2048, 1024)
-        return {name: _linear(library, x, w) for name, library in libraries.items()}
+        return {name: _linear(each, x, w) for name, each in rivals.items()}
 
-    return _choice("products", list(libraries), ways, _fastest)
+    return _choice("products", list(rivals), ways, _fastest)
 
 
-def multiplies(library: ctypes.CDLL, target: str) -> bool:
+def multiplies(loaded: Loaded) -> bool:
     """Whether many tokens are multiplied here at least about as fast as in torch."""
+    target = loaded.target.name
 
     def ways() -> dict[str, Callable[[], object]]:
         x, w = _ones(TOKENS, 1024), _ones(2048, 1024)
-        return {target: _linear(library, x, w), "torch": lambda: F.linear(x, w)}
+        return {target: _linear(loaded, x, w), "torch": lambda: F.linear(x, w)}
 
     def rule(seconds: Mapping[str, float]) -> str:
         return target if seconds[target] <= CLEARLY * seconds["torch"] else "torch"
@@ -69,58 +75,51 @@ def multiplies(library: ctypes.CDLL, target: str) -> bool:
     return _choice("many tokens", [target, "torch"], ways, rule) == target
 
 
-def prefetch(library: ctypes.CDLL, target: str) -> int:
+def prefetch(loaded: Loaded) -> int:
     """How many bytes in advance weights are best asked for."""
 
     def ways() -> dict[int, Callable[[], object]]:
-        read = _linear(library, _ones(1, 1024), _ones(WEIGHTS // 2048, 1024))
-
-        def reading(distance: int) -> Callable[[], object]:
-            def run() -> None:
-                set_prefetch(library, distance)
-                read()
-
-            return run
-
-        return {distance: reading(distance) for distance in DISTANCES}
+        x, w = _ones(1, 1024), _ones(WEIGHTS // 2048, 1024)
+        return {distance: _linear(loaded, x, w, distance) for distance in DISTANCES}
 
     def rule(seconds: Mapping[int, float]) -> int:
         best = min(seconds.values())
         return next(distance for distance in DISTANCES if NEARLY * seconds[distance] <= best)
 
-    return _choice("prefetch", list(DISTANCES), ways, rule, target)
-
-
-def set_prefetch(library: ctypes.CDLL, distance: int) -> None:
-    """Bytes."""
-    ctypes.c_long.in_dll(library, "ahead").value = distance
-
-
-def get_prefetch(library: ctypes.CDLL) -> int:
-    return ctypes.c_long.in_dll(library, "ahead").value
+    return _choice("prefetch", list(DISTANCES), ways, rule, loaded.target.name)
 
 
 def _ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bfloat16, device="cpu")
 
 
-def _linear(library: ctypes.CDLL, x: torch.Tensor, w: torch.Tensor) -> Callable[[], object]:
+def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0) -> Callable[[], object]:
     """x times w transposed; what it works on stays alive with it."""
     (tokens, k), n = x.shape, len(w)
-    out, rows = x.new_empty(tokens, n), torch.empty(rows_size(library, tokens, k, 1), dtype=torch.float32, device="cpu")
-    tensors = (out, None, rows, x, None, None, w)
-    call = Call.of("few_tokens" if tokens == 1 else "many_tokens", tensors, (tokens, n, k, k, 0, k, 0, 0))
+    scratch = torch.empty(linear_scratch(loaded.limits, tokens, k, 1), dtype=torch.float32, device="cpu")
+    nothing = dict.fromkeys(("new_residual", "residual", "norm_weight", "bias", "addend"))
+    call = make.linear(
+        **nothing,
+        out=x.new_empty(tokens, n),
+        scratch=scratch,
+        x=x,
+        weight=weight_struct(Dense(w)),
+        up=NO_WEIGHT,
+        num_tokens=tokens,
+        out_features=n,
+        in_features=k,
+        x_stride=k,
+        residual_stride=0,
+        addend_stride=0,
+        out_is_float=False,
+        prefetch_distance=distance,
+        eps=0.0,
+    )
 
-    def run(tensors: object = tensors) -> None:
-        library.run(ctypes.byref(call), 1, 1)
+    def run(call: Call = call) -> None:
+        loaded.library.run(call[1], 1, 1)
 
     return run
-
-
-def rows_size(library: ctypes.CDLL, tokens: int, k: int, threads: int) -> int:
-    """float32 values of scratch memory that the linears ask for."""
-    columns, chunk = (ctypes.c_long.in_dll(library, name).value for name in ("block_columns", "chunk"))
-    return tokens * k + threads * (tokens + chunk) * columns
 
 
 def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callable[[Mapping], Any], *about: str) -> Any:
@@ -132,7 +131,7 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
     with (
         _disable_current_modes(),
         threads.one_in_torch(),
-    ):  # a tape that is being recorded, or a trace, has no part in this
+    ):  # a trace has no part in this, nor a recording
         readings = _readings(ways())
     chosen, agreed = decide(readings, rule)
     logger.info(

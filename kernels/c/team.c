@@ -1,5 +1,9 @@
 /* The threads that carry calls out together.
  *
+ *     thread 0   ▒▒▒▒▒▒▒▒ tasks of a loop ▒▒│           ▒▒▒▒▒▒│
+ *     thread 1   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒     │ barrier   ▒▒▒▒  │ barrier   the next call ...
+ *     thread 2   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒  │           ▒▒▒▒▒ │
+ *
  * They are torch's own where torch uses OpenMP: `parallel` is then GOMP_parallel, found in the process, so that two
  * pools do not compete for the cores. Elsewhere they are threads of ours. Either way a thread that waits does so here,
  * awake for at most PATIENCE and asleep after that: when other programs need the cores, waiting costs little of them.
@@ -8,33 +12,33 @@
  * A loop is shared out in equal ranges, one a thread, from which its tasks are taken one by one; a thread that is
  * through with its own takes from the others'. So a thread reads what lies together, and one that lost its core delays
  * no more than the task that it is at. */
-#include "common.h"
+#include "team.h"
 
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdlib.h>
+#include <string.h>
 #include <time.h>
 
 #define PATIENCE 100000 /* ns: more than the tasks of a team differ by, less than a time slice */
 #define IMPATIENCE 1000 /* ns: patience does not fall below twice this */
-#define MOST 1024       /* threads */
-#define FEW 16          /* threads whose shares lie on the caller's stack, which may be small */
+#define ON_STACK 16     /* threads whose shares lie on the caller's stack, which may be small */
 #define STACK (1 << 20) /* bytes of a thread of ours: attention needs a quarter of them, some systems give less */
 
 /* OpenMP's functions, set by Python where torch uses it; otherwise null */
 EXPORTED void (*parallel)(void (*work)(void *), void *of, unsigned threads, unsigned flags) = 0;
 EXPORTED int (*present)(void) = 0; /* threads of the region, which may be fewer than were asked for */
 
-typedef struct { /* a number that threads wait to see changed */
+typedef struct { /* a counter whose next change threads wait for */
     atomic_uint value, sleepers;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
-} number;
+} event_count;
 
 typedef struct {
     _Alignas(128) atomic_uint arrived;
-    _Alignas(128) number round;
-} barrier;
+    _Alignas(128) event_count round;
+} barrier_state;
 
 typedef struct {
     _Alignas(128) atomic_long taken;
@@ -46,11 +50,10 @@ struct team {
     long count;
     share *shares; /* [2, threads]: of this loop and of the one after it */
     atomic_int joined;
-    barrier barrier;
+    barrier_state barrier;
 };
 
-#define NUMBER \
-    { .mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER }
+#define NEW_EVENT_COUNT {.mutex = PTHREAD_MUTEX_INITIALIZER, .changed = PTHREAD_COND_INITIALIZER}
 
 static long nanoseconds(void) {
     struct timespec now;
@@ -67,7 +70,7 @@ static inline void relax(void) {
 }
 
 /* Waits until the number is no longer `old`; patience is how many ns awake */
-static void await(number *n, unsigned old, long *patience) {
+static void wait_for_change(event_count *n, unsigned old, long *patience) {
     long until = 0;
     for (int turn = 0; atomic_load_explicit(&n->value, memory_order_acquire) == old; turn++) {
         relax();
@@ -86,7 +89,7 @@ static void await(number *n, unsigned old, long *patience) {
     pthread_mutex_unlock(&n->mutex);
 }
 
-static void change(number *n) {
+static void signal_change(event_count *n) {
     atomic_fetch_add(&n->value, 1);
     if (!atomic_load(&n->sleepers)) return; /* whoever counts itself after this sees the new value */
     pthread_mutex_lock(&n->mutex);
@@ -94,39 +97,39 @@ static void change(number *n) {
     pthread_mutex_unlock(&n->mutex);
 }
 
-static void meet_at(barrier *b, int threads, long *patience) {
+static void meet_at(barrier_state *b, int threads, long *patience) {
     unsigned round = atomic_load_explicit(&b->round.value, memory_order_acquire);
     if (atomic_fetch_add(&b->arrived, 1) + 1 < (unsigned)threads) {
-        await(&b->round, round, patience);
+        wait_for_change(&b->round, round, patience);
         return;
     }
     atomic_store(&b->arrived, 0);
-    change(&b->round);
+    signal_change(&b->round);
 }
 
-void meet(worker *me) {
-    if (me->threads > 1) meet_at(&me->team->barrier, me->threads, &me->patience);
+void barrier(worker *me) {
+    if (me->num_threads > 1) meet_at(&me->team->barrier, me->num_threads, &me->patience);
 }
 
 /* How many tasks of a thread's share are taken; a loop's counters are set to 0 during the one before it */
 static atomic_long *taken_of(const worker *me, int loop, int thread) {
-    return &me->team->shares[loop % 2 * me->threads + thread].taken;
+    return &me->team->shares[loop % 2 * me->num_threads + thread].taken;
 }
 
-long first(worker *me, long tasks) {
-    me->tasks = tasks;
-    me->alone = me->victim = 0;
+long first_task(worker *me, long num_tasks) {
+    me->num_tasks = num_tasks;
+    me->num_taken = me->victim = 0;
     me->loops++;
-    if (me->threads > 1) atomic_store_explicit(taken_of(me, me->loops + 1, me->index), 0, memory_order_relaxed);
-    return next(me);
+    if (me->num_threads > 1) atomic_store_explicit(taken_of(me, me->loops + 1, me->index), 0, memory_order_relaxed);
+    return next_task(me);
 }
 
-long next(worker *me) {
-    int threads = me->threads;
-    if (threads == 1) return me->alone < me->tasks ? me->alone++ : -1;
+long next_task(worker *me) {
+    int threads = me->num_threads;
+    if (threads == 1) return me->num_taken < me->num_tasks ? me->num_taken++ : -1;
     for (; me->victim < threads; me->victim++) {
         int of = (me->index + me->victim) % threads;
-        long start = me->tasks * of / threads, end = me->tasks * (of + 1) / threads;
+        long start = me->num_tasks * of / threads, end = me->num_tasks * (of + 1) / threads;
         atomic_long *taken = taken_of(me, me->loops, of);
         if (atomic_load_explicit(taken, memory_order_relaxed) >= end - start) continue;
         long task = start + atomic_fetch_add_explicit(taken, 1, memory_order_relaxed);
@@ -135,9 +138,21 @@ long next(worker *me) {
     return -1;
 }
 
+/* What a thread of a team does: it enters every call */
+static void run_calls(const call *calls, long count, worker *me) {
+    for (long i = 0; i < count; i++) switch (calls[i].op) {
+#define RUN_CALL(OP)          \
+    case OP##_op:             \
+        OP(&calls[i].OP, me); \
+        break;
+            EACH_OP(RUN_CALL)
+#undef RUN_CALL
+        }
+}
+
 static void work(team *team, int index, int threads) {
-    worker me = {.team = team, .index = index, .threads = threads, .patience = PATIENCE};
-    if (index < threads) play(team->calls, team->count, &me);
+    worker me = {.team = team, .index = index, .num_threads = threads, .patience = PATIENCE};
+    if (index < threads) run_calls(team->calls, team->count, &me);
 }
 
 static void work_in_region(void *of) {
@@ -150,9 +165,9 @@ static struct {
     pthread_mutex_t mutex; /* one caller at a time */
     int threads;
     team *team;
-    number teams;
-    barrier end;
-} pool = {.mutex = PTHREAD_MUTEX_INITIALIZER, .teams = NUMBER, .end = {.round = NUMBER}};
+    event_count teams;
+    barrier_state end;
+} pool = {.mutex = PTHREAD_MUTEX_INITIALIZER, .teams = NEW_EVENT_COUNT, .end = {.round = NEW_EVENT_COUNT}};
 
 typedef struct {
     int index;
@@ -164,7 +179,7 @@ static void *wait_for_teams(void *of) {
     long patience = PATIENCE, of_end = PATIENCE;
     free(of);
     for (;; mine.teams++) {
-        await(&pool.teams, mine.teams, &patience);
+        wait_for_change(&pool.teams, mine.teams, &patience);
         work(pool.team, mine.index, pool.team->threads);
         meet_at(&pool.end, pool.threads + 1, &of_end);
     }
@@ -206,17 +221,17 @@ static void make_threads(int wanted) {
 
 EXPORTED void run(const call *calls, long count, int threads) {
     if (threads <= 1) {
-        worker me = {.threads = 1};
-        play(calls, count, &me);
+        worker me = {.num_threads = 1};
+        run_calls(calls, count, &me);
         return;
     }
-    if (threads > MOST) threads = MOST;
-    share few[2 * FEW] = {0}, *shares = few, *many = 0;
-    if (threads > FEW) {
-        if (posix_memalign((void **)&many, sizeof *many, 2 * threads * sizeof *many)) threads = FEW;
+    share few[2 * ON_STACK] = {0}, *shares = few, *many = 0;
+    if (threads > ON_STACK) {
+        if (posix_memalign((void **)&many, sizeof *many, 2 * threads * sizeof *many)) threads = ON_STACK;
         else shares = memset(many, 0, 2 * threads * sizeof *many);
     }
-    team team = {.threads = threads, .calls = calls, .count = count, .shares = shares, .barrier = {.round = NUMBER}};
+    team team = {
+        .threads = threads, .calls = calls, .count = count, .shares = shares, .barrier = {.round = NEW_EVENT_COUNT}};
     if (parallel) {
         parallel(work_in_region, &team, threads, 0);
         free(many);
@@ -226,7 +241,7 @@ EXPORTED void run(const call *calls, long count, int threads) {
     make_threads(threads - 1);
     if (team.threads > pool.threads + 1) team.threads = pool.threads + 1;
     pool.team = &team;
-    change(&pool.teams);
+    signal_change(&pool.teams);
     work(&team, 0, team.threads);
     long patience = PATIENCE;
     meet_at(&pool.end, pool.threads + 1, &patience);

@@ -1,12 +1,16 @@
 /* Vectors as wide as the machine's registers, and what is computed on them one value beside the other.
  *
- * bfloat16 in memory, float32 in registers, rounded where kernels/reference.py rounds. LANES float32 fill a register:
- * 16 with AVX-512, 8 with AVX2, 4 with NEON and elsewhere. A sum over a row has LANES partial sums, so its last bits
- * differ from one width to another; on one machine they depend on nothing but the row. */
+ *     in memory     bf16    | 0 | 1 | 2 | ...          two bytes each
+ *     in a register floats  |   0   |   1   | ...      LANES float32: 16 with AVX-512, 8 with AVX2, else 4 (NEON)
+ *                   pairs   | 0 | 1 | 2 | 3 | ...      STEP = 2 LANES bf16, two in each lane, the first in the low half
+ *
+ * Values are rounded to bfloat16 where kernels/reference.py rounds them. A sum over a row has LANES partial sums, so
+ * its last bits differ from one width to another; on one machine they depend on nothing but the row. */
 #ifndef VECTORS_H
 #define VECTORS_H
+#include "calls.h"
+
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
 #if defined(__AVX512F__)
@@ -23,10 +27,8 @@
 #endif
 
 #define STEP (2 * LANES) /* bfloat16 of a register */
-#define LINE 32          /* of a cache line: rows that are multiplied are a multiple of it */
 #define ALWAYS static inline __attribute__((always_inline))
 
-typedef uint16_t bf16;
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
 typedef float floats __attribute__((vector_size(4 * LANES)));

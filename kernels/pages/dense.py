@@ -73,7 +73,8 @@ class DensePages(Pages):
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        return self.k.shape
+        num_pages, page_size, num_kv_heads, head_dim = self.k.shape
+        return num_pages, page_size, num_kv_heads, head_dim
 
     @property
     def dtype(self) -> torch.dtype:
@@ -99,4 +100,5 @@ class DensePages(Pages):
         self.v[to] = self.v[source]
 
     def triton_arguments(self) -> DensePagesArguments:
-        return DensePagesArguments(self.k, *self.k.stride()[:3], self.v, *self.v.stride()[:3])
+        k_strides, v_strides = self.k.stride(), self.v.stride()
+        return DensePagesArguments(self.k, *k_strides[:3], self.v, *v_strides[:3])  # type: ignore[call-arg] # of 4 each

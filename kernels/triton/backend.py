@@ -43,7 +43,7 @@ def ensure_cache() -> tempfile.TemporaryDirectory | None:
             return None
         reason = "it cannot be written to"
     except OSError as error:
-        reason = error.strerror
+        reason = error.strerror or str(error)
     place = tempfile.TemporaryDirectory(prefix="qwenkern-triton-")
     warnings.warn(f"qwenkern: Triton keeps no compiled kernels in {folder}: {reason}", stacklevel=3)
     triton.knobs.cache.dir = place.name

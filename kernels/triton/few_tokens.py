@@ -42,20 +42,28 @@ for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_
 
 
 @tuning.remember
-def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, parts: int) -> dict[str, Any]:
-    """``parts`` is 2 where a program streams rows of two weights (gate and up), and 0 where it must not share them with
-    other programs (SPLIT_K).
+def config(
+    op: str,
+    device: tuning.Device,
+    n: int,
+    k: int,
+    tokens: int,
+    itemsize: int,
+    streams: int = 1,
+    splits_k: bool = True,
+) -> dict[str, Any]:
+    """``streams`` is 2 where a program reads rows of two matrices (gate and up). ``splits_k`` says whether several
+    programs may share a row (SPLIT_K).
 
     What decides about the order of summation (SPLIT_K, BLOCK_K, num_warps) does not look at the number of tokens."""
-    streams = max(parts, 1)
     inputs = 1 if op == "linear" else 2  # x, and before a norm the residual
     wide = 1024 // itemsize
     shapes = [(32, wide), (32, wide // 2)]
-    if parts < 2 and n < 64 * device.num_sms:  # or there would be too few programs
+    if streams == 1 and n < 64 * device.num_sms:  # or there would be too few programs
         shapes = [(16, wide), *shapes]  # not narrower: the rows of a slice would lie in the same banks
     for block_n, block_k in shapes:
         programs = triton.cdiv(n, block_n)
-        split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if parts == 1 else 1
+        split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if splits_k else 1
         neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory
         memory = device.shared_memory // neighbours - 4096
         if 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize <= memory:  # two tiles at least

@@ -1,16 +1,10 @@
-"""Linear layers over few tokens, alone and with what stands before and after them in the graph.
+"""The linears of ../linear.py over few tokens (1 to 16), each in one kernel; few_tokens.py has the picture.
 
-    linear              out = x W' (+ bias) (+ residual)
-    norm_linear         residual' = round(residual + x);  out = rms_norm(residual') W' (+ bias)
-    norm_swiglu_linear  residual' = round(residual + x);  out = silu(rms_norm(residual') G') * (rms_norm(residual') U')
+Everything after the products stays in float32 until out is rounded once. More tokens run as rms_norm, the library's
+matrix product, and swiglu.
 
-x [T, K], W [N, K], G and U [F, K] packed as one weight. The norm rounds as rms_norm does; products are summed in
-float32, and everything after them stays in float32 until out is rounded once. Bytes moved: the weight, T K of x (and
-of residual and residual'), T N of out. Up to 16 tokens run in one kernel (few_tokens.py has the picture); more run
-as rms_norm, the library's matrix product, and swiglu.
-
-Where N gives too few programs, SPLIT_K of them share a tile and leave float32 parts behind; the last to arrive adds
-the parts in their order.
+Where N gives too few programs, SPLIT_K of them share a tile and leave float32 parts behind. The last to arrive adds the
+parts in their order.
 """
 
 from __future__ import annotations
@@ -131,7 +125,9 @@ def _launch_linear(
     (num_tokens, k_size), n_size = x.shape, out.shape[1]
     device = tuning.device_of(x)
     block_t = padded(num_tokens, device)
-    chosen = config(name, device, n_size, k_size, block_t, x.element_size(), parts=2 if gated else 1)
+    chosen = config(
+        name, device, n_size, k_size, block_t, x.element_size(), streams=2 if gated else 1, splits_k=not gated
+    )
     tiles, split_k = triton.cdiv(n_size, chosen["BLOCK_N"]), chosen["SPLIT_K"]
     _linear_kernel[(tiles, split_k)](
         out,
@@ -196,12 +192,12 @@ def new_residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
 
 
 @TRITON.implements(lambda x, weight, *rest, **keywords: refuses_weight(weight))
-def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, residual: Tensor | None = None) -> Tensor:
+def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
     if len(x) > MAX_TOKENS:
         out = F.linear(x, weight.dequantise(), bias)
-        return out if residual is None else residual + out
+        return out if addend is None else addend + out
     out = x.new_empty(len(x), len(weight))
-    _launch_linear("linear", out, None, x, None, None, weight, bias, residual, 0.0)
+    _launch_linear("linear", out, None, x, None, None, weight, bias, addend, 0.0)
     return out
 
 

@@ -177,7 +177,7 @@ def _launch_top_k(values: Tensor, ids: Tensor, candidates: Tensor, candidate_ids
 
 def _config(x: Tensor, weight: Weight) -> dict[str, int]:
     device = tuning.device_of(x)
-    return config("lm_head", device, len(weight), x.shape[1], padded(len(x), device), x.element_size(), parts=0)
+    return config("lm_head", device, len(weight), x.shape[1], padded(len(x), device), x.element_size(), splits_k=False)
 
 
 @TRITON.implements(lambda x, residual, norm_weight, eps, weight: refuses_norm(x, weight))

@@ -129,7 +129,7 @@ def _launch_norm_qkv_rope(
     (num_tokens, k_size), (_, num_q_heads, head_dim) = x.shape, q_out.shape
     device = tuning.device_of(x)
     block_t = padded(num_tokens, device)
-    chosen = config("norm_qkv_rope", device, len(weight), k_size, block_t, x.element_size(), parts=0)
+    chosen = config("norm_qkv_rope", device, len(weight), k_size, block_t, x.element_size(), splits_k=False)
     block_n = min(chosen["BLOCK_N"], head_dim)
     options = {name: value for name, value in chosen.items() if name not in ("BLOCK_N", "SPLIT_K")}
     _norm_qkv_rope_kernel[(len(weight) // block_n,)](

@@ -154,8 +154,9 @@ def rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     hidden = x.shape[-1]
     grad_x, grad_weight = torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(weight)
-    rows = grad, grad_residual, x
-    grad, grad_residual, x = (None if each is None else each.reshape(-1, hidden) for each in rows)
+    grad, x = grad.reshape(-1, hidden), x.reshape(-1, hidden)
+    if grad_residual is not None:
+        grad_residual = grad_residual.reshape(-1, hidden)
     config = _config(tuning.device_of(x), hidden, len(x))
     parts = x.new_empty(triton.cdiv(len(x), config["rows_each"]), hidden, dtype=torch.float32)
     _launch_rms_norm_backward(grad_x.view(-1, hidden), parts, grad, grad_residual, x, weight, eps)

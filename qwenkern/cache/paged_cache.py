@@ -40,7 +40,9 @@ class PagedCache(PageAllocator):
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         missing = self.missing_pages(table, num_tokens)
-        if missing and self.has_room(missing):  # first: a page without its angles would be used
+        if not missing:
+            return
+        if self.has_room(missing):  # first: a page without its angles would be used
             self.rope.reach((len(table.pages) + missing) * self.page_size)
         super().extend(table, num_tokens)
 

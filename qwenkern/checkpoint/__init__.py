@@ -1,10 +1,10 @@
-"""Checkpoints: from a folder or a file to the parameters of a module.
+"""Reads checkpoints: from a folder or a file to the parameters of a module.
 
     checkpoint = open_checkpoint(path)
     module = ...  # built from checkpoint.config
     load_weights(module, checkpoint.config, checkpoint.tensors(torch.bfloat16), source=str(path))
 
-A format is one file with one generator of `(Hugging Face name, tensor)`; `packing.py` knows where each goes.
+Each format is one file with one generator of `(Hugging Face name, tensor)`. `packing.py` says where each tensor goes.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a folder (config.json and *.safetensors) or a GGUF file: reads and checks its header, not its weights.
 
-    A GGUF file is one by its ending or by its first four bytes; of a split one any part may be given.
+    A GGUF file is recognised by its ending or by its first four bytes. Any part of a split one may be given.
     Raises CheckpointError for anything else or a damaged file, ConfigError for a model that qwenkern does not run.
     Pickle files are never opened: unpickling runs whatever code the file contains.
     """
     path = Path(path)
     try:
         return _open(path)
-    except OSError as error:  # a folder that may not be read, a name that is too long
+    except OSError as error:  # for example a folder without permission to read, or a name that is too long
         raise CheckpointError(f"{str(path)[:500]}: cannot be read: {error.strerror or error}") from error
 
 
@@ -45,13 +45,13 @@ def _open(path: Path) -> Checkpoint:
         if path.is_dir():
             checkpoint = open_safetensors(path)
         else:
-            from .gguf import open_gguf  # only such a file needs the gguf library
+            from .gguf import open_gguf  # only GGUF files need the gguf library
 
             checkpoint = open_gguf(path)
         check_shapes(checkpoint.shapes, checkpoint.config, source=str(path))
         return checkpoint
     if path.suffix.lower() in _PICKLES:
-        raise CheckpointError(f"{path}: is a pickle file, which qwenkern never opens; convert it to safetensors")
+        raise CheckpointError(f"{path}: is a pickle file, which qwenkern never opens; expected safetensors: convert it")
     if path.suffix.lower() == ".safetensors":
-        raise CheckpointError(f"{path}: is one file of weights; give the folder that also has its config.json")
+        raise CheckpointError(f"{path}: is one file of weights; expected the folder that has it and its config.json")
     raise CheckpointError(f"{path}: expected a folder with config.json and *.safetensors, or a GGUF file")

@@ -1,4 +1,4 @@
-"""What every format of checkpoint offers: a configuration, and one weight after another."""
+"""The interface of a checkpoint of any format: a configuration, and its weights one after another."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from qwenkern.generation import Generation
 
 @dataclass(frozen=True)
 class Checkpoint(ABC):
-    """An opened checkpoint: its header is read and checked, its weights are still on disk.
+    """An opened checkpoint. Its header is read and checked; its weights are still on disk.
 
-    generation: what generation_config.json and config.json, or GGUF's key-values, say of generating.
+    generation: the end tokens, limits and sampling of generation_config.json and config.json, or of GGUF's key-values.
     metadata: GGUF's key-values, the vocabulary included; {} for safetensors.
-    shapes: the tensors that `tensors` will give, under Hugging Face's names.
+    shapes: those of the tensors that `tensors` yields, by Hugging Face's names.
     """
 
     path: Path
@@ -34,10 +34,9 @@ class Checkpoint(ABC):
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
         """Each weight once, as `(name, tensor)` on the CPU, in the order of the file.
 
-        Weights that are stored as bfloat16, float16, float32 or GGML blocks come as `dtype`; anything else comes as it
-        is stored, for `load_weights` to refuse. A tensor may be a view of the mapped file: do not write to it.
-        """
+        Weights stored as bfloat16, float16, float32 or GGML blocks are converted to `dtype`. Others keep their dtype,
+        and `load_weights` refuses them. A tensor may be a view of the mapped file, so do not write to it."""
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all tensors in `dtype`: what `load_weights` counts up to in its calls of `progress`."""
+        """Bytes of all tensors in `dtype`: the last value that `load_weights` passes to `progress`."""
         return sum(map(math.prod, self.shapes.values())) * dtype.itemsize

@@ -1,4 +1,4 @@
-"""GGML's block formats -> float tensors, exactly as the ggml specification defines them.
+"""Converts GGML's block formats to float tensors, exactly as the ggml specification defines them.
 
 A row of weights is stored as blocks of 32 (`Q4_0` ... `Q8_0`) or 256 weights (`Q2_K` ... `Q6_K`). A block holds small
 integer codes, one scale for each group of codes, and for some types a minimum:
@@ -6,14 +6,14 @@ integer codes, one scale for each group of codes, and for some types a minimum:
     weight = code * scale + offset
 
 `_BLOCKS` gives each block's layout byte for byte, in the order of the structures in ggml's `ggml-common.h`. One small
-function for each type turns blocks into codes, scales and offsets; `_decode` does the one multiplication. Every product
-is exact in float32, so that the only rounding is that of the sum, and then the one to the wanted dtype.
+function for each type converts blocks to codes, scales and offsets, and `_decode` multiplies. Every product is exact in
+float32. So the only roundings are that of the sum and that to the wanted dtype.
 
-Two things make it fast. Codes are separated eight at a time, as the bytes of an int64, so that a shift and a mask
-cost an eighth. And the work goes in chunks that stay in the cache, on one thread: measured on two cores, that does 650
-(Q5_0) to 2,000 (Q8_0) million weights a second. Both of torch's threads do up to half more on an idle machine, but 25
-to 500 on a busy one: the fifteen short operations of a chunk each end in a barrier where they wait for each other. A
-pool of two Python threads is no faster than one: they wait for the interpreter's lock.
+Two things make it fast. First, eight codes are separated at a time, as the bytes of an int64, so a shift and a mask
+cost an eighth. Second, the work goes in chunks that stay in the cache, on one thread. Measured on two cores, one thread
+converts 650 (Q5_0) to 2,000 (Q8_0) million weights per second. Two of torch's threads convert up to half more on an
+idle machine, but only 25 to 500 million on a busy one, because the fifteen short operations of a chunk each end in a
+barrier. Two Python threads are no faster than one, because they wait for the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -59,11 +59,11 @@ _BITS_OF_BYTE = (_BYTES[:, None] >> _PLACES & 1).to(torch.uint8).view(torch.int6
 
 
 def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> torch.Tensor:
-    """Write the weights that `blocks` stands for into `out`, and return `out`.
+    """Writes the weights of `blocks` into `out`, and returns `out`.
 
     blocks: uint8, contiguous, any shape (a memory-mapped, read-only view is fine).
     out: float32, bfloat16 or float16, contiguous, on the CPU. Weights are rounded to its dtype to nearest even.
-    Raises CheckpointError for a type outside SUPPORTED, and where the bytes do not make as many weights as `out` has.
+    Raises CheckpointError for a type outside SUPPORTED, and if the number of bytes does not fit that of the weights.
     """
     if kind not in SUPPORTED:
         names = ", ".join(sorted(k.name for k in SUPPORTED))
@@ -71,7 +71,7 @@ def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor
     block_size, type_size = GGML_QUANT_SIZES[kind]
     if blocks.dtype != np.uint8 or blocks.size * block_size != out.numel() * type_size:
         raise CheckpointError(
-            f"{blocks.size} {blocks.dtype} of {kind.name} do not make {out.numel()} weights: "
+            f"{blocks.size} {blocks.dtype} of {kind.name} for {out.numel()} weights; "
             f"expected uint8, {type_size} for each {block_size} weights"
         )
     rows = blocks.reshape(-1, type_size)

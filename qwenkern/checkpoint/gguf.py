@@ -1,4 +1,4 @@
-"""GGUF files of Qwen2.5: llama.cpp's names -> Hugging Face's, its key-values -> a Config, its blocks -> tensors.
+"""Opens GGUF files of Qwen2.5: converts names to Hugging Face's, key-values to a Config, and blocks to tensors.
 
 Names: the standardized tensor names of the GGUF specification,
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Rows of q and k are in Hugging Face's order: llama.cpp
@@ -43,7 +43,7 @@ _LAYER_NAMES = {
 
 @dataclass(frozen=True)
 class GgufCheckpoint(Checkpoint):
-    """places: the file that each tensor is in and where in it, under Hugging Face's names."""
+    """places: for each tensor, by Hugging Face's name, its file and its place in the file."""
 
     places: Mapping[str, tuple[Container, TensorInfo]] = field(repr=False)
 
@@ -55,9 +55,9 @@ class GgufCheckpoint(Checkpoint):
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
-    """Reads and checks the header of a GGUF file, or of all parts of the model that it is a part of.
+    """Reads and checks the header of a GGUF file, or those of all parts of a split model.
 
-    Raises CheckpointError; ConfigError if no model has its numbers."""
+    Raises CheckpointError, or ConfigError if its numbers cannot describe a model."""
     parts = read_parts(path)
     metadata = next(iter(parts.values())).metadata
     if (architecture := metadata.get("general.architecture")) != "qwen2":
@@ -95,6 +95,6 @@ def _hugging_face_name(name: str, path: Path) -> str:
         return f"{known[stem]}.{kind}" if layer is None else f"model.layers.{layer}.{known[stem]}.{kind}"
     if name.startswith("rope_freqs"):
         raise CheckpointError(
-            f"{path}: tensor {name} scales rotary frequencies one by one, which no Qwen2.5 model does"
+            f"{path}: tensor {name} scales rotary frequencies one by one; expected none, as in Qwen2.5 models"
         )
     raise CheckpointError(f"{path}: unknown tensor {name}; expected llama.cpp's names for a Qwen2 model")

@@ -1,7 +1,7 @@
 """A GGUF model in several files, as llama.cpp splits one: NAME-00001-of-00003.gguf and so on.
 
-The first part has the metadata; each says in split.no (from 0), split.count and split.tensors.count (of all parts)
-which it is.
+The first part has the metadata. Each part has its number in split.no (from 0), the number of parts in split.count, and
+the number of tensors of all parts in split.tensors.count.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ _MERGE = "or merge the parts: llama-gguf-split --merge FIRST_PART WHOLE.gguf"
 
 
 def read_parts(path: Path) -> dict[Path, Container]:
-    """The files of the model that `path` is, or is a part of, with their headers; the first part comes first.
+    """The files of a model with their headers; the first part comes first. `path` is the model, or any of its parts.
 
-    Any part may be given: the others are found by their names beside it. Raises CheckpointError where a part is
-    missing, is another one than its name says, or cannot be of the same model."""
+    The other parts are found by their names in the same folder. Raises CheckpointError if a part is missing, is not
+    the one that its name says, or cannot be of the same model."""
     given = read_container(path)
     count, number = given.metadata.get("split.count", 1), given.metadata.get("split.no", 0)
     if count in (0, 1):
@@ -38,13 +38,13 @@ def read_parts(path: Path) -> dict[Path, Container]:
     if named is None or (int(named[2]), int(named[3])) != (number + 1, count):
         raise CheckpointError(
             f"{path}: is part {number + 1} of the {count} of a model; expected a name that ends in "
-            f"-{number + 1:05}-of-{count:05}.gguf, by which the others are found; {_MERGE}"
+            f"-{number + 1:05}-of-{count:05}.gguf, so that the others can be found; {_MERGE}"
         )
     names = [f"{named[1]}{n:05}-of-{named[3]}{named[4]}" for n in range(1, count + 1)]
     if missing := [name for name in names if not path.with_name(name).exists()]:
         listed = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
         raise CheckpointError(
-            f"{path}: is part {number + 1} of the {count} of a model; missing beside it: {listed}; expected all parts"
+            f"{path}: is part {number + 1} of the {count} of a model; missing: {listed}; expected all in one folder"
         )
     paths = [path if name == path.name else inside(path.parent, name, path.name) for name in names]
     parts = {each: given if each == path else read_container(each) for each in paths}
@@ -66,7 +66,7 @@ def _check(parts: Mapping[Path, Container]) -> None:
                 )
         for name in part.tensors:
             if name in seen:
-                raise CheckpointError(f"{path}: tensor {name} is in {seen[name].name}, too; expected it in one part")
+                raise CheckpointError(f"{path}: tensor {name} is also in {seen[name].name}; expected it in one part")
             seen[name] = path
     if (total := first.metadata[_TOTAL]) != len(seen):
         raise CheckpointError(

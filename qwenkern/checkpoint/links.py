@@ -1,4 +1,4 @@
-"""Where the files of a checkpoint may lie: in its folder, unless the user says that links may lead out of it."""
+"""Checks that a checkpoint's files lie in its folder, unless the user allows links that lead out of it."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from qwenkern.kernels.environment import FOLLOW_LINKS
 
 
 def inside(folder: Path, name: str, named_by: str) -> Path:
-    """The path of a file of weights, after a look at where it leads: a download must not make us read files elsewhere.
+    """The path of a weight file, after a check of its target: a download must not make qwenkern read files elsewhere.
 
-    The Hugging Face hub's cache keeps .../snapshots/<revision>/<name> as links to .../blobs/<hash>, which is allowed.
-    Any other link out of the folder is followed only where QWENKERN_FOLLOW_LINKS is 1. named_by: what names the file,
-    for the message where it is missing. Raises CheckpointError."""
+    In the Hugging Face hub's cache, .../snapshots/<revision>/<name> is a link to .../blobs/<hash>. This is allowed. Any
+    other link out of the folder is followed only if QWENKERN_FOLLOW_LINKS is 1. named_by: what names the file, for the
+    message if it is missing. Raises CheckpointError."""
     path, home = folder / name, folder.resolve()
     try:
         target = path.resolve(strict=True)
@@ -24,7 +24,7 @@ def inside(folder: Path, name: str, named_by: str) -> Path:
     allowed = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
     if target.parent not in allowed and not FOLLOW_LINKS.get():
         raise CheckpointError(
-            f"{path}: is a link to {target}, outside of {folder}, as a download could have it to any file of yours; "
-            f"expected the file itself, or {FOLLOW_LINKS.name}=1 where you made the link"
+            f"{path}: is a link to {target}, outside of {folder}, and a download could link to any of your files; "
+            f"expected the file itself, or {FOLLOW_LINKS.name}=1 if you made the link"
         )
     return path

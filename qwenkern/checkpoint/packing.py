@@ -1,7 +1,7 @@
-"""Which rows of which parameter each tensor of a checkpoint becomes, and the copy.
+"""Says which rows of which parameter each tensor of a checkpoint becomes, and copies the tensors.
 
-The model multiplies by q, k and v at once, and by gate and up at once; checkpoints keep them apart. `_PACKED` is the
-whole difference between the two.
+The model multiplies by q, k and v at once, and by gate and up at once. Checkpoints store them separately. `_PACKED` is
+the only difference between the two.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,13 +20,13 @@ from qwenkern.kernels import Weight
 
 logger = logging.getLogger(__name__)
 
-# the model's name in a layer -> the names of the checkpoint, from the first row down
+# the model's name in a layer -> the checkpoint's names, in the order of their rows
 _PACKED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_IGNORED = ".rotary_emb.inv_freq"  # in some old checkpoints; the configuration has what it says
+_IGNORED = ".rotary_emb.inv_freq"  # in some old checkpoints; the configuration has the same values
 _QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMPARED_ROWS = 8192
@@ -33,7 +34,7 @@ _COMPARED_ROWS = 8192
 
 @dataclass(frozen=True)
 class Slot:
-    """A tensor of `shape` goes to the rows of `parameter` from `start` on."""
+    """The place of a tensor of `shape`: the rows of `parameter` from `start` on."""
 
     parameter: str
     shape: tuple[int, ...]
@@ -41,7 +42,7 @@ class Slot:
 
 
 def slots(config: Config) -> dict[str, Slot]:
-    """Every tensor that a checkpoint of this configuration has, by Hugging Face's name."""
+    """The place of every tensor of a checkpoint with this configuration, by Hugging Face's name."""
     hidden, ffn, q_rows, kv_rows = config.hidden_size, config.intermediate_size, config.q_size, config.kv_size
     layer = {
         "input_layernorm.weight": (hidden,),
@@ -79,7 +80,7 @@ def slots(config: Config) -> dict[str, Slot]:
 
 
 def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Config, source: str) -> None:
-    """Raises CheckpointError unless these are the tensors of `config`: before a module of that size is allocated."""
+    """Raises CheckpointError unless these are the tensors of `config`. Called before the module is allocated."""
     if config.num_hidden_layers > len(shapes):
         raise CheckpointError(
             f"{source}: has {len(shapes)} tensors; expected those of a model of {config.num_hidden_layers} layers"
@@ -98,13 +99,13 @@ def load_weights(
     source: str,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Copies every tensor into the parameters of `module`, which are allocated, on any device, of any float dtype.
+    """Copies every tensor into the parameters of `module`. They are allocated, on any device and in any float dtype.
 
-    Where the configuration says that the output is the embedding, either may be given, as in transformers. Both may,
-    too: if they differ in the module's dtype, the output is untied, which a warning says.
+    If the configuration ties the output to the embedding, the tensors may have either of them, as in transformers, or
+    both. If both differ in the module's dtype, the output is untied, and a warning says so.
 
-    tensors: (Hugging Face's name, tensor of bfloat16, float16 or float32). source: names the checkpoint in messages.
-    progress: called after each tensor with the bytes of all tensors so far.
+    tensors: (Hugging Face's name, tensor in bfloat16, float16 or float32). source: the checkpoint's name in messages.
+    progress: called after each tensor, with the bytes of all tensors so far.
     Raises CheckpointError for a tensor that is unknown, missing, given twice, or of the wrong shape or dtype."""
     parameters = dict(module.named_parameters(remove_duplicate=False))
     table = slots(config)
@@ -122,7 +123,7 @@ def load_weights(
             if name in table:
                 _part(module, slot).copy_(tensor)
             else:
-                tied_head = tensor  # compared at the end: the embedding may come later
+                tied_head = tensor  # compared at the end, because the embedding may come later
         done += tensor.nbytes
         if progress is not None:
             progress(done)
@@ -153,7 +154,7 @@ def unpacked(module: torch.nn.Module, config: Config) -> Iterator[tuple[str, tor
 def _part(module: torch.nn.Module, slot: Slot) -> Weight | torch.Tensor:
     """The rows of a parameter that a tensor goes to."""
     owner, _, kind = slot.parameter.rpartition(".")
-    holder = module.get_submodule(owner)
+    holder: Any = module.get_submodule(owner)  # of qwen2.py, which is not imported here
     end = slot.start + slot.shape[0]
     if kind == "weight" and len(slot.shape) == 2:
         return holder.value.rows(slot.start, end)
@@ -161,14 +162,12 @@ def _part(module: torch.nn.Module, slot: Slot) -> Weight | torch.Tensor:
 
 
 def _slot(name: str, shape: tuple[int, ...], table: Mapping[str, Slot], source: str) -> Slot | None:
-    """Where a tensor goes; None for one that is not needed. An lm_head that is tied has the embedding's slot."""
+    """The place of a tensor; None if it is not needed. A tied lm_head has the place of the embedding."""
     if name.endswith(_IGNORED):
         return None
     slot = table.get(EMBEDDING if name == HEAD and HEAD not in table else name)
-    if slot is None and name.endswith(_QUANTISED):  # without a quantization_config, as early GPTQ had them
-        raise CheckpointError(
-            f"{source}: tensor {name[:200]} is of weights quantised by GPTQ or AWQ, which is not built"
-        )
+    if slot is None and name.endswith(_QUANTISED):  # without a quantization_config, as early GPTQ checkpoints
+        raise CheckpointError(f"{source}: tensor {name[:200]} is quantised by GPTQ or AWQ, which is not supported")
     if slot is None:
         raise CheckpointError(f"{source}: unknown tensor {name[:200]}; expected the {len(table)} of a Qwen2.5 model")
     if shape != slot.shape:
@@ -185,13 +184,15 @@ def _check_complete(found: Container[str], table: Mapping[str, Slot], source: st
 
 
 def _same_bits(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether `tensor`, in the dtype of `parameter`, has its bits; a few rows at a time, to need no second copy."""
+    """Whether `tensor`, in the dtype of `parameter`, has the same bits. Compares a few rows at a time, without a second
+    copy."""
     pairs = zip(parameter.split(_COMPARED_ROWS), tensor.split(_COMPARED_ROWS), strict=True)
     return all(torch.equal(a.view(torch.uint8), b.to(a).contiguous().view(torch.uint8)) for a, b in pairs)
 
 
 def _summary(missing: Iterable[str], table: Mapping[str, Slot]) -> str:
-    """Such as "layers 20..23, model.norm.weight": whole layers as ranges, then the first few single names."""
+    """The names as text: whole layers as ranges, then the first few other names ("layers 20..23,
+    model.norm.weight")."""
     names: list[str] = []
     layers: dict[int, list[str]] = {}
     for name in missing:

@@ -1,7 +1,7 @@
-"""Hugging Face folders: config.json and one or more *.safetensors, through the safetensors library, memory-mapped.
+"""Opens Hugging Face folders: config.json and one or more *.safetensors, memory-mapped by the safetensors library.
 
-The library checks a file's header (its length, and that the tensors fill the file without gaps or overlaps). This file
-adds what it lets pass: names that occur twice, an index that disagrees with its files, and names that lead elsewhere.
+The library checks a file's header: its length, and that the tensors fill the file without gaps or overlaps. This file
+also refuses names that occur twice, an index that disagrees with its files, and names that lead out of the folder.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -26,17 +26,22 @@ from .links import inside
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_DTYPES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # the format's words for torch's
+_DTYPES = {
+    "BF16": "bfloat16",
+    "F16": "float16",
+    "F32": "float32",
+    "F64": "float64",
+}  # the format's name -> torch's name
 
 
 @dataclass(frozen=True)
 class SafetensorsCheckpoint(Checkpoint):
-    """files: the names of the tensors in each file, in the file's order."""
+    """files: the tensor names of each file, in the file's order."""
 
     files: Mapping[Path, tuple[str, ...]] = field(repr=False)
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Checkpoint.tensors. Tensors that are stored as `dtype` are views of the mapped file, without a copy."""
+        """See Checkpoint.tensors. Tensors stored as `dtype` are views of the mapped file, not copies."""
         for file, names in self.files.items():
             with _errors(file), safe_open(file, framework="pt") as opened:
                 for name in names:
@@ -47,7 +52,9 @@ class SafetensorsCheckpoint(Checkpoint):
 def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
     """Reads config.json, generation_config.json, the index and the header of every file. Raises CheckpointError."""
     file = folder / "config.json"
-    config = Config.from_json(file) if file.exists() else None  # first: it may say that the weights are of another kind
+    config = (
+        Config.from_json(file) if file.exists() else None
+    )  # first, because it may say that the weights are quantised
     files = _weight_files(folder)
     if config is None:
         raise CheckpointError(f"{folder}: has weights but no config.json")
@@ -59,7 +66,9 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
                 [("the index", n) for n in expected - found] + [("the file", n) for n in found - expected]
             )
             raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
-    config = Config.from_json(folder / "config.json", dtype=_stored_dtype(next(iter(files))))  # now that it is known
+    config = Config.from_json(
+        folder / "config.json", dtype=_stored_dtype(next(iter(files)))
+    )  # again, because the stored dtype is known now
     return SafetensorsCheckpoint(
         path=folder,
         config=config,
@@ -71,12 +80,12 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The files to read, each with the tensors that the index says it has (None: no index)."""
+    """The files to read, each with its tensors by the index (None: there is no index)."""
     if (folder / _INDEX).is_file():
         files = _indexed_files(folder)
         if (stray := folder / "model.safetensors").exists() and stray not in files:
             raise CheckpointError(
-                f"{folder}: has {stray.name} and an {_INDEX} without it; remove the one that is stale"
+                f"{folder}: has {stray.name} and an {_INDEX} without it; expected one of the two: remove the stale one"
             )
         return files
     found = sorted(folder.glob("*.safetensors"))
@@ -85,10 +94,12 @@ def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
         return {inside(folder, single[0].name, "the folder"): None}
     if found:
         raise CheckpointError(
-            f"{folder}: has {len(found)} .safetensors files and no {_INDEX} to say what belongs together"
+            f"{folder}: has {len(found)} .safetensors files and no {_INDEX}; expected one, or a single file"
         )
     if ggufs := sorted(folder.glob("*.gguf")):
-        raise CheckpointError(f"{folder}: has no .safetensors files; to load a GGUF file, give its path: {ggufs[0]}")
+        raise CheckpointError(
+            f"{folder}: has no .safetensors files; expected them, or the path of a GGUF file: {ggufs[0]}"
+        )
     if pickles := sorted(file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind)):
         raise CheckpointError(
             f"{folder}: has no .safetensors files, only pickle files ({pickles[0]}), which qwenkern never opens; "
@@ -118,7 +129,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the order of the data, checked by the library, then by us for names that occur twice."""
+    """Names and shapes in the order of the data, checked by the library. Raises if a name occurs twice."""
     with _errors(file):
         refuse_pointer(file)
         with open(file, "rb") as stream:
@@ -135,7 +146,7 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
 
 
 def _stored_dtype(file: Path) -> str:
-    """The dtype of a file's first floating weight: what transformers takes where config.json names none."""
+    """The dtype of a file's first floating-point weight. transformers uses it if config.json names none."""
     with _errors(file), safe_open(file, framework="pt") as opened:
         stored = (opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118  (it is no mapping)
         return next((_DTYPES[kind] for kind in stored if kind in _DTYPES), "bfloat16")
@@ -143,7 +154,7 @@ def _stored_dtype(file: Path) -> str:
 
 @contextmanager
 def _errors(file: Path) -> Iterator[None]:
-    """Errors of reading `file` become CheckpointErrors that name it."""
+    """Raises errors of reading `file` as CheckpointErrors that name it."""
     try:
         yield
     except (SafetensorError, OSError, ValueError, RecursionError) as error:

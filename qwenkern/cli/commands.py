@@ -1,4 +1,4 @@
-"""The command line: text on stdout and nothing else there; progress, speed and complaints on stderr."""
+"""The command line. stdout gets only the text; stderr gets progress, speed and errors."""
 
 from __future__ import annotations
 
@@ -34,17 +34,22 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, folder of safetensors, or .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
-ThreadsOption = Annotated[int | None, typer.Option(help="Of the CPU.", show_default="one a physical core")]
-MaxTokens = Annotated[int | None, typer.Option(help="At most so many tokens.", show_default="the checkpoint's")]
+ThreadsOption = Annotated[int | None, typer.Option(help="Number of CPU threads.", show_default="one per physical core")]
+MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answer.", show_default="the checkpoint's")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
-TopK = Annotated[int | None, typer.Option(help="Only the k most probable tokens.", show_default="the checkpoint's")]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from the k most likely tokens.", show_default="the checkpoint's")
+]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Only the most probable tokens, which sum to p.", show_default="the checkpoint's"),
+    typer.Option(help="Sample from the most likely tokens that together reach p.", show_default="the checkpoint's"),
 ]
 MinP = Annotated[
     float | None,
-    typer.Option(help="Only tokens this probable, relative to the top one.", show_default="the checkpoint's"),
+    typer.Option(
+        help="Sample from tokens at least this likely, relative to the most likely one.",
+        show_default="the checkpoint's",
+    ),
 ]
 Penalty = Annotated[
     float | None, typer.Option("--repetition-penalty", help="Above 1: repeat less.", show_default="the checkpoint's")
@@ -55,9 +60,9 @@ System = Annotated[str | None, typer.Option(help="System message.", show_default
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="Text to go on from; read from stdin where not given.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Text to continue; read from stdin if not given.")] = None,
     model: ModelOption = "demo",
-    chat: Annotated[bool, typer.Option("--chat", help="Ask the prompt as a user's message.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a user's message.")] = False,
     system: System = None,
     max_tokens: MaxTokens = None,
     temperature: Temperature = None,
@@ -104,7 +109,7 @@ def chat(
     dtype: DtypeOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
-    """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
+    """Chat with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
     loaded = _load(model, device, dtype, threads)
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
@@ -148,10 +153,25 @@ def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo")
 def info(
     model: Annotated[str, typer.Argument(help="Name of a size, hub id, folder or .gguf file.")] = "demo",
     renew: Annotated[
-        bool, typer.Option("--renew", help="Only measure anew what is fastest on this CPU, and say what changed.")
+        bool, typer.Option("--renew", help="Only repeat the measurements of this CPU, and print what changed.")
+    ] = False,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="Only say which backend runs each op here, and why the others do not.")
     ] = False,
 ) -> None:
-    """Parameters, memory by context, contradictions among the numbers, and how this CPU computes. Loads no weights."""
+    """Show parameters, memory by context length, contradictions in the numbers, and how this CPU computes.
+
+    Loads no weights."""
+    if kernels:
+        from . import serving
+
+        table = Table(title=f"ops of {serving.MODEL} in bfloat16", title_justify="left")
+        for column in ("op", "tokens", "runs on", "others"):
+            table.add_column(column)
+        for op, tokens, runs, others in serving.served():
+            table.add_row(op, str(tokens), runs, others)
+        Console(highlight=False).print(table)
+        return
     if renew:
         for name, value in facts.renewed().items():
             Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
@@ -188,7 +208,7 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_opt
 
 @app.command(context_settings=PASSED_ON)
 def bench(context: typer.Context) -> None:
-    """Time the kernels beside torch, torch.compile and whatever else is installed (--help says more)."""
+    """Time the kernels next to torch, torch.compile and other libraries that are installed (see bench --help)."""
     from ..benchmarks import run
 
     _program(run.main, "qwenkern bench", context.args)
@@ -196,7 +216,7 @@ def bench(context: typer.Context) -> None:
 
 @app.command(context_settings=PASSED_ON)
 def tune(context: typer.Context) -> None:
-    """Search for this device's fastest launch configurations (--help says more)."""
+    """Search for this device's fastest launch configurations (see tune --help)."""
     from ..benchmarks import tune as tuner
 
     _program(tuner.main, "qwenkern tune", context.args)
@@ -219,7 +239,7 @@ def _load(model: str, device: str, dtype: str, threads: int | None) -> Model:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Bars on stderr, one for each thing that is done; none where stderr is no terminal."""
+    """Shows progress bars on stderr, one per task, if stderr is a terminal."""
     columns = TextColumn("{task.description:8}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bars:
         tasks: dict[str, Any] = {}
@@ -233,7 +253,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _write(stream: Stream, on_interrupt: str = "exit") -> Completion:
-    """Prints a stream as it comes and its speed when it ends. Ctrl-C ends the stream; "exit" passes it on then."""
+    """Prints a stream as it comes, and its speed at its end. Ctrl-C ends the stream; with "exit" it is raised again."""
     started = time.perf_counter()
     first = None
     interrupted = False

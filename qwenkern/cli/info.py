@@ -1,4 +1,4 @@
-"""What a configuration says about a model, where its numbers contradict one another, and how this CPU computes."""
+"""The output of `qwenkern info`: the sizes of a model, contradictions in its numbers, and how this CPU computes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _SIZES = (
 
 
 def layout(config: Config) -> dict[str, int]:
-    """Parameters by what they are for; the values sum to ``config.num_parameters``."""
+    """The number of parameters by their purpose; their sum is ``config.num_parameters``."""
     layers, hidden = config.num_hidden_layers, config.hidden_size
     parts = {
         "embedding (and output)" if config.tie_word_embeddings else "embedding": config.num_embedding_parameters,
@@ -39,17 +39,17 @@ def layout(config: Config) -> dict[str, int]:
 
 
 def memory(config: Config, bytes_per_element: int = 2) -> dict[int, int]:
-    """Bytes of weights and one sequence's cache, by context length: powers of two up to the model's own."""
+    """Bytes of the weights and of one sequence's cache, by context length: powers of two, up to the model's own."""
     lengths = [1 << n for n in range(10, 24) if 1 << n < config.context_length] + [config.context_length]
     weights = config.num_parameters * bytes_per_element
     return {length: weights + length * config.kv_bytes_per_token(bytes_per_element) for length in lengths}
 
 
 def processor() -> dict[str, str]:
-    """Which Triton there is, what the C kernels were compiled for, where they come from, their threads, and what was
-    measured on this CPU.
+    """The version of Triton; for the C functions their target, their origin, their threads, and the measurements on
+    this CPU.
 
-    Raises RequestError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
+    Raises RequestError if QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
     try:
         return {"Triton": triton.__version__ or "not installed, so torch runs on a GPU"} | c_backend.describe()
     except ValueError as error:
@@ -57,9 +57,9 @@ def processor() -> dict[str, str]:
 
 
 def renewed() -> dict[str, str]:
-    """Measures anew what is fastest on this CPU: what ``processor`` then says of it, and what was so before.
+    """Repeats the measurements of this CPU: the new results as in ``processor``, with the earlier ones.
 
-    Raises RequestError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
+    Raises RequestError if QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
     try:
         found = c_backend.renew()
     except ValueError as error:
@@ -76,7 +76,7 @@ def contradictions(
     shapes: Mapping[str, tuple[int, ...]] | None = None,
     num_tokens: int | None = None,
 ) -> list[str]:
-    """A sentence for each number that another one contradicts; empty for a sound checkpoint.
+    """A sentence for each contradiction between two numbers; empty for a consistent checkpoint.
 
     name: of the model, which may state a size. shapes: of the checkpoint's tensors. num_tokens: how many ids the
     tokenizer can produce."""

@@ -1,12 +1,12 @@
-"""The edge of every program here: the three streams, as the shell hands them over, and how a program ends.
+"""The standard streams and the exit codes of every program.
 
-    0      done
+    0      success
     1      an error, in one line on stderr
     2      a wrong command line
     130    Ctrl-C
-    141    whoever read the output has left: the program dies of SIGPIPE, as others do
+    141    the reader of the output has closed it: the program dies of SIGPIPE, as other programs do
 
-What cannot be written to stderr is nobody's to hear, and changes neither the output nor the exit code.
+An error of writing to stderr changes neither the output nor the exit code.
 """
 
 from __future__ import annotations
@@ -30,28 +30,34 @@ from ..errors import Error, RequestError
 
 
 class _Stderr(Console):
-    def on_broken_pipe(self) -> None:  # rich's own ends the program, and stdout with it
+    def on_broken_pipe(self) -> None:  # rich's own method ends the program, and stdout with it
         self.quiet = True
 
 
-_OF_WRITING = (errno.ENOSPC, errno.EIO, errno.EBADF, errno.EFBIG, errno.EDQUOT)  # what a stream says, without a name
+_OF_WRITING = (
+    errno.ENOSPC,
+    errno.EIO,
+    errno.EBADF,
+    errno.EFBIG,
+    errno.EDQUOT,
+)  # errors of a stream, which name no file
 stderr = _Stderr(stderr=True, highlight=False)
 
 
 def note(*parts: Any, **keywords: Any) -> None:
-    """Prints a remark on stderr, as rich's Console.print does."""
+    """Prints a note on stderr, as rich's Console.print does."""
     with contextlib.suppress(OSError):  # a full disk: see above
         stderr.print(*parts, **keywords)
 
 
 def complain(error: object) -> None:
-    """Says an error on stderr."""
+    """Prints an error on stderr."""
     note("[red]error:[/]", end=" ")
     note(str(error), markup=False, soft_wrap=True)
 
 
 def warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """warnings.showwarning without the place in the code, which is nothing to a reader of the command line."""
+    """Replaces warnings.showwarning, without the place in the code, which does not help users of the command line."""
     note("[yellow]warning:[/]", end=" ")
     note(str(message), markup=False, soft_wrap=True)
 
@@ -69,7 +75,7 @@ def read_stdin() -> str:
 
 
 def ask(prompt: str) -> str | None:
-    """A line from standard input, behind the prompt if that is a terminal: "" after Ctrl-C, None at its end."""
+    """A line from standard input, after the prompt if it is a terminal: "" after Ctrl-C, None at its end."""
     if sys.stdin is None:
         return None
     try:
@@ -85,11 +91,11 @@ def ask(prompt: str) -> str | None:
 
 def _not_text(error: UnicodeDecodeError) -> str:
     found = error.object[error.start]
-    return f"byte 0x{found:02x} at {error.start} is no {error.encoding}; expected text"
+    return f"byte 0x{found:02x} at {error.start} is not {error.encoding}; expected text"
 
 
 def command(function: Callable[..., Any]) -> typer.Typer:
-    """A program of one command, from a function with typer's annotations."""
+    """A program with one command, from a function with typer's annotations."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
     app.command()(function)
     return app
@@ -99,14 +105,14 @@ def run(app: typer.Typer) -> NoReturn:
     """Runs the program with the arguments of the command line, and exits."""
     try:
         _prepare()
-        code = app(standalone_mode=False) or 0  # what typer.Exit says
+        code = app(standalone_mode=False) or 0  # the code of typer.Exit
         sys.stdout.flush()
     except Error as error:
         complain(error)
         code = 1
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except SystemExit as done:  # what typer and rich make of a broken pipe
+    except SystemExit as done:  # typer and rich raise it for a broken pipe
         code = 141 if isinstance(done.__context__, BrokenPipeError) else done.code
     except BrokenPipeError:
         code = 141
@@ -115,10 +121,9 @@ def run(app: typer.Typer) -> NoReturn:
         complain(f"{file}: {error.strerror}" if file else error)
         code = 1
     except Exception as error:
-        if hasattr(error, "exit_code"):
+        if hasattr(error, "exit_code") and hasattr(error, "show"):
             with contextlib.suppress(OSError):
-                # a wrong command line: click, which typer brings along under a name of its own, says how it should be
-                error.show()  # type: ignore[attr-defined]
+                error.show()  # a wrong command line: click prints the usage
             code = error.exit_code
         elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error)):  # torch's
             complain(f"not enough memory: {str(error).partition(chr(10))[0]}")
@@ -132,7 +137,7 @@ def _prepare() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # closed: the next file opened would get this number, and whatever is printed
+        except OSError:  # it is closed: the next opened file would get this number and all output
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115  as long as the program
@@ -142,20 +147,20 @@ def _prepare() -> None:
         ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="strict")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does: a terminal may not know a character
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr, because a terminal may lack a character
     warnings.showwarning = warn
-    if os.environ.get("COLUMNS") == "0":  # where nobody knows the width; rich prints nothing then
+    if os.environ.get("COLUMNS") == "0":  # the width is unknown, and rich would print nothing
         del os.environ["COLUMNS"]
 
 
 def _exit(code: int) -> NoReturn:
     if code == 130:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C finds nothing left to interrupt
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
                 stream.flush()
-        except OSError:  # said already, and the interpreter tries again as it ends
+        except OSError:  # the error is printed already; the interpreter tries again when it ends
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code == 141 and hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)

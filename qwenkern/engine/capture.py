@@ -40,13 +40,15 @@ class CallCapture:
     steps_in_flight = 0
 
     def padded(self, sequences: int) -> int | None:
-        return sequences if sequences <= c_backend.MAX_TOKENS else None
+        if c_backend.prepare():  # there is no C here
+            return None
+        return sequences if sequences <= c_backend.prepared().limits.max_few_tokens else None
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        tape = c_backend.Tape()
-        with tape.record():
+        recorded = c_backend.RecordedCalls()
+        with recorded.record():
             out = function()
-        return tape.replay, out
+        return recorded.replay, out
 
     def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
         target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu"))

@@ -130,5 +130,5 @@ class CapturedSteps:
     def _captured(self, size: int, candidates: int | None) -> CapturedStep | None:
         try:
             return CapturedStep(self._model, self._cache, size, candidates, self.capture)
-        except c_backend.NotRecordable:  # another dtype, sizes that C does not take, no compiler: torch runs it
+        except c_backend.CannotRecord:  # another dtype, sizes that C does not take, no compiler: torch runs it
             return None

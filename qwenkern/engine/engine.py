@@ -5,8 +5,8 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
 from itertools import accumulate
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -18,8 +18,7 @@ from .runner import Runner
 from .scheduler import MAX_BATCH, Limits, Scheduled, Scheduler
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """What a step brought to one request."""
 
     request: Request

@@ -81,8 +81,8 @@ def pull(name: str, progress: Progress | None = None) -> Path:
     quantised = _QUANTISED.fullmatch(key.removeprefix("qwen/"))
     if quantised and quantised[1] in _HUB:
         raise RequestError(
-            f"model: {shown(name)} has weights quantised by {quantised[2].split('-')[0].upper()}, which is not built; "
-            f"expected {quantised[1]}, or a GGUF file of it"
+            f"model: {shown(name)} has weights quantised by {quantised[2].split('-')[0].upper()}, which is not "
+            f"supported; expected {quantised[1]}, or a GGUF file of it"
         )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return snapshot(name)

@@ -1,1 +1,1 @@
-"""Text and token ids: the tokenizer, and a conversation as text."""
+"""Converts text to token ids and back, and conversations to text."""

@@ -1,4 +1,4 @@
-"""Chat templates: a checkpoint's Jinja source turns messages into the text its model was trained on.
+"""Chat templates: a checkpoint's Jinja source converts messages to the text on which its model was trained.
 
 A template is code that came with a download, so it runs in a sandbox that bounds its time and memory
 (sandbox/) and is handed nothing but JSON-like values.
@@ -23,12 +23,12 @@ from .messages import plain, read_messages, size, unused_characters
 _MOST_TEMPLATES = 64
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
 _ASKS_FOR_NULL = re.compile(r"content\W{0,3}\s+is\s+(not\s+)?none\b", re.IGNORECASE)  # as DeepSeek-R1's does
-_MOST_TRIALS = 8  # renderings to find out whether a template ignores messages of unusual roles
+_MOST_TRIALS = 8  # renderings that test whether a template ignores messages of unusual roles
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """What a template is handed, in plain types."""
+    """The input of a template, in plain types."""
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
@@ -40,7 +40,7 @@ class ChatTemplate:
     """The templates of one checkpoint.
 
     `templates` maps a name to (Jinja source, file it came from); "default" renders, unless there are tools and a
-    "tool_use". `tokens` holds what templates may ask for by name, such as eos_token.
+    "tool_use". `tokens` has the tokens that templates may use by name, such as eos_token.
     """
 
     def __init__(self, templates: Mapping[str, tuple[str, str]], tokens: Mapping[str, str], source: str) -> None:
@@ -52,7 +52,7 @@ class ChatTemplate:
     @classmethod
     def from_folder(cls, folder: Path, tokens: Mapping[str, str]) -> ChatTemplate:
         """From chat_template.jinja and additional_chat_templates/, else tokenizer_config.json, else chat_template.json:
-        the newest spelling counts. None of them is no error until a chat is asked for.
+        the first that exists counts. A missing template is an error only when a chat is rendered.
         """
         files = {"default": folder / "chat_template.jinja"}
         files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
@@ -70,7 +70,7 @@ class ChatTemplate:
                 except (
                     TypeError,
                     KeyError,
-                ) as fault:  # the + "" is what refuses a name or a template that is no string
+                ) as fault:  # the + "" refuses a name or a template that is not a string
                     raise CheckpointError(
                         f"{file}: chat_template is {shown(found, 60)}; expected a string or a list of name and template"
                     ) from fault
@@ -94,13 +94,13 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> str:
-        """The prompt's text, equal to what transformers' apply_chat_template makes of the same template.
+        """The prompt's text. It equals that of transformers' apply_chat_template with the same template.
 
-        Before that, messages are read as messages.py says. The role "developer" is "system" to a template that does not
-        know it, as in llama.cpp.
+        Messages are first read as messages.py says. If the template does not know the role "developer", it gets
+        "system" instead, as in llama.cpp.
 
-        Raises RequestError for messages that are malformed or that the template refuses or would drop, and when there
-        is no template; CheckpointError for a template that does not compile or that oversteps the sandbox.
+        Raises RequestError for messages that are malformed or that the template refuses or would drop, and if there is
+        no template. Raises CheckpointError for a template that does not compile or that exceeds the sandbox's limits.
         """
         return self.read(messages, tools, add_generation_prompt, **variables)[1]
 
@@ -111,7 +111,8 @@ class ChatTemplate:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> tuple[Conversation, str]:
-        """The conversation as the template takes it, and its text. Arguments and errors as `render`."""
+        """The conversation in the form that the template gets, and its text. Arguments and errors are those of
+        `render`."""
 
         def conversation(read_arguments: bool) -> Conversation:
             read = read_messages(messages, read_arguments, keep_null)
@@ -131,14 +132,14 @@ class ChatTemplate:
             as_text = conversation(read_arguments=False) != chat
             if not as_text:
                 raise
-        if as_text:  # a template that puts arguments into the text as they are (DeepSeek-R1's) wants JSON, not a dict
+        if as_text:  # a template that writes arguments unchanged into the text (DeepSeek-R1's) needs JSON, not a dict
             chat = conversation(read_arguments=False)
             text = self.write(chat)
         self._check_roles(chat, text)
         return chat, text
 
     def write(self, chat: Conversation) -> str:
-        """What the template makes of a conversation."""
+        """The template's text for a conversation."""
         from jinja2.sandbox import SecurityError
 
         from .sandbox import budget
@@ -152,14 +153,14 @@ class ChatTemplate:
             with budget(size([chat.messages, chat.tools, chat.variables])):
                 return template.render(messages=chat.messages, **values)
         except (SecurityError, OverflowError, RecursionError) as fault:  # OverflowError: a range too large
-            raise CheckpointError(f"{file}: the chat template oversteps its sandbox: {fault}") from fault
+            raise CheckpointError(f"{file}: the chat template exceeds its limits: {fault}") from fault
         except Exception as fault:
             what = f"{type(fault).__name__}: {fault}"
             raise RequestError(f"messages: the chat template of {file} does not accept them: {what:.1000}") from fault
 
     def _check_roles(self, chat: Conversation, text: str) -> None:
-        """Raises RequestError where the template skips a message for its role, as Qwen's does: a misspelt role would
-        lose the message."""
+        """Raises RequestError if the template skips a message because of its role, as Qwen's does. A message with a
+        misspelt role would be lost."""
         unusual = [n for n, message in enumerate(chat.messages) if message["role"] not in _USUAL_ROLES]
         if not unusual:
             return
@@ -174,7 +175,7 @@ class ChatTemplate:
         mark = next(unused_characters(text), "")
         try:
             found = re.findall(f"{mark}([0-9]+){mark}", with_more({n: f"{mark}{n}{mark}" for n in unusual}))
-        except RequestError:  # a template that looks into contents
+        except RequestError:  # the template reads the contents
             found = []
         seen = set(map(int, found)) if mark else set()
         unseen = [n for n in unusual if n not in seen]
@@ -187,14 +188,14 @@ class ChatTemplate:
         if len(unseen) > _MOST_TRIALS:
             raise RequestError(
                 f"messages: {len(unseen)} have roles other than {', '.join(_USUAL_ROLES)}, and the chat template of "
-                f"{self._source} does not show their contents as they are; expected {_MOST_TRIALS} of such at most"
+                f"{self._source} does not show their contents as they are; expected at most {_MOST_TRIALS} of them"
             )
 
     def _compile(self, name: str) -> Any:
         if name not in self._templates:
             have = f"only ones named {sorted(self._templates)}" if self._templates else "none"
             raise RequestError(
-                f"{self._source}: a chat needs a chat template named {shown(name)} and the checkpoint has {have}; "
+                f"{self._source}: a chat needs a chat template named {shown(name)}, and the checkpoint has {have}; "
                 "expected an Instruct checkpoint, or plain text through encode()"
             )
         if name not in self._compiled:
@@ -220,7 +221,7 @@ def _check_tools(tools: Any) -> None:
 
 
 def _shows_python(chat: Conversation, text: str) -> bool:
-    """Whether the arguments of a call stand in the text as Python writes a dict."""
+    """Whether the text has the arguments of a call as Python prints a dict."""
     calls = (call for message in chat.messages for call in message.get("tool_calls", []))
     functions = (call["function"] if isinstance(call.get("function"), dict) else call for call in calls)
     for arguments in islice((a for f in functions if isinstance(a := f.get("arguments"), dict) and a), 1):
@@ -230,14 +231,14 @@ def _shows_python(chat: Conversation, text: str) -> bool:
 
 @cache
 def _environment() -> Any:
-    """Jinja as chat templates are written for: transformers' block trimming, filter and functions."""
+    """The Jinja environment that chat templates expect: transformers' block trimming, filter and functions."""
     from jinja2 import TemplateError
     from jinja2.ext import Extension
 
     from .sandbox import Sandbox
 
     class Generation(Extension):
-        """`{% generation %}` marks the assistant's text for training; a prompt only needs what is inside."""
+        """`{% generation %}` marks the assistant's text for training. A prompt needs only its contents."""
 
         tags = {"generation"}  # noqa: RUF012  (Jinja reads a plain set)
 

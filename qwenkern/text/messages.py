@@ -1,10 +1,11 @@
-"""Messages as clients of chat servers send them, checked and brought into the form that chat templates are written for.
+"""Checks messages from clients of chat servers, and converts them to the form that chat templates expect.
 
-What OpenAI's interface allows and templates do not read:
+OpenAI's interface allows these forms, which templates do not read:
 
-    content as parts of text      joined with a line feed, as by llama.cpp and vLLM (transformers' server: a blank)
-    "arguments" as JSON text      the object that it spells; text that is no JSON stays as it is, as in llama.cpp
-    content null                  an absent key, unless the template asks whether content is none
+    content as parts of text      the parts are joined with a line feed, as in llama.cpp and vLLM (transformers' server
+                                  joins with a space)
+    "arguments" as JSON text      replaced by the object that the text spells; other text stays, as in llama.cpp
+    content null                  the key is removed, unless the template tests whether content is none
 """
 
 from __future__ import annotations
@@ -21,17 +22,17 @@ _TEXT_PARTS = ("text", "input_text", "output_text")
 
 
 def plain(value: Any, name: str, on_text: Callable[[str], str] = str.__str__, depth: int = 0) -> Any:
-    """A copy of `value` in plain JSON types, `on_text` applied to every string in it, dictionary keys included.
+    """A copy of `value` in plain JSON types. `on_text` is applied to every string in it, also to dictionary keys.
 
-    Raises RequestError, naming the argument `name`, for any other type: an object's methods would be open to the
-    template. The same for what is nested more than DEEPEST levels deep, or holds itself.
+    Raises RequestError, which names the argument `name`, for any other type, because a template could call an object's
+    methods. It also raises for values that are nested more than DEEPEST levels deep or contain themselves.
     """
     if isinstance(value, str):
         return on_text(value)
     if value is None or type(value) in (bool, int, float):
         return value
     if depth > DEEPEST:
-        raise RequestError(f"{name} is nested more than {DEEPEST} levels deep, or holds itself")
+        raise RequestError(f"{name} is nested more than {DEEPEST} levels deep, or contains itself")
     if isinstance(value, Mapping):
         return {_key(key, name, on_text): plain(item, name, on_text, depth + 1) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -52,7 +53,7 @@ def _key(key: Any, name: str, on_text: Callable[[str], str]) -> Any:
 
 
 def size(value: Any) -> int:
-    """Characters of plain values, and 16 for each item."""
+    """The number of characters in plain values, plus 16 for each item."""
     if isinstance(value, str):
         return 16 + len(value)
     if isinstance(value, dict):
@@ -61,13 +62,13 @@ def size(value: Any) -> int:
 
 
 def unused_characters(text: str) -> Iterator[str]:
-    """Private characters, which no text gives a meaning, that are not in this one."""
+    """Unicode's private-use characters that are not in this text."""
     used = set(text)
     return (character for character in map(chr, range(0xF0000, 0x10FFFE)) if character not in used)
 
 
 def read_messages(messages: Any, read_arguments: bool = True, keep_null: bool = False) -> list[dict[str, Any]]:
-    """The messages in plain types, with text as content, and absent keys for None.
+    """The messages in plain types, with text as content, and without keys whose value is None.
 
     read_arguments: the arguments of tool calls that come as JSON text become what it spells.
     keep_null: the content of a message that has nothing but tool calls stays None.
@@ -110,7 +111,7 @@ def _text_of(part: Any, name: str) -> str:
         raise RequestError(f"{name} is a {type(part).__name__}; expected a dict with type and text")
     if part.get("type") not in _TEXT_PARTS:
         raise RequestError(
-            f"{name} is of type {shown(part.get('type'), 40)}; expected 'text': the model reads nothing else"
+            f"{name} is of type {shown(part.get('type'), 40)}; expected 'text', because the model reads nothing else"
         )
     if not isinstance(part.get("text"), str):
         raise RequestError(f"{name}: text is {shown(part.get('text'), 40)}; expected a string")
@@ -119,8 +120,8 @@ def _text_of(part: Any, name: str) -> str:
 
 def _read_json(text: str) -> Any:
     if not text.strip():
-        return {}  # what some clients send for a call without arguments
+        return {}  # some clients send this for a call without arguments
     try:
         return json.loads(text)
     except (ValueError, RecursionError):
-        return text  # as a model wrote it, which need not be JSON
+        return text  # the model wrote it, and it need not be JSON

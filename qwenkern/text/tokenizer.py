@@ -1,7 +1,7 @@
-"""Text to token ids and back: Qwen2's byte-level BPE, from tokenizer.json or from the metadata of a GGUF file.
+"""Converts text to token ids and back: Qwen2's byte-level BPE, from tokenizer.json or from a GGUF file's metadata.
 
-The merging is done by the `tokenizers` library; decoding is done here, from the bytes of each token, so that whole and
-incremental decoding are one thing. A special token is one that stands for structure and not for text (<|im_end|>).
+The `tokenizers` library merges. This file decodes, from the bytes of each token, so that whole and incremental decoding
+are the same code. A special token stands for structure, not for text (<|im_end|>).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from .chat_template import ChatTemplate, Conversation
 from .messages import plain, unused_characters
 from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
 
-# Names that llama.cpp (src/llama-vocab.cpp) gives Qwen2's expression, and whose models compose text as Qwen2 does. It
-# has more for other vocabularies ("megrez", "kormo", "f2llmv2"; "stablelm2", "hunyuan", "solar-open"), none of which a
+# llama.cpp's names (src/llama-vocab.cpp) of Qwen2's expression, for models that normalize text as Qwen2 does. It has
+# more names for other vocabularies ("megrez", "kormo", "f2llmv2"; "stablelm2", "hunyuan", "solar-open"), which no
 # Qwen2.5 model has.
 _QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
@@ -34,7 +34,7 @@ _RETRY_LIMIT = 10_000_000  # of the expression engine, per match
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """Byte-level BPE spells a byte as one visible character: itself where printable, else one from U+0100 on."""
+    """The character -> byte table of byte-level BPE. A printable byte is its own character; others begin at U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(hidden)}
@@ -44,12 +44,12 @@ _BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
-    """A checkpoint's vocabulary; made by `from_folder` or `from_gguf`. Immutable, so threads may share it.
+    """A checkpoint's tokenizer, made by `from_folder` or `from_gguf`. It is immutable, so threads may share it.
 
-    vocab_size       width of the model's output; ids that no token has, up to it, decode to nothing
+    vocab_size       the number of logits; smaller ids without a token decode to nothing
     special_ids      ids that `decode` leaves out
-    beginning_ids    ids that the checkpoint puts before a text, such as a beginning-of-text token; Qwen2.5 has none
-    end_of_text_ids  ids that end a text: those of generation.END_TOKENS that it has, and the checkpoint's own
+    beginning_ids    ids that the checkpoint puts before a text, such as a beginning-of-text token; empty for Qwen2.5
+    end_of_text_ids  ids that end a text: those with a spelling in generation.END_TOKENS, and the checkpoint's own
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Tokenizer:
             found = f"{type(library.model).__name__} with {type(library.decoder).__name__} decoder"
             raise CheckpointError(f"{source}: the tokenizer is {found}; expected byte-level BPE, as Qwen2.5 has")
         missing = [f"0x{byte:02X}" for spelling, byte in _BYTE_OF.items() if library.token_to_id(spelling) is None]
-        if missing:  # the library drops a character that it cannot spell, without a word
+        if missing:  # the library silently drops a character that it cannot spell
             raise CheckpointError(
                 f"{source}: the vocabulary has no token for {len(missing)} of the 256 bytes ({', '.join(missing[:4])})"
             )
@@ -74,9 +74,9 @@ class Tokenizer:
         library.model.dropout = None
         added = library.get_added_tokens_decoder()
         self._library = library
-        # The same model without added tokens: what reads text in which nothing is special. The library's own switch,
-        # encode_special_tokens, is state of a shared object and leaves added tokens that are not special, such as
-        # <tool_call>, in force.
+        # The same model without added tokens, for text in which nothing is special. The library's own switch,
+        # encode_special_tokens, is state of a shared object, and it still recognises added tokens that are not special,
+        # such as <tool_call>.
         self._plain = tokenizers.Tokenizer(library.model)
         self._plain.normalizer = library.normalizer
         self._plain.pre_tokenizer = library.pre_tokenizer
@@ -95,11 +95,11 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """From a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt), and where present
+        """From a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt) and, if present,
         tokenizer_config.json, added_tokens.json, special_tokens_map.json, chat_template.jinja,
         additional_chat_templates/, chat_template.json and config.json (for vocab_size).
 
-        Raises CheckpointError, naming the file, where one is missing or damaged.
+        Raises CheckpointError, which names the file, if a file is missing or damaged.
         """
         folder = Path(path)
         library, file = open_library(folder)
@@ -121,10 +121,10 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
-        """From the `tokenizer.*` keys of a GGUF file; `source` is the file's name, for messages.
+        """From the `tokenizer.*` keys of a GGUF file. `source` is the file's name, for messages.
 
-        Raises CheckpointError, naming the key, for anything but a sound gpt2-style vocabulary with qwen2 splitting.
-        """
+        Raises CheckpointError, which names the key, unless the vocabulary is a valid gpt2-style one with qwen2
+        splitting."""
         for key, wanted in (("model", ("gpt2",)), ("pre", _QWEN2_PRE)):
             if (found := metadata.get(f"tokenizer.ggml.{key}")) not in wanted:
                 names = " or ".join(map(repr, wanted))
@@ -143,16 +143,17 @@ class Tokenizer:
                 raise CheckpointError(
                     f"{source}: tokenizer.ggml.merges[{n}] is {shown(' '.join(merge))}; expected two tokens and a space"
                 )
-        # Unused entries ([PAD151665]) widen the embedding to a round size; they must not match text.
+        # Unused entries ([PAD151665]) pad the embedding to a round size. They must not match text.
         vocab = {token: n for n, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
         if len(vocab) != len(types) - types.count(_UNUSED):
             twice = next(token for n, token in enumerate(tokens) if types[n] != _UNUSED and vocab[token] != n)
             raise CheckpointError(f"{source}: tokenizer.ggml.tokens has {shown(twice)} twice; expected distinct tokens")
         with guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
-            # A GGUF leaves the steps unsaid. transformers 5.23 forgets the normalizer, so text in NFD gets other ids.
+            # A GGUF file does not name the steps. transformers 5.23 omits the normalizer, so text in NFD gets other
+            # ids.
             library = qwen2_library(vocab, [tuple(merge) for merge in merges])
-        # A GGUF calls <|fim_prefix|> and its kin control tokens, while the official tokenizer.json has them as text
-        # that decode shows; each file is taken at its word, since ids are the same either way.
+        # In a GGUF file <|fim_prefix|> and similar tokens are control tokens. In the official tokenizer.json they are
+        # text that decode shows. Each file is followed, because the ids are the same.
         library.add_tokens(
             [
                 AddedToken(token, special=kind == _CONTROL, normalized=False)
@@ -172,17 +173,16 @@ class Tokenizer:
         if not isinstance(begins, bool):
             raise ConfigError(f"{source}: {key} is {shown(begins)}; expected true or false")
         if begins and "bos_token" not in named:
-            raise ConfigError(f"{source}: {key} is true; expected tokenizer.ggml.bos_token_id beside it")
+            raise ConfigError(f"{source}: {key} is true; expected tokenizer.ggml.bos_token_id as well")
         if begins:
             begin_with(library, named["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
         return cls(library, source, len(tokens), ends, ChatTemplate.from_gguf(metadata, named, source))
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
-        """Ids of `text`. Nothing is put before or after it; see `encode_prompt`.
+        """The ids of `text`, with no token before or after it; see `encode_prompt`.
 
-        A special token spelled out in the text becomes that token, as chat templates need; with allow_special=False
-        the text comes from a stranger and every character of it is text. Raises RequestError for what is not a str or
-        cannot be UTF-8.
+        If the text spells a special token, it becomes that token, as chat templates need. With allow_special=False, for
+        text from users, it stays text. Raises RequestError if `text` is not a str or cannot be UTF-8.
         """
         if not isinstance(text, str):
             raise RequestError(f"text is a {type(text).__name__}; expected a str")
@@ -192,28 +192,29 @@ class Tokenizer:
             found = f"a lone surrogate, U+{ord(text[fault.start]):04X}, at position {fault.start}"
             raise RequestError(f"text has {found}; expected text that UTF-8 can hold") from fault
         library = self._library if allow_special else self._plain
-        # On blanks Qwen's expression meets the engine's limit from this length on. Below it the expression is at fault.
+        # Qwen's expression reaches the engine's limit only on a longer run of blanks. On other text the expression is
+        # bad.
         error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
-        with guard(error, f"{self._source}: the tokenizer gave up on a text of {len(text)} characters"):
+        with guard(error, f"{self._source}: the tokenizer failed on a text of {len(text)} characters"):
             return library.encode(text, add_special_tokens=False).ids
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of `text` as what a model goes on from, or scores: `beginning_ids` first, unless it begins with them.
+        """The ids of `text` for a model to continue or score: `beginning_ids` first, unless the text begins with them.
 
-        An end that a tokenizer puts after a text, where it is asked to, is left out: nothing goes on from there.
+        An end token that the checkpoint puts after a text is left out, because the model cannot continue after it.
         """
         ids, beginning = self.encode(text), list(self.beginning_ids)
         return ids if ids[: len(beginning)] == beginning else beginning + ids
 
     @cached_property
     def end_of_turn_ids(self) -> frozenset[int]:
-        """The id that the chat template writes after an answer; empty where it writes none, or there is no template."""
+        """The id that the chat template writes after an answer; empty if it writes none or if there is no template."""
         answer = "(the answer)"
         turns = [{"role": "user", "content": "(the question)"}, {"role": "assistant", "content": answer}]
         for messages in (turns, [{"role": "system", "content": "(the rule)"}, *turns]):
             try:
                 text = self.render_chat(messages, add_generation_prompt=False)
-            except (RequestError, CheckpointError):  # none, one for other conversations only, or one that does not run
+            except (RequestError, CheckpointError):  # there is none, it refuses this conversation, or it does not run
                 continue
             _, found, after = text.rpartition(answer)
             if found and (place := next(self._any_special.places(after), None)):
@@ -221,7 +222,8 @@ class Tokenizer:
         return frozenset()
 
     def decode(self, ids: Iterable[int], *, skip_special: bool = True) -> str:
-        """Text of `ids`, U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the vocabulary."""
+        """The text of `ids`, with U+FFFD for bytes that are not UTF-8. Raises RequestError for an id outside the
+        vocabulary."""
         try:
             ids = iter(ids)
         except TypeError:
@@ -229,7 +231,7 @@ class Tokenizer:
         return b"".join(self.shown_bytes(token_id, skip_special) for token_id in ids).decode("utf-8", "replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for, which need not be whole characters; b"" for an id that no token has."""
+        """The bytes of a token, which need not be whole characters; b"" for an id without a token."""
         try:
             token_id = operator.index(token_id)
         except (TypeError, ValueError, RuntimeError):  # the last two: an array or a tensor of several
@@ -241,11 +243,11 @@ class Tokenizer:
         token = self._library.id_to_token(token_id) or ""
         try:
             return bytes(_BYTE_OF[character] for character in token)
-        except KeyError:  # not spelled in the byte alphabet: it stands for itself
+        except KeyError:  # it is not spelled in the byte alphabet, so it is its own text
             return token.encode()
 
     def id_of(self, token: str) -> int | None:
-        """The id of a token as the vocabulary spells it ("<|im_end|>", "Ġthe"), or None."""
+        """The id of a token by its spelling in the vocabulary ("<|im_end|>", "Ġthe"), or None."""
         try:
             return self._library.token_to_id(token)
         except UnicodeEncodeError:  # a lone surrogate, which no token has
@@ -274,18 +276,19 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **variables: Any,
     ) -> list[int]:
-        """Ids of `render_chat`'s text in which only the template's own special tokens are special.
+        """The ids of `render_chat`'s text, in which only the template's own special tokens are special.
 
-        <|im_end|> typed by a user stays text and cannot end a turn. The model's own <tool_call> in an assistant's
-        content does count. Without such strings this is encode(render_chat(...)). Not covered: a token whose halves lie
-        in two fields that a template joins with nothing between (Qwen's never does). Errors as render_chat and encode.
+        If a user types <|im_end|>, it stays text and cannot end a turn. The model's own <tool_call> in an assistant's
+        content is that token. Without such strings, the result is encode(render_chat(...)). One case is not covered: a
+        token whose halves are in two fields that a template joins directly, which Qwen's never does. The errors are
+        those of render_chat and encode.
         """
         chat, text = self._chat_template.read(messages, tools, add_generation_prompt, **variables)
-        # Strings that look like a token are hidden behind private characters while the template runs: then every token
-        # still in the text is the template's, and what lies between is encoded as text, whole.
+        # While the template runs, private-use characters replace the strings that spell a token. So every token in its
+        # text is the template's own. The text between these tokens is encoded as text, in one piece.
         hidden = dict(zip(self._added.values(), unused_characters(text), strict=False))
         if len(hidden) < len(self._added):
-            raise RequestError("messages: they use every private character; expected some to be free")
+            raise RequestError("messages: they use every private-use character; expected some to be unused")
 
         def hide(value: Any) -> Any:
             return plain(value, "messages", lambda s: self._any_added.replace(s, hidden))
@@ -300,8 +303,8 @@ class Tokenizer:
         rendered = self._chat_template.write(guarded)
         if rendered.translate(shown) != text:
             raise RequestError(
-                f"messages: they spell special tokens and the chat template of {self._source} reads or rewrites those; "
-                "expected contents without them, or encode(render_chat(...)) where the contents are trusted"
+                f"messages: they spell special tokens, and the chat template of {self._source} reads or changes those; "
+                "expected contents without them, or encode(render_chat(...)) if you trust the contents"
             )
         ids, end = [], 0
         for start, following in self._any_added.places(rendered):
@@ -313,12 +316,12 @@ class Tokenizer:
     def shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
         """token_bytes, or none of a special token where those are skipped."""
         shown = self.token_bytes(token_id)
-        # operator.index: an id may be a tensor's element, whose hash is not its value's.
+        # operator.index, because an id may be a tensor's element, whose hash is not that of its value.
         return b"" if skip_special and operator.index(token_id) in self.special_ids else shown
 
 
 def _spells_bytes(decoder: Any) -> bool:
-    """Whether it is ByteLevel, alone or as a sequence of one."""
+    """Whether the decoder is ByteLevel, or a sequence with only ByteLevel."""
     if isinstance(decoder, decoders.Sequence):
         return [step.get("type") for step in json.loads(decoder.__getstate__())["decoders"]] == ["ByteLevel"]
     return isinstance(decoder, decoders.ByteLevel)

@@ -1,8 +1,8 @@
-"""From the tokenizer files of a folder to an object of the `tokenizers` library, within bounds.
+"""Reads the tokenizer files of a folder into an object of the `tokenizers` library, within limits.
 
-tokenizer.json, or what came before it: vocab.json, merges.txt and the added tokens, which transformers' slow tokenizers
-were made of. A file is measured before it is read, and the steps that it describes are checked before any text goes
-through them: a chain of replacements doubles a text with each, and an expression may take for ever.
+The files are tokenizer.json or, of transformers' slow tokenizers, vocab.json, merges.txt and the added tokens. The size
+of a file is checked before it is read. Its steps are checked before any text goes through them, because a chain of
+replacements can double a text with each step, and an expression may never end.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from ..errors import CheckpointError, ConfigError, shown
 from ..reading import read_json, refuse_pointer
 
-# Qwen2's own expression: GPT-4's with one digit at a time. A GGUF names it ("qwen2") but does not carry it.
+# Qwen2's own expression: GPT-4's with one digit at a time. A GGUF file names it ("qwen2") but does not contain it.
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The expressions of published byte-level vocabularies, all of which read a text once. No test tells how long another
-# one may take.
+# The expressions of published byte-level vocabularies. Each reads a text once. No test can tell how long another
+# expression may take.
 EXPRESSIONS = {
     QWEN2_SPLIT,
     QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),  # GPT-4's, Llama 3's
@@ -32,7 +32,7 @@ EXPRESSIONS = {
     r"|\s+(?!\S)|\s+",  # Qwen3.5's
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",  # GPT-2's
     r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
-    # Qwen2's as llama.cpp writes it, without a group that ignores case
+    # Qwen2's in llama.cpp's spelling, without a group that ignores case
     QWEN2_SPLIT.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)", "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])"),
     r"\p{N}",
     r"\p{N}{1,3}",
@@ -45,7 +45,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def open_library(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
-    """The tokenizer of a folder, and the file that it came from. Raises CheckpointError, naming the file."""
+    """The tokenizer of a folder, and its file. Raises CheckpointError, which names the file."""
     file, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     if file.is_file():
         _measure(file)
@@ -65,8 +65,8 @@ def open_library(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
         found = library.token_to_id(token.content)
         if token_id not in (None, found):
             raise CheckpointError(
-                f"{folder}: the added token {shown(token.content)} is said to have id {token_id}, and {found} is the "
-                f"next after {vocabulary.name}; expected ids without a gap"
+                f"{folder}: the added token {shown(token.content)} has id {token_id}, and {found} is the "
+                f"next id after {vocabulary.name}; expected ids without a gap"
             )
     settings, file = read_json(folder / "tokenizer_config.json"), folder / "tokenizer_config.json"
     begins, beginning = settings.get("add_bos_token") or False, _content(settings.get("bos_token"))
@@ -87,7 +87,7 @@ def begin_with(library: tokenizers.Tokenizer, token: str, token_id: int | None) 
 
 
 def beginning_of(library: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
-    """The ids that the library's post-processor puts before a text, seen on this one."""
+    """The ids that the library's post-processor puts before a text, found with this text."""
     bare = library.encode(text, add_special_tokens=False).ids
     whole = library.encode(text).ids
     starts = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
@@ -111,7 +111,8 @@ def qwen2_library(vocab: dict[str, int], merges: list[tuple[str, str]]) -> token
 
 
 def check_parts(library: tokenizers.Tokenizer, source: str) -> None:
-    """Raises CheckpointError for steps that could take long, or make a text long, before any text goes through."""
+    """Raises CheckpointError for steps that could take long or make a text long. Called before any text goes
+    through."""
 
     def refuse(what: str) -> None:
         raise CheckpointError(f"{source}: {what}; expected the steps of a byte-level BPE tokenizer such as Qwen2.5's")
@@ -125,7 +126,7 @@ def check_parts(library: tokenizers.Tokenizer, source: str) -> None:
         types = [step.get("type") for step in steps]
         most = 2 if kind == "post_processor" else _MOST_PARTS
         if len(steps) > most:
-            refuse(f"{kind} has {len(steps)} steps, and {most} are the most")
+            refuse(f"{kind} has {len(steps)} steps; at most {most} are allowed")
         for step in steps:
             if kind == "normalizer" and step["type"] not in _NORMALIZERS:
                 refuse(f"{kind} has a step of type {shown(step['type'], 40)}")
@@ -135,13 +136,13 @@ def check_parts(library: tokenizers.Tokenizer, source: str) -> None:
             if expression is not None and expression not in EXPRESSIONS:
                 refuse(f"{kind} splits by the unknown expression {shown(expression)}")
             if step["type"] == "TemplateProcessing" and len(step["single"]) > _MOST_PARTS:
-                refuse(f"{kind} puts {len(step['single'])} pieces together, and {_MOST_PARTS} are the most")
-        if kind == "pre_tokenizer" and types.count("ByteLevel") > 1:  # each spells a byte as two
+                refuse(f"{kind} puts {len(step['single'])} pieces together; at most {_MOST_PARTS} are allowed")
+        if kind == "pre_tokenizer" and types.count("ByteLevel") > 1:  # each step spells a byte with two
             refuse(f"{kind} has {types.count('ByteLevel')} steps of type 'ByteLevel'")
 
 
 def _steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """A part of a tokenizer.json, with sequences taken apart."""
+    """The steps of a part of a tokenizer.json, those within sequences included."""
     if part.get("type") != "Sequence":
         yield part
     for name in ("normalizers", "pretokenizers", "processors"):
@@ -150,7 +151,7 @@ def _steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _added_tokens(folder: Path, library: tokenizers.Tokenizer) -> Iterator[tuple[int | None, AddedToken]]:
-    """(id, token) of all tokens besides vocab.json's, in the order of ids, as transformers reads them: from
+    """(id, token) of all tokens that are not in vocab.json, in the order of ids. As in transformers, they come from
     tokenizer_config.json's added_tokens_decoder, else from added_tokens.json and special_tokens_map.json."""
     config, listed = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json(config)
@@ -211,7 +212,7 @@ def _measure(file: Path) -> None:
 
 @contextmanager
 def guard(error: type[Exception], complaint: str) -> Iterator[None]:
-    """Faults of the Rust library as ours. Some are panics, which pyo3 raises as a bare BaseException."""
+    """Raises errors of the Rust library as `error`. Some are panics, which pyo3 raises as a bare BaseException."""
     try:
         yield
     except (KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError):

@@ -1,4 +1,4 @@
-"""The registry of benchmarks: its byte counts, and that it knows every kernel of the graph."""
+"""The cases of the benchmarks: their byte counts, and that there is one for every kernel of the model."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ BY_NAME = {case.name: case for case in CASES}
     ("name", "megabytes"), [("qkv", 10.5), ("o_proj", 8.4), ("gate_up", 90.2), ("down", 45.1), ("lm_head", 622.3)]
 )
 def test_one_token_reads_the_weights_of_3b(name, megabytes):
-    """By the model card: 2 bytes times rows times columns."""
+    """The byte counts equal those of the model card: 2 bytes times rows times columns."""
     moved = BY_NAME[name].bytes_moved(QWEN_3B, Size(1))
     assert moved / 1e6 == pytest.approx(megabytes, rel=0.005)
 
 
 def test_attention_reads_the_cache():
-    """36,864 bytes a token over the 36 layers of 3B."""
+    """A cached token of 3B has 36,864 bytes over the 36 layers."""
     case = BY_NAME["decode_attention"]
     one, two = (case.bytes_moved(QWEN_3B, Size(1, context=context)) for context in (1000, 2000))
     assert (two - one) * 36 == 36864 * 1000
@@ -38,7 +38,7 @@ def test_attention_reads_the_cache():
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_bytes_are_those_of_the_tensors(case):
-    """Counted again from what goes in and what comes out; the attentions' caches count up to the length."""
+    """The byte counts equal those of the inputs and outputs. The caches of attention count up to the length."""
     size = Size(5, context=64, device="cpu")
     config = QWEN_3B if case.name not in ("lm_head", "lm_head_top_k", "gate_up", "down") else TINY
     inputs = case.inputs(config, size)
@@ -51,7 +51,7 @@ def test_bytes_are_those_of_the_tensors(case):
         "norm_qkv_rope",
         "rope_and_cache",
         "apply_rope",
-    ):  # more goes in than is read
+    ):  # these do not read all of their inputs
         used = {
             "embedding": 2 * 5 * config.hidden_size * 2,
             "norm_qkv_rope": sum(

@@ -43,7 +43,7 @@ def test_good_code_breaks_no_rule():
         ("sm_90", LAUNCH, {"accesses": [Access("load", "x", "a.py:1", 2048, 64)]}, "64-bit load of 2048 bytes"),
         ("sm_90", LAUNCH, {"accesses": [Access("store", "", "a.py:1", 2048, 0)]}, "0-bit store"),
         ("sm_90", LAUNCH, {"matrix": {}}, "no matrix instruction"),
-        ("sm_90", LAUNCH, {"waits": 0}, "asked True, 0 waits"),
+        ("sm_90", LAUNCH, {"waits": 0}, "dependent launch is True, with 0 waits"),
         ("sm_90", LAUNCH, {"releases": 0}, "1 waits and 0 releases"),
         ("sm_90", replace(LAUNCH, pdl=False), {"waits": 0, "releases": 0}, "no programmatic dependent launch"),
     ],
@@ -133,7 +133,7 @@ def test_the_interpreter_is_refused(compiling):
 
 @pytest.mark.slow
 def test_3b_on_every_architecture(compiling, tmp_path):
-    """No rule is broken; every case is there, on every architecture, but the one that is torch's kernel."""
+    """No rule is broken, and the report has every case on every architecture, except the one that runs in torch."""
     done = _report(compiling, "--json", str(tmp_path / "report.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken rules" in done.stdout
@@ -171,7 +171,7 @@ for arch in ("sm_80", "sm_90", "sm_120"):
 
 @pytest.mark.slow
 def test_sums_have_one_order_for_any_number_of_tokens(compiling, tmp_path):
-    """What the promise of equal bits rests on: one matrix instruction, and one tree over the slices of K after it."""
+    """Batch invariance needs one matrix instruction, and one order of sums over the slices of K after it."""
     (tmp_path / "sums.py").write_text(SUMS)
     done = subprocess.run(
         [sys.executable, "sums.py"], capture_output=True, text=True, env=compiling, cwd=tmp_path, check=False

@@ -1,4 +1,4 @@
-"""A whole model beside other engines: what is measured, of what, and by whom."""
+"""The measurements of whole models and of other engines."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ else:
 
 @pytest.fixture
 def programs(tmp_path, monkeypatch):
-    """llama.cpp's programs stood in for; returns what they were asked."""
+    """Replaces llama.cpp's programs; returns their arguments."""
     folder, log = tmp_path / "bin", tmp_path / "log"
     folder.mkdir()
     for name in ("llama-bench", "llama-batched-bench"):
         (folder / name).write_text(PROGRAM.format(python=sys.executable, log=str(log)))
         (folder / name).chmod(0o755)
-    monkeypatch.setenv(llama_cpp.FOLDER, str(folder))
+    monkeypatch.setenv(llama_cpp.LLAMA_CPP.name, str(folder))
     return lambda: [json.loads(line) for line in log.read_text().splitlines()]
 
 
 @pytest.fixture
 def threads(monkeypatch):
-    """What end_to_end sets is put back."""
+    """Restores what end_to_end sets."""
     before = torch.get_num_threads()
     monkeypatch.setenv("QWENKERN_THREADS", "1")
     yield
@@ -80,10 +80,10 @@ def test_one_sequence_is_llama_benchs_and_several_are_batched_benchs(programs, t
 
 
 def test_missing_programs_are_named_with_where_they_were_looked_for(tmp_path, monkeypatch):
-    monkeypatch.setenv(llama_cpp.FOLDER, str(tmp_path))
+    monkeypatch.setenv(llama_cpp.LLAMA_CPP.name, str(tmp_path))
     with pytest.raises(FileNotFoundError, match=f"llama-bench is not in {tmp_path}, which QWENKERN_LLAMA_CPP names"):
         llama_cpp.find("llama-bench")
-    monkeypatch.delenv(llama_cpp.FOLDER)
+    monkeypatch.delenv(llama_cpp.LLAMA_CPP.name)
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(FileNotFoundError, match="any folder of PATH; QWENKERN_LLAMA_CPP may name another"):
         llama_cpp.find("llama-bench")
@@ -121,7 +121,7 @@ def test_the_gguf_file_of_a_model_holds_its_weights(tmp_path):
 
 
 def test_a_step_reads_weights_and_cache():
-    """6.17 GB of weights a token for 3B, and 36,864 bytes a cached token."""
+    """A token of 3B reads 6.17 GB of weights, and 36,864 bytes per cached token."""
     config = Config.from_name("qwen2.5-3b")
     assert 2 * config.num_parameters == pytest.approx(6.17e9, rel=1e-3), "its embedding is the head, too"
     assert roofline.step_bytes(config, 1000, 4, 100) == 1000 + 400 * 36864
@@ -129,7 +129,7 @@ def test_a_step_reads_weights_and_cache():
 
 @pytest.mark.parametrize(("name", "layers"), [("qwen2.5-0.5b", 357.9e6), ("qwen2.5-7b", 6.525e9)])
 def test_a_prompt_multiplies_layers_for_each_token_and_the_head_once(name, layers):
-    """With an embedding that is the head, and with one that is not."""
+    """A tied and an untied embedding."""
     config = Config.from_name(name)
     head = config.vocab_size * config.hidden_size
     assert roofline.prompt_operations(config, 2, 512) == pytest.approx(4 * (layers * 512 + head), rel=1e-3)
@@ -147,7 +147,7 @@ def test_the_roofline_is_that_of_our_c():
 
 
 def test_the_read_loop_reads_everything():
-    """Its result is one lane's sum of what it read: one changed number anywhere changes some lane's."""
+    """The result is the sum of one lane. A changed number in any place changes the sum of some lane."""
     if (loops := roofline._loops()) is None:
         pytest.skip("no C compiler here")
     lanes, size = 8, 1 << 20
@@ -166,7 +166,7 @@ def test_without_c_torch_gives_the_limits(monkeypatch):
 
 
 def test_speed_ups_and_shares_are_taken_within_a_round():
-    """The second round is half as fast, limits and all."""
+    """In the second round everything is half as fast, also the limits."""
     config, asked = TINY, []
     speeds = iter([1.0, 1.0, 0.5, 0.25])
 
@@ -190,7 +190,7 @@ def test_speed_ups_and_shares_are_taken_within_a_round():
     assert [limit.bandwidth for limit in rounds] == [1e9, 0.5e9, 0.25e9], "the round that warms up does not count"
     assert slow["prompt_speedup"] == slow["decode_speedup"] == [2, 2, 2]
     assert quantised["decode_speedup"] == [0.5, 0.5, 0.5], "a loss is a result like others"
-    assert not {"prompt_speedup", "decode_speedup"} & set(mine), "nobody is compared with himself"
+    assert not {"prompt_speedup", "decode_speedup"} & set(mine), "qwenkern has no speed-up over itself"
     assert mine["first_token_seconds"] == 4.0
     assert mine["prompt_tokens_per_second"] == 5.0
     assert mine["of_peak"] == pytest.approx(roofline.prompt_operations(config, 2, 10) / 2.0 / 1e10)
@@ -249,7 +249,7 @@ def test_end_to_end_of_random_weights(tmp_path, threads, programs):
 
 
 def test_a_missing_peer_is_said(tmp_path, threads, monkeypatch):
-    monkeypatch.setenv(llama_cpp.FOLDER, str(tmp_path))
+    monkeypatch.setenv(llama_cpp.LLAMA_CPP.name, str(tmp_path))
     found, said = run(tmp_path, "--peers", "llama.cpp")
     assert "left out llama.cpp" in said
     assert [row["engine"] for row in found["rows"]] == ["qwenkern"]

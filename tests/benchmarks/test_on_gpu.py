@@ -1,4 +1,4 @@
-"""Everything that is measured on a GPU, in one call: through every part, on a CPU."""
+"""Runs every part of on_gpu.py on a CPU."""
 
 from __future__ import annotations
 

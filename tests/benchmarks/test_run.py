@@ -1,4 +1,4 @@
-"""The benchmark runner on a CPU: it checks before it times, reports what breaks, and compares with what was stored."""
+"""The benchmark runner on a CPU: it checks before it times, reports failures, and compares with stored results."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_wrong_result_is_not_timed():
     lost = Provider("lost", lambda case: lambda x, weight, eps: x * float("nan"))
     for row in _measure("rms_norm", wrong, lost):
         assert row.seconds is None
-        assert "result 0 of rms_norm errs by" in row.error
+        assert "result 0 of rms_norm: the error is" in row.error
 
 
 def test_a_broken_provider_is_reported_and_not_fatal():
@@ -113,14 +113,14 @@ def test_a_wrong_kernel_of_ours_fails_the_run(monkeypatch):
     monkeypatch.setattr(run, "PROVIDERS", [wrong, KNOWN["eager"]])
     done = CliRunner().invoke(app, QUICK)
     assert done.exit_code == 1
-    assert "failed rms_norm x1 qwenkern: ArithmeticError: result 0 of rms_norm errs by" in done.output
+    assert "failed rms_norm x1 qwenkern: ArithmeticError: result 0 of rms_norm: the error is" in done.output
 
 
 def test_the_table_json_and_pictures(tmp_path):
     pytest.importorskip("matplotlib")
     done = CliRunner().invoke(app, [*QUICK, "--json", str(tmp_path / "now.json"), "--plot", str(tmp_path / "plots")])
     assert done.exit_code == 0, done.output
-    for heading in ("us p50", "floor us", "% copy", "time over ours"):
+    for heading in ("us p50", "roofline us", "% copy", "speed-up over it"):
         assert heading in done.output
     stored = json.loads((tmp_path / "now.json").read_text())
     assert {"device", "torch", "triton", "date", "ceilings", "rows", "commit"} <= set(stored)
@@ -149,7 +149,7 @@ def test_two_sides():
         (["--tokens", "few"], "expected numbers from 1 on"),
         (["--dtype", "float8"], "expected bfloat16, float16 or float32"),
         (["--provider", "cudnn"], "'cudnn': not among"),
-        (["--side-a", "eager"], "belong together"),
+        (["--side-a", "eager"], "expected both or neither"),
     ],
 )
 def test_bad_arguments(arguments, message):

@@ -9,11 +9,17 @@ import pytest
 from qwenkern.benchmarks import tables
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/performance.md"])
-def test_documents_are_up_to_date(name):
-    text = (tables.ROOT / name).read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", tables.DOCUMENTS, ids=lambda document: document.name)
+def test_documents_are_up_to_date(document):
+    text = document.read_text(encoding="utf-8")
     for block, content in tables.blocks():
-        assert tables.fill(text, block, content) == text, f"{block} in {name}: run `make results`"
+        assert tables.fill(text, block, content) == text, f"{block} in {document}: run `make results`"
+
+
+def test_every_table_stands_in_a_document():
+    texts = [document.read_text(encoding="utf-8") for document in tables.DOCUMENTS]
+    for block, _ in tables.blocks():
+        assert any(f"<!-- {block}:begin -->" in text for text in texts), block
 
 
 def test_only_what_stands_between_the_markers_changes():
@@ -30,7 +36,7 @@ def test_what_failed_is_shown():
     assert "| 1 | 2 | peer | failed |" in tables.shown(tables.end_to_end)({**facts, "model": "m", "rows": [broken]})
 
 
-def test_losses_are_printed_like_wins_and_nobody_beside_himself():
+def test_speedups_below_1_are_printed_and_qwenkern_has_none_over_itself():
     facts = {"device": "d", "torch": "t", "triton": "t", "date": "2026-01-01", "model": "m", "target": "x86-64-v3"}
     facts |= {"programs": {"llama.cpp": {"build_number": 7, "flags": ["--flash-attn", "on"]}}, "load_before": 0.25}
     facts |= {"note": "llama.cpp for AVX2.", "roofline": {"bandwidth": [3e10, 2e10, 4e10], "float32": [1e11] * 3}}
@@ -44,23 +50,39 @@ def test_losses_are_printed_like_wins_and_nobody_beside_himself():
     assert rows[1][5:] == ["0.50 (0.40 to 0.60)", "30.0", "50%", "1.10 (1.00 to 1.25)"]
     assert len(headings) == len(rows[0]) == len(rows[1])
     for part in (
-        "C for x86-64-v3.",
+        "C backend compiled for x86-64-v3.",
         "llama.cpp: build 7, --flash-attn on.",
         "llama.cpp for AVX2.",
-        "Load average before: 0.2.",
-        "A read loop reaches 30 GB/s (20 to 40), multiply-adds 100 GFLOP/s in float32.",
+        "Load average before the run: 0.2.",
+        "Measured limits: memory bandwidth 30 GB/s (20 to 40), multiply-adds 100 GFLOP/s in float32.",
     ):
         assert part in said
 
 
-def test_shares_beside_other_work_are_shown():
+def test_the_summary_has_each_engine_of_a_device_but_not_our_own_kernels():
+    def row(engine, decode=None, batch=1):
+        found = {"engine": engine, "batch": batch, "prompt": 128, "tokens_per_second": 30.0, "of_bandwidth": 0.851}
+        return found | ({"decode_speedup": [decode, 0.1, 9.0], "prompt_speedup": [2.0, 1.0, 3.0]} if decode else {})
+
+    failed = {"engine": "llama.cpp", "batch": 1, "prompt": 128, "error": "no"}
+    facts = {"device": "d", "date": "2026-01-01", "model": "m", "target": "x86-64-v3"}
+    first = facts | {"rows": [row("qwenkern"), row("transformers", 0.5), failed]}
+    second = facts | {"rows": [row("qwenkern"), row("patched", 3.0), row("compiled", 1.25), row("qwenkern", batch=8)]}
+    other = facts | {"device": "e", "rows": [row("qwenkern"), row("transformers", 4.0)]}
+    *_, line, below = tables.summary([[first, second], [other]]).splitlines()
+    assert line == "| m, d, x86-64-v3, 2026-01-01 | 1 | 128 | 30.0 | 85% | 0.50 / 2.00 | 1.25 / 2.00 | failed |  |"
+    assert below == "| m, e, x86-64-v3, 2026-01-01 | 1 | 128 | 30.0 | 85% | 4.00 / 2.00 |  |  |  |"
+
+
+def test_shares_with_other_work_are_shown():
     facts = {"device": "d", "torch": "t", "triton": "t", "date": "2026-01-01", "model": "m"}
     row = {"engine": "qwenkern", "calm_tokens_per_second": [30, 29, 31], "tokens_per_second": [15, 14, 16]}
     row["share"] = [0.5, 0.45, 0.55]
     _, headings, rows = tables.contention({**facts, "busy": 2, "rows": [row]})
-    assert headings == ["engine", "calm, tokens/s", "beside 2 busy processes, tokens/s", "of calm"]
+    share = "% of speed on the idle machine"
+    assert headings == ["engine", "idle machine, tokens/s", "with 2 busy processes, tokens/s", share]
     assert rows == [["qwenkern", "30.0 (29.0 to 31.0)", "15.0 (14.0 to 16.0)", "50 % (45 to 55)"]]
-    assert tables.contention({**facts, "twice": True, "rows": [row]})[1][2] == "both at once, tokens/s"
+    assert tables.contention({**facts, "twice": True, "rows": [row]})[1][2] == "two processes at once, tokens/s"
 
 
 def test_every_result_is_dated():

@@ -1,4 +1,4 @@
-"""Readings: taken in turns, on inputs that are not in the cache, and on a GPU from a graph where there can be one."""
+"""Readings are taken in turns, on inputs that are not in the cache, and on a GPU from a CUDA graph if possible."""
 
 from __future__ import annotations
 
@@ -105,13 +105,13 @@ class Cuda:
         self.modes.append(self.mode)
 
     def copy(self):
-        """Waits for the host, as torch knows."""
+        """An operation of which torch knows that it waits for the host."""
         self.launch()
         if self.mode == "error":
             raise RuntimeError("called a synchronizing CUDA operation")
 
     def break_capture(self):
-        """Cannot be captured for a reason that torch learns only then."""
+        """An operation that torch learns only during the capture not to be capturable."""
         if self.generator_captures:
             raise RuntimeError("operation not permitted when stream is capturing")
 
@@ -132,7 +132,7 @@ def test_a_graph_is_read_after_a_warm_up_in_which_nothing_waits(cuda):
 
 
 def test_what_waits_for_the_host_is_never_captured(cuda):
-    with pytest.warns(UserWarning, match="timed call by call, the host included"):
+    with pytest.warns(UserWarning, match="timed call by call, including the host"):
         read = timing._gpu_reader([cuda.copy], 0.0)
     before = len(cuda.modes)
     read()

@@ -1,4 +1,4 @@
-"""Where a step's time goes: what is charged to whom, and the program on a CPU."""
+"""Where a step's time goes: the time of each kernel, and the program on a CPU."""
 
 from __future__ import annotations
 
@@ -62,16 +62,16 @@ def test_a_linears_place_says_which_it_is():
     names = ["qkv_rope", "decode_attention", "combine", "o_proj", "gate_up", "down"]
     last = ["_lm_head_kernel", "_top_k_kernel"]
     assert list(labels([*layer * 2, *last], GPU_LINEARS, 2)) == [*names * 2, "lm_head", "top_k"]
-    taped = ["few_tokens", "rope_and_cache", "decode_attention", *["few_tokens"] * 3]
+    recorded = ["linear", "rope_and_cache", "decode_attention", *["linear"] * 3]
     names = ["qkv", "rope_and_cache", "decode_attention", "o_proj", "gate_up", "down"]
-    assert list(labels(["embedding", *taped, "few_tokens"], CPU_LINEARS, 1)) == ["embedding", *names, "lm_head"]
+    assert list(labels(["embedding", *recorded, "linear"], CPU_LINEARS, 1)) == ["embedding", *names, "lm_head"]
 
 
 @pytest.fixture
 def in_c(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
-    if not c_backend.takes_linear(torch.ones(1, 64, dtype=torch.bfloat16)):
+    if c_backend.prepare():
         pytest.skip("no C compiler here")
 
 
@@ -104,7 +104,7 @@ def test_what_torch_runs_cannot_be_taken_apart(monkeypatch):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--tokens", "17"], "takes 1 to 16 sequences"), (["--context", "99999"], "do not fit a context of")],
+    [(["--tokens", "17"], "expected 1 to 16"), (["--context", "99999"], "expected at most")],
 )
 def test_bad_arguments(arguments, message):
     done = CliRunner().invoke(app, ["bench", "--where", "--device", "cpu", "--model", "qwen2.5-0.5b", *arguments])

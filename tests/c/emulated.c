@@ -1,7 +1,7 @@
 /* Serves the ops of kernels/c to tests/c/emulated.py from another processor, which qemu-user emulates. Both programs
  * map one file: the calls lie at its start, with offsets in place of pointers, the tensors behind them. A byte on
  * standard input asks for a run, one on standard output says that it is over. */
-#include "common.h"
+#include "team.h"
 
 #include <signal.h>
 #include <stdio.h>
@@ -9,15 +9,14 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-extern long ahead;
-extern const long block_columns, chunk;
+extern const limits LIMITS;
 void run(const call *calls, long count, int threads);
 
-typedef struct {                      /* as `Header` in emulated.py */
-    long ahead, block_columns, chunk; /* the library's */
-    long threads, calls, guards;      /* of a run */
-    long fault;                       /* where memory was touched that no tensor has */
-    long first[];                     /* calls, then offsets of guard pages */
+typedef struct { /* as `Header` in emulated.py */
+    limits limits;
+    long threads, calls, guards, pointers; /* of a run */
+    long fault;                            /* where memory was touched that no tensor has */
+    long first[];                          /* calls, offsets of guard pages, offsets of pointers in the calls */
 } header;
 
 static char *memory;
@@ -54,17 +53,15 @@ int main(int count, char **words) { /* file descriptor, bytes of the file, bytes
     sigaction(SIGSEGV, &action, 0);
     sigaction(SIGBUS, &action, 0);
     header *shared = (header *)memory;
-    shared->ahead = ahead;
-    shared->block_columns = block_columns;
-    shared->chunk = chunk;
+    shared->limits = LIMITS;
     say('r');
     for (char what; read(STDIN_FILENO, &what, 1) == 1; say('d')) {
         call *calls = (call *)shared->first;
-        const long *guards = (const long *)(calls + shared->calls);
-        for (long i = 0; i < shared->calls; i++)
-            for (int j = 0; j < (int)(sizeof calls->tensors / sizeof *calls->tensors); j++)
-                if (calls[i].tensors[j]) calls[i].tensors[j] = memory + (long)calls[i].tensors[j];
-        ahead = shared->ahead;
+        const long *guards = (const long *)(calls + shared->calls), *pointers = guards + shared->guards;
+        for (long i = 0; i < shared->pointers; i++) {
+            char **pointer = (char **)((char *)calls + pointers[i]);
+            *pointer = memory + (long)*pointer;
+        }
         protect(guards, shared->guards, PROT_NONE);
         run(calls, shared->calls, shared->threads);
         protect(guards, shared->guards, PROT_READ | PROT_WRITE);

@@ -1,12 +1,16 @@
-"""The C ops compiled for Arm and run by qemu-user, behind the interface of the compiled library.
+"""The C ops compiled for another processor and run by qemu-user, behind the interface of the compiled library.
 
-The program emulated.c and this one share a file in memory. A run copies the storage of each tensor into it, once
-however many views there are, and copies back what the op may write. This shows more than a run in place:
+The program emulated.c and this one share a file in memory. A run copies the storage of each tensor into it, once for
+all views, and copies back what the op may write. It finds more errors than a native run:
 
 - a page that may be neither read nor written lies behind each tensor and before it;
 - up to its first and last byte lies NaN, which must be there still afterwards, and which spreads where it is read;
 - outputs and scratch memory are NaN before the op, so what it leaves out is seen;
-- what an op only reads must not have changed.
+- what an op only reads, which calls.h has as const, must not have changed.
+
+qemu-user runs Arm's targets and AVX2. It has no AVX-512: where the processor lacks that, the tests of those targets
+would need Intel's SDE (`sde64 -spr -- program`), and are skipped; test_inner_loops.py still compiles them and reads
+their machine code.
 """
 
 from __future__ import annotations
@@ -17,34 +21,40 @@ import mmap
 import os
 import select
 import shutil
+import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, NamedTuple
 
 import pytest
-from torch import Tensor
 
 from qwenkern.kernels.c import build, compiler, targets
-from qwenkern.kernels.c.call import OPS, Call
+from qwenkern.kernels.c.calls import CALL_BYTES, FIELDS, OPS, make
+from qwenkern.kernels.c.limits import NAMES
 
-COMPILER, EMULATOR = "aarch64-linux-gnu-gcc", "qemu-aarch64"
 
-# For each target of another machine: a processor that has its instructions and, where qemu knows such a one, no more.
-PROCESSORS = {"armv8.6-bf16": "max", "armv8.2-dotprod": "neoverse-n1"}
+class Emulator(NamedTuple):
+    """How a target is compiled and run on a machine of another kind."""
 
-# How many of its tensors, the first ones, an op writes.
-WRITES = {
-    **{"embedding": 1, "rope_and_cache": 3, "few_tokens": 3, "many_tokens": 3, "decode_attention": 2},
-    **{"prefill_attention": 2, "apply_rope": 2, "add_rms_norm": 2, "silu_mul": 1},
+    compiler: str
+    program: str
+    processor: str  # that has the target's instructions and, where qemu knows such a one, no more
+
+
+ARM, X86 = ("aarch64-linux-gnu-gcc", "qemu-aarch64"), ("x86_64-linux-gnu-gcc", "qemu-x86_64")
+EMULATORS = {
+    "armv8.6-bf16": Emulator(*ARM, "max"),
+    "armv8.2-dotprod": Emulator(*ARM, "neoverse-n1"),
+    "x86-64-v3": Emulator(*X86, "Haswell"),
 }
-CONSTANTS = ("ahead", "block_columns", "chunk")  # that Python reads from the library
-UPDATES = {("rope_and_cache", 1), ("rope_and_cache", 2)}  # written in part: pages of the cache
 PAGE, LINE = mmap.PAGESIZE, 64  # a storage starts at a multiple of LINE, as torch's do
 SIZE, DATA = 1 << 30, 1 << 20  # bytes of the file, and where tensors start in it
+WORD = struct.calcsize("P")
 NAN = 0xFF  # each byte of it, in bfloat16 and in float32
 # Products [tokens, k] x [k, n] of more terms are left to the processor that the tests run on. What is left has every
 # number of tokens up to 16 with each n and k, more tokens in whole and broken groups, 100 of them (two parts) with the
@@ -55,22 +65,42 @@ PATIENCE = 300  # seconds that a run may take
 
 def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a test run on an emulated target. It is skipped where that cannot be, unless QWENKERN_REQUIRE_ARM=1."""
-    sizes = getattr(request.node, "callspec", None)
-    if sizes and prod(sizes.params.get(size, 1) for size in ("tokens", "n", "k")) > PRODUCTS:
-        pytest.skip("takes long when emulated; smaller products take the same paths")
+    skip_large(request)
     target = next(target for target in targets.TARGETS if target.name == name)
     library = emulated(target)
     if isinstance(library, str):
-        (pytest.fail if os.environ.get("QWENKERN_REQUIRE_ARM") == "1" else pytest.skip)(f"{name}: {library}")
+        required = os.environ.get("QWENKERN_REQUIRE_ARM") == "1" and target.machine == "aarch64"
+        (pytest.fail if required else pytest.skip)(f"{name}: {library}")
     library.watch(monkeypatch)
     monkeypatch.setattr(targets, "usable", lambda: [target])
-    monkeypatch.setattr(build, "_load", lambda *_, **__: build.Loaded(library, target, "emulated"))
+    loaded = build.Loaded(library, target, "emulated", library.limits)
+    monkeypatch.setattr(build, "_load", lambda *_, **__: loaded)
+
+
+def skip_large(request: pytest.FixtureRequest) -> None:
+    sizes = getattr(request.node, "callspec", None)
+    if sizes and prod(sizes.params.get(size, 1) for size in ("tokens", "n", "k")) > PRODUCTS:
+        pytest.skip("takes long without fast loops; smaller products take the same paths")
 
 
 def emulated(target: targets.Target) -> Emulated | str:
-    """The library of a target in PROCESSORS, started once and kept, or why there is none here."""
-    missing = [program for program in (COMPILER, EMULATOR, "cc") if not shutil.which(program)]
+    """The library of a target in EMULATORS, started once and kept, or why there is none here."""
+    if target.name not in EMULATORS:
+        lacks = ", ".join(sorted(target.needs - targets.features()))
+        return f"this processor lacks {lacks}, and qemu-user has no AVX-512: Intel's SDE would be needed"
+    found = EMULATORS[target.name]
+    programs = (compiler_for(target), found.program)
+    missing = [program for program in programs if not shutil.which(program)]
     return f"needs {' and '.join(missing)}" if missing else _started(target)
+
+
+def compiler_for(target: targets.Target) -> str:
+    """That of this machine where the target is of its kind, else a cross compiler."""
+    return compiler.command()[0] if target.machine == targets.machine() else EMULATORS[target.name].compiler
+
+
+def is_emulated() -> bool:
+    return isinstance(build.prepared().library, Emulated)
 
 
 @functools.cache
@@ -79,7 +109,9 @@ def _started(target: targets.Target) -> Emulated:
 
 
 class Header(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_long) for name in (*CONSTANTS, "threads", "calls", "guards", "fault"))
+    """As `header` in emulated.c."""
+
+    _fields_ = tuple((name, ctypes.c_long) for name in (*NAMES, "threads", "calls", "guards", "pointers", "fault"))
 
 
 @dataclass
@@ -101,18 +133,19 @@ class Block:
         return self.end - -(-self.size // LINE) * LINE
 
 
-class Emulated(ctypes.CDLL):
-    """In place of the compiled library: `run`, and its CONSTANTS.
+class Emulated:
+    """In place of the compiled library: `run`. And its limits.
 
     Calls have pointers only, so ``watch`` must have noted the tensors that a call was made of."""
 
     def __init__(self, target: targets.Target) -> None:
         self._folder = tempfile.TemporaryDirectory()
-        self._program = [EMULATOR, "-cpu", PROCESSORS[target.name], str(Path(self._folder.name, "program"))]
+        found, program = EMULATORS[target.name], str(Path(self._folder.name, "program"))
+        self._program = [found.program, "-cpu", found.processor, program]
         flags = [flag for flag in compiler.FLAGS if flag not in ("-shared", "-fPIC")]
         sources = [*map(str, compiler.SOURCES.glob("*.c")), str(Path(__file__).with_suffix(".c"))]
-        command = [COMPILER, *flags, "-static", *target.flags, f"-I{compiler.SOURCES}", *sources, "-lm"]
-        subprocess.run([*command, "-o", self._program[-1]], check=True)
+        command = [compiler_for(target), *flags, "-static", *target.flags, f"-I{compiler.SOURCES}", *sources, "-lm"]
+        subprocess.run([*command, "-o", program], check=True)
         self._file = os.memfd_create("tensors")
         os.truncate(self._file, SIZE)
         self._memory = mmap.mmap(self._file, SIZE)
@@ -121,37 +154,40 @@ class Emulated(ctypes.CDLL):
         self._storages: dict[int, tuple[int, int, bool]] = {}
         self._process: subprocess.Popen[bytes] | None = None
         self._start()
-        constants = str(Path(self._folder.name, "constants.so"))  # in_dll reads them from a library of this processor
-        text = "".join(f"long {name} = {getattr(self._header, name)};" for name in CONSTANTS)
-        subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", constants], input=text, text=True, check=True)
-        super().__init__(constants)
+        self.limits = SimpleNamespace(**{name: getattr(self._header, name) for name in NAMES})
 
     def watch(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Notes the storages of tensors from which calls are made."""
-        make = Call.of
 
-        def of(op: str, tensors: Sequence[Tensor | None], *args: Any, **keywords: Any) -> Call:
-            for tensor in tensors:
-                if tensor is not None:
-                    storage = tensor.untyped_storage()
-                    whole = tensor.numel() * tensor.element_size() == storage.nbytes()
-                    self._storages[tensor.data_ptr()] = storage.data_ptr(), storage.nbytes(), whole
-            return make(op, tensors, *args, **keywords)
+        def noting(op: str) -> Any:
+            maker = getattr(make, op)
 
-        monkeypatch.setattr(Call, "of", of)
+            def made(**fields: Any) -> Any:
+                call = maker(**fields)
+                for tensor in call[2]:
+                    if tensor is not None:
+                        storage = tensor.untyped_storage()
+                        whole = tensor.numel() * tensor.element_size() == storage.nbytes()
+                        self._storages[tensor.data_ptr()] = storage.data_ptr(), storage.nbytes(), whole
+                return call
 
-    def run(self, calls: Any, count: int, threads: int) -> None:
-        """As `run` in step.c. AssertionError: an op touched what it may not."""
-        address = ctypes.cast(calls, ctypes.c_void_p).value
-        packed = (Call * count).from_buffer_copy(ctypes.string_at(address, count * ctypes.sizeof(Call)))
-        blocks = self._lay_out(packed)
+            return made
+
+        for op in OPS:
+            monkeypatch.setattr(make, op, noting(op))
+
+    def run(self, calls: bytes, count: int, threads: int) -> None:
+        """As `run` in team.c. AssertionError: an op touched what it may not."""
+        packed = bytearray(calls)
+        assert len(packed) == count * CALL_BYTES
+        blocks, pointers = self._lay_out(packed)
         guards = [DATA, *(block.end for block in blocks)]
-        written = bytes(packed) + bytes((ctypes.c_long * len(guards))(*guards))
+        written = bytes(packed) + struct.pack(f"@{len(guards) + len(pointers)}l", *guards, *pointers)
         first = ctypes.sizeof(Header)
         assert first + len(written) <= DATA
         self._memory[first : first + len(written)] = written
-        self._header.ahead = ctypes.c_long.in_dll(self, "ahead").value
-        self._header.threads, self._header.calls, self._header.guards = threads, count, len(guards)
+        self._header.threads, self._header.calls = threads, count
+        self._header.guards, self._header.pointers = len(guards), len(pointers)
         self._start()
         self._process.stdin.write(b"r")
         if self._answer() == b"f":
@@ -159,27 +195,31 @@ class Emulated(ctypes.CDLL):
         for block in blocks:
             self._take_back(block)
 
-    def _lay_out(self, calls: ctypes.Array[Call]) -> list[Block]:
-        """Copies the storages into the file, and puts their places there into the calls."""
+    def _lay_out(self, calls: bytearray) -> tuple[list[Block], list[int]]:
+        """Copies the storages into the file, puts their places there into the calls, and says where pointers stand."""
         blocks: dict[int, Block] = {}
+        pointers: list[int] = []
         start = DATA + PAGE
-        for call in calls:
-            op = OPS[call.op]
-            for place, pointer in enumerate(call.tensors):
-                if pointer is None:
+        for at in range(0, len(calls), CALL_BYTES):
+            op = OPS[struct.unpack_from("@l", calls, at)[0]]
+            for place, field in enumerate(FIELDS[op], 1):
+                [pointer] = struct.unpack_from("@P", calls, at + place * WORD)
+                if field.code != "P" or not pointer:
                     continue
                 address, size, is_whole = self._storages[pointer]
-                writes = place < WRITES[op]
+                writes = not field.is_const
                 if address not in blocks:
-                    block = blocks[address] = Block(f"tensor {place} of {op}", address, size, start, writes)
+                    block = blocks[address] = Block(f"{field.name} of {op}", address, size, start, writes)
                     assert block.end < SIZE, "too many tensors for the file"
                     ctypes.memset(self._base + block.start, NAN, block.end - block.start)
-                    if not (writes and is_whole and (op, place) not in UPDATES):
+                    in_part = "." in field.name  # pages of a cache
+                    if not (writes and is_whole and not in_part):
                         ctypes.memmove(self._base + block.at, address, size)
                     start = block.end + PAGE
                 blocks[address].is_written |= writes
-                call.tensors[place] = blocks[address].at + pointer - address
-        return list(blocks.values())
+                struct.pack_into("@P", calls, at + place * WORD, blocks[address].at + pointer - address)
+                pointers.append(at + place * WORD)
+        return list(blocks.values()), pointers
 
     def _take_back(self, block: Block) -> None:
         around = self._memory[block.start : block.at] + self._memory[block.at + block.size : block.end]

@@ -1,4 +1,4 @@
-"""What the inner loops of compiled C do with the stack: objdump's listing, read."""
+"""Finds what the inner loops of compiled C do with the stack, from objdump's listing."""
 
 from __future__ import annotations
 

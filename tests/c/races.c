@@ -1,26 +1,17 @@
 /* Steps of a small model by two callers at once, each with teams of several sizes, for ThreadSanitizer to watch: see
  * test_races.py. Every op takes part, and reads what others have written. Ends with 1 where a team of several threads
  * gives other bits than one thread. */
-#include "common.h"
+#include "team.h"
 
+#include <math.h>
 #include <pthread.h>
 #include <stdio.h>
 #include <stdlib.h>
+#include <string.h>
 
-extern const long block_columns, chunk;
+extern const limits LIMITS;
 void run(const call *calls, long count, int threads);
 
-enum { /* as OPS in step.c */
-       EMBEDDING,
-       ROPE_AND_CACHE,
-       FEW_TOKENS,
-       MANY_TOKENS,
-       DECODE_ATTENTION,
-       PREFILL_ATTENTION,
-       APPLY_ROPE,
-       ADD_RMS_NORM,
-       SILU_MUL
-};
 enum { D = 32, HKV = 2, G = 2, HQ = HKV * G, H = HQ * D, QKV = (HQ + 2 * HKV) * D, F = 320, VOCABULARY = 50 };
 enum { S = 3, PAGE = 16, PAGES = 20, CACHED = S * PAGES * PAGE * HKV * D, SPLITS = 3, LONGEST = 300, BLOCKS = 9 };
 enum { TOKENS = 61, TEAM = 4, STEPS = 2, OPS = 10 }; /* TOKENS of the larger batch */
@@ -30,7 +21,7 @@ static bf16 table[VOCABULARY * H], w_qkv[QKV * H], w_o[H * H], w_gate[F * H], w_
 static bf16 bias[QKV], norm[H];
 static bf16 old_keys[CACHED], old_values[CACHED];
 static float cos_sin[LONGEST * D];
-static int32_t pages[S * PAGES], lengths[S] = {300, 17, 140};
+static int32_t pages_of[S * PAGES], lengths[S] = {300, 17, 140};
 
 typedef struct { /* the last tokens of each sequence */
     long tokens;
@@ -74,7 +65,7 @@ static void fill_batch(batch *b, const int *counts) {
             long token = b->tokens++;
             b->ids[token] = (7 * token + s) % VOCABULARY;
             b->positions[token] = i;
-            b->slots[token] = pages[s * PAGES + i / PAGE] * PAGE + i % PAGE;
+            b->slots[token] = pages_of[s * PAGES + i / PAGE] * PAGE + i % PAGE;
         }
     }
     b->starts[S] = b->tokens;
@@ -89,37 +80,147 @@ static void fill_all(void) {
             cos_sin[position * D + i] = cosf(position / (1.0f + i));
             cos_sin[position * D + D / 2 + i] = sinf(position / (1.0f + i));
         }
-    for (int i = 0; i < S * PAGES; i++) pages[i] = (i * 7) % (S * PAGES);
+    for (int i = 0; i < S * PAGES; i++) pages_of[i] = (i * 7) % (S * PAGES);
     fill_batch(batches, (int[S]){1, 1, 1});
     fill_batch(batches + 1, (int[S]){20, 4, 37});
 }
 
+static weight dense(const bf16 *values, long row_size) { return (weight){values, row_size * sizeof *values, 0}; }
+
 /* The ops of a step, in an order in which one reads what another has written */
 static void make_calls(call *calls, results *to, float *scratch, batch *b) {
-    long T = b->tokens, is_decode = T == S, linear = is_decode ? FEW_TOKENS : MANY_TOKENS;
-    double eps = 1e-6, scale = 1 / sqrt(D);
-    call decode = {DECODE_ATTENTION,
-                   {to->attended, scratch, to->rotated_q, to->keys, to->values, pages, lengths},
-                   {S, SPLITS, PAGE, HKV, G, D, H, PAGES},
-                   scale};
-    call prefill = {PREFILL_ATTENTION,
-                    {to->attended, scratch, to->rotated_q, to->keys, to->values, pages, lengths, b->starts},
-                    {S, PAGE, HKV, G, D, H, PAGES},
-                    scale};
-    call made[OPS] = {
-        {EMBEDDING, {to->x, table, b->ids}, {T, H, H}},
-        {linear, {to->qkv, to->sum, scratch, to->x, to->x, norm, w_qkv, 0, bias}, {T, QKV, H, H, H, H}, eps},
-        {ROPE_AND_CACHE, {to->q, to->keys, to->values, to->qkv, b->positions, b->slots, cos_sin}, {T, HQ, HKV, D, QKV}},
-        {APPLY_ROPE,
-         {to->rotated_q, to->rotated_k, to->q, to->qkv + H, b->positions, cos_sin},
-         {T, HQ, HKV, D, H, QKV},
-         -1},
-        is_decode ? decode : prefill,
-        {linear, {to->projected, 0, scratch, to->attended, 0, 0, w_o, 0, 0, to->sum}, {T, H, H, H, 0, H, H}},
-        {linear, {to->gated, 0, scratch, to->projected, 0, norm, w_gate, w_up}, {T, F, H, H, 0, H}, eps},
-        {SILU_MUL, {to->gated_again, to->gated, to->gated}, {T, F, F, F}},
-        {ADD_RMS_NORM, {to->normed, to->last_sum, to->projected, to->sum, norm}, {T, H, H, H}, eps},
-        {linear, {to->logits, 0, scratch, to->gated_again, 0, 0, w_down, 0, 0, to->last_sum}, {T, H, F, F, 0, F, H, 1}},
+    const pages cache = {to->keys, to->values, PAGE, HKV * D * sizeof *to->keys, 0};
+    const double eps = 1e-6, scale = 1 / sqrt(D);
+    const long T = b->tokens;
+    const call decode = {.op = decode_attention_op,
+                         .decode_attention = {.out = to->attended,
+                                              .scratch = scratch,
+                                              .q = to->rotated_q,
+                                              .cache = cache,
+                                              .block_tables = pages_of,
+                                              .lengths = lengths,
+                                              .num_sequences = S,
+                                              .num_kv_heads = HKV,
+                                              .group = G,
+                                              .head_dim = D,
+                                              .q_stride = H,
+                                              .block_table_stride = PAGES,
+                                              .splits = SPLITS,
+                                              .scale = scale}};
+    const call prefill = {.op = prefill_attention_op,
+                          .prefill_attention = {.out = to->attended,
+                                                .scratch = scratch,
+                                                .q = to->rotated_q,
+                                                .cache = cache,
+                                                .block_tables = pages_of,
+                                                .lengths = lengths,
+                                                .query_starts = b->starts,
+                                                .num_sequences = S,
+                                                .num_kv_heads = HKV,
+                                                .group = G,
+                                                .head_dim = D,
+                                                .q_stride = H,
+                                                .block_table_stride = PAGES,
+                                                .scale = scale}};
+    const call made[OPS] = {
+        {.op = embedding_op,
+         .embedding = {.out = to->x, .table = table, .ids = b->ids, .num_tokens = T, .row_size = H, .table_stride = H}},
+        {.op = linear_op,
+         .linear = {.out = to->qkv,
+                    .new_residual = to->sum,
+                    .scratch = scratch,
+                    .x = to->x,
+                    .residual = to->x,
+                    .norm_weight = norm,
+                    .weight = dense(w_qkv, H),
+                    .bias = bias,
+                    .num_tokens = T,
+                    .out_features = QKV,
+                    .in_features = H,
+                    .x_stride = H,
+                    .residual_stride = H,
+                    .eps = eps}},
+        {.op = rope_and_cache_op,
+         .rope_and_cache = {.q_out = to->q,
+                            .cache = cache,
+                            .qkv = to->qkv,
+                            .positions = b->positions,
+                            .slots = b->slots,
+                            .cos_sin = cos_sin,
+                            .num_tokens = T,
+                            .num_q_heads = HQ,
+                            .num_kv_heads = HKV,
+                            .head_dim = D,
+                            .qkv_stride = QKV}},
+        {.op = apply_rope_op,
+         .apply_rope = {.q_out = to->rotated_q,
+                        .k_out = to->rotated_k,
+                        .q = to->q,
+                        .k = to->qkv + H,
+                        .positions = b->positions,
+                        .cos_sin = cos_sin,
+                        .num_tokens = T,
+                        .num_q_heads = HQ,
+                        .num_kv_heads = HKV,
+                        .head_dim = D,
+                        .q_stride = H,
+                        .k_stride = QKV,
+                        .sign = -1}},
+        T == S ? decode : prefill,
+        {.op = linear_op,
+         .linear = {.out = to->projected,
+                    .scratch = scratch,
+                    .x = to->attended,
+                    .weight = dense(w_o, H),
+                    .addend = to->sum,
+                    .num_tokens = T,
+                    .out_features = H,
+                    .in_features = H,
+                    .x_stride = H,
+                    .addend_stride = H}},
+        {.op = linear_op,
+         .linear = {.out = to->gated,
+                    .scratch = scratch,
+                    .x = to->projected,
+                    .norm_weight = norm,
+                    .weight = dense(w_gate, H),
+                    .up = dense(w_up, H),
+                    .num_tokens = T,
+                    .out_features = F,
+                    .in_features = H,
+                    .x_stride = H,
+                    .eps = eps}},
+        {.op = silu_mul_op,
+         .silu_mul = {.out = to->gated_again,
+                      .gate = to->gated,
+                      .up = to->gated,
+                      .num_tokens = T,
+                      .row_size = F,
+                      .gate_stride = F,
+                      .up_stride = F}},
+        {.op = add_rms_norm_op,
+         .add_rms_norm = {.out = to->normed,
+                          .new_residual = to->last_sum,
+                          .x = to->projected,
+                          .residual = to->sum,
+                          .norm_weight = norm,
+                          .num_tokens = T,
+                          .row_size = H,
+                          .x_stride = H,
+                          .residual_stride = H,
+                          .eps = eps}},
+        {.op = linear_op,
+         .linear = {.out = to->logits,
+                    .scratch = scratch,
+                    .x = to->gated_again,
+                    .weight = dense(w_down, F),
+                    .addend = to->last_sum,
+                    .num_tokens = T,
+                    .out_features = H,
+                    .in_features = F,
+                    .x_stride = F,
+                    .addend_stride = H,
+                    .out_is_float = 1}},
     };
     memcpy(calls, made, sizeof made);
 }
@@ -136,8 +237,9 @@ static void take_step(results *to, float *scratch, batch *b, int threads) {
 
 static void *work(void *of) {
     const caller *mine = of;
-    long linear = TOKENS * F + TEAM * (TOKENS + chunk) * block_columns, decode = S * HQ * SPLITS * (D + 2);
-    long prefill = 2 * BLOCKS * HKV * D * block_columns;
+    long linear = TOKENS * F + TEAM * (TOKENS + LIMITS.panel_depth) * LIMITS.panel_columns,
+         decode = S * HQ * SPLITS * (D + 2);
+    long prefill = 2 * BLOCKS * HKV * D * LIMITS.prefill_block;
     float *scratch = aligned_alloc(64, (linear + decode + prefill) / 16 * 64 + 64);
     results *expected = malloc(STEPS * sizeof *expected), *found = malloc(sizeof *found);
     if (!scratch || !expected || !found) exit(2);

@@ -19,22 +19,23 @@ from qwenkern.cli import info
 from qwenkern.errors import RequestError
 from qwenkern.hub import download
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels.c import build, choose, compiler, kept, targets, threads
+from qwenkern.kernels.c import build, choose, compiler, kept, ops, targets, threads
 from qwenkern.kernels.environment import CPU_TARGET, THREADS
+from qwenkern.kernels.weights import Dense
 
 ROOT = Path(qwenkern.__file__).parents[1]
 
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing loaded, an empty cache, one target, quickly compiled, and quick measurements."""
+    """No library is loaded, the cache is empty, one target compiles fast, and measurements are fast."""
     monkeypatch.setattr(compiler, "FLAGS", tuple(flag.replace("-O3", "-O0") for flag in compiler.FLAGS))
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("QWENKERN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv(CPU_TARGET.name, targets.usable()[-1].name)
     monkeypatch.setattr(choose, "WEIGHTS", 1 << 18)
-    monkeypatch.setattr(choose, "TOKENS", c_backend.MAX_TOKENS + 1)
+    monkeypatch.setattr(choose, "TOKENS", 17)  # many
     build.forget()
     kept._made.cache_clear()
     yield tmp_path / "cache" / "compiled"
@@ -43,11 +44,11 @@ def fresh(monkeypatch, tmp_path):
 
 
 def runs() -> bool:
-    """Whether an op runs in C, and rightly."""
+    """Whether an op runs in C with the right result."""
     x = torch.arange(64).reshape(2, 32).bfloat16()
-    if not c_backend.takes_linear(x):
+    if c_backend.prepare() is not None:
         return False
-    return torch.equal(c_backend.linear(x, x)[0], x @ x.T)
+    return torch.equal(ops.linear(x, Dense(x)), x @ x.T)
 
 
 # Targets
@@ -127,7 +128,7 @@ def test_what_torch_sees_of_this_processor_is_seen_here():
 def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     assert runs()
     assert c_backend.target() == os.environ[CPU_TARGET.name]
-    assert "compiles its C functions" in caplog.text
+    assert "compiling the C kernels" in caplog.text
     assert fresh.stat().st_mode & 0o777 == (0o755 if os.getuid() == 0 else 0o700)
     [library] = fresh.glob("*.so")
     said = json.loads(library.with_suffix(".json").read_text())
@@ -136,7 +137,7 @@ def test_a_checkout_compiles_once_and_then_loads(fresh, monkeypatch, caplog):
     build.forget()
     monkeypatch.setattr(compiler, "compile_to", None)
     assert runs()
-    assert "compiles" not in caplog.text
+    assert "compiling" not in caplog.text
     assert "compiled on this machine" in c_backend.describe()["CPU"]
 
 
@@ -163,6 +164,7 @@ def test_a_kept_library_that_is_not_what_it_was_is_compiled_anew(fresh, caplog, 
     assert kept.trusted(library)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".so", ".json"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "loop"])
 def test_what_is_no_file_is_not_waited_for(fresh, kind, suffix):
@@ -175,6 +177,7 @@ def test_what_is_no_file_is_not_waited_for(fresh, kind, suffix):
     assert runs()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manifest", ["{}", "[]", "null", '"x"', '{"sources": 1}', "[" * 100_000, "\xff", ""])
 def test_an_odd_manifest_is_damaged(fresh, caplog, manifest):
     assert runs()
@@ -208,7 +211,7 @@ def test_a_compiler_that_does_not_work_is_one_line_and_torch_runs(fresh, monkeyp
 
 
 def test_where_the_best_target_does_not_compile_the_next_one_runs(fresh, monkeypatch):
-    """As with a compiler that is older than the processor."""
+    """A compiler that is older than the processor."""
     monkeypatch.delenv(CPU_TARGET.name)
     odd = targets.Target("odd", targets.machine(), ("-march=of-tomorrow",), frozenset(), floats="native")
     monkeypatch.setattr(targets, "usable", lambda: [odd, targets.native()])
@@ -268,7 +271,7 @@ threading.stack_size(1 << 20)
 from qwenkern import kernels
 from qwenkern.kernels import c as c_backend, reference
 x = torch.ones(1, 8 << 20, dtype=torch.bfloat16)
-assert c_backend.takes_linear(x)
+assert c_backend.prepare() is None
 def run():
     print(kernels.norm_linear(x, x, x[0], 1e-6, x[:, :1].expand(1, 8 << 20).contiguous())[0].item())
 for team in (1, 2):
@@ -304,7 +307,7 @@ def test_whatever_the_umask_nobody_else_may_write(fresh, monkeypatch):
 
 @pytest.mark.parametrize(("user", "mode"), [(0, 0o755), (4242, 0o700)])
 def test_what_root_makes_others_may_read(fresh, monkeypatch, user, mode):
-    """As in an image that root builds, and that runs as another user."""
+    """An image that root builds and that runs as another user."""
     monkeypatch.setattr(kept.os, "getuid", lambda: user)
     monkeypatch.setattr(kept, "trusted", lambda path: True)
     assert kept.folder().stat().st_mode & 0o777 == mode
@@ -320,10 +323,11 @@ os.setgroups([])
 os.setresgid(4242, 4242, 4242)
 os.setresuid(4242, 4242, 4242)
 x = torch.ones(2, 32).bfloat16()
-print(c_backend.takes_linear(x), build.loaded() and build.loaded().origin)
+print(c_backend.prepare(), c_backend.prepared().origin)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() != 0, reason="only root may become another user")
 @pytest.mark.parametrize(("mode", "origin"), [(0o755, "compiled on this machine"), (0o700, "for this process only")])
 def test_another_user_runs_from_what_root_has_made(tmp_path, mode, origin):
@@ -337,10 +341,10 @@ def test_another_user_runs_from_what_root_has_made(tmp_path, mode, origin):
             command = [sys.executable, "-c", code]
             return subprocess.run(command, capture_output=True, text=True, check=True, env=environment | more)
 
-        run("from qwenkern.kernels import c as c_backend; c_backend.library(), c_backend.multiplies()")
+        run("from qwenkern.kernels import c as c_backend; c_backend.prepare()")
         os.chmod(Path(place, "compiled"), mode)
         done = run(ANOTHER_USER, **({"PATH": ""} if mode == 0o755 else {}))
-        assert done.stdout.startswith("True"), done.stderr
+        assert done.stdout.startswith("None"), done.stderr
         assert origin in done.stdout
         assert ("it cannot be read" in done.stderr) == (mode == 0o700)
 
@@ -454,6 +458,7 @@ def test_readings_agree_where_both_halves_choose_the_same(ours, theirs, expected
     assert choose.decide({"ours": ours, "theirs": theirs}, choose._fastest) == expected
 
 
+TARGET, BOTH = targets.native(), ("pairs", "floats")
 SECONDS = {"pairs": 1.0, "floats": 2.0, "torch": 1.5, 0: 1.0, 4096: 0.9, 16384: 0.88}
 
 
@@ -467,14 +472,16 @@ SECONDS = {"pairs": 1.0, "floats": 2.0, "torch": 1.5, 0: 1.0, 4096: 0.9, 16384: 
     ],
 )
 def test_the_fastest_is_chosen_and_remembered(fresh, monkeypatch, differs, expected):
-    library = c_backend.library()
+    c_backend.prepare()
+    loaded = [build.Loaded(*c_backend.prepared()[:4])._replace(target=TARGET._replace(name=name)) for name in BOTH]
     shutil.rmtree(fresh)
     fresh.mkdir()
     monkeypatch.setattr(choose, "_readings", lambda ways: {way: [(SECONDS | differs)[way]] * 4 for way in ways})
 
     def chosen() -> tuple:
-        products = choose.products(dict.fromkeys(("pairs", "floats"), library))
-        return products, choose.multiplies(library, products), choose.prefetch(library, products)
+        products = choose.products(dict(zip(BOTH, loaded, strict=True)))
+        best = loaded[BOTH.index(products)]
+        return products, choose.multiplies(best), choose.prefetch(best)
 
     assert chosen() == expected
     assert len(list(fresh.iterdir())) == 3
@@ -509,23 +516,25 @@ def test_everything_is_measured_anew_when_asked(fresh, monkeypatch):
 
 
 def test_a_doubtful_measurement_is_used_and_not_kept(fresh, monkeypatch, caplog):
-    library = c_backend.library()
+    c_backend.prepare()
+    loaded = build.Loaded(*c_backend.prepared()[:4])
     caplog.set_level("INFO")
     noisy = {0: [1.0, 1.0, 1.0, 1.0], 4096: [0.9, 2.0, 0.9, 2.0], 16384: [2.0] * 4}
     monkeypatch.setattr(choose, "_readings", lambda ways: noisy)
     monkeypatch.setattr(choose, "remembered", lambda *_: None)
     shutil.rmtree(fresh)
     fresh.mkdir()
-    assert choose.prefetch(library, "any") == 4096
+    assert choose.prefetch(loaded) == 4096
     assert not list(fresh.iterdir())
     assert "readings disagree" in caplog.text
 
 
 def test_what_is_measured_runs(fresh):
-    library = c_backend.library()
-    assert choose.products({"only": library}) == "only"
-    assert choose.prefetch(library, "only") in choose.DISTANCES
-    assert choose.multiplies(library, "only") in (True, False)
+    c_backend.prepare()
+    loaded = build.Loaded(*c_backend.prepared()[:4])
+    assert choose.products({"only": loaded}) == "only"
+    assert choose.prefetch(loaded) in choose.DISTANCES
+    assert choose.multiplies(loaded) in (True, False)
 
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"answer": 5}', '{"answer": true}', '{"answer": [0]}', "[" * 100000])
@@ -708,7 +717,7 @@ def test_a_built_library_that_is_not_what_it_was_is_compiled_here(installed, tmp
     if damage == "library":
         library.write_bytes(library.read_bytes()[:-1] + b"x")
     elif damage == "sources":
-        (folder / "common.h").open("a").write("/* changed */\n")
+        (folder / "team.h").open("a").write("/* changed */\n")
     else:
         library.with_suffix(".json").unlink()
     reasons = {"library": "is damaged", "sources": "from other sources", "manifest": "is missing or damaged"}
@@ -716,7 +725,7 @@ def test_a_built_library_that_is_not_what_it_was_is_compiled_here(installed, tmp
     assert f"{name}, compiled on this machine" in done.stdout
     first, second = done.stderr.splitlines()
     assert reasons[damage] in first
-    assert "compiles its C functions" in second
+    assert "compiling the C kernels" in second
 
 
 def test_an_editable_install_builds_nothing():

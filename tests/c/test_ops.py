@@ -1,7 +1,13 @@
-"""The ops in C against float64 and against torch in the same dtype, and the tape."""
+"""The ops in C against float64 and against torch in the same dtype, and recorded calls.
 
+What holds for the fast ops holds for the plain ones (plain.c), so they are one more variant; a last test compares the
+two with each other."""
+
+import ctypes
+import inspect
 from collections.abc import Callable
 from itertools import pairwise
+from types import ModuleType
 
 import pytest
 import torch
@@ -10,16 +16,21 @@ from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels import reference
-from qwenkern.kernels.c import build, choose, tape, targets
+from qwenkern.kernels import reference, weights
+from qwenkern.kernels.c import build, choose, ops, recorded_calls, targets
+from qwenkern.kernels.c.backend import C
 from qwenkern.kernels.environment import CPU_TARGET
+from qwenkern.kernels.pages import FORMATS as pages_formats
+from qwenkern.kernels.pages import DensePages
+from qwenkern.kernels.weights import Dense
 
 EPS = 1e-6
 
 
-# The fixed targets that this processor has, and vectors of 4 floats, the narrowest. Each with the distance in bytes at
-# which weights are prefetched, so that the tests run both ways of it.
-VARIANTS = {target.name: 0 if target.floats else 4096 for target in targets.TARGETS} | {"narrow": 0}
+# The fixed targets that this processor has or that can be emulated, vectors of 4 floats, the narrowest, and the plain
+# loops. Each with the distance in bytes at which weights are prefetched, so that the tests run both ways of it.
+VARIANTS = {target.name: 0 if target.floats else 4096 for target in targets.TARGETS} | {"narrow": 0, "plain": 0}
+FEW = 16  # tokens that read a weight row by row, as a test below holds against the library
 
 
 @pytest.fixture(autouse=True, params=VARIANTS)
@@ -29,25 +40,69 @@ def in_c(request, monkeypatch):
         if targets.machine() != "x86_64":
             pytest.skip("vectors have one width here")
         monkeypatch.setenv("CC", "gcc -mno-avx")
-    elif name in emulated.PROCESSORS and targets.machine() == "x86_64":
+    if name == "plain":
+        emulated.skip_large(request)
+    if name in ("narrow", "plain"):
+        monkeypatch.setenv(CPU_TARGET.name, "native")
+    elif name in [target.name for target in targets.usable()]:
+        monkeypatch.setenv(CPU_TARGET.name, name)
+    else:
         emulated.use(name, request, monkeypatch)
-    elif name not in [target.name for target in targets.usable()]:
-        pytest.skip(f"this processor does not have what {name} needs")
-    monkeypatch.setenv(CPU_TARGET.name, "native" if name == "narrow" else name)
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(choose, "prefetch", lambda *_: VARIANTS[name])
     monkeypatch.setattr(choose, "multiplies", lambda *_: True)
     build.forget()
-    assert c_backend.library() is not None
+    assert c_backend.prepare() is None
+    if name == "plain":
+        monkeypatch.setattr(build, "_found", c_backend.prepared()._replace(library=Plain(c_backend.library())))
     yield
     build.forget()
+
+
+class Plain:
+    """A library whose calls run as plain loops."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.run = library.run_plain
+        self.run.argtypes, self.run.restype = library.run.argtypes, None
+
+
+class Ops:
+    """The ops of a room by name, without the checks of the public ones. A tensor is a dense weight to them, and two of
+    them dense pages."""
+
+    def __init__(self, room: ModuleType) -> None:
+        self._room = room
+
+    def __getattr__(self, name: str) -> Callable:
+        return lambda *args, **keywords: getattr(self._room, name)(*values(name, args), **keywords)
+
+
+fast, torchs = Ops(ops), Ops(reference)
+
+
+def values(name: str, args: tuple) -> tuple:
+    """The arguments of an op with weights and pages as values."""
+    for at, parameter in enumerate(inspect.signature(getattr(kernels, name)).parameters):
+        if at < len(args) and isinstance(args[at], torch.Tensor):
+            if parameter == "weight" and name not in ("rms_norm", "add_rms_norm", "embedding"):
+                args = (*args[:at], Dense(args[at]), *args[at + 1 :])
+            elif parameter == "pages":
+                args = (*args[:at], DensePages(*args[at : at + 2]), *args[at + 2 :])
+    return args
+
+
+def refusal(name: str, *args: object) -> str | None:
+    """Why C does not take these arguments, as the dispatch asks it."""
+    args = values(name, args)
+    return C.refuses(args[0]) or C.implementations[name].refuses(*args)
 
 
 def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
     return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
 
 
-@pytest.mark.parametrize("tokens", [*range(1, c_backend.MAX_TOKENS + 1), 17, 18, 21, 64, 100])
+@pytest.mark.parametrize("tokens", [*range(1, FEW + 1), 17, 18, 21, 64, 100])
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (7, 64), (1152, 896), (130, 4864), (131, 2048)])
 def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
     x, residual, norm = tensor(tokens, k, seed=0), tensor(tokens, k, seed=1), tensor(k, seed=2)
@@ -59,48 +114,44 @@ def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int)
         truth = expected(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
         assert_as_close_as(out, expected(*args), truth)
 
-    compare(lambda: c_backend.linear(x, w, bias=bias, addend=addend)[0], reference.linear, x, w, bias, addend)
-    normed = {"residual": residual, "norm_weight": norm, "eps": EPS}
+    compare(lambda: fast.linear(x, w, bias, addend), torchs.linear, x, w, bias, addend)
+    normed = (x, residual, norm, EPS)
     compare(
-        lambda: c_backend.linear(x, w, bias=bias, **normed)[0],
-        lambda *args: reference.norm_linear(*args)[0],
-        *(x, residual, norm, EPS, w, bias),
+        lambda: fast.norm_linear(*normed, w, bias)[0],
+        lambda *args: torchs.norm_linear(*args)[0],
+        *(*normed, w, bias),
     )
     compare(
-        lambda: c_backend.linear(x, w, up=up, **normed)[0],
-        lambda *args: reference.norm_swiglu_linear(*args)[0],
-        *(x, residual, norm, EPS, torch.cat((w, up))),
+        lambda: fast.norm_swiglu_linear(*normed, torch.cat((w, up)))[0],
+        lambda *args: torchs.norm_swiglu_linear(*args)[0],
+        *(*normed, torch.cat((w, up))),
     )
-    compare(
-        lambda: c_backend.linear(x, w, out_dtype=torch.float32, **normed)[0],
-        reference.lm_head,
-        *(x, residual, norm, EPS, w),
-    )
-    assert torch.equal(c_backend.linear(x, w, **normed)[1], residual + x)
-    assert c_backend.linear(x, w)[1] is x
+    compare(lambda: fast.lm_head(*normed, w), torchs.lm_head, *normed, w)
+    assert torch.equal(fast.norm_linear(*normed, w)[1], residual + x)
+    assert fast.norm_linear(x, None, norm, EPS, w)[1] is x
 
 
 @pytest.mark.parametrize("k", [96, 896, 2048, 4864])
 def test_a_tokens_bits_depend_on_neither_batch_nor_threads(k: int) -> None:
-    x, w = tensor(c_backend.MAX_TOKENS, k, seed=0), tensor(131, k, seed=1)
-    together = c_backend.linear(x, w)[0]
+    x, w = tensor(FEW, k, seed=0), tensor(131, k, seed=1)
+    together = fast.linear(x, w)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         for row in range(len(x)):
-            assert torch.equal(c_backend.linear(x[row : row + 1], w)[0][0], together[row])
+            assert torch.equal(fast.linear(x[row : row + 1], w)[0], together[row])
     finally:
         torch.set_num_threads(threads)
 
 
 def test_scratch_memory_does_not_follow_torchs_defaults() -> None:
     x, w = tensor(300, 896, seed=0), tensor(70, 896, seed=1)
-    expected = c_backend.linear(x, w)[0]
+    expected = fast.linear(x, w)
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device("meta"):
-            tape._recording.__dict__.pop("scratch", None)
-            out = c_backend.linear(x, w)[0]
+            recorded_calls._of_thread.__dict__.pop("scratch", None)
+            out = fast.linear(x, w)
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(out, expected)
@@ -108,11 +159,11 @@ def test_scratch_memory_does_not_follow_torchs_defaults() -> None:
 
 def test_rows_may_have_any_stride() -> None:
     x, w = tensor(3, 200, seed=0)[:, :64], tensor(9, 100, seed=1)[:, :64]
-    assert torch.equal(c_backend.linear(x, w)[0], c_backend.linear(x.contiguous(), w.contiguous())[0])
+    assert torch.equal(fast.linear(x, w), fast.linear(x.contiguous(), w.contiguous()))
 
 
 def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
-    """q, pages in a shuffled order with NaN in every token that nobody may read, block tables, lengths."""
+    """q, pages in a shuffled order with NaN in every token that may not be read, block tables, lengths."""
     pages_of = [-(-length // 16) for length in lengths]
     order = torch.randperm(sum(pages_of), generator=torch.Generator().manual_seed(1)).int().split(pages_of)
     tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
@@ -127,16 +178,17 @@ def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
 def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
     lengths = [1, 15, 16, 17, 255, 256, 257, 1000]
     q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim)
-    assert c_backend.takes_heads(q, k)
-    out = c_backend.decode_attention(q, k, v, tables, counts, dim**-0.5)
-    expected = reference.decode_attention(q, (k, v), tables, counts, dim**-0.5)
-    truth = reference.decode_attention(q.double(), (k.double(), v.double()), tables, counts, dim**-0.5)
+    given = (q, k, v, tables, counts, dim**-0.5)
+    assert refusal("decode_attention", *given) is None
+    out = fast.decode_attention(*given)
+    expected = torchs.decode_attention(q, k, v, tables, counts, dim**-0.5)
+    truth = torchs.decode_attention(q.double(), k.double(), v.double(), tables, counts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row in range(len(lengths)):
-        alone = c_backend.decode_attention(
+        single = fast.decode_attention(
             *(q[row : row + 1], k, v, tables[row : row + 1], counts[row : row + 1], dim**-0.5)
         )
-        assert torch.equal(alone[0], out[row])
+        assert torch.equal(single[0], out[row])
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (3, 3, 64), (16, 1, 128)])
@@ -146,30 +198,31 @@ def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads:
     _, k, v, tables, ends = cached(lengths, heads, kv_heads, dim)
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
     q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0)[:, :-8].unflatten(1, (heads, dim))
-    assert c_backend.takes_prefill(q, k)
-    out = c_backend.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
-    expected = reference.prefill_attention(q, (k, v), tables, ends, starts, dim**-0.5)
-    truth = reference.prefill_attention(q.double(), (k.double(), v.double()), tables, ends, starts, dim**-0.5)
+    given = (q, k, v, tables, ends, starts, dim**-0.5)
+    assert refusal("prefill_attention", *given) is None
+    out = fast.prefill_attention(*given)
+    expected = torchs.prefill_attention(q, k, v, tables, ends, starts, dim**-0.5)
+    truth = torchs.prefill_attention(q.double(), k.double(), v.double(), tables, ends, starts, dim**-0.5)
     assert_as_close_as(out, expected, truth)
     for row, (first, last) in enumerate(pairwise(starts.tolist())):
         if first < last:
             mine = (tables[row : row + 1], ends[row : row + 1], torch.tensor([0, last - first]))
-            assert torch.equal(c_backend.prefill_attention(q[first:last], k, v, *mine, dim**-0.5), out[first:last])
+            assert torch.equal(fast.prefill_attention(q[first:last], k, v, *mine, dim**-0.5), out[first:last])
 
 
 def test_queries_far_apart_do_not_overflow() -> None:
     _, k, v, tables, lengths = cached([300], 14, 2, 64)
     q, starts = tensor(300, 14, 64, seed=6, scale=200.0), torch.tensor([0, 300])
-    out = c_backend.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
-    truth = reference.prefill_attention(q.double(), (k.double(), v.double()), tables, lengths, starts, 1.0)
-    assert_as_close_as(out, reference.prefill_attention(q, (k, v), tables, lengths, starts, 1.0), truth)
+    out = fast.prefill_attention(q, k, v, tables, lengths, starts, 1.0)
+    truth = torchs.prefill_attention(q.double(), k.double(), v.double(), tables, lengths, starts, 1.0)
+    assert_as_close_as(out, torchs.prefill_attention(q, k, v, tables, lengths, starts, 1.0), truth)
 
 
 def test_a_block_table_may_be_part_of_a_wider_one() -> None:
     q, k, v, tables, counts = cached([40, 70], 14, 2, 64)
     wider = torch.cat((tables, torch.full((2, 11), 1 << 30, dtype=torch.int32)), dim=1)[:, : tables.shape[1]]
-    expected = c_backend.decode_attention(q, k, v, tables, counts, 0.125)
-    assert torch.equal(c_backend.decode_attention(q, k, v, wider, counts, 0.125), expected)
+    expected = fast.decode_attention(q, k, v, tables, counts, 0.125)
+    assert torch.equal(fast.decode_attention(q, k, v, wider, counts, 0.125), expected)
 
 
 def test_a_key_that_is_no_number_is_not_hidden() -> None:
@@ -179,15 +232,15 @@ def test_a_key_that_is_no_number_is_not_hidden() -> None:
     expected = torch.zeros(2, 14, dtype=torch.bool)
     expected[1, 7:] = True  # the heads of the second key-value head
     for out in (
-        c_backend.decode_attention(q, k, v, tables, counts, 0.125),
-        c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+        fast.decode_attention(q, k, v, tables, counts, 0.125),
+        fast.prefill_attention(q, k, v, tables, counts, starts, 0.125),
     ):
         assert torch.equal(out.isnan().all(-1), expected)
         assert torch.equal(out.isnan().any(-1), expected)
 
 
 def softmax_attention(q, k, v, tables, counts, scale: float) -> torch.Tensor:
-    """decode_attention in float64, as the formula has it."""
+    """decode_attention in float64, by its formula."""
     rows = []
     for query, table, count in zip(q.double(), tables.long(), counts.tolist(), strict=True):
         keys, values = (pages.double()[table].flatten(0, 1)[:count] for pages in (k, v))
@@ -211,8 +264,8 @@ def test_attention_is_as_finite_as_its_formula(where: str, value: float) -> None
         truth = softmax_attention(q, k, v, tables, counts, 0.125)
         starts = torch.tensor([0, 1, 2], dtype=torch.int32)
         for out in (
-            c_backend.decode_attention(q, k, v, tables, counts, 0.125),
-            c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+            fast.decode_attention(q, k, v, tables, counts, 0.125),
+            fast.prefill_attention(q, k, v, tables, counts, starts, 0.125),
         ):
             assert_same_where_not_finite(out, truth)
 
@@ -227,8 +280,8 @@ def test_a_block_of_keys_that_weigh_nothing_hides_no_other() -> None:
         assert truth[1].isnan().all() == (length == 200)
         starts = torch.tensor([0, 1, 2], dtype=torch.int32)
         for out in (
-            c_backend.decode_attention(q, k, v, tables, counts, 0.125),
-            c_backend.prefill_attention(q, k, v, tables, counts, starts, 0.125),
+            fast.decode_attention(q, k, v, tables, counts, 0.125),
+            fast.prefill_attention(q, k, v, tables, counts, starts, 0.125),
         ):
             assert_same_where_not_finite(out, truth)
 
@@ -271,7 +324,7 @@ def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float) -> 
                 continue
             args = [each.clone() if isinstance(each, torch.Tensor) else each for each in given]
             args[place].view(-1)[args[place].numel() // 2 + 1] = value
-            outs, expected = getattr(kernels, name)(*args), getattr(reference, name)(*args)
+            outs, expected = getattr(kernels, name)(*args), getattr(torchs, name)(*args)
             for out, peer in zip(
                 *(each if isinstance(each, tuple) else (each,) for each in (outs, expected)), strict=True
             ):
@@ -284,18 +337,18 @@ def test_zeros_keep_their_sign() -> None:
     x[:, ::2] = -0.0
     weight, tiny = tensor(64, seed=1), torch.full((3, 64), 1e-39).bfloat16()  # subnormal
     for name, args in {"rms_norm": (x, weight, EPS), "silu_mul": (x, tiny + 1)}.items():
-        out, expected = getattr(c_backend, name)(*args), getattr(reference, name)(*args)
+        out, expected = getattr(fast, name)(*args), getattr(torchs, name)(*args)
         assert torch.equal(out.signbit(), expected.signbit())
         assert torch.equal(out == 0, expected == 0)
-    assert torch.equal(c_backend.rms_norm(tiny, weight, EPS), reference.rms_norm(tiny, weight, EPS))
+    assert torch.equal(fast.rms_norm(tiny, weight, EPS), torchs.rms_norm(tiny, weight, EPS))
 
 
 def test_scores_far_apart_do_not_overflow() -> None:
     q, k, v, tables, counts = cached([300], 14, 2, 64)
     q = q * 100
-    out = c_backend.decode_attention(q, k, v, tables, counts, 1.0)
-    truth = reference.decode_attention(q.double(), (k.double(), v.double()), tables, counts, 1.0)
-    assert_as_close_as(out, reference.decode_attention(q, (k, v), tables, counts, 1.0), truth)
+    out = fast.decode_attention(q, k, v, tables, counts, 1.0)
+    truth = torchs.decode_attention(q.double(), k.double(), v.double(), tables, counts, 1.0)
+    assert_as_close_as(out, torchs.decode_attention(q, k, v, tables, counts, 1.0), truth)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32)])
@@ -304,10 +357,10 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     cos_sin = angles(64, dim)
     positions, slots = torch.tensor([3, 0, 63, 9, 9]), torch.tensor([31, 2, 0, 17, 5])
     pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
-    out = c_backend.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
+    out = fast.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
     same, wide = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.float64)
-    expected = reference.rope_and_cache(qkv, positions, cos_sin, list(same), slots)
-    truth = reference.rope_and_cache(qkv.double(), positions, cos_sin.double(), list(wide), slots)
+    expected = torchs.rope_and_cache(qkv, positions, cos_sin, *same, slots)
+    truth = torchs.rope_and_cache(qkv.double(), positions, cos_sin.double(), *wide, slots)
     assert_as_close_as(out, expected, truth)
     assert_as_close_as(pages[0], same[0], wide[0])
     assert torch.equal(pages[1], same[1])
@@ -315,12 +368,12 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
 
 def as_close_as_torch(name: str, *args, threads: int = 2):
     """The op in C, whose bits may not depend on the number of threads."""
-    outs, expected = getattr(c_backend, name)(*args), getattr(reference, name)(*args)
-    truths = getattr(reference, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
+    outs, expected = getattr(fast, name)(*args), getattr(torchs, name)(*args)
+    truths = getattr(torchs, name)(*(a.double() if isinstance(a, torch.Tensor) else a for a in args))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        again = getattr(c_backend, name)(*args)
+        again = getattr(fast, name)(*args)
     finally:
         torch.set_num_threads(before)
     for all_of_it in zip(*(x if isinstance(x, tuple) else (x,) for x in (outs, expected, truths, again)), strict=True):
@@ -334,7 +387,7 @@ def as_close_as_torch(name: str, *args, threads: int = 2):
 @pytest.mark.parametrize("shape", [(1, 16), (3, 896), (2, 5, 2048), (300, 896), (896,)], ids=str)
 def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
     x, residual, weight = tensor(*shape, seed=0), tensor(*shape, seed=1, scale=3.0), tensor(shape[-1], seed=2)
-    assert c_backend.takes_norm(x)
+    assert refusal("rms_norm", x, weight, EPS) is None
     as_close_as_torch("rms_norm", x, weight, EPS)
     _, new_residual = as_close_as_torch("add_rms_norm", x, residual, weight, EPS)
     assert torch.equal(new_residual, residual + x)
@@ -345,7 +398,7 @@ def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4864), (5, 77), (2, 3, 2049), (100, 896), (33,)], ids=str)
 def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
     gate_up = tensor(*shape[:-1], 2 * shape[-1], seed=0, scale=4.0)
-    assert c_backend.takes_gate(gate_up)
+    assert refusal("swiglu", gate_up) is None
     out = as_close_as_torch("swiglu", gate_up)
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
     assert torch.equal(as_close_as_torch("silu_mul", gate, up), out)
@@ -354,25 +407,23 @@ def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
 def test_silu_far_from_zero() -> None:
     gate = torch.tensor([-300.0, -89.0, -88.0, -20.0, -0.0, 0.0, 20.0, 300.0, torch.inf, torch.nan]).bfloat16()
     expected = torch.nn.functional.silu(gate)
-    torch.testing.assert_close(
-        c_backend.silu_mul(gate, torch.ones_like(gate)), expected, rtol=0, atol=1e-30, equal_nan=True
-    )
+    torch.testing.assert_close(fast.silu_mul(gate, torch.ones_like(gate)), expected, rtol=0, atol=1e-30, equal_nan=True)
 
 
 def test_rows_of_norms_and_swiglu_may_have_any_stride() -> None:
     x, residual, weight = tensor(5, 70, seed=0)[:, 3:67], tensor(5, 64, seed=1), tensor(64, seed=2)
     dense = x.contiguous()
-    assert torch.equal(c_backend.rms_norm(x, weight, EPS), c_backend.rms_norm(dense, weight, EPS))
+    assert torch.equal(fast.rms_norm(x, weight, EPS), fast.rms_norm(dense, weight, EPS))
     for mixed, plain in zip(
-        c_backend.add_rms_norm(x, residual, weight, EPS),
-        c_backend.add_rms_norm(dense, residual, weight, EPS),
+        fast.add_rms_norm(x, residual, weight, EPS),
+        fast.add_rms_norm(dense, residual, weight, EPS),
         strict=True,
     ):
         assert torch.equal(mixed, plain)
-    assert torch.equal(c_backend.silu_mul(x, residual), c_backend.silu_mul(dense, residual))
-    assert torch.equal(c_backend.swiglu(x), c_backend.swiglu(dense))
+    assert torch.equal(fast.silu_mul(x, residual), fast.silu_mul(dense, residual))
+    assert torch.equal(fast.swiglu(x), fast.swiglu(dense))
     turned = tensor(4, 3, 64, seed=3).transpose(0, 1)
-    assert torch.equal(c_backend.rms_norm(turned, weight, EPS), c_backend.rms_norm(turned.contiguous(), weight, EPS))
+    assert torch.equal(fast.rms_norm(turned, weight, EPS), fast.rms_norm(turned.contiguous(), weight, EPS))
 
 
 def angles(context: int, dim: int) -> torch.Tensor:
@@ -387,17 +438,17 @@ def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_
     packed = tensor(tokens, (heads + kv_heads) * dim + 8, seed=0)[:, :-8].unflatten(1, (-1, dim))
     q, k = packed.split((heads, kv_heads), dim=1)
     cos_sin, positions = angles(100, dim), torch.arange(tokens).flip(0) + 20
-    assert c_backend.takes_rope(q)
-    out = c_backend.apply_rope(q, k, cos_sin, positions)
-    expected = reference.apply_rope(q, k, cos_sin, positions)
-    truth = reference.apply_rope(q.double(), k.double(), cos_sin.double(), positions)
+    assert refusal("apply_rope", q, k, cos_sin, positions) is None
+    out = fast.apply_rope(q, k, cos_sin, positions)
+    expected = torchs.apply_rope(q, k, cos_sin, positions)
+    truth = torchs.apply_rope(q.double(), k.double(), cos_sin.double(), positions)
     for mine, peer, exact in zip(out, expected, truth, strict=True):
         assert mine.is_contiguous()
         assert_as_close_as(mine, peer, exact)
-    backwards = c_backend.apply_rope(q, k, cos_sin, positions, inverse=True)
+    backwards = fast.apply_rope(q, k, cos_sin, positions, inverse=True)
     mirrored = torch.cat((cos_sin[:, : dim // 2], -cos_sin[:, dim // 2 :]), dim=-1)
     turned = q.transpose(0, 1).contiguous().transpose(0, 1)  # heads that are not dense
-    for mine, peer in zip(backwards, c_backend.apply_rope(turned, k, mirrored, positions), strict=True):
+    for mine, peer in zip(backwards, fast.apply_rope(turned, k, mirrored, positions), strict=True):
         assert torch.equal(mine, peer)
 
 
@@ -413,75 +464,179 @@ def test_the_public_ops_run_in_c(monkeypatch) -> None:
         "apply_rope": (heads, heads, angles(8, 32), torch.tensor([7, 0, 3])),
     }
     for name, args in calls.items():
-        tape = c_backend.Tape()
-        with tape.record():
-            recorded = getattr(kernels, name)(*args)
-        tape.replay()
-        direct = getattr(c_backend, name)(*args)
-        for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (recorded, direct)), strict=True):
+        recorded = c_backend.RecordedCalls()
+        with recorded.record():
+            outs = getattr(kernels, name)(*args)
+        recorded.replay()
+        direct = getattr(fast, name)(*args)
+        for one, other in zip(*(x if isinstance(x, tuple) else (x,) for x in (outs, direct)), strict=True):
             assert torch.equal(one, other)
 
 
-def test_what_c_does_not_take_is_left_to_torch(monkeypatch) -> None:
-    assert c_backend.takes_linear(tensor(1, 32, seed=0))
-    assert not c_backend.takes_norm(tensor(1, 24, seed=0))
-    assert not c_backend.takes_rope(tensor(1, 2, 48, seed=0))
-    assert not c_backend.takes_gate(torch.zeros(1, 32))
-    for other in (tensor(1, 24, seed=0), torch.zeros(1, 32)):
-        assert not c_backend.takes_linear(other)
-    monkeypatch.setenv("QWENKERN_KERNELS", "reference")
-    assert not c_backend.takes_linear(tensor(1, 32, seed=0))
+def test_a_refusal_says_why() -> None:
+    """In the words of the ops' own arguments. The limits are the library's."""
+    x, w, norm = tensor(1, 32, seed=0), tensor(8, 32, seed=1), tensor(32, seed=2)
+    heads, pages = tensor(1, 2, 48, seed=0), torch.zeros(1, 16, 1, 48).bfloat16()
+    many = (tensor(1, 17, 64, seed=0), torch.zeros(1, 16, 1, 64).bfloat16())
+    cos_sin, first = angles(8, 48), torch.tensor([0])
+    assert refusal("linear", x, w) is None
+    odd = tensor(1, 24, seed=0)
+    of = "a multiple of"
+    for reason, said in (
+        (refusal("linear", odd, odd), f"rows of 24 values ({of} 32)"),
+        (refusal("norm_linear", odd, None, odd[0], EPS, odd), f"rows of 24 values ({of} 32)"),
+        (refusal("norm_swiglu_linear", odd, None, odd[0], EPS, odd), f"rows of 24 values ({of} 32)"),
+        (refusal("lm_head", odd, None, odd[0], EPS, odd), f"rows of 24 values ({of} 32)"),
+        (refusal("linear", x.float(), w.float()), "float32 (C computes in bfloat16)"),
+        (refusal("linear", x.half(), w.half()), "float16 (C computes in bfloat16)"),
+        (refusal("rms_norm", odd, odd[0], EPS), f"rows of 24 values ({of} 16)"),
+        (refusal("add_rms_norm", odd, odd, odd[0], EPS), f"rows of 24 values ({of} 16)"),
+        (refusal("silu_mul", norm.float(), norm.float()), "float32 (C computes in bfloat16)"),
+        (refusal("swiglu", norm.double()), "float64 (C computes in bfloat16)"),
+        (refusal("embedding", first, w.T), "a table whose values lie 32 apart (side by side)"),
+        (refusal("apply_rope", heads, heads, cos_sin, first), f"heads of 48 values ({of} 32 up to 128)"),
+        (
+            refusal("rope_and_cache", heads.flatten(1), first, cos_sin, pages, pages, first),
+            f"heads of 48 values ({of} 32 up to 128)",
+        ),
+        (
+            refusal("decode_attention", many[0], many[1], many[1], first[None], first, 1.0),
+            "17 query heads for each of the cache's (at most 16)",
+        ),
+        (
+            refusal("prefill_attention", heads, pages, pages, first[None], first, first, 1.0),
+            f"heads of 48 values ({of} 32 up to 128)",
+        ),
+    ):
+        assert reason == said
 
 
-def test_a_tape_plays_what_was_recorded_on_new_values() -> None:
+def test_what_torch_multiplies_faster_is_refused(monkeypatch) -> None:
+    monkeypatch.setattr(build, "_found", c_backend.prepared()._replace(multiplies=False))
+    assert c_backend.prepared().limits.max_few_tokens == FEW
+    x = tensor(FEW + 1, 32, seed=0)
+    assert refusal("linear", x[:FEW], x) is None
+    assert refusal("linear", x, x) == "17 tokens, which torch multiplies faster on this processor"
+    q, k, v, tables, counts = cached([40], 14, 2, 64)
+    assert refusal("decode_attention", q, k, v, tables, counts, 0.125) is None
+    said = refusal("prefill_attention", q, k, v, tables, counts, torch.tensor([0, 1]), 0.125)
+    assert said == "several tokens a sequence, which torch multiplies faster here"
+
+
+def test_a_refusal_prepares_nothing(monkeypatch) -> None:
+    build.forget()
+    monkeypatch.setattr(build, "_prepared", None)
+    x = tensor(2, 32, seed=0)
+    assert refusal("linear", x, x) == build.NOT_PREPARED
+    assert refusal("linear", x.float(), x.float()) == "float32 (C computes in bfloat16)"
+
+
+def test_what_has_no_backend_of_its_own_here_is_refused_by_its_format() -> None:
+    class Other(Dense):
+        format = "other of test_ops"
+
+    del weights.FORMATS[Other.format]
+    x = tensor(1, 32, seed=0)
+    assert refusal("linear", x, Other(x)) == "weights of the format other of test_ops (C has dense)"
+
+    class OtherPages(DensePages):
+        format = "other of test_ops"
+
+    del pages_formats[OtherPages.format]
+    q, k, v, tables, counts = cached([40], 14, 2, 64)
+    said = refusal("decode_attention", q, OtherPages(k, v), tables, counts, 0.125)
+    assert said == "pages of the format other of test_ops (C has dense)"
+
+
+def test_recorded_calls_run_on_new_values() -> None:
     w, ids = tensor(8, 64, seed=1), torch.tensor([3, 1])
-    tape = c_backend.Tape()
-    with tape.record():
-        out = c_backend.linear(c_backend.embedding(ids, w), w)[0][:, :4]
+    recorded = c_backend.RecordedCalls()
+    with recorded.record():
+        out = fast.linear(fast.embedding(ids, w), w)[:, :4]
     for chosen in ([3, 1], [0, 7]):
         ids.copy_(torch.tensor(chosen))
-        tape.replay()
-        assert torch.equal(out, c_backend.linear(w[ids], w)[0][:, :4])
+        recorded.replay()
+        assert torch.equal(out, fast.linear(w[ids], w)[:, :4])
     assert not c_backend.is_recording()
 
 
-def test_a_tape_may_be_what_first_needs_the_functions(monkeypatch) -> None:
+def test_recording_may_be_what_first_needs_the_library(monkeypatch) -> None:
     """They are loaded, and what is not yet known is measured, while it records."""
     monkeypatch.undo()
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(choose, "WEIGHTS", 1 << 20)
     monkeypatch.setattr(choose, "remembered", lambda *_: None)
     monkeypatch.setattr(choose, "remember", lambda *_: None)
-    few, many = tensor(2, 64, seed=0), tensor(c_backend.MAX_TOKENS + 1, 64, seed=1)
+    few, many = tensor(2, 64, seed=0), tensor(FEW + 1, 64, seed=1)
     build.forget()
-    tape = c_backend.Tape()
-    with tape.record():
-        assert isinstance(c_backend.takes_linear(many), bool)
-        out = c_backend.linear(few, few)[0]
-    tape.replay()
-    assert torch.equal(out, c_backend.linear(few, few)[0])
+    recorded = c_backend.RecordedCalls()
+    with recorded.record():
+        refusal("linear", many, many)
+        out = fast.linear(few, few)
+    recorded.replay()
+    assert torch.equal(out, fast.linear(few, few))
 
 
 @pytest.mark.parametrize("compute", [lambda x: x + 1, lambda x: x.float(), lambda x: x.sum().item()])
-def test_a_tape_refuses_what_torch_computes(compute: Callable) -> None:
+def test_what_torch_computes_cannot_be_recorded(compute: Callable) -> None:
     x = tensor(2, 64, seed=0)
-    with pytest.raises(c_backend.NotRecordable, match=r"is not in C"), c_backend.Tape().record():
+    with pytest.raises(c_backend.CannotRecord, match=r"is not in C"), c_backend.RecordedCalls().record():
         compute(x)
     assert not c_backend.is_recording()
-    assert c_backend.linear(x, x)[0].isfinite().all()
+    assert fast.linear(x, x).isfinite().all()
 
 
-def test_a_tape_of_the_other_ops_matches_them() -> None:
+def test_recorded_calls_of_the_other_ops_match_them() -> None:
     q, k, v, tables, lengths = cached([70, 300], 14, 2, 64)
     positions, slots = torch.tensor([69, 299]), torch.tensor([5, 9])
     qkv, cos_sin = tensor(2, 18 * 64, seed=7), torch.rand(512, 64)
-    tape, pages, others = c_backend.Tape(), torch.zeros_like(k), torch.zeros_like(k)
-    with tape.record():
-        out = c_backend.decode_attention(q, k, v, tables, lengths, 0.125)
-        rotated = c_backend.rope_and_cache(qkv, positions, cos_sin, pages, others, slots)
-    tape.replay()
-    assert torch.equal(out, c_backend.decode_attention(q, k, v, tables, lengths, 0.125))
+    recorded, pages, others = c_backend.RecordedCalls(), torch.zeros_like(k), torch.zeros_like(k)
+    with recorded.record():
+        out = fast.decode_attention(q, k, v, tables, lengths, 0.125)
+        rotated = fast.rope_and_cache(qkv, positions, cos_sin, pages, others, slots)
+    recorded.replay()
+    assert torch.equal(out, fast.decode_attention(q, k, v, tables, lengths, 0.125))
     again = torch.zeros_like(k), torch.zeros_like(k)
-    assert torch.equal(rotated, c_backend.rope_and_cache(qkv, positions, cos_sin, *again, slots))
+    assert torch.equal(rotated, fast.rope_and_cache(qkv, positions, cos_sin, *again, slots))
     assert torch.equal(pages, again[0])
     assert torch.equal(others, again[1])
+
+
+def test_plain_loops_compute_the_same(request) -> None:
+    """Each op by both: they differ by the order of their sums, which is a rounding here and there."""
+    if isinstance(c_backend.library(), Plain) or emulated.is_emulated():
+        pytest.skip("needs a library with both")
+    x, residual, norm = tensor(5, 96, seed=0), tensor(5, 96, seed=1), tensor(96, seed=2)
+    w, bias = tensor(14, 96, seed=3, scale=0.1), tensor(14, seed=4)
+    heads, cos_sin, positions = tensor(5, 3, 32, seed=5), angles(9, 32), torch.tensor([8, 0, 3, 3, 1])
+    q, k, v, tables, lengths = cached([70, 300], 14, 2, 64)
+    starts = torch.tensor([0, 1, 2])
+    calls = {
+        "linear": (x, w, bias, tensor(5, 14, seed=6)),
+        "norm_linear": (x, residual, norm, EPS, w, bias),
+        "norm_swiglu_linear": (x, residual, norm, EPS, w),
+        "lm_head": (x, residual, norm, EPS, w),
+        "embedding": (positions, w),
+        "add_rms_norm": (x, residual, norm, EPS),
+        "silu_mul": (x, residual),
+        "apply_rope": (heads, heads[:, :1], cos_sin, positions, True),
+        "decode_attention": (q, k, v, tables, lengths, 0.125),
+        "prefill_attention": (q, k, v, tables, lengths, starts, 0.125),
+    }
+    here = c_backend.prepared()
+    for name, args in calls.items():
+        op, truth = getattr(fast, name), getattr(torchs, name)
+        outs = op(*args)
+        build._found = here._replace(library=Plain(here.library))
+        plain = op(*args)
+        build._found = here
+        exact = truth(*(each.double() if _is_real(each) else each for each in args))
+        for one, other, right in zip(
+            *(each if isinstance(each, tuple) else (each,) for each in (outs, plain, exact)), strict=True
+        ):
+            assert_as_close_as(one, other, right)
+            assert_as_close_as(other, one, right)
+
+
+def _is_real(x: object) -> bool:
+    return isinstance(x, torch.Tensor) and x.is_floating_point()

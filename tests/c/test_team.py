@@ -1,4 +1,4 @@
-"""The threads that carry C calls out: torch's own through OpenMP, and ours where it has none."""
+"""The threads of C calls: torch's own with OpenMP, and ours without it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from qwenkern.kernels import c as c_backend
-from qwenkern.kernels.c import build, tape
+from qwenkern.kernels.c import build, ops, recorded_calls
+from qwenkern.kernels.weights import Dense
 
 X, W = (torch.randn(rows, 896, generator=torch.Generator().manual_seed(rows)).bfloat16() for rows in (40, 333))
 
@@ -29,13 +30,13 @@ def team(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Cal
         parallel.value = None
     elif before is None:
         pytest.skip("torch uses no OpenMP here")
-    yield lambda threads: monkeypatch.setattr(tape.threads, "count", lambda: threads)
+    yield lambda threads: monkeypatch.setattr(recorded_calls.threads, "count", lambda: threads)
     parallel.value = before
 
 
 def products() -> tuple[torch.Tensor, ...]:
     """What few tokens and many give: two loops each, of more tasks than threads and of fewer."""
-    return c_backend.linear(X[:1], W)[0], c_backend.linear(X[:7], W)[0], c_backend.linear(X, W)[0]
+    return tuple(ops.linear(rows, Dense(W)) for rows in (X[:1], X[:7], X))
 
 
 def equal(some: tuple[torch.Tensor, ...], others: tuple[torch.Tensor, ...]) -> bool:
@@ -98,8 +99,8 @@ def test_threads_that_have_nothing_to_do_sleep(team: Callable[[int], None]) -> N
 
 
 def test_a_team_larger_than_the_machine_wastes_little(team: Callable[[int], None]) -> None:
-    """32 threads wait for each other at every loop. Were they to wait awake, each loop would take a time slice of every
-    thread, thousands of times the work; asleep it is about 80 times."""
+    """32 threads wait for each other at every loop. If they spun, each loop would take a time slice of every thread,
+    thousands of times the work. Sleeping threads take about 80 times the work."""
 
     def cost(threads: int) -> float:
         team(threads)
@@ -111,6 +112,6 @@ def test_a_team_larger_than_the_machine_wastes_little(team: Callable[[int], None
 
     if ctypes.c_void_p.in_dll(build.library(), "parallel").value is not None:
         pytest.skip("how long OpenMP's threads stay awake is theirs")
-    alone, crowded = cost(1), cost(32)
-    print(f"processor time of one thread {alone:.3f} s, of 32 {crowded:.3f} s")
-    assert crowded < 400 * alone
+    one, crowded = cost(1), cost(32)
+    print(f"processor time of one thread {one:.3f} s, of 32 {crowded:.3f} s")
+    assert crowded < 400 * one

@@ -1,4 +1,4 @@
-"""Checkpoint folders, and the way of each tensor into the packed parameters."""
+"""Checkpoint folders, and the copy of each tensor into the packed parameters."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
         ({"model.layers.3.mlp.up_proj.weight": torch.ones(12, 8)}, r"unknown tensor model\.layers\.3\.mlp\.up_proj"),
         (
             {"model.layers.0.mlp.up_proj.qweight": torch.ones(1, 12).int()},
-            r"model\.layers\.0\.mlp\.up_proj\.qweight is of weights quantised by GPTQ or AWQ, which is not built",
+            r"model\.layers\.0\.mlp\.up_proj\.qweight is quantised by GPTQ or AWQ, which is not supported",
         ),
         ({K_PROJ: torch.ones(24, 8)}, r"k_proj\.weight has shape \(24, 8\); expected \(12, 8\)"),
         ({K_PROJ: torch.ones(8, 12)}, r"k_proj\.weight has shape \(8, 12\); expected \(12, 8\)"),
@@ -431,7 +431,7 @@ def refused(path: Path, message: str, error: type[Exception] = CheckpointError) 
 def test_pickles_are_never_opened(name, tmp_path):
     file = tmp_path / name
     file.write_bytes(b"cos\nsystem\n(S'false'\ntR.")
-    refused(file, rf"{name}: is a pickle file, which qwenkern never opens; convert it to safetensors")
+    refused(file, rf"{name}: is a pickle file, which qwenkern never opens; expected safetensors: convert it")
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
@@ -445,7 +445,7 @@ def test_a_folder_of_pickles_is_refused(name, tmp_path):
     ("name", "message"),
     [
         ("absent", r"absent: no such file or folder"),
-        ("model.safetensors", r"is one file of weights; give the folder that also has its config\.json"),
+        ("model.safetensors", r"is one file of weights; expected the folder that has it and its config\.json"),
         ("notes.txt", r"notes\.txt: expected a folder with config\.json and \*\.safetensors, or a GGUF file"),
     ],
 )
@@ -469,7 +469,7 @@ def test_paths_that_the_system_refuses(tmp_path, monkeypatch):
 def test_folders_without_what_is_needed(tmp_path):
     refused(tmp_path, r"has no \.safetensors files$")
     (tmp_path / "q.gguf").write_bytes(b"x")
-    refused(tmp_path, r"no \.safetensors files; to load a GGUF file, give its path: .*q\.gguf")
+    refused(tmp_path, r"no \.safetensors files; expected them, or the path of a GGUF file: .*q\.gguf")
     write_single(tmp_path)
     (tmp_path / "config.json").unlink()
     refused(tmp_path, r"has weights but no config\.json")
@@ -497,7 +497,9 @@ def test_several_files_without_an_index_are_refused(tmp_path):
 def test_a_single_file_beside_an_index_of_others_is_refused(tmp_path):
     write_sharded(tmp_path)
     write_single(tmp_path)
-    refused(tmp_path, rf"has model\.safetensors and an {INDEX} without it; remove the one that is stale")
+    refused(
+        tmp_path, rf"has model\.safetensors and an {INDEX} without it; expected one of the two: remove the stale one"
+    )
 
 
 def test_a_configuration_that_does_not_fit_the_tensors_is_refused_before_anything_is_allocated(tmp_path):
@@ -621,7 +623,7 @@ def test_a_link_out_of_the_folder_is_followed_only_on_request(sharded, tmp_path,
     (write_sharded if sharded else write_single)(folder)
     (folder / name).rename(outside)
     (folder / name).symlink_to(outside)
-    refused(folder, rf"{name}: is a link to .*secret, outside of .*model.*QWENKERN_FOLLOW_LINKS=1 where you made")
+    refused(folder, rf"{name}: is a link to .*secret, outside of .*model.*QWENKERN_FOLLOW_LINKS=1 if you made")
     monkeypatch.setenv("QWENKERN_FOLLOW_LINKS", "1")
     assert_holds(loaded(folder), expected_state(random_weights()))
 

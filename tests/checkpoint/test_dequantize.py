@@ -118,5 +118,5 @@ def test_unsupported_type_is_refused():
 
 @pytest.mark.parametrize("num_bytes", [0, 21, 23, 44])
 def test_bytes_that_do_not_fill_the_output_are_refused(num_bytes):
-    with pytest.raises(CheckpointError, match=rf"{num_bytes} uint8 of Q5_0 do not make 32 weights"):
+    with pytest.raises(CheckpointError, match=rf"{num_bytes} uint8 of Q5_0 for 32 weights"):
         dequantize(np.zeros(num_bytes, np.uint8), Q.Q5_0, torch.empty(32))

@@ -1,4 +1,4 @@
-"""What a checkpoint says of generating: the same for both formats, as transformers reads it, and checked."""
+"""What a checkpoint says about generation: the same for both formats and for transformers, and checked."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def load(path: Path, **keywords: Any) -> Model:
 
 
 def ends(model: Model, prompt: Any = "a", tokens: Any = range(SMALL.vocab_size), **keywords: Any) -> set[int]:
-    """The ids that end a text where they are made to come."""
+    """The ids that end a text, found by forcing each id."""
     prompts = [prompt] * len(tokens)
     found = {}
     for token, each in zip(tokens, prompts, strict=True):
@@ -135,7 +135,7 @@ TOLD = sorted(USUAL | {5, 9, *range(256, SMALL.vocab_size)})
 
 @pytest.mark.parametrize("prompt", ["a", CHAT, [5]], ids=["text", "chat", "ids"])
 def test_a_folder_and_a_gguf_of_one_model_end_alike(original, prompt, tmp_path):
-    """A tuned base model: its generation_config names <|endoftext|> alone, its GGUF <|im_end|> alone."""
+    """A tuned base model: its generation_config names only <|endoftext|>, its GGUF only <|im_end|>."""
     files = {"generation_config": {"eos_token_id": IDS["<|endoftext|>"]}, "config": {"eos_token_id": [5, 256]}}
     ours = load(folder(original, tmp_path / "folder", **files))
     assert ends(ours, prompt, TOLD) == USUAL | {5, 256}
@@ -214,7 +214,7 @@ def test_a_template_without_an_end_of_turn_adds_none(original, template, tmp_pat
     assert model._end_ids(NOTHING, is_chat=True) == USUAL
 
 
-# Values that cannot be meant
+# Impossible values
 
 
 WRONG_IDS = ["<|im_end|>", [[5]], [5, None], 288, [5, 288], -1, [-1], 5.0, True, {"id": 5}, 10**400, "", ["5"]]
@@ -257,7 +257,7 @@ def test_eos_token_beyond_the_logits(original, tmp_path):
 def test_eos_token_that_the_vocabulary_lacks_is_said(original, token, tmp_path, caplog):
     model = load(folder(original, tmp_path, tokenizer_config={"eos_token": token}))
     assert model._end_ids(NOTHING, is_chat=False) == USUAL
-    assert f"eos_token is {token!r}, which the vocabulary does not have: it ends nothing" in caplog.text
+    assert f"eos_token is {token!r}, which the vocabulary does not have; it will not end a text" in caplog.text
 
 
 def test_a_generation_config_that_leads_nowhere_is_refused(original, tmp_path):
@@ -376,7 +376,7 @@ def test_a_length_beyond_the_context_ends_there(original, tmp_path):
     assert model.generate([1] * 128, ignore_eos=True).num_tokens == 1
 
 
-# What is not built
+# What is not supported
 
 
 # Of transformers' GenerationConfig: what changes no text here, or what a caller of ours asks for himself.
@@ -422,4 +422,4 @@ def test_neutral_fields_are_not_named(original, caplog):
     Generation.from_gguf({"general.sampling.mirostat": 0, "general.sampling.xtc_probability": 0.0}, 9, "f")
     assert not caplog.records
     Generation.from_gguf({"general.sampling.mirostat": 2}, 9, "f")
-    assert "f: general.sampling.mirostat: " in caplog.text
+    assert "f: qwenkern does not support general.sampling.mirostat, " in caplog.text

@@ -1,4 +1,4 @@
-"""GGUF: files that the gguf library writes are read as it reads them, and damaged ones are refused, not believed."""
+"""GGUF: files that the gguf library writes are read as the library reads them, and damaged files are refused."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_part_of_another_model_is_refused(tmp_path):
         open_checkpoint(first)
     shuffled = dict(reversed(NAMES.items()))
     write_parts(other, names=shuffled)[1].replace(second)
-    with pytest.raises(CheckpointError, match=r"tensor .* is in tiny-0000[12]-of-00003\.gguf, too; expected it in one"):
+    with pytest.raises(CheckpointError, match=r"tensor .* is also in tiny-0000[12]-of-00003\.gguf; expected it in one"):
         open_checkpoint(first)
 
 
@@ -385,11 +385,11 @@ BAD = {
     "huge key-value count": (container(counts=(0, HUGE)), r"its key-values and tensors needs \d+ bytes, 8 are left"),
     "key beyond the file": (
         container([struct.pack("<Q", 10**12) + b"key" + bytes(20)]),
-        r"a key: a string of 1000000000000 bytes does not fit in the \d+ that are left",
+        r"a key: a string of 1000000000000 bytes does not fit into the remaining \d+",
     ),
     "value one byte beyond the file": (
         container([key_value("k", V.STRING, string("x" * 19))])[:-1],
-        r"the value of 'k': a string of 19 bytes does not fit in the 18 that are left",
+        r"the value of 'k': a string of 19 bytes does not fit into the remaining 18",
     ),
     "huge key": (container([struct.pack("<Q", 2**64 - 1) + bytes(30)]), r"a string of 18446744073709551615 bytes"),
     "key not UTF-8": (
@@ -520,7 +520,7 @@ LARGE = {
     "a string": (key_value("k", V.STRING, struct.pack("<Q", 1 << 34)), "a string of 17179869184 bytes does not fit"),
     "a key": (
         struct.pack("<Q", 1 << 34),
-        "a key: a string of 17179869184 bytes does not fit in the .* of the 67108864",
+        "a key: a string of 17179869184 bytes does not fit into the remaining .* of the 67108864",
     ),
     "bytes": (key_value("k", V.ARRAY, struct.pack("<IQ", V.UINT8, 1 << 34)), "an array of 17179869184 elements"),
     "strings": (key_value("k", V.ARRAY, struct.pack("<IQ", V.STRING, 1 << 30)), "an array of 1073741824 elements"),

@@ -1,4 +1,4 @@
-"""A checkpoint's small files: bounded, whoever reads them."""
+"""A checkpoint's small files: their limits, in every place that reads them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwenkern.reading import LARGEST, read_json, read_text
 from qwenkern.text.tokenizer import Tokenizer
 
 
-def test_line_ends_are_read_as_transformers_reads_them(tmp_path):
+def test_line_ends_are_read_reference_model_reads_them(tmp_path):
     (tmp_path / "a.jinja").write_bytes("a\r\nb 字".encode())
     assert read_text(tmp_path / "a.jinja") == "a\nb 字"
 

@@ -1,4 +1,4 @@
-"""The command line, run as a person runs it: what is on stdout, what on stderr, and the exit code."""
+"""The command line, run as a user runs it: stdout, stderr and the exit code."""
 
 from __future__ import annotations
 
@@ -230,9 +230,9 @@ GENERATE = QWENKERN + " generate -m . --max-tokens 4"
     ("line", "said", "code"),
     [
         (GENERATE + " <&-", "error: standard input is closed; expected a prompt there, or as an argument", 1),
-        (r"printf 'a\200' | " + GENERATE, "error: standard input: byte 0x80 at 1 is no utf-8; expected text", 1),
+        (r"printf 'a\200' | " + GENERATE, "error: standard input: byte 0x80 at 1 is not utf-8; expected text", 1),
         (QWENKERN + " chat -m . <&-", "Ctrl-C stops an answer", 0),
-        (r"printf '\200' | " + QWENKERN + " chat -m .", "error: standard input: byte 0x80 at 0 is no utf-8", 1),
+        (r"printf '\200' | " + QWENKERN + " chat -m .", "error: standard input: byte 0x80 at 0 is not utf-8", 1),
         (GENERATE + " Hi >&-", "error: standard output is closed; expected somewhere to write to", 1),
         (GENERATE + " Hi > /dev/full", "error: standard output: No space left on device", 1),
         (QWENKERN + " info qwen2.5-3b > /dev/full", "error: standard output: No space left on device", 1),
@@ -288,6 +288,7 @@ def test_terminals_of_odd_widths(run, monkeypatch, environment):
     assert "\x1b" not in out
 
 
+@pytest.mark.slow
 def test_no_home_and_an_empty_environment(folder, model):
     line = f"env -i {GENERATE} Hi"
     done = subprocess.run(line, shell=True, capture_output=True, text=True, cwd=folder, check=True)
@@ -322,7 +323,7 @@ def interrupted(*_, **__):
         (["generate", "-m", "{folder}"], (terminal, "read_stdin")),
         (["chat", "-m", "{folder}"], (cli.Model, "from_pretrained")),
         (["pull", "demo"], (cli.names, "resolve")),
-        (["info", "{folder}"], (cli, "open_checkpoint")),
+        (["info", "{folder}"], (cli, "find")),
         (["bench", "--op", "rms_norm"], (run_benchmarks, "_cases")),
     ],
 )
@@ -422,6 +423,7 @@ def test_the_command_begins_with_the_standard_library_only():
     assert {name.partition(".")[0] for name in done.stdout.split()} - {"qwenkern_start"} <= sys.stdlib_module_names
 
 
+@pytest.mark.slow
 def test_signals_while_it_generates(tmp_path):
     """Ctrl-C, several times, is exit code 130; SIGTERM ends it as it ends others."""
     save_checkpoint(tiny_model(replace(TINY, max_position_embeddings=16384)), folder := tmp_path / "Tiny-Qwen2.5")

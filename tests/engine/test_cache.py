@@ -1,4 +1,4 @@
-"""Pages: who has them, where tokens go, and that none is lost."""
+"""Pages: which sequence has them, where tokens go, and that none is lost."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""An exception at any line, and between any two bytecodes, of what calls share: no page and no lock is lost, and the
-model goes on as if nothing had been.
+"""An exception at any line, and between any two bytecodes, of the code that calls share: no page and no lock is lost,
+and the model works afterwards.
 
-Each scenario is run once to list the places that it passes, and then again for MOST of them, with KeyboardInterrupt
-raised there. With MOST = None all 60,000 are tried, which takes a quarter of an hour."""
+Each scenario runs once to list the places that it passes. Then it runs again for MOST of them, with a
+KeyboardInterrupt raised there. With MOST = None, all 60,000 places are tried, which takes a quarter of an hour."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How calls share a cache that does not hold them all: everyone is served, and the texts are those of an idle model."""
+"""Calls share a cache that does not hold them all. All of them finish, with the same texts as on an idle model."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from support.models import tiny_model
 from qwenkern import RequestError, SamplingParams
 from qwenkern.engine import sharing
 
-PATIENCE = 60  # seconds until a thread that has not ended is taken for one that never will
+PATIENCE = 60  # seconds after which a thread counts as hanging
 PROMPTS = [
     [n * 7 % 503 for n in range(start, start + length)] for start, length in ((5, 70), (9, 130), (3, 20), (8, 64))
 ]
-HOW = {"max_tokens": 100, "ignore_eos": True}  # each fits the small cache alone, and no two of them do
+HOW = {"max_tokens": 100, "ignore_eos": True}  # one of them fits the small cache, two do not
 SMALL = 256
 
 

@@ -1,7 +1,7 @@
 """The real demo model (Qwen2.5-Coder-0.5B-Instruct) against transformers on the same bfloat16 weights.
 
-The truth is transformers in float32 on the weights rounded to bfloat16. Ours in bfloat16 runs as it does for anybody:
-in C where there is a compiler.
+The reference is transformers in float32 on the weights rounded to bfloat16. Our model in bfloat16 runs as for users: in
+C, if there is a compiler.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def test_float32_is_transformers_float32(agreements):
 
 
 @pytest.mark.processor
-def test_bfloat16_is_as_close_to_the_truth_as_transformers(agreements):
+def test_bfloat16_is_as_close_to_the_truth_reference_model(agreements):
     ours, theirs = agreements["ours bfloat16"], agreements["theirs bfloat16"]
     assert 0 < ours.kl.sqrt().mean() <= ROOT_KL_RATIO * theirs.kl.sqrt().mean()
     assert _rms(ours.margin) <= RMS_RATIO * _rms(theirs.margin)

@@ -1,5 +1,5 @@
-"""From a name to a file: names, the hub, and a download that may stop anywhere. No test here reaches a network, but
-the one of the real demo model."""
+"""From a name to a file: names, the hub, and a download that may stop anywhere. No test uses a network, except the one
+of the real demo model."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_a_file_is_read_again_only_where_its_stamp_is_not_right(tiny, pip, monke
     read = hashed(monkeypatch)
     assert names.pull("tiny") == tiny.path
     assert not read, "a file that was verified is read again"
-    tiny.stamp.unlink()  # of a version before this, or a copy of the file alone
+    tiny.stamp.unlink()  # as after an earlier version, or after only the file was copied
     for _ in range(2):
         assert names.pull("tiny") == tiny.path
     assert read == [tiny.path], "the stamp was not renewed"
@@ -622,7 +622,7 @@ def test_quantised_names_are_refused_before_anything_is_asked_for(hub, name, mes
     ("name", "error", "message"),
     [
         ("somebody/llama", ConfigError, "somebody/llama: .*model_type is 'llama'; qwenkern runs 'qwen2'"),
-        ("somebody/Qwen2.5-3B-4bit", ConfigError, "quantised by 'bitsandbytes', which is not built"),
+        ("somebody/Qwen2.5-3B-4bit", ConfigError, "quantised by 'bitsandbytes', which is not supported"),
         ("Qwen/Qwen2.5-3B-Instruct-GGUF", CheckpointError, "has no config.json.* of one of GGUF files, download one"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Small random models of transformers that apply_qwenkern takes, and what is seen of a patch."""
+"""Small random models of transformers that apply_qwenkern takes, and helpers that show a patch."""
 
 from __future__ import annotations
 

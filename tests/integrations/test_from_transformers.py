@@ -201,7 +201,7 @@ def turned(model):
         (mixed, RequestError, r"model.norm.weight is bfloat16 on cpu, and model.embed_tokens.weight float32 on cpu"),
         (wide, RequestError, "is float64; expected bfloat16, float16 or float32"),
         (half_loaded, RequestError, r"layers.1.mlp.gate_proj.weight is on the device meta; expected"),
-        (slides, ConfigError, r"sliding-window attention \(sliding_window None\), which is not built"),
+        (slides, ConfigError, r"sliding-window attention \(sliding_window None\), which is not supported"),
         (adapted, RequestError, "unknown tensor model.layers.0.mlp.extra.weight"),
         (reshaped, RequestError, r"model.norm.weight has shape \(64,\); expected \(128,\)"),
         (turned, RequestError, r"lm_head.weight has strides \[1, 503\]; expected contiguous rows"),
@@ -225,7 +225,7 @@ def test_other_objects_are_refused():
         Model.from_transformers("Qwen/Qwen2.5-3B")
     theirs = Qwen2ForCausalLM(Qwen2Config(**small, **heads))
     adapted = peft.get_peft_model(theirs, peft.LoraConfig(r=2, target_modules=["q_proj"]))
-    with pytest.raises(RequestError, match=r"model is a PeftModel; expected .* what merge_and_unload\(\) gives"):
+    with pytest.raises(RequestError, match=r"model is a PeftModel; expected .* the result of merge_and_unload\(\)"):
         Model.from_transformers(adapted)
     theirs = adapted.merge_and_unload()
     with pytest.raises(RequestError, match="tokenizer is a str; expected a fast tokenizer of transformers"):

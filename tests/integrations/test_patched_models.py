@@ -1,4 +1,4 @@
-"""What people do with a patched model: interrupt the patching, copy, export, compile, train, convert, share."""
+"""What users do with a patched model: interrupt the patching, copy, export, compile, train, convert, share."""
 
 from __future__ import annotations
 
@@ -336,7 +336,7 @@ def test_patching_and_reverting_reach_a_compiled_model(monkeypatch):
 
 
 def test_trained_evaluated_converted_and_loaded(backend):
-    """One patched model through a life, beside an unpatched one that lives the same: as close to float64 throughout."""
+    """A patched and an unpatched model go through the same steps. After each, both are equally close to float64."""
     models = make(), apply_qwenkern(make())
 
     def both_compute_the_same():

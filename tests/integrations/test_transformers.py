@@ -1,4 +1,4 @@
-"""transformers models with our pieces: the same numbers and texts as without, and back again."""
+"""transformers models with our kernels: the same numbers and texts as without them, and revert."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_logits_are_as_close_to_float64(backend, kind, dtype, mask):
         truth = copy.deepcopy(model).double()(IDS, attention_mask=mask).logits
         peers = [each(IDS, attention_mask=mask).logits for each in in_other_orders(model)]
         out = apply_qwenkern(model)(IDS, attention_mask=mask).logits
-    rows = torch.ones_like(IDS).bool() if mask is None else mask.bool()  # of what was padded, the rest is nobody's
+    rows = torch.ones_like(IDS).bool() if mask is None else mask.bool()  # padded rows have no defined result
     assert_as_close_as(out[rows], [peer[rows] for peer in peers], truth[rows])
 
 
@@ -207,9 +207,10 @@ def test_compiles_in_one_graph(attention):
         torch.testing.assert_close(compiled(IDS, use_cache=False).logits, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_training_follows_the_unpatched(backend, dtype):
-    """16 steps: at each the loss is as close to float64's as that of transformers alone in the same dtype."""
+    """At each of 16 steps the loss is as close to float64's as that of unpatched transformers in the same dtype."""
     kind = Qwen2ForCausalLM, Qwen2Config(**SIZES | {"num_hidden_layers": 1})
 
     def losses(model):

@@ -64,7 +64,7 @@ def calls() -> dict[str, dict[str, Any]]:
         "attention": {**dense, "scale": 0.2},
         "decode_attention": {**paged, "scale": 0.2},
         "prefill_attention": {**paged, "query_starts": torch.tensor([0, 1, 2]), "scale": 0.2},
-        "linear": {"x": x, "weight": vocabulary, "bias": tensor(96), "residual": tensor(TOKENS, 96)},
+        "linear": {"x": x, "weight": vocabulary, "bias": tensor(96), "addend": tensor(TOKENS, 96)},
         "norm_linear": {**normed, "weight": vocabulary, "bias": tensor(96)},
         "norm_qkv_rope": {**normed, "weight": tensor(width, HIDDEN, seed=10), "bias": tensor(width), **places},
         "norm_swiglu_linear": {**normed, "weight": vocabulary},
@@ -212,7 +212,7 @@ def test_the_same_values_from_another_kind_of_tensor(op, name):
                 outcome(op, with_one(op, name, made), True)
             continue
         if is_written(op, name) and kind == "an inference tensor":
-            continue  # which torch lets nobody write to
+            continue  # torch does not allow a write to it
         for by_name in (False, True):
             results = outcome(op, with_one(op, name, made), by_name)
             for result, wanted in zip(results, expected, strict=True):
@@ -252,7 +252,7 @@ def test_what_no_op_takes_is_refused(op, name):
 @pytest.mark.parametrize("made", [freed, lambda x: torch._efficientzerotensor(x.shape, dtype=x.dtype)])
 @pytest.mark.parametrize(("op", "name"), PLACES)
 def test_what_has_no_memory_is_refused_in_c(op, name, made, backend):
-    """torch itself reads through the pointer, so this is asked of C alone."""
+    """torch itself reads through the pointer, so only C is tested."""
     if backend == "torch" or "backward" in op or op in ("attention", "lm_head_top_k"):  # which torch runs
         return
     other = with_one(op, name, made)

@@ -1,11 +1,11 @@
-"""attention over tensors as transformers keeps them, against its twin and against the paged ops."""
+"""attention over tensors in transformers' layout, against its reference and against the paged ops."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, random
+from support.references import assert_matches_reference, random
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -13,13 +13,13 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.mark.parametrize("heads", [(14, 2, 64), (16, 2, 128), (3, 3, 32)], ids=str)
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (1, 65), (1, 130), (5, 5), (65, 130), (130, 130), (3, 200)])
 def test_heads_of_the_family(ops, device, heads, queries, keys):
-    assert_matches_twin(ops, "attention", *_inputs(2, queries, keys, heads, torch.bfloat16, device))
+    assert_matches_reference(ops, "attention", *_inputs(2, queries, keys, heads, torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 20])
 def test_dtypes(ops, device, queries, dtype):
-    assert_matches_twin(ops, "attention", *_inputs(3, queries, 70, (4, 2, 64), dtype, device))
+    assert_matches_reference(ops, "attention", *_inputs(3, queries, 70, (4, 2, 64), dtype, device))
 
 
 @pytest.mark.parametrize("queries", [1, 20])
@@ -53,7 +53,7 @@ def test_bad_input(ops, at, change, message):
         ops.attention(*inputs)
 
 
-def test_other_sizes_run_on_the_twin(ops, device):
+def test_other_sizes_run_on_the_reference(ops, device):
     assert torch.isfinite(ops.attention(*_inputs(1, 2, 9, (2, 1, 80), torch.float32, device))).all()
 
 

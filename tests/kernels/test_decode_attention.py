@@ -1,4 +1,4 @@
-"""decode_attention against its twin."""
+"""decode_attention against its reference."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.mutations import Mutation
 from support.paged import paged_cache
-from support.references import assert_matches_twin, guarded_allocations, random
+from support.references import assert_matches_reference, guarded_allocations, random
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HEADS = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128), "3B": (16, 2, 128), "7B": (28, 4, 128), "14B": (40, 8, 128)}
@@ -15,27 +15,27 @@ HEADS |= {"72B": (64, 8, 128), "multi-head": (3, 3, 32), "multi-query": (20, 1, 
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 def test_heads_of_the_family(ops, device, heads):
-    assert_matches_twin(ops, "decode_attention", *_inputs([65, 1, 130], heads, torch.bfloat16, device))
+    assert_matches_reference(ops, "decode_attention", *_inputs([65, 1, 130], heads, torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("page_size", [16, 64, 128])
 def test_ragged_lengths(ops, device, page_size, dtype):
     lengths = [1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200]
-    assert_matches_twin(ops, "decode_attention", *_inputs(lengths, (7, 1, 64), dtype, device, page_size))
+    assert_matches_reference(ops, "decode_attention", *_inputs(lengths, (7, 1, 64), dtype, device, page_size))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_several_tiles_a_split(ops, device, dtype):
     """Eight heads leave 16 splits on an H100: 1,100 tokens are more tiles than that."""
-    assert_matches_twin(ops, "decode_attention", *_inputs([1100, 70], (8, 8, 32), dtype, device))
+    assert_matches_reference(ops, "decode_attention", *_inputs([1100, 70], (8, 8, 32), dtype, device))
 
 
 @pytest.mark.slow
 def test_several_splits_a_program(ops, device):
     """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100."""
     lengths = [1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 320]
-    assert_matches_twin(ops, "decode_attention", *_inputs(lengths, (16, 16, 16), torch.bfloat16, device))
+    assert_matches_reference(ops, "decode_attention", *_inputs(lengths, (16, 16, 16), torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("spare_pages", [0, 1])
@@ -43,10 +43,10 @@ def test_several_splits_a_program(ops, device):
 def test_one_split(ops, device, length, spare_pages):
     """Where a table has room for one tile, no parts are left behind."""
     inputs = _inputs([length, 3], (6, 2, 64), torch.bfloat16, device, spare_pages=spare_pages)
-    assert_matches_twin(ops, "decode_attention", *inputs)
+    assert_matches_reference(ops, "decode_attention", *inputs)
 
 
-def test_bits_do_not_depend_on_the_company(ops, device):
+def test_bits_are_batch_invariant(ops, device):
     """Alone and in a narrow table, or among others in a wide one."""
     lengths = [1, 64, 65, 300]
     q, pages, tables, lengths, scale = _inputs(lengths, (8, 8, 32), torch.bfloat16, device, spare_pages=3)
@@ -61,7 +61,7 @@ def test_bits_do_not_depend_on_the_company(ops, device):
 def test_scores_of_any_size(ops, device, size):
     """Large ones would overflow an exponential without the maximum; small ones weigh all tokens alike."""
     q, *rest = _inputs([65, 200], (4, 2, 64), torch.float32, device)
-    assert_matches_twin(ops, "decode_attention", q * size, *rest)
+    assert_matches_reference(ops, "decode_attention", q * size, *rest)
 
 
 def test_strided_queries(ops, device):
@@ -85,7 +85,7 @@ def test_pages_beyond_two_to_the_31(ops, device):
 def test_races(ops):
     device = torch.device("cuda")
     inputs = _inputs([1, 100, 1000, 5000], (16, 2, 128), torch.bfloat16, device)
-    first = assert_matches_twin(ops, "decode_attention", *inputs)
+    first = assert_matches_reference(ops, "decode_attention", *inputs)
     for _ in range(250):
         assert torch.equal(ops.decode_attention(*inputs), first)
 
@@ -116,7 +116,7 @@ def test_bad_input(ops, at, change, message):
 
 
 @pytest.mark.parametrize(("heads", "page_size"), [((2, 1, 80), 64), ((2, 1, 64), 24)])
-def test_other_sizes_run_on_the_twin(ops, device, heads, page_size):
+def test_other_sizes_run_on_the_reference(ops, device, heads, page_size):
     with guarded_allocations():
         out = ops.decode_attention(*_inputs([40, 3], heads, torch.float32, device, page_size))
     assert torch.isfinite(out).all()

@@ -1,4 +1,4 @@
-"""The ops as layers, put into other projects' modules by Hugging Face's `kernels` library."""
+"""The ops as layers that Hugging Face's `kernels` library puts into other projects' modules."""
 
 from __future__ import annotations
 

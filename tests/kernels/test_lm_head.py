@@ -1,11 +1,11 @@
-"""lm_head and its fused top k against their twins."""
+"""lm_head and its fused top k against their references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, exact, guarded_allocations, random
+from support.references import assert_matches_reference, exact, guarded_allocations, random
 
 from qwenkern.kernels import reference
 
@@ -15,17 +15,17 @@ EPS = 1e-6
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17])
 def test_lm_head(ops, device, tokens, dtype):
-    assert_matches_twin(ops, "lm_head", *_inputs(tokens, 403, 896, dtype, device))
+    assert_matches_reference(ops, "lm_head", *_inputs(tokens, 403, 896, dtype, device))
 
 
 @pytest.mark.parametrize("hidden", [1536, 2048, 3584, 8192])
 def test_lm_head_of_the_family(ops, device, hidden):
-    assert_matches_twin(ops, "lm_head", *_inputs(2, 97, hidden, torch.bfloat16, device))
+    assert_matches_reference(ops, "lm_head", *_inputs(2, 97, hidden, torch.bfloat16, device))
 
 
 def test_a_stream_begins_with_x(ops, device):
     x, _, *rest = _inputs(2, 97, 896, torch.bfloat16, device)
-    assert_matches_twin(ops, "lm_head", x, None, *rest)
+    assert_matches_reference(ops, "lm_head", x, None, *rest)
 
 
 @pytest.mark.parametrize("k", [1, 2, 16, 17])
@@ -52,8 +52,8 @@ def test_of_equal_logits_the_lower_id_comes_first(ops, device):
     """Within a tile, and among tiles."""
     x, residual, norm_weight, eps, weight = _exact_inputs(400, 64, device)
     best = int(ops.lm_head(x, residual, norm_weight, eps, weight).argmax())
-    for twin in (399, 7, 6, 250):
-        weight[twin] = weight[best]
+    for equal in (399, 7, 6, 250):
+        weight[equal] = weight[best]
     _, ids = ops.lm_head_top_k(x, residual, norm_weight, eps, weight, 5)
     assert ids.tolist() == [sorted({399, 7, 6, 250, best})]
 
@@ -68,7 +68,7 @@ def test_of_equal_logits_far_apart_the_lower_id_comes_first(ops, device):
     assert ids[0, :3].tolist() == sorted({5, 5 + 16384, best})
 
 
-def test_twin(ops, device):
+def test_the_reference(ops, device):
     inputs = _inputs(2, 50, 64, torch.float64, torch.device("cpu"))
     values, ids = reference.lm_head_top_k(*inputs, 3)
     logits = reference.lm_head(*inputs)
@@ -90,7 +90,7 @@ def test_what_is_not_finite_is_seen_in_the_first_value(ops, device, tokens, row,
 
 
 @pytest.mark.gpu
-def test_bits_do_not_depend_on_the_company(ops):
+def test_bits_are_batch_invariant(ops):
     device = torch.device("cuda")
     x, residual, *rest = _inputs(16, 151936, 2048, torch.bfloat16, device)
     together = ops.lm_head(x, residual, *rest)

@@ -1,4 +1,4 @@
-"""Every kernel, broken on purpose in each file's MUTATIONS: the test named there notices."""
+"""Breaks the kernels by each file's MUTATIONS. The test named with a mutation must fail."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""prefill_attention against its twin."""
+"""prefill_attention against its reference."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.mutations import Mutation
 from support.paged import paged_cache
-from support.references import assert_matches_twin, random
+from support.references import assert_matches_reference, random
 
 from qwenkern.kernels import reference
 
@@ -20,13 +20,13 @@ PREFIXES = [(page, prefix) for page in (16, 64, 128) for prefix in (0, 1, page -
 
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 def test_heads_of_the_family(ops, device, heads):
-    assert_matches_twin(ops, "prefill_attention", *_inputs([(70, 70), (3, 67)], heads, torch.bfloat16, device))
+    assert_matches_reference(ops, "prefill_attention", *_inputs([(70, 70), (3, 67)], heads, torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
 def test_heads_in_other_dtypes(ops, device, head_dim, dtype):
-    assert_matches_twin(ops, "prefill_attention", *_inputs([(33, 70)], (7, 1, head_dim), dtype, device))
+    assert_matches_reference(ops, "prefill_attention", *_inputs([(33, 70)], (7, 1, head_dim), dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -35,24 +35,24 @@ def test_cached_prefixes(ops, device, page_size, prefix, dtype):
     """Tiles of 128 queries and 64 keys (32 and 16 in float32): one less, whole, one more, and several."""
     counts = [1, 31, 32, 33, 65] if dtype == torch.float32 else [1, 127, 128, 129, 257]
     parts = [(count, count + prefix) for count in counts]
-    assert_matches_twin(ops, "prefill_attention", *_inputs(parts, (2, 1, 16), dtype, device, page_size))
+    assert_matches_reference(ops, "prefill_attention", *_inputs(parts, (2, 1, 16), dtype, device, page_size))
 
 
 def test_ragged_batch(ops, device):
     """One token between long ones, none at all, and tiles that begin anywhere."""
     parts = [(300, 300), (1, 200), (0, 50), (5, 5), (130, 190), (1, 1), (0, 7), (40, 41)]
-    assert_matches_twin(ops, "prefill_attention", *_inputs(parts, (4, 2, 32), torch.bfloat16, device))
+    assert_matches_reference(ops, "prefill_attention", *_inputs(parts, (4, 2, 32), torch.bfloat16, device))
 
 
 def test_many_short_sequences(ops, device):
     parts = [(1 + index % 3, 5 + index % 3) for index in range(70)]
-    assert_matches_twin(ops, "prefill_attention", *_inputs(parts, (2, 1, 16), torch.float32, device, page_size=16))
+    assert_matches_reference(ops, "prefill_attention", *_inputs(parts, (2, 1, 16), torch.float32, device, page_size=16))
 
 
 @pytest.mark.parametrize("page_size", [32, 48, 80])
 def test_tiles_divide_the_page(ops, device, page_size):
     inputs = _inputs([(40, 100), (1, page_size)], (4, 2, 32), torch.bfloat16, device, page_size)
-    assert_matches_twin(ops, "prefill_attention", *inputs)
+    assert_matches_reference(ops, "prefill_attention", *inputs)
 
 
 @pytest.mark.parametrize(("page_size", "dtype"), [(16, torch.bfloat16), (64, torch.float32)])
@@ -61,7 +61,7 @@ def test_tiles_tuned_for_other_sizes(ops, device, page_size, dtype):
     inputs = _inputs([(40, 100)], (4, 2, 32), dtype, device, page_size)
     tuning = importlib.import_module(f"{ops.__name__}.triton.tuning")
     with tuning.trying("prefill_attention", {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}) as trial:
-        assert_matches_twin(ops, "prefill_attention", *inputs)
+        assert_matches_reference(ops, "prefill_attention", *inputs)
     assert bool(trial.seen) == (dtype != torch.float32)  # float32 has no tuned tiles
 
 
@@ -81,7 +81,7 @@ def test_wide_integers(ops, device):
     assert torch.equal(out, ops.prefill_attention(q, pages, *integers, scale))
 
 
-def test_bits_do_not_depend_on_the_company(ops, device):
+def test_bits_are_batch_invariant(ops, device):
     parts = [(130, 150), (1, 64), (20, 20)]
     q, pages, tables, lengths, starts, scale = _inputs(parts, (4, 2, 32), torch.bfloat16, device)
     together = ops.prefill_attention(q, pages, tables, lengths, starts, scale)
@@ -94,14 +94,14 @@ def test_bits_do_not_depend_on_the_company(ops, device):
 
 def test_one_query_is_a_decode_step(ops, device):
     q, pages, tables, lengths, starts, scale = _inputs([(1, 65), (1, 9)], (4, 2, 64), torch.float32, device)
-    out = assert_matches_twin(ops, "prefill_attention", q, pages, tables, lengths, starts, scale)
+    out = assert_matches_reference(ops, "prefill_attention", q, pages, tables, lengths, starts, scale)
     torch.testing.assert_close(out, ops.decode_attention(q, pages, tables, lengths, scale))
 
 
 @pytest.mark.parametrize("size", [300.0, 1e-3])
 def test_scores_of_any_size(ops, device, size):
     q, *rest = _inputs([(70, 100)], (2, 1, 64), torch.float32, device)
-    assert_matches_twin(ops, "prefill_attention", q * size, *rest)
+    assert_matches_reference(ops, "prefill_attention", q * size, *rest)
 
 
 def test_strided_queries(ops, device):
@@ -115,7 +115,7 @@ def test_strided_queries(ops, device):
 
 @pytest.mark.parametrize(("head_dim", "page_size"), [(80, 64), (32, 24)])
 @pytest.mark.filterwarnings("ignore:qwenkern")  # on a GPU: torch runs it, slower
-def test_sizes_for_the_twin(ops, device, head_dim, page_size):
+def test_sizes_for_the_reference(ops, device, head_dim, page_size):
     inputs = _inputs([(20, 30), (7, 7)], (4, 2, head_dim), torch.float32, device, page_size)
     assert torch.equal(ops.prefill_attention(*inputs), reference.prefill_attention(*inputs))
 
@@ -134,7 +134,7 @@ def test_pages_beyond_two_to_the_31(ops, device):
 def test_races(ops):
     device = torch.device("cuda")
     inputs = _inputs([(300, 300), (1, 200), (1000, 3000)], (16, 2, 128), torch.bfloat16, device)
-    first = assert_matches_twin(ops, "prefill_attention", *inputs)
+    first = assert_matches_reference(ops, "prefill_attention", *inputs)
     for _ in range(250):
         assert torch.equal(ops.prefill_attention(*inputs), first)
 

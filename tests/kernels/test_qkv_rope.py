@@ -1,11 +1,11 @@
-"""norm_qkv_rope against its twin, and against the two ops that it is made of."""
+"""norm_qkv_rope against its reference, and against the two ops that it is made of."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, exact, mapped, random
+from support.references import assert_matches_reference, exact, mapped, random
 
 EPS = 1e-6
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -16,20 +16,22 @@ CHANGED = (8,)
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_heads(ops, device, tokens, heads):
-    assert_matches_twin(ops, "norm_qkv_rope", *_inputs(tokens, 128, *heads, torch.bfloat16, device), changed=CHANGED)
+    assert_matches_reference(
+        ops, "norm_qkv_rope", *_inputs(tokens, 128, *heads, torch.bfloat16, device), changed=CHANGED
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [HEADS["odd"], HEADS["one head"]], ids=["odd", "one head"])
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_norm_qkv_rope(ops, device, tokens, heads, dtype):
-    assert_matches_twin(ops, "norm_qkv_rope", *_inputs(tokens, 128, *heads, dtype, device), changed=CHANGED)
+    assert_matches_reference(ops, "norm_qkv_rope", *_inputs(tokens, 128, *heads, dtype, device), changed=CHANGED)
 
 
 @pytest.mark.parametrize("tokens", [2, 8, 16, 17])
 @pytest.mark.parametrize("hidden", [896, 1000, 2048])
 def test_sizes(ops, device, tokens, hidden):
-    assert_matches_twin(
+    assert_matches_reference(
         ops, "norm_qkv_rope", *_inputs(tokens, hidden, 4, 2, 64, torch.bfloat16, device), changed=CHANGED
     )
 
@@ -64,7 +66,7 @@ def test_a_stream_begins_with_x(ops, device):
     inputs[1] = None
     _, stream = ops.norm_qkv_rope(*[mapped(torch.Tensor.clone, each) for each in inputs])
     assert torch.equal(stream, inputs[0])
-    assert_matches_twin(ops, "norm_qkv_rope", *inputs, changed=CHANGED)
+    assert_matches_reference(ops, "norm_qkv_rope", *inputs, changed=CHANGED)
 
 
 def test_slots_that_are_not_named_keep_their_content(ops, device):
@@ -88,7 +90,7 @@ def test_v_is_not_rotated(ops, device):
 
 
 @pytest.mark.gpu
-def test_bits_do_not_depend_on_the_company(ops):
+def test_bits_are_batch_invariant(ops):
     device = torch.device("cuda")
     x, residual, norm, eps, weight, bias, positions, cos_sin, pages, slots = _inputs(
         16, 2048, 16, 2, 128, torch.bfloat16, device

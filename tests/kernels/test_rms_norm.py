@@ -1,11 +1,11 @@
-"""rms_norm and add_rms_norm against their twin."""
+"""rms_norm and add_rms_norm against their reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, assert_rounds_like_twin, random
+from support.references import assert_matches_reference, assert_rounds_like_reference, random
 
 EPS = 1e-6
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -17,7 +17,7 @@ HIDDEN = [896, 1536, 2048, 3584, 5120, 8192]
 @pytest.mark.parametrize("rows", [1, 2, 7, 8])
 def test_rms_norm(ops, device, rows, hidden, dtype):
     x, weight = _inputs(rows, hidden, dtype, device)
-    assert_matches_twin(ops, "rms_norm", x, weight, EPS)
+    assert_matches_reference(ops, "rms_norm", x, weight, EPS)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -26,7 +26,7 @@ def test_rms_norm(ops, device, rows, hidden, dtype):
 def test_add_rms_norm(ops, device, rows, hidden, dtype):
     x, weight = _inputs(rows, hidden, dtype, device)
     residual = random(rows, hidden, dtype=dtype, device=device, seed=2, scale=3.0)
-    assert_matches_twin(ops, "add_rms_norm", x, residual, weight, EPS)
+    assert_matches_reference(ops, "add_rms_norm", x, residual, weight, EPS)
 
 
 @pytest.mark.parametrize("rows", [2200, 1057])
@@ -34,20 +34,20 @@ def test_several_rows_a_program(ops, device, rows):
     """Narrow and many: the last program has rows left over."""
     x, weight = _inputs(rows, 16, torch.bfloat16, device)
     residual = random(rows, 16, dtype=x.dtype, device=device, seed=2)
-    assert_matches_twin(ops, "add_rms_norm", x, residual, weight, EPS)
+    assert_matches_reference(ops, "add_rms_norm", x, residual, weight, EPS)
 
 
 @pytest.mark.parametrize("padding", [8, 3])
 def test_strided_rows(ops, device, padding):
     x, weight = _inputs(7, 896, torch.bfloat16, device)
     residual = random(7, 896, dtype=x.dtype, device=device, seed=2)
-    assert_matches_twin(ops, "add_rms_norm", x, residual, weight, EPS, padding=padding)
-    assert_matches_twin(ops, "rms_norm", x, weight, EPS, padding=padding)
+    assert_matches_reference(ops, "add_rms_norm", x, residual, weight, EPS, padding=padding)
+    assert_matches_reference(ops, "rms_norm", x, weight, EPS, padding=padding)
 
 
 def test_leading_dimensions(ops, device):
     x, weight = _inputs(6, 896, torch.bfloat16, device)
-    assert_matches_twin(ops, "rms_norm", x.view(2, 3, 896), weight, EPS)
+    assert_matches_reference(ops, "rms_norm", x.view(2, 3, 896), weight, EPS)
 
 
 def test_a_stream_begins_with_x(ops, device):
@@ -62,12 +62,12 @@ def test_roundings(ops, device, dtype):
     """bfloat16's cast order is the most repeated bug of the field."""
     x, weight = _inputs(7, 2048, dtype, device)
     residual = random(7, 2048, dtype=dtype, device=device, seed=2, scale=3.0)
-    assert_rounds_like_twin(ops, "add_rms_norm", x, residual, weight, EPS)
+    assert_rounds_like_reference(ops, "add_rms_norm", x, residual, weight, EPS)
 
 
 def test_small_values_lean_on_eps(ops, device):
     x, weight = _inputs(2, 2048, torch.float32, device)
-    assert_matches_twin(ops, "rms_norm", x * 1e-4, weight, 1e-5)
+    assert_matches_reference(ops, "rms_norm", x * 1e-4, weight, 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,11 @@
-"""rms_norm_backward against its twin."""
+"""rms_norm_backward against its reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, assert_rounds_like_twin, guard, random
+from support.references import assert_matches_reference, assert_rounds_like_reference, guard, random
 
 from qwenkern.kernels import reference
 
@@ -17,30 +17,30 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.mark.parametrize("hidden", [896, 2048, 3584, 8192, 1, 77, 2049])
 @pytest.mark.parametrize("rows", [1, 2, 7])
 def test_add_rms_norm(ops, device, rows, hidden, dtype):
-    assert_matches_twin(ops, "rms_norm_backward", *_inputs(rows, hidden, dtype, device))
+    assert_matches_reference(ops, "rms_norm_backward", *_inputs(rows, hidden, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("hidden", [896, 77])
 def test_rms_norm(ops, device, hidden, dtype):
     grad, _, *rest = _inputs(5, hidden, dtype, device)
-    assert_matches_twin(ops, "rms_norm_backward", grad, None, *rest)
+    assert_matches_reference(ops, "rms_norm_backward", grad, None, *rest)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_many_rows(ops, device, dtype):
-    assert_matches_twin(ops, "rms_norm_backward", *_inputs(130, 2048, dtype, device))
+    assert_matches_reference(ops, "rms_norm_backward", *_inputs(130, 2048, dtype, device))
 
 
 @pytest.mark.parametrize("rows", [256, 259])
 def test_many_programs(ops, device, rows):
     """64 partial sums, and one more: the last program has rows left over, the second kernel parts."""
-    assert_matches_twin(ops, "rms_norm_backward", *_inputs(rows, 16, torch.float32, device))
+    assert_matches_reference(ops, "rms_norm_backward", *_inputs(rows, 16, torch.float32, device))
 
 
 @pytest.mark.parametrize("padding", [8, 3])
 def test_strided_rows(ops, device, padding):
-    assert_matches_twin(ops, "rms_norm_backward", *_inputs(7, 896, torch.bfloat16, device), padding=padding)
+    assert_matches_reference(ops, "rms_norm_backward", *_inputs(7, 896, torch.bfloat16, device), padding=padding)
 
 
 def test_rows_of_different_strides(ops, device):
@@ -55,18 +55,18 @@ def test_rows_of_different_strides(ops, device):
 def test_leading_dimensions(ops, device):
     grad, grad_residual, x, *rest = _inputs(6, 64, torch.bfloat16, device)
     folded = (each.view(2, 3, 64) for each in (grad, grad_residual, x))
-    assert_matches_twin(ops, "rms_norm_backward", *folded, *rest)
+    assert_matches_reference(ops, "rms_norm_backward", *folded, *rest)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_roundings(ops, device, dtype):
     """Of one row, so that the weight's gradient is one product, and one rounding more or less shows."""
-    assert_rounds_like_twin(ops, "rms_norm_backward", *_inputs(1, 8192, dtype, device))
+    assert_rounds_like_reference(ops, "rms_norm_backward", *_inputs(1, 8192, dtype, device))
 
 
 def test_small_values_lean_on_eps(ops, device):
     grad, grad_residual, x, weight, _ = _inputs(2, 2048, torch.float32, device)
-    assert_matches_twin(ops, "rms_norm_backward", grad, grad_residual, x * 1e-4, weight, 1e-5)
+    assert_matches_reference(ops, "rms_norm_backward", grad, grad_residual, x * 1e-4, weight, 1e-5)
 
 
 def test_the_same_bits_every_time(ops, device):
@@ -94,7 +94,7 @@ def test_bad_input(ops, device, at, change, message):
         ops.rms_norm_backward(*inputs)
 
 
-def test_wider_rows_run_on_the_twin(ops, device):
+def test_wider_rows_run_on_the_reference(ops, device):
     inputs = _inputs(1, 16385, torch.float32, device)
     outs, expected = ops.rms_norm_backward(*inputs), reference.rms_norm_backward(*inputs)
     assert all(torch.equal(*pair) for pair in zip(outs, expected, strict=True))

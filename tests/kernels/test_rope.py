@@ -1,11 +1,18 @@
-"""apply_rope and rope_and_cache against their twins."""
+"""apply_rope and rope_and_cache against their references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, assert_rounds_like_twin, guard, guarded_allocations, mapped, random
+from support.references import (
+    assert_matches_reference,
+    assert_rounds_like_reference,
+    guard,
+    guarded_allocations,
+    mapped,
+    random,
+)
 from support.tolerances import assert_as_close_as
 
 from qwenkern.kernels import reference
@@ -19,18 +26,18 @@ HEADS |= {"one head": (1, 1, 16), "odd": (5, 3, 32)}
 @pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS.keys())
 @pytest.mark.parametrize("tokens", [1, 7])
 def test_rope_and_cache(ops, device, tokens, heads, dtype):
-    assert_matches_twin(ops, "rope_and_cache", *_inputs(tokens, *heads, dtype, device), changed=(3,))
+    assert_matches_reference(ops, "rope_and_cache", *_inputs(tokens, *heads, dtype, device), changed=(3,))
 
 
 @pytest.mark.parametrize("tokens", [128, 300])
 def test_many_tokens(ops, device, tokens):
     inputs = _inputs(tokens, 4, 2, 16, torch.bfloat16, device)
-    assert_matches_twin(ops, "rope_and_cache", *inputs, changed=(3,))
+    assert_matches_reference(ops, "rope_and_cache", *inputs, changed=(3,))
 
 
 @pytest.mark.parametrize("padding", [8, 3])
 def test_strided_rows(ops, device, padding):
-    """Only qkv may have a stride, so it alone is laid out with one."""
+    """Only qkv may have a stride, so only its layout has one."""
     qkv, *rest = _inputs(5, 14, 2, 64, torch.bfloat16, device)
     peers = [mapped(torch.Tensor.clone, each) for each in rest]
     with guarded_allocations():
@@ -78,19 +85,19 @@ def test_apply_rope(ops, device, heads, dtype):
     _, positions, cos_sin, *_ = _inputs(5, *heads, dtype, device)
     q = random(5, num_q_heads, head_dim, dtype=dtype, device=device, seed=7)
     k = random(5, num_kv_heads, head_dim, dtype=dtype, device=device, seed=8)
-    assert_matches_twin(ops, "apply_rope", q, k, cos_sin, positions)
+    assert_matches_reference(ops, "apply_rope", q, k, cos_sin, positions)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [HEADS["3B"], HEADS["odd"]], ids=["3B", "odd"])
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_inverse(ops, device, tokens, heads, dtype):
-    """By the negative angle: against the twin, and back to where a rotation began."""
+    """A rotation by the negative angle: against the reference, and as the inverse of a rotation."""
     num_q_heads, num_kv_heads, head_dim = heads
     _, positions, cos_sin, *_ = _inputs(tokens, *heads, dtype, device)
     q = random(tokens, num_q_heads, head_dim, dtype=dtype, device=device, seed=7)
     k = random(tokens, num_kv_heads, head_dim, dtype=dtype, device=device, seed=8)
-    assert_matches_twin(ops, "apply_rope", q, k, cos_sin, positions, inverse=True)
+    assert_matches_reference(ops, "apply_rope", q, k, cos_sin, positions, inverse=True)
     rotated = ops.apply_rope(q, k, cos_sin, positions)
     turned_back = reference.apply_rope(*(each.double() for each in rotated), cos_sin.double(), positions, inverse=True)
     for out, peer, truth in zip(
@@ -117,20 +124,20 @@ def test_roundings(ops, device, dtype):
     """Once, after the sum."""
     _, positions, cos_sin, *_ = _inputs(5, 16, 2, 128, dtype, device)
     q, k = (random(5, heads, 128, dtype=dtype, device=device) for heads in (16, 2))
-    assert_rounds_like_twin(ops, "apply_rope", q, k, cos_sin, positions)
+    assert_rounds_like_reference(ops, "apply_rope", q, k, cos_sin, positions)
 
 
 def test_indices_of_32_bits(ops, device):
     qkv, positions, cos_sin, pages, slots = _inputs(3, 4, 2, 32, torch.bfloat16, device)
     inputs = qkv, positions.int(), cos_sin, pages, slots.int()
-    assert_matches_twin(ops, "rope_and_cache", *inputs, changed=(3,))
+    assert_matches_reference(ops, "rope_and_cache", *inputs, changed=(3,))
 
 
-def test_other_head_sizes_run_on_the_twin(ops, device):
+def test_other_head_sizes_run_on_the_reference(ops, device):
     inputs = _inputs(3, 4, 2, 80, torch.float32, device)
-    twins = [mapped(torch.Tensor.clone, each) for each in inputs]
-    assert torch.equal(ops.rope_and_cache(*inputs), reference.rope_and_cache(*twins))
-    assert torch.equal(inputs[3][0], twins[3][0])
+    copies = [mapped(torch.Tensor.clone, each) for each in inputs]
+    assert torch.equal(ops.rope_and_cache(*inputs), reference.rope_and_cache(*copies))
+    assert torch.equal(inputs[3][0], copies[3][0])
 
 
 @pytest.mark.parametrize(

@@ -1,53 +1,53 @@
-"""swiglu against its twin."""
+"""swiglu against its reference."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, assert_rounds_like_twin, random
+from support.references import assert_matches_reference, assert_rounds_like_reference, random
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("rows", [1, 7])
 @pytest.mark.parametrize("columns", [4864, 8960, 11008, 18944, 27648, 29568, 1, 77, 257])
 def test_swiglu(ops, device, columns, rows, dtype):
-    assert_matches_twin(ops, "swiglu", random(rows, 2 * columns, dtype=dtype, device=device, scale=3.0))
+    assert_matches_reference(ops, "swiglu", random(rows, 2 * columns, dtype=dtype, device=device, scale=3.0))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("columns", [4864, 11008, 1, 257])
 def test_two_projections(ops, device, columns, dtype):
     gate, up = (random(5, columns, dtype=dtype, device=device, seed=seed, scale=3.0) for seed in (1, 2))
-    assert_matches_twin(ops, "silu_mul", gate, up, padding=3)
+    assert_matches_reference(ops, "silu_mul", gate, up, padding=3)
     packed = torch.cat((gate, up), dim=-1)
     assert torch.equal(ops.silu_mul(*packed.chunk(2, dim=-1)), ops.swiglu(packed))
 
 
 @pytest.mark.parametrize("rows", [128, 300])
 def test_many_rows(ops, device, rows):
-    assert_matches_twin(ops, "swiglu", random(rows, 2 * 300, dtype=torch.bfloat16, device=device))
+    assert_matches_reference(ops, "swiglu", random(rows, 2 * 300, dtype=torch.bfloat16, device=device))
 
 
 @pytest.mark.parametrize("padding", [8, 3])
 def test_strided_rows(ops, device, padding):
-    assert_matches_twin(ops, "swiglu", random(5, 2 * 300, dtype=torch.bfloat16, device=device), padding=padding)
+    assert_matches_reference(ops, "swiglu", random(5, 2 * 300, dtype=torch.bfloat16, device=device), padding=padding)
 
 
 def test_leading_dimensions(ops, device):
-    assert_matches_twin(ops, "swiglu", random(2, 3, 64, dtype=torch.bfloat16, device=device))
+    assert_matches_reference(ops, "swiglu", random(2, 3, 64, dtype=torch.bfloat16, device=device))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_roundings(ops, device, dtype):
-    assert_rounds_like_twin(ops, "swiglu", random(3, 4096, dtype=dtype, device=device))
+    assert_rounds_like_reference(ops, "swiglu", random(3, 4096, dtype=dtype, device=device))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter's numpy
 def test_large_values(ops, device):
     """exp(-gate) overflows; silu does not."""
     gate_up = torch.tensor([[-1e4, -200.0, -88.0, 0.0, 88.0, 1e4] + [2.0] * 6], device=device)
-    assert_matches_twin(ops, "swiglu", gate_up)
+    assert_matches_reference(ops, "swiglu", gate_up)
 
 
 def test_bad_input(ops, device):

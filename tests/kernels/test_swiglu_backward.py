@@ -1,11 +1,11 @@
-"""swiglu_backward and silu_mul_backward against their twins."""
+"""swiglu_backward and silu_mul_backward against their references."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_twin, assert_rounds_like_twin, random
+from support.references import assert_matches_reference, assert_rounds_like_reference, random
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -14,7 +14,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 @pytest.mark.parametrize("rows", [1, 2, 7])
 @pytest.mark.parametrize("columns", [4864, 11008, 18944, 1, 77, 257])
 def test_swiglu_backward(ops, device, columns, rows, dtype):
-    assert_matches_twin(ops, "swiglu_backward", *_inputs(rows, columns, dtype, device))
+    assert_matches_reference(ops, "swiglu_backward", *_inputs(rows, columns, dtype, device))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -22,37 +22,37 @@ def test_swiglu_backward(ops, device, columns, rows, dtype):
 def test_two_projections(ops, device, columns, dtype):
     grad, gate_up = _inputs(5, columns, dtype, device)
     halves = gate_up.chunk(2, dim=-1)
-    assert_matches_twin(ops, "silu_mul_backward", grad, *halves, padding=3)
+    assert_matches_reference(ops, "silu_mul_backward", grad, *halves, padding=3)
     packed = ops.swiglu_backward(grad, gate_up)
     assert torch.equal(torch.cat(ops.silu_mul_backward(grad, *halves), dim=-1), packed)
 
 
 @pytest.mark.parametrize("rows", [130, 300])
 def test_many_rows(ops, device, rows):
-    assert_matches_twin(ops, "swiglu_backward", *_inputs(rows, 300, torch.bfloat16, device))
+    assert_matches_reference(ops, "swiglu_backward", *_inputs(rows, 300, torch.bfloat16, device))
 
 
 @pytest.mark.parametrize("padding", [8, 3])
 def test_strided_rows(ops, device, padding):
-    assert_matches_twin(ops, "swiglu_backward", *_inputs(5, 300, torch.bfloat16, device), padding=padding)
+    assert_matches_reference(ops, "swiglu_backward", *_inputs(5, 300, torch.bfloat16, device), padding=padding)
 
 
 def test_leading_dimensions(ops, device):
     grad, gate_up = _inputs(6, 32, torch.bfloat16, device)
-    assert_matches_twin(ops, "swiglu_backward", grad.view(2, 3, 32), gate_up.view(2, 3, 64))
+    assert_matches_reference(ops, "swiglu_backward", grad.view(2, 3, 32), gate_up.view(2, 3, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_roundings(ops, device, dtype):
     """Of silu in the gradient of up."""
-    assert_rounds_like_twin(ops, "swiglu_backward", *_inputs(3, 2048, dtype, device))
+    assert_rounds_like_reference(ops, "swiglu_backward", *_inputs(3, 2048, dtype, device))
 
 
 @pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of the interpreter's numpy
 def test_large_values(ops, device):
     """exp(-gate) overflows; the slope does not."""
     gate = torch.tensor([[-1e4, -200.0, -88.0, 0.0, 88.0, 1e4]], device=device)
-    assert_matches_twin(ops, "silu_mul_backward", torch.ones_like(gate), gate, torch.full_like(gate, 2.0))
+    assert_matches_reference(ops, "silu_mul_backward", torch.ones_like(gate), gate, torch.full_like(gate, 2.0))
 
 
 @pytest.mark.parametrize(

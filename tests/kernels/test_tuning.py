@@ -189,7 +189,7 @@ def test_no_time_no_search(problem, tmp_path):
     assert (winner, tried) == ({}, [])
 
 
-def test_the_physical_limit_ends_a_search(problem, tmp_path, monkeypatch):
+def test_the_roofline_ends_a_search(problem, tmp_path, monkeypatch):
     monkeypatch.setattr(tune, "ceilings", lambda device: Ceilings(1.0, 1.0))
     assert _search(problem, tmp_path / "log")[1] == []
 
@@ -208,7 +208,7 @@ def test_a_wrong_candidate_cannot_win(problem, tmp_path, monkeypatch):
     winner, tried = _search(problem, tmp_path / "log")
     wrong = [each for each in tried if each.config["BLOCK"] == 32]
     assert len(wrong) == 2
-    assert all(each.seconds is None and "errs by" in each.reason for each in wrong)
+    assert all(each.seconds is None and "the error is" in each.reason for each in wrong)
     assert winner.get("BLOCK") != 32
 
 

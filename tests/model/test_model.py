@@ -1,4 +1,4 @@
-"""The facade: what it takes, what it gives, and what it says to bad requests."""
+"""The facade: its arguments, its results, and its errors for bad requests."""
 
 from __future__ import annotations
 
@@ -270,7 +270,7 @@ def test_bad_places_to_run(keywords, message):
 
 @pytest.mark.parametrize("named", ["int8", 5, "float64", ["bfloat16"]], ids=str)
 def test_a_dtype_that_we_do_not_compute_in(named, tmp_path):
-    """Of the checkpoint: it matters to dtype="auto" alone."""
+    """The checkpoint's dtype matters only to dtype="auto"."""
     save_checkpoint(tiny_model(), tmp_path)
     fields = json.loads((tmp_path / "config.json").read_text()) | {"torch_dtype": named}
     (tmp_path / "config.json").write_text(json.dumps(fields))

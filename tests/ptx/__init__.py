@@ -1,4 +1,4 @@
-"""Runs the PTX that Triton compiles, in numpy, where there is no GPU, and reports what a GPU might not show.
+"""Runs the PTX that Triton compiles in numpy, without a GPU, and reports errors that a GPU might not show.
 
     parse.py    text to instructions               integers.py, floats.py    what one instruction does:
     values.py   types, and exact roundings         movement.py, copies.py    tables by its name
@@ -10,15 +10,15 @@
 Warps and CTAs take turns in a random order that a seed fixes. A ``Fault`` names the kernel's line and says what is
 wrong with it:
 
-- global memory that is no element of an argument, or misaligned; before ``griddepcontrol.wait``; a warp that never
-  waits; a store that a releasing atomic does not cover;
-- shared memory that another warp has written since the last barrier, that an asynchronous copy may still write, or
-  that nobody wrote; a write over what other warps may still read; asynchronous copies land as late as they may;
-- a barrier that not all warps reach, a branch that divides a warp, what becomes an address, a guard, or is
-  stored, but comes from a register that was never written.
+- an access to global memory that is not an element of an argument, is misaligned, or comes before
+  ``griddepcontrol.wait``; a warp that never waits; a store that a releasing atomic does not cover;
+- a read of shared memory that another warp has written since the last barrier, that an asynchronous copy may still
+  write (copies arrive as late as allowed), or that was never written; a write over what other warps may still read;
+- a barrier that not all warps reach; a branch that divides a warp; an address, a guard or a stored value that comes
+  from a register that was never written.
 
-Not shown: the order of sums inside a tensor core, races between the lanes of one warp, the memory model between CTAs
-but for the release, warp groups' products (wgmma), and what ptxas makes of the PTX. An instruction that is missing
+It does not show the order of sums inside a tensor core, races between the lanes of one warp, the memory model between
+CTAs but for the release, warp groups' products (wgmma), and what ptxas makes of the PTX. An instruction that is missing
 here raises ``Unknown`` with its name.
 
 Sections in docstrings are those of NVIDIA's "PTX ISA", release 9.0.

@@ -1,4 +1,4 @@
-"""A process beside the tests in which Triton compiles, where theirs has its interpreter."""
+"""A second process in which Triton compiles, because the tests' process uses Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import test_decode_attention
 import test_linear
 import torch
-from support.references import assert_matches_twin
+from support.references import assert_matches_reference
 
 from ptx.device import device
 from ptx.faults import Fault
@@ -52,7 +52,7 @@ def o_proj() -> None:
     """Eight tiles along K, more than are in flight. The last tile has one row, and of four columns three are tokens."""
     x, _, weight, _ = test_linear._inputs(3, 17, 4096, torch.bfloat16, CPU)
     with tuning.trying("linear", {"SPLIT_K": 1}):
-        assert_matches_twin(ops, "linear", x, weight)
+        assert_matches_reference(ops, "linear", x, weight)
 
 
 def split_k() -> None:
@@ -61,14 +61,14 @@ def split_k() -> None:
     linear._counters.clear()  # a run without a piece may have left any number
     x, _, weight, _ = test_linear._inputs(3, 17, 4096, torch.bfloat16, CPU)
     for _ in range(2):
-        assert_matches_twin(ops, "linear", x, weight)
+        assert_matches_reference(ops, "linear", x, weight)
 
 
 def decode_attention() -> None:
     """One program a sequence takes its one or two splits of up to four tiles, more than are in flight."""
     inputs = test_decode_attention._inputs([500, 130, 1, 1], (3, 1, 64), torch.bfloat16, CPU)
     with tuning.trying("decode_attention", {"NUM_SPLITS": 2}):
-        assert_matches_twin(ops, "decode_attention", *inputs)
+        assert_matches_reference(ops, "decode_attention", *inputs)
 
 
 KERNELS: dict[str, tuple[Callable[[], None], str]] = {

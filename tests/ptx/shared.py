@@ -42,7 +42,7 @@ class SharedMemory:
             if bits & COPYING:
                 raise Fault(f"reads byte {at} of shared memory, which an asynchronous copy may still write")
             if bits & UNWRITTEN:
-                raise Fault(f"reads byte {at} of shared memory, which nobody has written")
+                raise Fault(f"reads byte {at} of shared memory, which was never written")
             raise Fault(f"reads byte {at} of shared memory, which {_warps(bits)} wrote since the last barrier")
         self._read_rows[size][rows] |= U32(1 << warp)
         return self._rows[size].take(rows, axis=0)

@@ -1,4 +1,4 @@
-"""The PTX runner reports each kind of fault: small programs with one each, and mended they run."""
+"""The PTX runner reports each kind of fault. Each small program has one fault, and runs without it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Case(NamedTuple):
     body: str
     wrong: str
     right: str
-    options: dict[str, Any] = {}  # noqa: RUF012 - nobody changes it
+    options: dict[str, Any] = {}  # noqa: RUF012 - it is never changed
 
 
 TWO = {"num_warps": 2}
@@ -107,7 +107,7 @@ GLOBAL = [
 SHARED = [
     Case(
         "read while another warp writes",
-        f"{SINCE}|nobody has written",
+        f"{SINCE}|was never written",
         "st.shared.b32 [%r1], %r3; ? ld.shared.b32 %r4, [%r2];",
         "",
         "bar.sync 0;",
@@ -141,7 +141,7 @@ SHARED = [
         "%r3",
         "%r8",
     ),
-    Case("never written", "which nobody has written", "? ld.shared.b32 %r4, [%r1];", "", "st.shared.b32 [%r1], %r3;"),
+    Case("never written", "which was never written", "? ld.shared.b32 %r4, [%r1];", "", "st.shared.b32 [%r1], %r3;"),
     Case("out of bounds", "4 bytes of shared memory at 384", "st.shared.b32 [%r1+?], %r3;", "384", "0"),
     Case("below", "out of bounds: 4 bytes of shared", "st.shared.b32 [%r1+?], %r3;", "-4", "0"),
     Case("misaligned", "misaligned: 4 bytes of shared", "st.shared.b32 [%r1+?], %r3;", "2", "0"),
@@ -168,7 +168,7 @@ SHARED = [
     ),
     Case(
         "copy of another warp",
-        f"{SINCE}|nobody has written|copy may still write",
+        f"{SINCE}|was never written|copy may still write",
         f"{COPY} cp.async.wait_group 0; ? ld.shared.b32 %r4, [%r2];",
         "",
         "bar.sync 0;",

@@ -1,7 +1,7 @@
-"""The kernels' own tests on the PTX that Triton compiles for GPUs that are not there (ptx/), and proof that the runner
-notices what is missing in a kernel.
+"""The kernels' own tests on the PTX that Triton compiles for several GPUs, without having them. Other tests show that
+the runner notices a missing piece of a kernel.
 
-All of it runs in a process beside this one, in which Triton compiles (on_ptx.py)."""
+All of it runs in a second process, in which Triton compiles (on_ptx.py)."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ HARMLESS = {
 def why_needless(removal: Removal) -> str | None:
     """The reason why nothing is wrong without it, if there is one."""
     if removal.piece == "barrier" and removal.between_first_copies:
-        return "it stands between the first asynchronous copies, each to a place of its own, and nobody reads"
+        return "it stands between the first asynchronous copies, each to a place of its own, and no warp reads"
     if removal.piece in ("guard", "sizes of copies"):
         lines = [text for each in removal.source for text in lines_at(*each.split(":"))]
         return next((why for beginning, why in HARMLESS.items() for text in lines if text.startswith(beginning)), None)

@@ -1,8 +1,8 @@
 """A warp: 32 lanes that take each instruction together, and how its operands are read and written.
 
 A register has no value before it is written, and after a guarded load not in the lanes that took no part. What is
-computed from it has none, either. That is no fault as long as nobody asks for it: where it becomes an address, a
-predicate of a guard, or is stored."""
+computed from it has none, either. That becomes a fault when
+the value is used as an address or as the predicate of a guard, or is stored."""
 
 from __future__ import annotations
 
@@ -222,6 +222,6 @@ def guarded(step: Step, register: Register, negated: bool, program: Program) -> 
 
 
 def only(instruction: Instruction, known: Sequence[str]) -> None:
-    """Raises where an instruction has a modifier that nobody here has thought of."""
+    """Raises Unknown if an instruction has a modifier that is not implemented."""
     if unknown := [each for each in instruction.modifiers if each not in known]:
         raise Unknown(f"{instruction.opcode}: .{', .'.join(unknown)}")

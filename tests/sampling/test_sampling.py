@@ -59,7 +59,7 @@ def test_temperature_zero_takes_the_most_probable(logits):
 @pytest.mark.parametrize("fields", [{"temperature": 0}, {}, {"top_k": 5}, {"logprobs": 2}, {"min_tokens": 3}], ids=str)
 @pytest.mark.parametrize("values", [[math.nan], [math.inf], [math.inf, math.nan], [-math.inf] * VOCABULARY], ids=str)
 def test_a_row_that_is_not_finite_gets_no_token(logits, fields, values):
-    """And those beside it get theirs."""
+    """The other rows get their own tokens."""
     damaged = logits.clone()
     damaged[-len(values) :] = torch.tensor(values)
     rows = [
@@ -117,7 +117,7 @@ FILTERS = [
 
 
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
-def test_tokens_come_as_often_as_transformers_says(logits, fields):
+def test_tokens_come_as_often_reference_model_says(logits, fields):
     """10,000 draws on a regular grid of random numbers: frequencies equal probabilities to one draw a token."""
     scores = logits[None].clone()
     for name, processor in (

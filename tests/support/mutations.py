@@ -1,4 +1,4 @@
-"""Deliberately broken copies of the kernels: proof that a test can fail."""
+"""Deliberately broken copies of the kernels, to show that a test can fail."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SOURCE = Path(kernels.__file__).parent
 
 
 class Mutation(NamedTuple):
-    """In ``file`` of the kernels, ``old`` becomes ``new``; then ``test`` with these parameters must fail."""
+    """Replaces ``old`` by ``new`` in ``file`` of the kernels. Then ``test`` with these parameters must fail."""
 
     name: str
     file: str

@@ -1,4 +1,4 @@
-"""Paged caches for the tests of attention: pages in no order, and NaN wherever nothing may be read."""
+"""Paged caches for the tests of attention: pages in random order, and NaN in everything that may not be read."""
 
 from __future__ import annotations
 

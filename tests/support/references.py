@@ -1,4 +1,4 @@
-"""How a kernel is held against its torch twin: in guarded memory, by the rule of tolerances.py."""
+"""Compares a kernel with its torch reference, in guarded memory, by the rule of tolerances.py."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ class guarded_allocations(TorchDispatchMode, AbstractContextManager):
                 assert (side == CANARY).all(), "a kernel wrote outside its output"
 
 
-def assert_rounds_like_twin(ops: ModuleType, name: str, *args: Any) -> None:
-    """Rounds where the twin rounds: hardly an element differs, which one rounding more or less would not allow."""
+def assert_rounds_like_reference(ops: ModuleType, name: str, *args: Any) -> None:
+    """The op rounds where the reference rounds: hardly an element differs. One rounding more or less would change
+    more."""
     outs, peers = getattr(ops, name)(*(own(ops, arg) for arg in args)), getattr(reference, name)(*args)
     for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
         assert_nearly_equal(out, peer)
@@ -91,16 +92,17 @@ def guard(tensor: Tensor, padding: int = 0) -> Tensor:
     return view.copy_(tensor)
 
 
-def assert_matches_twin(
+def assert_matches_reference(
     ops: ModuleType, name: str, *args: Any, changed: Sequence[int] = (), padding: int = 0, **keywords: Any
 ) -> Any:
     """Runs an op on guarded copies of its arguments; every float result, and every argument at the positions
-    ``changed``, must be as close to the twin in float64 as the twin in the same dtype is. Returns the op's result."""
+    ``changed``, must be as close to the reference in float64 as the reference in the same dtype is. Returns the op's
+    result."""
     mine = [mapped(lambda each: guard(each, padding if each.dim() > 1 else 0), arg) for arg in args]
     with guarded_allocations():
         outs = getattr(ops, name)(*(own(ops, arg) for arg in mine), **keywords)
-    twins = [mapped(Tensor.clone, arg) for arg in args]
-    peers = getattr(reference, name)(*twins, **keywords)
+    copies = [mapped(Tensor.clone, arg) for arg in args]
+    peers = getattr(reference, name)(*copies, **keywords)
     wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, arg) for arg in args]
     wide = [mapped(Tensor.clone, arg) for arg in wide]
     truths = getattr(reference, name)(*wide, **keywords)
@@ -108,7 +110,7 @@ def assert_matches_twin(
         outs, peers, truths = (outs,), (peers,), (truths,)
     outs, peers, truths = (
         [*results, *(each for at in changed for each in tensors_of(given[at]))]
-        for results, given in ((outs, mine), (peers, twins), (truths, wide))
+        for results, given in ((outs, mine), (peers, copies), (truths, wide))
     )
     for out, peer, truth in zip(outs, peers, truths, strict=True):
         assert out.dtype == peer.dtype

@@ -7,11 +7,11 @@ from collections.abc import Iterable
 import pytest
 import torch
 
-FEW = 3  # cases of a test
+FEW = 2  # cases of a test
 
 
 def quick(items: Iterable[pytest.Item]) -> set[pytest.Item]:
-    """At most FEW cases of each test, from the first to the last at equal distances; none that is marked slow, or that
+    """At most FEW cases of each test, at equal distances from the first to the last; none that is marked slow, or that
     cannot run here."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:

@@ -1,4 +1,4 @@
-"""The one place that says how close is close enough. No test file has a tolerance of its own."""
+"""All tolerances of the tests. No test file has a tolerance of its own."""
 
 from __future__ import annotations
 

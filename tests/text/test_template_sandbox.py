@@ -1,4 +1,4 @@
-"""Chat templates under a budget: what they may do equals transformers', and all else ends soon."""
+"""Chat templates under a budget: allowed templates give transformers' text, and all others end soon."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ SNIPPETS = [
 
 
 @pytest.mark.parametrize("source", SNIPPETS)
-def test_renders_as_transformers_does(source):
+def test_renders_reference_model_does(source):
     utils = pytest.importorskip("transformers.utils.chat_template_utils")
     wanted = utils._compile_jinja_template(source).render(messages=MESSAGES, tools=None, add_generation_prompt=True)
     assert rendered(source) == wanted

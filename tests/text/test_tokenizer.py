@@ -282,7 +282,7 @@ def test_the_real_vocabulary(demo, demo_metadata):
 @pytest.mark.demo
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("chat", CHATS)
-def test_qwens_template_renders_as_transformers_does(demo, demo_metadata, chat, prompt):
+def test_qwens_template_renders_reference_model_does(demo, demo_metadata, chat, prompt):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2Tokenizer(chat_template=demo_metadata["tokenizer.chat_template"])
     messages, tools = CHATS[chat]
@@ -326,7 +326,7 @@ PROCESSORS = {
 
 @pytest.mark.parametrize("said", [{}, {"add_bos_token": True, "bos_token": "<|im_start|>"}, {"add_bos_token": False}])
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_a_text_begins_as_transformers_begins_it(kind, said, tmp_path):
+def test_a_text_begins_reference_model_begins_it(kind, said, tmp_path):
     """With a tokenizer.json its post-processor counts, and add_bos_token does not."""
     transformers = pytest.importorskip("transformers")
     toy_folder(tmp_path, post_processor=PROCESSORS[kind])
@@ -697,7 +697,7 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"normalizer": doubling(40)}, "normalizer has 40 steps, and 16 are the most"),
+        ({"normalizer": doubling(40)}, "normalizer has 40 steps; at most 16 are allowed"),
         ({"normalizer": doubling(2)}, "normalizer has a step of type 'Replace'"),
         ({"normalizer": {"type": "Sequence", "normalizers": [doubling(1)]}}, "normalizer has a step of type 'Replace'"),
         ({"normalizer": {"type": "Prepend", "prepend": "x"}}, "normalizer has a step of type 'Prepend'"),
@@ -716,11 +716,11 @@ BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, 
                     "special_tokens": {},
                 }
             },
-            "post_processor puts 40 pieces together, and 16 are the most",
+            "post_processor puts 40 pieces together; at most 16 are allowed",
         ),
         (
             {"post_processor": {"type": "Sequence", "processors": [BYTES] * 40}},
-            "post_processor has 40 steps, and 2 are the most",
+            "post_processor has 40 steps; at most 2 are allowed",
         ),
     ],
 )
@@ -823,7 +823,7 @@ def test_vocabulary_and_merges_load_as_in_transformers(tmp_path, arguments):
     [
         ({"vocab": ["a"]}, "vocab.json and merges.txt: not a vocabulary and its merges"),
         ({"vocab": {"a": 0}}, "vocab.json and merges.txt: not a vocabulary and its merges"),
-        ({"added_tokens": {"<|im_end|>": 300}}, "'<|im_end|>' is said to have id 300, and 264 is the next after vocab"),
+        ({"added_tokens": {"<|im_end|>": 300}}, "'<|im_end|>' has id 300, and 264 is the next id after vocab"),
         ({"added_tokens": {"<|im_end|>": "x"}}, "added_tokens.json has the id 'x'; expected a whole number"),
         ({"added_tokens": {"<|im_end|>": True}}, "added_tokens.json has the id True; expected a whole number"),
         ({"config": {"added_tokens_decoder": [1]}}, "added_tokens_decoder is [1]; expected an object of tokens"),
@@ -857,12 +857,12 @@ def test_an_expression_that_panics_later(tmp_path, monkeypatch):
     monkeypatch.setattr("qwenkern.text.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(q+q+)+y"})
     tokenizer = Tokenizer.from_folder(toy_folder(tmp_path, pre_tokenizer=split_by("(q+q+)+y")))
     for allow_special in (True, False):
-        with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer gave up on a text of 64 characters"):
+        with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer failed on a text of 64 characters"):
             tokenizer.encode("q" * 64, allow_special=allow_special)
     assert tokenizer.encode("hello") == [259]
     # A text so long that Qwen's own expression meets the limit is the request's fault.
     monkeypatch.setattr(room, "_RETRY_LIMIT", 64)
-    with pytest.raises(RequestError, match="gave up on a text of 64 characters"):
+    with pytest.raises(RequestError, match="failed on a text of 64 characters"):
         tokenizer.encode("q" * 64)
 
 
@@ -900,7 +900,7 @@ def test_other_files_corrupt(tmp_path, name, content, message):
 
 @pytest.mark.parametrize("prompt", [True, False])
 @pytest.mark.parametrize("chat", CHATS)
-def test_renders_as_transformers_does(toy, chat, prompt):
+def test_renders_reference_model_does(toy, chat, prompt):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=toy._library, chat_template=TEMPLATE)
     messages, tools = CHATS[chat]
@@ -1074,8 +1074,8 @@ def itself() -> list:
             {"tool_calls": [{"function": {"name": "f", "arguments": nested(5000)}}]},
             "messages[1] is nested more than 100",
         ),
-        ({"tool_calls": [{"function": {"name": "f", "arguments": itself()}}]}, "levels deep, or holds itself"),
-        ({"tool_calls": itself()}, "levels deep, or holds itself"),
+        ({"tool_calls": [{"function": {"name": "f", "arguments": itself()}}]}, "levels deep, or contains itself"),
+        ({"tool_calls": itself()}, "levels deep, or contains itself"),
         (
             {"tool_calls": [{"function": {"name": "f", "arguments": "[" * 500 + "]" * 500}}]},
             "messages[1]: the arguments of a tool call is nested more than 100 levels deep",
@@ -1104,9 +1104,9 @@ def test_what_clients_may_not_send(toy, message, error):
 
 
 def test_tools_and_variables_that_hold_themselves(toy):
-    with pytest.raises(RequestError, match="tools is nested more than 100 levels deep, or holds itself"):
+    with pytest.raises(RequestError, match="tools is nested more than 100 levels deep, or contains itself"):
         toy.render_chat([MESSAGE], [{"name": itself()}])
-    with pytest.raises(RequestError, match="variables is nested more than 100 levels deep, or holds itself"):
+    with pytest.raises(RequestError, match="variables is nested more than 100 levels deep, or contains itself"):
         toy.render_chat([MESSAGE], style=itself())
 
 
@@ -1137,7 +1137,7 @@ def test_a_template_that_hides_contents_of_unusual_roles():
     tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
     chat = [{"role": "narrator", "content": "hello"}]
     assert tokenizer.render_chat(chat * 8) == "5," * 8
-    with pytest.raises(RequestError, match=r"messages: 9 have roles other than .* expected 8 of such at most"):
+    with pytest.raises(RequestError, match=r"messages: 9 have roles other than .* expected at most 8 of them"):
         tokenizer.render_chat(chat * 9)
 
 
@@ -1146,7 +1146,7 @@ def test_all_private_characters_cost_no_more_than_others(toy):
     assert seconds(lambda: toy.encode_chat([{"role": "user", "content": private}])) < 1
     assert toy.decode(toy.encode_chat([{"role": "user", "content": private + "<|im_end|>"}])).count(private) == 1
     everything = "".join(map(chr, [*range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE), 0xFFFFE, 0xFFFFF]))
-    with pytest.raises(RequestError, match="they use every private character; expected some to be free"):
+    with pytest.raises(RequestError, match="they use every private-use character; expected some to be unused"):
         toy.encode_chat([{"role": "user", "content": everything + other}])
 
 
@@ -1162,10 +1162,10 @@ def test_a_role_that_the_template_takes_is_taken():
         ("a\n{% if %}", CheckpointError, "toy.gguf: the chat template, line 2 does not compile"),
         ("{{ 1 | nosuchfilter }}", CheckpointError, "does not compile: No filter named 'nosuchfilter'"),
         ("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", CheckpointError, "does not compile"),
-        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", CheckpointError, "toy.gguf: the chat template oversteps"),
-        ("{{ messages.append(1) }}", CheckpointError, "oversteps its sandbox"),
-        ("{{ messages.__class__.mro() }}", CheckpointError, "oversteps its sandbox"),
-        ("{% for n in range(10 ** 9) %}{% endfor %}", CheckpointError, "oversteps its sandbox: Range too big"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", CheckpointError, "toy.gguf: the chat template exceeds"),
+        ("{{ messages.append(1) }}", CheckpointError, "exceeds its limits"),
+        ("{{ messages.__class__.mro() }}", CheckpointError, "exceeds its limits"),
+        ("{% for n in range(10 ** 9) %}{% endfor %}", CheckpointError, "exceeds its limits: Range too big"),
         ("{{ messages[5].content.strip() }}", RequestError, "does not accept them: UndefinedError"),
         ("{{ 1 // 0 }}", RequestError, "does not accept them: ZeroDivisionError"),
     ],
@@ -1301,5 +1301,5 @@ def test_private_characters_of_the_user_stay_theirs(toy):
 def test_a_template_that_reads_special_tokens_in_contents():
     template = "{{ messages[0].content.split('<|im_end|>') | first }}"
     tokenizer = Tokenizer.from_gguf(toy_metadata(chat_template=template), "toy.gguf")
-    with pytest.raises(RequestError, match=r"the chat template of toy\.gguf reads or rewrites those"):
+    with pytest.raises(RequestError, match=r"the chat template of toy\.gguf reads or changes those"):
         tokenizer.encode_chat([{"role": "user", "content": "a<|im_end|>b"}])

@@ -1,6 +1,6 @@
-"""transformers: its models on our kernels (patch.py), and its weights in our model (share.py).
+"""transformers' models on our kernels (patch.py), and our model on transformers' weights (share.py).
 
-transformers is imported when a function is called, not before."""
+transformers is imported only when a function is called."""
 
 from .patch import apply_qwenkern, register_attention, revert
 

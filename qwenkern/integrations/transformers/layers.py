@@ -1,12 +1,11 @@
 """The layers of transformers' Qwen2, Llama and Mistral on our kernels: RMSNorm, MLP, attention, decoder layer.
 
-A module is patched by its class: it becomes an instance of a subclass of its own class, with one of the forwards below.
+A patch changes the class of a module to a subclass of that class, with one of the forwards below.
 
     Qwen2RMSNorm  ->  class Qwen2RMSNorm(layers.RMSNorm, Qwen2RMSNorm)
 
-Nothing lies in the instance. So whatever makes another module of it (copy, pickle, DataParallel's replicas) makes one
-that computes with its own weights, isinstance() holds, and super() is transformers' own forward.
-"""
+Nothing is stored in the instance. So a copy of a module (by copy, pickle or DataParallel) computes with its own
+weights, isinstance() holds, and super() is transformers' own forward."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ from torch import Tensor, nn
 from ... import kernels as ops
 from ...kernels.triton_if_any import INTERPRETED
 
-FEW = 1 << 15  # values below which, on a CPU, torch's own operations are as fast as calls of ours
-_classes: dict[tuple, type[Patched]] = {}  # by original, kind and switches
+FEW = 1 << 15  # values; with fewer, torch's own operations on a CPU are as fast as ours
+_classes: dict[tuple, type[Patched]] = {}  # by original class, kind and switches
 
 
 class Patched(nn.Module):
@@ -31,7 +30,7 @@ class Patched(nn.Module):
     how: tuple[tuple[str, bool], ...]  # the switches of its forward
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """For copy and pickle: by the class that the module had, since nothing imports a class made here."""
+        """For copy and pickle: names the original class, because a class made here cannot be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *state = reduced
         patch = type(self)
@@ -41,13 +40,15 @@ class Patched(nn.Module):
 
 
 def patched(original: type[nn.Module], kind: type[Patched], **switches: bool) -> type[Patched]:
-    """The subclass of ``original`` with the forward of ``kind``: the same one each time."""
+    """The subclass of ``original`` with the forward of ``kind``. Each is made once."""
     how = tuple(switches.items())
     if (original, kind, how) not in _classes:
         namespace = {name: getattr(original, name) for name in ("__module__", "__qualname__", "__doc__")}
         namespace |= {"original": original, "how": how, **switches}
-        namespace["modeling"] = sys.modules[original.forward.__module__]  # with the functions that the original calls
-        # of the same name, since others choose by a class's name; setdefault: another thread may have been quicker
+        namespace["modeling"] = sys.modules[
+            original.forward.__module__
+        ]  # its functions are those that the original calls
+        # the same name, because other code selects by it; setdefault, because another thread may have made the class
         _classes.setdefault((original, kind, how), type(original.__name__, (kind, original), namespace))
     return _classes[original, kind, how]
 
@@ -58,7 +59,7 @@ def _new(original: type[nn.Module], kind: type[Patched], how: tuple[tuple[str, b
 
 
 def patch_of(module: nn.Module) -> type[Patched] | None:
-    """The patched class of a module, or the one from which somebody else has made the module's class since."""
+    """The patched class of a module, or the patched class from which other code derived the module's class."""
     return next((each for each in type(module).__mro__ if "original" in vars(each) and issubclass(each, Patched)), None)
 
 
@@ -90,7 +91,7 @@ class MLP(Patched):
 
 
 class DecoderLayer(Patched):
-    """A decoder layer whose first addition is fused with the norm behind it."""
+    """A decoder layer whose first addition is fused with the norm after it."""
 
     input_layernorm: nn.Module
     self_attn: nn.Module
@@ -120,7 +121,7 @@ class DecoderLayer(Patched):
         hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(residual), **keywords)
         norm = self.post_attention_layernorm
         if _has_hooks(norm) or not is_norm(norm) or not hidden_states.dtype == residual.dtype == norm.weight.dtype:
-            # whoever looks at the norm's input and output finds them; autocast mixes dtypes
+            # hooks of the norm see its input and output; autocast mixes dtypes
             residual = residual + hidden_states
             hidden_states = norm(residual)
         else:
@@ -131,8 +132,8 @@ class DecoderLayer(Patched):
 
 
 class Attention(Patched):
-    """An attention module: its projections, our rotation (or its own), its cache, our attention (or the one that its
-    config names)."""
+    """An attention module with its own projections and cache, our rotation (or its own), and our attention (or that of
+    its config)."""
 
     modeling: types.ModuleType
     rotates: bool
@@ -204,8 +205,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D], out [B, Tq, Hq, D].
 
-    Our kernel where the attention is causal and nothing else; torch's with a mask (padding, sliding windows, packed
-    sequences), dropout, a gradient, or on a CPU. What torch's does not take raises there."""
+    Causal attention without anything else runs on our kernel. torch's runs with a mask (padding, sliding windows,
+    packed sequences), dropout or a gradient, and on a CPU. torch's raises for arguments that it does not take."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = (
         attention_mask is None and not dropout and causal and not any(keywords.get(name) is not None for name in _EXTRA)
@@ -218,23 +219,23 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **keywords
         )
     queries = query.shape[2]
-    if queries > 1:  # a static cache that was empty: without a mask, what comes behind the prompt is not to be seen
+    if queries > 1:  # a static cache that was empty: there is no mask, and the places after the prompt must not be read
         key, value = key[:, :, :queries], value[:, :, :queries]
     return ops.attention(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling), None
 
 
-_EXTRA = ("position_bias", "cache", "softcap", "s_aux")  # that change what is computed
+_EXTRA = ("position_bias", "cache", "softcap", "s_aux")  # arguments that change the result
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Not what an adapter has wrapped: that does more than normalise."""
+    """Whether the module is a norm. One that an adapter wraps is not, because it does more."""
     return type(module).__name__.endswith("RMSNorm")
 
 
 def _table(cos: Tensor, sin: Tensor, num_tokens: int, first: bool) -> tuple[Tensor, Tensor]:
-    """transformers' cosines and sines as our kernel reads them: made once for all layers of a pass, and kept with the
-    cosines, whose passing they do not outlive. ``first`` of a pass makes them anew."""
-    if torch.compiler.is_compiling():  # the compiler sees that the layers do the same
+    """transformers' cosines and sines in our kernel's layout. They are made once for all layers of a pass, and stored
+    with the cosines, with which they are freed. The ``first`` layer of a pass makes them again."""
+    if torch.compiler.is_compiling():  # the compiler merges the equal work of the layers
         return ops.layers.angles(cos, sin, num_tokens)
     state = sin, num_tokens, *(None if each.is_inference() else each._version for each in (cos, sin))
     kept = None if first else cos.__dict__.get("_qwenkern_table")
@@ -248,15 +249,15 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether more happens when the module is called than its forward: torch's hooks, or accelerate's, which may bring
-    the weight first."""
+    """Whether a call of the module does more than its forward: torch's hooks, or accelerate's, which may load the
+    weight first."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or hasattr(module, "_hf_hook")
 
 
 def _pays(x: Tensor) -> bool:
-    """Whether ours is faster: not for few values on a CPU, where transformers' own runs then. A compiler or export that
-    leaves the size open gets ours, without a condition on it."""
+    """Whether our kernel is faster than transformers' code. It is not for few values on a CPU. If a compiler or an
+    export leaves the size dynamic, our kernel runs, without a condition on the size."""
     if x.is_cuda or INTERPRETED:
         return True
     few = x.numel() < FEW

@@ -1,13 +1,12 @@
-"""transformers models on our kernels, without a change to the code that uses them.
+"""Runs transformers models on our kernels, without a change to the code that uses them.
 
     apply_qwenkern(model)                                   a loaded model, in place; revert(model) undoes it
-    register_attention()                                    then attn_implementation="qwenkern", as for any other
+    register_attention()                                    then attn_implementation="qwenkern", as any other
 
-What is replaced is the class of single modules, by a subclass (layers.py), so other models are left alone, and
-parameters, state dict, hooks, device moves and PEFT's adapters stay what they were. Linear layers are called, not
-replaced, so quantised ones work. Everything that is replaced has a gradient; attention falls back to torch's where one
-is wanted, or where there is a mask. On a CPU few tokens run as transformers' own: there nothing is gained.
-"""
+A patch replaces the class of single modules by a subclass (layers.py). So other models do not change, and parameters,
+the state dict, hooks, device moves and PEFT's adapters work as before. Linear layers are not replaced, so quantised
+ones work. All replacements have gradients; attention runs in torch if a gradient or a mask is needed. On a CPU, few
+tokens run in transformers' own code, because the kernels would save no time."""
 
 from __future__ import annotations
 
@@ -25,8 +24,8 @@ from . import layers
 from .layers import attention_forward, is_norm, patch_of, patched
 
 logger = logging.getLogger(__name__)
-TESTED = ("5.17", "5.22")  # the first and the last minor version that the tests have run with
-MODEL_TYPES = ("qwen2", "llama", "mistral")  # whose layers look alike
+TESTED = ("5.17", "5.22")  # the first and the last minor version that is tested
+MODEL_TYPES = ("qwen2", "llama", "mistral")  # their layers have the same structure
 PIECES = ("rms_norm", "rope", "swiglu", "attention")
 
 
@@ -35,12 +34,12 @@ def apply_qwenkern(
 ) -> nn.Module:
     """Runs pieces of a loaded Qwen2, Llama or Mistral model of transformers on qwenkern's kernels; returns the model.
 
-    In place, and again with other pieces as often as one likes; a model inside a wrapper (PEFT's, say) is found.
-    rms_norm: RMSNorm, fused with the addition before it where a layer adds first. rope: rotary embedding of q and k.
-    swiglu: silu(gate) * up. attention: with ``attn_implementation="sdpa"``, where there is neither mask nor gradient.
+    It works in place, also on a model inside a wrapper such as PEFT's. It may be called again with other switches.
+    rms_norm: RMSNorm, fused with the addition before it if there is one. rope: rotary embedding of q and k. swiglu:
+    silu(gate) * up. attention: with ``attn_implementation="sdpa"``, without mask and gradient.
 
-    Raises RequestError for a model of another kind, another activation, or one that something else patched. Whatever
-    raises, an interrupt too, leaves all modules as they were."""
+    Raises RequestError for a model of another kind, another activation, or a model with another patch. After any error
+    or interrupt, all modules are as before."""
     _check_version()
     decoder = _decoder(model)
     pieces = frozenset(name for name, on in zip(PIECES, (rms_norm, rope, swiglu, attention), strict=True) if on)
@@ -50,16 +49,16 @@ def apply_qwenkern(
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Gives back what apply_qwenkern replaced; nothing happens to a model that it did not touch.
+    """Undoes apply_qwenkern; a model without a patch does not change.
 
-    Raises RequestError where something else was put on top. Whatever raises leaves all modules as they were."""
+    Raises RequestError if another patch lies on top. After any error, all modules are as before."""
     _change(_originals(_decoder(model)))
     return model
 
 
 def register_attention() -> None:
-    """Makes ``attn_implementation="qwenkern"`` known to transformers, with the mask of "sdpa": True where a query may
-    look. Without a mask of its own, left-padded batches would be silently wrong."""
+    """Makes ``attn_implementation="qwenkern"`` known to transformers, with the mask of "sdpa": True where a query
+    may attend. Without a mask, left-padded batches would be silently wrong."""
     _check_version()
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -69,7 +68,7 @@ def register_attention() -> None:
 
 
 def _wanted(decoder: Any, pieces: frozenset[str]) -> Iterator[tuple[nn.Module, type[nn.Module]]]:
-    """The modules that pieces replace, and the class that each is to have."""
+    """The modules to replace, and the new class of each."""
     implementation = decoder.config._attn_implementation
     attends = "attention" in pieces and implementation == "sdpa"
     if "attention" in pieces and implementation not in ("sdpa", "qwenkern"):
@@ -95,7 +94,7 @@ def _wanted(decoder: Any, pieces: frozenset[str]) -> Iterator[tuple[nn.Module, t
 
 
 def _own_class(module: nn.Module) -> type[nn.Module]:
-    """The class of a module without our patch. Raises where its forward is not transformers' own."""
+    """The class of a module without our patch. Raises RequestError if its forward is not transformers' own."""
     patch = patch_of(module)
     own = patch.original if patch else type(module)
     if not (home := _origin(own.forward)).startswith("transformers.models."):
@@ -103,7 +102,7 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
             f"forward of {own.__name__} is that of {home}; expected transformers' own: undo the other patch, or switch "
             "the piece off"
         )
-    hooked = hasattr(module, "_hf_hook")  # by accelerate, which calls what it keeps as _old_forward
+    hooked = hasattr(module, "_hf_hook")  # accelerate calls the forward that it stores as _old_forward
     found = module.__dict__.get("_old_forward" if hooked else "forward")
     if found is not None and not _is_own(module, found):
         raise RequestError(
@@ -114,12 +113,12 @@ def _own_class(module: nn.Module) -> type[nn.Module]:
 
 
 def _originals(decoder: nn.Module) -> dict[nn.Module, type[nn.Module]]:
-    """The modules that are patched, and the class that each had."""
+    """The patched modules, and the original class of each."""
     return {module: patch.original for module in decoder.modules() if (patch := patch_of(module))}
 
 
 def _change(classes: dict[nn.Module, type[nn.Module]]) -> None:
-    """Gives each module its class. All or none: what raises on the way, an interrupt too, undoes it."""
+    """Gives each module its class. An error or interrupt on the way undoes all changes."""
     before = {}
     for module, new in classes.items():
         if (patch_of(module) or type(module)) is not new:
@@ -135,18 +134,18 @@ def _change(classes: dict[nn.Module, type[nn.Module]]) -> None:
 
 
 def _become(module: nn.Module, new: type[nn.Module]) -> None:
-    """Changes a module's class, and with it what accelerate has bound of its forward. Doing it twice does no harm."""
+    """Changes a module's class, and the forward that accelerate has bound. It may be done twice."""
     if _is_own(module, module.__dict__.get("forward")):
         module.__dict__.pop(
             "forward", None
-        )  # left there when hooks went; a copy would compute with this module's weights
+        )  # accelerate left it there; a copy would compute with this module's weights
     if _is_own(module, module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = types.MethodType(new.forward, module)
     module.__class__ = new
 
 
 def _check_top(module: nn.Module) -> None:
-    """Raises where somebody else has replaced the class or the forward of a module since we did."""
+    """Raises RequestError if other code has replaced the class or the forward of a module since our patch."""
     patch = patch_of(module)
     if patch is None:
         return
@@ -157,8 +156,8 @@ def _check_top(module: nn.Module) -> None:
 
 
 def _is_own(module: nn.Module, function: Any) -> bool:
-    """Whether a function is the module's own forward, patched or not: accelerate keeps it in the instance while its
-    hooks are there, and leaves it there when they go."""
+    """Whether a function is the module's own forward, patched or not. accelerate stores it in the instance together
+    with its hooks, and leaves it there when it removes them."""
     patch = patch_of(module)
     own = patch.original if patch else type(module)
     return (
@@ -169,7 +168,7 @@ def _is_own(module: nn.Module, function: Any) -> bool:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """The stack of layers inside a model, or inside what wraps it."""
+    """The stack of layers in a model, also if it has a wrapper."""
     if not isinstance(model, nn.Module):
         raise RequestError(f"model is of type {type(model).__name__}; expected a transformers model")
     for module in model.modules():

@@ -1,8 +1,8 @@
-"""A loaded Qwen2ForCausalLM of transformers as ours, on the same memory.
+"""Makes our model from a loaded Qwen2ForCausalLM of transformers, on the same memory.
 
-Embedding, norms, o_proj, down_proj and lm_head are the same storage from the start. We keep q, k, v as one tensor, and
-gate, up: each is made once, and transformers' parameters become views of its rows. So one packed tensor at a time is
-all the memory that this takes, and afterwards a change to a weight of either model is a change to both.
+Embedding, norms, o_proj, down_proj and lm_head are shared without a change. qwenkern packs q, k, v into one tensor, and
+gate, up into another. Each packed tensor is made once, and transformers' parameters become views of its rows. So the
+extra memory is one packed tensor at a time. Afterwards, a change to a weight of one model is a change to both.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shared_module(model: Any) -> Qwen2:
-    """Our module on the weights of transformers' model, whose q, k, v, gate and up become views of the packed ones.
+    """Our module on the weights of transformers' model, whose q, k, v, gate and up become views of packed tensors.
 
-    Raises ConfigError for a configuration that we do not run, RequestError for another architecture and for weights
-    that cannot be shared: quantised, on "meta", of several dtypes or devices, or not those of the configuration.
-    Nothing is changed then."""
+    Raises ConfigError for a configuration that is not supported. Raises RequestError for another architecture, and for
+    weights that cannot be shared: quantised, on "meta", of several dtypes or devices, or not those of the
+    configuration. After an error, transformers' model is unchanged."""
     if CLASS not in {each.__name__ for each in type(model).__mro__}:
-        adapted = ": with adapters merged, what merge_and_unload() gives" if hasattr(model, "merge_and_unload") else ""
+        adapted = ": with adapters, the result of merge_and_unload()" if hasattr(model, "merge_and_unload") else ""
         raise RequestError(f"model is a {type(model).__name__}; expected a {CLASS} of transformers{adapted}")
     if getattr(model.config, "quantization_config", None) is not None:
         raise RequestError("the model is quantised; expected weights of bfloat16, float16 or float32")
@@ -50,8 +50,8 @@ def shared_module(model: Any) -> Qwen2:
 
 
 def generation_defaults(model: Any) -> Generation:
-    """What the model's generation_config and config say of generating: what of them differs from transformers'
-    defaults, as they would be saved. Raises ConfigError as Generation.from_fields does."""
+    """What the model's generation_config and config say about generation: the fields that differ from transformers'
+    defaults, which are those that it would save. Raises ConfigError as Generation.from_fields does."""
     settings, width = getattr(model, "generation_config", None), model.config.vocab_size
     fields = {} if settings is None else settings.to_diff_dict()
     generation = Generation.from_fields(fields, width, f"the generation_config of the {CLASS}")
@@ -59,7 +59,8 @@ def generation_defaults(model: Any) -> Generation:
 
 
 def as_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
-    """A fast tokenizer of transformers as ours, by way of the files that it saves; one of ours, or None, as it is."""
+    """Converts a fast tokenizer of transformers to ours, through the files that it saves. Returns ours, or None,
+    unchanged."""
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     if not getattr(tokenizer, "is_fast", False):
@@ -68,12 +69,12 @@ def as_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
         )
     with tempfile.TemporaryDirectory(prefix=type(tokenizer).__name__) as folder:
         tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)  # it says how many ids there are
+        model.config.save_pretrained(folder)  # it has the number of ids
         return Tokenizer.from_folder(folder)
 
 
 def _common(weights: Mapping[str, nn.Parameter]) -> torch.dtype:
-    """The dtype of them all, which are on one device."""
+    """The common dtype of the weights. Raises RequestError if they have several dtypes or devices."""
     first, one = next(iter(weights.items()))
     for name, weight in weights.items():
         if weight.is_meta:
@@ -98,13 +99,14 @@ def _check(weights: Mapping[str, nn.Parameter], config: Config) -> None:
 
 
 def _are_one(embedding: nn.Parameter | None, head: nn.Parameter | None) -> bool:
-    """transformers leaves them two where a checkpoint has both and they differ, whatever its configuration says."""
+    """Whether embedding and head are one. If a checkpoint has both and they differ, transformers keeps them apart,
+    whatever the configuration says."""
     return embedding is None or head is None or embedding.data_ptr() == head.data_ptr()
 
 
 def _share(module: Qwen2, weights: Mapping[str, nn.Parameter]) -> None:
     """Gives the module, whose parameters are on "meta", the memory of these weights."""
-    names: dict[str, list[str]] = {}  # of each of our parameters' parts, from the first row down
+    names: dict[str, list[str]] = {}  # for each of our parameters, its parts in the order of their rows
     for name, slot in slots(module.config).items():
         names.setdefault(slot.parameter, []).append(name)
     for parameter, parts in names.items():
@@ -114,8 +116,8 @@ def _share(module: Qwen2, weights: Mapping[str, nn.Parameter]) -> None:
 
 
 def _packed(parts: Sequence[nn.Parameter]) -> Tensor:
-    """The parts under each other in one tensor, of which they become views, if they are not: their old memory is free
-    then."""
+    """One tensor with the rows of all parts. The parts become views of it, if they are not yet, and their old memory is
+    freed."""
     whole = _rows_of(parts)
     if whole is None:
         first = parts[0]
@@ -127,7 +129,7 @@ def _packed(parts: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _rows_of(parts: Sequence[nn.Parameter]) -> Tensor | None:
-    """The tensor that consists of these already: of one part, or of a model that has been shared before."""
+    """The tensor whose rows these parts already are: of a single part, or of a model that was shared before."""
     first, at = parts[0].data, parts[0].data_ptr()
     if len(parts) == 1:
         return first

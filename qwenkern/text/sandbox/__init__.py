@@ -1,14 +1,14 @@
-"""A Jinja sandbox in which every template ends soon and stays small, whatever it says.
+"""A Jinja sandbox that limits the time and the memory of every template.
 
-A rendering has a budget of steps. Everything that a template can do takes from it, before it is done where the result
-can be larger than what it is made of: a node of the syntax tree, each time it is reached; a character that is read or
-made; an item of a list. Jinja gives hooks for operators, calls, filters and tests. The rest (loop bodies, macros,
-comparisons, `~`, slices, keys of dicts) is rewritten in the syntax tree, so that it passes one of them. What cannot be
-weighed is refused: only the filters, functions and methods named here can be called. Where Jinja makes a generator, its
-items are made at once: a chain of 100,000 generators overflows the C stack.
+A rendering has a budget of steps. Everything that a template can do costs steps: a node of the syntax tree, each time
+it is reached; a character that is read or made; an item of a list. If a result can be larger than its inputs, the steps
+are spent before it is made. Jinja has hooks for operators, calls, filters and tests. The rest (loop bodies, macros,
+comparisons, `~`, slices, keys of dicts) is rewritten in the syntax tree so that it passes a hook. Only the filters,
+functions and methods named here can be called, because the cost of others is unknown. If Jinja makes a generator, its
+items are made at once, because a chain of 100,000 generators overflows the C stack.
 
-A step takes 0.2 microseconds and 15 bytes at most, so that the budget bounds time and memory on every platform. A child
-process would cost its start, and would have to live where there is no executable to start (embedded interpreters).
+A step takes at most 0.2 microseconds and 15 bytes, so the budget limits time and memory on every platform. A child
+process was rejected, because starting it takes time, and embedded interpreters have no executable to start.
 """
 
 from __future__ import annotations

@@ -1,0 +1,146 @@
+/* The arguments of every op: the one list of them, which C compiles and calls.py reads.
+ *
+ *     Python                                    this file                       C
+ *     make.silu_mul(out=..., gate=..., ...) ──► silu_mul_args ──► call ──► silu_mul(const silu_mul_args *, worker *)
+ *
+ * calls.py reads the lists and the structs below as they stand, so they keep to a simple form: an op NAME has a struct
+ * NAME_args, and a field is a pointer, a long, a double, or a struct of those. Each of these has 8 bytes. A tensor that
+ * an op only reads is const.
+ *
+ * Shapes: T tokens, S sequences, Hq query heads, Hkv key-value heads, D head_dim, F a row of the MLP. A linear has
+ * in_features K and out_features N. Strides count values, not bytes, unless a name says otherwise. */
+#ifndef CALLS_H
+#define CALLS_H
+#include <stdint.h>
+
+typedef uint16_t bf16;
+
+/* clang-format off */
+#define EACH_OP(OP)      \
+    OP(embedding)        \
+    OP(add_rms_norm)     \
+    OP(linear)           \
+    OP(silu_mul)         \
+    OP(apply_rope)       \
+    OP(rope_and_cache)   \
+    OP(decode_attention) \
+    OP(prefill_attention)
+/* clang-format on */
+
+/* A format of weights or of pages is a file of that name (dense_weight.h, dense_pages.h) and its name here. */
+#define EACH_WEIGHT_FORMAT(FORMAT) FORMAT(dense)
+#define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense)
+
+typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h */
+    const void *values; /* null: there is none */
+    long row_bytes;     /* from a row to the next one */
+    long format;        /* its place in EACH_WEIGHT_FORMAT */
+} weight;
+
+typedef struct { /* the keys and values that a layer has cached, in one of the formats of pages.h */
+    void *k;     /* [pages, page_size, Hkv, D] */
+    void *v;
+    long page_size;   /* tokens of a page */
+    long token_bytes; /* from a token to the next one; pages lie one after the other */
+    long format;      /* its place in EACH_PAGES_FORMAT */
+} pages;
+
+typedef struct {        /* out = the rows of table with the numbers ids */
+    bf16 *out;          /* [T, K], dense */
+    const bf16 *table;  /* [V, K] */
+    const int64_t *ids; /* [T] */
+    long num_tokens, row_size, table_stride;
+} embedding_args;
+
+typedef struct {             /* new_residual = residual + x; out = rms_norm(new_residual) * norm_weight */
+    bf16 *out;               /* [T, K], dense */
+    bf16 *new_residual;      /* [T, K], dense; null: there is no residual, and x is normalised */
+    const bf16 *x;           /* [T, K] */
+    const bf16 *residual;    /* [T, K], or null */
+    const bf16 *norm_weight; /* [K] */
+    long num_tokens, row_size, x_stride, residual_stride;
+    double eps;
+} add_rms_norm_args;
+
+typedef struct {             /* out = (norm of) x times weight transposed, with what follows the product (linear.h) */
+    void *out;               /* [T, N], dense: bf16, or float where out_is_float */
+    bf16 *new_residual;      /* [T, K], dense, or null */
+    float *scratch;          /* [T, K]; for many tokens also what linear_many_tokens.c asks for */
+    const bf16 *x;           /* [T, K] */
+    const bf16 *residual;    /* [T, K], or null */
+    const bf16 *norm_weight; /* [K]; null: x is multiplied as it is */
+    weight weight;           /* [N, K] */
+    weight up;               /* [N, K]; where there is one, out = silu(x weight') * (x up') */
+    const bf16 *bias;        /* [N], or null */
+    const bf16 *addend;      /* [T, N], or null */
+    long num_tokens, out_features, in_features, x_stride, residual_stride, addend_stride;
+    long out_is_float;
+    long prefetch_distance; /* bytes before they are needed that weights are asked for; 0: they are not */
+    double eps;
+} linear_args;
+
+typedef struct {      /* out = silu(gate) * up */
+    bf16 *out;        /* [T, F], dense */
+    const bf16 *gate; /* [T, F] */
+    const bf16 *up;   /* [T, F] */
+    long num_tokens, row_size, gate_stride, up_stride;
+} silu_mul_args;
+
+typedef struct {              /* q and k, rotated */
+    bf16 *q_out;              /* [T, Hq, D], dense */
+    bf16 *k_out;              /* [T, Hkv, D], dense */
+    const bf16 *q;            /* [T, Hq, D], heads dense */
+    const bf16 *k;            /* [T, Hkv, D], heads dense */
+    const int64_t *positions; /* [T] */
+    const float *cos_sin;     /* [positions, D]: cosines in the first half of a row, sines in the second */
+    long num_tokens, num_q_heads, num_kv_heads, head_dim, q_stride, k_stride;
+    double sign; /* of the angles: -1 rotates back */
+} apply_rope_args;
+
+typedef struct { /* q_out = q, rotated; k, rotated, and v go to their slots */
+    bf16 *q_out; /* [T, Hq, D], dense */
+    pages cache;
+    const bf16 *qkv;          /* [T, Hq + 2 Hkv, D], heads dense */
+    const int64_t *positions; /* [T] */
+    const int64_t *slots;     /* [T]: page * page_size + place in the page */
+    const float *cos_sin;     /* as above */
+    long num_tokens, num_q_heads, num_kv_heads, head_dim, qkv_stride;
+} rope_and_cache_args;
+
+typedef struct {    /* attention of one query token a sequence */
+    bf16 *out;      /* [S, Hq, D], dense */
+    float *scratch; /* [S, Hkv, splits, Hq / Hkv, D + 2] */
+    const bf16 *q;  /* [S, Hq, D], heads dense */
+    const pages cache;
+    const int32_t *block_tables; /* [S, pages]: the numbers of a sequence's pages */
+    const int32_t *lengths;      /* [S]: cached tokens, this one included */
+    long num_sequences, num_kv_heads, group, head_dim, q_stride, block_table_stride; /* group: Hq / Hkv */
+    long splits;                                                                     /* that scratch has room for */
+    double scale;
+} decode_attention_args;
+
+typedef struct {    /* causal attention of the last tokens of each sequence */
+    bf16 *out;      /* [T, Hq, D], dense */
+    float *scratch; /* as prefill_attention.c says */
+    const bf16 *q;  /* [T, Hq, D], heads dense */
+    const pages cache;
+    const int32_t *block_tables; /* [S, pages] */
+    const int32_t *lengths;      /* [S] */
+    const int32_t *query_starts; /* [S + 1]: rows query_starts[s] .. query_starts[s + 1] of q are of sequence s */
+    long num_sequences, num_kv_heads, group, head_dim, q_stride, block_table_stride;
+    double scale;
+} prefill_attention_args;
+
+typedef struct { /* what the ops take, and the sizes that scratch memory is laid out by; limits.c has the values */
+    long max_few_tokens;       /* of a linear that passes over its weights once, row by row */
+    long in_features_multiple; /* of a linear */
+    long norm_multiple;        /* of a row that is normalised */
+    long head_dim_multiple;    /* of a head */
+    long max_head_dim;
+    long max_group;     /* query heads of a key-value head */
+    long decode_split;  /* cached tokens that a thread attends to at a time */
+    long prefill_block; /* cached tokens that are packed at a time */
+    long panel_columns; /* rows of a weight that are packed at a time */
+    long panel_depth;   /* values of each of them */
+} limits;
+#endif

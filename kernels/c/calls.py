@@ -1,0 +1,121 @@
+"""The calls of C functions: laid out as calls.h says, which is read here, and made by one function for each op.
+
+``make.silu_mul(out=..., gate=..., up=..., num_tokens=..., ...)`` returns a Call. Its arguments are the fields of
+``silu_mul_args``: a tensor or None for a pointer, a number for a long or a double, and for a struct within the struct a
+tuple of its fields (formats.py makes those). An argument too many or too few raises TypeError."""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+HEADER = Path(__file__).with_name("calls.h")
+# An op's name, the bytes of `call` in team.h, and the tensors that its pointers lead to, which must outlive it
+Call = tuple[str, bytes, tuple["Tensor | None", ...]]
+
+_COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
+_LIST = re.compile(r"#define EACH_(\w+)\(\w+\)((?:.*\\\n)*.*)")
+_STRUCT = re.compile(r"typedef struct \{(.*?)\}\s*(\w+);", re.DOTALL)
+_DECLARATION = re.compile(r"(const )?(\w+) (.+)", re.DOTALL)
+_CODES = {"long": "l", "double": "d"}  # of the module struct; a pointer is P
+
+
+class Field(NamedTuple):
+    """A field of a struct. ``weight.values`` is the field ``values`` of the struct ``weight`` within the struct."""
+
+    name: str
+    code: str  # as the module struct has it: P, l or d
+    is_const: bool  # what a pointer leads to is only read
+
+
+class Layout(NamedTuple):
+    """What calls.h says."""
+
+    lists: dict[str, tuple[str, ...]]  # OP, WEIGHT_FORMAT and PAGES_FORMAT, each in its order
+    structs: dict[str, tuple[Field, ...]]
+
+
+def read(text: str) -> Layout:
+    """Reads the lists and the structs of a header as calls.h is one. Raises ValueError for another type of field."""
+    text = _COMMENT.sub("", text)
+    lists = {name: tuple(re.findall(r"\((\w+)\)", body)) for name, body in _LIST.findall(text)}
+    structs: dict[str, tuple[Field, ...]] = {}
+    for body, name in _STRUCT.findall(text):
+        declarations = [line.strip() for line in body.split(";") if line.strip()]
+        structs[name] = tuple(field for line in declarations for field in _fields(line, structs))
+    return Layout(lists, structs)
+
+
+def _fields(declaration: str, structs: dict[str, tuple[Field, ...]]) -> list[Field]:
+    found = _DECLARATION.fullmatch(declaration)
+    const, kind, names = found.groups() if found else ("", "", "")
+    fields = []
+    for name in (each.strip() for each in names.split(",")):
+        if name[:1] == "*" and name[1:].isidentifier():
+            fields.append(Field(name[1:], "P", bool(const)))
+        elif kind in _CODES and name.isidentifier():
+            fields.append(Field(name, _CODES[kind], True))
+        elif kind in structs and name.isidentifier():
+            fields += [Field(f"{name}.{each}", code, bool(const) or own) for each, code, own in structs[kind]]
+        else:
+            raise ValueError(f"{HEADER.name}: {declaration!r} is no pointer, long, double, or struct of those")
+    return fields
+
+
+LAYOUT = read(HEADER.read_text(encoding="utf-8"))
+OPS = LAYOUT.lists["OP"]
+FIELDS = {op: LAYOUT.structs[f"{op}_args"] for op in OPS}
+_WORD = struct.calcsize("P")  # also of a long and a double, as tests hold against the compiler
+CALL_BYTES = _WORD * (1 + max(map(len, FIELDS.values())))
+
+
+def _maker(op: str) -> Callable[..., Call]:
+    """The function that makes calls of an op. It is written out and compiled, as namedtuple does it: a loop over the
+    fields would take as long as a small op."""
+    fields = FIELDS[op]
+    places = [_place(field.name, fields) for field in fields]
+    arguments = dict.fromkeys(field.name.partition(".")[0] for field in fields)
+    values, tensors = [], []
+    for place, field in zip(places, fields, strict=True):
+        if field.code == "P":
+            tensors.append(place)
+            values.append(f"0 if {place} is None else {place}.data_ptr() or no_address({field.name!r}, {place})")
+        else:
+            values.append(place)
+    text = (
+        f"def {op}(*, {', '.join(arguments)}):\n"
+        f"    return {op!r}, pack({OPS.index(op)}, {', '.join(values)}), ({', '.join(tensors)},)"
+    )
+    missing = CALL_BYTES - _WORD * (1 + len(fields))
+    layout = struct.Struct(f"@l{''.join(field.code for field in fields)}{missing}x")
+    scope: dict[str, Any] = {"pack": layout.pack, "no_address": lambda name, tensor: _no_address(op, name, tensor)}
+    exec(compile(text, f"<{op} of {HEADER.name}>", "exec"), scope)
+    return scope[op]
+
+
+def _place(name: str, fields: tuple[Field, ...]) -> str:
+    """The expression of a field: weight.values is the first of the tuple that is given as ``weight``."""
+    outer, _, inner = name.partition(".")
+    if not inner:
+        return outer
+    beside = [field.name for field in fields if field.name.startswith(f"{outer}.")]
+    return f"{outer}[{beside.index(name)}]"
+
+
+def _no_address(op: str, name: str, tensor: Tensor) -> int:
+    """Of an empty tensor; others must have one. Raises TypeError."""
+    if tensor.numel():
+        raise TypeError(
+            f"{op}: {name}, of shape {list(tensor.shape)}, has no memory; expected a tensor whose values lie in memory "
+            "(its storage was freed, or it stands for other tensors or for zeros that nobody wrote)"
+        )
+    return 0
+
+
+make: Any = SimpleNamespace(**{op: _maker(op) for op in OPS})

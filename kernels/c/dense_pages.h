@@ -1,0 +1,61 @@
+/* The cache format `dense`: keys and values of a layer in bfloat16, as kernels/reference.py has them.
+ *
+ *     k ──► page 0: token 0 | head 0: D values | head 1: D values | ...      token_bytes from here
+ *                   token 1 | head 0: D values | ...                      ◄─ to here
+ *                   ...
+ *           page 1: token page_size | ...                 slot = page * page_size + place in the page
+ *
+ * v alike. This file is all that C knows of the format; another format is another file with functions like these. */
+#ifndef DENSE_PAGES_H
+#define DENSE_PAGES_H
+#include "panels.h"
+
+/* A head's D values of the token in a slot, of k or of v */
+ALWAYS bf16 *dense_head(void *k_or_v, const pages *p, long slot, long head, long D) {
+    return (bf16 *)((char *)k_or_v + slot * p->token_bytes) + head * D;
+}
+
+/* One value of k or of v: what the other functions read many of */
+static inline float dense_cached(void *k_or_v, const pages *p, long slot, long head, long D, long d) {
+    uint32_t bits = (uint32_t)dense_head(k_or_v, p, slot, head, D)[d] << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Stores a head's key [D] and value [D] */
+static inline void dense_store(const pages *p, long slot, long head, const bf16 *key, const bf16 *value, long D) {
+    memcpy(dense_head(p->k, p, slot, head, D), key, D * sizeof *key);
+    memcpy(dense_head(p->v, p, slot, head, D), value, D * sizeof *value);
+}
+
+/* Packs a head's keys and values of BLOCK tokens for `multiply`: keys as panels [PANELS, D / PER, WIDE], values as rows
+ * [BLOCK / PER, D] of operands. Tokens from `count` on, whose memory may hold anything, become 0. Meanwhile asks for
+ * the next_count tokens of the next block. */
+static inline void dense_block(operands *keys, operands *values, const pages *p, const long *slots, long count,
+                               const long *next_slots, long next_count, long head, long D) {
+    static const bf16 zeros[MAX_HEAD_DIM];
+    const bf16 *k_rows[BLOCK], *v_rows[BLOCK];
+    for (long i = 0; i < BLOCK; i++) {
+        k_rows[i] = i < count ? dense_head(p->k, p, slots[i], head, D) : zeros;
+        v_rows[i] = i < count ? dense_head(p->v, p, slots[i], head, D) : zeros;
+    }
+    for (long panel = 0; panel < PANELS; panel++)
+        pack_transposed(keys + panel * (D / PER) * VECTORS, k_rows + panel * WIDE, D);
+    for (long i = 0; i < BLOCK; i += PER) {
+        for (long j = i; j < i + PER && j < next_count; j++)
+            for (long d = 0; d < D; d += LINE) {
+                __builtin_prefetch(dense_head(p->k, p, next_slots[j], head, D) + d, 0, 2);
+                __builtin_prefetch(dense_head(p->v, p, next_slots[j], head, D) + d, 0, 2);
+            }
+        for (long d = 0; d < D; d += LANES) {
+            operands *to = values + (i / PER * D + d) / LANES;
+#ifdef PAIRS
+            *to = (pairs)load_wide(v_rows[i] + d) >> 16 | (pairs)load_wide(v_rows[i + 1] + d);
+#else
+            *to = load_wide(v_rows[i] + d);
+#endif
+        }
+    }
+}
+#endif

@@ -1,0 +1,63 @@
+/* A linear layer with what stands before and behind its product, which its two forms share.
+ *
+ *     x, residual ──► add + RMSNorm ──► rows [T, K] of operands      prologue:  normed_rows
+ *                                          │
+ *         weight [N, K], up [N, K] ──► product [T, N]                linear_few_tokens.c, linear_many_tokens.c
+ *                                          │
+ *              SwiGLU, + bias, + addend ──► out [T, N]               epilogue:  finish
+ *
+ * What is computed, all but the product in the order of rounding of kernels/reference.py:
+ *
+ *     for each token t and each row n of weight:
+ *         value = sum over k of rows[t][k] * weight[n][k]
+ *         out[t][n] = value + bias[n], or silu(value) * (sum over k of rows[t][k] * up[n][k]);  + addend[t][n] */
+#ifndef LINEAR_H
+#define LINEAR_H
+#include "norm.h"
+#include "team.h"
+#include "weights.h"
+
+#define MAX_FEW_TOKENS 16  /* that pass over the weight once, row by row */
+#define TASKS_PER_THREAD 4 /* at least, where there is enough to do */
+#define PANEL_DEPTH \
+    (PANELS == 1 ? 1024 : 512) /* values of a row that are packed at a time: they stay in the L2 cache */
+#define NORMED 4096            /* values of a row that are normalised at a time */
+
+void linear_few_tokens(const linear_args *args, worker *me);
+void linear_many_tokens(const linear_args *args, worker *me);
+
+/* x as rows [T, K] of operands, normed where there is a norm; with new_residual. They lie at the start of scratch. */
+static const operand *normed_rows(const linear_args *args, worker *me) {
+    operand *rows = (operand *)args->scratch;
+    const long K = args->in_features;
+    for (long token = first_task(me, args->num_tokens); token >= 0; token = next_task(me)) {
+        const bf16 *x = args->x + token * args->x_stride;
+        if (!args->norm_weight) {
+            to_operands(rows + token * K, x, K);
+            continue;
+        }
+        const bf16 *residual = args->residual ? args->residual + token * args->residual_stride : 0;
+        bf16 *sum = args->new_residual ? args->new_residual + token * K : 0, normed[NORMED];
+        float scale = norm_scale(sum, x, residual, args->eps, K);
+        for (long k = 0; k < K; k += NORMED) {
+            long some = least(K - k, NORMED);
+            apply_norm(normed, (sum ? sum : x) + k, args->norm_weight + k, scale, some);
+            to_operands(rows + token * K + k, normed, some);
+        }
+    }
+    barrier(me);
+    return rows;
+}
+
+/* Writes out[token][row .. row + some], some at most LANES, of a product's values; `up` is null or the values of the
+ * product with up */
+static inline void finish(const linear_args *args, floats value, const float *up, long token, long row, long some) {
+    if (args->bias) value += load_some(args->bias + row, some);
+    if (up) value = rounded(silu(rounded(value))) * rounded(load(up));
+    if (args->addend) value = rounded(value) + load_some(args->addend + token * args->addend_stride + row, some);
+    long at = token * args->out_features + row;
+    halves near = narrow_floats(value);
+    if (args->out_is_float) store_some((float *)args->out + at, &value, some, sizeof(float));
+    else store_some((bf16 *)args->out + at, &near, some, sizeof(bf16));
+}
+#endif
