@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import INTEGERS, check_device, check_matrix, check_range, check_tensor
+from .checks import INTEGERS, check_device, check_range, check_tensor
 from .contract import Steps, op
-from .weights import Weight
+from .weights import Weight, check_matrix
 
 
 @op()

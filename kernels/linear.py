@@ -13,11 +13,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_device, check_tensor, check_weight
+from .checks import check_device, check_tensor
 from .contract import Steps, op
 from .rms_norm import add_normed
 from .swiglu import gated
-from .weights import Weight
+from .weights import Weight, check_weight
 
 
 @op()

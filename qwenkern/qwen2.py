@@ -191,8 +191,11 @@ class Norm(nn.Module):
 def initialise(model: Qwen2, seed: int) -> None:
     """Fills the parameters with random numbers in place: what a benchmark needs where no checkpoint is at hand."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.weight.fill_(1.0)
+        elif isinstance(module, Linear):
+            matrix = module.value.dequantise().normal_(0.0, 0.02, generator=generator)
+            module.value.copy_(matrix)  # of a dense weight onto itself
+            if hasattr(module, "bias"):
+                module.bias.normal_(0.0, 0.02, generator=generator)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..recording import CannotRecord, is_recording, recorder, recording
 from . import build, threads
 from .calls import Call
 
-_of_thread = threading.local()  # recording: RecordedCalls or None; scratch: Scratch
+_of_thread = threading.local()  # scratch: Scratch
 
 
 class Scratch:
@@ -34,10 +35,6 @@ def _floats(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
-class CannotRecord(RuntimeError):
-    """What ran under RecordedCalls.record is more than calls of C functions."""
-
-
 class RecordedCalls:
     """The calls of C functions that a function makes, recorded once and replayed in one go, which is to C ops what a
     CUDA graph is to kernels: no Python, no allocation, and one team of threads from the first call to the last. They
@@ -55,12 +52,8 @@ class RecordedCalls:
     def record(self) -> Iterator[None]:
         """Records what runs within it, without running it. Raises CannotRecord if torch were to compute something."""
         build.prepare()  # here, where torch may compute
-        _of_thread.recording = self
-        try:
-            with _OnlyViews():
-                yield
-        finally:
-            _of_thread.recording = None
+        with recording(self), _OnlyViews():
+            yield
         self._packed = b"".join(self.calls)
 
     def replay(self) -> None:
@@ -87,7 +80,7 @@ class _OnlyViews(TorchDispatchMode):
 def run(call: Call, team: int | None = None) -> None:
     """Runs a call in a team of its own, of ``team`` threads (default: threads.count()); or records it."""
     if is_recording():
-        _of_thread.recording.add(call)
+        recorder().add(call)
     else:
         play(call[1], 1, team)
 
@@ -100,11 +93,7 @@ def play(calls: bytes, count: int, team: int | None = None) -> None:
 def scratch(size: int) -> Tensor:
     """Memory for so many float32 that only the next call uses."""
     if is_recording():
-        return _of_thread.recording.scratch(size)
+        return recorder().scratch(size)
     if not hasattr(_of_thread, "scratch"):
         _of_thread.scratch = Scratch()
     return _of_thread.scratch(size)
-
-
-def is_recording() -> bool:
-    return getattr(_of_thread, "recording", None) is not None

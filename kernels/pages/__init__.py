@@ -1,6 +1,6 @@
 """Formats of the key-value cache's pages. A layer's pages are one value to the ops; one file a format.
 
-To add a format: a file here with a subclass of Pages, and its import below. What each member is for stands in
+To add a format: a file here with a subclass of Pages, which is found by itself. What each member is for stands in
 ``Pages``; ``dense.py`` is the example.
 """
 
@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..discovery import import_files
 from .base import FORMATS, Pages
 from .dense import DensePages
+
+import_files(__name__, __path__)
 
 
 def as_pages(value: Any, form: str = "dense") -> Any:
