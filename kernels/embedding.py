@@ -15,6 +15,6 @@ def embedding(ids: Tensor, weight: Weight) -> Steps[Tensor]:
     check_tensor("embedding", "ids", ids, ("tokens",), dtypes=INTEGERS)
     check_matrix("embedding", "weight", weight)
     check_device("embedding", ids=ids, weight=weight)
-    check_range("embedding", "ids", ids, 0, len(weight))
+    check_range("embedding", "ids", ids, 0, weight.shape[0])
     yield
     return weight.take(ids)
