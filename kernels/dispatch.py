@@ -1,10 +1,12 @@
-"""Which backend runs an op.
+"""Chooses the backend that runs an op.
 
-A backend registers implementations of ops (``Backend.implements``), each with a function of the same arguments that
-says why it refuses them, or None. The first backend of the device that does not refuse runs, in the order of their
-registration (see __init__.py), or else the reference of the contract (contract.py).
+A backend registers implementations of ops (``Backend.implements``). Each implementation has a function ``refuses`` of
+the same arguments; it returns the reason why the implementation cannot run them, or None. Backends are tried in the
+order of their registration (see __init__.py), and the first that does not refuse runs the op. If all of them refuse,
+the reference of the contract runs (contract.py).
 
-QWENKERN_KERNELS=reference chooses the reference everywhere. Where a GPU runs the reference, a warning says why, once.
+QWENKERN_KERNELS=reference chooses the reference everywhere. If a GPU runs the reference for another reason, a warning
+gives that reason once.
 """
 
 from __future__ import annotations
@@ -28,10 +30,10 @@ Refuses = Callable[..., "str | None"]
 
 
 class Op(Protocol[P, R_co]):
-    """An op as it is called.
+    """The public function of an op.
 
-    ``reference`` is the contract's own torch code, checks included. ``wrap`` gives arguments as backends get them, with
-    weights and pages as values."""
+    ``reference`` is the contract's own torch code, with its checks. ``wrap`` converts arguments to what backends get:
+    tensors become Weight and Pages values."""
 
     __name__: str
     reference: Callable[..., Any]
@@ -50,12 +52,13 @@ class Implementation:
 
 @dataclass
 class Backend:
-    """Kernels for the tensors of some devices.
+    """The kernels for some types of device.
 
-    ``serves`` says whether it is there for a type of device ("cuda", "cpu", "meta"). ``refuses`` says of an op's first
-    tensor why no op of this backend takes it, or None. ``prepare`` is called once before the first of these: it may
-    compile, measure or write to the log, and ``refuses`` may not. ``invariant_tokens`` is the number of tokens up to
-    which the bits that a linear gives a token do not depend on the other tokens."""
+    ``serves(kind)`` says whether the backend runs on a type of device ("cuda", "cpu", "meta"). ``refuses(x)`` gets an
+    op's first tensor; it returns the reason why no op of this backend takes that tensor, or None. ``prepare`` is called
+    once, before the first ``refuses``. It may compile, measure and write to the log; ``refuses`` must do none of these.
+    ``invariant_tokens`` says in how large a batch linears are batch-invariant: up to so many tokens in one call, the
+    other tokens do not change a token's bits."""
 
     name: str
     serves: Callable[[str], bool]
@@ -69,9 +72,10 @@ class Backend:
         BACKENDS.append(self)
 
     def implements(self, refuses: Refuses | None = None) -> Callable[[Callable], Callable]:
-        """Registers the decorated function as this backend's implementation of the op of its name.
+        """Registers the decorated function as this backend's implementation of the op with the same name.
 
-        It and ``refuses`` get the op's arguments, checked, with weights and pages as values."""
+        The function and ``refuses`` get the op's arguments after the checks, with weights and pages as values. Raises
+        ValueError for an unknown op, a second implementation, or other arguments than those of the contract."""
 
         def register(function: Callable) -> Callable:
             name = function.__name__
@@ -90,7 +94,7 @@ class Backend:
         return register
 
 
-BACKENDS: list[Backend] = []  # in the order in which they are tried
+BACKENDS: list[Backend] = []  # dispatch tries them in this order
 OPS: dict[str, Op[..., Any]] = {}
 
 
@@ -99,8 +103,8 @@ def _takes_all(*args: Any, **keywords: Any) -> None:
 
 
 def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementation | None:
-    """The implementation that runs an op with these arguments, which are checked; None: its reference does. ``first``
-    is the tensor whose device and dtype decide."""
+    """The implementation that runs an op with these arguments, which have passed the checks. None: the reference runs.
+    The device and dtype of ``first`` decide which backends are asked."""
     kind = first.device.type
     refusal: str | None = None
     for backend in backends(kind):
@@ -115,8 +119,8 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
 
 
 def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
-    """Of each backend, by its name, why it does not run an op with these arguments; None where it would. The first of
-    those runs it, and where there is none torch does."""
+    """For each backend, by name: the reason why it does not run an op with these arguments, or None if it would run them.
+    The first backend with None runs the op. If no backend has None, the torch reference runs."""
     kind = first.device.type
     found: dict[str, str | None] = {}
     args, _ = OPS[name].wrap(args, {})
@@ -135,7 +139,7 @@ def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
 
 
 def backends(kind: str) -> list[Backend]:
-    """Those for a type of device, prepared, in the order in which they are tried."""
+    """The backends for a type of device, prepared, in the order in which dispatch tries them."""
     if KERNELS.get() == "reference":
         return []
     found = [backend for backend in BACKENDS if backend.serves(kind)]
@@ -147,18 +151,18 @@ def backends(kind: str) -> list[Backend]:
 
 
 def is_served(kind: str) -> bool:
-    """Whether any backend is there for a type of device."""
+    """Whether any backend runs on a type of device."""
     return any(backend.serves(kind) for backend in BACKENDS)
 
 
 def invariant_tokens(weight: Tensor) -> int:
-    """The number of tokens up to which the bits that linears with such weights give a token do not depend on the other
-    tokens of the call."""
+    """In how large a batch linears with this weight are batch-invariant: up to so many tokens in one call, the other
+    tokens do not change a token's bits."""
     return next((each.invariant_tokens for each in backends(weight.device.type) if each.refuses(weight) is None), 1)
 
 
 def _warn_of_reference(refusal: str | None) -> None:
-    """That a GPU runs torch's own kernels, where that is not what somebody chose."""
+    """Warns that a GPU runs the torch reference, unless QWENKERN_KERNELS asks for it."""
     if KERNELS.get() == "reference":
         return
     if not is_served("cuda"):
@@ -177,8 +181,8 @@ _dependent = threading.local()
 
 @contextlib.contextmanager
 def dependent_launches() -> Iterator[None]:
-    """While it lasts, kernels are launched as in a captured graph: for what runs once before it is captured, so that
-    nothing is compiled or loaded while it is."""
+    """In this context kernels are launched with programmatic dependent launch, as in a captured graph. The warm-up run
+    before a capture uses it, so the capture itself compiles and loads nothing."""
     before, _dependent.on = launches_dependently(), True
     try:
         yield
