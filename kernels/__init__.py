@@ -1,4 +1,5 @@
-"""The ops of the model's graph: each takes tensors and numbers and returns tensors. dispatch.py chooses who runs a call."""
+"""The ops of the model's graph: each takes tensors and numbers and returns tensors. dispatch.py chooses the
+backend."""
 
 if __name__ == "kernels":  # imported as `kernels`, the name of Hugging Face's library: see namesake.py
     from .namesake import hand_over
