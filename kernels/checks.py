@@ -68,7 +68,8 @@ def check_tensor(
 
 
 def check_device(op: str, **tensors: Any) -> None:
-    """Raises ValueError unless all tensors, weights and pages are on one device. An argument that is None is skipped."""
+    """Raises ValueError unless all tensors, weights and pages are on one device. An argument that is None is
+    skipped."""
     first = None
     for name, value in tensors.items():
         if value is None:
