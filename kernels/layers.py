@@ -7,7 +7,8 @@ calls `forward` with the replaced module as `self`, and with that module's argum
     SiluAndMul     silu of the first half times the second
     RotaryPosEmb   transformers' function `rotary_pos_emb`
 
-If an op would refuse the arguments, such as a weight of another dtype, torch computes what the replaced module computes.
+If an op would refuse the arguments, such as a weight of another dtype, torch computes what the replaced module
+computes.
 
 On a CPU a call into C costs more than a few tokens save. RMSNorm is faster than transformers' layer at any number of
 tokens. RotaryPosEmb is faster from about 64 tokens on, and slower below.
@@ -80,7 +81,7 @@ def angles(cos: Tensor, sin: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
     cos_sin = cos_sin if cos_sin.dtype == torch.float64 else cos_sin.float()
     positions = torch.arange(num_tokens, device=cos.device)
     rows = cos_sin.shape[0]
-    if rows == num_tokens and not torch.compiler.is_compiling():  # under torch.compile sizes may be symbolic: no comparison
+    if rows == num_tokens and not torch.compiler.is_compiling():  # sizes may be symbolic
         return cos_sin, positions
     return cos_sin, positions % rows  # with B = 1 in cos, all sequences use the same rows
 
