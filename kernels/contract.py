@@ -4,8 +4,8 @@
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Steps[Tensor]:
         "What users read: formula, shapes, dtypes, roundings, source."
         check_tensor("rms_norm", "x", x, ("...", "H"))   # the checks raise
-        yield                                            # if a backend takes the arguments, it runs here (dispatch.py)
-        return ...                                       # else this part runs: the torch reference
+        yield                                            # if a backend takes the arguments, it runs
+        return ...                                       # here (dispatch.py); else the reference follows
 
 The decorator ``op`` turns it into the public function, and registers it as torch.ops.qwenkern.<its name> for
 torch.compile, autograd and tracing. Eager calls without gradients skip torch's dispatcher, which would add tens of
@@ -31,7 +31,7 @@ from .weights import Weight, as_weight
 P = ParamSpec("P")
 R = TypeVar("R")
 Steps = Generator[None, None, R]  # the type of a contract's body: checks, one yield, the reference
-Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and backward of torch.library.register_autograd
+Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and backward
 
 
 def op(
@@ -63,7 +63,7 @@ def op(
             found = serving(name, first, *args, **keywords)
             return _rest(steps) if found is None else found.run(*args, **keywords)
 
-        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder keeps the ops of the first
+        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder keeps the first's
             _register_with_torch(body, values, eager, fake or reference, mutates, gradient)
 
         @functools.wraps(body)
@@ -82,7 +82,7 @@ def op(
             if first is None or first.is_cpu:
                 return eager(*args, **keywords)
             if first.is_meta and not is_served("meta"):
-                shapes_only = all(each.is_meta for each in _tensors(given))  # else a check names the tensor on another device
+                shapes_only = all(each.is_meta for each in _tensors(given))  # else a check raises
                 return values.call_torch(name, args, keywords) if shapes_only else eager(*args, **keywords)
             if first.is_cuda and first.device.index != torch.cuda.current_device():
                 with torch.cuda.device(first.device):  # because Triton launches on the current device
@@ -196,8 +196,9 @@ def _register_with_torch(
 
 
 def _own(outputs: Any, inputs: list[Tensor]) -> Any:
-    """Copies outputs where torch.library requires it: no output may be an input, and each must be contiguous as the fake
-    says. add_rms_norm without a residual returns x itself, and a reference may keep the dimension order of its input."""
+    """Copies outputs where torch.library requires it: no output may be an input, and each must be contiguous as the
+    fake says. add_rms_norm without a residual returns x itself, and a reference may keep the dimension order of its
+    input."""
     if not isinstance(outputs, tuple):
         return outputs.contiguous()
     return tuple(
@@ -221,8 +222,8 @@ def _first_tensor(given: Iterable[Any]) -> Tensor | None:
 
 def _is_for_torch(given: Iterable[Any]) -> bool:
     """Whether torch must run the call, because a kernel that reads the argument's memory would compute something else.
-    This holds for a tensor that requires a gradient; for a subclass of Tensor, which may have no memory of its own
-    (DTensor, torchao); and for a view that is negated when it is read."""
+    This holds for a tensor that requires a gradient, for a subclass of Tensor, which may have no memory of its own
+    (DTensor, torchao), and for a view that is negated when it is read."""
     wants_gradient = torch.is_grad_enabled()
     for each in given:
         kind = type(each)
