@@ -119,8 +119,8 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
 
 
 def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
-    """For each backend, by name: the reason why it does not run an op with these arguments, or None if it would run them.
-    The first backend with None runs the op. If no backend has None, the torch reference runs."""
+    """For each backend, by name: the reason why it does not run an op with these arguments, or None if it would run
+    them. The first backend with None runs the op. If no backend has None, the torch reference runs."""
     kind = first.device.type
     found: dict[str, str | None] = {}
     args, _ = OPS[name].wrap(args, {})
