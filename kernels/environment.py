@@ -31,7 +31,8 @@ class Variable(Generic[T]):
     parse: Callable[[str, str], T]
 
     def get(self) -> T | None:
-        """Its present value, or None if it is unset. Raises ValueError, which names the variable, if the text is invalid."""
+        """Its present value, or None if it is unset. Raises ValueError, which names the variable, if the text is
+        invalid."""
         text = os.environ.get(self.name)
         return self.parse(self.name, text) if text else None
 
@@ -130,7 +131,7 @@ VARIABLES: tuple[Variable, ...] = (
 
 
 def cache_folder() -> Path:
-    """The folder of caches, as the variables name it. It may be relative, and may begin with ``~``. XDG_CACHE_HOME counts
-    only if it is absolute, as the XDG specification demands."""
+    """The folder of caches, as the variables name it. It may be relative, and may begin with ``~``. XDG_CACHE_HOME
+    counts only if it is absolute, as the XDG specification demands."""
     shared = os.environ.get("XDG_CACHE_HOME", "")
     return Path(CACHE.get() or Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern"))
