@@ -10,8 +10,8 @@ INTERPRETED = tl.constexpr(triton_if_any.INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc):
-    """a [M, K] times b [K, N], added to acc [M, N] float32. Products of float32 operands are exact float32 products, not
-    TF32.
+    """a [M, K] times b [K, N], added to acc [M, N] float32. Products of float32 operands are exact float32 products,
+    not TF32.
 
     Triton's interpreter multiplies the bit patterns of bfloat16, so under it both operands are converted to float32."""
     if INTERPRETED:
