@@ -59,8 +59,8 @@ def norm_linear(
 def norm_swiglu_linear(
     x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
 ) -> Steps[tuple[Tensor, Tensor]]:
-    """Runs add_rms_norm of x and residual [T, K], then linear with the packed weight [2 F, K] (gate rows, then up rows),
-    then silu(gate) * up. Returns (out [T, F], new residual [T, K]).
+    """Runs add_rms_norm of x and residual [T, K], then linear with the packed weight [2 F, K] (gate rows, then up
+    rows), then silu(gate) * up. Returns (out [T, F], new residual [T, K]).
 
     For up to 16 tokens, Triton keeps gate and up in float32 and rounds only out."""
     check_normed("norm_swiglu_linear", x, residual, norm_weight, weight)
