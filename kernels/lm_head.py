@@ -19,7 +19,8 @@ from .weights import Weight
 
 @op()
 def lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight) -> Steps[Tensor]:
-    """Runs add_rms_norm of x and residual [T, K], then the product with weight [V, K]. Returns logits [T, V] in float32.
+    """Runs add_rms_norm of x and residual [T, K], then the product with weight [V, K]. Returns logits [T, V] in
+    float32.
 
     For up to 16 tokens the kernels return the float32 sums as they are. For more, torch's matrix product rounds the
     logits to x's dtype first."""
