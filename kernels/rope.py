@@ -95,8 +95,8 @@ def rotated_into_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: P
 
 
 def _check_table(name: str, x: Tensor, head_dim: int, positions: Tensor, cos_sin: Tensor) -> None:
-    """Checks the rotary table and the positions for x [T, ...], which will be rotated. Only a float64 x may have a float64
-    table."""
+    """Checks the rotary table and the positions for x [T, ...], which will be rotated. Only a float64 x may have a
+    float64 table."""
     dtypes = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
     check_tensor(name, "positions", positions, (x.shape[0],), dtypes=INTEGERS)
     check_tensor(name, "cos_sin", cos_sin, ("context", head_dim), dtypes=dtypes, dense=True)
