@@ -1,4 +1,4 @@
-"""The ops that C implements, each registered with the backend in the file named like its contract."""
+"""The ops that C implements. Each is registered with the backend in the file named like its contract."""
 
 from .attention import decode_attention, prefill_attention
 from .embedding import embedding
