@@ -1,4 +1,4 @@
-"""Calls of C functions: run one by one, or recorded and replayed together."""
+"""Calls of C functions, run one by one, or recorded and replayed together."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ _of_thread = threading.local()  # recording: RecordedCalls or None; scratch: Scr
 
 
 class Scratch:
-    """Memory that is used again, larger when more is asked for: fresh pages would cost more than a small op."""
+    """Scratch memory that is reused, and grows when a call needs more. The page faults of fresh memory cost more than a
+    small op."""
 
     def __init__(self) -> None:
         self._memory = _floats(0)
@@ -30,18 +31,18 @@ class Scratch:
 
 
 def _floats(size: int) -> Tensor:
-    """Whatever torch's default dtype and device are."""
+    """A float32 tensor on the CPU, independent of torch's default dtype and device."""
     return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 class CannotRecord(RuntimeError):
-    """What ran under RecordedCalls.record is more than calls of C functions."""
+    """A function that is recorded called an operation of torch, not only C functions."""
 
 
 class RecordedCalls:
-    """The calls of C functions that a function makes, recorded once and replayed in one go, which is to C ops what a
-    CUDA graph is to kernels: no Python, no allocation, and one team of threads from the first call to the last. They
-    work on the memory that their tensors had when they were recorded."""
+    """The C calls of a function, recorded once and replayed together. This is to C ops what a CUDA graph is to kernels:
+    a replay runs no Python and allocates nothing, and one team of threads runs all calls. The calls use the memory that
+    their tensors had when they were recorded."""
 
     def __init__(self) -> None:
         self.ops: list[str] = []
@@ -53,8 +54,9 @@ class RecordedCalls:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Records what runs within it, without running it. Raises CannotRecord if torch were to compute something."""
-        build.prepare()  # here, where torch may compute
+        """Records the C calls made in this context, without running them. Raises CannotRecord if an operation of torch
+        would compute something."""
+        build.prepare()  # before recording, because it runs operations of torch
         _of_thread.recording = self
         try:
             with _OnlyViews():
@@ -74,7 +76,7 @@ class RecordedCalls:
 
 
 class _OnlyViews(TorchDispatchMode):
-    """Lets torch make tensors and views of them, but compute nothing."""
+    """Lets torch allocate tensors and make views, but compute nothing."""
 
     allowed = ("empty", "new_empty", "empty_like", "empty_strided")
 
@@ -85,7 +87,7 @@ class _OnlyViews(TorchDispatchMode):
 
 
 def run(call: Call, team: int | None = None) -> None:
-    """Runs a call in a team of its own, of ``team`` threads (default: threads.count()); or records it."""
+    """Runs a call in a team of ``team`` threads (default: threads.count()), or records it."""
     if is_recording():
         _of_thread.recording.add(call)
     else:
@@ -93,12 +95,12 @@ def run(call: Call, team: int | None = None) -> None:
 
 
 def play(calls: bytes, count: int, team: int | None = None) -> None:
-    """Runs so many calls that lie one after the other."""
+    """Runs ``count`` calls that lie one after the other in ``calls``."""
     build.prepared().library.run(calls, count, team or threads.count())
 
 
 def scratch(size: int) -> Tensor:
-    """Memory for so many float32 that only the next call uses."""
+    """Memory for ``size`` float32 values, valid for the next call only."""
     if is_recording():
         return _of_thread.recording.scratch(size)
     if not hasattr(_of_thread, "scratch"):
