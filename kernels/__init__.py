@@ -1,12 +1,13 @@
-"""The ops of the graph: tensors and numbers in, tensors out. dispatch.py says what runs where."""
+"""The ops of the model's graph: each takes tensors and numbers and returns tensors. dispatch.py chooses the
+backend."""
 
-if __name__ == "kernels":  # found by its folder's name, which is another library's
+if __name__ == "kernels":  # imported as `kernels`, the name of Hugging Face's library: see namesake.py
     from .namesake import hand_over
 
     hand_over()
 else:
     # isort: off
-    # the contracts, which the backends need
+    # The contracts come first, because the backends register implementations of them.
     from .attention import attention, decode_attention, prefill_attention
     from .attention import waits_for_host as waits_for_host
     from .dispatch import dependent_launches as dependent_launches
@@ -22,7 +23,7 @@ else:
     from .swiglu import silu_mul, silu_mul_backward, swiglu, swiglu_backward
     from .weights import Weight
 
-    # the backends, in the order in which they are tried
+    # dispatch.py tries the backends in the order of these imports.
     from . import triton as triton
     from .c import ops as ops
 

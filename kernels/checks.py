@@ -1,8 +1,8 @@
-"""What the public functions demand of their arguments. Everything here raises; nothing here touches a GPU's memory.
+"""Checks of the arguments of public functions. Each check raises ValueError or TypeError, and none copies from a GPU.
 
-Values on a GPU (lengths, page numbers, slots, positions) cannot be looked at without waiting for it, so they are
-checked on a CPU only: there a wrong one raises, on a GPU it is the caller's promise. Nor are they looked at while
-calls of C are recorded (c/): they come later.
+Reading a value on a GPU (a length, a page number, a slot, a position) would wait for the GPU. So values are checked on
+a CPU only; on a GPU the caller must pass valid ones. Values are also not checked while C calls are recorded (c/),
+because the tensors get their values when the calls are replayed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .recording import is_recording
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-SMALL = 64  # so many numbers Python compares sooner than torch
+SMALL = 64  # up to so many numbers, Python finds the range faster than torch
 
 
 def check_tensor(
@@ -31,19 +31,21 @@ def check_tensor(
     dtypes: tuple[torch.dtype, ...] = FLOATS,
     dense: bool = False,
 ) -> None:
-    """Raises unless ``tensor`` has this shape, dtype and device. A word in the shape stands for any size of at least 1,
-    "..." in front for any leading dimensions, empty ones too. Its last dimension must be contiguous, or with ``dense``
-    all of it."""
+    """Raises ValueError or TypeError unless ``tensor`` has this shape, one of these dtypes, and contiguous rows.
+
+    A string in the shape stands for any size of at least 1. "..." at the front stands for any number of leading
+    dimensions, which may be empty. With ``like`` the dtype must be that of ``like``. With ``dense`` the whole tensor
+    must be contiguous, not only its last dimension."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor, and is {type(tensor).__name__}")
     try:
         found, leading = tensor.shape, shape[0] == "..."
         at = len(found) - len(shape) + leading
         fits, empty = at >= 0 if leading else at == 0, False
-        if fits:  # a loop by hand: this is called several times for an op that takes microseconds
+        if fits:  # a plain loop is fastest: an op of a few microseconds calls this several times
             for want in shape[1:] if leading else shape:
                 if want != found[at]:
-                    fits, empty = fits and not isinstance(want, int), empty or not found[at]
+                    fits, empty = fits and isinstance(want, str), empty or not found[at]
                 at += 1
         if not fits:
             raise ValueError(f"{op}: {name} must have shape {_text(shape)}, and has {_text(tensor.shape)}")
@@ -60,12 +62,13 @@ def check_tensor(
             if found[-1] != 1:
                 stride = tensor.stride(-1)
                 raise ValueError(f"{op}: {name}'s last dimension must be contiguous, and its stride is {stride}")
-    except RuntimeError:  # or torch's, where a layout has no sizes or strides
+    except RuntimeError:  # also raised by torch where a layout has no sizes or strides
         raise TypeError(f"{op}: {name} must be a dense tensor, and is {_layout(tensor)}") from None
 
 
 def check_device(op: str, **tensors: Any) -> None:
-    """Raises unless all tensors, weights and pages are on one device. None stands for no tensor."""
+    """Raises ValueError unless all tensors, weights and pages are on one device. An argument that is None is
+    skipped."""
     first = None
     for name, value in tensors.items():
         if value is None:
@@ -78,12 +81,13 @@ def check_device(op: str, **tensors: Any) -> None:
 
 
 def can_look_at(values: Tensor) -> bool:
-    """Whether values are there to be read: not on a GPU, on torch's fake tensors, or while calls are recorded."""
+    """Whether the host can read the values now: not on a GPU, not from torch's fake tensors, not while C calls are
+    recorded."""
     return values.device.type == "cpu" and type(values) is not FakeTensor and not is_recording()
 
 
 def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None:
-    """Raises if a value that can be looked at is not within low .. high - 1."""
+    """Raises ValueError if a value that the host can read is not within low .. high - 1."""
     if not can_look_at(values) or not values.numel():
         return
     if values.numel() <= SMALL:
@@ -97,7 +101,7 @@ def check_range(op: str, name: str, values: Tensor, low: int, high: int) -> None
 
 
 def wide(x: Tensor) -> Tensor:
-    """x in float32, or in float64 where it is."""
+    """x in float32; x itself if it is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 

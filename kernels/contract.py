@@ -1,14 +1,15 @@
-"""Contracts: what an op is, written once.
+"""The contract of an op: its signature, docstring, checks and torch reference, in one function.
 
     @op()
     def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Steps[Tensor]:
         "What users read: formula, shapes, dtypes, roundings, source."
-        check_tensor("rms_norm", "x", x, ("...", "H"))   # checks, which raise
-        yield                                            # here an implementation of a backend runs (dispatch.py), or
-        return ...                                       # the rest, which is the torch reference
+        check_tensor("rms_norm", "x", x, ("...", "H"))   # the checks raise
+        yield                                            # if a backend takes the arguments, it runs
+        return ...                                       # here (dispatch.py); else the reference follows
 
-``op`` makes the public function of it, and registers it as torch.ops.qwenkern.<its name> for torch.compile and
-others. Eager calls without gradients go past torch's dispatcher, which costs tens of microseconds a call.
+The decorator ``op`` turns it into the public function, and registers it as torch.ops.qwenkern.<its name> for
+torch.compile, autograd and tracing. Eager calls without gradients skip torch's dispatcher, which would add tens of
+microseconds to a call.
 """
 
 from __future__ import annotations
@@ -29,21 +30,21 @@ from .weights import Weight, as_weight
 
 P = ParamSpec("P")
 R = TypeVar("R")
-Steps = Generator[None, None, R]  # what the body of a contract is: checks, a yield, the reference
-Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and backward, as register_autograd takes them
+Steps = Generator[None, None, R]  # the type of a contract's body: checks, one yield, the reference
+Gradient = tuple[Callable[..., None], Callable[..., Any]]  # setup_context and backward
 
 
 def op(
     *, fake: Callable | None = None, mutates: tuple[str, ...] = (), gradient: Gradient | None = None
 ) -> Callable[[Callable[P, Steps[R]]], Op[P, R]]:
-    """Makes an op of a contract.
+    """Makes a public op from a contract.
 
-    ``fake`` gives results of the right shapes; by default the contract's own code does, on torch's fake tensors, which
-    it cannot where it looks at values. ``mutates`` names the arguments that are written to. ``gradient`` is what
-    torch.library.register_autograd takes; without one, a backward pass through the op raises.
+    ``fake`` returns empty results of the right shapes and dtypes. By default the contract itself runs on torch's fake
+    tensors; pass ``fake`` where the reference reads values. ``mutates`` names the arguments that the op writes to.
+    ``gradient`` is what torch.library.register_autograd takes. Without it, a backward pass through the op raises.
 
-    In torch.ops a Weight is a list of its tensors, and a keyword ``<name>_format`` says which format they have; Pages
-    likewise."""
+    In torch.ops, a Weight argument is passed as the list of its tensors, and the keyword ``<name>_format`` names its
+    format. Pages are passed in the same way."""
 
     def register(body: Callable[P, Steps[R]]) -> Op[P, R]:
         name = body.__name__
@@ -62,7 +63,7 @@ def op(
             found = serving(name, first, *args, **keywords)
             return _rest(steps) if found is None else found.run(*args, **keywords)
 
-        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder leaves the first one's ops as they are
+        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder keeps the first's
             _register_with_torch(body, values, eager, fake or reference, mutates, gradient)
 
         @functools.wraps(body)
@@ -81,10 +82,10 @@ def op(
             if first is None or first.is_cpu:
                 return eager(*args, **keywords)
             if first.is_meta and not is_served("meta"):
-                shapes_only = all(each.is_meta for each in _tensors(given))  # else the checks say which is not
+                shapes_only = all(each.is_meta for each in _tensors(given))  # else a check raises
                 return values.call_torch(name, args, keywords) if shapes_only else eager(*args, **keywords)
             if first.is_cuda and first.device.index != torch.cuda.current_device():
-                with torch.cuda.device(first.device):  # Triton launches on the current device
+                with torch.cuda.device(first.device):  # because Triton launches on the current device
                     return eager(*args, **keywords)
             return eager(*args, **keywords)
 
@@ -102,7 +103,7 @@ def op(
 
 
 def _rest(steps: Steps[R]) -> R:
-    """What a contract returns when it goes on behind its checks."""
+    """Runs the reference of a contract whose checks have run, and returns its result."""
     try:
         next(steps)
     except StopIteration as end:
@@ -111,7 +112,8 @@ def _rest(steps: Steps[R]) -> R:
 
 
 class _Values:
-    """The arguments of a contract that are weights or pages: several tensors to torch, one value to everybody else."""
+    """The arguments of a contract that are weights or pages. torch passes each as a list of tensors; backends and
+    references get one value."""
 
     def __init__(self, body: Callable) -> None:
         self.signature = inspect.signature(body)
@@ -122,7 +124,7 @@ class _Values:
         self.places = [(at, names[at], kinds[each]) for at, each in enumerate(annotations) if each in kinds]
 
     def wrap(self, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Tensors become dense weights, and pairs of them dense pages."""
+        """Turns tensors into dense weights, and pairs of tensors into dense pages, where the contract expects those."""
         for at, name, as_value in self.places:
             if at < len(args):
                 if isinstance(args[at], (Tensor, tuple, list)):
@@ -136,7 +138,7 @@ class _Values:
         for at, parameter, _ in self.places:
             value = args[at] if at < len(args) else keywords[parameter]
             if not isinstance(value, (Weight, Pages)):
-                continue  # torch says what is wrong with it
+                continue  # torch raises and says what is wrong with it
             if at < len(args):
                 args = (*args[:at], list(value.tensors), *args[at + 1 :])
             else:
@@ -194,8 +196,9 @@ def _register_with_torch(
 
 
 def _own(outputs: Any, inputs: list[Tensor]) -> Any:
-    """torch.library wants outputs that are not inputs (a stream that begins with x returns x as its residual), and that
-    lie as the fakes say: densely, where a reference keeps the order of its input's dimensions."""
+    """Copies outputs where torch.library requires it: no output may be an input, and each must be contiguous as the
+    fake says. add_rms_norm without a residual returns x itself, and a reference may keep the dimension order of its
+    input."""
     if not isinstance(outputs, tuple):
         return outputs.contiguous()
     return tuple(
@@ -205,7 +208,7 @@ def _own(outputs: Any, inputs: list[Tensor]) -> Any:
 
 
 def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among arguments, those of weights and pages included."""
+    """The tensors among some arguments, with those of weights and pages."""
     for each in given:
         if isinstance(each, Tensor):
             yield each
@@ -218,8 +221,9 @@ def _first_tensor(given: Iterable[Any]) -> Tensor | None:
 
 
 def _is_for_torch(given: Iterable[Any]) -> bool:
-    """Whether torch must see an argument itself: it wants a gradient, or is a subclass, which may have no memory of
-    its own (DTensor, torchao's), or is negated when it is read. A launcher would not know."""
+    """Whether torch must run the call, because a kernel that reads the argument's memory would compute something else.
+    This holds for a tensor that requires a gradient, for a subclass of Tensor, which may have no memory of its own
+    (DTensor, torchao), and for a view that is negated when it is read."""
     wants_gradient = torch.is_grad_enabled()
     for each in given:
         kind = type(each)
@@ -232,7 +236,7 @@ def _is_for_torch(given: Iterable[Any]) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether torch follows what happens: a launcher's work, which it does not see, would be missing."""
+    """Whether torch traces the call. It would not see what a kernel does, so the trace would lack the op."""
     return (
         torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None
@@ -241,7 +245,8 @@ def _is_traced() -> bool:
 
 
 def _refuse_negated(body: Callable, names: tuple[str, ...], args: tuple[Any, ...], keywords: dict[str, Any]) -> None:
-    """Raises where an argument to be written to is negated when it is read: torch has no way to write to it."""
+    """Raises ValueError if an argument that the op writes to is a view that is negated when it is read: torch cannot
+    write through such a view."""
     if names:
         given = inspect.signature(body).bind(*args, **keywords).arguments
         for argument in names:
@@ -255,7 +260,7 @@ def _refuse_negated(body: Callable, names: tuple[str, ...], args: tuple[Any, ...
 
 
 def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
-    """Raises where a forward-mode derivative would silently be lost."""
+    """Raises NotImplementedError for forward-mode tangents, which the kernels would silently drop."""
     for each in _tensors(args):
         if torch.autograd.forward_ad.unpack_dual(each).tangent is not None:
             raise NotImplementedError(f"{name} has no forward-mode derivative; expected tensors without tangents")

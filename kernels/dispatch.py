@@ -1,10 +1,12 @@
-"""Which backend runs an op.
+"""Chooses the backend that runs an op.
 
-A backend registers implementations of ops (``Backend.implements``), each with a function of the same arguments that
-says why it refuses them, or None. The first backend of the device that does not refuse runs, in the order of their
-registration (see __init__.py), or else the reference of the contract (contract.py).
+A backend registers implementations of ops (``Backend.implements``). Each implementation has a function ``refuses`` of
+the same arguments; it returns the reason why the implementation cannot run them, or None. Backends are tried in the
+order of their registration (see __init__.py), and the first that does not refuse runs the op. If all of them refuse,
+the reference of the contract runs (contract.py).
 
-QWENKERN_KERNELS=reference chooses the reference everywhere. Where a GPU runs the reference, a warning says why, once.
+QWENKERN_KERNELS=reference chooses the reference everywhere. If a GPU runs the reference for another reason, a warning
+gives that reason once.
 """
 
 from __future__ import annotations
@@ -30,10 +32,10 @@ Refuses = Callable[..., "str | None"]
 
 
 class Op(Protocol[P, R_co]):
-    """An op as it is called.
+    """The public function of an op.
 
-    ``reference`` is the contract's own torch code, checks included. ``wrap`` gives arguments as backends get them, with
-    weights and pages as values."""
+    ``reference`` is the contract's own torch code, with its checks. ``wrap`` converts arguments to what backends get:
+    tensors become Weight and Pages values."""
 
     __name__: str
     reference: Callable[..., Any]
@@ -52,7 +54,7 @@ class Implementation:
 
 @dataclass
 class Backend:
-    """Kernels for the tensors of some devices.
+    """The kernels for some types of device.
 
     ``serves`` says whether the backend is there for a type of device ("cuda", "cpu", "meta"). ``refuses`` says of an
     op's first tensor why no op of this backend takes it, or None. ``prepare`` makes the backend ready: it may compile,
@@ -75,9 +77,10 @@ class Backend:
         BACKENDS.append(self)
 
     def implements(self, refuses: Refuses | None = None) -> Callable[[Callable], Callable]:
-        """Registers the decorated function as this backend's implementation of the op of its name.
+        """Registers the decorated function as this backend's implementation of the op with the same name.
 
-        It and ``refuses`` get the op's arguments, checked, with weights and pages as values."""
+        The function and ``refuses`` get the op's arguments after the checks, with weights and pages as values. Raises
+        ValueError for an unknown op, a second implementation, or other arguments than those of the contract."""
 
         def register(function: Callable) -> Callable:
             name = function.__name__
@@ -99,7 +102,7 @@ class Backend:
         return register
 
 
-BACKENDS: list[Backend] = []  # in the order in which they are tried
+BACKENDS: list[Backend] = []  # dispatch tries them in this order
 OPS: dict[str, Op[..., Any]] = {}
 
 
@@ -118,8 +121,8 @@ def _takes_all(*args: Any, **keywords: Any) -> None:
 
 
 def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementation | None:
-    """The implementation that runs an op with these arguments, which are checked; None: its reference does. ``first``
-    is the tensor whose device and dtype decide."""
+    """The implementation that runs an op with these arguments, which have passed the checks. None: the reference runs.
+    The device and dtype of ``first`` decide which backends are asked."""
     kind = first.device.type
     refusal: str | None = None
     for backend in backends(kind):
@@ -137,8 +140,8 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
 
 
 def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
-    """Of each backend, by its name, why it does not run an op with these arguments; None where it would. The first of
-    those runs it, and where there is none torch does."""
+    """For each backend, by name: the reason why it does not run an op with these arguments, or None if it would run
+    them. The first backend with None runs the op. If no backend has None, the torch reference runs."""
     kind = first.device.type
     found: dict[str, str | None] = {}
     args, _ = OPS[name].wrap(args, {})
@@ -171,13 +174,13 @@ def prepare(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def is_served(kind: str) -> bool:
-    """Whether any backend is there for a type of device."""
+    """Whether any backend runs on a type of device."""
     return any(backend.serves(kind) for backend in BACKENDS)
 
 
 def invariant_tokens(weight: Tensor) -> int:
-    """The number of tokens up to which the bits that linears with such weights give a token do not depend on the other
-    tokens of the call."""
+    """In how large a batch linears with this weight are batch-invariant: up to so many tokens in one call, the other
+    tokens do not change a token's bits."""
     for backend in backends(weight.device.type):
         if backend.refuses(weight) is None and backend.prepare() is None:
             return backend.invariant_tokens()
@@ -185,7 +188,7 @@ def invariant_tokens(weight: Tensor) -> int:
 
 
 def _warn_of_reference(refusal: str | None) -> None:
-    """That a GPU runs torch's own kernels, where that is not what somebody chose."""
+    """Warns that a GPU runs the torch reference, unless QWENKERN_KERNELS asks for it."""
     if KERNELS.get() == "reference":
         return
     if not is_served("cuda"):
@@ -204,8 +207,8 @@ _dependent = threading.local()
 
 @contextlib.contextmanager
 def dependent_launches() -> Iterator[None]:
-    """While it lasts, kernels are launched as in a captured graph: for what runs once before it is captured, so that
-    nothing is compiled or loaded while it is."""
+    """In this context kernels are launched with programmatic dependent launch, as in a captured graph. The warm-up run
+    before a capture uses it, so the capture itself compiles and loads nothing."""
     before, _dependent.on = launches_dependently(), True
     try:
         yield

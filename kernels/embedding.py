@@ -1,4 +1,5 @@
-"""Rows of the embedding table: what the graph begins with. torch's indexing is one kernel already."""
+"""Rows of the embedding table, the first op of the graph. On a GPU torch's indexing runs it, which is a single
+kernel."""
 
 from __future__ import annotations
 
@@ -11,10 +12,11 @@ from .weights import Weight, check_matrix
 
 @op()
 def embedding(ids: Tensor, weight: Weight) -> Steps[Tensor]:
-    """Rows [T, K] of weight [V, K] with the numbers ids [T] (integers), which on a GPU are not checked."""
+    """The rows [T, K] of weight [V, K] that ids [T] (integers) select. An id is from 0 to V - 1; on a GPU the ids are
+    not checked."""
     check_tensor("embedding", "ids", ids, ("tokens",), dtypes=INTEGERS)
     check_matrix("embedding", "weight", weight)
     check_device("embedding", ids=ids, weight=weight)
-    check_range("embedding", "ids", ids, 0, len(weight))
+    check_range("embedding", "ids", ids, 0, weight.shape[0])
     yield
     return weight.take(ids)

@@ -1,11 +1,11 @@
-"""Every QWENKERN_* variable of the environment: its name, meaning, default and parser. And the folder of caches.
+"""Every QWENKERN_* environment variable, with its meaning, its default and its parser. Also the folder of caches.
 
-A variable is read when it is used, never when a file is imported. Set to nothing it counts as not set. The table of
+A variable is read each time it is used, never at import. An empty value counts as unset. The table in
 docs/environment.md has the same rows, and a test compares the two.
 
-The file lies in kernels/, the lowest room, because the ops read variables too, and this folder must load under any name
-(Hugging Face's `kernels` gives it one of its own), so it imports nothing of the package above it. It imports the
-standard library only: setup.py loads it before anything is installed."""
+This file lies in kernels/, the lowest room, because the ops read variables too. It imports nothing of the package above
+it, because Hugging Face's `kernels` library loads this folder under a name of its own. It imports the standard library
+only, because setup.py loads it before anything is installed."""
 
 from __future__ import annotations
 
@@ -17,20 +17,22 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-MOST_THREADS = 1024  # more is a mistake, and each costs memory
+MOST_THREADS = 1024  # a larger number is taken for a mistake: each thread costs memory
 
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """A variable of the environment. parse: from its name and its text, which is not empty; it may raise ValueError."""
+    """An environment variable. ``parse`` gets its name and its text, which is not empty, and returns the value. It may
+    raise ValueError."""
 
     name: str
     meaning: str
-    default: str  # what holds without it, in words
+    default: str  # what happens while it is unset, in words
     parse: Callable[[str, str], T]
 
     def get(self) -> T | None:
-        """Its value now, None where it is not set. Raises ValueError that names it where it cannot be read."""
+        """Its present value, or None if it is unset. Raises ValueError, which names the variable, if the text is
+        invalid."""
         text = os.environ.get(self.name)
         return self.parse(self.name, text) if text else None
 
@@ -75,7 +77,7 @@ CPU_TARGET = Variable(
     "The target of the C functions: `x86-64-v3`, `x86-64-v4`, `x86-64-v4-bf16`, `armv8.2-dotprod`, `armv8.6-bf16` or "
     "`native`",
     "the best one for the processor",
-    _text,  # whether this processor has such a target, only the C backend knows
+    _text,  # the C backend checks whether this processor has the target
 )
 KERNELS = Variable(
     "QWENKERN_KERNELS",
@@ -129,7 +131,7 @@ VARIABLES: tuple[Variable, ...] = (
 
 
 def cache_folder() -> Path:
-    """The folder of caches as the variables name it: it may be relative, and may begin with ``~``. XDG_CACHE_HOME
-    counts where it is absolute, as its specification demands."""
+    """The folder of caches, as the variables name it. It may be relative, and may begin with ``~``. XDG_CACHE_HOME
+    counts only if it is absolute, as the XDG specification demands."""
     shared = os.environ.get("XDG_CACHE_HOME", "")
     return Path(CACHE.get() or Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern"))

@@ -1,4 +1,4 @@
-"""Pieces of kernels that several of them share."""
+"""Triton functions that several kernels share."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ INTERPRETED = tl.constexpr(triton_if_any.INTERPRETED)
 
 @triton.jit
 def dot(a, b, acc):
-    """a [M, K] times b [K, N], added to acc [M, N] float32; float32 operands keep all their bits.
+    """a [M, K] times b [K, N], added to acc [M, N] float32. Products of float32 operands are exact float32 products,
+    not TF32.
 
-    The interpreter would multiply the bit patterns of bfloat16, so there both operands become float32."""
+    Triton's interpreter multiplies the bit patterns of bfloat16, so under it both operands are converted to float32."""
     if INTERPRETED:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
@@ -21,7 +22,7 @@ def dot(a, b, acc):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x float32 in another dtype, rounded to nearest even.
+    """x, which is float32, in another dtype, rounded to nearest even.
 
     The interpreter would cut the bits off that bfloat16 lacks, and lose the carry of what it rounds to e4m3, so there
     they are rounded away first."""
@@ -40,7 +41,7 @@ def cast(x, dtype: tl.constexpr):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """x in float32, rounded to what dtype can hold."""
+    """x rounded to a value that dtype can hold, and returned in float32."""
     return cast(x, dtype).to(tl.float32)
 
 
@@ -51,8 +52,11 @@ def silu(x):
 
 @triton.jit
 def wait_for_inputs(PDL: tl.constexpr):
-    """Programmatic dependent launch: lets the next kernel start, and waits until the one before has written. What a
-    kernel does earlier overlaps with the kernel before: it may ask for weights to be fetched, and read nothing."""
+    """For programmatic dependent launch: lets the next kernel of the stream start, then waits until the kernel before
+    this one has written its results.
+
+    The code before this call overlaps with the kernel before. It may prefetch weights into the L2 cache; it must not
+    read what an earlier kernel may write."""
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -60,7 +64,7 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 @triton.jit
 def prefetch(pointers, mask):
-    """Asks for the cache lines behind these pointers (sm_80 and newer) and waits for nothing."""
+    """Prefetches the cache lines at these pointers into the L2 cache (sm_80 and newer), without waiting for them."""
     tl.inline_asm_elementwise(
         "{ .reg .pred p; setp.ne.b32 p, $2, 0; @p prefetch.global.L2 [$1]; mov.u32 $0, 0; }",
         "=r,l,r",

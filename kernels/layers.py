@@ -1,16 +1,17 @@
-"""The ops as layers that Hugging Face's `kernels` library puts in the place of a model's own.
+"""Layers around the ops, with which Hugging Face's `kernels` library replaces a model's own layers.
 
-This folder is a repository for its LocalLayerRepository (metadata.json says so). The layers have no state: their
-`forward` runs with the module that it replaces as `self`, and takes what that module's own took:
+This folder is a repository for its LocalLayerRepository (metadata.json says so). The layers have no state. The library
+calls `forward` with the replaced module as `self`, and with that module's arguments:
 
     RMSNorm        transformers' layer of that name: a `weight` [H] and `variance_epsilon`
     SiluAndMul     silu of the first half times the second
     RotaryPosEmb   transformers' function `rotary_pos_emb`
 
-What an op would refuse, such as a weight of another dtype, torch computes as the module itself would have.
+If an op would refuse the arguments, such as a weight of another dtype, torch computes what the replaced module
+computes.
 
-On a CPU the way to C costs more than a few tokens save: RMSNorm is faster than transformers' at any number of them,
-RotaryPosEmb from some 64 on, and slower below.
+On a CPU a call into C costs more than a few tokens save. RMSNorm is faster than transformers' layer at any number of
+tokens. RotaryPosEmb is faster from about 64 tokens on, and slower below.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .swiglu import gated, swiglu
 
 
 class RMSNorm(nn.Module):
-    """x [..., H] over its root mean square, times the weight."""
+    """x [..., H] divided by its root mean square over the last dimension, times the weight."""
 
     can_torch_compile = True
     has_backward = rms_norm.has_gradient
@@ -38,7 +39,7 @@ class RMSNorm(nn.Module):
 
 
 class SiluAndMul(nn.Module):
-    """silu(gate) * up of x [..., 2 F], gate in the first half: [..., F]."""
+    """silu(gate) * up. x is [..., 2 F], with gate in the first half and up in the second. Returns [..., F]."""
 
     can_torch_compile = True
     has_backward = swiglu.has_gradient
@@ -48,8 +49,10 @@ class SiluAndMul(nn.Module):
 
 
 class RotaryPosEmb(nn.Module):
-    """q and k, rotated: [B, heads, T, D], or with ``unsqueeze_dim`` 2 [B, T, heads, D]. cos and sin [B or 1, T, D],
-    either half the same. Computed in float32 and rounded once."""
+    """q and k after rotary position embedding.
+
+    q and k are [B, heads, T, D], or with ``unsqueeze_dim`` 2 [B, T, heads, D]. cos and sin are [B or 1, T, D], with
+    equal halves. The rotation is computed in float32 and rounded once."""
 
     can_torch_compile = True
     has_backward = apply_rope.has_gradient
@@ -71,16 +74,16 @@ class RotaryPosEmb(nn.Module):
 
 
 def angles(cos: Tensor, sin: Tensor, num_tokens: int) -> tuple[Tensor, Tensor]:
-    """What apply_rope takes, cos_sin [rows, D] and positions [num_tokens], from transformers' cos and sin
-    [B or 1, T, D], either half the same. The table is float32, or float64 where they are."""
+    """Converts transformers' cos and sin [B or 1, T, D], whose halves are equal, to what apply_rope takes: cos_sin
+    [rows, D] and positions [num_tokens]. cos_sin is float32, or float64 if cos and sin are."""
     half = cos.shape[-1] // 2
     cos_sin = torch.cat((cos.narrow(-1, 0, half), sin.narrow(-1, 0, half)), dim=-1).flatten(0, -2)
     cos_sin = cos_sin if cos_sin.dtype == torch.float64 else cos_sin.float()
     positions = torch.arange(num_tokens, device=cos.device)
     rows = cos_sin.shape[0]
-    if rows == num_tokens and not torch.compiler.is_compiling():  # there lengths may be open, and are not compared
+    if rows == num_tokens and not torch.compiler.is_compiling():  # sizes may be symbolic
         return cos_sin, positions
-    return cos_sin, positions % rows  # one row of angles for all sequences, where there are fewer
+    return cos_sin, positions % rows  # with B = 1 in cos, all sequences use the same rows
 
 
 def _is_plain(x: Tensor) -> bool:

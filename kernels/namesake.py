@@ -1,5 +1,5 @@
-"""What the bare name `kernels` means where this folder is found by it, as from the root of a checkout: Hugging Face's
-library, whose name it is, or nothing. In this project the folder is the package qwenkern.kernels."""
+"""Makes `import kernels` find Hugging Face's library, even where Python finds this folder by that name first, as from
+the root of a checkout. In this project the folder is the package qwenkern.kernels."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ NAME = "kernels"
 
 
 def hand_over() -> None:
-    """Loads the library in this folder's place, or leaves there what a folder that is no package would be: a module
-    without file, version and contents, which transformers takes for one that is not installed."""
+    """Loads Hugging Face's library under the name `kernels`. If it is not installed, leaves an empty module without
+    file and version, as Python makes one for a folder that is no package. transformers then finds the library
+    missing."""
     ours = sys.modules.pop(NAME)
     del sys.modules[__name__]
     elsewhere = [entry for entry in sys.path if not _is_here(os.path.join(entry or os.curdir, NAME))]

@@ -1,6 +1,6 @@
-"""Whether a file can have been written by others: what is loaded and run, or believed, must not.
+"""Whether another user can have written a file. Files that are loaded, run or trusted must not be writable by others.
 
-Standard library only, and nothing of the package, as environment.py."""
+Imports the standard library only, and nothing of the package, like environment.py."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import stat
 
 
 def only_we_can_write(status: os.stat_result) -> bool:
-    """Whether what os.stat says this of belongs to this user, or to the administrator, and nobody else may write to it.
-    Always True on Windows, where rights are not read this way."""
+    """Whether the file with this os.stat result belongs to this user or to root, and nobody else may write to it.
+    Always True on Windows, where os.stat does not show access rights."""
     if not hasattr(os, "getuid"):
         return True
     return status.st_uid in (os.getuid(), 0) and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)

@@ -1,7 +1,7 @@
-"""The torch reference of every op, by the op's name: the part of each contract that specifies it.
+"""The torch reference of every op, under the op's name. A contract's reference defines the op's result.
 
-Rounding follows transformers' Qwen2 (modeling_qwen2.py), except where a value can stay in float32 longer for nothing.
-float64 inputs are computed in float64 throughout: that is what the tests compare with."""
+References round where transformers' Qwen2 does (modeling_qwen2.py), except where keeping a value in float32 costs
+nothing. float64 inputs are computed in float64 throughout; the tests compare with those results."""
 
 from __future__ import annotations
 

@@ -1,16 +1,16 @@
 """RMSNorm, with or without the addition to the residual stream before it, and its gradients.
 
-    residual' = round(residual + x)                            (add_rms_norm; else x itself)
+    residual' = round(residual + x)                            (add_rms_norm; in rms_norm it is x itself)
     out = round(round(residual' * rsqrt(mean(residual'^2) + eps)) * weight)
 
-Everything in float32 between the roundings, which are those of transformers' Qwen2RMSNorm. Bytes moved, of T rows of H
-elements: 2 T H elements, with the addition 4 T H, and H of the weight.
+Between the roundings everything is float32. The roundings are those of transformers' Qwen2RMSNorm. Bytes moved for T
+rows of H elements: 2 T H elements, or 4 T H with the addition, and H of the weight.
 
     r         = rsqrt(mean(x^2) + eps),  xhat = x * r,  g = grad * weight
     grad_x    = round(r * (g - xhat * mean(g * xhat)) + grad_residual)          (rms_norm: without grad_residual)
     grad_w    = round(sum over rows of grad * round(xhat))
 
-x being the rows that were normalised. r is computed again, so that nothing but x and the weight is kept for it.
+In the gradients x is the row that was normalised. r is computed again, so the forward pass saves only x and the weight.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def rms_norm_backward(
 ) -> Steps[tuple[Tensor, Tensor]]:
     """The gradients of rms_norm, or with grad_residual those of add_rms_norm: (of x, [..., H]; of the weight, [H]).
 
-    grad [..., H] is what came back for the normed rows, grad_residual [..., H] for the new residual; x [..., H] is the
-    row that was normalised, for add_rms_norm the new residual, and its gradient that of both summands. float32,
-    bfloat16 or float16, the last dimensions contiguous. The first gradient is computed in float32 and rounded once; the
-    second sums, in float32, the products of grad with the quotient, rounded as in the op. Deterministic: the weight's
-    gradient has no atomic sums."""
+    grad [..., H] is the gradient of the normed rows. grad_residual [..., H] is the gradient of the new residual.
+    x [..., H] is the row that was normalised; for add_rms_norm that is the new residual, and its gradient is that of
+    both summands. All are float32, bfloat16 or float16, with contiguous last dimensions. The gradient of x is computed
+    in float32 and rounded once. The gradient of the weight sums, in float32, grad times the quotient rounded as in the
+    op. The result is deterministic: no sum uses atomics."""
     name = "rms_norm_backward"
     check_tensor(name, "x", x, ("...", "H"))
     check_tensor(name, "grad", grad, tuple(x.shape), like=x)
@@ -66,8 +66,8 @@ def _rms_norm_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Steps[Tensor]:
     """x / sqrt(mean(x^2) + eps) * weight over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    x [..., H] float32, bfloat16 or float16, its last dimension contiguous; weight [H] of the same dtype. Returns a
-    contiguous tensor of x's shape. The quotient is rounded to the dtype before the product with the weight."""
+    x [..., H] is float32, bfloat16 or float16, with a contiguous last dimension. weight [H] has the same dtype. Returns
+    a contiguous tensor of x's shape. The quotient is rounded to the dtype before it is multiplied by the weight."""
     check_tensor("rms_norm", "x", x, ("...", "H"))
     check_tensor("rms_norm", "weight", weight, (x.shape[-1],), like=x)
     check_device("rms_norm", x=x, weight=weight)
@@ -76,10 +76,10 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Steps[Tensor]:
 
 
 def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    """Keeps the new residual, which lives anyway, and neither of its summands."""
+    """Saves the new residual, which the graph keeps alive in any case, and neither summand."""
     _, _, weight, ctx.eps = inputs
     ctx.save_for_backward(output[1], weight)
-    ctx.set_materialize_grads(False)  # what is not used has the gradient None
+    ctx.set_materialize_grads(False)  # the gradient of an unused output is None, not zeros
 
 
 def _add_rms_norm_gradient(ctx: Any, grad: Tensor | None, grad_residual: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -94,10 +94,10 @@ def _add_rms_norm_gradient(ctx: Any, grad: Tensor | None, grad_residual: Tensor 
 
 @op(gradient=(_save_sum, _add_rms_norm_gradient))
 def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Steps[tuple[Tensor, Tensor]]:
-    """Adds x [..., H] to the residual stream and normalises the sum: (normed, new residual), both of x's shape.
+    """Adds x [..., H] to the residual stream and normalises the sum. Returns (normed, new residual), both of x's shape.
 
-    The sum is rounded to the dtype before its variance is taken. ``residual=None`` starts a stream: the new residual is
-    x itself."""
+    The sum is rounded to the dtype before the mean of its squares is taken. With ``residual=None`` x starts a residual
+    stream: the new residual is x itself."""
     check_tensor("add_rms_norm", "x", x, ("...", "H"))
     if residual is not None:
         check_tensor("add_rms_norm", "residual", residual, tuple(x.shape), like=x)
@@ -108,13 +108,13 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """rms_norm's reference, without checks."""
+    """The reference of rms_norm, without its checks."""
     wide_x = wide(x)
     return (wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
 
 
 def add_normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """add_rms_norm's reference, without checks."""
+    """The reference of add_rms_norm, without its checks."""
     if residual is not None:
         x = residual + x
     return normed(x, weight, eps), x

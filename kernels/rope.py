@@ -3,9 +3,9 @@
     rotated[i]         = round(x[i] * cos[i] - x[i + D/2] * sin[i])         i < D/2, half-split as in Qwen2
     rotated[i + D/2]   = round(x[i + D/2] * cos[i] + x[i] * sin[i])
 
-cos_sin [context, D] float32, cosines in the first half of a row and sines in the second. Products and sums in float32,
-rounded once; v is copied. The rotation by the negative angle is the inverse, and the gradient. Bytes moved: 2 T (Hq +
-2 Hkv) D elements, and 4 T D bytes of the table.
+cos_sin [context, D] is float32, with cosines in the first half of a row and sines in the second. Products and sums are
+float32 and are rounded once. v is copied. Rotating by the negative angle is the inverse, and the gradient. Bytes moved:
+2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of the table.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ def apply_rope(
 ) -> Steps[tuple[Tensor, Tensor]]:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, equation 34), half-split as in GPT-NeoX and Qwen2.
 
-    q [T, Hq, D] and k [T, Hkv, D] of one dtype, tokens of any stride with dense heads; cos_sin [context, D] float32;
-    positions [T] integers within the context. Returns q and k, rotated in float32 and rounded once; ``inverse`` rotates
-    them back, by the negative angle."""
+    q [T, Hq, D] and k [T, Hkv, D] have one dtype. Tokens may have any stride; the heads of a token are dense. cos_sin
+    [context, D] is float32. positions [T] are integers from 0 to context - 1. Returns q and k, rotated in float32 and
+    rounded once. ``inverse`` rotates by the negative angle."""
     check_tensor("apply_rope", "q", q, ("T", "Hq", "D"))
     check_tensor("apply_rope", "k", k, (q.shape[0], "Hkv", q.shape[2]), like=q)
     if q.shape[2] % 2:
@@ -55,11 +55,12 @@ def apply_rope(
 
 @op(mutates=("pages",))
 def rope_and_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: Pages, slots: Tensor) -> Steps[Tensor]:
-    """Splits qkv [T, (Hq + 2 Hkv) D], rotates q and k, writes k and v into their slots, returns q [T, Hq, D].
+    """Splits qkv [T, (Hq + 2 Hkv) D], rotates q and k, writes k and v into their slots, and returns q [T, Hq, D].
 
-    qkv has rows of any stride, heads in the order q, k, v. Changes the pages, or the pair (k_pages, v_pages) of
-    [num_pages, page_size, Hkv, D] in qkv's dtype. positions [T] and slots [T] are integers; a slot is
-    ``page * page_size + offset``, and no two tokens share one. On a GPU they are not checked."""
+    The rows of qkv may have any stride; their heads are in the order q, k, v. The op writes to the pages, or to the
+    pair (k_pages, v_pages) of [num_pages, page_size, Hkv, D] in qkv's dtype. positions [T] and slots [T] are integers.
+    A slot is ``page * page_size + offset``, and no two tokens may have the same slot. On a GPU the values of positions
+    and slots are not checked."""
     check_tensor("rope_and_cache", "qkv", qkv, ("T", "(Hq + 2 Hkv) D"))
     check_places("rope_and_cache", qkv, "qkv", qkv.shape[1], positions, cos_sin, pages, slots)
     yield
@@ -67,7 +68,7 @@ def rope_and_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: Pages
 
 
 def rotated(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: bool = False) -> tuple[Tensor, Tensor]:
-    """apply_rope's reference, without checks."""
+    """The reference of apply_rope, without its checks."""
     cos, sin = cos_sin[positions].unsqueeze(1).chunk(2, dim=-1)  # [T, 1, D/2] each
     sin = -sin if inverse else sin
 
@@ -79,14 +80,14 @@ def rotated(q: Tensor, k: Tensor, cos_sin: Tensor, positions: Tensor, inverse: b
 
 
 def split_heads(qkv: Tensor, pages: Pages) -> tuple[Tensor, Tensor, Tensor]:
-    """qkv [T, (Hq + 2 Hkv) D] as q [T, Hq, D], k and v [T, Hkv, D]."""
+    """Views of qkv [T, (Hq + 2 Hkv) D]: q [T, Hq, D], k and v [T, Hkv, D]."""
     heads, num_kv_heads = qkv.unflatten(1, (-1, pages.head_dim)), pages.num_kv_heads
     q, k, v = heads.split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads, num_kv_heads), dim=1)
     return q, k, v
 
 
 def rotated_into_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: Pages, slots: Tensor) -> Tensor:
-    """rope_and_cache's reference, without checks."""
+    """The reference of rope_and_cache, without its checks."""
     q, k, v = split_heads(qkv, pages)
     q, k = rotated(q, k, cos_sin, positions)
     pages.store(slots, k, v)
@@ -94,11 +95,12 @@ def rotated_into_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: P
 
 
 def _check_table(name: str, x: Tensor, head_dim: int, positions: Tensor, cos_sin: Tensor) -> None:
-    """x [T, ...] is what will be rotated. A float64 table is for float64 alone."""
+    """Checks the rotary table and the positions for x [T, ...], which will be rotated. Only a float64 x may have a
+    float64 table."""
     dtypes = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
     check_tensor(name, "positions", positions, (x.shape[0],), dtypes=INTEGERS)
     check_tensor(name, "cos_sin", cos_sin, ("context", head_dim), dtypes=dtypes, dense=True)
-    check_range(name, "positions", positions, 0, len(cos_sin))
+    check_range(name, "positions", positions, 0, cos_sin.shape[0])
 
 
 def check_places(
@@ -111,7 +113,9 @@ def check_places(
     pages: Pages,
     slots: Tensor,
 ) -> None:
-    """Raises unless q, k and v of x's tokens, ``width`` elements a token from ``source``, can go where these say."""
+    """Raises ValueError or TypeError unless q, k and v can be rotated and stored at these positions and slots.
+
+    ``source`` names the argument that q, k and v come from, and ``width`` is the number of their elements a token."""
     check_pages(name, pages, like=x)
     num_pages, page_size, num_kv_heads, head_dim = pages.shape
     _check_table(name, x, head_dim, positions, cos_sin)

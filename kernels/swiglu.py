@@ -1,12 +1,12 @@
-"""SwiGLU, over the packed projection or over two, and its gradients.
+"""SwiGLU of a packed gate_up or of separate gate and up, and its gradients.
 
     out       = round(round(silu(gate)) * up)
     grad_gate = round(grad * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate))))
     grad_up   = round(grad * round(silu(gate)))
 
-Everything in float32 between the roundings, which are those of transformers. Bytes moved, of T rows of F elements:
-3 T F elements forwards, 5 T F backwards, where silu is computed again for a quarter of the bytes that keeping it would
-cost.
+Between the roundings everything is float32. The roundings are those of transformers. Bytes moved for T rows of F
+elements: 3 T F elements in the forward pass, 5 T F in the backward pass. The backward pass computes silu again, which
+moves a quarter of the bytes that saving it would.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from .contract import Steps, op
 
 @op()
 def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Steps[Tensor]:
-    """The gradient of swiglu's gate_up [..., 2 F], packed like it, from that of its result, grad [..., F].
+    """The gradient of swiglu's gate_up [..., 2 F], packed in the same way, from the gradient of its result, grad
+    [..., F].
 
-    float32, bfloat16 or float16, the last dimensions contiguous."""
+    float32, bfloat16 or float16, with contiguous last dimensions."""
     _check_packed("swiglu_backward", gate_up)
     check_tensor("swiglu_backward", "grad", grad, (*gate_up.shape[:-1], gate_up.shape[-1] // 2), like=gate_up)
     check_device("swiglu_backward", grad=grad, gate_up=gate_up)
@@ -35,10 +36,10 @@ def swiglu_backward(grad: Tensor, gate_up: Tensor) -> Steps[Tensor]:
 
 @op()
 def silu_mul_backward(grad: Tensor, gate: Tensor, up: Tensor) -> Steps[tuple[Tensor, Tensor]]:
-    """The gradients of silu_mul's gate and up, from that of its result, all [..., F].
+    """The gradients of silu_mul's gate and up, from the gradient of its result. All are [..., F].
 
-    float32, bfloat16 or float16, the last dimensions contiguous. That of gate is computed in float32 and rounded once;
-    that of up is grad times silu, rounded as in the op."""
+    float32, bfloat16 or float16, with contiguous last dimensions. The gradient of gate is computed in float32 and
+    rounded once. The gradient of up is grad times silu(gate), which is rounded as in the op."""
     check_tensor("silu_mul_backward", "gate", gate, ("...", "F"))
     check_tensor("silu_mul_backward", "up", up, tuple(gate.shape), like=gate)
     check_tensor("silu_mul_backward", "grad", grad, tuple(gate.shape), like=gate)
@@ -61,9 +62,11 @@ def _silu_mul_gradient(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
 
 @op(gradient=(_save_inputs, _swiglu_gradient))
 def swiglu(gate_up: Tensor) -> Steps[Tensor]:
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of gate_up [..., 2 F], gate in the first half: [..., F].
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of gate_up [..., 2 F], with gate in the first half. Returns
+    [..., F].
 
-    float32, bfloat16 or float16, the last dimension contiguous. silu is rounded to the dtype before the product."""
+    float32, bfloat16 or float16, with a contiguous last dimension. silu(gate) is rounded to the dtype before it is
+    multiplied by up."""
     _check_packed("swiglu", gate_up)
     yield
     return gated(*gate_up.chunk(2, dim=-1))
@@ -71,9 +74,10 @@ def swiglu(gate_up: Tensor) -> Steps[Tensor]:
 
 @op(gradient=(_save_inputs, _silu_mul_gradient))
 def silu_mul(gate: Tensor, up: Tensor) -> Steps[Tensor]:
-    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of two tensors [..., F] of one shape: [..., F].
+    """silu(gate) * up (Shazeer 2020, arXiv:2002.05202) of two tensors [..., F] of equal shape. Returns [..., F].
 
-    float32, bfloat16 or float16, the last dimension contiguous. silu is rounded to the dtype before the product."""
+    float32, bfloat16 or float16, with contiguous last dimensions. silu(gate) is rounded to the dtype before it is
+    multiplied by up."""
     check_tensor("silu_mul", "gate", gate, ("...", "F"))
     check_tensor("silu_mul", "up", up, tuple(gate.shape), like=gate)
     check_device("silu_mul", gate=gate, up=up)
@@ -82,7 +86,7 @@ def silu_mul(gate: Tensor, up: Tensor) -> Steps[Tensor]:
 
 
 def gated(gate: Tensor, up: Tensor) -> Tensor:
-    """silu_mul's reference, without checks."""
+    """The reference of silu_mul, without its checks."""
     return F.silu(gate) * up
 
 

@@ -1,5 +1,5 @@
-"""Triton, or where it is not installed, what lets the files of kernels be imported all the same: no kernel is launched
-then, and the ops run in C or in torch. C needs torch and a compiler only."""
+"""Triton, or a stand-in where Triton is not installed. The stand-in lets files with kernels be imported; no kernel is
+launched then. The ops run in C, which needs torch and a C compiler only, or in torch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ except ImportError:
     INSTALLED = INTERPRETED = False
 
     class _Absent:
-        """In the place of both modules: what files name while they are imported, and nothing else."""
+        """Stands in for both modules. It has only the names that files use while they are imported."""
 
         __version__ = None
 

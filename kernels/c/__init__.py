@@ -1,29 +1,30 @@
-"""The C backend: the ops of the graph on a CPU in bfloat16, compiled with the package or else at the first use.
+"""The C backend: the ops of the graph on a CPU in bfloat16. The library is compiled with the package, or else at the
+first use.
 
-torch reads bfloat16 weights for one token at half of the memory's bandwidth; this reads them at what the memory gives,
-without a second copy of them, and multiplies many tokens near the processor's peak. Which instructions do so is
-measured once (choose.py). Where there is neither a library nor a compiler, a warning says so once and torch runs.
+For one token, torch reads bfloat16 weights at half of the memory's bandwidth. C reads them at the full bandwidth, and
+keeps no second copy of them. It multiplies many tokens near the processor's peak. choose.py measures once which
+instructions are fastest. If there is neither a library nor a compiler, a warning says so once, and torch runs.
 
-An op has the signature of its contract, and beside it ``refuses_<op>`` of the same arguments: why C does not take them,
-in words, or None. A refusal compiles, allocates and measures nothing: ``prepare`` does that.
+An op has the signature of its contract. ``refuses_<op>`` has the same arguments; it returns the reason why C does not
+take them, or None. A refusal compiles, allocates and measures nothing: ``prepare`` does that.
 
     Python, named like the contracts                 C
     linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c
     attention                                        attention.h, decode_attention.c, prefill_attention.c
     rms_norm, rope, swiglu, embedding                norm.h, rms_norm.c, rope.c, swiglu.c, embedding.c
-    backend.py, ops.py: the backend, and all of them
+    backend.py, ops.py: the backend, and its list of ops
 
     calls.py          calls, read from calls.h       calls.h       the arguments of every op
-    weights.py        weights as structs             weights.h, and a file each format: dense_weight.h
-    pages.py          cache pages as structs         pages.h, and a file each format: dense_pages.h
+    weights.py        weights as structs             weights.h, and a file for each format: dense_weight.h
+    pages.py          cache pages as structs         pages.h, and a file for each format: dense_pages.h
     limits.py         what the ops take              limits.c
-    recorded_calls.py calls recorded and replayed    team.h, team.c  the threads that carry calls out
-    threads.py        how many threads               plain.c       every op as the simplest loops: read this first
+    recorded_calls.py calls recorded and replayed    team.h, team.c  the threads that run the calls
+    threads.py        how many threads               plain.c       every op as simple loops: read this first
     build.py          the library in use             vectors.h     registers of each width
-    compiler.py       how it is compiled             operands.h    what is multiplied
+    compiler.py       how it is compiled             operands.h    the operands of products
     targets.py        for which processors           panels.h      products of many rows
-    choose.py         what is fastest                ceilings.c    loops that benchmarks take shares of
-    kept.py           where what is compiled or measured here is kept
+    choose.py         what is fastest                ceilings.c    loops that measure the processor's limits
+    kept.py           the folder of compiled libraries and measurements
 """
 
 from . import threads

@@ -1,5 +1,5 @@
-"""Attention over the paged cache in C. kernels/attention.py says what each op computes; attention.h, decode_attention.c
-and prefill_attention.c have the pictures."""
+"""Attention over the paged cache in C. kernels/attention.py says what each op computes. attention.h,
+decode_attention.c and prefill_attention.c have the pictures."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def prefill_attention(
 
 
 def _refuses(q: Tensor, pages: Pages) -> str | None:
-    """q [.., Hq, D] over pages [.., Hkv, D]"""
+    """The reason why C does not run attention of q [.., Hq, D] over these pages, or None."""
     if reason := refuses_pages(pages) or refuses_head_dim(pages.shape[-1]):
         return reason
     group, most = q.shape[1] // pages.shape[-2], build.prepared().limits.max_group

@@ -1,4 +1,4 @@
-"""C as a backend of CPUs. The ops register in the files named like their contracts; ops.py has them all."""
+"""The C backend of CPUs. Each op registers in the file named like its contract; ops.py lists them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FLOATS = (torch.float32, torch.float16, torch.float64)
 
 
 def _refuses(x: Tensor) -> str | None:
-    """Of an op's first tensor, which may be of integers."""
+    """The reason why no op takes this first tensor, or None. The tensor may be of integers."""
     return build.refuses_dtype(x.dtype) if x.dtype in FLOATS else None
 
 

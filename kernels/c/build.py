@@ -1,6 +1,7 @@
-"""The library of C functions that this process uses: built with the package, or compiled here at the first use.
+"""The library of C functions that this process uses. It was built with the package, or is compiled here at the first
+use.
 
-``prepare`` finds, compiles, loads and measures, once; everything else asks what it found."""
+``prepare`` finds or compiles the library, loads it and measures, once. The other functions return what it found."""
 
 from __future__ import annotations
 
@@ -22,37 +23,38 @@ from .targets import Target
 
 logger = logging.getLogger(__name__)
 PROBLEMS = (compiler.CompilerError, compiler.Refused, OSError)
-BUILT = Path(__file__).parent / "built"  # what setup.py puts into a wheel; a source checkout has none
+BUILT = Path(__file__).parent / "built"  # the folder that setup.py puts into a wheel; a source checkout has none
 NOT_PREPARED = "anything before it is prepared"
-LONG = 1.0  # seconds that measuring may take before it is said
+LONG = 1.0  # seconds of measuring after which a progress line is logged
 
-_deciding = threading.RLock()  # one thread prepares; others wait for what it finds
-_found: Prepared | str | None = None  # or why there is no C; None: nobody has prepared it
+_deciding = threading.RLock()  # one thread prepares, and the others wait for it
+_found: Prepared | str | None = None  # a str: the reason why C cannot run; None: not prepared yet
 
 
 class Loaded(NamedTuple):
     library: ctypes.CDLL
     target: Target
-    origin: str  # where it comes from
-    limits: Any  # what its ops take: the fields of `limits` in calls.h
+    origin: str  # how the library was made, in words
+    limits: Any  # the limits of its ops: the fields of `limits` in calls.h
 
 
 class Prepared(NamedTuple):
-    """A library, and what was measured with it."""
+    """A library, and the results of measuring with it."""
 
     library: ctypes.CDLL
     target: Target
     origin: str
     limits: Any
-    multiplies: bool  # many tokens run faster here than in torch
-    prefetch_distance: int  # bytes before they are needed that weights are asked for
+    multiplies: bool  # C multiplies many tokens, because it is about as fast as torch or faster
+    prefetch_distance: int  # how many bytes in advance weights are prefetched
 
 
 def prepare() -> str | None:
-    """Loads the library, compiled if it must be, and measures what is fastest, unless an earlier call or an earlier
-    process did: seconds, once on a machine. Returns None, or why C cannot run here, which a warning has said once.
+    """Finds or compiles the library, loads it, and measures what is fastest. Both results are kept for later calls and
+    later processes, so a machine spends these seconds once. Returns None, or the reason why C cannot run here; a
+    warning has then given the reason once.
 
-    Raises ValueError where QWENKERN_CPU_TARGET is wrong."""
+    Raises ValueError if QWENKERN_CPU_TARGET is invalid."""
     global _found
     if _found is None:
         with _deciding:
@@ -62,7 +64,8 @@ def prepare() -> str | None:
 
 
 def prepared() -> Prepared:
-    """What ``prepare`` has found; prepares where nobody has. Raises RuntimeError where C cannot run."""
+    """The result of ``prepare``, which is called if nobody has called it yet. Raises RuntimeError if C cannot run
+    here."""
     if not isinstance(_found, Prepared) and (reason := prepare()):
         raise RuntimeError(f"the C kernels cannot run here: {reason}")
     assert isinstance(_found, Prepared)
@@ -70,32 +73,32 @@ def prepared() -> Prepared:
 
 
 def refuses() -> str | None:
-    """Why C cannot run here, or None. Prepares nothing."""
+    """The reason why C cannot run here, or None. Prepares nothing."""
     if isinstance(_found, Prepared):
         return None
     return NOT_PREPARED if _found is None else _found
 
 
 def refuses_dtype(dtype: torch.dtype) -> str | None:
-    """Why no C op takes floats of this type, or None."""
+    """The reason why no C op takes floats of this dtype, or None."""
     if dtype != torch.bfloat16:
         return f"{str(dtype).removeprefix('torch.')} (C computes in bfloat16)"
     return refuses()
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled functions, prepared, or None where there are none."""
+    """The library, after ``prepare``, or None if C cannot run here."""
     return None if prepare() else prepared().library
 
 
 def target() -> str | None:
-    """The name of the target that the functions in use were compiled for."""
+    """The name of the target that the library in use was compiled for, or None if C cannot run here."""
     return None if prepare() else prepared().target.name
 
 
 def _prepared() -> Prepared | str:
-    """The best of this processor's targets that can be had. One that multiplies pairs of bfloat16 gives way to the one
-    that widens them where that measures faster."""
+    """Loads the library of the best usable target, and measures with it. If that target multiplies pairs of bfloat16,
+    the target that widens them to float32 is measured too, and the faster one is used."""
     candidates = targets.usable()
     found, problem = _first(candidates)
     if found is None:
@@ -103,7 +106,7 @@ def _prepared() -> Prepared | str:
     rivals = {found.target.name: found}
     for other in candidates:
         if other.name == found.target.floats:
-            with contextlib.suppress(*PROBLEMS):  # then there is no choice
+            with contextlib.suppress(*PROBLEMS):  # without the second library there is nothing to compare
                 rivals[other.name] = _load(other)
     with _said_if_long("qwenkern: measuring which C kernels are fastest here (some seconds, once)"):
         if len(rivals) > 1:
@@ -123,26 +126,26 @@ def _said_if_long(message: str) -> Iterator[None]:
 
 
 def check_environment() -> None:
-    """Raises ValueError where QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong; loads nothing."""
+    """Raises ValueError if QWENKERN_CPU_TARGET or QWENKERN_THREADS is invalid. Loads nothing."""
     targets.usable()
     threads.count()
 
 
 def forget() -> None:
-    """The next call prepares anew."""
+    """Forgets what ``prepare`` found, so the next call prepares anew."""
     global _found
     _found = None
 
 
 def describe() -> dict[str, str]:
-    """What runs on this CPU: target, threads, and what was measured, with the day and the load; loads, and measures,
-    what is not known yet."""
+    """What runs on this CPU, in words: the target, the number of threads, and each measured choice with the day and the
+    load average of its measurement. Prepares the backend if it is not prepared."""
     return {name: says + (f" (measured {when})" if when else "") for name, (says, when) in _described().items()}
 
 
 def renew() -> dict[str, tuple[str, str]]:
-    """Measures everything anew, whatever is remembered, and keeps what readings agree on. What describe says after it,
-    and before it."""
+    """Measures everything anew, even what is remembered. Keeps a choice if its readings agree. Returns, for each entry
+    of ``describe``, the text now and the text before."""
     before = _described()
     forget()
     with choose.renewing():
@@ -152,7 +155,7 @@ def renew() -> dict[str, tuple[str, str]]:
 
 
 def _described() -> dict[str, tuple[str, str]]:
-    """By what it is about: what is so, and when it was measured, if it was."""
+    """For each entry of ``describe``: its text, and when it was measured (empty if it was not)."""
     if prepare():
         return {"CPU": ("no C, so torch runs", ""), "threads": (str(threads.count()), "")}
     here = prepared()
@@ -163,14 +166,15 @@ def _described() -> dict[str, tuple[str, str]]:
         "threads": (str(threads.count()), ""),
         "many tokens": ("multiplied in C" if here.multiplies else "multiplied by torch", when["many tokens"]),
         "weights": (
-            f"asked for {distance} bytes in advance" if distance else "not asked for in advance",
+            f"prefetched {distance} bytes in advance" if distance else "not prefetched",
             when["prefetch"],
         ),
     }
 
 
 def _first(candidates: list[Target]) -> tuple[Loaded | None, str]:
-    """The first that loads, and why a better one, or any, does not, which a warning says."""
+    """The first of the targets whose library loads, and the first problem. A warning reports the problem and what runs
+    instead."""
     found, problem = None, None
     for each in candidates:
         try:
@@ -179,7 +183,7 @@ def _first(candidates: list[Target]) -> tuple[Loaded | None, str]:
         except PROBLEMS as error:
             problem = problem or error
             if isinstance(error, compiler.NoCompiler) and not BUILT.is_dir():
-                break  # the other targets would wait for it, too
+                break  # the other targets need the same compiler
     if problem is not None:
         instead = f"the C functions for {found.target.name} run" if found else "torch runs in place of C, slower"
         warnings.warn(f"qwenkern: {problem}; {instead}", stacklevel=2)
@@ -187,8 +191,8 @@ def _first(candidates: list[Target]) -> tuple[Loaded | None, str]:
 
 
 def _load(target: Target) -> Loaded:
-    """A target's library as it came with the package, as it was compiled earlier, or compiled now; else one of PROBLEMS
-    is raised."""
+    """The library of a target: the one in the package, one compiled earlier, or one compiled now. Raises one of
+    PROBLEMS if there is none."""
     name = f"{target.name}.so"
     if BUILT.is_dir() and target.needs:
         try:
@@ -211,7 +215,7 @@ def _load(target: Target) -> Loaded:
             compiler.compile_to(file, target.flags)
             kept.tidy(folder)
             return _open(file, target, "compiled on this machine")
-        except (OSError, compiler.Refused) as error:  # a full or read-only disk, one that nothing may be run from
+        except (OSError, compiler.Refused) as error:  # a disk that is full, read-only or mounted noexec
             logger.warning("qwenkern: cannot keep what it compiles in %s: %s", folder, error)
     with tempfile.TemporaryDirectory() as place:
         compiler.compile_to(Path(place, name), target.flags)
@@ -219,7 +223,7 @@ def _load(target: Target) -> Loaded:
 
 
 def _kept(file: Path, target: Target) -> Loaded | None:
-    """A library that an earlier process compiled, if it is there and what it should be."""
+    """A library that an earlier process compiled, or None if there is none or it fails a check."""
     try:
         if not kept.trusted(file):
             raise compiler.Refused(f"{file} may be another user's work")
@@ -235,22 +239,23 @@ def _kept(file: Path, target: Target) -> Loaded | None:
 
 
 def _made_elsewhere(folder: Path | None, target: Target) -> Loaded | None:
-    """A library of the same files and flags by another compiler, where there is none here: as an image is run that
-    another one filled the cache of."""
+    """A library that another compiler made from the same files and with the same flags, for a machine without a
+    compiler. An example is a container image whose cache was filled in another image."""
     files = sorted(folder.glob(f"*-{target.name}.so")) if folder and target.needs else ()
     fits = (file for file in files if file.name[17:] == f"{target.name}.so" and compiler.fits(file, target.flags))
     return next(filter(None, (_kept(file, target) for file in fits)), None)
 
 
 def _key(target: Target) -> str:
-    """Of a library that was compiled here: other C files, flags, or a compiler of another name make another."""
+    """The beginning of the file name of a library that is compiled here. It depends on the C files, the flags and the
+    compiler's name."""
     native = () if target.needs else (targets.processor(),)
     named = compiler.given() or compiler.command()[0]
     return compiler.digest(*compiler.FLAGS, *target.flags, named, *native)[:16]
 
 
 def _open(file: Path, target: Target, origin: str) -> Loaded:
-    """Loads a library that is what its manifest says; raises Refused."""
+    """Loads a library if it matches its manifest. Raises Refused otherwise."""
     compiler.check(file, target.flags)
     try:
         library = ctypes.CDLL(str(file))
@@ -263,7 +268,8 @@ def _open(file: Path, target: Target, origin: str) -> Loaded:
 
 
 def _share_threads(library: ctypes.CDLL) -> None:
-    """Lets the functions run in the threads of torch's OpenMP, where it has one: two pools would compete for cores."""
+    """Lets the library run its ops in the threads of torch's OpenMP, if torch uses it. Two thread pools would compete
+    for the cores."""
     if os.name != "posix":
         return
     process = ctypes.CDLL(None)

@@ -1,8 +1,8 @@
-"""The calls of C functions: laid out as calls.h says, which is read here, and made by one function for each op.
+"""Makes calls of C functions. calls.h declares their arguments; this file reads it, and has one function for each op.
 
-``make.silu_mul(out=..., gate=..., up=..., num_tokens=..., ...)`` returns a Call. Its arguments are the fields of
-``silu_mul_args``: a tensor or None for a pointer, a number for a long or a double, and for a struct within the struct a
-tuple of its fields (formats.py makes those). An argument too many or too few raises TypeError."""
+``make.silu_mul(out=..., gate=..., up=..., num_tokens=..., ...)`` returns a Call. Its keywords are the fields of
+``silu_mul_args``: a tensor or None for a pointer, a number for a long or a double, and a tuple of its fields for a
+struct within the struct (weights.py and pages.py make those). A missing or unknown keyword raises TypeError."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 HEADER = Path(__file__).with_name("calls.h")
-# An op's name, the bytes of `call` in team.h, and the tensors that its pointers lead to, which must outlive it
+# An op's name, the bytes of `call` in team.h, and the tensors that its pointers point to, which must outlive the call
 Call = tuple[str, bytes, tuple["Tensor | None", ...]]
 
 _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
@@ -27,22 +27,23 @@ _CODES = {"long": "l", "double": "d"}  # of the module struct; a pointer is P
 
 
 class Field(NamedTuple):
-    """A field of a struct. ``weight.values`` is the field ``values`` of the struct ``weight`` within the struct."""
+    """A field of a struct. ``weight.values`` is the field ``values`` of the inner struct ``weight``."""
 
     name: str
     code: str  # as the module struct has it: P, l or d
-    is_const: bool  # what a pointer leads to is only read
+    is_const: bool  # C only reads what the pointer points to
 
 
 class Layout(NamedTuple):
-    """What calls.h says."""
+    """The lists and structs of calls.h."""
 
-    lists: dict[str, tuple[str, ...]]  # OP, WEIGHT_FORMAT and PAGES_FORMAT, each in its order
+    lists: dict[str, tuple[str, ...]]  # OP, WEIGHT_FORMAT and PAGES_FORMAT, in the order of the header
     structs: dict[str, tuple[Field, ...]]
 
 
 def read(text: str) -> Layout:
-    """Reads the lists and the structs of a header as calls.h is one. Raises ValueError for another type of field."""
+    """Reads the lists and the structs of a header in the form of calls.h. Raises ValueError for a field of another
+    type."""
     text = _COMMENT.sub("", text)
     lists = {name: tuple(re.findall(r"\((\w+)\)", body)) for name, body in _LIST.findall(text)}
     structs: dict[str, tuple[Field, ...]] = {}
@@ -71,12 +72,12 @@ def _fields(declaration: str, structs: dict[str, tuple[Field, ...]]) -> list[Fie
 LAYOUT = read(HEADER.read_text(encoding="utf-8"))
 OPS = LAYOUT.lists["OP"]
 FIELDS = {op: LAYOUT.structs[f"{op}_args"] for op in OPS}
-_WORD = struct.calcsize("P")  # also of a long and a double, as tests hold against the compiler
+_WORD = struct.calcsize("P")  # bytes of a pointer, a long and a double; a test compares with the compiler
 CALL_BYTES = _WORD * (1 + max(map(len, FIELDS.values())))
 
 
 def _maker(op: str) -> Callable[..., Call]:
-    """The function that makes calls of an op. It is written out and compiled, as namedtuple does it: a loop over the
+    """The function that makes calls of an op. Its source is generated and compiled, as namedtuple does: a loop over the
     fields would take as long as a small op."""
     fields = FIELDS[op]
     places = [_place(field.name, fields) for field in fields]
@@ -100,7 +101,7 @@ def _maker(op: str) -> Callable[..., Call]:
 
 
 def _place(name: str, fields: tuple[Field, ...]) -> str:
-    """The expression of a field: weight.values is the first of the tuple that is given as ``weight``."""
+    """The expression for a field: weight.values is the first element of the tuple that is passed as ``weight``."""
     outer, _, inner = name.partition(".")
     if not inner:
         return outer
@@ -109,7 +110,7 @@ def _place(name: str, fields: tuple[Field, ...]) -> str:
 
 
 def _no_address(op: str, name: str, tensor: Tensor) -> int:
-    """Of an empty tensor; others must have one. Raises TypeError."""
+    """The address 0 of an empty tensor. Raises TypeError for any other tensor, which must have an address."""
     if tensor.numel():
         raise TypeError(
             f"{op}: {name}, of shape {list(tensor.shape)}, has no memory; expected a tensor whose values lie in memory "

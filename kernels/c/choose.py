@@ -1,10 +1,10 @@
-"""What is fastest on this processor, measured when C is prepared, in about a second altogether.
+"""Measures what is fastest on this processor while C is prepared. All measurements together take about a second.
 
-Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's, and
-torch may have a matrix unit that beats both. Weights: some processors fetch far enough in advance by themselves, others
-must be asked. All of it is timed in turns on the C functions themselves, as processor time of one thread, so that other
-programs count little. A choice is kept for the next process only where two halves of its readings make the same, and
-with it when it was measured and what the machine's load was."""
+Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's. torch
+may use a matrix unit that is faster than both. Weights: some processors prefetch far enough in advance by themselves,
+and others need prefetch instructions. The measurements time the C functions themselves, in turns, as processor time of
+one thread, so other programs disturb them little. A choice is kept for later processes only if both halves of its
+readings lead to the same choice. The date and the load average of the measurement are kept with it."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 0.15  # that readings may take, once there are enough of them
-ROUNDS = 4  # enough: two in each half
+SECONDS = 0.15  # the time for more readings after the first ROUNDS
+ROUNDS = 4  # the least number of rounds: two in each half
 TOKENS = 128
-DISTANCES = (0, 4096, 16384)  # bytes that weights are asked for before they are needed
-WEIGHTS = 128 << 20  # bytes, more than the caches of most processors hold
-CLEARLY = 1.1  # how many times as fast as ours torch must be to run in our place
-NEARLY = 0.97  # of the best speed, which a shorter distance must reach to be preferred
+DISTANCES = (0, 4096, 16384)  # how many bytes in advance weights are prefetched
+WEIGHTS = 128 << 20  # bytes, more than the caches of most processors
+CLEARLY = 1.1  # torch multiplies many tokens if it is more than so many times as fast as C
+NEARLY = 0.97  # a shorter distance is preferred if it reaches this share of the best speed
 _renewing = False
-measured: dict[str, str] = {}  # by question: when what this process goes by was measured, beside what load
+measured: dict[str, str] = {}  # by question: the date and load of the measurement in use
 QUESTIONS = {
     "products": "which library multiplies faster",
     "many tokens": "what multiplies many tokens",
-    "prefetch": "how many bytes in advance weights are asked for",
+    "prefetch": "how many bytes in advance weights are prefetched",
 }
 
 
 def products(rivals: Mapping[str, Loaded]) -> str:
-    """Which of the libraries, by their targets' names, multiplies faster."""
+    """The name of the target whose library multiplies fastest."""
 
     def ways() -> dict[str, Callable[[], object]]:
         x, w = _ones(TOKENS, 1024), _ones(2048, 1024)
@@ -62,7 +62,7 @@ def products(rivals: Mapping[str, Loaded]) -> str:
 
 
 def multiplies(loaded: Loaded) -> bool:
-    """Whether many tokens are multiplied here at least about as fast as in torch."""
+    """Whether C multiplies many tokens at least about as fast as torch (see CLEARLY)."""
     target = loaded.target.name
 
     def ways() -> dict[str, Callable[[], object]]:
@@ -76,7 +76,7 @@ def multiplies(loaded: Loaded) -> bool:
 
 
 def prefetch(loaded: Loaded) -> int:
-    """How many bytes in advance weights are best asked for."""
+    """How many bytes in advance weights are best prefetched."""
 
     def ways() -> dict[int, Callable[[], object]]:
         x, w = _ones(1, 1024), _ones(WEIGHTS // 2048, 1024)
@@ -94,7 +94,7 @@ def _ones(*shape: int) -> torch.Tensor:
 
 
 def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0) -> Callable[[], object]:
-    """x times w transposed; what it works on stays alive with it."""
+    """A function that multiplies x by w transposed. It keeps its tensors alive."""
     (tokens, k), n = x.shape, len(w)
     scratch = torch.empty(linear_scratch(loaded.limits, tokens, k, 1), dtype=torch.float32, device="cpu")
     nothing = dict.fromkeys(("new_residual", "residual", "norm_weight", "bias", "addend"))
@@ -123,7 +123,7 @@ def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0)
 
 
 def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callable[[Mapping], Any], *about: str) -> Any:
-    """The answer that was kept, else the one that rule picks of the seconds that each way takes."""
+    """The remembered answer, or else the one that ``rule`` picks from the measured seconds of each way."""
     known = None if _renewing else remembered(question, answers, *about)
     if known is not None:
         return known
@@ -131,7 +131,7 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
     with (
         _disable_current_modes(),
         threads.one_in_torch(),
-    ):  # a trace has no part in this, nor a recording
+    ):  # not under a trace or a recording
         readings = _readings(ways())
     chosen, agreed = decide(readings, rule)
     logger.info(
@@ -148,14 +148,14 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
 
 
 def _now() -> str:
-    """The day, and the load average of the last minute, where the system has one."""
+    """The date, and the load average of the last minute if the system has one."""
     load = f", load {os.getloadavg()[0]:.1f}" if hasattr(os, "getloadavg") else ""
     return time.strftime("%Y-%m-%d") + load
 
 
 @contextlib.contextmanager
 def renewing() -> Iterator[None]:
-    """While it lasts, everything is measured, whatever is remembered."""
+    """In this context everything is measured, even what is remembered."""
     global _renewing
     _renewing = True
     try:
@@ -169,7 +169,7 @@ def _fastest(seconds: Mapping) -> Any:
 
 
 def _readings(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
-    """Seconds of each way, in turns, after a first round that does not count."""
+    """The seconds of each way, timed in turns. A first round of warm-up does not count."""
     readings: dict[Any, list[float]] = {way: [] for way in ways}
     for run in ways.values():
         run()
@@ -185,7 +185,7 @@ def _readings(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]
 
 
 def decide(readings: Mapping[Any, list[float]], rule: Callable[[Mapping], Any]) -> tuple[Any, bool]:
-    """What rule picks of the best readings, and whether it picks the same of either half of them."""
+    """What ``rule`` picks from the best readings, and whether it picks the same from each half of the readings."""
     whole, *halves = (
         rule({way: min(seconds[part]) for way, seconds in readings.items()})
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2))
@@ -194,7 +194,7 @@ def decide(readings: Mapping[Any, list[float]], rule: Callable[[Mapping], Any]) 
 
 
 def remembered(question: str, answers: list, *about: str) -> Any | None:
-    """The answer that an earlier process kept; None where there is none, or it is damaged."""
+    """The answer that an earlier process kept, or None if there is none or it is damaged."""
     folder = kept.folder()
     if folder is None:
         return None
@@ -212,7 +212,7 @@ def remembered(question: str, answers: list, *about: str) -> Any | None:
 
 
 def remember(question: str, answers: list, answer: Any, *about: str) -> None:
-    """Whole or not at all: another process may do the same."""
+    """Keeps an answer for later processes. The file is renamed into place, so concurrent processes see a whole file."""
     folder = kept.folder()
     if folder is None:
         return
@@ -220,14 +220,15 @@ def remember(question: str, answers: list, answer: Any, *about: str) -> None:
         with tempfile.TemporaryDirectory(dir=folder, prefix="making-") as making:
             with open(os.path.join(making, "choice"), "w", encoding="utf-8") as stream:
                 json.dump({"question": question, "answer": answer, "measured": measured.get(question, _now())}, stream)
-            os.chmod(stream.name, 0o644)  # whatever the umask
+            os.chmod(stream.name, 0o644)  # independent of the umask
             os.replace(stream.name, folder / _name(question, answers, *about))
     except OSError as error:
         logger.info("qwenkern: a measurement cannot be kept in %s: %s", folder, error.strerror)
 
 
 def _name(question: str, answers: list, *about: str) -> str:
-    """Of a file for this processor, the C files, torch and what it may use."""
+    """The name of the file that keeps an answer. It depends on the processor, the C files, and torch and its
+    settings."""
     rivals = (torch.__version__, torch.backends.cpu.get_cpu_capability(), os.environ.get("ONEDNN_MAX_CPU_ISA", ""))
     facts = (*map(str, answers), *about, processor(), *rivals)
     return f"choice-{question.replace(' ', '-')}-{hashlib.sha256(digest(*facts).encode()).hexdigest()[:16]}.json"

@@ -1,6 +1,6 @@
-"""From the C files to a library with a manifest beside it, and whether a library is what its manifest says.
+"""Compiles the C files to a library, writes a manifest beside it, and checks whether a library matches its manifest.
 
-setup.py uses this file, too, before anything is installed: it imports the standard library only."""
+setup.py uses this file before anything is installed, so it imports the standard library only."""
 
 from __future__ import annotations
 
@@ -17,39 +17,40 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC", "-fvisibility=hidden")
-ANSWER, COMPILE = 10, 120  # seconds that a compiler may take to say its version, and for the files
+ANSWER, COMPILE = 10, 120  # the compiler's time limits in seconds: for its version, and for the C files
 
 
 class CompilerError(Exception):
-    """The compiler failed. One line says how."""
+    """The compiler failed. The message is one line."""
 
 
 class NoCompiler(CompilerError):
-    """There is none, or it does not answer: it need not be asked again."""
+    """There is no compiler, or it does not answer. It is not asked again."""
 
 
 class Refused(Exception):
-    """A library is not what it should be. One line says why."""
+    """A library fails a check. The message is one line and gives the reason."""
 
 
 def files() -> list[Path]:
-    """Everything that a library is compiled from."""
+    """The files that a library is compiled from."""
     return sorted(SOURCES.glob("*.[ch]"))
 
 
 def digest(*facts: str) -> str:
-    """A hash of the C files and of what else is given."""
+    """A hash of the C files and of ``facts``."""
     parts = [file.name.encode() + b"\0" + file.read_bytes() for file in files()]
     return hashlib.sha256(b"\0".join([*parts, *(fact.encode() for fact in facts)])).hexdigest()
 
 
 def given() -> str:
-    """What CC says."""
+    """The environment variable CC."""
     return os.environ.get("CC", "").strip()
 
 
 def command() -> list[str]:
-    """The compiler that CC names, else the first of cc, gcc and clang. Raises NoCompiler where CC is not one."""
+    """The command of the compiler: CC, else the first of cc, gcc and clang. Raises NoCompiler if CC is no command
+    line."""
     if not given():
         return [next(filter(shutil.which, ("cc", "gcc", "clang")), "cc")]
     try:
@@ -59,8 +60,8 @@ def command() -> list[str]:
 
 
 def answers() -> str:
-    """The first line that the compiler says of itself. Raises NoCompiler where it says nothing in ANSWER seconds, which
-    is remembered: whoever waits for one that hangs does so once."""
+    """The first line of the compiler's version text. Raises NoCompiler if the compiler does not answer within ANSWER
+    seconds. The result is remembered, so a compiler that hangs costs that time once."""
     said = _asked(tuple(command()))
     if isinstance(said, NoCompiler):
         raise said
@@ -76,9 +77,9 @@ def _asked(compiler: tuple[str, ...]) -> str | NoCompiler:
 
 
 def compile_to(library: Path, flags: Sequence[str]) -> None:
-    """Compiles the C files and writes the manifest beside the library, each whole or not at all: others may do the
-    same at once. Raises CompilerError, or OSError where the folder cannot be written to."""
-    compiler, version, hashed = command(), answers(), digest()  # before: who edits meanwhile compiles anew
+    """Compiles the C files, and writes the library and its manifest. Each file is renamed into place, so concurrent
+    processes see whole files. Raises CompilerError, or OSError if the folder cannot be written to."""
+    compiler, version, hashed = command(), answers(), digest()  # hashed first: a later edit recompiles
     with tempfile.TemporaryDirectory(dir=library.parent, prefix="making-") as folder:
         made = Path(folder, library.name)
         sources = [str(file) for file in files() if file.suffix == ".c"]
@@ -93,16 +94,16 @@ def compile_to(library: Path, flags: Sequence[str]) -> None:
         manifest.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
         for file in (made, manifest):
             _flush(file)
-            file.chmod(0o644)  # whatever the umask: others may read it, and not write to it
+            file.chmod(0o644)  # independent of the umask: others may read it but not write to it
             os.replace(file, library.with_name(file.name))
 
 
 def check(library: Path, flags: Sequence[str]) -> None:
-    """Raises Refused, with the reason, unless a library, its manifest and the C files are what belongs together."""
+    """Raises Refused, with the reason, unless the library, its manifest and the C files match."""
     manifest = library.with_suffix(".json")
     for file in (library, manifest):
         if file.exists() and not file.is_file():
-            raise Refused(f"{file} is no file")  # a pipe would never be read through
+            raise Refused(f"{file} is no file")  # reading a pipe would not end
     try:
         said = json.loads(manifest.read_text(encoding="utf-8"))
         sources, hashed, with_flags = said["sources"], said["library"], said["flags"]
@@ -119,7 +120,7 @@ def check(library: Path, flags: Sequence[str]) -> None:
 
 
 def fits(library: Path, flags: Sequence[str]) -> bool:
-    """Whether check would pass."""
+    """Whether ``check`` passes."""
     try:
         check(library, flags)
     except Refused:
@@ -130,7 +131,8 @@ def fits(library: Path, flags: Sequence[str]) -> bool:
 def _run(
     arguments: Iterable[str], seconds: float, failure: type[CompilerError] = CompilerError, place: str | None = None
 ) -> str:
-    """What a program says. ``place`` is for its temporary files, for there may be no other folder to write to."""
+    """The standard output of a program. ``place`` is a folder for its temporary files; the system's folder for them may
+    not be writable."""
     arguments = list(arguments)
     environment = None if place is None else os.environ | dict.fromkeys(("TMPDIR", "TMP", "TEMP"), place)
     name = f"the C compiler {shlex.join(arguments[:1])}"
@@ -155,6 +157,6 @@ def _run(
 
 
 def _flush(file: Path) -> None:
-    """To the disk before the file gets its name: a power cut leaves all of it or none."""
+    """Writes a file to the disk before it is renamed, so a power cut leaves the whole file or none."""
     with file.open("rb") as stream:
         os.fsync(stream.fileno())

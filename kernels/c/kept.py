@@ -1,6 +1,7 @@
-"""The folder where compiled libraries and measured choices are kept from one process to the next.
+"""The folder that keeps compiled libraries and measured choices from one process to the next.
 
-What lies there is loaded and run, so it must be ours alone; where it cannot be, nothing is kept and all else works."""
+Its libraries are loaded and run, so no other user may be able to write to it. If that cannot be ensured, nothing is
+kept, and everything else works."""
 
 from __future__ import annotations
 
@@ -24,14 +25,14 @@ _OURS = re.compile(r"[0-9a-f]{16}-[a-z0-9.-]+\.(so|json)|choice-[a-z-]+-[0-9a-f]
 
 
 def folder() -> Path | None:
-    """``compiled`` in the folder of caches. None, which is said once, where it cannot be made or others may write to
-    it. A relative one is below the folder that was the current one when it was first needed."""
+    """The folder ``compiled`` in the folder of caches. None if it cannot be made or others may write to it; a warning
+    says so once. A relative path is resolved once, against the current folder at the first call."""
     return _made(str(cache_folder()))
 
 
 def trusted(path: Path) -> bool:
-    """Whether it is a file or a folder, and only this user, or the administrator, can have written it. Raises OSError
-    where it is not there."""
+    """Whether the path is a file or a folder that only this user or root can have written. Raises OSError if it does
+    not exist."""
     status = path.stat()
     if not (stat.S_ISREG(status.st_mode) or stat.S_ISDIR(status.st_mode)):
         return False
@@ -39,18 +40,18 @@ def trusted(path: Path) -> bool:
 
 
 def used(file: Path) -> None:
-    """Notes that a file was needed, once a day."""
-    with contextlib.suppress(OSError):  # a read-only folder: nothing is tidied there either
+    """Records that a file was used, by its modification time, at most once a day."""
+    with contextlib.suppress(OSError):  # in a read-only folder nothing is removed either
         if time.time() - file.stat().st_mtime > DAY:
             os.utime(file)
 
 
 def tidy(folder: Path) -> None:
-    """Removes what earlier versions compiled and measured and nobody has used for UNUSED days, and what has not been
-    finished for a day. Files that are not ours by name stay; what another process has loaded lives on there."""
+    """Removes compiled libraries and measurements that nobody has used for UNUSED days, and unfinished folders older
+    than a day. Files with other names stay. A library that another process has loaded stays usable there."""
     now = time.time()
     for file in folder.iterdir():
-        with contextlib.suppress(OSError):  # another process tidies at once
+        with contextlib.suppress(OSError):  # another process may remove files at the same time
             age = (now - file.stat().st_mtime) / DAY
             if _OURS.fullmatch(file.name) and age > UNUSED:
                 file.unlink()
@@ -63,19 +64,19 @@ def _made(root: str) -> Path | None:
     try:
         path = Path(root).expanduser().absolute() / "compiled"
         as_root = hasattr(os, "getuid") and os.getuid() == 0
-        mode = 0o755 if as_root else 0o700  # what root makes in an image is there for whoever runs it
+        mode = 0o755 if as_root else 0o700  # a container's user may read what root built into its image
         if not path.is_dir():
             path.mkdir(mode=mode, parents=True, exist_ok=True)
-            path.chmod(mode)  # whatever the umask
+            path.chmod(mode)  # independent of the umask
         elif not trusted(path) and path.stat().st_uid == os.getuid():
-            path.chmod(mode)  # made by an earlier version, under a generous umask
+            path.chmod(mode)  # an earlier version made it with the umask's rights
         if not trusted(path):
             reason = "others may write to it"
         elif not os.access(path, os.R_OK | os.X_OK):
             reason = "it cannot be read"
         else:
             return path
-    except (OSError, RuntimeError) as error:  # RuntimeError: nobody's home
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
         reason = getattr(error, "strerror", None) or str(error)
     logger.warning("qwenkern: keeps no compiled C and no measurements in %s/compiled: %s", root, reason)
     return None

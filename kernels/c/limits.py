@@ -1,4 +1,4 @@
-"""What the C ops take, as the library says it (limits.c), and the scratch memory that they ask for, in floats."""
+"""The limits of the C ops, read from the library (limits.c), and the sizes of their scratch memory in floats."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ NAMES = tuple(field.name for field in LAYOUT.structs["limits"])
 
 
 def of_library(library: ctypes.CDLL) -> Any:
-    """The fields of ``limits`` in calls.h."""
+    """The values of the struct ``limits`` of calls.h, as attributes of the same names."""
     numbers = (ctypes.c_long * len(NAMES)).in_dll(library, "LIMITS")
     return SimpleNamespace(**dict(zip(NAMES, numbers, strict=True)))
 
 
 def linear_scratch(limits: Any, num_tokens: int, in_features: int, threads: int) -> int:
-    """x as operands, and for many tokens sums and panels of each thread."""
+    """Scratch of a linear: x as operands, and for many tokens also the sums and panels of each thread."""
     operands = num_tokens * in_features
     if num_tokens <= limits.max_few_tokens:
         return operands
@@ -26,16 +26,17 @@ def linear_scratch(limits: Any, num_tokens: int, in_features: int, threads: int)
 
 
 def decode_splits(limits: Any, most_tokens: int) -> int:
-    """Of a sequence with so many cached tokens."""
+    """The number of splits of a sequence with ``most_tokens`` cached tokens."""
     return -(-most_tokens // limits.decode_split)
 
 
 def decode_scratch(num_sequences: int, num_q_heads: int, splits: int, head_dim: int) -> int:
-    """What each split leaves of each query head: a sum of values, a total, a maximum."""
+    """Scratch of decode_attention: for each split and query head a weighted sum of values, a total and a maximum."""
     return num_sequences * num_q_heads * splits * (head_dim + 2)
 
 
 def prefill_scratch(limits: Any, lengths: list[int], num_kv_heads: int, head_dim: int) -> int:
-    """The packed keys and values of every block of cached tokens of every head."""
+    """Scratch of prefill_attention: the packed keys and values of every block of cached tokens and every key-value
+    head."""
     blocks = sum(-(-length // limits.prefill_block) for length in lengths)
     return 2 * blocks * num_kv_heads * head_dim * limits.prefill_block

@@ -1,6 +1,6 @@
-"""Linear layers in C, with the norm before them and what follows them. kernels/linear.py says what each computes.
+"""Linear layers in C, with their prologue (the norm) and their epilogue. kernels/linear.py says what each op computes.
 
-linear.h has the picture, linear_few_tokens.c and linear_many_tokens.c have the two forms of the product."""
+linear.h has the picture. linear_few_tokens.c and linear_many_tokens.c have the two forms of the product."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def norm_swiglu_linear(
 
 
 def refuses_product(x: Tensor, weight: Weight) -> str | None:
-    """Why C does not multiply x [T, K] by this weight, or None."""
-    if reason := refuses_weight(weight):
+    """The reason why C does not multiply x [T, K] by this weight, or None."""
+    if reason := refuses_weight(weight) or build.refuses_dtype(x.dtype):
         return reason
     here = build.prepared()
     if x.shape[1] % here.limits.in_features_multiple:
@@ -77,10 +77,11 @@ def product(
     addend: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> tuple[Tensor, Tensor]:
-    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]: (out [T, N], new residual [T, K]).
+    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]. Returns (out [T, N], new residual
+    [T, K]).
 
-    With ``norm_weight`` [K] x is first added to ``residual`` and normalised; with ``up`` [N, K] out is
-    silu(x weight^T) * (x up^T). Without a residual, the new one is x itself."""
+    With ``norm_weight`` [K], x is first added to ``residual`` and normalised. With ``up`` [N, K], out is
+    silu(x weight^T) * (x up^T). Without a residual, the new residual is x itself."""
     (num_tokens, in_features), out_features = x.shape, len(weight)
     here = build.prepared()
     out = x.new_empty(num_tokens, out_features, dtype=out_dtype)

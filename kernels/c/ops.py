@@ -1,4 +1,4 @@
-"""The ops that C implements, by name. Each file of this folder registers its own with the backend."""
+"""The ops that C implements. Each is registered with the backend in the file named like its contract."""
 
 from __future__ import annotations
 

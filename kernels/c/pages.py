@@ -1,4 +1,4 @@
-"""A layer's cache pages of each format as C reads them: the fields of ``pages`` in calls.h, in order."""
+"""Converts a layer's cache pages, of each format, to the fields of the struct ``pages`` in calls.h, in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Norm, q, k and v, rotary embedding and cache, as the two ops that they are made of."""
+"""norm_qkv_rope on a CPU: it runs norm_linear, then rope_and_cache."""
 
 from __future__ import annotations
 
@@ -24,6 +24,6 @@ def norm_qkv_rope(
     pages: Pages,
     slots: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """C may take one of the two and leave the other to torch."""
+    """Calls the public ops, because C may refuse one of the two; torch then runs that one."""
     qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
     return rope_and_cache(qkv, positions, cos_sin, pages, slots), residual

@@ -1,4 +1,4 @@
-"""Calls of C functions: run one by one, or recorded and replayed together."""
+"""Calls of C functions, run one by one, or recorded and replayed together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ _of_thread = threading.local()  # scratch: Scratch
 
 
 class Scratch:
-    """Memory that is used again, larger when more is asked for: fresh pages would cost more than a small op."""
+    """Scratch memory that is reused, and grows when a call needs more. The page faults of fresh memory cost more than a
+    small op."""
 
     def __init__(self) -> None:
         self._memory = _floats(0)
@@ -31,14 +32,14 @@ class Scratch:
 
 
 def _floats(size: int) -> Tensor:
-    """Whatever torch's default dtype and device are."""
+    """A float32 tensor on the CPU, independent of torch's default dtype and device."""
     return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
 class RecordedCalls:
-    """The calls of C functions that a function makes, recorded once and replayed in one go, which is to C ops what a
-    CUDA graph is to kernels: no Python, no allocation, and one team of threads from the first call to the last. They
-    work on the memory that their tensors had when they were recorded."""
+    """The C calls of a function, recorded once and replayed together. This is to C ops what a CUDA graph is to kernels:
+    a replay runs no Python and allocates nothing, and one team of threads runs all calls. The calls use the memory that
+    their tensors had when they were recorded."""
 
     def __init__(self) -> None:
         self.ops: list[str] = []
@@ -50,7 +51,8 @@ class RecordedCalls:
 
     @contextlib.contextmanager
     def record(self) -> Iterator[None]:
-        """Records what runs within it, without running it. Raises CannotRecord if torch were to compute something."""
+        """Records the C calls made in this context, without running them. Raises CannotRecord if an operation of torch
+        would compute something."""
         build.prepare()  # here, where torch may compute
         with recording(self), _OnlyViews():
             yield
@@ -67,7 +69,7 @@ class RecordedCalls:
 
 
 class _OnlyViews(TorchDispatchMode):
-    """Lets torch make tensors and views of them, but compute nothing."""
+    """Lets torch allocate tensors and make views, but compute nothing."""
 
     allowed = ("empty", "new_empty", "empty_like", "empty_strided")
 
@@ -78,7 +80,7 @@ class _OnlyViews(TorchDispatchMode):
 
 
 def run(call: Call, team: int | None = None) -> None:
-    """Runs a call in a team of its own, of ``team`` threads (default: threads.count()); or records it."""
+    """Runs a call in a team of ``team`` threads (default: threads.count()), or records it."""
     if is_recording():
         recorder().add(call)
     else:
@@ -86,12 +88,12 @@ def run(call: Call, team: int | None = None) -> None:
 
 
 def play(calls: bytes, count: int, team: int | None = None) -> None:
-    """Runs so many calls that lie one after the other."""
+    """Runs ``count`` calls that lie one after the other in ``calls``."""
     build.prepared().library.run(calls, count, team or threads.count())
 
 
 def scratch(size: int) -> Tensor:
-    """Memory for so many float32 that only the next call uses."""
+    """Memory for ``size`` float32 values, valid for the next call only."""
     if is_recording():
         return recorder().scratch(size)
     if not hasattr(_of_thread, "scratch"):

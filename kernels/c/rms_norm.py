@@ -1,4 +1,4 @@
-"""RMSNorm in C, with or without a residual. kernels/rms_norm.py says what each computes, norm.h has the loops."""
+"""RMSNorm in C, with or without a residual. kernels/rms_norm.py says what each op computes; norm.h has the loops."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rotary position embedding in C. kernels/rope.py says what each computes, rope.c has the loops."""
+"""Rotary position embedding in C. kernels/rope.py says what each op computes; rope.c has the loops."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def rope_and_cache(qkv: Tensor, positions: Tensor, cos_sin: Tensor, pages: Pages
 
 
 def refuses_head_dim(head_dim: int) -> str | None:
-    """Once C is prepared."""
+    """The reason why C does not rotate heads of this size, or None. C must be prepared."""
     limits = build.prepared().limits
     if head_dim % limits.head_dim_multiple or not 0 < head_dim <= limits.max_head_dim:
         return f"heads of {head_dim} values (a multiple of {limits.head_dim_multiple} up to {limits.max_head_dim})"

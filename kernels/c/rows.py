@@ -1,22 +1,22 @@
-"""Tensors as the rows that C goes through, and how many threads share the work on them."""
+"""Tensors as the rows that C loops over, and the number of threads for an op."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-SMALL = 1 << 15  # elements that one thread is through with before it has woken another
+SMALL = 1 << 15  # elements that one thread finishes before it could wake another thread
 
 
 def rows(x: Tensor) -> Tensor:
-    """x [..., H] as [T, H]; a copy only where its rows are not one stride apart."""
+    """x [..., H] as [T, H]. Copies x only if its rows are not a constant stride apart."""
     return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def dense_heads(x: Tensor) -> Tensor:
-    """x [T, heads, D]; a copy only where a token's heads do not lie one after the other."""
+    """x [T, heads, D] with dense heads. Copies x only if the heads of a token are not adjacent."""
     return x if x.stride(1) == x.shape[2] else x.contiguous()
 
 
 def team_of(elements: int) -> int | None:
-    """How many threads share the work of an op over so many elements; None: all."""
+    """The number of threads for an op over so many elements. None: all threads."""
     return 1 if elements <= SMALL else None

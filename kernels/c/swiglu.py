@@ -1,4 +1,4 @@
-"""SwiGLU in C, of one packed tensor or of two. kernels/swiglu.py says what each computes, swiglu.c has the loop."""
+"""SwiGLU in C, of one packed tensor or of two. kernels/swiglu.py says what each op computes; swiglu.c has the loop."""
 
 from __future__ import annotations
 

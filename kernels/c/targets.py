@@ -1,7 +1,7 @@
-"""Which processors the C files are compiled for, and which of them this one is.
+"""The processors that the C files are compiled for, and the ones among them that fit this processor.
 
-A wheel carries one library for each fixed target of its architecture, and the best that the processor has is loaded.
-setup.py uses this file, too, before anything is installed: it imports the standard library only."""
+A wheel carries one library for each fixed target of its architecture, and the best one that this processor supports is
+loaded. setup.py uses this file before anything is installed, so it imports the standard library only."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """What a library is compiled for."""
+    """A set of processor instructions that a library is compiled for."""
 
     name: str
     machine: str  # as `uname -m` has it on Linux
     flags: tuple[str, ...]  # of gcc and clang
-    needs: frozenset[str] = frozenset()  # what the processor must have, as Linux names it in /proc/cpuinfo
-    floats: str | None = None  # where this one multiplies pairs of bfloat16: the target that widens them to float32
+    needs: frozenset[str] = frozenset()  # required features, by their names in Linux's /proc/cpuinfo
+    floats: str | None = None  # if this target multiplies pairs of bfloat16: the one that widens them to float32
 
 
-# What compilers may use under these names. Linux says lzcnt as abm, SSE 3 as pni, and lists AVX only if osxsave is on.
+# The features of the x86-64 levels. Linux calls lzcnt abm, and SSE 3 pni; it lists AVX only if osxsave is on.
 _V2 = frozenset({"cx16", "lahf_lm", "popcnt", "pni", "ssse3", "sse4_1", "sse4_2"})
 _V3 = _V2 | {"avx", "avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe", "xsave"}
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
 _ARM = frozenset({"asimd", "atomics", "crc32", "asimdrdm", "asimddp"})
 
-# clang splits vectors of 64 bytes in halves for x86-64-v4 unless it is told not to; gcc takes the option as well.
+# Without this option clang splits 64-byte vectors into halves for x86-64-v4. gcc takes the option too.
 _WHOLE = "-mprefer-vector-width=512"
 
-# gcc for Arm moves loads so far ahead that their values leave no register for some sums, unless it is told not to;
-# clang ignores the option.
+# Without this option gcc for Arm moves loads so early that their values occupy registers of the sums. clang ignores the
+# option.
 _IN_ORDER = "-fno-schedule-insns"
 
 # Best first.
@@ -57,27 +57,28 @@ TARGETS = (
     Target("armv8.2-dotprod", "aarch64", ("-march=armv8.2-a+dotprod", _IN_ORDER), _ARM),
 )
 
-# What macOS calls those that not all of Apple's processors have.
+# macOS's names of the features that some of Apple's processors lack.
 _APPLE = {"asimddp": "FEAT_DotProd", "bf16": "FEAT_BF16", "i8mm": "FEAT_I8MM"}
 
 
 def machine(name: str | None = None) -> str:
-    """An architecture (this one's) by the name that targets have."""
+    """The name that targets use for an architecture (by default, this machine's)."""
     name = name or platform.machine()
     return {"AMD64": "x86_64", "arm64": "aarch64"}.get(name, name)
 
 
 def native() -> Target:
-    """This very processor, whatever it has: for those that no fixed target fits. Compiled on the machine only."""
+    """The target of this processor with all its features, for processors that no fixed target fits. It is compiled on
+    the machine only."""
     flag = "-march=native" if machine() == "x86_64" else "-mcpu=native"
     return Target("native", machine(), (flag,))
 
 
 def usable() -> list[Target]:
-    """What may be loaded here, best first: QWENKERN_CPU_TARGET alone where it is set, else all that fit.
+    """The targets that may be loaded here, best first. If QWENKERN_CPU_TARGET is set, that target only.
 
-    Raises ValueError where QWENKERN_CPU_TARGET names no target, or one that this processor lacks something for."""
-    from ..environment import CPU_TARGET  # not above: setup.py loads this file alone
+    Raises ValueError if QWENKERN_CPU_TARGET names no target, or one that needs features this processor lacks."""
+    from ..environment import CPU_TARGET  # not at the top: setup.py loads this file by itself
 
     here = [target for target in TARGETS if target.machine == machine()]
     if name := CPU_TARGET.get():
@@ -99,14 +100,14 @@ def _forced(variable: str, name: str, here: list[Target]) -> Target:
 
 @functools.cache
 def features() -> frozenset[str]:
-    """What this processor has and the system lets programs use, as Linux names it."""
+    """The features of this processor that the system lets programs use, by Linux's names."""
     if sys.platform == "darwin":
         return _ARM - {"asimddp"} | {name for name, key in _APPLE.items() if _sysctl(f"hw.optional.arm.{key}")}
     return listed(Path("/proc/cpuinfo"))
 
 
 def listed(cpuinfo: Path) -> frozenset[str]:
-    """What all processors of a /proc/cpuinfo have: its lines are per core, and cores may differ."""
+    """The features that all processors of a /proc/cpuinfo share. It has lines for each core, and cores may differ."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:
@@ -117,7 +118,7 @@ def listed(cpuinfo: Path) -> frozenset[str]:
 
 @functools.cache
 def processor() -> str:
-    """What tells this processor from others of the same features: its maker's names, and the features."""
+    """A text that identifies this kind of processor: its maker's names and its features."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

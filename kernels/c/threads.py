@@ -1,7 +1,8 @@
-"""How many threads the C functions use.
+"""The number of threads that the C functions use.
 
-One a physical core: two on one core share its multipliers, and neither reads memory faster. Fewer where a cpuset, a
-cgroup's quota or torch allows fewer: a thread that waits for its share of time holds up all the others."""
+The default is one thread a physical core: two threads on one core share its multipliers, and do not read memory faster.
+The number is lower if a cpuset, a cgroup's quota or torch allows fewer, because a thread that waits for processor time
+delays all the others."""
 
 from __future__ import annotations
 
@@ -20,11 +21,11 @@ _asked: int | None = None
 
 
 def count() -> int:
-    """Threads of the next call: what ``use`` was given or QWENKERN_THREADS says, else one for each physical core that
-    this process may run on, no more than a cgroup's quota rounded up; but for QWENKERN_THREADS never more than
-    torch.get_num_threads().
+    """The number of threads of the next call: the argument of ``use``, or QWENKERN_THREADS, or one for each physical
+    core that this process may run on, at most the cgroup's quota rounded up. Except for QWENKERN_THREADS, the number is
+    at most torch.get_num_threads().
 
-    Cores and quota are read once. Raises ValueError where QWENKERN_THREADS is no whole number from 1 to MOST."""
+    Cores and quota are read once. Raises ValueError if QWENKERN_THREADS is not a whole number from 1 to MOST."""
     if _asked is not None:
         return min(_asked, torch.get_num_threads())
     if given := THREADS.get():
@@ -33,7 +34,7 @@ def count() -> int:
 
 
 def use(threads: int) -> None:
-    """So many threads in this process from now on, torch's own among them."""
+    """Sets the number of threads of this process from now on, those of torch included. Raises ValueError."""
     global _asked
     if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MOST:
         raise ValueError(f"threads is {threads!r}; expected a whole number from 1 to {MOST}")
@@ -43,7 +44,7 @@ def use(threads: int) -> None:
 
 @contextlib.contextmanager
 def one_in_torch() -> Iterator[None]:
-    """While it lasts, torch's operations use one thread."""
+    """In this context torch's operations use one thread."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -54,7 +55,7 @@ def one_in_torch() -> Iterator[None]:
 
 @functools.cache
 def available() -> int:
-    """Physical cores that this process may use, or as many as its cgroup's quota pays for."""
+    """The number of physical cores that this process may use, at most the cgroup's quota."""
     quota = cgroup_quota()
     cores = physical_cores(allowed())
     return cores if quota is None else min(cores, quota)
@@ -64,11 +65,11 @@ def allowed() -> frozenset[int]:
     """The logical processors of this process's affinity mask, which taskset and cpusets set."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))  # macOS: torch knows its fast cores
+    return frozenset(range(os.cpu_count() or 1))  # on macOS torch.get_num_threads() counts the fast cores
 
 
 def physical_cores(processors: frozenset[int], system: Path = Path("/sys/devices/system/cpu")) -> int:
-    """How many cores these logical processors are; each its own where the system does not say."""
+    """The number of physical cores of these logical processors. If the system does not say, each counts as a core."""
     cores = set()
     for processor in processors:
         try:
@@ -79,8 +80,8 @@ def physical_cores(processors: frozenset[int], system: Path = Path("/sys/devices
 
 
 def cgroup_quota(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Processors' worth of time that this process may use, rounded up; None without a limit. Groups lie within groups,
-    and the least of them counts."""
+    """The number of processors whose time the cgroup's quota allows, rounded up. None without a limit. Groups are
+    nested, and the smallest quota counts."""
     try:
         lines = process.read_text().splitlines()
     except OSError:
@@ -90,7 +91,7 @@ def cgroup_quota(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
         _, controllers, path = line.split(":", 2)
         if not controllers:
             shares += [_share(folder / "cpu.max") for folder in _upwards(root, path)]
-        elif "cpu" in controllers.split(","):  # version 1, mounted under the controllers' names or under its own
+        elif "cpu" in controllers.split(","):  # version 1, mounted under the controllers' names or as cpu
             mounts = (root / controllers, root / "cpu")
             shares += [
                 _share(folder / "cpu.cfs_quota_us", folder / "cpu.cfs_period_us")
@@ -102,14 +103,15 @@ def cgroup_quota(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """A group's folder and those it lies in. Inside a container the path may be that of the host: then the mount
-    itself is the group."""
+    """A group's folder and the folders above it. In a container the path may be the host's; then the mount itself is
+    the group's folder."""
     inner = Path(path.lstrip("/"))
     return [mount / inner, *(mount / above for above in inner.parents)]
 
 
 def _share(*files: Path) -> tuple[int, int] | None:
-    """Microseconds of processor time in each period: of one file of two numbers, or of two files."""
+    """(quota, period): microseconds of processor time in each period, from one file of two numbers or from two
+    files."""
     try:
         quota, period = " ".join(file.read_text() for file in files).split()
         return (int(quota), int(period)) if quota.isdecimal() and int(period) > 0 else None  # not "max", nor -1

@@ -1,4 +1,4 @@
-"""Weights of each format as C reads them: the fields of ``weight`` in calls.h, in order."""
+"""Converts weights, of each format, to the fields of the struct ``weight`` in calls.h, in order."""
 
 from __future__ import annotations
 

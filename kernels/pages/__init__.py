@@ -1,7 +1,7 @@
-"""Formats of the key-value cache's pages. A layer's pages are one value to the ops; one file a format.
+"""Formats of the key-value cache's pages. An op takes the pages of a layer as one value. Each format has a file.
 
-To add a format: a file here with a subclass of Pages, which is found by itself. What each member is for stands in
-``Pages``; ``dense.py`` is the example.
+To add a format, write a file here with a subclass of Pages; nothing has to import it. ``Pages`` says what each member
+must do; ``dense.py`` is the example.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import_files(__name__, __path__)
 
 
 def as_pages(value: Any, form: str = "dense") -> Any:
-    """A pair of tensors (k, v) as dense pages; the tensors of pages, in the order in which they name them, as those of
-    a format. Anything else as it is, for the checks of an op to refuse."""
+    """Converts a pair of tensors (k, v) to dense pages, and a list of tensors to pages of the format ``form``. The list
+    has the order of the format's ``names``. Returns any other value unchanged; the checks of the op then raise."""
     if isinstance(value, (list, tuple)) and all(isinstance(each, Tensor) for each in value):
         if form not in FORMATS:
             raise ValueError(f"pages have no format {form!r}; expected one of {', '.join(FORMATS)}")
@@ -29,7 +29,8 @@ def as_pages(value: Any, form: str = "dense") -> Any:
 
 
 def check_pages(op: str, pages: Any, like: Tensor, head_dim: int | str = "D") -> None:
-    """Raises unless these are cache pages for tensors of the dtype of ``like``, with heads of this size, or of any."""
+    """Raises ValueError or TypeError unless these are cache pages for tensors of the dtype of ``like``. ``head_dim`` is
+    the required size of a head; a string stands for any size."""
     if isinstance(pages, (list, tuple)):
         if len(pages) != len(DensePages.names):
             raise TypeError(f"{op}: pages must be Pages or a pair of tensors, and is {len(pages)} values")

@@ -1,4 +1,4 @@
-"""What a format of cache pages must say of itself."""
+"""The base class of page formats."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ FORMATS: dict[str, type[Pages]] = {}
 
 
 class Pages:
-    """Keys and values of one layer, in pages: token t of a sequence lies in page ``block_table[t // page_size]`` at
-    offset ``t % page_size``, and its *slot* is ``page * page_size + offset``. The constructor takes the tensors, in the
-    order of ``names``, which are those of error messages.
+    """The keys and values of one layer, in pages. Token t of a sequence lies in page ``block_table[t // page_size]`` at
+    offset ``t % page_size``, and its *slot* is ``page * page_size + offset``. The constructor takes the format's
+    tensors, in the order of ``names``. Error messages use these names.
 
-    Triton: ``triton_arguments`` are what a kernel gets of the pages, a named tuple. The @triton.jit functions
-    ``triton_load_k`` and ``triton_load_v`` (pages, kv_head, page, token, column, mask) load a tile in the dtype of q;
-    ``triton_store_k`` and ``triton_store_v`` (pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM) write
-    one. A format without them is refused by Triton's ops.
+    For Triton: ``triton_arguments`` returns the named tuple that a kernel gets. The @triton.jit functions
+    ``triton_load_k`` and ``triton_load_v`` (pages, kv_head, page, token, column, mask) load a tile in q's dtype.
+    ``triton_store_k`` and ``triton_store_v`` (pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM) store
+    a tile. Triton's ops refuse a format that lacks them.
 
-    C: kernels/c/pages.py has the struct of each format; one that is not there is refused by C's ops."""
+    For C: kernels/c/pages.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
     __slots__ = ()
     format: ClassVar[str]
@@ -41,7 +41,7 @@ class Pages:
     def allocate(
         cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> Pages:
-        """Pages whose contents are undefined."""
+        """Pages with undefined contents."""
         raise NotImplementedError
 
     @property
@@ -51,17 +51,17 @@ class Pages:
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
-        """(pages, page size, key-value heads, head size)."""
+        """(number of pages, tokens a page, key-value heads, head size)."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the keys and values that go in and come out, which is that of q."""
+        """The dtype of the keys and values that are stored and loaded, which is q's dtype."""
         raise NotImplementedError
 
     def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
-        """Raises ValueError or TypeError, which name the op, unless the tensors are pages for x of the dtype of
-        ``like``, with heads of this size."""
+        """Raises ValueError or TypeError, which names the op, unless the tensors are valid pages for tensors of the
+        dtype of ``like``, with heads of this size."""
         raise NotImplementedError
 
     def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
@@ -69,7 +69,8 @@ class Pages:
         raise NotImplementedError
 
     def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        """The first ``length`` tokens of one sequence: k and v [Hkv, length, D] in their dtype."""
+        """The first ``length`` tokens of one sequence, from the pages of its block table: k and v [Hkv, length, D] in
+        ``dtype``."""
         raise NotImplementedError
 
     def copy_page(self, to: int, source: int) -> None:

@@ -1,4 +1,4 @@
-"""Keys and values as they were computed, in the dtype of q."""
+"""The dense format: keys and values as the model computed them, in q's dtype."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ def _store_v(pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM: 
 
 
 class DensePages(Pages):
-    """Two tensors [num_pages, page_size, Hkv, D]. Attention reads them at any strides but the last; they are written to
-    where they are dense."""
+    """Two tensors [num_pages, page_size, Hkv, D]. Attention reads them with any strides, if the last dimension is
+    contiguous. Storing requires dense tensors."""
 
     format = "dense"
     names = ("k_pages", "v_pages")

@@ -1,7 +1,8 @@
-"""The Triton backend: CUDA devices, and with TRITON_INTERPRET=1 a CPU through Triton's interpreter.
+"""The Triton backend: CUDA devices, and a CPU through Triton's interpreter where TRITON_INTERPRET=1 is set.
 
-Files are named like the contracts whose ops they implement. few_tokens.py is the inside of the linears; tuning.py says
-from where a launch has its configuration, and tuned/<device>/<op>.json holds what was measured.
+A file has the name of the contract whose ops it implements. few_tokens.py holds the Triton functions that the linear
+kernels share. tuning.py chooses the configuration of a launch, and tuned/<device>/<op>.json holds measured
+configurations.
 """
 
 from ..discovery import import_files

@@ -1,9 +1,10 @@
-"""Causal attention over keys and values that lie as other projects keep them, [B, Hkv, Tk, D], with the kernels of the
-paged cache: each sequence is one page, of any strides, so nothing is copied.
+"""Causal attention over keys and values in the layout of other projects, [B, Hkv, Tk, D], with the kernels of the paged
+cache. Each sequence is one page, and the kernels read pages of any strides, so nothing is copied.
 
     out[b, i, h] = softmax(scale * q[b, h, i] . k[b, h // group, : p + 1]) v[b, h // group, : p + 1]    p = Tk - Tq + i
 
-One query a sequence runs as decode_attention, several as prefill_attention; what those files say holds here.
+One query a sequence runs as decode_attention, several run as prefill_attention. What those files say of rounding and of
+bytes moved holds here too.
 """
 
 from __future__ import annotations
@@ -21,21 +22,21 @@ from .decode_attention import refuses_paged as refuses_one
 from .prefill_attention import attend as attend_many
 from .prefill_attention import refuses_paged as refuses_many
 
-PAGE = 64  # what a page's length is rounded up to; the kernels never look beyond a sequence's own
+PAGE = 64  # a page's length is rounded up to a multiple; the kernels read only the tokens of the sequence
 
 
 def _places(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """block_tables, lengths and query_starts of sequences that are one page each."""
+    """block_tables, lengths and query_starts of ``batch`` sequences that have one page each."""
     tables = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
     lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
     return tables, lengths, torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
 
 
-_kept_places = functools.lru_cache(maxsize=64)(_places)  # every layer of a model asks for the same ones
+_kept_places = functools.lru_cache(maxsize=64)(_places)  # every layer of a model uses the same tensors
 
 
 def _as_pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pages]:
-    """q [B * Tq, Hq, D], and k and v as one page a sequence."""
+    """q as [B * Tq, Hq, D], and k and v as pages, one page a sequence."""
     return q.transpose(1, 2).flatten(0, 1), DensePages(k.transpose(1, 2), v.transpose(1, 2))
 
 

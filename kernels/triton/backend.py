@@ -1,4 +1,4 @@
-"""Where Triton's kernels run, what none of them takes, and the options that every launch has."""
+"""The Triton backend: its devices, what all its ops refuse, and the options of every launch."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def _prepare() -> None:
 
 @functools.cache
 def ensure_cache() -> tempfile.TemporaryDirectory | None:
-    """Sees to a folder that Triton can compile into. Its own lies below the user's home or where TRITON_CACHE_DIR says;
-    where that cannot be written to, which would end the launch, it is one of this process."""
+    """Makes sure that Triton can write compiled kernels. Its cache folder is below the user's home, or is named by
+    TRITON_CACHE_DIR. If that folder cannot be written to, a launch would fail; then a temporary folder of this process
+    takes its place, and a warning says so."""
     folder = triton.knobs.cache.dir
     try:
         os.makedirs(folder, exist_ok=True)
@@ -55,8 +56,8 @@ def ensure_cache() -> tempfile.TemporaryDirectory | None:
 
 
 def pdl_options(x: Tensor) -> dict[str, bool]:
-    """Launch options for programmatic dependent launch: on from sm_90, and only inside a captured graph, because an
-    eager launch pays for it on the host."""
+    """Launch options for programmatic dependent launch (PDL). It is on from sm_90, and only inside a captured graph:
+    in an eager launch its cost on the host outweighs the gain."""
     device = tuning.device_of(x)
     if INTERPRETED or device.backend != "cuda" or device.capability < 90:
         return {"PDL": False}

@@ -1,19 +1,19 @@
-"""Attention of one query token a sequence over its paged cache, split over the tokens (flash decoding).
+"""Attention of one query token a sequence over its paged cache, split over the cached tokens (flash decoding).
 
     out[s, h] = softmax(scale * q[s, h] . k[:, h // group]) v[:, h // group]     over the lengths[s] tokens of s
 
-q [S, Hq, D]; k_pages, v_pages [num_pages, page_size, Hkv, D]; token t of a sequence is row t % page_size of the page
-block_tables[s, t // page_size]. The query heads of one key-value head share a tile, so that the cache is read once and
-tensor cores have rows to work on. Scores and sums in float32; the weights of v are rounded to its dtype.
+q is [S, Hq, D]. k_pages and v_pages are [num_pages, page_size, Hkv, D]. Token t of sequence s is row t % page_size of
+the page block_tables[s, t // page_size]. The query heads of one key-value head share a tile: the cache is read once,
+and the tensor cores get several rows. Scores and sums are float32. The softmax weights are rounded to v's dtype.
 
     program (p, kv head, sequence)              tokens ─────────────►
-      sequence 0   ▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒           each split is a run of whole tiles; its length follows from the
-      sequence 1   ▒▒│▒▒│▒                          sequence's own, so company does not change a sequence's bits;
-                                                    a program takes splits p, p + programs, ...
+      sequence 0   ▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒           a split is a run of whole tiles; its length follows from the
+      sequence 1   ▒▒│▒▒│▒                          sequence's length only, so the kernel is batch-invariant;
+                                                    program p computes the splits p, p + programs, ...
 
-Each split leaves a normalised result and the log2 of its sum of exponentials; a second kernel weighs them together.
-Bytes moved: 2 Hkv D elements a cached token, q and out, and 8 D bytes a head and split for the parts. A cache of fewer
-bits would be converted where a tile of k or v has been loaded.
+Each split writes a normalised result and the log2 of its sum of exponentials. A second kernel computes the weighted sum
+of the splits. Bytes moved: 2 Hkv D elements for each cached token, q and out, and 8 D bytes for the partial result of
+each head and split. The pages' format converts a tile of k or v to q's dtype where it loads it.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ tuning.SPACES["decode_attention"] = {
 
 @tuning.remember
 def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
-    """As many splits of one long sequence as there are multiprocessors, and as many tiles in memory as fit."""
+    """One long sequence gets as many splits as the device has multiprocessors for each key-value head. num_stages keeps
+    up to three tiles in flight, as many as fit into half of the shared memory."""
     block_n = min(64 if itemsize == 2 else 32, page_size & -page_size)
     num_splits = min(128, max(1, device.num_sms // num_kv_heads))
     tile = 2 * block_n * head_dim * itemsize
@@ -55,11 +56,11 @@ def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: 
         "num_warps": 4,
         "num_stages": 1 + max(1, min(3, (device.shared_memory // 2 - 8192) // tile)),
     }
-    if itemsize != 2:  # tiles tuned for two bytes do not fit
+    if itemsize != 2:  # tuned tiles are for 2-byte values; 4-byte ones would not fit
         return heuristic
     sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
     config = tuning.lookup("decode_attention", device, sizes, heuristic)
-    # Tuned for another size of page, a tile must still lie within one.
+    # The tuned entry may be for another page size. A tile must lie within one page.
     return config | {"BLOCK_N": min(config["BLOCK_N"], page_size & -page_size)}
 
 
@@ -70,21 +71,21 @@ def _tokens_of_split(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
 
 @triton.jit
 def _split_of(length, split, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
-    """Where a split of a sequence starts and ends; it is empty from the length on."""
+    """The first token of a split and the end of its tokens. A split that starts at the length or after it is empty."""
     tokens = _tokens_of_split(length, BLOCK_N, NUM_SPLITS)
     return split * tokens, tl.minimum(length, (split + 1) * tokens)
 
 
 @triton.jit(do_not_specialize=["splits", "block_tables_stride"])  # they vary from call to call
 def _decode_attention_kernel(
-    out_ptr,  # [S, Hq, D], written where there is one split
-    parts_ptr,  # [S, Hq, splits, D] float32, or None: one split
+    out_ptr,  # [S, Hq, D], written here if there is one split
+    parts_ptr,  # [S, Hq, splits, D] float32, or None if there is one split
     logs_ptr,  # [S, Hq, splits] float32, or None
     q_ptr,  # [S, Hq, D]
-    pages,  # as their format has them
+    pages,  # the named tuple of their format
     block_tables_ptr,  # [S, P]
     lengths_ptr,  # [S]
-    splits,  # room in parts and logs
+    splits,  # that parts and logs have room for
     page_size,
     q_stride,  # of a sequence; heads are dense
     block_tables_stride,
@@ -123,7 +124,7 @@ def _decode_attention_kernel(
         for tile in range(start, end, BLOCK_N):
             token = (tile % page_size + row).to(tl.int64)
             this_page = page
-            # the next page's number is on its way before it is needed; the last one is asked for twice
+            # Load the next page number early, to hide its latency. The last one is loaded twice.
             page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
             k = LOAD_K(pages, kv_head, this_page, token, column, tile + row < end)
             scores = dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
@@ -187,11 +188,13 @@ def _launch_decode_attention(
     page_size: int,
     config: dict[str, Any],
 ) -> None:
-    """The pages may have any strides but the last; ``page_size`` is what a page is taken for."""
+    """The pages may have any strides, if the last dimension is contiguous. The kernel takes ``page_size`` as the page
+    size."""
     (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
     group = num_q_heads // num_kv_heads
     splits = 1 if logs is None else logs.shape[2]
-    # Twice what fits the device, and no more: a captured step makes room for a whole context, and most of it is empty.
+    # At most 4 programs a multiprocessor, twice what it holds at a time. A captured step has splits for a whole
+    # context, and most of them are empty.
     programs = min(splits, triton.cdiv(4 * tuning.device_of(q).num_sms, num_kv_heads * num_sequences))
     _decode_attention_kernel[(programs, num_kv_heads, num_sequences)](
         out,
@@ -233,7 +236,7 @@ def _launch_decode_attention(
 
 
 def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
-    """Why q is not attended to pages that are taken for pages of this size."""
+    """The reason why this kernel does not run q over these pages with this page size, or None."""
     if pages.triton_load_k is None:
         return f"pages of the format {pages.format}"
     if pages.head_dim not in HEAD_DIMS:
@@ -246,7 +249,7 @@ def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
 
 
 def attend(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, scale: float, page_size: int) -> Tensor:
-    """decode_attention over pages of any strides, which are taken for pages of ``page_size``."""
+    """decode_attention over pages of any strides, with ``page_size`` as the page size."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     num_kv_heads, head_dim = pages.num_kv_heads, pages.head_dim
     config = _config(tuning.device_of(q), num_kv_heads, head_dim, page_size, q.element_size())

@@ -1,16 +1,17 @@
-"""The inside of the linears over few tokens (1 to 16), which a decode step spends its time in: reading weights.
+"""The shared part of the linear kernels for few tokens (1 to 16). A decode step spends most of its time here, reading
+weights.
 
-x [T, K] times weight [N, K] transposed. A program owns BLOCK_N rows of the weight and streams them past all tokens:
+The kernels compute x [T, K] times weight [N, K] transposed. A program streams BLOCK_N rows of the weight once and
+multiplies them with all tokens:
 
     weight [N, K]      K ───────────────►            x [T, K]: read by every program, from the L2 cache
-      program 0  ░░░░│░░░░│░░░░│░░░░                 ░░░░ is BLOCK_N x BLOCK_K, several of them in flight;
-      program 1  ░░░░│░░░░│░░░░│░░░░                 each ░ is a slice, one a warp
+      program 0  ░░░░│░░░░│░░░░│░░░░                 ░░░░ is BLOCK_N x BLOCK_K; several of them are in flight
+      program 1  ░░░░│░░░░│░░░░│░░░░                 ░ is the slice of a tile that one warp multiplies
 
-On tensor cores with the weight as the left operand, so that one token costs one column. Warps share a tile along K, as
-a batch of products whose sums are added at the end: along N, where there are 16 rows for all of them, each would do the
-whole product, and wait for four times as many instructions one after the other. BLOCK_N stays below 64, where Hopper
-would change to an instruction that sums in another order: then the bits of a token do not depend on how many others
-there are.
+The weight is the left operand of the tensor cores, so a single token needs a single column. Warps divide a tile along
+K, as a batch of products whose sums are added at the end. Along N a tile has 16 rows for all warps: each warp would
+compute the whole product and issue four times as many dependent instructions. BLOCK_N stays below 64, because from 64
+rows on Hopper uses another instruction (wgmma), which sums in another order. Below 64 the products are batch-invariant.
 """
 
 from __future__ import annotations
@@ -23,16 +24,14 @@ import triton.language as tl
 from ..language import INTERPRETED, cast, dot, round_to
 from . import tuning
 
-MAX_TOKENS = 16  # above, a library's matrix product is as fast
-IN_FLIGHT = (
-    65536  # bytes of weight that a program asks for ahead: more than a multiprocessor's share of bandwidth x latency
-)
-MAX_HIDDEN = 32768  # for the norm, a row must fit in a program's registers
+MAX_TOKENS = 16  # with more tokens, torch's matrix product is as fast
+IN_FLIGHT = 65536  # bytes of weight in flight for each program: more than bandwidth x latency of a multiprocessor
+MAX_HIDDEN = 32768  # the norm keeps a row in a program's registers
 
 
 for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_head"):
     tuning.SPACES[_op] = {
-        "BLOCK_N": (16, 32),  # below 64, see above
+        "BLOCK_N": (16, 32),  # below 64, for batch invariance
         "BLOCK_K": (128, 256, 512, 1024),
         "SPLIT_K": (1, 2, 4, 8) if _op in ("linear", "norm_linear") else (1,),
         "PREFETCH_LINES": (0, 8, 16, 32, 64),
@@ -52,21 +51,22 @@ def config(
     streams: int = 1,
     splits_k: bool = True,
 ) -> dict[str, Any]:
-    """``streams`` is 2 where a program reads rows of two matrices (gate and up). ``splits_k`` says whether several
-    programs may share a row (SPLIT_K).
+    """The configuration of a linear kernel. ``streams`` is 2 if a program reads rows of two matrices (gate and up),
+    else 1. ``splits_k`` says whether several programs may divide a row (SPLIT_K).
 
-    What decides about the order of summation (SPLIT_K, BLOCK_K, num_warps) does not look at the number of tokens."""
-    inputs = 1 if op == "linear" else 2  # x, and before a norm the residual
+    SPLIT_K, BLOCK_K and num_warps determine the order of summation. For batch invariance they do not depend on the
+    number of tokens."""
+    inputs = 1 if op == "linear" else 2  # x, and with a norm the residual
     wide = 1024 // itemsize
     shapes = [(32, wide), (32, wide // 2)]
-    if streams == 1 and n < 64 * device.num_sms:  # or there would be too few programs
-        shapes = [(16, wide), *shapes]  # not narrower: the rows of a slice would lie in the same banks
+    if streams == 1 and n < 64 * device.num_sms:  # with 32 rows there would be too few programs
+        shapes = [(16, wide), *shapes]  # narrower tiles cause bank conflicts between rows of a slice
     for block_n, block_k in shapes:
         programs = triton.cdiv(n, block_n)
         split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if splits_k else 1
-        neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # that share a multiprocessor's memory
+        neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # programs on one multiprocessor
         memory = device.shared_memory // neighbours - 4096
-        if 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize <= memory:  # two tiles at least
+        if 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize <= memory:  # at least two tiles fit
             break
     tiles = min(
         memory // ((streams * block_n + inputs * tokens) * block_k * itemsize),
@@ -80,12 +80,12 @@ def config(
         "num_warps": 4,
         "num_stages": 1 + max(1, tiles),
     }
-    # tiles tuned for two bytes do not fit four
+    # tuned tiles are for 2-byte values; 4-byte ones would not fit
     return tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
 
 
 def padded(tokens: int, device: tuning.Device) -> int:
-    """Columns of the products: AMD's matrix instructions take no fewer than 16."""
+    """The number of columns of the products. AMD's matrix instructions need at least 16."""
     return triton.next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
 
 
@@ -109,13 +109,13 @@ def row_scales(
     x_stride,
     residual_stride,
     eps,
-    writer,  # of every num_writers tokens, this program writes the new residual of one
+    writer,  # this program writes the new residual of tokens t with t % num_writers == writer
     num_writers,
     BLOCK_T: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """1 / sqrt(mean(h^2) + eps) of each token's h = x + residual: [BLOCK_T]. One token after the other, so that its sum
-    has the same order in any company."""
+    """1 / sqrt(mean(h^2) + eps) of each token's h = x + residual: [BLOCK_T]. The loop handles one token at a time, so
+    the order of its sum does not depend on the batch."""
     dtype = x_ptr.dtype.element_ty
     tokens = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_ROW)
@@ -126,10 +126,10 @@ def row_scales(
         h = x.to(tl.float32)
         if residual_ptr is not None:
             h = round_to(residual.to(tl.float32) + h, dtype)
-        if BLOCK_T > 1:  # the next row is on its way while this one is summed; the last one is asked for twice
+        if BLOCK_T > 1:  # load the next row while this one is summed; the last is loaded twice
             following = tl.minimum(token + 1, num_tokens - 1)
             x, residual = _row(x_ptr, residual_ptr, following, k, mask, x_stride, residual_stride)
-        if new_residual_ptr is not None:  # noqa: SIM102 - known when compiling, the next only when running
+        if new_residual_ptr is not None:  # noqa: SIM102 - a constant; the next test is not
             if token % num_writers == writer:
                 tl.store(new_residual_ptr + token * new_residual_stride + k, cast(h, dtype), mask=mask)
         scale = tl.rsqrt(tl.sum(h * h) / k_size + eps)
@@ -141,10 +141,10 @@ def row_scales(
 def accumulate(
     x_ptr,  # [T, K]
     residual_ptr,  # [T, K], or None
-    norm_weight_ptr,  # [K], or None: x as it is
+    norm_weight_ptr,  # [K], or None: x is not normalised
     scales,  # [BLOCK_T], of the norm
-    weight,  # [N, K], as its format has it
-    up,  # [N, K], with GATED
+    weight,  # [N, K], the named tuple of its format
+    up,  # [N, K], used with GATED
     rows,  # [BLOCK_N] int64, all within N
     num_tokens,
     k_start,
@@ -156,13 +156,14 @@ def accumulate(
     BLOCK_T: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    SLICES: tl.constexpr,  # of BLOCK_K; as many as warps
+    SLICES: tl.constexpr,  # of BLOCK_K, one a warp
     EVEN_K: tl.constexpr,
 ):
-    """Rows of the weight, and with GATED those of up, times the (normalised) tokens: [BLOCK_N, BLOCK_T] float32 twice,
-    the second zero without GATED. Tiles are [SLICES, rows, BLOCK_K / SLICES]."""
+    """The products of some rows of the weight with the (normalised) tokens, [BLOCK_N, BLOCK_T] float32, and with GATED
+    those of the same rows of up; without GATED the second result is zero. A tile is [SLICES, rows, BLOCK_K /
+    SLICES]."""
     dtype = x_ptr.dtype.element_ty
-    # Beyond the last token the last one is read again: what comes of it is not stored.
+    # Columns beyond the last token read the last token again; their results are not stored.
     tokens = tl.minimum(tl.arange(0, BLOCK_T), num_tokens - 1)[None, :, None]
     rows = rows[None, :, None]
     width: tl.constexpr = BLOCK_K // SLICES

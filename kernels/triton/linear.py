@@ -1,10 +1,10 @@
-"""The linears of ../linear.py over few tokens (1 to 16), each in one kernel; few_tokens.py has the picture.
+"""The ops of ../linear.py. For few tokens (1 to 16) each op is one kernel; few_tokens.py has the picture. More tokens
+run rms_norm, torch's matrix product and swiglu one after the other.
 
-Everything after the products stays in float32 until out is rounded once. More tokens run as rms_norm, the library's
-matrix product, and swiglu.
+The epilogue computes in float32, and out is rounded once.
 
-Where N gives too few programs, SPLIT_K of them share a tile and leave float32 parts behind. The last to arrive adds the
-parts in their order.
+If N gives too few programs, SPLIT_K of them divide the K of a tile. Each writes a float32 partial sum, and the last to
+arrive adds the partial sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ def _linear_kernel(
     out_ptr,  # [T, N]
     new_residual_ptr,  # [T, K], or None
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], or None: added before the norm
+    residual_ptr,  # [T, K], added before the norm, or None
     norm_weight_ptr,  # [K], or None: no norm
-    weight,  # [N, K], as its format has it; with GATED [2 N, K], the rows of up behind those of gate
+    weight,  # the named tuple of its format: [N, K], or with GATED [2 N, K], gate rows then up rows
     bias_ptr,  # [N], or None
-    addend_ptr,  # [T, N], or None: added to the product
+    addend_ptr,  # [T, N], added to the product, or None
     parts_ptr,  # [SPLIT_K, T, N] float32, or None
-    arrivals_ptr,  # [number of tiles] int32, all zero before and after; or None
+    arrivals_ptr,  # [number of tiles] int32, zero before and after the kernel; or None
     num_tokens,
     n_size,
     k_size,
@@ -60,12 +60,12 @@ def _linear_kernel(
 ):
     tile = tl.program_id(0)
     split = tl.program_id(1)
-    # Beyond the last row the last one is read again: what comes of it is not stored.
+    # Rows beyond the last read the last row again; their results are not stored.
     rows = tl.minimum(tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), n_size - 1)
     k_per_split = tl.cdiv(tl.cdiv(k_size, BLOCK_K), SPLIT_K) * BLOCK_K
     k_start = split * k_per_split
     k_end = tl.minimum(k_size, k_start + k_per_split)
-    # asked for before the wait: they come while the kernel before drains and the norm is computed
+    # Prefetch weights before the wait: they arrive while the kernel before finishes and the norm is computed.
     PREFETCH(weight, rows, k_start, k_end, PREFETCH_LINES)
     up = weight
     if GATED:
@@ -92,7 +92,7 @@ def _linear_kernel(
     if SPLIT_K > 1:
         part = num_tokens * n_size
         tl.store(parts_ptr + split * part + at, acc, mask=mask)
-        tl.debug_barrier()  # all threads' parts are written before one of them says so
+        tl.debug_barrier()  # all threads have written their partial sums before one counts the arrival
         last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
     if last:
         if SPLIT_K > 1:
@@ -165,14 +165,15 @@ _counters: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def _arrivals(device: torch.device, tiles: int) -> Tensor:
-    """Counters of programs that are done with a tile. Kernels on one stream use them one after the other."""
+    """Counters, one a tile, of the programs that have finished it. Kernels of one stream use the same counters in
+    turn."""
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     key = (device, stream, triton.next_power_of_2(max(tiles, 1024)))
     if key in _counters:
         return _counters[key]
     zeros = torch.zeros(key[2], dtype=torch.int32, device=device)
     if stream and torch.cuda.is_current_stream_capturing():
-        return zeros  # of this graph alone, which writes the zeros at each replay
+        return zeros  # for this graph only, which fills them with zeros at each replay
     return _counters.setdefault(key, zeros)
 
 
@@ -181,7 +182,7 @@ def refuses_weight(weight: Weight) -> str | None:
 
 
 def refuses_norm(x: Tensor, weight: Weight) -> str | None:
-    """Why a linear behind a norm does not run."""
+    """The reason why no kernel runs a linear layer with a norm before it, or None."""
     if x.shape[1] > MAX_HIDDEN:
         return f"a norm over {x.shape[1]} (at most {MAX_HIDDEN})"
     return refuses_weight(weight)

@@ -1,11 +1,11 @@
 """The last norm and the product with the vocabulary, for the last token of each sequence.
 
     lm_head        logits = rms_norm(residual + x) W', in float32, not rounded again
-    lm_head_top_k  the k largest of them and their ids, without writing logits
+    lm_head_top_k  the k largest logits and their ids; the logits are not written
 
-x [T, K], W [V, K]. Bytes moved: the weight, T K of x and residual, 4 T V of logits (or little, for the top k). Up to 16
-tokens run as in few_tokens.py; for the top k each program keeps the k best of its rows as candidates, and a second
-kernel finds the best of those:
+x is [T, K], W is [V, K]. Bytes moved: the weight, T K elements of x and residual, and 4 T V bytes of logits; the top k
+writes only its candidates. Up to 16 tokens run as few_tokens.py describes. For the top k, each program keeps the k best
+of its rows as candidates, and a second kernel finds the k best candidates:
 
     tile 0 [BLOCK_N rows] ─► k candidates ─┐
     tile 1 [BLOCK_N rows] ─► k candidates ─┼─► one program a token ─► k best
@@ -27,7 +27,7 @@ from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, accumulate, config, padded, row_scales
 from .linear import refuses_norm
 
-MAX_TOP_K = 16  # more: the logits, and torch's topk
+MAX_TOP_K = 16  # for a larger k the logits are computed, and torch sorts them
 
 
 @triton.jit
@@ -38,7 +38,7 @@ def _lm_head_kernel(
     x_ptr,  # [T, K]
     residual_ptr,  # [T, K], or None
     norm_weight_ptr,  # [K]
-    weight,  # [V, K], as its format has it
+    weight,  # [V, K], the named tuple of its format
     num_tokens,
     vocabulary,
     k_size,
@@ -79,7 +79,7 @@ def _lm_head_kernel(
         at = tokens.to(tl.int64)[None, :] * vocabulary + ids
         tl.store(logits_ptr + at, logits, mask=(tokens < num_tokens)[None, :] & (ids < vocabulary))
     else:
-        logits = tl.where(logits != logits, float("inf"), logits)  # a maximum would pass over NaN
+        logits = tl.where(logits != logits, float("inf"), logits)  # tl.max would skip NaN
         logits = tl.where(ids < vocabulary, logits, float("-inf"))
         ids = tl.broadcast_to(ids, [BLOCK_N, BLOCK_T])
         at = (tokens * tl.num_programs(0) + tile) * TOP_K
@@ -88,7 +88,7 @@ def _lm_head_kernel(
             best_id = tl.min(tl.where(logits == best[None, :], ids, 0x7FFFFFFF), axis=0)
             tl.store(candidates_ptr + at + place, best, mask=tokens < num_tokens)
             tl.store(candidate_ids_ptr + at + place, best_id, mask=tokens < num_tokens)
-            # what is taken sinks below everything, also below the rows beyond the vocabulary
+            # Exclude the taken row: it comes after everything, even after the rows beyond the vocabulary.
             ids = tl.where(ids == best_id[None, :], 0x7FFFFFFF, ids)
             logits = tl.where(ids == 0x7FFFFFFF, float("-inf"), logits)
 
@@ -104,7 +104,8 @@ def _top_k_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Larger logits come first, and of equal ones the lower id: for each place the best that comes after the last."""
+    """Sorts by descending logit; of equal logits the lower id comes first. Each place takes the best candidate that
+    comes after the candidate of the place before."""
     token = tl.program_id(0)
     wait_for_inputs(PDL)
     value = float("inf")
@@ -124,7 +125,7 @@ def _top_k_kernel(
         value = tl.max(best, axis=0)
         taken = tl.min(tl.where(best == value, best_id, 0x7FFFFFFF), axis=0)
         tl.store(values_ptr + token * TOP_K + place, value)
-        # too few logits above -inf leave no id; the first one is at least a row of the embedding
+        # With fewer than TOP_K logits above -inf no id is left. Then 0 is stored, which is a valid row of the table.
         tl.store(ids_ptr + token * TOP_K + place, tl.where(taken == 0x7FFFFFFF, 0, taken).to(tl.int64))
 
 
@@ -201,7 +202,7 @@ def lm_head_top_k(
         return values[:, :k], ids[:, :k]
     values = x.new_empty(len(x), k, dtype=torch.float32)
     ids = x.new_empty(len(x), k, dtype=torch.int64)
-    # a multiple of 16, so that the second kernel reads vectors; what is too many finds no rows
+    # A multiple of 16 lets the second kernel load vectors. The extra tiles have no rows.
     tiles = triton.cdiv(len(weight), 16 * _config(x, weight)["BLOCK_N"]) * 16
     candidates = x.new_empty(len(x), tiles, k, dtype=torch.float32)
     candidate_ids = torch.empty_like(candidates, dtype=torch.int32)

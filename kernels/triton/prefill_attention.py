@@ -2,19 +2,19 @@
 
     out[i, h] = softmax(scale * q[i, h] . k[: p + 1, h // group]) v[: p + 1, h // group]     row i has position p
 
-q [T, Hq, D], sequences packed without padding: rows query_starts[s] to query_starts[s + 1] are the last tokens of
-sequence s, of which the cache has lengths[s]. k_pages, v_pages [num_pages, page_size, Hkv, D]; token t is row
-t % page_size of the page block_tables[s, t // page_size]. Scores and sums in float32; the weights of v are rounded to
-its dtype. Operations: 4 Hq D a pair of query and key, half of the pairs without a cached prefix; bytes moved: q, out,
-and 2 Hkv D elements a cached token.
+q is [T, Hq, D], with sequences packed without padding: rows query_starts[s] to query_starts[s + 1] are the last tokens
+of sequence s, of which the cache has lengths[s]. k_pages and v_pages are [num_pages, page_size, Hkv, D]. Token t is row
+t % page_size of the page block_tables[s, t // page_size]. Scores and sums are float32. The softmax weights are rounded
+to v's dtype. Operations: 4 Hq D for each pair of query and key; without a cached prefix, half of the pairs are masked.
+Bytes moved: q, out, and 2 Hkv D elements for each cached token.
 
     program (head, tile)          keys ───────────►
-      tile of sequence 0          ▒▒▒▒▒▒▒▒▚              ▒ whole tiles without a mask, ▚ the diagonal with one
+      tile of sequence 0          ▒▒▒▒▒▒▒▒▚              ▒ whole tiles without a mask, ▚ the diagonal with a mask
       next tile of it             ▒▒▒▒▒▒▒▒▒▒▒▒▚
       tile of sequence 1          ▒▒▚
 
-The grid is made without looking at query_starts (which lies on the GPU): T // BLOCK_M + S tiles always suffice, and a
-program searches for its sequence.
+The host computes the grid without reading query_starts, which lies on the GPU: T // BLOCK_M + S tiles are always
+enough. Each program searches query_starts for its sequence.
 """
 
 from __future__ import annotations
@@ -43,31 +43,32 @@ tuning.SPACES["prefill_attention"] = {
 
 @tuning.remember
 def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
-    """The largest tiles that fit: of queries for reuse of keys, of keys as far as a page goes."""
-    block_m, block_n = (128, 64) if itemsize == 2 else (32, 16)  # float32 is for comparison, not for speed
-    if head_dim > 128 and itemsize == 2:  # or the sums leave no registers
+    """The largest tiles that fit. More queries a tile reuse each key more often; a tile of keys is at most a page."""
+    block_m, block_n = (128, 64) if itemsize == 2 else (32, 16)  # float32 is for comparisons; its speed does not matter
+    if head_dim > 128 and itemsize == 2:  # larger sums would not fit the registers
         block_m, block_n = 64, 32
     block_n = min(block_n, page_size & -page_size)
     tiles = (device.shared_memory - 1024 - block_m * head_dim * itemsize) // (2 * block_n * head_dim * itemsize)
-    # Two tiles of keys ahead at the family's usual head; narrower ones spill on sm_100, wider ones do not fit.
-    ahead = max(1, min(2 if head_dim == 128 else 1, tiles))
+    # Two tiles of keys in flight for heads of 128, the family's usual size. With smaller heads two tiles spill
+    # registers on sm_100; with larger heads they do not fit.
+    in_flight = max(1, min(2 if head_dim == 128 else 1, tiles))
     heuristic = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
         "num_warps": 4 if itemsize != 2 and head_dim <= 64 else 8,
-        "num_stages": 1 + ahead,
+        "num_stages": 1 + in_flight,
     }
-    if itemsize != 2:  # tiles tuned for two bytes do not fit
+    if itemsize != 2:  # tuned tiles are for 2-byte values; 4-byte ones would not fit
         return heuristic
     config = tuning.lookup("prefill_attention", device, {"head_dim": head_dim, "page_size": page_size}, heuristic)
-    # Tuned for another size of page, a tile must still lie within one.
+    # The tuned entry may be for another page size. A tile must lie within one page.
     return config | {"BLOCK_N": min(config["BLOCK_N"], page_size & -page_size)}
 
 
 @triton.jit
 def _sequence_of(query_starts_ptr, num_sequences, tile, BLOCK_M: tl.constexpr):
-    """The last sequence whose tiles do not begin after this one: sequence s begins at query_starts[s] // BLOCK_M + s,
-    which leaves each one enough of them."""
+    """The sequence of a tile: the last one whose first tile is not after it. The first tile of sequence s is
+    query_starts[s] // BLOCK_M + s, which gives every sequence enough tiles."""
     low = 0
     high = num_sequences
     while high - low > 1:
@@ -86,7 +87,7 @@ def _attend(
     best,  # [BLOCK_M] float32, largest score
     q,  # [BLOCK_M, D]
     positions,  # [BLOCK_M]
-    pages,  # as their format has them
+    pages,  # the named tuple of their format
     kv_head,
     table,
     page_size,
@@ -99,14 +100,14 @@ def _attend(
     BLOCK_N: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Goes on with the keys from start to end; whole tiles that all queries see need no mask."""
+    """Adds the keys from start to end to the online softmax. Whole tiles that all queries see need no mask."""
     column = tl.arange(0, acc.shape[1])[None, :]
     row = tl.arange(0, BLOCK_N)
     page = tl.load(table + start // page_size, mask=start < end, other=0).to(tl.int64)
     for tile in range(start, end, BLOCK_N):
         token = (tile % page_size + row).to(tl.int64)[:, None]
         this_page = page
-        # the next page's number is on its way before it is needed; the last one is asked for twice
+        # Load the next page number early, to hide its latency. The last one is loaded twice.
         page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
         mask = (tile + row < end)[:, None] if MASKED else None
         k = LOAD_K(pages, kv_head, this_page, token, column, mask)
@@ -127,7 +128,7 @@ def _attend(
 def _prefill_attention_kernel(
     out_ptr,  # [T, Hq, D]
     q_ptr,  # [T, Hq, D]
-    pages,  # as their format has them
+    pages,  # the named tuple of their format
     block_tables_ptr,  # [S, P]
     lengths_ptr,  # [S]
     query_starts_ptr,  # [S + 1]
@@ -145,7 +146,7 @@ def _prefill_attention_kernel(
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
-    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # later queries see more keys, so they begin first
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)  # later queries see more keys, so their tiles start first
     num_q_heads = tl.num_programs(0)
     wait_for_inputs(PDL)
     sequence = _sequence_of(query_starts_ptr, num_sequences, tile, BLOCK_M)
@@ -157,7 +158,7 @@ def _prefill_attention_kernel(
 
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     rows = first + tl.arange(0, BLOCK_M)
-    # Beyond the last query the last one is computed again, and not stored.
+    # Rows beyond the last query compute the last query again; their results are not stored.
     positions = tl.minimum(rows, query_end - 1) - query_end + length
     column = tl.arange(0, HEAD_DIM)[None, :]
     at = tl.minimum(rows, query_end - 1).to(tl.int64)[:, None]
@@ -193,7 +194,8 @@ def _launch_prefill_attention(
     scale: float,
     page_size: int,
 ) -> None:
-    """The pages may have any strides but the last; ``page_size`` is what a page is taken for."""
+    """The pages may have any strides, if the last dimension is contiguous. The kernel takes ``page_size`` as the page
+    size."""
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
     config = _config(tuning.device_of(q), head_dim, page_size, q.element_size())
     tiles = num_tokens // config["BLOCK_M"] + len(lengths)
@@ -219,7 +221,7 @@ def _launch_prefill_attention(
 
 
 def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
-    """Why q is not attended to pages that are taken for pages of this size."""
+    """The reason why this kernel does not run q over these pages with this page size, or None."""
     if pages.triton_load_k is None:
         return f"pages of the format {pages.format}"
     if q.shape[2] not in HEAD_DIMS:
@@ -236,7 +238,7 @@ def attend(
     scale: float,
     page_size: int,
 ) -> Tensor:
-    """prefill_attention over pages of any strides, which are taken for pages of ``page_size``."""
+    """prefill_attention over pages of any strides, with ``page_size`` as the page size."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     out = q.new_empty(q.shape)
     _launch_prefill_attention(out, q, pages, block_tables, lengths, query_starts, scale, page_size)

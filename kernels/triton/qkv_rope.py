@@ -1,10 +1,11 @@
-"""What a layer does before its attention, in one launch: add, norm, q k v, rotary embedding, write into the cache.
+"""The ops of a layer before its attention, in one launch: add, norm, q k v, rotary embedding, write into the cache.
 
     residual' = round(residual + x);  qkv = round(rms_norm(residual') W' + bias);  then as rope_and_cache (rope.py)
 
-x [T, K], W [N, K] with N = (Hq + 2 Hkv) D, heads in the order q, k, v. Rounded where norm_linear and rope_and_cache
-round. Bytes moved: the weight, T K of x, residual and residual', T N of q, k and v. Up to 16 tokens run in one
-kernel (few_tokens.py says how it streams); more run as norm_linear and rope_and_cache.
+x is [T, K]. W is [N, K] with N = (Hq + 2 Hkv) D, its heads in the order q, k, v. Values are rounded where norm_linear
+and rope_and_cache round them. Bytes moved: the weight, T K elements of x, residual and residual', T N of q, k and v. Up
+to 16 tokens run in one kernel, which streams the weight as few_tokens.py describes. More tokens run norm_linear and
+then rope_and_cache.
 
 A rotation needs elements i and i + D/2 of a head, so a program takes BLOCK_N / 2 rows of each half:
 
@@ -33,12 +34,12 @@ from .rope import refuses_pages
 @triton.jit
 def _norm_qkv_rope_kernel(
     q_out_ptr,  # [T, Hq, D]
-    pages,  # where k and v go
+    pages,  # the named tuple of their format; the kernel writes k and v there
     new_residual_ptr,  # [T, K], or None
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], or None: added before the norm
+    residual_ptr,  # [T, K], added before the norm, or None
     norm_weight_ptr,  # [K]
-    weight,  # [N, K], as its format has it
+    weight,  # [N, K], the named tuple of its format
     bias_ptr,  # [N], or None
     positions_ptr,  # [T]
     cos_sin_ptr,  # [context, D] float32
@@ -180,7 +181,7 @@ def norm_qkv_rope(
     pages: Pages,
     slots: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """In one kernel where it takes everything, else as the two ops that it is made of."""
+    """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache."""
     if len(x) > MAX_TOKENS or refuses_norm(x, weight) or refuses_pages(pages):
         qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
         return rope_and_cache(qkv, positions, cos_sin, pages, slots), residual

@@ -1,10 +1,11 @@
-"""RMSNorm, alone and with the addition to the residual stream before it.
+"""RMSNorm, with or without the addition to the residual stream before it.
 
-    residual' = round(residual + x)                            (add_rms_norm; else x itself)
+    residual' = round(residual + x)                            (add_rms_norm; in rms_norm it is x itself)
     out = round(round(residual' * rsqrt(mean(residual'^2) + eps)) * weight)
 
-x, residual, out and residual' [T, H] of any row stride. Everything in float32 between the roundings, which are those of
-transformers' Qwen2RMSNorm. Bytes moved: 2 T H elements, with the addition 4 T H, and H of the weight.
+x, residual, out and residual' are [T, H] with any row stride. Between the roundings everything is float32. The
+roundings are those of transformers' Qwen2RMSNorm. Bytes moved: 2 T H elements, or 4 T H with the addition, and H of the
+weight.
 
     program p:  rows p * ROWS .. p * ROWS + ROWS - 1, each whole in registers
 """
@@ -30,7 +31,7 @@ tuning.SPACES["rms_norm"] = {"ROWS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)
 
 @tuning.remember
 def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
-    """Several narrow rows a program, as long as there are programs for every multiprocessor."""
+    """Several narrow rows a program, if there are still at least 4 programs for every multiprocessor."""
     block = triton.next_power_of_2(hidden)
     together = max(1, min(4096 // block, rows // (4 * device.num_sms)))
     together = 1 << (together.bit_length() - 1)
@@ -61,7 +62,7 @@ def _rms_norm_kernel(
     mask = (rows < num_rows) & (columns < hidden)
     dtype = x_ptr.dtype.element_ty
 
-    wait_for_inputs(PDL)  # before the weight, too: in a graph of someone else's an optimiser may just have written it
+    wait_for_inputs(PDL)  # before the weight, too: in a user's graph an optimiser may have just written it
     weight = tl.load(weight_ptr + columns, mask=columns < hidden, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
@@ -79,7 +80,7 @@ def _rms_norm_kernel(
 def _launch_rms_norm(
     out: Tensor, new_residual: Tensor | None, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float
 ) -> None:
-    """All of them [T, H], but for the weight [H]."""
+    """All tensors are [T, H], except the weight [H]."""
     num_rows, hidden = x.shape
     config = _config(tuning.device_of(x), hidden, num_rows)
     _rms_norm_kernel[(triton.cdiv(num_rows, config["ROWS"]),)](

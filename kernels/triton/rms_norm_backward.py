@@ -1,18 +1,18 @@
-"""The gradients of RMSNorm, alone and with the addition to the residual stream before it.
+"""The gradients of RMSNorm, with or without the addition to the residual stream before it.
 
     r         = rsqrt(mean(x^2) + eps),  xhat = x * r,  g = grad * weight
     grad_x    = round(r * (g - xhat * mean(g * xhat)) + grad_residual)          (rms_norm: without grad_residual)
     grad_w    = round(sum over rows of grad * round(xhat))
 
-grad, grad_residual and x [T, H] of any row stride, x the rows that were normalised; r is computed again, so that
-nothing but x and the weight is kept for it. Everything in float32 between the roundings. Bytes moved: 4 T H elements
-(rms_norm: 3 T H) and 2 H; beside them the partial sums of grad_w, 8 P H bytes for P programs.
+grad, grad_residual and x are [T, H] with any row stride; x is the rows that were normalised. r is computed again, so
+the forward pass saves only x and the weight. Between the roundings everything is float32. Bytes moved: 4 T H elements
+(rms_norm: 3 T H) and 2 H, and 8 P H bytes for the partial sums of grad_w of P programs.
 
-    program p:  rows p * rows_each .. (p + 1) * rows_each - 1, one after another, each whole in registers, with their
-                sum in row p of parts [P, H]
+    program p:  rows p * rows_each .. (p + 1) * rows_each - 1, one after another, each whole in registers; their sum
+                goes to row p of parts [P, H]
     then, in a second kernel, program c:  columns c * BLOCK .. of parts, summed in the order of the rows
 
-No sum depends on which program comes first, so that the same inputs give the same bits.
+The order of every sum is fixed, so equal inputs give equal bits.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from ..language import cast, round_to, wait_for_inputs
 from . import tuning
 from .backend import TRITON, pdl_options
 
-MAX_HIDDEN = 16384  # a row and its sum must fit in a program's registers: to 8192 without spills, twice that with some
+MAX_HIDDEN = 16384  # a row and its sum lie in a program's registers: no spills up to 8192, some at 16384
 
 tuning.SPACES["rms_norm_backward"] = {"rows_each": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16)}
 
 
 @tuning.remember
 def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
-    """So many programs as a card holds at a time, but for each at least 4 rows: its partial sum costs as much as 2."""
+    """As many programs as the GPU holds at a time, but at least 4 rows a program: its partial sum costs as much as 2
+    rows."""
     block = triton.next_power_of_2(hidden)
     programs = device.num_sms * max(1, 8192 // block)
     heuristic = {"rows_each": max(4, triton.cdiv(rows, programs)), "num_warps": min(16, max(1, block // 512))}
@@ -66,7 +67,7 @@ def _rms_norm_backward_kernel(
     mask = columns < hidden
     dtype = x_ptr.dtype.element_ty
 
-    wait_for_inputs(PDL)  # before the weight, too: where there are gradients, a kernel may just have changed it
+    wait_for_inputs(PDL)  # before the weight, too: in training, an optimiser's kernel may have just written it
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     part = tl.zeros([BLOCK_H], tl.float32)
     for row in range(first, tl.minimum(first + rows_each, num_rows)):
@@ -112,7 +113,7 @@ def _sum_parts_kernel(
 def _launch_rms_norm_backward(
     grad_x: Tensor, parts: Tensor, grad: Tensor, grad_residual: Tensor | None, x: Tensor, weight: Tensor, eps: float
 ) -> None:
-    """All of them [T, H], but for parts [P, H] and the weight [H]. grad_x is dense."""
+    """All tensors are [T, H], except parts [P, H] and the weight [H]. grad_x is dense."""
     num_rows, hidden = x.shape
     config = _config(tuning.device_of(x), hidden, num_rows)
     _rms_norm_backward_kernel[(len(parts),)](
@@ -136,9 +137,9 @@ def _launch_rms_norm_backward(
 
 
 def _launch_sum_parts(out: Tensor, parts: Tensor) -> None:
-    """The sum of parts [P, H] in out [H]."""
+    """Sums the rows of parts [P, H] into out [H]."""
     num_parts, hidden = parts.shape
-    block = 32  # columns: a row of them is one cache line
+    block = 32  # columns: 32 float32 of a row are one cache line
     _sum_parts_kernel[(triton.cdiv(hidden, block),)](
         out, parts, num_parts, hidden, BLOCK_P=64, BLOCK_H=block, num_warps=4, **pdl_options(parts)
     )

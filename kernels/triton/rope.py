@@ -3,9 +3,9 @@
     rotated[i]         = round(x[i] * cos[i] - x[i + D/2] * sin[i])         i < D/2, half-split as in Qwen2
     rotated[i + D/2]   = round(x[i + D/2] * cos[i] + x[i] * sin[i])
 
-qkv [T, (Hq + 2 Hkv) D] of any row stride, heads in the order q, k, v; cos_sin [context, D] float32, cosines in the
-first half of a row. Products and sums in float32, rounded once; v is copied. The rotation by the negative angle is the
-inverse, and the gradient. Bytes moved: 2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of the table.
+qkv is [T, (Hq + 2 Hkv) D] with any row stride, its heads in the order q, k, v. cos_sin [context, D] is float32, with
+cosines in the first half of a row. Products and sums are float32 and are rounded once. v is copied. Rotating by the
+negative angle is the inverse, and the gradient. Bytes moved: 2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of the table.
 
     program (t, p):  heads p * HEADS .. of token t; q goes to its output, k and v into the slot of the token
 """
@@ -32,8 +32,8 @@ tuning.SPACES["rope_and_cache"] = {"HEADS": (1, 2, 4, 8, 16, 32), "num_warps": (
 
 @tuning.remember
 def _config(device: tuning.Device, tokens: int, heads: int, head_dim: int) -> dict[str, Any]:
-    """All heads of a token in one program, or fewer where there are not enough tokens to fill the card."""
-    together, least = triton.next_power_of_2(heads), max(4, 512 // head_dim)  # of which a warp loads 128 bits a thread
+    """A program takes all heads of a token, or fewer if there are not enough tokens to fill the GPU."""
+    together, least = triton.next_power_of_2(heads), max(4, 512 // head_dim)  # 512 fill a warp's 128-bit loads
     while together > least and (
         tokens * triton.cdiv(heads, together) < 2 * device.num_sms or together * head_dim > 4096
     ):
@@ -45,13 +45,13 @@ def _config(device: tuning.Device, tokens: int, heads: int, head_dim: int) -> di
 @triton.jit
 def _rope_kernel(
     q_out_ptr,  # [T, Hq, D]
-    pages,  # where k and v go; k alone goes to rows as to slots
+    pages,  # the named tuple of their format; without v, k is stored to row t as to a slot
     q_ptr,  # [T, Hq, D]
     k_ptr,  # [T, Hkv, D]
-    v_ptr,  # [T, Hkv, D], or None: no v
+    v_ptr,  # [T, Hkv, D], or None: there is no v
     positions_ptr,  # [T]
     cos_sin_ptr,  # [context, D] float32
-    slots_ptr,  # [T], or None: k goes to row t
+    slots_ptr,  # [T], or None: k of token t goes to row t
     num_q_heads,
     num_kv_heads,
     q_stride,  # of a token; heads are dense
@@ -66,7 +66,8 @@ def _rope_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    column = tl.broadcast_to(tl.arange(0, HALF)[None, :], [HEADS, HALF])  # the table, too, is then read as q is
+    # broadcast, so the loads of the table have the layout of the loads of q
+    column = tl.broadcast_to(tl.arange(0, HALF)[None, :], [HEADS, HALF])
     dtype = q_ptr.dtype.element_ty
 
     wait_for_inputs(PDL)
@@ -79,7 +80,7 @@ def _rope_kernel(
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + token).to(tl.int64)
 
-    # q and k are chosen as values: AMD's compiler takes no choice between pointers
+    # Choose between q and k after loading: AMD's compiler cannot select between pointers.
     is_q = heads < num_q_heads
     k_heads = heads - num_q_heads
     is_k = (k_heads >= 0) & (k_heads < num_kv_heads)
@@ -87,7 +88,7 @@ def _rope_kernel(
     k_from = k_ptr + token * k_stride + k_heads * HEAD_DIM + column
     first = tl.where(is_q, tl.load(q_from, mask=is_q), tl.load(k_from, mask=is_k)).to(tl.float32)
     second = tl.where(is_q, tl.load(q_from + HALF, mask=is_q), tl.load(k_from + HALF, mask=is_k)).to(tl.float32)
-    if v_ptr is not None:  # loaded before the first store, so that nothing waits twice
+    if v_ptr is not None:  # load v before the first store, so all loads are in flight together
         v_heads = k_heads - num_kv_heads
         is_v = (v_heads >= 0) & (v_heads < num_kv_heads)
         v_from = v_ptr + token * k_stride + v_heads * HEAD_DIM + column
@@ -118,7 +119,7 @@ def _launch_rope(
     slots: Tensor | None,
     inverse: bool = False,
 ) -> None:
-    """q [T, Hq, D], k and v [T, Hkv, D] with dense heads; q_out dense."""
+    """q is [T, Hq, D]; k and v are [T, Hkv, D]. The heads of a token are dense. q_out is dense."""
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     heads = num_q_heads + (1 if v is None else 2) * num_kv_heads
     config = _config(tuning.device_of(q), num_tokens, heads, head_dim)
@@ -149,7 +150,7 @@ def _refuses_heads(head_dim: int) -> str | None:
 
 
 def refuses_pages(pages: Pages) -> str | None:
-    """Why k and v are not written to such pages."""
+    """The reason why the kernel does not store k and v to such pages, or None."""
     if pages.triton_store_k is None:
         return f"pages of the format {pages.format}"
     return _refuses_heads(pages.head_dim)
@@ -165,7 +166,7 @@ def apply_rope(
 ) -> tuple[Tensor, Tensor]:
     q, k = _dense_heads(q), _dense_heads(k)
     q_out, k_out = q.new_empty(q.shape), k.new_empty(k.shape)
-    rows = k_out[:, None]  # each token a page of its own
+    rows = k_out[:, None]  # each token is a page of one slot
     _launch_rope(q_out, DensePages(rows, rows), q, k, None, positions, cos_sin, None, inverse)
     return q_out, k_out
 

@@ -1,9 +1,9 @@
-"""SwiGLU, over the packed projection or over two.
+"""SwiGLU of a packed gate_up or of separate gate and up.
 
     out = round(round(silu(gate)) * up)
 
-gate and up [T, F] of any row stride (swiglu: the halves of gate_up [T, 2 F]); out [T, F]. silu in float32, rounded
-where transformers rounds it. Bytes moved: 3 T F elements.
+gate and up are [T, F] with any row stride; in swiglu they are the halves of gate_up [T, 2 F]. out is [T, F]. silu is
+computed in float32 and rounded where transformers rounds it. Bytes moved: 3 T F elements.
 
     program (t, p):  columns p * BLOCK .. of row t
 """
@@ -45,7 +45,7 @@ def _swiglu_kernel(
 
 
 def _launch_swiglu(out: Tensor, gate: Tensor, up: Tensor) -> None:
-    """All [T, F]."""
+    """All tensors are [T, F]."""
     rows, columns = out.shape
     chosen = config("swiglu", tuning.device_of(out), rows, columns)
     grid = (rows, triton.cdiv(columns, chosen["BLOCK"]))

@@ -1,11 +1,11 @@
-"""The gradients of SwiGLU, over the packed projection or over two.
+"""The gradients of SwiGLU of a packed gate_up or of separate gate and up.
 
     grad_gate = round(grad * up * sigmoid(gate) * (1 + gate * (1 - sigmoid(gate))))
     grad_up   = round(grad * round(silu(gate)))
 
-grad, gate and up [T, F] of any row stride; the gradients, too, [T, F], for swiglu the halves of one [T, 2 F]. silu is
-computed again, for a quarter of the bytes that keeping it would cost. Everything in float32 between the roundings.
-Bytes moved: 5 T F elements.
+grad, gate and up are [T, F] with any row stride. The gradients are [T, F] each; in swiglu_backward they are the halves
+of one [T, 2 F]. silu is computed again, which moves a quarter of the bytes that saving it would. Between the roundings
+everything is float32. Bytes moved: 5 T F elements.
 
     program (t, p):  columns p * BLOCK .. of row t
 """
@@ -29,7 +29,7 @@ for _op in ("swiglu", "swiglu_backward"):
 
 @tuning.remember
 def config(op: str, device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
-    """Wide blocks where there are many rows, and narrow ones to give few rows to many multiprocessors."""
+    """Wide blocks if there are many rows; narrower ones if fewer rows must fill all multiprocessors."""
     block = 2048
     while block > 256 and rows * triton.cdiv(columns, block) < 2 * device.num_sms:
         block //= 2
@@ -72,7 +72,7 @@ def _swiglu_backward_kernel(
 
 
 def _launch_swiglu_backward(grad_gate: Tensor, grad_up: Tensor, grad: Tensor, gate: Tensor, up: Tensor) -> None:
-    """All [T, F]; the gradients to be written have one row stride."""
+    """All tensors are [T, F]. grad_gate and grad_up have the same row stride."""
     rows, columns = grad.shape
     chosen = config("swiglu_backward", tuning.device_of(grad), rows, columns)
     _swiglu_backward_kernel[(rows, triton.cdiv(columns, chosen["BLOCK"]))](

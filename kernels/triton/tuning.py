@@ -1,12 +1,13 @@
-"""From device and sizes to a launch configuration: what a tuner measured, or else the kernel's own heuristic.
+"""Chooses the launch configuration of a kernel from the device and the sizes: a tuned one if there is a file of them,
+else the kernel's own heuristic.
 
-A tuned file is ``tuned/<device>/<op>.json``, or the same below the folder that QWENKERN_CONFIG_DIR names, which goes
-first:
+A tuned file is ``tuned/<device>/<op>.json``. The folder that QWENKERN_CONFIG_DIR names is searched first, and has the
+same layout below it:
 
     {"op": "linear", "device": "NVIDIA H100 80GB HBM3", "triton": "3.6.0", "date": "2026-11-24",
      "entries": [{"sizes": {"n": 2048, "k": 11008}, "config": {"BLOCK_K": 512, "num_stages": 4}}]}
 
-The entry nearest in the logarithms of its sizes is laid over the heuristic's configuration.
+The entry whose sizes are nearest, measured in logarithms, overrides fields of the heuristic's configuration.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from ..environment import CONFIG_DIR
 
 @dataclass(frozen=True)
 class Device:
-    """What a configuration depends on."""
+    """The properties of a device that a configuration depends on."""
 
     name: str
     backend: str  # "cuda" or "hip"
@@ -44,12 +45,12 @@ class Device:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
 
-# The interpreter runs what an H100 would be given.
+# Triton's interpreter uses the configurations of an H100.
 INTERPRETER = Device("interpreter", "cuda", 90, 132, 232448)
 _offline: Device | None = None
 
 
-# Configurations that a tuner may try, by op: what each field may be. The kernel files declare them.
+# The search space of each op: the values that a tuner may try for each field. The kernel files declare them.
 SPACES: dict[str, dict[str, tuple[int, ...]]] = {}
 _remembered: list[Any] = []
 _trial: Trial | None = None
@@ -57,7 +58,7 @@ _trial: Trial | None = None
 
 @dataclass
 class Trial:
-    """One configuration being tried for an op, and the sizes that asked for it."""
+    """A configuration that a tuner tries for an op, and the sizes of the launches that used it."""
 
     op: str
     config: dict[str, Any]
@@ -65,21 +66,22 @@ class Trial:
 
 
 def remember(function: Callable) -> Callable:
-    """functools.cache, until ``forget``."""
+    """Like functools.cache; ``forget`` clears it."""
     cached = functools.cache(function)
     _remembered.append(cached)
     return cached
 
 
 def forget() -> None:
-    """Reads tuned files anew, and chooses again."""
+    """Clears the remembered choices, so the next launches read the tuned files again."""
     for cached in _remembered:
         cached.cache_clear()
 
 
 @contextlib.contextmanager
 def trying(op: str, config: dict[str, Any]) -> Iterator[Trial]:
-    """While it lasts, launches of ``op`` have this laid over their configuration, and no tuned file counts for it."""
+    """In this context the fields of ``config`` override the heuristic in launches of ``op``, and tuned files are
+    ignored."""
     global _trial
     before, _trial = _trial, Trial(op, config)
     forget()
@@ -102,7 +104,7 @@ def is_offline() -> bool:
 
 @contextlib.contextmanager
 def offline(device: Device) -> Iterator[None]:
-    """Ops on meta tensors launch their kernels as they would on this device: for whoever compiles without one."""
+    """In this context ops on meta tensors launch their kernels as on this device. It serves compiling without a GPU."""
     global _offline
     before, _offline = _offline, device
     try:
@@ -125,14 +127,14 @@ def _cuda_device(index: int) -> Device:
 
 
 def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, Any]) -> dict[str, Any]:
-    """The configuration of one launch. Callers cache it."""
+    """The configuration of one launch. Callers cache the result."""
     if _trial is not None and _trial.op == op:
         _trial.seen.append((sizes, heuristic))
         return {**heuristic, **_trial.config}
     try:
         entries = _entries(op, device.folder, CONFIG_DIR.get() or "")
         return {**heuristic, **_nearest(entries, sizes, heuristic, SPACES.get(op, {}))}
-    except ValueError as error:  # what somebody tuned may be stale or damaged, and ends no forward pass
+    except ValueError as error:  # a stale or damaged tuned file must not end a forward pass
         _warn_once(f"{op} for {device.name}: {error}")
         return heuristic
 
@@ -140,7 +142,7 @@ def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, 
 def _nearest(
     entries: list[dict[str, Any]], sizes: dict[str, int], heuristic: dict[str, Any], space: dict[str, tuple[int, ...]]
 ) -> dict[str, Any]:
-    """The configuration of the nearest entry. Raises ValueError where one is not of this kernel."""
+    """The configuration of the nearest entry. Raises ValueError if an entry does not fit the kernel."""
     if not entries:
         return {}
     for entry in entries:
@@ -151,13 +153,14 @@ def _nearest(
                 f"a tuned configuration sets {', '.join(sorted(unknown))}, and the kernel has {', '.join(heuristic)}"
             )
         for name, value in entry["config"].items():
-            if name in space and not _is_alike(value, space[name]):  # else Triton's own error would end a forward pass
+            if name in space and not _is_alike(value, space[name]):  # else Triton raises in a forward pass
                 raise ValueError(f"a tuned configuration sets {name} to {value}; expected a value like {space[name]}")
     return min(entries, key=lambda entry: _distance(entry["sizes"], sizes))["config"]
 
 
 def _is_alike(value: int, tried: tuple[int, ...]) -> bool:
-    """Whether a value is no larger than those that a tuner tries, and a power of two where all of those are."""
+    """Whether a value is one that the tuner tries, or at most the largest of them, and a power of two if all of them
+    are."""
     powers = all(each & (each - 1) == 0 for each in tried)
     return value in tried or (0 < value <= max(tried) and not (powers and value & (value - 1)))
 
@@ -175,14 +178,14 @@ def _distance(tuned: dict[str, int], sizes: dict[str, int]) -> float:
 def _entries(op: str, folder: str, override: str) -> list[dict[str, Any]]:
     for root in (override, Path(__file__).parent / "tuned"):
         file = os.path.join(root, folder, f"{op}.json")
-        if root and os.path.isfile(file):  # os.path answers False where pathlib raises
+        if root and os.path.isfile(file):  # for an invalid path os.path returns False, and pathlib raises
             return read_entries(Path(file))
     return []
 
 
 def read_entries(file: Path) -> list[dict[str, Any]]:
-    """The entries of a tuned file: sizes and fields of configurations are whole numbers, sizes from 1 on. Raises
-    ValueError that names the file where it is none."""
+    """The entries of a tuned file. Sizes are whole numbers of at least 1, and fields of configurations whole numbers of
+    at least 0. Raises ValueError, which names the file, if the file is not valid."""
     try:
         entries = json.loads(file.read_text(encoding="utf-8"))["entries"]
         for entry in entries:

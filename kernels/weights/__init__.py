@@ -1,7 +1,8 @@
-"""Formats of weights. A weight is one value to the ops, whatever tensors it consists of; one file a format.
+"""Formats of weights. An op takes a weight as one value, whatever tensors its format consists of. Each format has a
+file.
 
-To add a format: a file here with a subclass of Weight, which is found by itself. What each member is for stands in
-``Weight``; ``dense.py`` is the example.
+To add a format, write a file here with a subclass of Weight; nothing has to import it. ``Weight`` says what each member
+must do; ``dense.py`` is the example.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ import_files(__name__, __path__)
 
 
 def as_weight(value: Any, form: str = "dense") -> Any:
-    """A tensor as a dense weight; the tensors of a weight, in the order in which it names them, as one of a format.
-    Anything else as it is, for the checks of an op to refuse."""
+    """Converts a tensor to a dense weight, and a list of tensors to a weight of the format ``form``. The list has the
+    order of the format's ``names``. Returns any other value unchanged; the checks of the op then raise."""
     if isinstance(value, Tensor):
         return Dense(value)
     if isinstance(value, list) and all(isinstance(each, Tensor) for each in value):

@@ -1,4 +1,4 @@
-"""What a format of weights must say of itself."""
+"""The base class of weight formats."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ FORMATS: dict[str, type[Weight]] = {}
 
 
 class Weight:
-    """The matrix [N, K] of a linear layer. Its constructor takes its tensors, in the order of ``names``.
+    """The matrix [N, K] of a linear layer, in some format. The constructor takes the format's tensors, in the order of
+    ``names``.
 
-    ``names`` are those of the tensors in a module, for a layer's parameters; the dense format's is "weight" alone.
+    ``names`` are the names of the tensors as parameters of a layer. The dense format has one tensor, "weight".
 
-    Triton: ``triton_arguments`` are what a kernel gets of a weight, a named tuple of tensors and numbers (no field may
-    be called values, which is Triton's). ``triton_load(weight, rows, k, mask, other)`` loads a tile in the dtype of x,
-    ``triton_prefetch(weight, rows, k_start, k_end, LINES)`` asks for the first cache lines of each row, and
-    ``triton_skip(weight, rows)`` is the weight without its first rows. They are @triton.jit functions, which a kernel
-    takes as constants. A format without them is refused by Triton's ops.
+    For Triton: ``triton_arguments`` returns the named tuple of tensors and numbers that a kernel gets (a field may not
+    be called values, because Triton uses that name). ``triton_load(weight, rows, k, mask, other)`` loads a tile in x's
+    dtype. ``triton_prefetch(weight, rows, k_start, k_end, LINES)`` prefetches the first LINES cache lines of each row
+    into the L2 cache. ``triton_skip(weight, rows)`` returns the weight without its first ``rows`` rows. These three are
+    @triton.jit functions, which a kernel takes as constants. Triton's ops refuse a format that lacks them.
 
-    C: kernels/c/weights.py has the struct of each format; one that is not there is refused by C's ops."""
+    For C: kernels/c/weights.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
     __slots__ = ()
     format: ClassVar[str]
@@ -41,8 +42,8 @@ class Weight:
     def allocate(
         cls, rows: int, columns: int, dtype: torch.dtype, empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
     ) -> Weight:
-        """A matrix [rows, columns] for x of this dtype, its values undefined. ``empty`` gives a tensor of a shape and a
-        dtype."""
+        """A weight [rows, columns] for x of this dtype, with undefined values. ``empty(shape, dtype)`` allocates a
+        tensor."""
         raise NotImplementedError
 
     @property
@@ -52,12 +53,12 @@ class Weight:
 
     @property
     def shape(self) -> torch.Size:
-        """[N, K], of the matrix that it stands for."""
+        """The shape [N, K] of the matrix."""
         raise NotImplementedError
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the matrix that it stands for, which is that of x."""
+        """The dtype of the dequantised matrix, which is x's dtype."""
         raise NotImplementedError
 
     def check(self, op: str, name: str, shape: tuple[int | str, int | str], like: Tensor | None = None) -> None:
@@ -66,19 +67,19 @@ class Weight:
         raise NotImplementedError
 
     def dequantise(self) -> Tensor:
-        """The matrix [N, K] in its dtype: what the reference multiplies by."""
+        """The matrix [N, K] in ``dtype``. The reference multiplies by it."""
         raise NotImplementedError
 
     def rows(self, start: int, stop: int) -> Weight:
-        """Its rows from ``start`` to ``stop``, in the same memory. Raises ValueError where the format cannot."""
+        """The rows from ``start`` to ``stop``, as a view. Raises ValueError if the format cannot be cut there."""
         raise NotImplementedError
 
     def take(self, ids: Tensor) -> Tensor:
-        """Its rows of these numbers [T], in its dtype: [T, K]."""
+        """The rows that ids [T] select: [T, K] in ``dtype``."""
         raise NotImplementedError
 
     def copy_(self, matrix: Tensor) -> None:
-        """Takes the values of a matrix [N, K] of any float dtype."""
+        """Sets the values to those of a matrix [N, K] of any float dtype."""
         raise NotImplementedError
 
     def triton_arguments(self) -> tuple[Any, ...]:
@@ -90,7 +91,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a kernel reads."""
+        """The number of bytes that a kernel reads."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
     def __len__(self) -> int:

@@ -1,4 +1,4 @@
-"""The weight as a checkpoint has it: one tensor of bfloat16, float16, float32 or float64."""
+"""The dense format: one tensor of bfloat16, float16, float32 or float64."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _skip(weight, rows):
 
 
 class Dense(Weight):
-    """One tensor [N, K], rows of any stride."""
+    """One tensor [N, K]. Its rows may have any stride."""
 
     format = "dense"
     names = ("weight",)

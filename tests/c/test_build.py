@@ -504,15 +504,15 @@ def test_a_choice_is_kept_with_its_day_and_the_load(fresh, monkeypatch):
 def test_everything_is_measured_anew_when_asked(fresh, monkeypatch):
     seconds = {0: 1.0, 4096: 0.5, 16384: 0.4}
     monkeypatch.setattr(choose, "_readings", lambda ways: {way: [seconds.get(way, 1.0)] * 4 for way in ways})
-    assert c_backend.describe()["weights"].startswith("asked for 16384 bytes")
+    assert c_backend.describe()["weights"].startswith("prefetched 16384 bytes")
     seconds[0] = 0.3
     found = info.renewed()
-    assert found["weights"].startswith("not asked for in advance (measured")
-    assert found["weights"].endswith("before: asked for 16384 bytes in advance")
+    assert found["weights"].startswith("not prefetched (measured")
+    assert found["weights"].endswith("before: prefetched 16384 bytes in advance")
     assert found["threads"].endswith("as before")
     build.forget()
     monkeypatch.setattr(choose, "_readings", None)
-    assert c_backend.describe()["weights"].startswith("not asked for in advance")
+    assert c_backend.describe()["weights"].startswith("not prefetched")
 
 
 def test_a_doubtful_measurement_is_used_and_not_kept(fresh, monkeypatch, caplog):

@@ -85,7 +85,7 @@ def values(name: str, args: tuple) -> tuple:
     """The arguments of an op with weights and pages as values."""
     for at, parameter in enumerate(inspect.signature(getattr(kernels, name)).parameters):
         if at < len(args) and isinstance(args[at], torch.Tensor):
-            if parameter == "weight" and name not in ("rms_norm", "add_rms_norm", "embedding"):
+            if parameter == "weight" and name not in ("rms_norm", "add_rms_norm"):
                 args = (*args[:at], Dense(args[at]), *args[at + 1 :])
             elif parameter == "pages":
                 args = (*args[:at], DensePages(*args[at : at + 2]), *args[at + 2 :])
@@ -508,7 +508,6 @@ def test_a_refusal_says_why() -> None:
         (refusal("add_rms_norm", odd, odd, odd[0], EPS), f"rows of 24 values ({of} 16)"),
         (refusal("silu_mul", norm.float(), norm.float()), "float32 (C computes in bfloat16)"),
         (refusal("swiglu", norm.double()), "float64 (C computes in bfloat16)"),
-        (refusal("embedding", first, w.T), "a table whose values lie 32 apart (side by side)"),
         (refusal("apply_rope", heads, heads, cos_sin, first), f"heads of 48 values ({of} 32 up to 128)"),
         (
             refusal("rope_and_cache", heads.flatten(1), first, cos_sin, pages, pages, first),
