@@ -21,13 +21,15 @@ class Pages:
     For Triton: ``triton_arguments`` returns the named tuple that a kernel gets. The @triton.jit functions
     ``triton_load_k`` and ``triton_load_v`` (pages, kv_head, page, token, column, mask) load a tile in q's dtype.
     ``triton_store_k`` and ``triton_store_v`` (pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM) store
-    a tile. Triton's ops refuse a format that lacks them.
+    a tile. Triton's ops refuse a format that lacks them, and on a CUDA device of a lower compute capability than
+    ``triton_capability`` (major * 10 + minor).
 
     For C: kernels/c/pages.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
     __slots__ = ()
     format: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
+    triton_capability: ClassVar[int] = 0
     triton_load_k: ClassVar[Callable | None] = None
     triton_load_v: ClassVar[Callable | None] = None
     triton_store_k: ClassVar[Callable | None] = None

@@ -6,13 +6,16 @@ import functools
 import os
 import tempfile
 import warnings
+from collections.abc import Callable
 
 import torch
 import triton
 from torch import Tensor
 
 from ..dispatch import Backend, launches_dependently
+from ..pages import Pages
 from ..triton_if_any import INTERPRETED
+from ..weights import Weight
 from . import tuning
 from .few_tokens import MAX_TOKENS
 
@@ -53,6 +56,18 @@ def ensure_cache() -> tempfile.TemporaryDirectory | None:
     warnings.warn(f"qwenkern: Triton keeps no compiled kernels in {folder}: {reason}", stacklevel=3)
     triton.knobs.cache.dir = place.name
     return place
+
+
+def refuses_format(what: str, value: Weight | Pages, piece: Callable | None) -> str | None:
+    """The reason why no kernel takes weights or pages of this format here, or None. ``piece`` is the function of the
+    format that the kernel would call."""
+    if piece is None:
+        return f"{what} of the format {value.format}"
+    if value.triton_capability:
+        device = tuning.device_of(value.tensors[0])
+        if device.backend == "cuda" and device.capability < value.triton_capability:
+            return f"{what} of the format {value.format} on sm_{device.capability} (from sm_{value.triton_capability})"
+    return None
 
 
 def pdl_options(x: Tensor) -> dict[str, bool]:

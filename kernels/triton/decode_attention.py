@@ -28,7 +28,7 @@ from torch import Tensor
 from ..language import cast, dot, wait_for_inputs
 from ..pages import Pages
 from . import tuning
-from .backend import TRITON, pdl_options
+from .backend import TRITON, pdl_options, refuses_format
 from .rope import HEAD_DIMS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -237,8 +237,8 @@ def _launch_decode_attention(
 
 def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
     """The reason why this kernel does not run q over these pages with this page size, or None."""
-    if pages.triton_load_k is None:
-        return f"pages of the format {pages.format}"
+    if reason := refuses_format("pages", pages, pages.triton_load_k):
+        return reason
     if pages.head_dim not in HEAD_DIMS:
         return f"heads of {pages.head_dim} (16, 32, 64 or 128)"
     if page_size % 16:

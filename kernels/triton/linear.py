@@ -20,7 +20,7 @@ from ..rms_norm import add_rms_norm
 from ..swiglu import swiglu
 from ..weights import Weight
 from . import tuning
-from .backend import TRITON, pdl_options
+from .backend import TRITON, pdl_options, refuses_format
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, row_scales
 
 
@@ -178,7 +178,7 @@ def _arrivals(device: torch.device, tiles: int) -> Tensor:
 
 
 def refuses_weight(weight: Weight) -> str | None:
-    return None if weight.triton_load else f"weights of the format {weight.format}"
+    return refuses_format("weights", weight, weight.triton_load)
 
 
 def refuses_norm(x: Tensor, weight: Weight) -> str | None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..language import cast, dot, wait_for_inputs
 from ..pages import Pages
 from . import tuning
-from .backend import TRITON, pdl_options
+from .backend import TRITON, pdl_options, refuses_format
 from .decode_attention import LOG2_E
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
@@ -222,8 +222,8 @@ def _launch_prefill_attention(
 
 def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
     """The reason why this kernel does not run q over these pages with this page size, or None."""
-    if pages.triton_load_k is None:
-        return f"pages of the format {pages.format}"
+    if reason := refuses_format("pages", pages, pages.triton_load_k):
+        return reason
     if q.shape[2] not in HEAD_DIMS:
         return f"heads of {q.shape[2]} (16, 32, 64, 128 or 256)"
     return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None

@@ -22,7 +22,7 @@ from ..language import cast, wait_for_inputs
 from ..pages import DensePages, Pages
 from ..rope import split_heads
 from . import tuning
-from .backend import TRITON, pdl_options
+from .backend import TRITON, pdl_options, refuses_format
 
 HEAD_DIMS = (16, 32, 64, 128)
 
@@ -151,8 +151,8 @@ def _refuses_heads(head_dim: int) -> str | None:
 
 def refuses_pages(pages: Pages) -> str | None:
     """The reason why the kernel does not store k and v to such pages, or None."""
-    if pages.triton_store_k is None:
-        return f"pages of the format {pages.format}"
+    if reason := refuses_format("pages", pages, pages.triton_store_k):
+        return reason
     return _refuses_heads(pages.head_dim)
 
 

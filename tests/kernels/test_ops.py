@@ -16,6 +16,7 @@ from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.kernels.c.backend import C
 from qwenkern.kernels.dispatch import BACKENDS, OPS, Backend, refusals
 from qwenkern.kernels.recording import CannotRecord, recording
+from qwenkern.kernels.weights import FORMATS, Dense
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "kernels"
@@ -137,3 +138,17 @@ def test_a_backend_is_called_as_its_folder(backend):
     assert (FOLDER / backend.name).is_dir()
     assert backend.implementations, f"kernels/{backend.name}/ implements nothing"
     assert all(name in OPS for name in backend.implementations)
+
+
+def test_triton_refuses_a_format_that_needs_a_newer_gpu(monkeypatch):
+    from qwenkern.kernels.triton import backend, tuning
+
+    later = type("Later", (Dense,), {"format": "later of test_ops", "triton_capability": 89})
+    del FORMATS[later.format]
+    weight = later(torch.ones(2, 2))
+    for capability, expected in ((80, "weights of the format later of test_ops on sm_80 (from sm_89)"), (90, None)):
+        monkeypatch.setattr(
+            tuning, "device_of", lambda x, c=capability: tuning.Device("a GPU", "cuda", c, 100, 1 << 16)
+        )
+        assert backend.refuses_format("weights", weight, later.triton_load) == expected
+    assert backend.refuses_format("weights", weight, None) == "weights of the format later of test_ops"
