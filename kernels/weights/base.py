@@ -23,8 +23,8 @@ class Weight:
     be called values, because Triton uses that name). ``triton_load(weight, rows, k, mask, other)`` loads a tile in x's
     dtype. ``triton_prefetch(weight, rows, k_start, k_end, LINES)`` prefetches the first LINES cache lines of each row
     into the L2 cache. ``triton_skip(weight, rows)`` returns the weight without its first ``rows`` rows. These three are
-    @triton.jit functions, which a kernel takes as constants. Triton's ops refuse a format that lacks them, and on a CUDA
-    device of a lower compute capability than ``triton_capability`` (major * 10 + minor).
+    @triton.jit functions, which a kernel takes as constants. Triton's ops refuse a format that lacks them, and on a
+    CUDA device of a lower compute capability than ``triton_capability`` (major * 10 + minor).
 
     For C: kernels/c/weights.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
