@@ -1,4 +1,4 @@
-"""The draw: one token id a row of logits. Nothing here waits for a device, so a CUDA graph can hold it."""
+"""Draws one token id for each row of logits. Nothing here waits for a device, so a CUDA graph can capture it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .parameters import SampledSequence
 
-FEW_CANDIDATES = 64  # where no row of a batch wants more: cheaper than to sort the vocabulary
-BELOW_ONE = 1 - 2**-24  # in float32: a number closer to 1 would become 1, and draw what top_k or top_p ruled out
-NOT_FINITE = -1  # in place of a token id where a row of logits has NaN or infinity on top
+FEW_CANDIDATES = 64  # used if no row needs more: faster than sorting the vocabulary
+BELOW_ONE = 1 - 2**-24  # a number closer to 1 rounds to 1 in float32, and would draw an excluded token
+NOT_FINITE = -1  # in place of a token id if the largest logit of the row is NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class DrawSettings:
 
     @staticmethod
     def neutral(size: int, device: torch.device) -> DrawSettings:
-        """Greedy rows."""
+        """Settings with which all rows are greedy."""
         return DrawSettings(*(torch.zeros(*shape, size, dtype=torch.float32, device=device) for shape in ((4,), ())))
 
     @staticmethod
     def of(sequences: Sequence[SampledSequence]) -> list[list[float]]:
-        """The values of some sequences."""
+        """The rows of ``values`` for some sequences."""
         columns = [
             (
                 0.0 if params.is_greedy else params.temperature or 0.0,
@@ -44,7 +44,8 @@ class DrawSettings:
 
 
 def num_candidates(sequences: Sequence[SampledSequence], vocabulary: int) -> int:
-    """How many of the most likely tokens the sequences choose from: 1, FEW_CANDIDATES or the vocabulary."""
+    """The number of most likely tokens from which all the sequences can be drawn: 1, FEW_CANDIDATES or the size of the
+    vocabulary."""
     each = (sequence.params for sequence in sequences)
     largest = max(1 if params.is_greedy else params.top_k or vocabulary for params in each)
     return next((count for count in (1, FEW_CANDIDATES) if largest <= count), vocabulary)
