@@ -57,17 +57,17 @@ def or_not_finite(ids: Tensor, largest: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, settings: DrawSettings | None, candidates: int, some_greedy: bool = True) -> Tensor:
-    """One token id [R] a row of logits [R, V], from its ``candidates`` most likely tokens.
+    """Draws one token id for each row of logits [R, V] from its ``candidates`` most likely tokens: ids [R].
 
-    The cumulative distribution is inverted at the row's random number. One candidate takes no settings. A row that is
-    not finite gets some id."""
+    The draw inverts the cumulative distribution at the row's random number. With one candidate, settings may be None.
+    A row that is not finite gets an arbitrary id."""
     if candidates == 1:
         return logits.argmax(-1)
     assert settings is not None, "a choice among several tokens takes settings"
     temperature, top_k, top_p, min_p = settings.values[..., None]
     few = candidates < logits.shape[-1]
     values, ids = logits.topk(candidates) if few else logits.sort(-1, descending=True)
-    # in descending order, so the first column is the maximum: subtracted before dividing, nothing overflows
+    # The first column is the maximum. Subtracting it before the division avoids overflow.
     values = (values - values[:, :1]) / torch.where(temperature > 0, temperature, 1.0)
     ranks = torch.arange(values.shape[-1], device=logits.device)
     probabilities = values.masked_fill(ranks >= top_k, -math.inf).softmax(-1)
