@@ -12,6 +12,7 @@ else:
     from .attention import waits_for_host as waits_for_host
     from .dispatch import dependent_launches as dependent_launches
     from .dispatch import invariant_tokens as invariant_tokens
+    from .dispatch import prepare as prepare
     from .embedding import embedding
     from .linear import linear, norm_linear, norm_swiglu_linear
     from .lm_head import lm_head, lm_head_top_k

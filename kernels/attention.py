@@ -33,14 +33,14 @@ def decode_attention(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Ten
     is from 1 to P * page_size. Returns [S, Hq, D]. Page numbers beyond a sequence's length are never read. On a GPU
     the values of lengths and block_tables are not checked."""
     _check_paged("decode_attention", q, pages, block_tables, lengths)
-    if q.shape[0] != len(lengths):
-        raise ValueError(f"decode_attention: q has {q.shape[0]} rows, and lengths says {len(lengths)} sequences")
+    if q.shape[0] != lengths.shape[0]:
+        raise ValueError(f"decode_attention: q has {q.shape[0]} rows, and lengths says {lengths.shape[0]} sequences")
     yield
     out = torch.empty_like(q)
     for row, length in enumerate(lengths.tolist()):
         k, v = pages.gather(block_tables[row], length)
         # The query heads that share a key-value head become rows of one product, so keys and values are not repeated.
-        grouped = q[row].unflatten(0, (len(k), -1))
+        grouped = q[row].unflatten(0, (k.shape[0], -1))
         out[row] = F.scaled_dot_product_attention(grouped[None], k[None], v[None], scale=scale)[0].flatten(0, 1)
     return out
 
@@ -123,7 +123,7 @@ def _check_paged(op: str, q: Tensor, pages: Pages, block_tables: Tensor, lengths
     check_tensor(op, "q", q, ("tokens", "Hq", "D"))
     check_pages(op, pages, like=q, head_dim=q.shape[-1])
     check_tensor(op, "lengths", lengths, ("S",), dtypes=INTEGERS)
-    check_tensor(op, "block_tables", block_tables, (len(lengths), "pages"), dtypes=INTEGERS)
+    check_tensor(op, "block_tables", block_tables, (lengths.shape[0], "pages"), dtypes=INTEGERS)
     check_device(op, q=q, pages=pages, block_tables=block_tables, lengths=lengths)
     num_pages, page_size, num_kv_heads, _ = pages.shape
     if q.shape[1] % num_kv_heads:
@@ -137,7 +137,7 @@ def _check_paged(op: str, q: Tensor, pages: Pages, block_tables: Tensor, lengths
 def _check_query_starts(num_tokens: int, lengths: Tensor, query_starts: Tensor) -> None:
     """Raises ValueError unless query_starts divides the rows of q into the last tokens of each sequence. The values are
     checked on a CPU only."""
-    check_tensor("prefill_attention", "query_starts", query_starts, (len(lengths) + 1,), dtypes=INTEGERS)
+    check_tensor("prefill_attention", "query_starts", query_starts, (lengths.shape[0] + 1,), dtypes=INTEGERS)
     check_device("prefill_attention", lengths=lengths, query_starts=query_starts)
     if query_starts.device.type != "cpu":
         return

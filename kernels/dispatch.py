@@ -20,9 +20,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from .environment import KERNELS
+from .recording import CannotRecord, is_recording
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -54,21 +56,24 @@ class Implementation:
 class Backend:
     """The kernels for some types of device.
 
-    ``serves(kind)`` says whether the backend runs on a type of device ("cuda", "cpu", "meta"). ``refuses(x)`` gets an
-    op's first tensor; it returns the reason why no op of this backend takes that tensor, or None. ``prepare`` is called
-    once, before the first ``refuses``. It may compile, measure and write to the log; ``refuses`` must do none of these.
-    ``invariant_tokens`` says in how large a batch linears are batch-invariant: up to so many tokens in one call, the
-    other tokens do not change a token's bits."""
+    ``serves`` says whether the backend is there for a type of device ("cuda", "cpu", "meta"). ``refuses`` says of an
+    op's first tensor why no op of this backend takes it, or None. ``prepare`` makes the backend ready: it may compile,
+    measure and write to the log the first time, costs nothing later, and returns None or why the backend cannot run
+    here. No ``refuses`` may do any of this. ``invariant_tokens`` returns the number of tokens up to which the bits that
+    a linear gives a token do not depend on the other tokens. ``is_recorded`` says whether its calls on a CPU can be
+    recorded and made again (c/recorded_calls.py); others end the recording."""
 
     name: str
     serves: Callable[[str], bool]
     refuses: Callable[[Tensor], str | None]
-    prepare: Callable[[], None] = lambda: None
-    invariant_tokens: int = 1
+    prepare: Callable[[], str | None] = lambda: None
+    invariant_tokens: Callable[[], int] = lambda: 1
+    is_recorded: bool = False
     implementations: dict[str, Implementation] = field(default_factory=dict)
-    is_prepared: bool = False
 
     def __post_init__(self) -> None:
+        if self.name in [other.name for other in BACKENDS]:
+            raise ValueError(f"there are two backends {self.name!r}; expected a name of its own for each")
         BACKENDS.append(self)
 
     def implements(self, refuses: Refuses | None = None) -> Callable[[Callable], Callable]:
@@ -81,13 +86,16 @@ class Backend:
             name = function.__name__
             if name not in OPS:
                 raise ValueError(
-                    f"backend {self.name} implements {name}, and there is no such op among {', '.join(OPS)}"
+                    f"backend {self.name} implements {name}, and there is no such op among {', '.join(OPS)}; expected "
+                    "its contract to be imported first, in kernels/__init__.py"
                 )
             if name in self.implementations:
                 raise ValueError(f"backend {self.name} implements {name} twice")
             theirs, mine = (list(inspect.signature(each).parameters) for each in (OPS[name], function))
             if theirs != mine:
                 raise ValueError(f"backend {self.name}'s {name} has the arguments {mine}; expected {theirs}")
+            if refuses is not None and not _takes(refuses, theirs):
+                raise ValueError(f"backend {self.name}'s refusal of {name} does not take the op's arguments {theirs}")
             self.implementations[name] = Implementation(self, function, refuses or _takes_all)
             return function
 
@@ -96,6 +104,16 @@ class Backend:
 
 BACKENDS: list[Backend] = []  # dispatch tries them in this order
 OPS: dict[str, Op[..., Any]] = {}
+
+
+def _takes(function: Callable, names: list[str]) -> bool:
+    """Whether a function can be called with arguments of these names, by place and by name."""
+    try:
+        inspect.signature(function).bind(*names)
+        inspect.signature(function).bind(names[0], **dict.fromkeys(names[1:]))
+    except TypeError:
+        return False
+    return True
 
 
 def _takes_all(*args: Any, **keywords: Any) -> None:
@@ -109,10 +127,13 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
     refusal: str | None = None
     for backend in backends(kind):
         implementation = backend.implementations.get(name)
-        if implementation is not None and backend.refuses(first) is None:
-            refusal = implementation.refuses(*args, **keywords)
-            if refusal is None:
-                return implementation
+        if implementation is None or backend.refuses(first) is not None or backend.prepare() is not None:
+            continue
+        refusal = implementation.refuses(*args, **keywords)
+        if refusal is None:
+            if kind == "cpu" and not backend.is_recorded and is_recording():
+                raise CannotRecord(f"{name} runs in {backend.name}, whose calls are not recorded")
+            return implementation
     if kind == "cuda":
         _warn_of_reference(refusal)
     return None
@@ -133,21 +154,23 @@ def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
             chosen_away = KERNELS.get() == "reference"
             found[backend.name] = "QWENKERN_KERNELS=reference" if chosen_away else f"does not run on {kind}"
         else:
-            reason = backend.refuses(first) or implementation.refuses(*args)
+            reason = backend.refuses(first) or backend.prepare() or implementation.refuses(*args)
             found[backend.name] = reason and f"does not take {reason}"
     return found
 
 
 def backends(kind: str) -> list[Backend]:
-    """The backends for a type of device, prepared, in the order in which dispatch tries them."""
-    if KERNELS.get() == "reference":
-        return []
-    found = [backend for backend in BACKENDS if backend.serves(kind)]
-    for backend in found:
-        if not backend.is_prepared:
+    """Those for a type of device, in the order in which they are tried."""
+    return [] if KERNELS.get() == "reference" else [backend for backend in BACKENDS if backend.serves(kind)]
+
+
+def prepare(device: torch.device, dtype: torch.dtype) -> None:
+    """Prepares the backends that take tensors of this kind, which else happens at the first call of an op. It may take
+    seconds, once on a machine, and the log says so."""
+    example = torch.empty(1, dtype=dtype, device=device)
+    for backend in backends(device.type):
+        if backend.refuses(example) is None:
             backend.prepare()
-            backend.is_prepared = True
-    return found
 
 
 def is_served(kind: str) -> bool:
@@ -158,7 +181,10 @@ def is_served(kind: str) -> bool:
 def invariant_tokens(weight: Tensor) -> int:
     """In how large a batch linears with this weight are batch-invariant: up to so many tokens in one call, the other
     tokens do not change a token's bits."""
-    return next((each.invariant_tokens for each in backends(weight.device.type) if each.refuses(weight) is None), 1)
+    for backend in backends(weight.device.type):
+        if backend.refuses(weight) is None and backend.prepare() is None:
+            return backend.invariant_tokens()
+    return 1
 
 
 def _warn_of_reference(refusal: str | None) -> None:

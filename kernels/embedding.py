@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .checks import INTEGERS, check_device, check_matrix, check_range, check_tensor
+from .checks import INTEGERS, check_device, check_range, check_tensor
 from .contract import Steps, op
-from .weights import Weight
+from .weights import Weight, check_matrix
 
 
 @op()
@@ -17,6 +17,6 @@ def embedding(ids: Tensor, weight: Weight) -> Steps[Tensor]:
     check_tensor("embedding", "ids", ids, ("tokens",), dtypes=INTEGERS)
     check_matrix("embedding", "weight", weight)
     check_device("embedding", ids=ids, weight=weight)
-    check_range("embedding", "ids", ids, 0, len(weight))
+    check_range("embedding", "ids", ids, 0, weight.shape[0])
     yield
     return weight.take(ids)

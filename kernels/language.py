@@ -24,11 +24,18 @@ def dot(a, b, acc):
 def cast(x, dtype: tl.constexpr):
     """x, which is float32, in another dtype, rounded to nearest even.
 
-    Triton's interpreter truncates when it converts to bfloat16, so under it the bits are rounded here first."""
+    The interpreter would cut the bits off that bfloat16 lacks, and lose the carry of what it rounds to e4m3, so there
+    they are rounded away first."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & -65536).to(tl.float32, bitcast=True)
+    if INTERPRETED and dtype == tl.float8e4nv:
+        bits = x.to(tl.int32, bitcast=True)
+        bits += 0x7FFFF + ((bits >> 20) & 1)
+        wide = (bits & -1048576).to(tl.float32, bitcast=True)
+        small = (x + 24576.0) - 24576.0  # below 2 ** -6 there are multiples of 2 ** -9 only; 24576 has steps of those
+        x = tl.where(tl.abs(x) < 0.015625, small, wide)
     return x.to(dtype)
 
 

@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from .checks import check_device, check_tensor, check_weight
+from .checks import check_device, check_tensor
 from .contract import Steps, op
 from .rms_norm import add_normed
 from .swiglu import gated
-from .weights import Weight
+from .weights import Weight, check_weight
 
 
 @op()
@@ -30,9 +30,9 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor
     check_tensor("linear", "x", x, ("T", "K"))
     check_weight("linear", "weight", weight, x)
     if bias is not None:
-        check_tensor("linear", "bias", bias, (len(weight),), like=x)
+        check_tensor("linear", "bias", bias, (weight.shape[0],), like=x)
     if addend is not None:
-        check_tensor("linear", "addend", addend, (x.shape[0], len(weight)), like=x)
+        check_tensor("linear", "addend", addend, (x.shape[0], weight.shape[0]), like=x)
     check_device("linear", x=x, weight=weight, bias=bias, addend=addend)
     yield
     out = F.linear(x, weight.dequantise(), bias)
@@ -49,7 +49,7 @@ def norm_linear(
     With ``residual=None`` x starts a residual stream: the new residual is x itself."""
     check_normed("norm_linear", x, residual, norm_weight, weight)
     if bias is not None:
-        check_tensor("norm_linear", "bias", bias, (len(weight),), like=x)
+        check_tensor("norm_linear", "bias", bias, (weight.shape[0],), like=x)
         check_device("norm_linear", x=x, bias=bias)
     yield
     return normed_product(x, residual, norm_weight, eps, weight, bias)
@@ -64,8 +64,8 @@ def norm_swiglu_linear(
 
     For up to 16 tokens, Triton keeps gate and up in float32 and rounds only out."""
     check_normed("norm_swiglu_linear", x, residual, norm_weight, weight)
-    if len(weight) % 2:
-        raise ValueError(f"norm_swiglu_linear: weight must have an even number of rows, and has {len(weight)}")
+    if weight.shape[0] % 2:
+        raise ValueError(f"norm_swiglu_linear: weight must have an even number of rows, and has {weight.shape[0]}")
     yield
     gate_up, residual = normed_product(x, residual, norm_weight, eps, weight)
     return gated(*gate_up.chunk(2, dim=-1)), residual

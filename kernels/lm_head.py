@@ -39,8 +39,8 @@ def lm_head_top_k(
     to 16, the logits are never written to memory. NaN comes first, as NaN or as +inf: if one of a token's logits is NaN
     or +inf, its first value is not finite."""
     check_normed("lm_head_top_k", x, residual, norm_weight, weight)
-    if not 1 <= k <= len(weight):
-        raise ValueError(f"lm_head_top_k: k must be within 1 and the vocabulary's {len(weight)}, and is {k}")
+    if not 1 <= k <= weight.shape[0]:
+        raise ValueError(f"lm_head_top_k: k must be within 1 and the vocabulary's {weight.shape[0]}, and is {k}")
     yield
     logits = wide(normed_product(x, residual, norm_weight, eps, weight)[0])
     values, ids = logits.sort(dim=-1, descending=True, stable=True)

@@ -38,9 +38,9 @@ def norm_qkv_rope(
     name = "norm_qkv_rope"
     check_normed(name, x, residual, norm_weight, weight)
     if bias is not None:
-        check_tensor(name, "bias", bias, (len(weight),), like=x)
+        check_tensor(name, "bias", bias, (weight.shape[0],), like=x)
         check_device(name, x=x, bias=bias)
-    check_places(name, x, "weight", len(weight), positions, cos_sin, pages, slots)
+    check_places(name, x, "weight", weight.shape[0], positions, cos_sin, pages, slots)
     yield
     qkv, residual = normed_product(x, residual, norm_weight, eps, weight, bias)
     return rotated_into_cache(qkv, positions, cos_sin, pages, slots), residual

@@ -100,7 +100,7 @@ def _check_table(name: str, x: Tensor, head_dim: int, positions: Tensor, cos_sin
     dtypes = (torch.float32, torch.float64) if x.dtype == torch.float64 else (torch.float32,)
     check_tensor(name, "positions", positions, (x.shape[0],), dtypes=INTEGERS)
     check_tensor(name, "cos_sin", cos_sin, ("context", head_dim), dtypes=dtypes, dense=True)
-    check_range(name, "positions", positions, 0, len(cos_sin))
+    check_range(name, "positions", positions, 0, cos_sin.shape[0])
 
 
 def check_places(

@@ -14,11 +14,14 @@ from torch import Tensor
 from .arguments import flag, whole
 from .cache import PagedCache
 from .config import Config
-from .device import cache_room, choose_device, choose_dtype, use_threads
+from .device import cache_room, choose_device, choose_dtype, choose_format, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
 from .errors import NonFiniteError, RequestError, shown
 from .generation import Generation
-from .kernels import invariant_tokens
+from .kernels import Pages, invariant_tokens
+from .kernels.pages import FORMATS as PAGES
+from .kernels.pages import DensePages
+from .kernels.weights import FORMATS as WEIGHTS
 from .loading import load
 from .prompts import Prompt, Prompts, is_ids, is_one_prompt, rows_of_ids, sampling_params
 from .qwen2 import Qwen2, initialise
@@ -42,6 +45,7 @@ class Model:
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
         deterministic: bool = False,
+        pages: type[Pages] = DensePages,
     ) -> None:
         self.module = module
         self.config = module.config
@@ -51,8 +55,8 @@ class Model:
         self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
         self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
-        room = cache_room(cache_tokens, self.config, self.dtype, self.device)
-        self.cache = PagedCache(self.config, room, self.dtype, self.device)
+        room = cache_room(cache_tokens, self.config, self.dtype, self.device, pages)
+        self.cache = PagedCache(self.config, room, self.dtype, self.device, pages=pages)
         self.deterministic = flag("deterministic", deterministic)
         self._runner: Runner | None = None
 
@@ -68,6 +72,8 @@ class Model:
         deterministic: bool = False,
         threads: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        weights: str = "dense",
+        pages: str = "dense",
     ) -> Model:
         """Loads a checkpoint.
 
@@ -88,8 +94,9 @@ class Model:
 
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
         use_threads(threads)
-        loaded = load(model, choose_device(device), dtype, progress)
-        return cls(*loaded, cache_tokens, prefill_chunk, deterministic)
+        weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
+        loaded = load(model, choose_device(device), dtype, progress, weight_format)
+        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, page_format)
 
     @classmethod
     def from_config(
@@ -104,6 +111,8 @@ class Model:
         prefill_chunk: int | None = None,
         deterministic: bool = False,
         threads: int | None = None,
+        weights: str = "dense",
+        pages: str = "dense",
     ) -> Model:
         """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
 
@@ -115,10 +124,11 @@ class Model:
         if not isinstance(tokenizer, Tokenizer | None):
             raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
         seed = whole("seed", seed, -(2**63), 2**64 - 1)
+        weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
         device = choose_device(device)
-        module = Qwen2(config, choose_dtype(dtype, config, device), device)
+        module = Qwen2(config, choose_dtype(dtype, config, device), device, weight_format)
         initialise(module, seed)
-        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic)
+        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, page_format)
 
     @classmethod
     def from_transformers(

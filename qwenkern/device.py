@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
 from .arguments import whole
 from .config import Config
 from .errors import ConfigError, RequestError, shown
+from .kernels import Pages, Weight
 from .kernels import c as c_backend
+from .kernels.pages import DensePages
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -49,6 +53,16 @@ def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device)
     return _DTYPES[name]
 
 
+Format = TypeVar("Format", type[Pages], type[Weight])
+
+
+def choose_format(argument: str, name: str, formats: Mapping[str, Format]) -> Format:
+    """The format of this name. Raises RequestError, which names the argument."""
+    if not isinstance(name, str) or name not in formats:
+        raise RequestError(f"{argument} is {shown(name)}; expected one of {', '.join(map(repr, formats))}")
+    return formats[name]
+
+
 def use_threads(threads: int | None) -> None:
     """Sets the CPU threads of this process, and checks the environment variables for the CPU before any weight is read.
     Raises RequestError."""
@@ -61,23 +75,30 @@ def use_threads(threads: int | None) -> None:
         raise RequestError(str(error)) from None
 
 
-def cache_room(asked: int | None, config: Config, dtype: torch.dtype, device: torch.device) -> int:
+def cache_room(
+    asked: int | None,
+    config: Config,
+    dtype: torch.dtype,
+    device: torch.device,
+    pages: type[Pages] = DensePages,
+) -> int:
     """The number of tokens in the key-value cache: the requested one, else a default. Raises RequestError if the whole
     memory of the device would not hold it."""
     asked = whole("cache_tokens", asked, 1, optional=True)
+    heads, layers = config.num_key_value_heads, config.num_hidden_layers
+    per_token = layers * pages.bytes_per_token(heads, config.head_dim, dtype)
     if asked is None:
-        return _default_cache_tokens(config, dtype, device)
+        return _default_cache_tokens(config, per_token, device)
     on_gpu = device.type == "cuda"
     memory = torch.cuda.mem_get_info(device)[1] if on_gpu else _machine_memory()
-    if (most := memory // config.kv_bytes_per_token(dtype.itemsize)) < asked:
+    if (most := memory // per_token) < asked:
         raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
     return asked
 
 
-def _default_cache_tokens(config: Config, dtype: torch.dtype, device: torch.device) -> int:
+def _default_cache_tokens(config: Config, per_token: int, device: torch.device) -> int:
     """On a GPU, the tokens that its free memory holds, less a share for activations. On a CPU, where memory is taken
     only when it is used, four contexts, but at most half of the machine's memory."""
-    per_token = config.kv_bytes_per_token(dtype.itemsize)
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         tokens, most = int(free - 0.1 * total) // per_token, 64 * config.context_length

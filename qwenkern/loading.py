@@ -15,6 +15,8 @@ from .device import choose_dtype
 from .errors import RequestError, shown
 from .generation import Generation
 from .hub.names import resolve
+from .kernels import Weight, prepare
+from .kernels.weights import Dense
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
 
@@ -31,15 +33,22 @@ class Loaded(NamedTuple):
     generation: Generation
 
 
-def load(model: str | Path, device: torch.device, dtype: str | torch.dtype, progress: Progress | None) -> Loaded:
+def load(
+    model: str | Path,
+    device: torch.device,
+    dtype: str | torch.dtype,
+    progress: Progress | None,
+    weights: type[Weight] = Dense,
+) -> Loaded:
     """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
     path, checkpoint = find(model, progress)
     started = time.perf_counter()
     dtype = choose_dtype(dtype, checkpoint.config, device)
+    prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
-    module = Qwen2(checkpoint.config, dtype, device)
+    module = Qwen2(checkpoint.config, dtype, device, weights)
     total = checkpoint.num_bytes(dtype) if progress else 0
     load_weights(
         module,

@@ -17,6 +17,7 @@ from . import kernels as ops
 from .allocation import allocate
 from .cache import Batch, PagedCache
 from .config import Config
+from .errors import RequestError
 from .kernels import Pages, Weight
 from .kernels.weights import Dense
 
@@ -168,7 +169,12 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         self.format = weights
-        value = weights.allocate(rows, columns, dtype, lambda shape, dtype: allocate(shape, dtype, device))
+        try:
+            value = weights.allocate(rows, columns, dtype, lambda shape, dtype: allocate(shape, dtype, device))
+        except RequestError:
+            raise
+        except ValueError as error:  # sizes that the format does not have
+            raise RequestError(f"weights is {weights.format!r}: {error}") from error
         for name, tensor in zip(weights.names, value.tensors, strict=True):
             setattr(self, name, nn.Parameter(tensor, requires_grad=False))
         if bias:
@@ -191,8 +197,11 @@ class Norm(nn.Module):
 def initialise(model: Qwen2, seed: int) -> None:
     """Fills the parameters with random numbers in place: what a benchmark needs where no checkpoint is at hand."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 1 and name.endswith("norm.weight"):
-            parameter.fill_(1.0)
-        else:
-            parameter.normal_(0.0, 0.02, generator=generator)
+    for module in model.modules():
+        if isinstance(module, Norm):
+            module.weight.fill_(1.0)
+        elif isinstance(module, Linear):
+            matrix = module.value.dequantise().normal_(0.0, 0.02, generator=generator)
+            module.value.copy_(matrix)  # of a dense weight onto itself
+            if hasattr(module, "bias"):
+                module.bias.normal_(0.0, 0.02, generator=generator)

@@ -13,12 +13,11 @@ FLOATS = (torch.float32, torch.float16, torch.float64)
 
 def _refuses(x: Tensor) -> str | None:
     """The reason why no op takes this first tensor, or None. The tensor may be of integers."""
-    return build.refuses_dtype(x.dtype) if x.dtype in FLOATS else build.refuses()
+    return build.refuses_dtype(x.dtype) if x.dtype in FLOATS else None
 
 
-def _prepare() -> None:
-    if build.prepare() is None:
-        C.invariant_tokens = build.prepared().limits.max_few_tokens
+def _invariant_tokens() -> int:
+    return build.prepared().limits.max_few_tokens
 
 
-C = Backend("c", lambda kind: kind == "cpu", _refuses, _prepare)
+C = Backend("c", lambda kind: kind == "cpu", _refuses, build.prepare, _invariant_tokens, is_recorded=True)

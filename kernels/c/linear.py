@@ -55,7 +55,7 @@ def norm_swiglu_linear(
 
 def refuses_product(x: Tensor, weight: Weight) -> str | None:
     """The reason why C does not multiply x [T, K] by this weight, or None."""
-    if reason := refuses_weight(weight):
+    if reason := refuses_weight(weight) or build.refuses_dtype(x.dtype):
         return reason
     here = build.prepared()
     if x.shape[1] % here.limits.in_features_multiple:

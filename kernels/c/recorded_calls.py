@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..recording import CannotRecord, is_recording, recorder, recording
 from . import build, threads
 from .calls import Call
 
-_of_thread = threading.local()  # recording: RecordedCalls or None; scratch: Scratch
+_of_thread = threading.local()  # scratch: Scratch
 
 
 class Scratch:
@@ -35,10 +36,6 @@ def _floats(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device="cpu")
 
 
-class CannotRecord(RuntimeError):
-    """A function that is recorded called an operation of torch, not only C functions."""
-
-
 class RecordedCalls:
     """The C calls of a function, recorded once and replayed together. This is to C ops what a CUDA graph is to kernels:
     a replay runs no Python and allocates nothing, and one team of threads runs all calls. The calls use the memory that
@@ -56,13 +53,9 @@ class RecordedCalls:
     def record(self) -> Iterator[None]:
         """Records the C calls made in this context, without running them. Raises CannotRecord if an operation of torch
         would compute something."""
-        build.prepare()  # before recording, because it runs operations of torch
-        _of_thread.recording = self
-        try:
-            with _OnlyViews():
-                yield
-        finally:
-            _of_thread.recording = None
+        build.prepare()  # here, where torch may compute
+        with recording(self), _OnlyViews():
+            yield
         self._packed = b"".join(self.calls)
 
     def replay(self) -> None:
@@ -89,7 +82,7 @@ class _OnlyViews(TorchDispatchMode):
 def run(call: Call, team: int | None = None) -> None:
     """Runs a call in a team of ``team`` threads (default: threads.count()), or records it."""
     if is_recording():
-        _of_thread.recording.add(call)
+        recorder().add(call)
     else:
         play(call[1], 1, team)
 
@@ -102,11 +95,7 @@ def play(calls: bytes, count: int, team: int | None = None) -> None:
 def scratch(size: int) -> Tensor:
     """Memory for ``size`` float32 values, valid for the next call only."""
     if is_recording():
-        return _of_thread.recording.scratch(size)
+        return recorder().scratch(size)
     if not hasattr(_of_thread, "scratch"):
         _of_thread.scratch = Scratch()
     return _of_thread.scratch(size)
-
-
-def is_recording() -> bool:
-    return getattr(_of_thread, "recording", None) is not None

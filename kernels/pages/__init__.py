@@ -1,7 +1,7 @@
 """Formats of the key-value cache's pages. An op takes the pages of a layer as one value. Each format has a file.
 
-To add a format, write a file here with a subclass of Pages, and import it below. ``Pages`` says what each member must
-do; ``dense.py`` is the example.
+To add a format, write a file here with a subclass of Pages; nothing has to import it. ``Pages`` says what each member
+must do; ``dense.py`` is the example.
 """
 
 from __future__ import annotations
@@ -10,8 +10,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..discovery import import_files
 from .base import FORMATS, Pages
 from .dense import DensePages
+
+import_files(__name__, __path__)
 
 
 def as_pages(value: Any, form: str = "dense") -> Any:

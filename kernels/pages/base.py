@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..discovery import register_format
+
 FORMATS: dict[str, type[Pages]] = {}
 
 
@@ -33,9 +35,7 @@ class Pages:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        FORMATS[cls.format] = cls
-        if missing := [name for name in ABSTRACT if getattr(cls, name) is getattr(Pages, name)]:
-            raise TypeError(f"{cls.__name__} does not define {', '.join(missing)}")
+        register_format(cls, Pages, FORMATS, REQUIRED, TRITON)
 
     @classmethod
     def allocate(
@@ -80,6 +80,12 @@ class Pages:
     def triton_arguments(self) -> tuple[Any, ...]:
         raise NotImplementedError(f"pages of the format {self.format} have no Triton kernels")
 
+    @classmethod
+    def bytes_per_token(cls, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
+        """Of the keys and values of one layer, rounded up."""
+        page = 1024
+        return -(-cls.allocate(1, page, num_kv_heads, head_dim, dtype, torch.device("meta")).nbytes // page)
+
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device
@@ -101,7 +107,8 @@ class Pages:
         return self.shape[3]
 
 
-ABSTRACT = (
+REQUIRED = (
+    "names",
     "allocate",
     "tensors",
     "shape",
@@ -111,3 +118,4 @@ ABSTRACT = (
     "gather",
     "copy_page",
 )
+TRITON = ("triton_load_k", "triton_load_v", "triton_store_k", "triton_store_v", "triton_arguments")

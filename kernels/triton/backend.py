@@ -27,6 +27,10 @@ def _refuses(x: Tensor) -> str | None:
     return None if x.numel() else "tensors without elements"
 
 
+def _invariant_tokens() -> int:
+    return MAX_TOKENS
+
+
 def _prepare() -> None:
     if not INTERPRETED:
         ensure_cache()
@@ -62,4 +66,4 @@ def pdl_options(x: Tensor) -> dict[str, bool]:
     return {"PDL": True, "launch_pdl": True}
 
 
-TRITON = Backend("triton", _serves, _refuses, _prepare, invariant_tokens=MAX_TOKENS)
+TRITON = Backend("triton", _serves, _refuses, _prepare, _invariant_tokens)

@@ -1,8 +1,8 @@
 """Formats of weights. An op takes a weight as one value, whatever tensors its format consists of. Each format has a
 file.
 
-To add a format, write a file here with a subclass of Weight, and import it below. ``Weight`` says what each member must
-do; ``dense.py`` is the example.
+To add a format, write a file here with a subclass of Weight; nothing has to import it. ``Weight`` says what each member
+must do; ``dense.py`` is the example.
 """
 
 from __future__ import annotations
@@ -11,8 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from ..discovery import import_files
 from .base import FORMATS, Weight
 from .dense import Dense
+
+import_files(__name__, __path__)
 
 
 def as_weight(value: Any, form: str = "dense") -> Any:
@@ -28,4 +31,21 @@ def as_weight(value: Any, form: str = "dense") -> Any:
     return value
 
 
-__all__ = ["FORMATS", "Dense", "Weight", "as_weight"]
+def check_weight(op: str, name: str, weight: Any, x: Tensor) -> None:
+    """Raises unless this is a weight [N, K] for x [T, K], of its dtype."""
+    _check_type(op, name, weight)
+    weight.check(op, name, ("N", x.shape[1]), x)
+
+
+def check_matrix(op: str, name: str, weight: Any) -> None:
+    """Raises unless this is a weight [V, K]."""
+    _check_type(op, name, weight)
+    weight.check(op, name, ("V", "K"))
+
+
+def _check_type(op: str, name: str, weight: Any) -> None:
+    if not isinstance(weight, Weight):
+        raise TypeError(f"{op}: {name} must be a tensor or a Weight, and is {type(weight).__name__}")
+
+
+__all__ = ["FORMATS", "Dense", "Weight", "as_weight", "check_matrix", "check_weight"]

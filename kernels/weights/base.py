@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from ..discovery import register_format
+
 FORMATS: dict[str, type[Weight]] = {}
 
 
@@ -34,9 +36,7 @@ class Weight:
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
-        FORMATS[cls.format] = cls
-        if missing := [name for name in ABSTRACT if getattr(cls, name) is getattr(Weight, name)]:
-            raise TypeError(f"{cls.__name__} does not define {', '.join(missing)}")
+        register_format(cls, Weight, FORMATS, REQUIRED, TRITON)
 
     @classmethod
     def allocate(
@@ -59,6 +59,11 @@ class Weight:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the dequantised matrix, which is x's dtype."""
+        raise NotImplementedError
+
+    def check(self, op: str, name: str, shape: tuple[int | str, int | str], like: Tensor | None = None) -> None:
+        """Raises ValueError or TypeError, which name the op and the argument, unless the tensors make a matrix of this
+        shape, for x of the dtype of ``like``. A word in the shape stands for any size of at least 1."""
         raise NotImplementedError
 
     def dequantise(self) -> Tensor:
@@ -93,13 +98,16 @@ class Weight:
         return self.shape[0]
 
 
-ABSTRACT = (
+REQUIRED = (
+    "names",
     "allocate",
     "tensors",
     "shape",
     "dtype",
+    "check",
     "dequantise",
     "rows",
     "take",
     "copy_",
 )
+TRITON = ("triton_load", "triton_prefetch", "triton_skip", "triton_arguments")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_tensor
 from ..language import prefetch
 from ..triton_if_any import tl, triton
 from .base import Weight
@@ -73,6 +74,9 @@ class Dense(Weight):
 
     def __len__(self) -> int:
         return len(self.tensor)
+
+    def check(self, op: str, name: str, shape: tuple[int | str, int | str], like: Tensor | None = None) -> None:
+        check_tensor(op, name, self.tensor, shape, like=like)
 
     def dequantise(self) -> Tensor:
         return self.tensor

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ..config import Config
+from ..kernels import Pages
 from ..kernels.pages import DensePages
 from ..rope import RopeTable
 from .allocator import BlockTable, PageAllocator
@@ -26,13 +27,19 @@ class PagedCache(PageAllocator):
     collector may do it at any time."""
 
     def __init__(
-        self, config: Config, num_tokens: int, dtype: torch.dtype, device: torch.device, page_size: int = PAGE_SIZE
+        self,
+        config: Config,
+        num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        page_size: int = PAGE_SIZE,
+        pages: type[Pages] = DensePages,
     ) -> None:
         super().__init__(-(-num_tokens // page_size), page_size)
         self.dtype = dtype
         self.spare_page = self.num_pages  # for rows of a captured step that have no sequence
         shape = (self.num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
-        self.pages = [DensePages.allocate(*shape, dtype, device) for _ in range(config.num_hidden_layers)]
+        self.pages = [pages.allocate(*shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self.device = self.pages[0].device
         self.rope = RopeTable(config, self.num_tokens, device)  # angles for the positions that sequences have reached
         self.lock = threading.Lock()  # one forward pass at a time on this cache

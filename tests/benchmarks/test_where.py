@@ -106,7 +106,7 @@ def test_what_torch_runs_cannot_be_taken_apart(monkeypatch):
     ("arguments", "message"),
     [(["--tokens", "17"], "expected 1 to 16"), (["--context", "99999"], "expected at most")],
 )
-def test_bad_arguments(arguments, message):
+def test_bad_arguments(in_c, arguments, message):
     done = CliRunner().invoke(app, ["bench", "--where", "--device", "cpu", "--model", "qwen2.5-0.5b", *arguments])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())

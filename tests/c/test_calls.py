@@ -11,7 +11,7 @@ import pytest
 import torch
 from c import emulated
 
-from qwenkern.kernels.c import compiler, targets
+from qwenkern.kernels.c import compiler, pages, targets, weights
 from qwenkern.kernels.c.calls import CALL_BYTES, FIELDS, HEADER, LAYOUT, OPS, Field, make, read
 
 COMPILERS = {"this machine's": compiler.command()[0], "Arm's": emulated.ARM[0]}
@@ -115,3 +115,9 @@ def test_what_is_const_is_read_only() -> None:
     assert const == {"q", "cache.k", "cache.v", "block_tables", "lengths"}
     written = {field.name for field in FIELDS["rope_and_cache"] if field.code == "P" and not field.is_const}
     assert written == {"q_out", "cache.k", "cache.v"}
+
+
+def test_every_format_in_c_has_its_struct() -> None:
+    """One that calls.h has and Python does not would be refused without a word."""
+    assert list(weights.STRUCTS) == list(LAYOUT.lists["WEIGHT_FORMAT"])
+    assert list(pages.STRUCTS) == list(LAYOUT.lists["PAGES_FORMAT"])

@@ -85,7 +85,7 @@ def values(name: str, args: tuple) -> tuple:
     """The arguments of an op with weights and pages as values."""
     for at, parameter in enumerate(inspect.signature(getattr(kernels, name)).parameters):
         if at < len(args) and isinstance(args[at], torch.Tensor):
-            if parameter == "weight" and name not in ("rms_norm", "add_rms_norm", "embedding"):
+            if parameter == "weight" and name not in ("rms_norm", "add_rms_norm"):
                 args = (*args[:at], Dense(args[at]), *args[at + 1 :])
             elif parameter == "pages":
                 args = (*args[:at], DensePages(*args[at : at + 2]), *args[at + 2 :])
@@ -366,6 +366,21 @@ def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: in
     assert torch.equal(pages[1], same[1])
 
 
+def test_norm_qkv_rope_is_its_two_halves(monkeypatch) -> None:
+    """Bit for bit; they are public ops, which here run in C."""
+    monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
+    x, residual, norm, bias = tensor(3, 64, seed=0), tensor(3, 64, seed=1), tensor(64, seed=2), tensor(4 * 32, seed=3)
+    weight, cos_sin = tensor(4 * 32, 64, seed=4), angles(64, 32)
+    positions, slots = torch.tensor([3, 0, 63]), torch.tensor([31, 2, 17])
+    pages, same = (torch.zeros(2, 2, 16, 1, 32, dtype=torch.bfloat16) for _ in range(2))
+    stream = x, residual, norm, EPS
+    q, total = fast.norm_qkv_rope(*stream, weight, bias, positions, cos_sin, *pages, slots)
+    qkv, expected = fast.norm_linear(*stream, weight, bias)
+    assert torch.equal(q, fast.rope_and_cache(qkv, positions, cos_sin, *same, slots))
+    assert torch.equal(total, expected)
+    assert torch.equal(pages, same)
+
+
 def as_close_as_torch(name: str, *args, threads: int = 2):
     """The op in C, whose bits may not depend on the number of threads."""
     outs, expected = getattr(fast, name)(*args), getattr(torchs, name)(*args)
@@ -493,7 +508,6 @@ def test_a_refusal_says_why() -> None:
         (refusal("add_rms_norm", odd, odd, odd[0], EPS), f"rows of 24 values ({of} 16)"),
         (refusal("silu_mul", norm.float(), norm.float()), "float32 (C computes in bfloat16)"),
         (refusal("swiglu", norm.double()), "float64 (C computes in bfloat16)"),
-        (refusal("embedding", first, w.T), "a table whose values lie 32 apart (side by side)"),
         (refusal("apply_rope", heads, heads, cos_sin, first), f"heads of 48 values ({of} 32 up to 128)"),
         (
             refusal("rope_and_cache", heads.flatten(1), first, cos_sin, pages, pages, first),

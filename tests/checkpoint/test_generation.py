@@ -211,7 +211,7 @@ def test_a_chat_ends_at_the_templates_end_of_turn(original, form, tmp_path):
 def test_a_template_without_an_end_of_turn_adds_none(original, template, tmp_path):
     model = load(folder(original, tmp_path, tokenizer_config={"chat_template": template}))
     assert model.tokenizer.end_of_turn_ids == frozenset()
-    assert model._end_ids(NOTHING, is_chat=True) == USUAL
+    assert model._prompts._end_ids(NOTHING, is_chat=True) == USUAL
 
 
 # Impossible values
@@ -256,7 +256,7 @@ def test_eos_token_beyond_the_logits(original, tmp_path):
 @pytest.mark.parametrize("token", ["<|nowhere|>", "\ud800", ""])
 def test_eos_token_that_the_vocabulary_lacks_is_said(original, token, tmp_path, caplog):
     model = load(folder(original, tmp_path, tokenizer_config={"eos_token": token}))
-    assert model._end_ids(NOTHING, is_chat=False) == USUAL
+    assert model._prompts._end_ids(NOTHING, is_chat=False) == USUAL
     assert f"eos_token is {token!r}, which the vocabulary does not have; it will not end a text" in caplog.text
 
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_map
 
-from qwenkern import kernels
+from qwenkern import Config, kernels
+from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.kernels.dispatch import OPS
 from qwenkern.kernels.pages import DensePages
 from qwenkern.kernels.weights import Dense
@@ -77,7 +78,20 @@ def calls() -> dict[str, dict[str, Any]]:
     }
 
 
+def of_cases() -> dict[str, dict[str, Any]]:
+    """Each op with the arguments that the benchmarks measure it with."""
+    config = Config(96, HIDDEN, 96, 1, HEADS, KV_HEADS, DIM, max_position_embeddings=8)
+    found: dict[str, dict[str, Any]] = {}
+    for case in CASES:
+        given = case.inputs(config, Size(TOKENS, 8, device="cpu"))
+        found.setdefault(
+            case.op, dict(zip(inspect.signature(getattr(kernels, case.op)).parameters, given, strict=False))
+        )
+    return found
+
+
 CALLS = calls()
+CALLS |= {op: given for op, given in of_cases().items() if op not in CALLS}  # a new op needs no line above
 WITH_A_MATRIX = ("embedding", *(op for op in CALLS if "linear" in op or "lm_head" in op), "norm_qkv_rope")
 IN_A_PAIR = {"k_pages": 0, "v_pages": 1}  # the tensors of the argument called pages
 PLACES = [

@@ -136,8 +136,8 @@ from qwenkern.kernels import dispatch
 from qwenkern.kernels.triton import tuning
 with warnings.catch_warnings(record=True) as said, tuning.offline(tuning.Device("any", "cuda", 90, 132, 232448)):
     warnings.simplefilter("always")
-    assert [each.name for each in dispatch.backends("meta")] == ["triton"]
-    assert [each.name for each in dispatch.backends("meta")] == ["triton"]
+    dispatch.prepare(torch.device("meta"), torch.float32)
+    dispatch.prepare(torch.device("meta"), torch.float32)
 print(*(each.message for each in said))
 print(os.path.isfile(get_cache_manager("0" * 64).put(b"compiled", "kernel.cubin")), triton.knobs.cache.dir)
 """

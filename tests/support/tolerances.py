@@ -17,6 +17,7 @@ NEAR_TIE = (
 DIFFERING = 0.01  # share of elements, at most, where float32 sums in another order tip a rounding
 FLOAT64_RELATIVE = 64 * torch.finfo(torch.float64).eps  # one formula in float64, its terms in another order
 BATCH_TIE = 0.25  # nats between two tokens that our own bfloat16 may swap in another batch or in chunks
+COARSEST = 1 / 8  # of the largest value: what any format of cache pages may lose of one
 ROOT_KL_RATIO = 1.05  # a bfloat16 run's distance from the truth, at most, over transformers' own: its square is 1.1
 
 
@@ -53,6 +54,13 @@ def assert_nearly_equal(out: Tensor, peer: Tensor) -> None:
     assert torch.isfinite(out).all()
     differing = (out != peer).double().mean().item()
     assert differing <= DIFFERING, f"{differing:.1%} of the elements differ"
+
+
+def assert_roughly_equal(out: Tensor, expected: Tensor) -> None:
+    """What went through the cache and came back, in any format."""
+    assert (out.shape, out.dtype) == (expected.shape, expected.dtype)
+    assert torch.isfinite(out).all()
+    assert (out - expected).abs().max() <= COARSEST * expected.abs().max()
 
 
 def divergences(truth: Tensor, other: Tensor) -> Tensor:

@@ -1,0 +1,136 @@
+"""What every op has. The ops are those that are registered: what a new one lacks is named here."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from support.references import mapped
+from support.tolerances import assert_as_close_as
+
+from qwenkern import Config, kernels
+from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.kernels.c.backend import C
+from qwenkern.kernels.dispatch import BACKENDS, OPS, Backend, refusals
+from qwenkern.kernels.recording import CannotRecord, recording
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "kernels"
+
+
+def test_every_op_is_exported():
+    assert set(OPS) == set(kernels.__all__) - {"Pages", "Weight"}, "kernels/__init__.py exports others"
+    assert all(getattr(kernels, name) is op for name, op in OPS.items())
+
+
+@pytest.mark.parametrize("file", sorted(FOLDER.rglob("*.py")), ids=lambda file: str(file.relative_to(FOLDER)))
+def test_every_file_is_imported(file):
+    """One that is not registers nothing, and another backend would run in its place without a word."""
+    if file.name in ("namesake.py", "reference.py"):
+        return  # for those who import them by their names
+    name = ".".join(["qwenkern", "kernels", *file.relative_to(FOLDER).with_suffix("").parts])
+    assert name.removesuffix(".__init__") in sys.modules, f"nobody imports {file}"
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_an_op_is_documented_measured_and_tested(name):
+    assert (OPS[name].__doc__ or "").strip(), f"{name} has no docstring"
+    page = (ROOT / "docs" / "api" / "ops.md").read_text(encoding="utf-8")
+    assert re.search(rf"^::: qwenkern\.kernels\.\w+\.{name}$", page, re.M), f"docs/api/ops.md does not have {name}"
+    assert name in {case.op for case in CASES}, f"benchmarks/ops/cases.py has no case of {name}"
+    asked = re.compile(rf'"{name}"|\.{name}\(')
+    tests = [file for file in FOLDER.parent.glob("tests/kernels/test_*.py") if file.name != "test_arguments.py"]
+    assert any(asked.search(file.read_text(encoding="utf-8")) for file in tests), f"tests/kernels has no test of {name}"
+
+
+@pytest.mark.parametrize("name", C.implementations)
+def test_an_op_in_c_is_tested_there(name):
+    text = (ROOT / "tests" / "c" / "test_ops.py").read_text(encoding="utf-8")
+    assert re.search(rf"fast\.{name}\(|kernels\.{name}\(", text), f"tests/c/test_ops.py does not call fast.{name}"
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "tests" / "kernels").glob("test_*.py")), ids=lambda file: file.stem)
+def test_the_tests_of_a_kernel_run_on_its_ptx(file):
+    """Of those files that break one on purpose."""
+    if file.stem in ("test_mutations", "test_attention"):  # the second has the kernels of the two beside it
+        return
+    mutated = re.search(r'^\s+"triton/\w+\.py",$|Mutation\([^)]*"triton/', file.read_text(encoding="utf-8"), re.M)
+    listed = f"import {file.stem}\n" in (ROOT / "tests" / "ptx" / "test_kernels.py").read_text(encoding="utf-8")
+    assert listed or not mutated, f"tests/ptx/test_kernels.py runs no test of {file.stem}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_what_a_backend_runs_is_as_close_as_torch(backend, dtype, monkeypatch):
+    """Every op that it does not refuse at a small model's sizes, on a CPU; and each refusal is a sentence's part."""
+    monkeypatch.setenv("QWENKERN_KERNELS", "triton")
+    config, ran = Config(96, 64, 96, 1, 4, 2, 32, max_position_embeddings=128), 0
+    for case in CASES:
+        implementation = backend.implementations.get(case.op)
+        inputs = case.inputs(config, Size(3, context=70, dtype=dtype, device="cpu"))
+        first = next(each for each in inputs if isinstance(each, torch.Tensor))
+        if implementation is None or not backend.serves("cpu"):
+            continue
+        reason = refusals(case.op, first, *inputs)[backend.name]
+        assert reason is None or reason.startswith("does not take "), reason
+        if reason is None:
+            ran += 1
+            peers = [mapped(torch.Tensor.clone, each) for each in inputs]
+            wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, each) for each in peers]
+            given, _ = OPS[case.op].wrap(inputs, {})
+            asked = implementation.run(*given), OPS[case.op].reference(*peers), OPS[case.op].reference(*wide)
+            for out, peer, truth in zip(*(each if isinstance(each, tuple) else (each,) for each in asked), strict=True):
+                if out.is_floating_point():
+                    assert_as_close_as(out, peer, truth)
+    assert ran or dtype == torch.float32, f"{backend.name} runs nothing of a small model in {dtype}"
+
+
+def test_what_is_registered_must_fit():
+    before = list(BACKENDS)
+    other = Backend("other", lambda kind: False, lambda x: None)
+    try:
+        with pytest.raises(ValueError, match="backend other implements rms_nrom, and there is no such op among"):
+            other.implements()(_named("rms_nrom", lambda x, weight, eps: x))
+        namesake = _named("rms_norm", lambda x, weight, eps: x)
+        with pytest.raises(ValueError, match="backend other's refusal of rms_norm does not take the op's arguments"):
+            other.implements(lambda x, weight: None)(namesake)
+        with pytest.raises(ValueError, match=r"other's rms_norm has the arguments \['x', 'weight'\]; expected"):
+            other.implements()(_named("rms_norm", lambda x, weight: x))
+        other.implements(lambda x, *rest, **keywords: None)(namesake)
+        with pytest.raises(ValueError, match="backend other implements rms_norm twice"):
+            other.implements()(namesake)
+        with pytest.raises(ValueError, match="there are two backends 'other'"):
+            Backend("other", lambda kind: False, lambda x: None)
+    finally:
+        BACKENDS[:] = before
+
+
+def test_a_backend_that_is_not_recorded_ends_a_recording():
+    """Its results would be those of the recording for ever."""
+    before, x = list(BACKENDS), torch.ones(2, 32)
+    other = Backend("other", lambda kind: kind == "cpu", lambda x: None)
+    try:
+        other.implements()(_named("rms_norm", lambda x, weight, eps: x + 1))
+        BACKENDS[:] = [other]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.delenv("QWENKERN_KERNELS", raising=False)
+            assert torch.equal(kernels.rms_norm(x, x[0], 1e-6), x + 1)
+            with recording([]), pytest.raises(CannotRecord, match="rms_norm runs in other, whose calls are not"):
+                kernels.rms_norm(x, x[0], 1e-6)
+    finally:
+        BACKENDS[:] = before
+
+
+def _named(name, function):
+    function.__name__ = name
+    return function
+
+
+@pytest.mark.parametrize("backend", BACKENDS, ids=lambda backend: backend.name)
+def test_a_backend_is_called_as_its_folder(backend):
+    assert (FOLDER / backend.name).is_dir()
+    assert backend.implementations, f"kernels/{backend.name}/ implements nothing"
+    assert all(name in OPS for name in backend.implementations)

@@ -1,0 +1,162 @@
+"""What every format of weights promises. The formats are those that kernels/weights/ has: a new one is tested here
+without a line of its own, and its own test says how large the error is that it makes."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from support.models import TINY, save_checkpoint, tiny_model
+from support.references import assert_matches_reference, random
+from support.tolerances import MEAN_KL_FLOAT32, divergences
+
+from qwenkern import Model, RequestError
+from qwenkern.kernels import Weight
+from qwenkern.kernels.weights import FORMATS, Dense, as_weight
+
+CPU = torch.device("cpu")
+ROWS, COLUMNS, EPS = 48, 256, 1e-6
+CONFIG = replace(TINY, intermediate_size=256)  # multiples of a block of any format
+pytestmark = pytest.mark.parametrize("form", FORMATS)
+
+
+def allocated(form: str, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Weight:
+    return FORMATS[form].allocate(
+        rows, columns, dtype, lambda shape, dtype: torch.empty(shape, dtype=dtype, device=device)
+    )
+
+
+def made(form: str, rows: int = ROWS, dtype=torch.bfloat16, device=CPU, seed: int = 1) -> Weight:
+    weight = allocated(form, rows, COLUMNS, dtype, device)
+    weight.copy_(random(rows, COLUMNS, dtype=dtype, device=device, seed=seed, scale=COLUMNS**-0.5))
+    return weight
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_it_stands_for_a_matrix(form, dtype):
+    weight, matrix = made(form, dtype=dtype), made(form, dtype=dtype).dequantise()
+    assert weight.shape == matrix.shape == (ROWS, COLUMNS)
+    assert weight.dtype == matrix.dtype == dtype
+    assert len(weight) == ROWS
+    assert weight.device == matrix.device == CPU
+    assert matrix.isfinite().all()
+    assert weight.nbytes == sum(each.nbytes for each in weight.tensors)
+    again = as_weight(list(weight.tensors), form)  # as torch.ops has it
+    assert type(again) is FORMATS[form]
+    assert torch.equal(again.dequantise(), matrix)
+    assert len(weight.names) == len(weight.tensors)
+
+
+def test_it_takes_values_and_rows_of_them(form):
+    """Row by row, as a checkpoint's q, k and v come, the same bits as at once; and nothing of the rows beside."""
+    whole, parts = made(form), allocated(form, ROWS, COLUMNS, torch.bfloat16, CPU)
+    matrix = random(ROWS, COLUMNS, dtype=torch.bfloat16, device=CPU, seed=1, scale=COLUMNS**-0.5)
+    for start, stop in ((0, 16), (17, ROWS), (16, 17)):
+        parts.rows(start, stop).copy_(matrix[start:stop])
+    assert torch.equal(parts.dequantise(), whole.dequantise())
+    assert torch.equal(whole.rows(5, 9).dequantise(), whole.dequantise()[5:9])
+    ids = torch.tensor([3, 0, ROWS - 1, 3])
+    assert torch.equal(whole.take(ids), whole.dequantise()[ids])
+    zeros = allocated(form, ROWS, COLUMNS, torch.bfloat16, CPU)
+    zeros.copy_(torch.zeros(ROWS, COLUMNS))
+    assert not zeros.dequantise().any()
+
+
+def test_what_does_not_fit_is_refused(ops, form):
+    weight, x = made(form), torch.ones(2, COLUMNS).bfloat16()
+    for wrong, message in (
+        (x[:, 1:], rf"linear: weight.* must have shape \[N, {COLUMNS - 1}\]"),
+        (x.float(), "linear: weight.* must be"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=message):
+            ops.linear(wrong, weight)
+    with pytest.raises((ValueError, TypeError), match="linear: bias"):
+        ops.linear(x, weight, torch.ones(ROWS + 1).bfloat16())
+
+
+def test_torch_has_it_as_tensors(ops, form):
+    weight, x = made(form), random(2, COLUMNS, dtype=torch.bfloat16, device=CPU)
+    out = torch.ops.qwenkern.linear(x, list(weight.tensors), weight_format=form)
+    assert torch.equal(out, ops.linear(x, weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("tokens", [1, 5, 17])
+def test_the_linears(ops, device, form, tokens, dtype):
+    """Where a backend takes the format, and where torch multiplies by the dequantised matrix."""
+    weight = made(form, dtype=dtype, device=device)
+    x, residual = (random(tokens, COLUMNS, dtype=dtype, device=device, seed=seed) for seed in (2, 3))
+    norm = 1 + random(COLUMNS, dtype=dtype, device=device, seed=4, scale=0.1)
+    assert_matches_reference(ops, "linear", x, weight)
+    for name in ("norm_linear", "norm_swiglu_linear", "lm_head"):
+        assert_matches_reference(ops, name, x, residual, norm, EPS, weight)
+    out, ids = ops.lm_head_top_k(x, residual, norm, EPS, weight, 3)
+    assert torch.equal(out, ops.lm_head(x, residual, norm, EPS, weight).gather(1, ids))
+
+
+def test_q_k_and_v(ops, device, form):
+    x, residual = (random(3, COLUMNS, dtype=torch.bfloat16, device=device, seed=seed) for seed in (2, 3))
+    norm = 1 + random(COLUMNS, dtype=torch.bfloat16, device=device, seed=4, scale=0.1)
+    weight = made(form, rows=8 * 32, device=device)
+    angles = torch.rand(8, 32, device=device)
+    pages = [torch.zeros(2, 16, 2, 32, dtype=torch.bfloat16, device=device) for _ in range(2)]
+    places = torch.arange(3, device=device), angles, pages, torch.tensor([3, 20, 17], device=device)
+    assert_matches_reference(ops, "norm_qkv_rope", x, residual, norm, EPS, weight, None, *places, changed=(8,))
+
+
+def test_a_checkpoint_is_quantised_as_it_loads(form, monkeypatch, tmp_path):
+    """The same logits as a dense model of the dequantised weights, on the reference and through the kernels."""
+    save_checkpoint(tiny_model(CONFIG), tmp_path)
+    model = Model.from_pretrained(tmp_path, device="cpu", weights=form)
+    dense = Model.from_pretrained(tmp_path, device="cpu")
+    for layer, other in zip(model.module.model.layers, dense.module.model.layers, strict=True):
+        for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            mine, theirs = layer.get_submodule(name).value, other.get_submodule(name).value
+            assert type(mine) is FORMATS[form]
+            assert isinstance(theirs, Dense)
+            theirs.copy_(mine.dequantise())
+    prompt = [7, 3, 300, 41]
+    expected = dense.generate(prompt, max_tokens=6, temperature=0)
+    truth = dense.forward(prompt).double()
+    for kernels in ("reference", "triton"):
+        monkeypatch.setenv("QWENKERN_KERNELS", kernels)
+        assert divergences(truth, model.forward(prompt)).mean() <= MEAN_KL_FLOAT32
+        assert model.generate(prompt, max_tokens=6, temperature=0).token_ids == expected.token_ids
+
+
+def test_a_model_of_random_numbers(form):
+    model = Model.from_config(CONFIG, device="cpu", dtype="bfloat16", weights=form)
+    assert model.forward([1, 2, 3]).isfinite().all()
+    with pytest.raises(RequestError, match=r"weights is 'int5'; expected one of 'dense'"):
+        Model.from_config(CONFIG, device="cpu", weights="int5")
+
+
+def members(form: str, but: str) -> dict[str, object]:
+    return {name: value for name, value in vars(FORMATS[form]).items() if name not in (but, "__slots__")}
+
+
+@pytest.mark.parametrize("but", ["names", "allocate", "tensors", "check", "dequantise", "rows", "take", "copy_"])
+def test_a_member_that_is_missing_is_named(form, but):
+    with pytest.raises(TypeError, match=f"the format Partial of Weight does not define {but}$"):
+        type("Partial", (Weight,), members(form, but) | {"format": "partial"})
+
+
+@pytest.mark.parametrize("but", ["triton_load", "triton_prefetch", "triton_skip", "triton_arguments"])
+def test_a_piece_for_triton_that_is_missing_is_named(form, but):
+    if FORMATS[form].triton_load is None:
+        pytest.skip("has none of them")
+    with pytest.raises(TypeError, match=f"does not define {but}; expected all of triton_load, .* or none"):
+        type("Partial", (Weight,), members(form, but) | {"format": "partial"})
+
+
+def test_a_name_belongs_to_one_format(form):
+    with pytest.raises(TypeError, match=f"is called '{form}', as .*weights.* is"):
+        type("Same", (Weight,), members(form, ""))
+    with pytest.raises(TypeError, match="does not define format; expected a name of its own"):
+        type("Nameless", (FORMATS[form],), {})
+
+
+def test_a_format_that_there_is_not(form):
+    with pytest.raises(ValueError, match=f"weights have no format 'int5'; expected one of .*{form}"):
+        as_weight(list(made(form).tensors), "int5")
