@@ -92,9 +92,9 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
     return broken
 
 
-def floors(case: Case, config: Config, size: Size) -> tuple[float, float]:
-    """The least microseconds on an H100: at the data sheet's bandwidth, and at the speed of a copy or matrix
-    product."""
+def rooflines(case: Case, config: Config, size: Size) -> tuple[float, float]:
+    """The roofline time on an H100 in microseconds: at the data sheet's bandwidth, and at the measured speed of a copy
+    or a matrix product."""
     moved, operations = case.bytes_moved(config, size), case.operations(config, size)
     return moved / H100_PAPER * 1e6, max(moved / H100_COPY, operations / H100_MATRIX) * 1e6
 
@@ -165,7 +165,7 @@ def _table(model: str, rows: list[Row], verbose: bool) -> Table:
         table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("matrix", no_wrap=True)
     for key, same in itertools.groupby(rows, lambda row: (row.case, row.tokens)):
-        paper, copy = floors(_case(key[0]), config, Size(key[1]))
+        paper, copy = rooflines(_case(key[0]), config, Size(key[1]))
         by_kernel: dict[str, list[Row]] = {}
         for row in same:
             by_kernel.setdefault(row.kernel + (f" {row.arch}" if verbose else ""), []).append(row)
@@ -204,7 +204,7 @@ def _document(models: list[str], rows: list[Row]) -> dict[str, Any]:
         {"model": model, "case": case.name, "tokens": tokens, "paper_us": paper, "copy_us": copy}
         for model, case in itertools.product(models, CASES)
         for tokens in case.tokens
-        for paper, copy in [floors(case, Config.from_name(model), Size(tokens))]
+        for paper, copy in [rooflines(case, Config.from_name(model), Size(tokens))]
     ]
     return {
         "triton": triton.__version__,

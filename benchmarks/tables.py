@@ -27,14 +27,14 @@ def markdown(headings: list[str], rows: list[list[str]]) -> str:
 
 def predicted(compiled: dict[str, Any]) -> str:
     """The bandwidth limit of each op on an H100, and facts of its machine code for sm_90."""
-    floors = {(row["case"], row["tokens"]): row for row in compiled["h100_floors"]}
+    limits = {(row["case"], row["tokens"]): row for row in compiled["h100_floors"]}
     rows = []
     for row in compiled["kernels"]:
-        code, floor = row["code"], floors[row["case"], row["tokens"]]
+        code, limit = row["code"], limits[row["case"], row["tokens"]]
         programs = 1
         for side in row["grid"]:
             programs *= side
-        cells = [row["case"], str(row["tokens"]), f"{floor['paper_us']:.2f}", f"{floor['copy_us']:.2f}"]
+        cells = [row["case"], str(row["tokens"]), f"{limit['paper_us']:.2f}", f"{limit['copy_us']:.2f}"]
         cells += [row["kernel"].strip("_").removesuffix("_kernel"), str(programs), str(row["occupancy"])]
         cells += [str(code["registers"]), f"{code['shared'] / 1024:.0f}", " ".join(code["matrix"])]
         rows.append(cells)

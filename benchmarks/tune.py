@@ -90,7 +90,8 @@ class Problem:
             medians.append(statistics.median(side_by_side(calls, self.device, patience)[""]))
         return statistics.geometric_mean(medians)
 
-    def floor(self) -> float:
+    def roofline(self) -> float:
+        """The roofline time of a call in seconds, as the geometric mean over the numbers of tokens."""
         limits = ceilings(self.device)
         return statistics.geometric_mean(
             max(
@@ -130,13 +131,13 @@ def search(
     _, heuristic = problem.lookup()
     with tuning.trying(problem.op, {}):
         default = problem.seconds()
-    floor, tried = problem.floor(), _resume(log, heuristic)
+    roofline, tried = problem.roofline(), _resume(log, heuristic)
     best = min((each.seconds for each in tried.values() if each.seconds), default=default)
     for chosen in _candidates(space, heuristic):
         progress()
         if _key(chosen) in tried:
             continue
-        if time.monotonic() > deadline or best <= NEAR_THE_ROOFLINE * floor:
+        if time.monotonic() > deadline or best <= NEAR_THE_ROOFLINE * roofline:
             break
         candidate = _try(problem, chosen, best)
         tried[_key(chosen)] = candidate

@@ -57,7 +57,7 @@ class Part:
 
     name: str
     launches: int
-    floor: float | None  # seconds at the measured bandwidth; None for what is no op of ours
+    floor: float | None  # the roofline time in seconds, at the measured bandwidth; None if no case matches
     seconds: float
 
 
@@ -101,10 +101,10 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
     cases = {case.name: case for case in CASES}
     size = Size(sequences, context, device=str(device))
 
-    def floor(name: str, launches: int) -> float | None:
+    def roofline(name: str, launches: int) -> float | None:
         return cases[name].bytes_moved(config, size) * launches / copy if name in cases else None
 
-    return [Part(name, len(each), floor(name, len(each)), sum(each)) for name, each in seconds.items()]
+    return [Part(name, len(each), roofline(name, len(each)), sum(each)) for name, each in seconds.items()]
 
 
 def _step(config: Config, sequences: int, context: int, device: torch.device) -> tuple[CapturedStep, Capture]:
@@ -216,8 +216,8 @@ def table(title: str, parts: Sequence[Part]) -> Table:
     shown = Table(title=title, title_justify="left")
     for heading in ("op", "launches", "limit us", "measured us", "gap us", "% of limit", "% of step"):
         shown.add_column(heading, justify="left" if heading == "op" else "right", no_wrap=True)
-    whole, floor = sum(part.seconds for part in parts), sum(part.floor or 0.0 for part in parts)
-    for part in [*parts, Part("the step", sum(part.launches for part in parts if part.name != BETWEEN), floor, whole)]:
+    whole, limit = sum(part.seconds for part in parts), sum(part.floor or 0.0 for part in parts)
+    for part in [*parts, Part("the step", sum(part.launches for part in parts if part.name != BETWEEN), limit, whole)]:
         shown.add_row(
             part.name,
             "" if part.name == BETWEEN else str(part.launches),

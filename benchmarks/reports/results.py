@@ -31,8 +31,8 @@ class Row:
     rate: float = 0.0
     of_copy: float = 0.0  # share of the copy bandwidth
     of_matrix: float = 0.0  # share of the matrix rate
-    floor: float = 0.0  # seconds by the roofline: bytes / copy bandwidth or operations / matrix rate, the larger one
-    ratio: Spread | None = None  # the speed-up of ours over it: its time over ours, in the same rounds
+    floor: float = 0.0  # roofline time in seconds: bytes / copy bandwidth or operations / matrix rate, the larger
+    ratio: Spread | None = None  # the speed-up of qwenkern: this provider's time / qwenkern's, in the same rounds
 
     @property
     def key(self) -> tuple[str, ...]:

@@ -1,11 +1,11 @@
-/* Attention of some queries over one block of cached tokens, which decode and prefill share.
+/* Attention of some queries over one block of cached tokens. Decode and prefill share these functions.
  *
  *     q [rows, D] x keys ─► scores [rows, BLOCK] ─► weights: exp(score - maximum) ─► sums [rows, D] += weights x values
  *                                                     each row has its maximum, and its total of the weights
  *
- * keys: panels [PANELS, D / PER, WIDE]; values: rows [BLOCK / PER, D] of operands; both packed by the pages' format
- * (dense_pages.h). With the next block, a row's maximum may grow: what it has summed is then scaled down, as in flash
- * attention (Dao et al. 2022, arXiv:2205.14135).
+ * keys are panels [PANELS, D / PER, WIDE]. values are rows [BLOCK / PER, D] of operands. The pages' format packs both
+ * (dense_pages.h). A later block may have a larger maximum of a row. The row's sums are then scaled down, as in
+ * FlashAttention (Dao et al. 2022, arXiv:2205.14135).
  *
  * What is computed, over all blocks:
  *
@@ -16,17 +16,17 @@
 #include "pages.h"
 #include "team.h"
 
-#define ROWS 96          /* query tokens times heads that one thread attends with at a time */
-#define MAX_GROUP 16     /* query heads of a key-value head */
-#define DECODE_SPLIT 128 /* cached tokens of a sequence that one thread attends to at a time */
+#define ROWS 96          /* most rows (query tokens times heads) of a task */
+#define MAX_GROUP 16     /* most query heads of a key-value head */
+#define DECODE_SPLIT 128 /* cached tokens of a task of decode_attention */
 
 typedef struct { /* one block of a head's keys and values */
     operands keys[BLOCK / PER * MAX_HEAD_DIM / LANES], values[BLOCK / PER * MAX_HEAD_DIM / LANES];
 } packed_block;
 
-typedef struct {                                                 /* what some rows of queries have seen so far */
-    float sums[ROWS][MAX_HEAD_DIM] __attribute__((aligned(64))); /* of exp(score - maximum) v */
-    float maxima[ROWS], totals[ROWS];                            /* of the scores; of the exponentials */
+typedef struct { /* the online softmax of some rows, over the blocks so far */
+    float sums[ROWS][MAX_HEAD_DIM] __attribute__((aligned(64))); /* sum of exp(score - maximum) v */
+    float maxima[ROWS], totals[ROWS];                            /* maximum of the scores; sum of the exponentials */
 } attended;
 
 /* The slots of up to BLOCK tokens of a sequence, from token `start` on */
@@ -49,12 +49,12 @@ static void begin(attended *so_far, long rows) {
     }
 }
 
-/* What exponents are taken from. Where all scores are -infinity so far, exponentials of them are 0, and no difference
- * of infinities; a score of infinity makes all that comes of it NaN, as it does in torch. */
+/* The number that is subtracted from scores before exp. If all scores so far are -infinity, it is 0: the exponentials
+ * are then 0, and no infinities are subtracted. A score of +infinity makes the row's result NaN, as in torch. */
 static inline float base_of(float maximum) { return maximum == -INFINITY ? 0 : maximum; }
 
-/* One row's scores [BLOCK], of which it sees the first `seen`, become weights; what it has seen before is scaled to the
- * new maximum */
+/* Turns one row's scores [BLOCK] into weights. The row sees the first `seen` of them. Its sums so far are scaled to the
+ * new maximum. */
 static void soften(operand *weights, float *scores, attended *so_far, long row, long seen, long D, float scale) {
     floats highest = {0}, total = {0};
     highest += so_far->maxima[row];
@@ -82,13 +82,13 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
         for (long d = 0; d < D; d += LANES) store(so_far->sums[row] + d, load(so_far->sums[row] + d) * old);
 }
 
-/* `rows` queries q [rows, D] over one packed block; they are rows `start` .. of so_far. Row r sees the first
+/* Attends with `rows` queries q [rows, D] to one packed block. They are rows `start` .. of so_far. Row r sees the first
  * `seen` + r / group tokens of the block. */
 static void attend(attended *so_far, long start, const operand *q, const operands *keys, const operands *values,
                    long rows, long seen, long group, long D, float scale) {
     float scores[ROWS][BLOCK] __attribute__((aligned(64)));
     operand weights[ROWS][BLOCK];
-    long panels = least(PANELS, ceil_div(seen + (rows - 1) / group, WIDE)), d = 0; /* that any row sees */
+    long panels = least(PANELS, ceil_div(seen + (rows - 1) / group, WIDE)), d = 0; /* panels that some row sees */
     for (long r = 0; r < rows; r += TALL)
         for (long panel = 0; panel < panels; panel++)
             multiply(scores[r] + panel * WIDE, BLOCK, q + r * D, D, keys + panel * (D / PER) * VECTORS, VECTORS,

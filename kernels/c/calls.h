@@ -1,11 +1,11 @@
-/* The arguments of every op: the one list of them, which C compiles and calls.py reads.
+/* The arguments of every op. C compiles this file, and calls.py reads it, so they are declared once.
  *
  *     Python                                    this file                       C
  *     make.silu_mul(out=..., gate=..., ...) ──► silu_mul_args ──► call ──► silu_mul(const silu_mul_args *, worker *)
  *
- * calls.py reads the lists and the structs below as they stand, so they keep to a simple form: an op NAME has a struct
- * NAME_args, and a field is a pointer, a long, a double, or a struct of those. Each of these has 8 bytes. A tensor that
- * an op only reads is const.
+ * calls.py reads the lists and the structs below as text, so they keep to a simple form. An op NAME has a struct
+ * NAME_args. A field is a pointer, a long, a double, or a struct of those. A pointer, a long and a double have 8 bytes
+ * each. A tensor that an op only reads is const.
  *
  * Shapes: T tokens, S sequences, Hq query heads, Hkv key-value heads, D head_dim, F a row of the MLP. A linear has
  * in_features K and out_features N. Strides count values, not bytes, unless a name says otherwise. */
@@ -27,12 +27,12 @@ typedef uint16_t bf16;
     OP(prefill_attention)
 /* clang-format on */
 
-/* A format of weights or of pages is a file of that name (dense_weight.h, dense_pages.h) and its name here. */
+/* A format of weights or pages has a file of its name (dense_weight.h, dense_pages.h), and its name is listed here. */
 #define EACH_WEIGHT_FORMAT(FORMAT) FORMAT(dense)
 #define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense)
 
 typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h */
-    const void *values; /* null: there is none */
+    const void *values; /* null: there is no weight */
     long row_bytes;     /* from a row to the next one */
     long format;        /* its place in EACH_WEIGHT_FORMAT */
 } weight;
@@ -62,20 +62,20 @@ typedef struct {             /* new_residual = residual + x; out = rms_norm(new_
     double eps;
 } add_rms_norm_args;
 
-typedef struct {             /* out = (norm of) x times weight transposed, with what follows the product (linear.h) */
+typedef struct {             /* out = (norm of) x times weight transposed, with an epilogue (linear.h) */
     void *out;               /* [T, N], dense: bf16, or float where out_is_float */
     bf16 *new_residual;      /* [T, K], dense, or null */
-    float *scratch;          /* [T, K]; for many tokens also what linear_many_tokens.c asks for */
+    float *scratch;          /* [T, K]; for many tokens also the memory that linear_many_tokens.c describes */
     const bf16 *x;           /* [T, K] */
     const bf16 *residual;    /* [T, K], or null */
     const bf16 *norm_weight; /* [K]; null: x is multiplied as it is */
     weight weight;           /* [N, K] */
-    weight up;               /* [N, K]; where there is one, out = silu(x weight') * (x up') */
+    weight up;               /* [N, K], or none; with it out = silu(x weight') * (x up') */
     const bf16 *bias;        /* [N], or null */
     const bf16 *addend;      /* [T, N], or null */
     long num_tokens, out_features, in_features, x_stride, residual_stride, addend_stride;
     long out_is_float;
-    long prefetch_distance; /* bytes before they are needed that weights are asked for; 0: they are not */
+    long prefetch_distance; /* bytes in advance that weights are prefetched; 0: no prefetch */
     double eps;
 } linear_args;
 
@@ -113,9 +113,9 @@ typedef struct {    /* attention of one query token a sequence */
     const bf16 *q;  /* [S, Hq, D], heads dense */
     const pages cache;
     const int32_t *block_tables; /* [S, pages]: the numbers of a sequence's pages */
-    const int32_t *lengths;      /* [S]: cached tokens, this one included */
+    const int32_t *lengths;      /* [S]: cached tokens, the query's own included */
     long num_sequences, num_kv_heads, group, head_dim, q_stride, block_table_stride; /* group: Hq / Hkv */
-    long splits;                                                                     /* that scratch has room for */
+    long splits; /* splits that scratch has room for */
     double scale;
 } decode_attention_args;
 
@@ -131,16 +131,16 @@ typedef struct {    /* causal attention of the last tokens of each sequence */
     double scale;
 } prefill_attention_args;
 
-typedef struct { /* what the ops take, and the sizes that scratch memory is laid out by; limits.c has the values */
-    long max_few_tokens;       /* of a linear that passes over its weights once, row by row */
-    long in_features_multiple; /* of a linear */
-    long norm_multiple;        /* of a row that is normalised */
-    long head_dim_multiple;    /* of a head */
+typedef struct {         /* what the ops take, and the sizes that determine their scratch; limits.c has the values */
+    long max_few_tokens; /* most tokens of a linear that reads its weights once, row by row */
+    long in_features_multiple; /* in_features is a multiple of it */
+    long norm_multiple;        /* the size of a normalised row is a multiple of it */
+    long head_dim_multiple;    /* the size of a head is a multiple of it */
     long max_head_dim;
-    long max_group;     /* query heads of a key-value head */
-    long decode_split;  /* cached tokens that a thread attends to at a time */
+    long max_group;     /* most query heads of a key-value head */
+    long decode_split;  /* cached tokens of a task of decode_attention */
     long prefill_block; /* cached tokens that are packed at a time */
     long panel_columns; /* rows of a weight that are packed at a time */
-    long panel_depth;   /* values of each of them */
+    long panel_depth;   /* values of each such row that are packed at a time */
 } limits;
 #endif

@@ -1,6 +1,6 @@
-/* What this processor reaches at best, for benchmarks: a loop that only reads, and loops that only multiply and add.
- * All are compiled for the same target as the ops, so a build for narrower vectors has the ceiling of narrower vectors.
- */
+/* The limits of this processor, for benchmarks: a loop that only reads, and loops that only multiply and add.
+ * They are compiled for the same target as the ops, so a target with narrower vectors has lower limits.
+  */
 #include "team.h"
 #include "vectors.h"
 
@@ -8,11 +8,11 @@
 
 #define WIDTH (4 * LANES) /* bytes of a vector register */
 #if defined(__x86_64__) && LANES == 8
-#define SUMS 12 /* of 16 registers: more than the latency of a multiply-add times those begun a cycle */
+#define SUMS 12 /* in 16 registers: more than latency x throughput of multiply-adds */
 #else
 #define SUMS 16
 #endif
-#define STREAMS 8 /* places that a thread reads from at once: one alone does not fill the queues of the memory */
+#define STREAMS 8 /* streams that a thread reads at once: a single one does not saturate the memory */
 #define MOST_THREADS 256
 
 typedef uint64_t words __attribute__((vector_size(WIDTH)));
@@ -46,7 +46,7 @@ static void *multiply_add_part(void *given) {
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 16
         for (int s = 0; s < SUMS; s++) {
-            KEEP(y); /* else the product is made once and only added */
+            KEEP(y); /* else the compiler moves the product out of the loop */
             sums[s] += x * y;
         }
 #pragma GCC unroll 16
@@ -61,7 +61,7 @@ static void *multiply_add_pairs_part(void *given) {
     __m512 sums[SUMS];
     __m512bh x = (__m512bh)_mm512_set1_epi32(0x3f803f80), y = (__m512bh)_mm512_set1_epi32(0x3a803a80);
 #pragma GCC unroll 16
-    for (int s = 0; s < SUMS; s++) sums[s] = _mm512_set1_ps((float)s); /* equal ones would be one to the compiler */
+    for (int s = 0; s < SUMS; s++) sums[s] = _mm512_set1_ps((float)s); /* the compiler would merge equal sums */
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 16
         for (int s = 0; s < SUMS; s++) sums[s] = _mm512_dpbf16_ps(sums[s], x, y);
@@ -71,7 +71,8 @@ static void *multiply_add_pairs_part(void *given) {
 }
 #endif
 
-/* In so many threads at once, this one among them; less than were asked for where the system gives no more. */
+/* Runs a function in `threads` threads at once, this one included. If the system gives fewer, this thread does the
+ * rest. */
 static double in_threads(void *(*function)(void *), work *parts, int threads) {
     pthread_t others[MOST_THREADS];
     int started = 1;
@@ -88,7 +89,8 @@ static double in_threads(void *(*function)(void *), work *parts, int threads) {
 
 static int at_most(int threads) { return threads < MOST_THREADS ? threads : MOST_THREADS; }
 
-/* Reads `bytes` from `data` once, each thread its part of it. The result depends on what was read. */
+/* Reads `bytes` bytes at `data` once, each thread its part. The result depends on the data, so no read can be skipped.
+ * */
 EXPORTED double read_memory(const void *data, long bytes, int threads) {
     work parts[MOST_THREADS] = {0};
     long part = bytes / (threads = at_most(threads)) / 64 * 64;
@@ -96,8 +98,8 @@ EXPORTED double read_memory(const void *data, long bytes, int threads) {
     return in_threads(read_part, parts, threads);
 }
 
-/* How many operations (a multiply-add is two) so many rounds of each thread were: of float32, and of pairs of bfloat16
- * added to float32; 0 where the processor has no such products. */
+/* The number of operations (a multiply-add counts as two) in `rounds` rounds of each thread: of float32 here, and of
+ * pairs of bfloat16 added to float32 in the next function, which returns 0 if the processor has no such instruction. */
 EXPORTED double multiply_add(long rounds, int threads) {
     work parts[MOST_THREADS] = {0};
     for (int t = 0; t < at_most(threads); t++) parts[t].count = rounds;

@@ -2,22 +2,22 @@
  *
  *                    cached tokens ─────────────────────►
  *     sequence 0     ▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒│▒▒▒          a task: DECODE_SPLIT tokens of a sequence, with as many
- *     sequence 1     ▒▒▒▒▒▒▒▒│▒▒                             key-value heads as ROWS queries are of
+ *     sequence 1     ▒▒▒▒▒▒▒▒│▒▒                             key-value heads as have ROWS queries together
  *
  *     part [group, D + 2] of a split and a head:  | sum of exp(score - maximum) v [D] | sum of exp | maximum |
  *
- * and then a row of out is the sum of its parts, each scaled from its own maximum to the largest. A split has
- * DECODE_SPLIT tokens whatever the batch, so that no other sequence changes a bit. attention.h says what is computed.
- */
+ * A row of out is the sum of its parts, each scaled from its own maximum to the largest one. A split has DECODE_SPLIT
+ * tokens for every batch, so attention is batch-invariant. attention.h says what is computed.
+  */
 #include "attention.h"
 
-/* Where the part of a split of a head of a sequence lies in scratch [S, Hkv, splits, group, D + 2] */
+/* The address of a part in scratch [S, Hkv, splits, group, D + 2] */
 static float *part_of(const decode_attention_args *args, long sequence, long head, long split) {
     long part = args->group * (args->head_dim + 2);
     return args->scratch + ((sequence * args->num_kv_heads + head) * args->splits + split) * part;
 }
 
-/* Attends with `heads` heads of a sequence, from `head` on, to one split of its tokens */
+/* Attends with `heads` key-value heads of a sequence, from `head` on, to one split of its tokens */
 static void attend_split(const decode_attention_args *args, long sequence, long head, long heads, long split) {
     const long D = args->head_dim, group = args->group, length = args->lengths[sequence];
     const int32_t *block_table = args->block_tables + sequence * args->block_table_stride;
@@ -46,7 +46,7 @@ static void attend_split(const decode_attention_args *args, long sequence, long 
         }
 }
 
-/* out [D] of one query head, from the parts [D + 2] of its splits, `stride` floats apart */
+/* Computes out [D] of one query head from the parts [D + 2] of its splits, which are `stride` floats apart */
 static void combine(bf16 *out, const float *parts, long splits, long stride, long D) {
     float maximum = -INFINITY, total = 0, sums[MAX_HEAD_DIM] = {0};
     for (long i = 0; i < splits; i++)
@@ -66,7 +66,7 @@ void decode_attention(const decode_attention_args *args, worker *me) {
     long longest = 0; /* in splits */
     for (long s = 0; s < S; s++)
         if (ceil_div(args->lengths[s], DECODE_SPLIT) > longest) longest = ceil_div(args->lengths[s], DECODE_SPLIT);
-    long together = least(Hkv, ROWS / group), of_heads = ceil_div(Hkv, together); /* heads of a task; tasks of them */
+    long together = least(Hkv, ROWS / group), of_heads = ceil_div(Hkv, together); /* heads of a task; tasks a split */
     for (long task = first_task(me, S * longest * of_heads); task >= 0; task = next_task(me)) {
         long head = task % of_heads * together, split = task / of_heads % longest, s = task / of_heads / longest;
         if (split * DECODE_SPLIT < args->lengths[s]) attend_split(args, s, head, least(together, Hkv - head), split);

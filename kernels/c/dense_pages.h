@@ -1,21 +1,21 @@
-/* The cache format `dense`: keys and values of a layer in bfloat16, as kernels/reference.py has them.
+/* The cache format `dense`: the keys and values of a layer, in bfloat16.
  *
  *     k ──► page 0: token 0 | head 0: D values | head 1: D values | ...      token_bytes from here
  *                   token 1 | head 0: D values | ...                      ◄─ to here
  *                   ...
  *           page 1: token page_size | ...                 slot = page * page_size + place in the page
  *
- * v alike. This file is all that C knows of the format; another format is another file with functions like these. */
+ * v has the same layout. Only this file knows the format. Another format is another file with the same functions. */
 #ifndef DENSE_PAGES_H
 #define DENSE_PAGES_H
 #include "panels.h"
 
-/* A head's D values of the token in a slot, of k or of v */
+/* The D values of a head of the token in a slot, in k or in v */
 ALWAYS bf16 *dense_head(void *k_or_v, const pages *p, long slot, long head, long D) {
     return (bf16 *)((char *)k_or_v + slot * p->token_bytes) + head * D;
 }
 
-/* One value of k or of v: what the other functions read many of */
+/* One value of k or of v. It specifies what the faster functions below read. */
 static inline float dense_cached(void *k_or_v, const pages *p, long slot, long head, long D, long d) {
     uint32_t bits = (uint32_t)dense_head(k_or_v, p, slot, head, D)[d] << 16;
     float value;
@@ -30,8 +30,8 @@ static inline void dense_store(const pages *p, long slot, long head, const bf16 
 }
 
 /* Packs a head's keys and values of BLOCK tokens for `multiply`: keys as panels [PANELS, D / PER, WIDE], values as rows
- * [BLOCK / PER, D] of operands. Tokens from `count` on, whose memory may hold anything, become 0. Meanwhile asks for
- * the next_count tokens of the next block. */
+ * [BLOCK / PER, D] of operands. Tokens from `count` on are set to 0, because their memory may hold anything. Meanwhile
+ * the next_count tokens of the next block are prefetched. */
 static inline void dense_block(operands *keys, operands *values, const pages *p, const long *slots, long count,
                                const long *next_slots, long next_count, long head, long D) {
     static const bf16 zeros[MAX_HEAD_DIM];

@@ -1,9 +1,9 @@
-/* The weight format `dense`: bfloat16 values, those of a row side by side.
+/* The weight format `dense`: bfloat16 values. The values of a row are adjacent.
  *
  *     values ──► row 0   | k = 0 | 1 | 2 | ...        row_bytes from here
  *                row 1   | k = 0 | 1 | 2 | ...     ◄─ to here
  *
- * This file is all that C knows of the format; another format is another file with functions like these. */
+ * Only this file knows the format. Another format is another file with the same functions. */
 #ifndef DENSE_WEIGHT_H
 #define DENSE_WEIGHT_H
 #include "panels.h"
@@ -12,7 +12,7 @@ ALWAYS const bf16 *dense_row(const weight *w, long row) {
     return (const bf16 *)((const char *)w->values + row * w->row_bytes);
 }
 
-/* One value: what the other functions read many of */
+/* One value. It specifies what the faster functions below read. */
 static inline float dense_value(const weight *w, long row, long k) {
     uint32_t bits = (uint32_t)dense_row(w, row)[k] << 16;
     float value;
@@ -20,22 +20,22 @@ static inline float dense_value(const weight *w, long row, long k) {
     return value;
 }
 
-/* The part of it that begins at this row and at value k of it, a multiple of LINE */
+/* The part of the weight that begins at this row and at value k, a multiple of LINE */
 ALWAYS weight dense_from(const weight *w, long row, long k) {
     weight part = *w;
     part.values = dense_row(w, row) + k;
     return part;
 }
 
-/* Asks for the values that lie `distance` bytes behind value k of a row */
+/* Prefetches the values `distance` bytes after value k of a row */
 ALWAYS void dense_prefetch(const weight *w, long row, long k, long distance) {
     __builtin_prefetch((const char *)(dense_row(w, row) + k) + distance, 0, 2);
 }
 
-/* Few tokens: what stands at place k of a row in the order of operands */
+/* For few tokens: the operands at place k of a row */
 ALWAYS operands dense_operands(const weight *w, long row, long k) { return operands_at(dense_row(w, row), k); }
 
-/* Many tokens: the first rows of WIDE weights, K values of each, as a panel; K a multiple of STEP */
+/* For many tokens: packs the first rows of WIDE weights, K values of each, as a panel. K is a multiple of STEP. */
 static inline void dense_panel(operands *panel, const weight *first_rows, long K) {
     const bf16 *rows[WIDE];
     for (long i = 0; i < WIDE; i++) rows[i] = dense_row(first_rows + i, 0);

@@ -1,4 +1,4 @@
-/* The limits that Python reads: each from the file that needs it. */
+/* The limits that Python reads. Each is defined in the file that needs it. */
 #include "attention.h"
 #include "linear.h"
 #include "norm.h"

@@ -1,4 +1,5 @@
-/* A linear layer: few tokens read the weight row by row, many tokens pack it on the way. linear.h has the picture. */
+/* A linear layer. Few tokens read the weight row by row; for many tokens it is packed first. linear.h has the picture.
+ * */
 #include "linear.h"
 
 void linear(const linear_args *args, worker *me) {

@@ -1,4 +1,4 @@
-/* A linear layer with what stands before and behind its product, which its two forms share.
+/* The prologue and the epilogue of a linear layer. Its two forms of the product share them.
  *
  *     x, residual ──► add + RMSNorm ──► rows [T, K] of operands      prologue:  normed_rows
  *                                          │
@@ -6,7 +6,7 @@
  *                                          │
  *              SwiGLU, + bias, + addend ──► out [T, N]               epilogue:  finish
  *
- * What is computed, all but the product in the order of rounding of kernels/reference.py:
+ * What is computed. Values are rounded where kernels/reference.py rounds them, except that products stay in float:
  *
  *     for each token t and each row n of weight:
  *         value = sum over k of rows[t][k] * weight[n][k]
@@ -17,16 +17,17 @@
 #include "team.h"
 #include "weights.h"
 
-#define MAX_FEW_TOKENS 16  /* that pass over the weight once, row by row */
-#define TASKS_PER_THREAD 4 /* at least, where there is enough to do */
+#define MAX_FEW_TOKENS 16  /* most tokens for which the weight is read once, row by row */
+#define TASKS_PER_THREAD 4 /* at least, if there is enough work */
 #define PANEL_DEPTH \
-    (PANELS == 1 ? 1024 : 512) /* values of a row that are packed at a time: they stay in the L2 cache */
+    (PANELS == 1 ? 1024 : 512) /* values of a row that are packed at a time; the panels fit the L2 cache */
 #define NORMED 4096            /* values of a row that are normalised at a time */
 
 void linear_few_tokens(const linear_args *args, worker *me);
 void linear_many_tokens(const linear_args *args, worker *me);
 
-/* x as rows [T, K] of operands, normed where there is a norm; with new_residual. They lie at the start of scratch. */
+/* x as rows [T, K] of operands, normalised if there is a norm. Writes new_residual. The rows lie at the start of
+ * scratch. */
 static const operand *normed_rows(const linear_args *args, worker *me) {
     operand *rows = (operand *)args->scratch;
     const long K = args->in_features;
@@ -49,8 +50,8 @@ static const operand *normed_rows(const linear_args *args, worker *me) {
     return rows;
 }
 
-/* Writes out[token][row .. row + some], some at most LANES, of a product's values; `up` is null or the values of the
- * product with up */
+/* Writes out[token][row .. row + some] from the values of a product; some is at most LANES. `up` is null, or the values
+ * of the product with up. */
 static inline void finish(const linear_args *args, floats value, const float *up, long token, long row, long some) {
     if (args->bias) value += load_some(args->bias + row, some);
     if (up) value = rounded(silu(rounded(value))) * rounded(load(up));

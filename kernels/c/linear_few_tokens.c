@@ -1,5 +1,5 @@
-/* The product of a linear for up to MAX_FEW_TOKENS tokens: the weight streams from memory once, in the order in which
- * it lies, which is how a processor fetches best, and everything else stays in the caches.
+/* The product of a linear for up to MAX_FEW_TOKENS tokens. The weight is read from memory once, in its memory order,
+ * which a processor prefetches best. Everything else stays in the caches.
  *
  *     weight [N, K]      k ─────────────────────────►       rows [T, K] of x, in parts of K
  *       ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒ ┐                                   that fit the L1 cache:
@@ -12,17 +12,18 @@
  *
  *     for each row n, for each token t:   sum = 0;  for k:  sum += weight[n][k] * rows[t][k]
  *
- * A sum has LANES partial sums, one chain each over k. Neither the other tokens nor the threads change a bit of it. */
+ * A sum has LANES partial sums, each added up in the order of k. Neither the other tokens nor the number of threads
+ * change a bit of it. */
 #include "linear.h"
 
 #include <stdatomic.h>
 #include <unistd.h>
 
-#define RUN 64       /* rows of the weight that a task multiplies before it finishes their values */
-#define ROW_BLOCK 16 /* rows whose unfinished sums wait for the next part of K */
+#define RUN 64       /* rows of the weight in a task */
+#define ROW_BLOCK 16 /* rows whose sums are kept between the parts of K */
 
-/* How many tokens' sums, with how many rows each, the registers hold. AVX2 has registers for 8 sums; products of pairs
- * are so fast that passing over the weight less often counts for more than sums of more rows. */
+/* How many tokens and rows have their sums in registers at a time. AVX2 has registers for 8 sums. Products of pairs are
+ * fast, so reading the weight fewer times gains more than sums of more rows. */
 #ifdef PAIRS
 #define GROUP 8
 #define ROWS_WITH(TOKENS) ((TOKENS) > 4 ? 2 : 4)
@@ -31,30 +32,30 @@
 #define ROWS_WITH(TOKENS) ((TOKENS) > 2 && LANES == 8 ? 2 : 4)
 #endif
 
-/* What x may take of a core's first cache */
+/* How many bytes of a core's L1 data cache x may use */
 static long l1_bytes(void) {
-    static atomic_long known; /* asking can cost microseconds */
+    static atomic_long known; /* sysconf can take microseconds */
     long size = atomic_load_explicit(&known, memory_order_relaxed);
 #ifdef _SC_LEVEL1_DCACHE_SIZE
     if (!size) size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #endif
-    if (size < 1 << 15) size = 1 << 15; /* or unknown */
+    if (size < 1 << 15) size = 1 << 15; /* also if it is unknown */
     atomic_store_explicit(&known, size, memory_order_relaxed);
     return size - (1 << 14);
 }
 
 typedef struct {      /* a part [depth] of K, of some rows of the weight and some tokens */
-    weight weight;    /* from the first of the rows on, at the part's first value */
-    const operand *x; /* of the first token, likewise */
+    weight weight;    /* beginning at the first row and the part's first value */
+    const operand *x; /* beginning at the first token and the part's first value */
     long x_stride, depth;
-    long distance;         /* bytes before it is needed that the weight is asked for */
-    floats (*sums)[GROUP]; /* [rows]: of the parts before this one, unless it is the first */
-    float *out;            /* [tokens, RUN]: the sums, if this part is the last */
+    long distance;         /* bytes in advance that the weight is prefetched */
+    floats (*sums)[GROUP]; /* [rows]: the sums of the parts before this one; unused in the first part */
+    float *out;            /* [tokens, RUN]: the sums, written in the last part */
     int is_first, is_last;
 } part;
 
-/* The sums of a part. All three numbers are constants where this is called, so the loops over them are unrolled and the
- * sums lie in registers. */
+/* Adds a part to the sums. format, rows and tokens are constants in every caller, so the loops over them are unrolled
+ * and the sums lie in registers. */
 ALWAYS void add_part(const int format, const int rows, const int tokens, const part *p) {
     const weight w = p->weight;
     const operand *x = p->x;
@@ -83,7 +84,7 @@ ALWAYS void add_part(const int format, const int rows, const int tokens, const p
                 for (int r = 0; r < rows; r++) sums[r][t] = add_products(sums[r][t], weights[r], token);
             }
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) KEEP(weights[r]); /* so that no sum takes its register */
+            for (int r = 0; r < rows; r++) KEEP(weights[r]); /* keep it in its register */
         }
     }
 #pragma GCC unroll 4
@@ -94,7 +95,7 @@ ALWAYS void add_part(const int format, const int rows, const int tokens, const p
             else p->sums[r][t] = sums[r][t];
 }
 
-/* A function for each format and each number of tokens, of several rows and of one */
+/* A function for each format and number of tokens: one for several rows, one for a single row */
 typedef void add_part_of(const part *p);
 #define DEFINE(FORMAT, TOKENS)                                                                                       \
     static void dots_##FORMAT##_##TOKENS(const part *p) { add_part(FORMAT##_weight, ROWS_WITH(TOKENS), TOKENS, p); } \
@@ -116,7 +117,7 @@ static add_part_of *const SEVERAL_ROWS[WEIGHT_FORMATS][GROUP] = {EACH_WEIGHT_FOR
 static add_part_of *const ONE_ROW[WEIGHT_FORMATS][GROUP] = {EACH_WEIGHT_FORMAT(ROW_NAMES)};
 
 /* out [T, RUN] = x [T, K] times the first `rows` rows of w. ROW_BLOCK rows are multiplied with all tokens before the
- * next ones, by GROUP tokens at a time, in parts of K so short that those of x stay in the L1 cache. */
+ * next ROW_BLOCK rows. GROUP tokens run at a time, over parts of K so short that those of x stay in the L1 cache. */
 static void multiply_run(float *out, const operand *x, const weight *w, long rows, long T, long K, long distance) {
     floats sums[ROW_BLOCK][GROUP];
     long groups = ceil_div(T, GROUP);
@@ -133,7 +134,7 @@ static void multiply_run(float *out, const operand *x, const weight *w, long row
                               .x = x + token * K + k,
                               .x_stride = K,
                               .depth = least(depth, K - k),
-                              .distance = row / 4 % groups == group ? of_group : 0, /* each row with one group */
+                              .distance = row / 4 % groups == group ? of_group : 0, /* once for each row */
                               .sums = sums + row - block,
                               .out = out + token * RUN + row,
                               .is_first = k == 0,
@@ -147,7 +148,7 @@ void linear_few_tokens(const linear_args *args, worker *me) {
     const operand *x = normed_rows(args, me);
     const long T = args->num_tokens, N = args->out_features, K = args->in_features;
     const int has_up = args->up.values != 0, format = (int)args->weight.format;
-    const long run = N < TASKS_PER_THREAD * me->num_threads * RUN ? ROW_BLOCK : RUN; /* short: all threads are busy */
+    const long run = N < TASKS_PER_THREAD * me->num_threads * RUN ? ROW_BLOCK : RUN; /* short: keeps threads busy */
     for (long task = first_task(me, ceil_div(N, run)); task >= 0; task = next_task(me)) {
         float sums[MAX_FEW_TOKENS][RUN], ups[MAX_FEW_TOKENS][RUN];
         long start = task * run, rows = least(run, N - start);

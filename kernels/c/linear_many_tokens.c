@@ -1,5 +1,5 @@
-/* The product of a linear for many tokens: BLOCK rows of the weight are packed as panels, and all tokens of a task pass
- * over them before the next rows are.
+/* The product of a linear for many tokens. BLOCK rows of the weight are packed as panels and multiplied with all tokens
+ * of a task, before the next rows are packed.
  *
  *     weight [N, K]                 panels [PANEL_DEPTH, BLOCK]           rows [T, K] of x
  *       BLOCK rows ▒▒▒▒▒▒▒▒   ──►      ▒ │ k                                tokens of the task, TALL at a time
@@ -7,17 +7,17 @@
  *                                                       │
  *                                      sums [T, BLOCK] += rows x panels, one part of K after the other
  *
- * With `up`, half of a block's rows are of the weight and half of up, so that both values of an output come together.
+ * With `up`, half of a block's rows come from the weight and half from up, so a task has both values of an output.
  *
  * What is computed:
  *
  *     for each row n, for each token t:   sum = 0;  for k:  sum += weight[n][k] * rows[t][k] */
 #include "linear.h"
 
-#define LEAST_TOKENS 96 /* of a task: packing then costs little */
+#define LEAST_TOKENS 96 /* least tokens of a task; packing then costs little beside the products */
 
-/* BLOCK rows from n on, or half of them of w and half of up, K values from k on, as panels; beyond N the last row again
- */
+/* Packs BLOCK rows from n on (or half of them from w and half from up), K values from k on, as panels. Rows beyond N
+ * repeat the last row. */
 static void pack_rows(operands *panels, const linear_args *args, long n, long k, long K) {
     const int has_up = args->up.values != 0, format = (int)args->weight.format;
     const long of_weight = has_up ? BLOCK / 2 : BLOCK, last = args->out_features - 1;
@@ -34,8 +34,8 @@ static void pack_rows(operands *panels, const linear_args *args, long n, long k,
 
 /* scratch holds the rows [T, K] of x, and then for each thread sums [T, BLOCK] and panels [PANEL_DEPTH, BLOCK].
  *
- * A task is BLOCK rows of the weight and a part of the tokens: all of them where that keeps every thread busy, since
- * each part packs the rows anew. */
+ * A task is BLOCK rows of the weight and a part of the tokens. It has all tokens if that keeps every thread busy,
+ * because each part of the tokens packs the rows again. */
 void linear_many_tokens(const linear_args *args, worker *me) {
     const operand *x = normed_rows(args, me);
     const long T = args->num_tokens, N = args->out_features, K = args->in_features;

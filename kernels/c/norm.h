@@ -1,4 +1,4 @@
-/* RMSNorm of one row, in two passes: the sum of squares, then the product.
+/* RMSNorm of one row, in two passes: the first sums the squares, the second multiplies.
  *
  *     sum    = residual + x, rounded to bfloat16                        (or x, without a residual)
  *     scale  = 1 / sqrt(mean of sum^2 + eps)
@@ -7,9 +7,9 @@
 #define NORM_H
 #include "vectors.h"
 
-#define NORM_MULTIPLE 16 /* a row's length is a multiple of it, and so of LANES */
+#define NORM_MULTIPLE 16 /* a row's length is a multiple of it, and therefore of LANES */
 
-/* The scale of a row [K]; new_residual gets the sum, unless it is null */
+/* The scale of a row [K]. Writes the sum to new_residual, unless that is null. */
 static inline float norm_scale(bf16 *new_residual, const bf16 *x, const bf16 *residual, float eps, long K) {
     floats squares = {0};
     for (long k = 0; k < K; k += LANES) {
@@ -21,7 +21,7 @@ static inline float norm_scale(bf16 *new_residual, const bf16 *x, const bf16 *re
     return 1.0f / sqrtf(sum(squares) / K + eps);
 }
 
-/* A part [K] of a row, normalised */
+/* Normalises a part [K] of a row */
 static inline void apply_norm(bf16 *normed, const bf16 *row, const bf16 *norm_weight, float scale, long K) {
     for (long k = 0; k < K; k += LANES)
         store_narrow(normed + k, rounded(load_wide(row + k) * scale) * load_wide(norm_weight + k));

@@ -1,16 +1,16 @@
-/* What is multiplied: `operands` fill a register, and each lane of them holds one float, or a pair of bfloat16.
+/* The operands of products. `operands` fill a register; a lane holds one float, or a pair of bfloat16.
  *
  *     a row of bf16             | 0 1 2 3 ... STEP-1 | ...
- *     operands, without PAIRS   | 0 2 4 ... | 1 3 5 ... |      widened to float: the even places of each STEP, then the
- * odd operands, with PAIRS      | 0 1 | 2 3 | ...              as they lie
+ *     operands, without PAIRS   | 0 2 4 ... | 1 3 5 ... |      widened to float: even places of a STEP, then odd ones
+ *     operands, with PAIRS      | 0 1 | 2 3 | ...              in the order of the row
  *
- * targets.py sets PAIRS where the processor multiplies pairs of bfloat16 and adds both products to a float. Both
- * factors of a product lie in the order of operands, so that order changes no product. */
+ * targets.py sets PAIRS if the processor multiplies pairs of bfloat16 and adds both products to a float. Both factors
+ * of a product have the order of operands, so the order does not change a sum of products. */
 #ifndef OPERANDS_H
 #define OPERANDS_H
 #include "vectors.h"
 
-#define LINE 32 /* bf16 of a cache line: rows that are multiplied are a multiple of it */
+#define LINE 32 /* bf16 in a cache line; the length of a multiplied row is a multiple of it */
 
 #ifdef PAIRS
 typedef bf16 operand;
@@ -28,7 +28,7 @@ ALWAYS operands load_operands(const operand *from) {
     return values;
 }
 
-/* What stands at place `at` of a row of bf16 in the order of operands */
+/* The operands at place `at` of a row of bf16 */
 ALWAYS operands operands_at(const bf16 *row, long at) {
 #ifdef PAIRS
     return load_pairs(row + at);
@@ -38,7 +38,7 @@ ALWAYS operands operands_at(const bf16 *row, long at) {
 #endif
 }
 
-/* sums + a b, of pairs both products */
+/* sums + a b; with PAIRS both products of each lane are added */
 ALWAYS floats add_products(floats sums, operands a, operands b) {
 #if !defined(PAIRS)
     return sums + a * b;
@@ -49,7 +49,7 @@ ALWAYS floats add_products(floats sums, operands a, operands b) {
 #endif
 }
 
-/* A row [K] of bf16 as operands; K a multiple of STEP */
+/* Converts a row [K] of bf16 to operands; K is a multiple of STEP */
 ALWAYS void to_operands(operand *to, const bf16 *from, long K) {
 #ifdef PAIRS
     memcpy(to, from, K * sizeof *from);
@@ -62,14 +62,14 @@ ALWAYS void to_operands(operand *to, const bf16 *from, long K) {
 #endif
 }
 
-/* Four values of two vectors, by their places in both */
+/* Takes four values of two vectors, by their places in both */
 #ifdef __clang__
 #define SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
-#else /* gcc has the function above from version 12 on */
+#else /* gcc has __builtin_shufflevector from version 12 on */
 #define SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (pairs){__VA_ARGS__})
 #endif
 
-/* LANES x LANES of 32 bits: 2 x 2, 4 x 4, then quarters of a vector */
+/* Transposes LANES x LANES values of 32 bits: first 2 x 2 blocks, then 4 x 4, then quarters of a vector */
 ALWAYS void transpose(pairs *square) {
 #if LANES == 16
     __m512i *a = (__m512i *)square, b[16];

@@ -1,6 +1,6 @@
-/* A layer's cached keys and values, in any format: each function here calls the one of the pages' format.
+/* A layer's cached keys and values, in any format. Each function calls the function of the pages' format.
  *
- * A format is one file like dense_pages.h and its name in EACH_PAGES_FORMAT (calls.h). */
+ * To add a format, write a file like dense_pages.h and list its name in EACH_PAGES_FORMAT (calls.h). */
 #ifndef PAGES_H
 #define PAGES_H
 #define MAX_HEAD_DIM 128

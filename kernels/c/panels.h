@@ -1,7 +1,7 @@
-/* Products of many rows: out [rows, columns] = a [rows, K] times b, where b lies in panels.
+/* Products of many rows: out [rows, columns] = a [rows, K] times b, with b packed as panels.
  *
- * A panel is [K / PER, WIDE]: the values of WIDE columns that meet one (or PER) of a's values lie side by side, so that
- * one value of a is multiplied with whole registers of them:
+ * A panel is [K / PER, WIDE]. The values of WIDE columns that are multiplied by the same value of a (or PER values) are
+ * adjacent, so one value of a is multiplied by whole registers:
  *
  *                        panel of b        k │ [ WIDE columns ]
  *                                            ▼ [ WIDE columns ]
@@ -14,7 +14,7 @@
 #define PANELS_H
 #include "operands.h"
 
-/* What fits the registers: 16 of them with AVX2, 32 elsewhere */
+/* Sizes that fit the registers: 16 registers with AVX2, 32 elsewhere */
 #define TALL 6
 #if LANES == 8 && defined(__x86_64__)
 #define VECTORS 2
@@ -25,7 +25,7 @@
 #define BLOCK 64 /* columns that are packed at a time */
 #define PANELS (BLOCK / WIDE)
 
-/* WIDE rows [K] of bf16 as a panel, in the order of operands; K a multiple of STEP */
+/* Packs WIDE rows [K] of bf16 as a panel, in the order of operands; K is a multiple of STEP */
 ALWAYS void pack_transposed(operands *panel, const bf16 *const *rows, long K) {
     for (int vector = 0; vector < VECTORS; vector++)
         for (long k = 0; k < K; k += STEP) {
@@ -44,7 +44,7 @@ ALWAYS void pack_transposed(operands *panel, const bf16 *const *rows, long K) {
         }
 }
 
-/* sums + a's next PER values times their columns */
+/* Adds to sums the next PER values of a row of a times their columns */
 ALWAYS void add_row(const int vectors, floats *sums, const operand *a, const operands *columns) {
 #ifdef PAIRS
     uint32_t both;
@@ -56,7 +56,7 @@ ALWAYS void add_row(const int vectors, floats *sums, const operand *a, const ope
 #endif
 }
 
-/* out [rows, vectors] = (adds: +=) a [rows, PER steps] times b, whose rows are b_stride vectors apart */
+/* out [rows, vectors] = a [rows, PER steps] times b, whose rows are b_stride vectors apart; with adds += */
 ALWAYS void multiply_rows(const int rows, const int vectors, float *out, long out_stride, const operand *a,
                           long a_stride, const operands *b, long b_stride, long steps, int adds) {
     floats sums[TALL][VECTORS];
@@ -91,7 +91,8 @@ DEFINE_MULTIPLY(multiply_1, 1, VECTORS)
 DEFINE_MULTIPLY(narrow_multiply_6, 6, 1)
 DEFINE_MULTIPLY(narrow_multiply_1, 1, 1)
 
-/* The same for any number of rows up to TALL. A sum is one chain over a's columns, whatever the rows beside it. */
+/* multiply_rows for any number of rows up to TALL. A sum is added in the order of a's columns, whatever the other rows.
+ * */
 static inline void multiply(float *out, long out_stride, const operand *a, long a_stride, const operands *b,
                             long b_stride, long steps, long rows, int adds) {
     if (rows == TALL) {
@@ -103,7 +104,7 @@ static inline void multiply(float *out, long out_stride, const operand *a, long 
     if (rows) multiply_1(out, out_stride, a, a_stride, b, b_stride, steps, adds);
 }
 
-/* The same with columns of one vector */
+/* The same for columns of one vector */
 static inline void narrow_multiply(float *out, long out_stride, const operand *a, long a_stride, const operands *b,
                                    long b_stride, long steps, long rows, int adds) {
     if (rows == TALL) {

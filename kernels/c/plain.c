@@ -1,8 +1,8 @@
-/* Every op as the simplest loops that compute it: the place to read first what an op does, and what the tests compare
- * the fast ones with. One thread, no scratch memory, any processor.
+/* Every op as the simplest loops that compute it. Read this file first to see what an op does. The tests compare the
+ * fast ops with it. It uses one thread, no scratch memory, and no special instructions.
  *
- * Values are rounded to bfloat16 where the fast ops round them; sums are taken in float, from the first value to the
- * last, so their last bits differ. */
+ * Values are rounded to bfloat16 where the fast ops round them. Sums are float, added from the first value to the last,
+ * so their last bits differ from those of the fast ops. */
 #include "pages.h"
 #include "team.h"
 #include "weights.h"
@@ -14,7 +14,7 @@ static float widen(bf16 x) {
     return value;
 }
 
-/* To the nearest, ties to even; NaN stays NaN */
+/* Rounds to nearest, ties to even. NaN stays NaN. */
 static bf16 narrow(float x) {
     if (isnan(x)) return 0x7FC0;
     uint32_t bits;
@@ -31,7 +31,7 @@ static void plain_embedding(const embedding_args *a) {
         for (long i = 0; i < a->row_size; i++) a->out[t * a->row_size + i] = a->table[a->ids[t] * a->table_stride + i];
 }
 
-/* A row's scale; *new_residual gets the sum where there is one */
+/* The scale of a row. Writes the sum to new_residual, unless that is null. */
 static float plain_norm_scale(bf16 *new_residual, const bf16 *x, const bf16 *residual, float eps, long K) {
     float squares = 0;
     for (long i = 0; i < K; i++) {
@@ -121,7 +121,7 @@ static void plain_rope_and_cache(const rope_and_cache_args *a) {
     }
 }
 
-/* One query head over the first `length` tokens of a sequence: the softmax needs the maximum first */
+/* Attends with one query head to the first `length` tokens of a sequence. The first pass finds the maximum. */
 static void plain_attention(bf16 *out, const bf16 *q, const pages *cache, const int32_t *block_table, long length,
                             long head, long D, float scale) {
     float maximum = -INFINITY, total = 0, sums[MAX_HEAD_DIM] = {0};
@@ -160,7 +160,7 @@ static void plain_prefill_attention(const prefill_attention_args *a) {
                                 a->lengths[s] - (a->query_starts[s + 1] - row) + 1, h / a->group, D, a->scale);
 }
 
-/* As `run`, which takes the same calls */
+/* Like `run` of team.c, and with the same calls */
 EXPORTED void run_plain(const call *calls, long count, int threads) {
     (void)threads;
     for (long i = 0; i < count; i++) switch (calls[i].op) {

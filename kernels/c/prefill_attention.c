@@ -1,20 +1,20 @@
 /* Causal attention of the last tokens of each sequence over its cached tokens.
  *
- *     1. every block of every head is packed once, since many queries look at it:
+ *     1. every block of every head is packed once, because many queries use it:
  *            scratch: sequence 0: head 0: | block 0: keys, values | block 1: keys, values | ...  head 1: ...
- *     2. a task: some query tokens of a sequence (ROWS rows with the heads of a group), over the blocks up to theirs
+ *     2. a task: some query tokens of a sequence (ROWS rows with the heads of a group), over the blocks that they see
  *
  *                        cached tokens ─────────►
- *            task 0      ▒▒▒▒▒▒▒▒▒▚                      ▚ each token sees itself and what is before it
+ *            task 0      ▒▒▒▒▒▒▒▒▒▚                      ▚ each token sees itself and the tokens before it
  *            task 1      ▒▒▒▒▒▒▒▒▒▒▒▒▚
  *
  * attention.h says what is computed. */
 #include "attention.h"
 
-/* Packs one block of one head: task numbers go through scratch in its order */
+/* Packs one block of one head. Tasks are numbered in the order of the blocks in scratch. */
 static void pack_task(const prefill_attention_args *args, operands *packed, long task, long size) {
     const long Hkv = args->num_kv_heads;
-    long s = 0, before = 0; /* tasks of the sequences before */
+    long s = 0, before = 0; /* tasks of the earlier sequences */
     while (task >= before + Hkv * ceil_div(args->lengths[s], BLOCK))
         before += Hkv * ceil_div(args->lengths[s++], BLOCK);
     long blocks = ceil_div(args->lengths[s], BLOCK), head = (task - before) / blocks;
@@ -25,13 +25,13 @@ static void pack_task(const prefill_attention_args *args, operands *packed, long
     pages_block(keys, keys + size, &args->cache, slots, count, slots, 0, head, args->head_dim);
 }
 
-/* Attends with `count` query tokens of sequence s, from its query token `from` on, and one key-value head; keys are its
- * first packed block */
+/* Attends with `count` query tokens of sequence s, from its query token `from` on, and one key-value head. `keys` is
+ * the first packed block of that head. */
 static void attend_task(const prefill_attention_args *args, const operands *keys, long s, long head, long from,
                         long count, long size) {
     const long Hkv = args->num_kv_heads, group = args->group, D = args->head_dim;
     long first = args->query_starts[s] + from, queries = args->query_starts[s + 1] - args->query_starts[s];
-    long seen = args->lengths[s] - queries + from + 1; /* by the first of them, itself included */
+    long seen = args->lengths[s] - queries + from + 1; /* tokens that the first query sees, itself included */
     operand q[ROWS * MAX_HEAD_DIM];
     attended so_far;
     for (long i = 0; i < count; i++)
@@ -47,8 +47,8 @@ static void attend_task(const prefill_attention_args *args, const operands *keys
 
 void prefill_attention(const prefill_attention_args *args, worker *me) {
     const int32_t *lengths = args->lengths, *query_starts = args->query_starts;
-    const long Hkv = args->num_kv_heads, size = BLOCK / PER * args->head_dim / LANES; /* of a block's keys: operands */
-    const long tokens = ROWS / args->group;                                           /* of a task */
+    const long Hkv = args->num_kv_heads, size = BLOCK / PER * args->head_dim / LANES; /* operands of a block's keys */
+    const long tokens = ROWS / args->group;                                           /* query tokens of a task */
     operands *packed = (operands *)args->scratch;
     long blocks = 0, tasks = 0;
     for (long s = 0; s < args->num_sequences; s++) {
@@ -58,7 +58,7 @@ void prefill_attention(const prefill_attention_args *args, worker *me) {
     for (long task = first_task(me, blocks); task >= 0; task = next_task(me)) pack_task(args, packed, task, size);
     barrier(me);
     for (long task = first_task(me, tasks); task >= 0; task = next_task(me)) {
-        long s = 0, tasks_before = 0, blocks_before = 0; /* of the sequences before s */
+        long s = 0, tasks_before = 0, blocks_before = 0; /* of the sequences earlier than s */
         for (;; s++) {
             long of_sequence = Hkv * ceil_div(query_starts[s + 1] - query_starts[s], tokens);
             if (task < tasks_before + of_sequence) break;

@@ -1,4 +1,4 @@
-/* The residual sum and its RMSNorm, one row a task. norm.h says what is computed. */
+/* The residual sum and its RMSNorm. A task is one row. norm.h says what is computed. */
 #include "norm.h"
 #include "team.h"
 

@@ -1,4 +1,4 @@
-/* Rotary position embedding, half-split: value i of a head and value i + D / 2 are one point in a plane.
+/* Rotary position embedding, half-split: values i and i + D / 2 of a head are rotated together.
  *
  *     a head    | first half: i = 0 .. D/2 | second half |          a row of cos_sin   | cosines [D/2] | sines [D/2] |
  *

@@ -1,8 +1,8 @@
-/* SwiGLU of two tensors: out = silu(gate) * up, silu rounded to bfloat16 before the product.
+/* SwiGLU of two tensors: out = silu(gate) * up. silu is rounded to bfloat16 before the product.
  *
  *     for each value i:   out[i] = round(gate[i] / (1 + exp(-gate[i]))) * up[i]
  *
- * A task is PART values of a row, so that one long row keeps several threads busy. */
+ * A task is PART values of a row, so a single long row keeps several threads busy. */
 #include "team.h"
 #include "vectors.h"
 

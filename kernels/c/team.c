@@ -1,17 +1,18 @@
-/* The threads that carry calls out together.
+/* The threads that run calls together.
  *
  *     thread 0   ▒▒▒▒▒▒▒▒ tasks of a loop ▒▒│           ▒▒▒▒▒▒│
  *     thread 1   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒     │ barrier   ▒▒▒▒  │ barrier   the next call ...
  *     thread 2   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒  │           ▒▒▒▒▒ │
  *
- * They are torch's own where torch uses OpenMP: `parallel` is then GOMP_parallel, found in the process, so that two
- * pools do not compete for the cores. Elsewhere they are threads of ours. Either way a thread that waits does so here,
- * awake for at most PATIENCE and asleep after that: when other programs need the cores, waiting costs little of them.
- * Where a thread waits in vain, because there are more threads than cores, it is awake for half as long the next time.
+ * If torch uses OpenMP, they are torch's own threads: Python sets `parallel` to GOMP_parallel of the process, because
+ * two thread pools would compete for the cores. Otherwise this file starts its own threads. In both cases a thread
+ * waits in this file. It spins for at most PATIENCE and then sleeps, so waiting costs little if other programs need the
+ * cores. If spinning was in vain, because there are more threads than cores, the thread spins for half as long the next
+ * time.
  *
- * A loop is shared out in equal ranges, one a thread, from which its tasks are taken one by one; a thread that is
- * through with its own takes from the others'. So a thread reads what lies together, and one that lost its core delays
- * no more than the task that it is at. */
+ * A loop is divided into equal ranges, one a thread. A thread takes tasks from its own range one by one, and then from
+ * the ranges of the others. So a thread reads adjacent memory, and a thread that lost its core delays only the task
+ * that it is running. */
 #include "team.h"
 
 #include <pthread.h>
@@ -20,16 +21,16 @@
 #include <string.h>
 #include <time.h>
 
-#define PATIENCE 100000 /* ns: more than the tasks of a team differ by, less than a time slice */
-#define IMPATIENCE 1000 /* ns: patience does not fall below twice this */
-#define ON_STACK 16     /* threads whose shares lie on the caller's stack, which may be small */
-#define STACK (1 << 20) /* bytes of a thread of ours: attention needs a quarter of them, some systems give less */
+#define PATIENCE 100000 /* ns: longer than the tasks of a team differ, shorter than a time slice */
+#define IMPATIENCE 1000 /* ns: patience stays at or above twice this */
+#define ON_STACK 16     /* threads whose shares fit the caller's stack, which may be small */
+#define STACK (1 << 20) /* bytes of a thread's stack: attention needs a quarter; the default of some systems is less */
 
-/* OpenMP's functions, set by Python where torch uses it; otherwise null */
+/* OpenMP's functions. Python sets them if torch uses OpenMP; otherwise they are null. */
 EXPORTED void (*parallel)(void (*work)(void *), void *of, unsigned threads, unsigned flags) = 0;
-EXPORTED int (*present)(void) = 0; /* threads of the region, which may be fewer than were asked for */
+EXPORTED int (*present)(void) = 0; /* omp_get_num_threads; a region may have fewer threads than requested */
 
-typedef struct { /* a counter whose next change threads wait for */
+typedef struct { /* a counter; threads wait for its next change */
     atomic_uint value, sleepers;
     pthread_mutex_t mutex;
     pthread_cond_t changed;
@@ -48,7 +49,7 @@ struct team {
     int threads; /* at most */
     const call *calls;
     long count;
-    share *shares; /* [2, threads]: of this loop and of the one after it */
+    share *shares; /* [2, threads]: of this loop and of the next one */
     atomic_int joined;
     barrier_state barrier;
 };
@@ -69,7 +70,7 @@ static inline void relax(void) {
 #endif
 }
 
-/* Waits until the number is no longer `old`; patience is how many ns awake */
+/* Waits until the counter is no longer `old`. It spins for *patience ns before it sleeps. */
 static void wait_for_change(event_count *n, unsigned old, long *patience) {
     long until = 0;
     for (int turn = 0; atomic_load_explicit(&n->value, memory_order_acquire) == old; turn++) {
@@ -91,7 +92,7 @@ static void wait_for_change(event_count *n, unsigned old, long *patience) {
 
 static void signal_change(event_count *n) {
     atomic_fetch_add(&n->value, 1);
-    if (!atomic_load(&n->sleepers)) return; /* whoever counts itself after this sees the new value */
+    if (!atomic_load(&n->sleepers)) return; /* a thread that sleeps after this load sees the new value */
     pthread_mutex_lock(&n->mutex);
     pthread_cond_broadcast(&n->changed);
     pthread_mutex_unlock(&n->mutex);
@@ -111,7 +112,7 @@ void barrier(worker *me) {
     if (me->num_threads > 1) meet_at(&me->team->barrier, me->num_threads, &me->patience);
 }
 
-/* How many tasks of a thread's share are taken; a loop's counters are set to 0 during the one before it */
+/* The number of tasks taken from a thread's share. A loop's counters are set to 0 during the loop before it. */
 static atomic_long *taken_of(const worker *me, int loop, int thread) {
     return &me->team->shares[loop % 2 * me->num_threads + thread].taken;
 }
@@ -138,7 +139,7 @@ long next_task(worker *me) {
     return -1;
 }
 
-/* What a thread of a team does: it enters every call */
+/* Each thread of a team runs this: it enters the op of every call */
 static void run_calls(const call *calls, long count, worker *me) {
     for (long i = 0; i < count; i++) switch (calls[i].op) {
 #define RUN_CALL(OP)          \
@@ -160,7 +161,7 @@ static void work_in_region(void *of) {
     work(team, atomic_fetch_add(&team->joined, 1), present());
 }
 
-/* Threads of ours, made when they are first needed. Each waits for teams, and all of them for the end of one. */
+/* This file's own threads, started when they are first needed. Each waits for a team; all of them wait for its end. */
 static struct {
     pthread_mutex_t mutex; /* one caller at a time */
     int threads;
@@ -171,7 +172,7 @@ static struct {
 
 typedef struct {
     int index;
-    unsigned teams; /* that there were before it */
+    unsigned teams; /* number of earlier teams */
 } arrival;
 
 static void *wait_for_teams(void *of) {
@@ -186,7 +187,7 @@ static void *wait_for_teams(void *of) {
     return 0;
 }
 
-/* Threads do not survive a fork, OpenMP's neither, and a lock may be held by one of them */
+/* A fork copies no other thread, neither these nor OpenMP's, and a lock may be held by one of them */
 static void forget_threads(void) {
     parallel = 0;
     memset(&pool, 0, sizeof pool);
@@ -199,7 +200,7 @@ static void forget_threads(void) {
 
 __attribute__((constructor)) static void register_fork(void) { pthread_atfork(0, 0, forget_threads); }
 
-/* At least so many, or as many as the system allows */
+/* Starts threads until there are `wanted` of them, or as many as the system allows */
 static void make_threads(int wanted) {
     pthread_attr_t large;
     pthread_attr_init(&large);

@@ -1,17 +1,17 @@
-/* A call of an op, and the team of threads that carries it out.
+/* A call of an op, and the team of threads that runs it.
  *
- * `run` (team.c) goes through any number of calls with one team. Every thread enters each op, so an op shares its loops
- * out, and ends each of them with a barrier:
+ * `run` (team.c) runs any number of calls with one team. Every thread enters each op. An op shares its loops out to the
+ * threads, and ends each loop with a barrier:
  *
  *     for (long task = first_task(me, tasks); task >= 0; task = next_task(me)) ...
  *     barrier(me);
  *
- * Which thread does a task changes no bit of its result. */
+ * The result of a task does not depend on the thread that runs it. */
 #ifndef TEAM_H
 #define TEAM_H
 #include "calls.h"
 
-#define EXPORTED __attribute__((visibility("default"))) /* to Python; other libraries may have names like ours */
+#define EXPORTED __attribute__((visibility("default"))) /* for Python; the rest is hidden: others use such names */
 
 typedef struct {
     long op; /* its place in EACH_OP */
@@ -31,17 +31,17 @@ enum {
 typedef struct team team;
 typedef struct {
     team *team;
-    int index, num_threads; /* which thread of how many */
-    int loops;              /* that it has begun */
-    int victim;             /* whose share of the present loop it takes from: 0 its own, 1 the next thread's, ... */
+    int index, num_threads; /* this thread's number, and the number of threads */
+    int loops;              /* loops that it has begun */
+    int victim;             /* the share that it takes tasks from: 0 its own, 1 the next thread's, ... */
     long num_tasks;         /* of the present loop */
-    long num_taken;         /* where there is one thread: tasks that it has taken */
-    long patience;          /* ns that it waits awake for the others */
+    long num_taken;         /* with one thread only: tasks that it has taken */
+    long patience;          /* ns that it spins before it sleeps */
 } worker;
 
-long first_task(worker *me, long num_tasks); /* the first task of a loop that is this thread's, or -1 */
+long first_task(worker *me, long num_tasks); /* this thread's first task of a loop, or -1 */
 long next_task(worker *me);
-void barrier(worker *me); /* goes on when all threads have come here */
+void barrier(worker *me); /* returns when all threads have called it */
 
 #define PROTOTYPE(OP) void OP(const OP##_args *args, worker *me);
 EACH_OP(PROTOTYPE)

@@ -1,11 +1,11 @@
-/* Vectors as wide as the machine's registers, and what is computed on them one value beside the other.
+/* Vectors as wide as the machine's registers, and elementwise functions of them.
  *
  *     in memory     bf16    | 0 | 1 | 2 | ...          two bytes each
  *     in a register floats  |   0   |   1   | ...      LANES float32: 16 with AVX-512, 8 with AVX2, else 4 (NEON)
  *                   pairs   | 0 | 1 | 2 | 3 | ...      STEP = 2 LANES bf16, two in each lane, the first in the low half
  *
  * Values are rounded to bfloat16 where kernels/reference.py rounds them. A sum over a row has LANES partial sums, so
- * its last bits differ from one width to another; on one machine they depend on nothing but the row. */
+ * its last bits differ between vector widths. On one machine they depend on the row only. */
 #ifndef VECTORS_H
 #define VECTORS_H
 #include "calls.h"
@@ -26,7 +26,7 @@
 #define LANES 4
 #endif
 
-#define STEP (2 * LANES) /* bfloat16 of a register */
+#define STEP (2 * LANES) /* bfloat16 in a register */
 #define ALWAYS static inline __attribute__((always_inline))
 
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
@@ -35,7 +35,7 @@ typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float float8 __attribute__((vector_size(32)));
 typedef float float4 __attribute__((vector_size(16)));
 
-/* KEEP(x): x is in a register from here on, and not loaded again at each use */
+/* KEEP(x): the compiler keeps x in a register from here on, and does not load it again at each use */
 #if defined(__x86_64__)
 #define KEEP(VECTOR) __asm__("" : "+v"(VECTOR))
 #elif defined(__aarch64__)
@@ -62,7 +62,7 @@ ALWAYS floats low(pairs x) { return (floats)(x << 16); }
 
 ALWAYS floats high(pairs x) { return (floats)(x & 0xFFFF0000); }
 
-/* Compilers convert between 16 and 32 bits in more steps than the processor needs, where nobody tells them better */
+/* Explicit instructions: compilers convert between 16 and 32 bits in more steps than the processor needs */
 ALWAYS floats widen_halves(halves values) {
 #if LANES == 16
     return (floats)((pairs)_mm512_cvtepu16_epi32((__m256i)values) << 16);
@@ -73,7 +73,7 @@ ALWAYS floats widen_halves(halves values) {
 #endif
 }
 
-/* To the nearest, ties to even, in the low half; NaN stays NaN */
+/* Rounds to nearest, ties to even; the result is in the low half. NaN stays NaN. */
 ALWAYS pairs nearest(floats x) {
     pairs bits = (pairs)x, ordered = (pairs)(x == x);
     return (((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & ordered) | (~ordered & 0x7FC0);
@@ -103,7 +103,7 @@ ALWAYS void store_narrow(bf16 *to, floats values) {
     memcpy(to, &near, sizeof near);
 }
 
-/* The first `count` of LANES values; a copy of unknown size is a call, so all of them are a case of their own */
+/* The first `count` of LANES values. memcpy of an unknown size is a call, so count == LANES has its own branch. */
 ALWAYS floats load_some(const bf16 *from, long count) {
     if (count == LANES) return load_wide(from);
     halves values = {0};
@@ -117,7 +117,7 @@ ALWAYS void store_some(void *to, const void *values, long count, long size) {
     else memcpy(to, values, LANES * sizeof(float));
 }
 
-ALWAYS float sum(floats x) { /* by halves, so that it stays in vector registers */
+ALWAYS float sum(floats x) { /* by halves, which keeps it in vector registers */
 #if LANES == 16
     float8 eights[2];
     memcpy(eights, &x, sizeof x);

@@ -1,7 +1,7 @@
-/* Weights of any format: each function here calls the one of the weight's format.
+/* Weights of any format. Each function calls the function of the weight's format.
  *
- * A format is one file like dense_weight.h and its name in EACH_WEIGHT_FORMAT (calls.h). Where `format` is a constant,
- * nothing is left of the choice in the machine code. */
+ * To add a format, write a file like dense_weight.h and list its name in EACH_WEIGHT_FORMAT (calls.h). If `format` is a
+ * constant, the compiler removes the switch. */
 #ifndef WEIGHTS_H
 #define WEIGHTS_H
 #include "dense_weight.h"
@@ -12,7 +12,7 @@ enum {
 #undef NUMBER
 };
 
-/* The body of a function: CALL for the format */
+/* One case of a switch: CALL for the format */
 #define CALL_FORMAT(FORMAT) \
     case FORMAT##_weight:   \
         CALL(FORMAT);       \

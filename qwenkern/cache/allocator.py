@@ -1,4 +1,4 @@
-"""Which pages of the cache are whose. Nothing here touches their memory."""
+"""Allocates the pages of the cache to sequences. Nothing here touches the pages' memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ..errors import RequestError
 
 
 class BlockTable:
-    """The pages of one sequence, and how many of its tokens they hold."""
+    """The pages of one sequence, and the number of its tokens in them."""
 
     def __init__(self) -> None:
         self.pages: list[int] = []
@@ -16,17 +16,17 @@ class BlockTable:
 class PageAllocator:
     """Gives pages to sequences and takes them back.
 
-    A page belongs to one sequence, or is full and shared by sequences that began alike. Who has a page is said in one
-    place, the tables: a page is free when no table that the allocator lists names it. The list of free pages is derived
-    from the tables, and again once a table has been released. So an exception at any line, such as a KeyboardInterrupt,
-    loses no page for longer than its sequence lives."""
+    A page belongs to one sequence, or it is full and shared by sequences with the same beginning. Only the block tables
+    say which pages are in use: a page is free if no listed table contains it. The list of free pages is computed from
+    the tables, and computed again after a table was released. So if an exception interrupts any line (such as a
+    KeyboardInterrupt), no page stays in use longer than its sequence lives."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size  # tokens
-        self._tables: set[BlockTable] = set()  # those that have pages
-        self._free: list[int] = []  # free pages, but not all of them after a release
-        self._released = True  # whether there may be more
+        self._tables: set[BlockTable] = set()  # the tables that have pages
+        self._free: list[int] = []  # free pages; incomplete after a release
+        self._released = True  # whether _free may be incomplete
 
     @property
     def num_tokens(self) -> int:
@@ -43,7 +43,7 @@ class PageAllocator:
     def has_room(self, num_pages: int) -> bool:
         """Whether so many pages are free."""
         if num_pages > len(self._free) and self._released:
-            self._released = False  # first: what is released meanwhile may be missed
+            self._released = False  # before reading the tables, because a page released meanwhile may be missed
             used = self._used()
             self._free = [page for page in range(self.num_pages - 1, -1, -1) if page not in used]
         return num_pages <= len(self._free)
@@ -53,11 +53,12 @@ class PageAllocator:
         return table in self._tables
 
     def missing_pages(self, table: BlockTable, num_tokens: int) -> int:
-        """Pages that the sequence's next ``num_tokens`` need and it does not have yet."""
+        """The number of pages that the sequence lacks for its next ``num_tokens`` tokens."""
         return max(0, -(-(table.length + num_tokens) // self.page_size) - len(table.pages))
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
-        """Gives the sequence the pages that its next ``num_tokens`` need, or raises RequestError and gives none."""
+        """Gives the sequence the pages for its next ``num_tokens`` tokens. Raises RequestError, and gives none, if too
+        few are free."""
         missing = self.missing_pages(table, num_tokens)
         if not missing:
             return
@@ -72,8 +73,8 @@ class PageAllocator:
         table.pages += reversed(pages)
 
     def fork(self, table: BlockTable, copy: BlockTable) -> None:
-        """Gives an empty table the same past: it shares the full pages and gets one of its own for the page that is
-        still being filled."""
+        """Makes an empty table a copy of another one. The copy shares the full pages, and gets a page of its own for
+        the page that is partly full. Raises RequestError if there is no free page."""
         full, tail = divmod(table.length, self.page_size)
         self.extend(copy, tail)
         self._tables.add(copy)
@@ -81,13 +82,13 @@ class PageAllocator:
         copy.length = table.length
 
     def release(self, table: BlockTable) -> None:
-        """Takes back every page that no other sequence shares, and empties the table."""
+        """Empties the table. Its pages are free, except those that another sequence shares."""
         self._tables.discard(table)
         self._released = True
         table.pages, table.length = [], 0
 
     def recount(self) -> None:
-        """Derives the free pages again when they are next asked for."""
+        """Computes the free pages again when they are next needed."""
         self._released = True
 
     def _used(self) -> set[int]:

@@ -1,4 +1,4 @@
-"""The batch: the tokens of one forward pass, and where they belong."""
+"""The batch of one forward pass: its tokens and their places in the cache."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Batch:
 
     ids: Tensor  # [T] int64
     positions: Tensor  # [T] int64
-    slots: Tensor  # [T] int64, where each token's key and value go
+    slots: Tensor  # [T] int64, the slot of each token's key and value
     block_tables: Tensor  # [S, P] int32
     lengths: Tensor  # [S] int32
     query_starts: Tensor  # [S + 1] int32
@@ -28,7 +28,7 @@ class Batch:
 
     @classmethod
     def of(cls, parts: Sequence[tuple[BlockTable, Sequence[int]]], page_size: int, device: torch.device) -> Batch:
-        """The next token ids of some sequences, each of which has the pages for them."""
+        """The batch of the next token ids of some sequences. Each sequence already has the pages for them."""
         ids: list[int] = []
         positions: list[int] = []
         slots, lengths, query_starts = [], [], [0]

@@ -1,4 +1,4 @@
-"""The key-value cache: the pages' memory, and the lock of those who share it."""
+"""The key-value cache: the pages' memory, and the lock of the threads that share it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 
 
 class PagedCache(PageAllocator):
-    """Keys and values of all layers: ``pages`` has those of each as one value (kernels/pages/), with one page to spare.
+    """Keys and values of all layers. ``pages`` has one value for each layer (kernels/pages/), each with one spare page.
 
-    The memory is not cleared, and on a CPU the operating system provides it only as pages are first written.
+    The memory is not cleared. On a CPU the operating system provides it only as pages are first written.
 
-    Whoever takes pages, or runs a pass, holds ``lock``. Releasing pages needs no lock, since the garbage collector may
-    be the one who does it, in the middle of anything."""
+    A thread must hold ``lock`` while it takes pages or runs a pass. Freeing pages needs no lock, because the garbage
+    collector may do it at any time."""
 
     def __init__(
         self,
@@ -37,19 +37,19 @@ class PagedCache(PageAllocator):
     ) -> None:
         super().__init__(-(-num_tokens // page_size), page_size)
         self.dtype = dtype
-        self.spare_page = self.num_pages  # of nobody: for rows of a captured step that have no sequence
+        self.spare_page = self.num_pages  # for rows of a captured step that have no sequence
         shape = (self.num_pages + 1, page_size, config.num_key_value_heads, config.head_dim)
         self.pages = [pages.allocate(*shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self.device = self.pages[0].device
-        self.rope = RopeTable(config, self.num_tokens, device)  # of the positions that its sequences reach
-        self.lock = threading.Lock()  # one forward pass at a time, whoever shares the cache
-        self.shares: dict[Any, None] = {}  # engine.sharing.Share: one for each engine that uses the cache
+        self.rope = RopeTable(config, self.num_tokens, device)  # angles for the positions that sequences have reached
+        self.lock = threading.Lock()  # one forward pass at a time on this cache
+        self.shares: dict[Any, None] = {}  # an engine.sharing.Share for each engine that uses the cache
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         missing = self.missing_pages(table, num_tokens)
         if not missing:
             return
-        if self.has_room(missing):  # first: a page without its angles would be used
+        if self.has_room(missing):  # before the page is given: its positions need their angles
             self.rope.reach((len(table.pages) + missing) * self.page_size)
         super().extend(table, num_tokens)
 
@@ -61,8 +61,8 @@ class PagedCache(PageAllocator):
                 layer.copy_page(copy.pages[full], table.pages[full])
 
     def batch(self, parts: Sequence[tuple[BlockTable, Sequence[int]]]) -> Batch:
-        """Makes room for the next token ids of some sequences and says where they go. When the forward pass has
-        written them, call ``advance``."""
+        """Gives some sequences the pages for their next token ids, and returns the batch. When the forward pass has
+        written the tokens, call ``advance``. Raises RequestError if the cache has no room."""
         for table, ids in parts:
             self.extend(table, len(ids))
         return Batch.of(parts, self.page_size, self.device)

@@ -1,4 +1,4 @@
-"""From requests to tokens: who runs in a step, the pass itself, and what a caller gets."""
+"""The engine: requests, their scheduling, the forward pass, and the results that a caller gets."""
 
 from .completion import Completion, Score, Stream
 from .engine import Engine, Output

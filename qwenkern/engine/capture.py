@@ -1,4 +1,4 @@
-"""Capturing and replaying a function of tensors: a CUDA graph on a GPU, recorded C calls on a CPU."""
+"""Captures and replays a function of tensors: as a CUDA graph on a GPU, as recorded C calls on a CPU."""
 
 from __future__ import annotations
 
@@ -17,30 +17,31 @@ Read = Callable[[], list[int]]
 
 
 class Capture(Protocol):
-    """What a kind of device does for the captured step, beyond torch's operations."""
+    """The operations that differ between devices for the captured step."""
 
     steps_in_flight: int  # steps launched before the tokens of the first one are read; 0: the host draws the tokens
 
     def padded(self, sequences: int) -> int | None:
-        """Rows of the step that so many sequences use. None: such a step is not captured."""
+        """The number of rows of the captured step for so many sequences. None: a step of this size is not captured."""
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """A replay of the function, and the tensor that it fills."""
+        """Captures the function. Returns a function that replays it, and the tensor that a replay fills."""
 
     def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
-        """Writes numbers into a tensor, in order with what is launched, without waiting."""
+        """Writes numbers into a tensor, in stream order, without waiting."""
 
     def download(self, source: Tensor) -> Read:
-        """What the tensor holds once all that was launched so far has run. Only the returned function waits."""
+        """Starts a copy of the tensor to the host, in stream order. The returned function waits for it and returns the
+        values."""
 
 
 class CallCapture:
-    """On a CPU: the C calls of the function, recorded and made again. The step ends with the logits."""
+    """On a CPU: records the C calls of the function and runs them again. The step ends with the logits."""
 
     steps_in_flight = 0
 
     def padded(self, sequences: int) -> int | None:
-        if c_backend.prepare():  # there is no C here
+        if c_backend.prepare():  # C cannot run here
             return None
         return sequences if sequences <= c_backend.prepared().limits.max_few_tokens else None
 
@@ -58,27 +59,27 @@ class CallCapture:
 
 
 class GraphCapture:
-    """On a GPU: a CUDA graph. The step draws the tokens too, and the host reads them one step behind."""
+    """On a GPU: a CUDA graph. The step also draws the tokens, and the host reads them one step later."""
 
     steps_in_flight = 1
-    _lock = threading.Lock()  # a capture begins by waiting for the device, which would break another one
+    _lock = threading.Lock()  # a capture begins with a device synchronisation, which would break a concurrent capture
 
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
 
     def padded(self, sequences: int) -> int | None:
-        """1, 2, 4, 8, then multiples of 8: few graphs, and at most as much waste as work."""
+        """1, 2, 4, 8, then multiples of 8. This keeps the graphs few, and at most doubles the rows."""
         return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches():
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                function()  # once outside of the graph: kernels are compiled and loaded, workspaces allocated
+                function()  # warm-up: compiles and loads kernels, allocates workspaces
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # relaxed: another thread of the program may allocate meanwhile
+            # relaxed: other threads may allocate memory meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
                 out = function()
         return graph.replay, out

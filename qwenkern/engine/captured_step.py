@@ -1,10 +1,10 @@
-"""The decode step, captured once for each number of sequences and replayed for every token.
+"""The decode step of the whole model, captured once for each number of sequences and replayed for every token.
 
     ids, positions, block tables ─► layers ─► logits ─► (on a GPU) tokens ─┐
      ▲                                                                     │
      └─────────────────────────────────────────────────────────────────────┘
 
-How a device captures, and whether its step draws the tokens, is said in capture.py.
+capture.py says how each device captures, and whether its step draws the tokens.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from .capture import Capture, Read, capture_for
 
 
 class CapturedStep:
-    """A captured step of ``size`` rows. With ``candidates`` None it ends with the logits. Otherwise it draws each row's
-    token from so many candidates (sampling.draw), and its next replay continues from there."""
+    """A captured step of ``size`` rows. With ``candidates=None`` it ends with the logits. Otherwise it draws each row's
+    token from the ``candidates`` most likely tokens (sampling.draw), and the next replay continues from there."""
 
     def __init__(self, model: Qwen2, cache: PagedCache, size: int, candidates: int | None, capture: Capture) -> None:
         self._model, self._cache, self._candidates, self._capture = model, cache, candidates, capture
         device, pages = cache.device, -(-model.config.context_length // cache.page_size)
         spare = cache.spare_page
-        self._batch = Batch(  # rows without a sequence write to the spare page, and stay where they are
+        self._batch = Batch(  # rows without a sequence write to the spare page, and their positions stay fixed
             ids=torch.zeros(size, dtype=torch.int64, device=device),
             positions=torch.zeros(size, dtype=torch.int64, device=device),
             slots=torch.full((size,), spare * cache.page_size, device=device),
@@ -39,14 +39,14 @@ class CapturedStep:
             query_starts=torch.arange(size + 1, dtype=torch.int32, device=device),
             is_decode=True,
         )
-        self._moves = torch.zeros(size, dtype=torch.int32, device=device)  # 1 for rows with a sequence
+        self._moves = torch.zeros(size, dtype=torch.int32, device=device)  # 1 for rows with a sequence, else 0
         self._settings = DrawSettings.neutral(size, device)
-        self.owner: object = None  # whose sequences the next replay continues
+        self.owner: object = None  # the pipeline whose sequences the next replay continues
         with torch.inference_mode():
             self.replay, self.out = capture.capture(self._run)
 
     def load(self, batch: Batch) -> None:
-        """Takes the next tokens of a decode batch, and their places."""
+        """Sets the rows to the next tokens of a decode batch and their places in the cache."""
         count, pages = batch.block_tables.shape
         mine = self._batch
         mine.block_tables[:count, :pages] = batch.block_tables
@@ -57,21 +57,21 @@ class CapturedStep:
         self._moves[:count], self._moves[count:] = 1, 0
 
     def load_settings(self, sequences: Sequence[SampledSequence]) -> None:
-        """Takes how each sequence draws its tokens."""
+        """Sets how each sequence draws its tokens."""
         self._capture.upload(self._settings.values[:, : len(sequences)], DrawSettings.of(sequences))
 
     def load_uniforms(self, sequences: Sequence[SampledSequence]) -> None:
-        """Takes the random numbers of the next replay, if it needs any."""
+        """Sets the random numbers of the next replay, if it draws at random."""
         if self._candidates is not None and self._candidates > 1:
             uniforms = [sequence.uniform() for sequence in sequences]
             self._capture.upload(self._settings.uniforms[: len(sequences)], uniforms)
 
     def add_page(self, row: int, at: int, page: int) -> None:
-        """Puts a page into a row's block table."""
+        """Writes a page number into a row's block table."""
         self._capture.upload(self._batch.block_tables[row, at : at + 1], [page])
 
     def tokens(self) -> Read:
-        """The tokens of the replay that was launched last."""
+        """The tokens of the latest replay; calling the result waits for them."""
         return self._capture.download(self.out)
 
     def _run(self) -> Tensor:
@@ -86,14 +86,14 @@ class CapturedStep:
         else:
             logits = self._model(batch, self._cache)
             largest, tokens = logits.amax(-1), draw(logits, self._settings, self._candidates)
-        batch.ids.copy_(tokens)  # the next replay runs before the host has seen whether these are right
+        batch.ids.copy_(tokens)  # also if not finite: the next replay starts before the host checks them
         batch.positions.add_(self._moves)
         batch.lengths.add_(self._moves)
         return or_not_finite(tokens, largest)
 
 
 class CapturedSteps:
-    """The captured steps of a model over a cache, each made when it is first needed."""
+    """The captured steps of a model over a cache. Each is captured when it is first needed."""
 
     def __init__(self, model: Qwen2, cache: PagedCache, capture: Capture | None = None) -> None:
         self.capture = capture or capture_for(cache.device)
@@ -102,11 +102,13 @@ class CapturedSteps:
 
     @property
     def in_flight(self) -> int:
-        """Steps that are launched before the tokens of the first one are read. 0: the host draws the tokens."""
+        """The number of steps that are launched before the tokens of the first one are read. 0: the host draws the
+        tokens."""
         return self.capture.steps_in_flight
 
     def get(self, sequences: int, candidates: int | None = None) -> CapturedStep | None:
-        """The step for so many sequences, captured now if it is the first of its kind. None where none can be."""
+        """The captured step for so many sequences, which is captured now if it is missing. None if it cannot be
+        captured."""
         size = self.capture.padded(sequences)
         if size is None or self._waits_for_host():
             return None
@@ -115,7 +117,7 @@ class CapturedSteps:
         return self._steps[size, candidates]
 
     def logits(self, batch: Batch) -> Tensor | None:
-        """Logits [S, V] of a decode batch, valid until the next call. None where the step cannot be captured."""
+        """Logits [S, V] of a decode batch, valid until the next call. None if the step cannot be captured."""
         step = self.get(len(batch.lengths))
         if step is None:
             return None
@@ -130,5 +132,5 @@ class CapturedSteps:
     def _captured(self, size: int, candidates: int | None) -> CapturedStep | None:
         try:
             return CapturedStep(self._model, self._cache, size, candidates, self.capture)
-        except c_backend.CannotRecord:  # another dtype, sizes that C does not take, no compiler: torch runs it
+        except c_backend.CannotRecord:  # C refuses the dtype or a size: torch runs the step
             return None

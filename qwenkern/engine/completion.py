@@ -1,4 +1,4 @@
-"""What a model gives back: completions, streams of text, scores."""
+"""The results of a model's calls: completions, streams of text, scores."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from .request import Request
 
 @dataclass(frozen=True)
 class Completion:
-    """What the model wrote after a prompt."""
+    """The text that the model generated after a prompt."""
 
     text: str
-    token_ids: list[int]  # the id that ended the text included
+    token_ids: list[int]  # includes the id that ended the text
     finish_reason: str | None  # "stop": an end id or stop string; "length": max_tokens or the context; None: not ended
-    stop_reason: int | str | None  # the id or string that ended it
-    logprobs: list[TokenLogprob] | None  # one a token, where asked for
+    stop_reason: int | str | None  # the token id or stop string that ended the text
+    logprobs: list[TokenLogprob] | None  # one for each token, if requested
     num_prompt_tokens: int
-    prompt_index: int = 0  # which prompt of the list
-    sample_index: int = 0  # which of its n completions
+    prompt_index: int = 0  # the index of the prompt in the list
+    sample_index: int = 0  # the index among the prompt's n completions
 
     @property
     def num_tokens(self) -> int:
@@ -45,10 +45,10 @@ class Completion:
 
 
 class Stream:
-    """Text as it comes: iterate over the pieces, then read ``completion``. Closing it stops the model.
+    """Text as it is generated. Iterate over the pieces, then read ``completion``. ``close`` stops the generation.
 
-    A stream that is open and not read keeps its room in the key-value cache until another call needs it. Its tokens are
-    then computed again when it is read on, once there is room."""
+    An open stream that is not read keeps its pages of the key-value cache until another call needs them. When it is
+    read again, its tokens are computed again as soon as there is room."""
 
     def __init__(self, outputs: Generator[Output, None, None], request: Request) -> None:
         self._outputs = outputs
@@ -60,7 +60,7 @@ class Stream:
     def __next__(self) -> str:
         try:
             for output in self._outputs:
-                if self._request.aborted:  # closed by another thread, during this step
+                if self._request.aborted:  # another thread closed the stream during this step
                     self._outputs.close()
                 elif output.text:
                     return output.text
@@ -77,8 +77,8 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stops the model; the text so far stays in ``completion``. While another thread reads, its iteration ends
-        after the step in progress, or soon where it waits for room in the cache."""
+        """Stops the generation. The text so far stays in ``completion``. If another thread is reading, its iteration
+        ends after the step in progress; if that thread waits for room in the cache, it ends shortly after."""
         self._request.aborted = True
         try:
             self._outputs.close()
@@ -88,7 +88,7 @@ class Stream:
 
     @property
     def completion(self) -> Completion:
-        """Everything so far."""
+        """The completion so far."""
         return Completion.of(self._request)
 
 
@@ -98,14 +98,14 @@ def _is_being_read(error: ValueError) -> bool:
 
 @dataclass(frozen=True)
 class Score:
-    """How likely a model finds a text: the natural log-probability of each token after those before it."""
+    """The natural log-probability of each token of a text, given the tokens before it."""
 
     token_ids: list[int]
-    logprobs: list[float]  # of token_ids[1:]: nothing comes before the first
+    logprobs: list[float]  # of token_ids[1:]; the first token has none before it
 
     @property
     def perplexity(self) -> float | None:
-        """exp of the mean negative log-probability; None for a text of one token, which has none."""
+        """exp of the mean negative log-probability. None for a text of one token."""
         if not self.logprobs:
             return None
         return torch.tensor(self.logprobs, dtype=torch.float64, device="cpu").mean().neg().exp().item()

@@ -1,4 +1,4 @@
-"""The engine: requests come at any time, and each step gives some of them their next token."""
+"""The engine: it takes requests at any time, and each step computes the next token of some of them."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .scheduler import MAX_BATCH, Limits, Scheduled, Scheduler
 
 
 class Output(NamedTuple):
-    """What a step brought to one request."""
+    """The result of a step for one request."""
 
     request: Request
-    token_ids: list[int]  # new ones
-    text: str  # that became certain
-    finish_reason: str | None = None  # "stop" or "length" where these were its last tokens
-    error: Error | None = None  # that ended it instead
-    logits: Iterator[Tensor] | None = None  # where it wants those of its prompt: the next rows, float32 [<= 64, V] each
+    token_ids: list[int]  # new tokens
+    text: str  # new text that no later token can change
+    finish_reason: str | None = None  # "stop" or "length" if the request has ended
+    error: Error | None = None  # the error that ended the request, if any
+    logits: Iterator[Tensor] | None = None  # if it wants its prompt's: next rows, float32 [<= 64, V] each
 
 
 class Engine:
@@ -38,29 +38,29 @@ class Engine:
     ...         for output in engine.step():
     ...             print(output.text, end="")
 
-    ``add`` and ``abort`` may be called from any thread and between any two steps; one thread at a time makes steps.
-    Several engines may run on one runner. They share its cache as sharing.py says; their requests do not run in common
-    batches.
+    Any thread may call ``add`` and ``abort`` at any time. Only one thread at a time may call ``step``. Several engines
+    may use one runner. They share its cache by the rules of sharing.py; the requests of different engines are never in
+    one batch.
 
-    An error in one request's logits or sampling ends that request. An exception of a step, such as a KeyboardInterrupt,
-    ends all requests of the engine and gives their pages back. Other engines go on."""
+    If a request's logits are not finite or its sampling fails, that request ends with an error. An exception in a step,
+    such as a KeyboardInterrupt, ends all requests of this engine and frees their pages. Other engines continue."""
 
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits)
         self._pipeline: DecodePipeline | None = None
         self._stepping = threading.Lock()
-        self._finalizer = weakref.finalize(self, self.scheduler.close)  # where nobody closes it
+        self._finalizer = weakref.finalize(self, self.scheduler.close)  # for an engine that nobody closes
 
     @property
     def has_requests(self) -> bool:
-        """Whether a step has anything to do."""
+        """Whether there are requests that have not ended, or steps whose tokens are not read yet."""
         return self.scheduler.has_requests or self._pipeline is not None
 
     def add(self, request: Request) -> None:
-        """Takes a request and its siblings, from any thread. They start in a later step, when the cache has room.
+        """Adds a request and its siblings, from any thread. They start in a later step, when the cache has room.
 
-        Raises RequestError where even an empty cache has none."""
+        Raises RequestError if the request does not fit even an empty cache."""
         cache, num_tokens = self.runner.cache, len(request.prompt_ids) + max(0, request.max_tokens - 1)
         if num_tokens > cache.num_tokens:  # the last token is never cached
             raise RequestError(
@@ -71,19 +71,19 @@ class Engine:
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """Ends a request, from any thread. It waits for the pass in progress; when it returns, the pages are free and
-        no later step has an output for the request. Other completions of its prompt go on. Nothing happens to a request
-        that has ended."""
+        """Ends a request, from any thread. This call waits for the forward pass in progress. When it returns, the
+        request's pages are free, and no later step has an output for it. Other completions of its prompt continue. A
+        request that has already ended is left as it is."""
         request.aborted = True
         with self.runner.cache.lock:
             self.scheduler.abort(request)
 
     def step(self) -> list[Output]:
-        """Runs one pass, or waits for up to 0.1 s where the cache has no room for any request.
+        """Runs one forward pass. If the cache has no room for any request, waits for up to 0.1 s instead.
 
-        Returns what each request gained: nothing where a pass only read a part of a prompt, or without requests. An
-        output's error is a NonFiniteError where the logits are not finite, a RequestError where biases and penalties
-        leave no token to draw."""
+        Returns the outputs of the pass. The list is empty if the pass read a part of a prompt, or if there are no
+        requests. The error of an output is a NonFiniteError if the logits are not finite, or a RequestError if biases
+        and penalties forbid every token."""
         if not self._stepping.acquire(blocking=False):
             raise RequestError("another thread is in a step of this engine; expected one at a time")
         try:
@@ -98,8 +98,8 @@ class Engine:
             self._stepping.release()
 
     def run(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
-        """Adds requests and makes steps until all have ended. When the iteration ends, in whatever way, the pages are
-        given back. Raises the error of the first request that has one."""
+        """Adds requests and runs steps until all of them have ended. When the iteration ends, for whatever reason, the
+        pages are freed. Raises the error of the first request that fails."""
         try:
             try:
                 for request in requests:
@@ -112,10 +112,10 @@ class Engine:
             finally:
                 self.close()
         finally:
-            self.close()  # a second interrupt may have struck the first
+            self.close()  # a second KeyboardInterrupt may have interrupted the first close
 
     def close(self) -> None:
-        """Ends all requests, and gives their pages back. Not while another thread is in a step."""
+        """Ends all requests and frees their pages. No other thread may be in a step."""
         self.scheduler.close()
         self._pipeline = None
         self._finalizer.detach()
@@ -146,7 +146,8 @@ class Engine:
         return self._accept(sampled)
 
     def _new_pipeline(self, scheduled: list[Scheduled]) -> DecodePipeline | None:
-        """A pipeline of the scheduled requests, where the device draws tokens and these need no more than that."""
+        """A pipeline of the scheduled requests. None unless the device draws the tokens and no request needs the host
+        for its draw."""
         captured, requests = self.runner.captured, [request for request, _ in scheduled]
         if not requests or not captured.in_flight or not all(map(_may_be_pipelined, requests)):
             return None
@@ -156,9 +157,10 @@ class Engine:
         return DecodePipeline(self.runner, self.scheduler, requests, candidates)
 
     def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
-        """A pass, and a token for every request that it completes and for the siblings that start there."""
+        """Runs a pass, and samples a token for every request whose pending tokens are now all computed, and for its
+        siblings, which start there."""
         last_rows = [end - 1 for end in accumulate(len(ids) for _, ids in scheduled)]
-        may_replay = all(request.output_ids for request, _ in scheduled)  # not for a prompt of one token
+        may_replay = all(request.output_ids for request, _ in scheduled)  # False for a prompt, even of one token
         logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
         requests, rows = [], []
         for row, (request, _) in enumerate(scheduled):
@@ -189,8 +191,8 @@ class Engine:
         return Output(request, [], "", error=error)
 
     def _score(self, request: Request, ids: list[int]) -> list[Output]:
-        """A pass over a part of a prompt whose logits are all asked for. Those that were given out before the request
-        lost its pages are not given again. Under the lock."""
+        """Runs a pass over a part of a prompt whose logits are all requested. If the request lost its pages, the logits
+        that were already returned are not returned again. The caller holds the cache's lock."""
         start = request.num_cached
         x, residual = self.runner.hidden([(request.table, ids)])
         if start != request.num_scored:
@@ -211,5 +213,5 @@ class Engine:
 
 
 def _may_be_pipelined(request: Request) -> bool:
-    """Whether its next token is drawn from the logits after its last one, as the captured step does."""
+    """Whether the captured step can compute and draw the next token: one pending token, and no work for the host."""
     return bool(request.output_ids) and len(request.pending_ids) == 1 and not request.params.needs_host

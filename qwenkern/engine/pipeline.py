@@ -1,4 +1,4 @@
-"""Decode steps launched before the tokens of the last ones are read."""
+"""Decode steps that are launched before the host has read the tokens of the earlier ones."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from .scheduler import Scheduler
 
 
 class DecodePipeline:
-    """Captured steps of requests that each have one pending token, until the scheduler has to decide something: one of
-    them has ended, another has come, or the cache is full. What a request decodes beyond its end is thrown away."""
+    """Captured steps of requests that each have one pending token. The pipeline launches steps until the scheduler must
+    decide something: a request has ended, another has arrived, or the cache is full. Tokens that a request decodes
+    after its end are discarded."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler, requests: list[Request], candidates: int) -> None:
         self._cache, self._captured, self._scheduler = runner.cache, runner.captured, scheduler
         self._requests, self._candidates = requests, candidates
-        self._key = object()  # says that a step was loaded for this pipeline
-        self._unread: deque[Read] = deque()  # of steps in flight
+        self._key = object()  # marks the captured step as loaded for this pipeline
+        self._unread: deque[Read] = deque()  # the tokens of the steps in flight
         self._launches_left = min(request.max_tokens - len(request.output_ids) for request in requests)
 
     def tokens(self) -> list[tuple[Request, int]]:
-        """The next token of each request, also of one that has ended meanwhile, once more steps are launched. Nothing
-        when all are read and the scheduler has to decide."""
+        """Launches more steps, then returns the next token of each request, even of one that has ended meanwhile.
+        Returns an empty list when all tokens are read and the scheduler must decide."""
         while len(self._unread) <= self._captured.in_flight and self._launch_next():
             pass
         if not self._unread:
@@ -39,10 +40,10 @@ class DecodePipeline:
         with self._cache.lock:
             step = self._captured.get(len(self._requests), self._candidates)
             assert step is not None, "the engine makes a pipeline only where steps can be captured"
-            is_loaded = step.owner is self._key  # not at first, nor after another pipeline has used the step
+            is_loaded = step.owner is self._key  # False at first, and after another pipeline used the step
             if not self._scheduler.goes_on(self._requests) or (self._unread and not is_loaded):
                 return False
-            step.owner = None  # until all of it has worked
+            step.owner = None  # set again below, once the launch has succeeded
             self._launch(step, is_loaded)
             step.owner = self._key
             self._unread.append(step.tokens())
@@ -51,7 +52,8 @@ class DecodePipeline:
 
     @torch.inference_mode()
     def _launch(self, step: CapturedStep, is_loaded: bool) -> None:
-        """Launches a step: from where its last replay ended, or with tokens and places that the host knows."""
+        """Launches a step. It continues from its last replay, or it is loaded with the tokens and places that the host
+        knows."""
         if is_loaded:
             self._add_pages(step)
         else:

@@ -1,4 +1,4 @@
-"""A request: one completion of a prompt, what is asked of it, and what there is of it so far."""
+"""A request: one completion of a prompt, with its parameters and its output so far."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from .stop_strings import StopStrings
 
 @dataclass(eq=False)
 class Request:
-    """One completion of a prompt, or with ``wants_logits`` the logits after each of the prompt's tokens."""
+    """One completion of a prompt. With ``wants_logits``, the logits after each token of the prompt instead."""
 
     prompt_ids: list[int]
-    params: SamplingParams  # with defaults filled
-    end_ids: frozenset[int]  # ids that end the text
+    params: SamplingParams  # with all defaults filled in
+    end_ids: frozenset[int]  # token ids that end the text
     max_tokens: int
     detokenizer: Detokenizer | None = None  # None: token ids only
     prompt_index: int = 0
     sample_index: int = 0
     siblings: list[Request] = field(default_factory=list)  # other completions of the same prompt, not started yet
-    wants_logits: bool = False  # of the prompt; then nothing is sampled
+    wants_logits: bool = False  # the logits of the prompt are returned, and no token is sampled
 
     def __post_init__(self) -> None:
         self.table = BlockTable()
-        self.started = 0  # grows from start to start, over all requests
+        self.started = 0  # the order of the latest start, over all requests
         self.output_ids: list[int] = []
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: str | None = None  # "stop" or "length"
-        self.stop_reason: int | str | None = None  # the id or string that ended it
+        self.stop_reason: int | str | None = None  # the token id or stop string that ended the text
         self.aborted = False
-        self.error: Error | None = None  # that ended it
-        self.num_scored = 0  # tokens of the prompt whose logits were given out
+        self.error: Error | None = None  # the error that ended the request
+        self.num_scored = 0  # tokens of the prompt whose logits were returned
         self._stops = StopStrings(self.params.stop)
         seed = self.params.seed
         self._random = random.Random() if seed is None else random.Random(f"{seed}/{self.sample_index}")
@@ -51,7 +51,7 @@ class Request:
 
     @property
     def pending_ids(self) -> list[int]:
-        """Tokens that are not in the cache yet."""
+        """The tokens of the prompt and the output that are not in the cache yet."""
         cached = self.table.length
         if cached >= len(self.prompt_ids):
             return self.output_ids[cached - len(self.prompt_ids) :]
@@ -61,7 +61,8 @@ class Request:
         return min(self._random.random(), BELOW_ONE)
 
     def accept(self, token: TokenLogprob | int) -> str:
-        """Appends a token. Returns the text that is now certain; sets finish_reason when it was the last one."""
+        """Appends a token. Returns the text that no later token can change. Sets finish_reason if it was the last
+        token."""
         if isinstance(token, TokenLogprob):
             self.logprobs.append(token)
             token = token.token_id

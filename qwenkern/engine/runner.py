@@ -1,4 +1,4 @@
-"""One pass: from scheduled sequences to a batch, through the model, to logits."""
+"""Runs a forward pass: makes a batch of the scheduled sequences and computes their logits."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ..qwen2 import Qwen2
 from .capture import Capture
 from .captured_step import CapturedSteps
 
-Part = tuple[BlockTable, Sequence[int]]  # a sequence, and its token ids that the pass computes
+Part = tuple[BlockTable, Sequence[int]]  # a sequence, and the token ids that the pass computes for it
 
 
 class Runner:
-    """A model over a cache. Whoever runs a pass holds the cache's lock."""
+    """A model and its cache. A thread must hold the cache's lock while it runs a pass."""
 
     def __init__(self, model: Qwen2, cache: PagedCache, capture: Capture | None = None) -> None:
         self.model = model
@@ -25,9 +25,10 @@ class Runner:
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[Part], rows: list[int] | None = None, captured: bool = False) -> Tensor:
-        """Logits after all tokens of a pass, or after those of the given rows: float32 [rows, V].
+        """Runs a pass. Returns the logits after all its tokens, or after those of the given rows: float32 [rows, V].
 
-        captured: replays the captured step, if there is one for this batch. They are then valid until the next pass."""
+        captured: whether the captured step may be replayed, if there is one for this batch. Its logits are valid until
+        the next pass."""
         batch = self.cache.batch(parts)
         logits = self.captured.logits(batch) if captured and batch.is_decode else None
         if logits is None:
@@ -38,7 +39,7 @@ class Runner:
 
     @torch.inference_mode()
     def hidden(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """What the layers make of all tokens of a pass: x and residual, [T, K] each, for `logits_of`."""
+        """Runs the layers over all tokens of a pass. Returns x and residual, [T, K] each, for `logits_of`."""
         hidden = self.model.model(self.cache.batch(parts), self.cache)
         self.cache.advance(parts)
         return hidden

@@ -1,14 +1,16 @@
-"""How the engines on one model, of whatever thread, share the pages of its cache.
+"""Shares the pages of one cache among the engines of a model, which may run in different threads.
 
-- A sequence starts when there is room for all of its tokens; until then its engine waits in line, first come, first
-  served. What fits an empty cache is served.
-- A sequence that grows into a full cache takes the pages of the one that started last, in whatever engine. That one
-  waits in line, and its tokens are computed again when it goes on. So the one that started first always goes on.
-- An engine is idle between two steps. It keeps its pages while nobody needs them. After PATIENCE, or at once where the
-  thread that steps it is the one in need, they are taken, and its sequences wait in line at its next step.
+- A sequence starts when there is room for all of its tokens. Until then its engine waits in line, first come, first
+  served. Every sequence that fits an empty cache starts eventually.
+- If a sequence grows and the cache is full, the sequence that started last, in whatever engine, is preempted: it loses
+  its pages and waits in line. Its tokens are computed again when it restarts. The sequence that started first always
+  continues.
+- An engine is idle between two steps. It keeps its pages while no other engine needs them. Another engine may take them
+  after PATIENCE seconds, or at once if the thread that steps the idle engine is the one that needs them. The sequences
+  that lost their pages wait in line at their engine's next step.
 
-An engine that has pages never waits, and an engine that waits has none, so nobody waits for ever. Pages change hands
-under the cache's lock, between passes. Giving them back needs no lock.
+An engine with pages never waits, and a waiting engine has no pages, so there is no deadlock. Pages change owners under
+the cache's lock, between passes. Freeing pages needs no lock.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from collections.abc import Iterable
 from ..cache import BlockTable, PagedCache
 from .request import Request
 
-PATIENCE = 0.1  # seconds; also how long a waiting engine sleeps at most before it looks again
+PATIENCE = 0.1  # seconds; also the longest time that a waiting engine sleeps between two looks
 
 _order = itertools.count()
 
@@ -32,11 +34,11 @@ class Share:
 
     def __init__(self, cache: PagedCache) -> None:
         self.cache = cache
-        self.running: dict[Request, None] = {}  # in the order they started
+        self.running: dict[Request, None] = {}  # in the order of their start
         self._ticket: int | None = None  # the place in line
-        self._thread = 0  # that made the last step
-        self._idle_since: float | None = None  # the end of the last step; None while one is made
-        self._gate = threading.Lock()  # closed while locked
+        self._thread = 0  # the thread that ran the last step
+        self._idle_since: float | None = None  # the end of the last step; None during a step
+        self._gate = threading.Lock()  # a waiting engine sleeps on it; _wake_others releases it
         self._gate.acquire()
 
     def begin_step(self) -> None:
@@ -49,8 +51,8 @@ class Share:
             self.cache.shares.pop(self, None)
 
     def start(self, holder: Request, num_tokens: int) -> bool:
-        """Starts a request that waits, with room for ``num_tokens``, or takes a place in line. Under the lock. Raises
-        RequestError where even an empty cache is too small."""
+        """Starts a waiting request with room for ``num_tokens``, or takes a place in line. Returns whether it started.
+        The caller holds the cache's lock. Raises RequestError if even an empty cache is too small."""
         missing = self.cache.missing_pages(holder.table, num_tokens)
         if missing <= self.cache.num_pages and not (self._is_next() and self.find(missing)):
             if self._ticket is None:
@@ -63,10 +65,11 @@ class Share:
         return True
 
     def fork(self, holder: Request, copy: Request, num_tokens: int) -> bool:
-        """Starts a copy of a request with room for ``num_tokens`` more, if there are pages. Under the lock."""
+        """Starts a copy of a request with room for ``num_tokens`` more, if there are pages. Returns whether it started.
+        The caller holds the cache's lock."""
         cache, length = self.cache, holder.table.length
         missing = -(-(length + num_tokens) // cache.page_size) - length // cache.page_size
-        if not cache.has_room(max(1, missing)):  # one at least: its next token may need it
+        if not cache.has_room(max(1, missing)):  # at least one page, for its next token
             return False
         self._enter(copy)
         cache.fork(holder.table, copy.table)
@@ -74,11 +77,11 @@ class Share:
         return True
 
     def missing(self) -> int:
-        """Pages that the next token of every running request needs."""
+        """The number of pages that the next tokens of all running requests need."""
         return sum(self.cache.missing_pages(holder.table, 1) for holder in self.running)
 
     def find(self, num_pages: int) -> bool:
-        """Whether so many pages are free, if need be from engines that are idle. Under the lock."""
+        """Whether so many pages are free. Takes pages of idle engines if needed. The caller holds the cache's lock."""
         cache = self.cache
         if cache.has_room(num_pages):
             return True
@@ -91,11 +94,12 @@ class Share:
         return cache.has_room(num_pages)
 
     def preempt_latest(self) -> None:
-        """Takes the pages of the request that started last, in whatever engine. Under the lock."""
+        """Preempts the request that started last, in whatever engine, and frees its pages. The caller holds the cache's
+        lock."""
         self.cache.release(max(self._holders(self.cache.shares), key=_start_of).table)
 
     def lost(self) -> list[Request]:
-        """Running requests whose pages were taken. They run no longer. Under the lock."""
+        """Removes and returns the running requests whose pages were taken. The caller holds the cache's lock."""
         lost = [holder for holder in self.running if not self.cache.holds(holder.table)]
         for holder in lost:
             holder.table = BlockTable()
@@ -103,13 +107,13 @@ class Share:
         return lost
 
     def end(self, holder: Request) -> None:
-        """Gives the pages of a running request back."""
+        """Frees the pages of a running request."""
         self.cache.release(holder.table)
-        self.running.pop(holder, None)  # another thread may have ended it, too
+        self.running.pop(holder, None)  # another thread may have ended it already
         self._wake_others()
 
     def wait(self) -> None:
-        """Until pages came back, or PATIENCE is over. Without the lock."""
+        """Sleeps until pages are freed, or for PATIENCE seconds. The caller does not hold the cache's lock."""
         self._gate.acquire(timeout=PATIENCE)
 
     def leave_line(self) -> None:
@@ -117,7 +121,8 @@ class Share:
         self._wake_others()
 
     def give_all_back(self) -> None:
-        """Takes no lock, see Scheduler.close."""
+        """Frees all pages of this engine. Takes no lock, because the garbage collector may call it
+        (Scheduler.close)."""
         self.cache.shares.pop(self, None)
         for holder in list(self.running):
             self.cache.release(holder.table)
@@ -133,11 +138,11 @@ class Share:
     def _wake_others(self) -> None:
         for share in list(self.cache.shares):
             if share._ticket is not None and share._gate.locked():
-                with contextlib.suppress(RuntimeError):  # another one was faster
+                with contextlib.suppress(RuntimeError):  # another thread has already released it
                     share._gate.release()
 
     def _is_next(self) -> bool:
-        """Whether nobody has waited longer."""
+        """Whether no other engine that is being stepped has waited longer."""
         tickets = [share._ticket for share in list(self.cache.shares) if share is not self and not share._is_idle()]
         return all(ticket is None or (self._ticket is not None and self._ticket < ticket) for ticket in tickets)
 
@@ -145,7 +150,8 @@ class Share:
         return [each for share in list(shares) for each in list(share.running) if self.cache.holds(each.table)]
 
     def _is_idle(self) -> bool:
-        """Whether nobody has stepped this engine for long, or, being who asks, for as long as it waits."""
+        """Whether nobody has stepped this engine for PATIENCE seconds, or since its last step if the calling thread is
+        the one that steps it."""
         since = self._idle_since
         return since is not None and (self._thread == threading.get_ident() or time.monotonic() - since > PATIENCE)
 

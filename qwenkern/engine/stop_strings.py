@@ -1,4 +1,4 @@
-"""Stop strings in a text that comes piece by piece."""
+"""Finds stop strings in a text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on, except what a stop string could still begin with, and ends it before the first one."""
+    """Passes text on, but holds back an ending that may be the beginning of a stop string. Ends the text before the
+    first stop string."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.strings = strings
-        self.held = ""  # text that is not passed on yet
+        self.held = ""  # text that is held back
         self.found: str | None = None
 
     def add(self, text: str) -> str:
-        """Takes a piece. Returns the text that is now certain."""
+        """Adds a piece of text. Returns the text that is certain not to belong to a stop string."""
         self.held += text
         matches = [(at, stop) for stop in self.strings if (at := self.held.find(stop)) >= 0]
         if matches:
@@ -26,11 +27,11 @@ class StopStrings:
         return text
 
     def finish(self) -> str:
-        """The held text, once nothing more comes."""
+        """The text that was held back, at the end of the text."""
         text, self.held = self.held, ""
         return text
 
     def _overlap(self, stop: str) -> int:
-        """Length of the longest end of the held text that ``stop`` begins with."""
+        """The length of the longest ending of the held text that ``stop`` begins with."""
         longest = min(len(stop) - 1, len(self.held))
         return next((size for size in range(longest, 0, -1) if self.held.endswith(stop[:size])), 0)

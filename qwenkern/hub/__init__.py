@@ -1,1 +1,1 @@
-"""From what a person calls a model to its files on this machine."""
+"""Finds a model's files on this machine from its name, and downloads them if they are missing."""

@@ -1,5 +1,5 @@
-"""The demo's model: Qwen2.5-Coder-0.5B-Instruct in 4 to 6 bits a weight, as Qwen published it, from either of two
-origins. docs/checkpoints.md says why there are two, and why either is safe."""
+"""The demo's model: Qwen2.5-Coder-0.5B-Instruct, quantised to 4 to 6 bits a weight, in the file that Qwen published. It
+can be downloaded from two origins; docs/checkpoints.md says why there are two, and why both are safe."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""One published file, fetched once into the folder of caches, from the first of its origins that has it.
+"""Downloads a published file once into the folder of caches, from the first of its origins that has it.
 
-An origin completes a file of our own under the name ``partial``; the whole gets its final name when its sha256 is
-right, wherever the bytes came from. A stamp beside it spares the next start the reading: it holds what the file system
-said of the file then.
+An origin completes a file named ``partial``. When its sha256 is right, the file gets its final name, whatever the
+origin. A stamp beside the file then records what the file system says of the file. While that is unchanged, later
+starts do not read the file to check its sha256 again.
 """
 
 from __future__ import annotations
@@ -29,31 +29,31 @@ from ..kernels.ownership import only_we_can_write
 
 logger = logging.getLogger(__name__)
 
-Progress = Callable[[str, int, int], None]  # (where the bytes come from, bytes that are there, bytes in all)
+Progress = Callable[[str, int, int], None]  # (the origin's name, bytes downloaded, bytes in all)
 
 _CHUNK = 1 << 20
-_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has neither this nor links that anybody may make
+_NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # absent on Windows, where only privileged users make links
 
 
 class Origin(Protocol):
-    """Where a file can be fetched from. Its bytes are not trusted: the file's sha256 decides."""
+    """A place that a file can be downloaded from. Its bytes are not trusted: the file's sha256 decides."""
 
     @property
     def name(self) -> str:
-        """What a progress bar calls it."""
+        """Its name in a progress bar."""
 
     def space(self, done: int) -> int:
-        """Bytes of disk that the rest needs, where so many are there."""
+        """Bytes of disk that the rest of the download needs, after ``done`` bytes."""
 
     def complete(self, file: BinaryIO, scratch: Path, report: Callable[[int], None]) -> None:
-        """Brings a file that is a beginning of the whole to its full length. Raises CheckpointError where it cannot.
+        """Completes a file that holds the beginning of the whole. Raises CheckpointError if it cannot.
 
-        scratch: an empty folder for whatever it needs. report: called with the bytes that are there."""
+        scratch: an empty folder for temporary files. report: called with the number of bytes that the file has."""
 
 
 @dataclass(frozen=True)
 class Download:
-    """A file that was published, and its origins, the first to be asked first."""
+    """A published file and its origins, in the order in which they are tried."""
 
     folder: str
     file: str
@@ -75,17 +75,18 @@ class Download:
 
 
 def cache_dir() -> Path:
-    """The absolute path of the folder of caches. Raises CheckpointError where it is below a home, or a current folder,
-    that is not there."""
+    """The absolute path of the folder of caches. Raises CheckpointError if it is below a home folder, or below a
+    current folder, that does not exist."""
     folder = cache_folder()
     try:
         return folder.expanduser().absolute()
-    except (RuntimeError, OSError) as error:  # nobody's home; a current folder that was deleted
+    except (RuntimeError, OSError) as error:  # the user has no home, or the current folder was deleted
         raise CheckpointError(f"{folder}: {error}; set {CACHE.name} to a folder for downloads") from error
 
 
 def fetch(source: Download, progress: Progress | None = None) -> Path:
-    """The file's path, after it was fetched unless it is there. Raises CheckpointError with what each origin said."""
+    """The path of the file, which is downloaded unless it is there. Raises CheckpointError with the problem of each
+    origin."""
     path = source.path
     try:
         if _is_verified(source):
@@ -94,7 +95,7 @@ def fetch(source: Download, progress: Progress | None = None) -> Path:
         lock = path.with_name(source.file + ".lock")
         _refuse_planted(lock)  # before FileLock opens it
         with FileLock(lock):
-            if not _is_verified(source):  # nobody fetched it while we waited
+            if not _is_verified(source):  # no other process downloaded it meanwhile
                 _fetch(source, progress or (lambda origin, done, total: None))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -105,7 +106,8 @@ def fetch(source: Download, progress: Progress | None = None) -> Path:
 
 
 def _is_verified(source: Download) -> bool:
-    """Whether the file is there and has its sha256, which is computed unless the stamp says that it was before."""
+    """Whether the file is there and has its sha256. The sha256 is computed unless the stamp shows that the file is
+    unchanged."""
     if _size(source.path) != source.size:
         return False
     with open(source.path, "rb") as file:
@@ -115,17 +117,18 @@ def _is_verified(source: Download) -> bool:
         if (found := _sha256(file)) == source.sha256:
             _write_stamp(source, status)
             return True
-    logger.warning("%s: found sha256 %s, expected %s; it is fetched anew", source.path, found, source.sha256)
+    logger.warning("%s: found sha256 %s, expected %s; it is downloaded again", source.path, found, source.sha256)
     return False
 
 
 def _stamp(source: Download, status: os.stat_result) -> str:
-    """What changes when the file does; the system sets ctime, whatever times a program gives to a file."""
+    """The file's hash, size, inode and times. They change when the file does: the system sets ctime, and no program can
+    choose it."""
     return f"{source.sha256} {status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}\n"
 
 
 def _read_stamp(source: Download) -> str | None:
-    """The stamp, if only we, or the administrator, can have written it."""
+    """The text of the stamp, or None unless this user or root wrote it."""
     try:
         descriptor = os.open(source.stamp, os.O_RDONLY | _NO_FOLLOW | getattr(os, "O_NONBLOCK", 0))
     except OSError:
@@ -135,30 +138,31 @@ def _read_stamp(source: Download) -> str | None:
 
 
 def _write_stamp(source: Download, status: os.stat_result) -> None:
-    with contextlib.suppress(OSError):  # in a cache that cannot be written to, the file is read every time
+    with contextlib.suppress(OSError):  # in a read-only cache every start reads the file
         descriptor, temporary = tempfile.mkstemp(dir=source.stamp.parent, prefix=source.stamp.name)
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(_stamp(source, status))
-        os.chmod(temporary, 0o644)  # for whoever uses this cache, too
+        os.chmod(temporary, 0o644)  # for other users of this cache
         os.replace(temporary, source.stamp)
 
 
 def _fetch(source: Download, progress: Progress) -> None:
-    """Completes the partial file and gives it its name. The lock is held."""
+    """Completes the partial file and renames it. The caller holds the lock."""
     partial = source.partial
-    for left in partial.parent.glob(glob.escape(_scratch(partial)) + "*"):  # by a pull that was killed
+    for left in partial.parent.glob(glob.escape(_scratch(partial)) + "*"):  # left by a killed download
         shutil.rmtree(left, ignore_errors=True)
     with _open_own(partial) as file:
         _complete(source, file, progress)
         inode = os.fstat(file.fileno()).st_ino
     os.replace(partial, source.path)
     status = os.stat(source.path)
-    if status.st_ino == inode:  # else the next start looks for itself
+    if status.st_ino == inode:  # else another file has the name, and the next start checks its sha256
         _write_stamp(source, status)
 
 
 def _complete(source: Download, file: BinaryIO, progress: Progress) -> None:
-    """Asks the origins one after the other, until the file has its hash. Raises CheckpointError with what each said."""
+    """Tries the origins in order until the file has its sha256. Raises CheckpointError with the problem of each
+    origin."""
     faults = []
     for origin in source.origins:
         done = os.fstat(file.fileno()).st_size
@@ -176,10 +180,11 @@ def _complete(source: Download, file: BinaryIO, progress: Progress) -> None:
 
 
 def _complete_from(origin: Origin, source: Download, file: BinaryIO, progress: Progress) -> None:
-    """Raises CheckpointError, with an empty file, where the origin's bytes are not what was published."""
+    """Completes the file from one origin. If the sha256 is wrong, the file is emptied. If it held bytes of an earlier
+    run, the origin is tried once more from the start; otherwise CheckpointError is raised."""
     while True:
         started = os.fstat(file.fileno()).st_size
-        with tempfile.TemporaryDirectory(  # a name that nobody foresees
+        with tempfile.TemporaryDirectory(  # an unpredictable name
             prefix=_scratch(source.partial), dir=source.partial.parent, ignore_cleanup_errors=True
         ) as scratch:
             origin.complete(file, Path(scratch), lambda done: progress(origin.name, done, source.size))
@@ -187,36 +192,36 @@ def _complete_from(origin: Origin, source: Download, file: BinaryIO, progress: P
             return
         file.truncate(0)
         fault = f"{source.partial}: found sha256 {found} of what {origin.name} completed, expected {source.sha256}"
-        logger.warning("%s; it is thrown away", fault)
+        logger.warning("%s; it is deleted", fault)
         if not started:
-            raise CheckpointError(f"{fault}; thrown away, run again to refetch")
-        # else the beginning, of an earlier run or another origin, may have been what was wrong
+            raise CheckpointError(f"{fault}; deleted, run again to download it again")
+        # else the wrong bytes may be those of an earlier run or of another origin
 
 
 def _scratch(partial: Path) -> str:
-    """How the names of scratch folders begin."""
+    """The prefix of the names of scratch folders."""
     return f"{partial.stem}.fetch-"
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes a folder, and those above it, that others cannot write to, whatever the umask."""
+    """Makes a folder and the missing folders above it. Others cannot write to them, whatever the umask."""
     for each in (*reversed(folder.parents), folder):
         if not each.exists():
             each.mkdir(mode=0o755, exist_ok=True)
 
 
 def _refuse_planted(path: Path) -> None:
-    """Raises CheckpointError where this name is a link: it may lead to a file that we must not write to."""
+    """Raises CheckpointError if the path is a link, because it may point to a file that must not be written."""
     if os.path.lexists(path):
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
             raise CheckpointError(
-                f"{path}: found a link, or something that is no file; expected one of our own: remove it and run again"
+                f"{path}: found a link, or something that is no file; expected a plain file: remove it and run again"
             )
 
 
 def _is_ours(status: os.stat_result) -> bool:
-    """Whether it is a file that only we, or the administrator, can have written, under this name alone."""
+    """Whether it is a plain file without other links, that only this user or root can have written."""
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         return False
     return only_we_can_write(status)
@@ -224,16 +229,17 @@ def _is_ours(status: os.stat_result) -> bool:
 
 @contextlib.contextmanager
 def _open_own(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file of ours to read and to write, or makes it. What else has the name is removed, not written to."""
+    """Opens a file to read and write, or makes it. If the path is a link, or a file that others can write to, it is
+    removed first."""
     flags = os.O_RDWR | os.O_CREAT | _NO_FOLLOW | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     descriptor = None
-    with contextlib.suppress(OSError):  # a link, another user's
+    with contextlib.suppress(OSError):  # the path is a link, or another user's file
         descriptor = os.open(path, flags, 0o644)
     if descriptor is None or not _is_ours(os.fstat(descriptor)):
         if descriptor is not None:
             os.close(descriptor)
         if os.path.lexists(path):
-            logger.warning("%s: others can write to it, or it is a link; removed, a new one is begun", path)
+            logger.warning("%s: others can write to it, or it is a link; removed, the download starts over", path)
             os.unlink(path)
         descriptor = os.open(path, flags | os.O_EXCL, 0o644)
     with open(descriptor, "r+b") as file:

@@ -1,6 +1,6 @@
-"""The Hugging Face hub: a model's repository through huggingface_hub, and one file of known size over plain HTTPS.
+"""The Hugging Face hub: a model's whole repository through huggingface_hub, or one file of known size over HTTPS.
 
-HF_ENDPOINT names another server, and HF_HUB_OFFLINE=1 asks none, as for huggingface_hub itself."""
+HF_ENDPOINT names another server, and HF_HUB_OFFLINE=1 forbids requests, as in huggingface_hub."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from urllib.parse import urlsplit
 from ..config import Config
 from ..errors import CheckpointError, ConfigError
 
-ANSWER = 3.0  # seconds that the hub may take to begin its answer
-STALL, SLOWEST = 10.0, 10_000  # a download that brings fewer bytes a second, over so many seconds, has stalled
+ANSWER = 3.0  # seconds within which the hub must begin its answer
+STALL, SLOWEST = 10.0, 10_000  # a download has stalled if it averages less than SLOWEST bytes/s over STALL seconds
 
-_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]  # no pickles: they run code when read
+_FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]  # no pickle files: loading one runs its code
 _CHUNK = 1 << 20
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 
 @dataclass(frozen=True)
 class HubFile:
-    """A file's origin: one file of a repository, in one revision."""
+    """An origin: one file of a repository, at one revision."""
 
     repository: str
     revision: str
@@ -44,14 +44,15 @@ class HubFile:
             return _endpoint()
 
     def space(self, done: int) -> int:
-        """Bytes of disk that the rest needs, where so many are there."""
+        """Bytes of disk that the rest of the download needs, after ``done`` bytes."""
         return max(0, self.size - done)
 
     def complete(self, file: BinaryIO, scratch: Path, report: Callable[[int], None]) -> None:
-        """Brings a file that is a beginning of the whole to its full length, from where it ends.
+        """Completes a file that holds the beginning of the whole, from its end on.
 
-        report: called with the bytes that are there. Raises CheckpointError where the hub is not to be asked, does not
-        answer within seconds, answers with something of another size, or stalls; what it brought stays in the file."""
+        report: called with the number of bytes that the file has. Raises CheckpointError if the hub must not be asked,
+        does not begin an answer within ANSWER seconds, answers with another size, or stalls. The bytes received so far
+        stay in the file."""
         start = file.seek(0, os.SEEK_END)
         if start == self.size:
             return
@@ -68,10 +69,10 @@ class HubFile:
             os.fsync(file.fileno())
 
     def _answer(self, start: int) -> http.client.HTTPResponse:
-        """The hub's answer, as soon as its head is there. No socket's timeout covers the look-up of a host's name, so
-        a thread asks, and we do not wait for it longer than ANSWER seconds."""
+        """The hub's answer, as soon as its headers are there. A socket's timeout does not cover the DNS lookup. So a
+        thread makes the request, and this function waits at most ANSWER seconds for it."""
         if any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
-            raise self._unavailable("is not asked, as HF_HUB_OFFLINE says")
+            raise self._unavailable("is not asked, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
         url = f"{_endpoint()}/{self.repository}/resolve/{self.revision}/{self.file}"
         answers: queue.SimpleQueue = queue.SimpleQueue()
 
@@ -79,7 +80,7 @@ class HubFile:
             try:
                 request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
                 answers.put(urllib.request.urlopen(request, timeout=STALL))
-            except Exception as error:  # raised below, in the thread that waits
+            except Exception as error:  # raised below, in the waiting thread
                 answers.put(error)
 
         threading.Thread(target=ask, daemon=True).start()
@@ -94,13 +95,14 @@ class HubFile:
         return answer
 
     def _where_it_begins(self, answer: http.client.HTTPResponse, start: int) -> int:
-        """The place in the file of an answer's first byte. Raises where it is not an answer with the rest of it."""
+        """The offset in the file of the answer's first byte. Raises CheckpointError if the answer is not the rest of
+        the file."""
         if answer.status != 206:
-            start = 0  # it does not take ranges, or was not asked for one
+            start = 0  # the server ignored the range, or none was requested
         elif not (answer.headers.get("Content-Range") or "").startswith(f"bytes {start}-"):
             raise self._unavailable(f"answered with {answer.headers.get('Content-Range')}; expected bytes {start}-")
         found, expected = answer.headers.get("Content-Length"), str(self.size - start)
-        if found != expected:  # the page of a network that wants a password, say
+        if found != expected:  # such as the login page of a captive portal
             raise self._unavailable(f"answered with {found} bytes; expected {expected}")
         return start
 
@@ -127,10 +129,10 @@ class HubFile:
 
 
 def snapshot(hub_id: str) -> Path:
-    """The folder of a model's repository, in huggingface_hub's own cache. It draws bars of its own.
+    """The folder of a model's repository in huggingface_hub's own cache. huggingface_hub shows its own progress bars.
 
-    Raises CheckpointError where it cannot be fetched, ConfigError where its configuration is of a model that we do not
-    run: that is asked for first."""
+    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model; config.json is
+    downloaded first to find out."""
     folder = _download(hub_id, ["config.json"])
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -138,7 +140,7 @@ def snapshot(hub_id: str) -> Path:
             "(all parts of a split one), and give its path"
         )
     try:
-        Config.from_json(folder / "config.json")  # gigabytes that cannot run would be in vain
+        Config.from_json(folder / "config.json")  # before gigabytes of weights are downloaded
     except ConfigError as error:
         raise ConfigError(f"{hub_id}: {error}") from error
     folder = _download(hub_id, _FILES)
@@ -156,7 +158,7 @@ def _download(hub_id: str, files: list[str]) -> Path:
         ) from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))
-    except Exception as error:  # of the hub's own classes, of its HTTP client (which changes), of the system
+    except Exception as error:  # errors of the hub, of its HTTP client (which varies) and of the system
         reason = next(iter(str(error).strip().splitlines()), "no reason given")
         raise CheckpointError(
             f"{hub_id}: the download from the hub failed, expected a snapshot: {type(error).__name__}: {reason}"

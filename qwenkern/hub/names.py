@@ -1,11 +1,11 @@
-"""From what a person types after ``--model`` to a path on this machine.
+"""Resolves the value of ``--model`` to a path on this machine.
 
     a folder, or a GGUF file                                   itself
-    demo, qwen2.5-coder-0.5b-instruct                          one GGUF file, fetched once into our cache (demo.py)
+    demo, qwen2.5-coder-0.5b-instruct                          one GGUF file, downloaded once into our cache (demo.py)
     qwen2.5-3b-instruct, Qwen/Qwen2.5-3B, somebody/finetune    a snapshot of the hub, in the hub's own cache
 
-What exists on disk wins over a name. The one exception is a folder that only happens to be called like a known model:
-``demo/`` without a checkpoint inside does not hide the model ``demo``.
+A path that exists takes precedence over a name, with one exception: a folder that has the name of a known model but
+holds no checkpoint is ignored. So a folder ``demo/`` without a checkpoint does not hide the model ``demo``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _APACHE, _RESEARCH, _QWEN = "Apache-2.0", "Qwen Research License (non-commercial
 
 
 def _family() -> Iterator[tuple[str, str]]:
-    """(hub id, licence) of every dense model of Qwen2.5."""
+    """(hub id, licence) of every dense Qwen2.5 model."""
     for branch, sizes in (
         ("", "0.5B 1.5B 3B 7B 14B 32B 72B"),
         ("Coder-", "0.5B 1.5B 3B 7B 14B 32B"),
@@ -39,11 +39,11 @@ def _family() -> Iterator[tuple[str, str]]:
 
 
 _HUB = {hub_id.lower().removeprefix("qwen/"): (hub_id, licence) for hub_id, licence in _family()}
-_QUANTISED = re.compile(r"(.+-instruct)-(awq|gptq-int[48])")  # what the hub has of most of them, too
+_QUANTISED = re.compile(r"(.+-instruct)-(awq|gptq-int[48])")  # quantised variants, which the hub has for most models
 
 
 def licence(model: str) -> str | None:
-    """The licence of a named model of the family; None for a path and for anybody else's model."""
+    """The licence of a known model name. None for a path and for any other name."""
     if _local(model):
         return None
     key = model.lower()
@@ -51,7 +51,8 @@ def licence(model: str) -> str | None:
 
 
 def resolve(model: str | Path, progress: Progress | None = None) -> Path:
-    """The local path of a model: a path is returned as it is, a name is pulled unless it is cached already."""
+    """The local path of a model. A path is returned as it is; a named model is downloaded unless it is cached. Raises
+    RequestError or CheckpointError."""
     if not isinstance(model, (str, Path)):
         raise RequestError(f"model is of type {type(model).__name__}; expected a path, a name or a hub id")
     if path := _local(model):
@@ -68,10 +69,10 @@ def resolve(model: str | Path, progress: Progress | None = None) -> Path:
 
 
 def pull(name: str, progress: Progress | None = None) -> Path:
-    """Fetches a model by its name or hub id, unless it is cached, and says where it is.
+    """Downloads a model by its name or hub id, unless it is cached, and returns its path.
 
-    progress: called while one of DOWNLOADS comes in, with where it comes from, the bytes that are there, and the bytes
-    in all; huggingface_hub draws bars of its own.
+    progress: called during the download of one of DOWNLOADS, with the origin's name, the bytes downloaded and the bytes
+    in all. huggingface_hub shows its own progress bars.
     """
     key = name.lower()
     if key in DOWNLOADS:
@@ -98,8 +99,8 @@ def _names() -> list[str]:
 
 
 def _local(model: str | Path) -> Path | None:
-    """The path that ``model`` names on this machine, if there is a folder or GGUF file."""
-    path = _expanded(model)  # os.path answers False where pathlib raises (a text too long, a NUL)
+    """The path of the folder or GGUF file that ``model`` names on this machine, or None."""
+    path = _expanded(model)  # os.path returns False where pathlib raises (a long text, a NUL)
     if os.path.isfile(path):
         return Path(path) if is_gguf(path) else None
     if not os.path.isdir(path):
@@ -113,5 +114,5 @@ def _local(model: str | Path) -> Path | None:
 def _expanded(model: str | Path) -> str:
     try:
         return os.path.expanduser(model)
-    except ValueError:  # after "~", what can be nobody's name
+    except ValueError:  # the text after "~" cannot be a user's name
         return str(model)

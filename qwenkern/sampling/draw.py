@@ -1,4 +1,4 @@
-"""The draw: one token id a row of logits. Nothing here waits for a device, so a CUDA graph can hold it."""
+"""Draws one token id for each row of logits. Nothing here waits for a device, so a CUDA graph can capture it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor
 
 from .parameters import SampledSequence
 
-FEW_CANDIDATES = 64  # where no row of a batch wants more: cheaper than to sort the vocabulary
-BELOW_ONE = 1 - 2**-24  # in float32: a number closer to 1 would become 1, and draw what top_k or top_p ruled out
-NOT_FINITE = -1  # in place of a token id where a row of logits has NaN or infinity on top
+FEW_CANDIDATES = 64  # used if no row needs more: faster than sorting the vocabulary
+BELOW_ONE = 1 - 2**-24  # a number closer to 1 rounds to 1 in float32, and would draw an excluded token
+NOT_FINITE = -1  # in place of a token id if the largest logit of the row is NaN or infinite
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class DrawSettings:
 
     @staticmethod
     def neutral(size: int, device: torch.device) -> DrawSettings:
-        """Greedy rows."""
+        """Settings with which all rows are greedy."""
         return DrawSettings(*(torch.zeros(*shape, size, dtype=torch.float32, device=device) for shape in ((4,), ())))
 
     @staticmethod
     def of(sequences: Sequence[SampledSequence]) -> list[list[float]]:
-        """The values of some sequences."""
+        """The rows of ``values`` for some sequences."""
         columns = [
             (
                 0.0 if params.is_greedy else params.temperature or 0.0,
@@ -44,7 +44,8 @@ class DrawSettings:
 
 
 def num_candidates(sequences: Sequence[SampledSequence], vocabulary: int) -> int:
-    """How many of the most likely tokens the sequences choose from: 1, FEW_CANDIDATES or the vocabulary."""
+    """The number of most likely tokens from which all the sequences can be drawn: 1, FEW_CANDIDATES or the size of the
+    vocabulary."""
     each = (sequence.params for sequence in sequences)
     largest = max(1 if params.is_greedy else params.top_k or vocabulary for params in each)
     return next((count for count in (1, FEW_CANDIDATES) if largest <= count), vocabulary)
@@ -56,17 +57,17 @@ def or_not_finite(ids: Tensor, largest: Tensor) -> Tensor:
 
 
 def draw(logits: Tensor, settings: DrawSettings | None, candidates: int, some_greedy: bool = True) -> Tensor:
-    """One token id [R] a row of logits [R, V], from its ``candidates`` most likely tokens.
+    """Draws one token id for each row of logits [R, V] from its ``candidates`` most likely tokens: ids [R].
 
-    The cumulative distribution is inverted at the row's random number. One candidate takes no settings. A row that is
-    not finite gets some id."""
+    The draw inverts the cumulative distribution at the row's random number. With one candidate, settings may be None.
+    A row that is not finite gets an arbitrary id."""
     if candidates == 1:
         return logits.argmax(-1)
     assert settings is not None, "a choice among several tokens takes settings"
     temperature, top_k, top_p, min_p = settings.values[..., None]
     few = candidates < logits.shape[-1]
     values, ids = logits.topk(candidates) if few else logits.sort(-1, descending=True)
-    # in descending order, so the first column is the maximum: subtracted before dividing, nothing overflows
+    # The first column is the maximum. Subtracting it before the division avoids overflow.
     values = (values - values[:, :1]) / torch.where(temperature > 0, temperature, 1.0)
     ranks = torch.arange(values.shape[-1], device=logits.device)
     probabilities = values.masked_fill(ranks >= top_k, -math.inf).softmax(-1)

@@ -1,4 +1,4 @@
-"""Log-probabilities of the chosen token and of those that were more likely or nearly so."""
+"""Log-probabilities of the chosen token and of the most likely tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class TokenLogprob:
 
 
 def logprobs_of(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[tuple[Tensor, int] | None]:
-    """Log-probabilities [V] for each sequence that asks for them, and how many it wants. To be called before anything
-    changes the logits."""
+    """Log-probabilities [V] and the number of tokens to report, for each sequence that requests them, else None. Call
+    this before anything changes the logits."""
     wanted = [sequence.params.logprobs for sequence in sequences]
     return [None if k is None else (logits[index].log_softmax(-1), k) for index, k in enumerate(wanted)]
 

@@ -1,4 +1,4 @@
-"""What a caller asks of the text, and what sampling must know of a sequence."""
+"""The sampling parameters of a request, and the properties of a sequence that sampling needs."""
 
 from __future__ import annotations
 
@@ -13,22 +13,23 @@ from ..errors import RequestError, shown
 
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
-MAX_STOPS = 128  # strings, all of which are looked for at every token
+MAX_STOPS = 128  # strings; each is searched for after every token
 MAX_STOP_LENGTH = 1024  # characters
-MAX_IDS = 2**18  # more than a vocabulary of the family has
+MAX_IDS = 2**18  # more than the vocabulary of any Qwen2.5 model
 _NEUTRAL = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-_GREEDY_BELOW = 1e-6  # a temperature so small cannot be told from 0 in float32
+_GREEDY_BELOW = 1e-6  # smaller temperatures act like 0 in float32
 
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """What a caller asks of the text. ``None`` means: as the checkpoint says (docs/generation.md), else neutral.
+    """The sampling parameters of a request. ``None`` means the checkpoint's value (docs/generation.md), or else a
+    neutral one.
 
     The next token is drawn after these steps, in this order: repetition, presence and frequency penalty, logit_bias,
     temperature, top_k, top_p, min_p. Raises RequestError for a value out of its range."""
 
-    max_tokens: int | None = None  # None: as the checkpoint says, else until the model's end or a full context
-    min_tokens: int = 0  # before so many, neither an end-of-text id nor a stop string ends the text
+    max_tokens: int | None = None  # None: the checkpoint's value, else up to an end id or a full context
+    min_tokens: int = 0  # before so many tokens, no end-of-text id or stop string ends the text
     temperature: float | None = None  # 0: greedy, the most likely token
     top_k: int | None = None  # only the k most likely tokens; 0: all
     top_p: float | None = None  # only the most likely tokens that together reach this probability
@@ -42,8 +43,8 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # besides the model's own end-of-text ids
     ignore_eos: bool = False  # go on after end-of-text ids
     n: int = 1  # completions of each prompt
-    logprobs: int | None = None  # log-probabilities of the chosen token (0) and of the n most likely ones
-    skip_special_tokens: bool = True  # leave <|im_end|> and its like out of the text
+    logprobs: int | None = None  # log-probabilities of the chosen token (0), and of so many most likely ones
+    skip_special_tokens: bool = True  # leave special tokens such as <|im_end|> out of the text
 
     def __post_init__(self) -> None:
         def put(name: str, check: Callable[..., Any], *limits: Any, **options: Any) -> None:
@@ -70,7 +71,7 @@ class SamplingParams:
             raise RequestError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.max_tokens}")
 
     def with_defaults(self, sampling: Mapping[str, float]) -> SamplingParams:
-        """Fills what is None from the checkpoint's values (Generation.sampling), else with what changes nothing."""
+        """Replaces None by the checkpoint's values (Generation.sampling), or else by neutral ones."""
         defaults: dict[str, Any] = {**_NEUTRAL, **sampling}
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
@@ -80,7 +81,7 @@ class SamplingParams:
 
     @property
     def needs_host(self) -> bool:
-        """Whether choosing a token takes more than the logits and `draw`."""
+        """Whether the draw needs more than the logits and `draw`, so the host must take part."""
         return self.changes_logits or self.logprobs is not None
 
     @property
@@ -95,12 +96,12 @@ class SamplingParams:
 
 
 class SampledSequence(Protocol):
-    """What sampling must know of a sequence."""
+    """The properties of a sequence that sampling needs."""
 
-    params: SamplingParams  # with defaults filled
+    params: SamplingParams  # with all defaults filled in
     prompt_ids: list[int]
     output_ids: list[int]
-    end_ids: frozenset[int]  # ids that end the text
+    end_ids: frozenset[int]  # token ids that end the text
 
     def uniform(self) -> float:
         """The sequence's next random number, from 0 to BELOW_ONE. Each sequence has a generator of its own, so its text

@@ -1,4 +1,4 @@
-"""What changes the logits before a token is drawn: penalties, biases, ends that are not allowed yet."""
+"""Changes the logits before a token is drawn: penalties, biases, and end ids that are not allowed yet."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .parameters import SampledSequence
 
 
 def penalise(row: Tensor, sequence: SampledSequence) -> None:
-    """Penalties, biases and forbidden ends, in place, on one row of logits [V]."""
+    """Applies penalties and biases and forbids early end ids, in place, on one row of logits [V]."""
     params = sequence.params
     penalty = params.repetition_penalty
     if penalty is not None and penalty != 1.0:
@@ -33,7 +33,7 @@ def penalise(row: Tensor, sequence: SampledSequence) -> None:
 
 
 def choice_errors(logits: Tensor, sequences: Sequence[SampledSequence], changed: list[int]) -> dict[int, RequestError]:
-    """An error for each changed row whose logits are now all -inf, or have NaN or +inf among them."""
+    """An error for each changed row whose logits are now all -inf, or include NaN or +inf."""
     tops = logits[changed].amax(-1).tolist()
     return {
         index: _choice_error(sequences[index], top)
@@ -54,7 +54,7 @@ def _choice_error(sequence: SampledSequence, top: float) -> RequestError:
 
 
 def options_like(logits: Tensor) -> dict[str, Any]:
-    """For torch.tensor, which would follow torch's default dtype and device."""
+    """Keywords of torch.tensor, which otherwise follows torch's default dtype and device."""
     return {"dtype": logits.dtype, "device": logits.device}
 
 

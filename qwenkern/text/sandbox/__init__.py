@@ -1,14 +1,14 @@
 """A Jinja sandbox that limits the time and the memory of every template.
 
-A rendering has a budget of steps. Everything that a template can do costs steps: a node of the syntax tree, each time
-it is reached; a character that is read or made; an item of a list. If a result can be larger than its inputs, the steps
-are spent before it is made. Jinja has hooks for operators, calls, filters and tests. The rest (loop bodies, macros,
-comparisons, `~`, slices, keys of dicts) is rewritten in the syntax tree so that it passes a hook. Only the filters,
-functions and methods named here can be called, because the cost of others is unknown. If Jinja makes a generator, its
-items are made at once, because a chain of 100,000 generators overflows the C stack.
+A rendering has a budget of steps. Everything that a template can do costs steps: each time a node of the syntax tree is
+reached, each character that is read or made, each item of a list. If a result can be larger than its inputs, its steps
+are spent before it is made. Jinja has hooks for operators, calls, filters and tests. Other constructs (loop bodies,
+macros, comparisons, `~`, slices, keys of dicts) are rewritten in the syntax tree to pass a hook. A template can call
+only the filters, functions and methods listed here, because the cost of others is unknown. If Jinja makes a generator,
+its items are computed at once, because a chain of 100,000 generators overflows the C stack.
 
-A step takes at most 0.2 microseconds and 15 bytes, so the budget limits time and memory on every platform. A child
-process was rejected, because starting it takes time, and embedded interpreters have no executable to start.
+A step takes at most 0.2 microseconds and 15 bytes, so the budget limits time and memory on every platform. Rendering in
+a child process was rejected: starting one takes time, and an embedded interpreter has no executable to start.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from .prices import FILTERS, LONG_TESTS, METHODS, deep, free, method_cost, price
 
 __all__ = ["LARGEST_TEMPLATE", "Sandbox", "budget"]
 
-LARGEST_TEMPLATE = 200_000  # characters; those of published models have up to 30,000
-_LARGEST_COMPILED = 2_000_000  # names times blocks, for each of which Jinja copies all names: 0.7 seconds
+LARGEST_TEMPLATE = 200_000  # characters; templates of published models have up to 30,000
+_LARGEST_COMPILED = 2_000_000  # names times blocks: Jinja copies all names for each block; so many take 0.7 seconds
 _BLOCKS = (nodes.If, nodes.For, nodes.Macro, nodes.CallBlock, nodes.FilterBlock, nodes.With, nodes.Block)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """Jinja's immutable sandbox under a budget. Compile and render in `budget`."""
+    """Jinja's immutable sandbox with a budget. Compile and render within `budget`."""
 
     intercepted_binops = frozenset(OPERATORS)
 
@@ -73,9 +73,9 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return result if isinstance(result, (list, tuple)) else made(result)
 
     def getitem(self, obj: Any, argument: Any) -> Any:
-        spend(ITEM)  # map('a.b.c') comes here three times for each item
+        spend(ITEM)  # map('a.b.c') calls this three times for each item
         if isinstance(argument, (str, tuple)):
-            walk(argument)  # is hashed, and compared with an equal key
+            walk(argument)  # it is hashed, and compared with an equal key
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:

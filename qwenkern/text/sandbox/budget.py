@@ -1,4 +1,4 @@
-"""The steps that a rendering may take, and what reading or making a value takes of them."""
+"""The budget of steps of a rendering, and the steps that reading or making a value costs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any, NoReturn
 from jinja2.sandbox import SecurityError
 from jinja2.utils import Namespace
 
-STEPS = 20_000_000  # of any rendering
-STEPS_PER_CHARACTER = 40  # and for each character of its input: templates copy a message several times
+STEPS = 20_000_000  # for every rendering
+STEPS_PER_CHARACTER = 40  # more for each character of its input: templates copy a message several times
 LARGEST_INT = 10_000  # bits
 _DEEPEST = 1000  # levels of nesting: below them, to hash a tuple would overflow the stack
 NODE, ITEM, CALL, NEW_OBJECT = 3, 8, 30, 64  # steps of a node, an item in a new list, a call, a new namespace
@@ -20,12 +20,12 @@ _left: ContextVar[list[int]] = ContextVar("steps left")
 
 
 class TooCostly(SecurityError):
-    """The template has used up its steps."""
+    """The template has spent all its steps."""
 
 
 @contextmanager
 def budget(num_characters: int = 0) -> Iterator[None]:
-    """What runs in this context, on this thread, shares one budget: for input of so many characters."""
+    """In this context, on this thread, all work shares one budget for an input of ``num_characters`` characters."""
     token = _left.set([STEPS + STEPS_PER_CHARACTER * num_characters])
     try:
         yield
@@ -34,7 +34,7 @@ def budget(num_characters: int = 0) -> Iterator[None]:
 
 
 def spend(steps: int) -> None:
-    """Takes steps from the budget. Raises TooCostly where there are none left."""
+    """Takes steps from the budget. Raises TooCostly if none are left."""
     left = _left.get()
     left[0] -= steps
     if left[0] < 0:
@@ -42,13 +42,13 @@ def spend(steps: int) -> None:
 
 
 def refuse(what: str) -> NoReturn:
-    """Raises SecurityError."""
+    """Raises SecurityError with this reason."""
     raise SecurityError(what)
 
 
 def walk(*values: Any) -> int:
-    """Spends what it costs to read values to their depths, which it returns: shared parts count as often as they
-    occur."""
+    """Spends the steps of reading values with everything nested in them, and returns the depth of the nesting. A part
+    that occurs several times counts each time."""
     level: Iterable[Any] = values
     for depth in range(_DEEPEST):
         below: list[Any] = []
@@ -84,12 +84,12 @@ def size_of(*values: Any) -> int:
 
 
 def length(value: Any) -> int:
-    """len() of what has one, else 1."""
+    """len(value), or 1 if the value has no length."""
     return len(value) if hasattr(type(value), "__len__") else 1
 
 
 def made(value: Any) -> Any:
-    """Spends what a new value costs, without looking into it, and makes the items of an iterator."""
+    """Spends the steps of a new value, without looking into it. Computes the items of an iterator."""
     if isinstance(value, str):
         spend(len(value))
     elif isinstance(value, (list, tuple, dict, set)):
@@ -105,7 +105,7 @@ def made(value: Any) -> Any:
 
 
 def drawn(items: Iterator[Any]) -> list[Any]:
-    """The items of an iterator, which are made at once."""
+    """The items of an iterator, computed at once."""
     drawn = []
     for item in items:
         spend(ITEM)
@@ -114,10 +114,10 @@ def drawn(items: Iterator[Any]) -> list[Any]:
 
 
 def listed(value: Any) -> Any:
-    """An iterator as a list, to know what is in it."""
+    """An iterator as a list, so its items can be counted. Any other value unchanged."""
     return drawn(value) if isinstance(value, Iterator) else value
 
 
 def whole(value: Any) -> int:
-    """An argument that should be a number of something, as a number."""
+    """The argument if it is an int, else 0."""
     return value if isinstance(value, int) else 0

@@ -1,4 +1,4 @@
-"""What operators cost, and the syntax tree rewritten so that each of them passes a hook."""
+"""The steps that operators cost, and the rewriting of the syntax tree so that each operator passes a hook."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def _plus(left: Any, right: Any) -> None:
 
 def _minus(left: Any, right: Any) -> None:
     if not isinstance(left, (int, float)) or not isinstance(right, (int, float)):
-        walk(left, right)  # of the keys of a dict: hashes both
+        walk(left, right)  # the difference of two key views hashes both
 
 
 OPERATORS = {"*": _times, "**": _power, "%": percent, "+": _plus, "-": _minus}
 
 
-@pass_context  # so that Jinja does not compute it when it compiles
+@pass_context  # with a context argument, Jinja does not evaluate the filter at compile time
 def spend_filter(_: Any, steps: int) -> int:
     spend(steps)
     return steps
@@ -61,14 +61,14 @@ def spend_and(_: Any, value: Any, steps: int) -> Any:
 
 
 def compare(value: Any, *rest: Any) -> bool:
-    """value op value op value ...: the operators of a comparison, as Python chains them."""
+    """value op value op value ...: a chain of comparisons with Python's meaning."""
     for operator, other in zip(rest[::2], rest[1::2], strict=True):
         if operator in ("in", "notin"):
             other = listed(other)
         if operator in ("in", "notin") and isinstance(other, str):
             spend(length(value) + len(other))
         elif operator in ("in", "notin") and isinstance(other, dict) and isinstance(value, str):
-            spend(1 + len(value))  # is compared with an equal key, if that is another object
+            spend(1 + len(value))  # it is compared with an equal key if that is another object
         elif isinstance(value, str) and isinstance(other, str):
             spend(1 + min(len(value), len(other)))
         elif hasattr(type(value), "__len__") or hasattr(type(other), "__len__"):
@@ -108,7 +108,7 @@ def key(value: Any) -> Any:
 
 
 def printed(value: Any) -> Any:
-    """Of every `{{ }}`: what str() of it will cost."""
+    """Runs on the value of every `{{ }}` and spends the steps of str() of it."""
     if type(value) is str:
         spend(len(value))
     else:
@@ -117,7 +117,7 @@ def printed(value: Any) -> Any:
 
 
 class Rewriter(NodeTransformer):
-    """Puts the costs into a template's syntax tree."""
+    """Inserts the costs into a template's syntax tree."""
 
     def __init__(self, environment: Any) -> None:
         self.environment = environment
@@ -164,7 +164,7 @@ class Rewriter(NodeTransformer):
 
 
 def _weight(node: nodes.Node) -> int:
-    """Steps of reaching a node and all below it once."""
+    """The steps of evaluating a node and all nodes below it once."""
     own = len(node.data) if isinstance(node, nodes.TemplateData) else NODE
     if isinstance(node, (nodes.List, nodes.Tuple, nodes.Dict, nodes.Pair)):
         own = ITEM

@@ -1,4 +1,4 @@
-"""What filters, tests and methods cost. One that has no price here cannot be called."""
+"""The steps that filters, tests and methods cost. A template cannot call one that has no price here."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def _of_format(pattern: Any, *values: Any, **named: Any) -> None:
 
 def _of_int(value: Any, *rest: Any, **named: Any) -> None:
     walk(value, rest, named)
-    spend(length(value) ** 2 // 100 if isinstance(value, str) else 0)  # Python before 3.10.7 reads any number of digits
+    spend(length(value) ** 2 // 100 if isinstance(value, str) else 0)  # before Python 3.10.7, digits are unlimited
 
 
 def _of_sum(values: Any, *rest: Any, **named: Any) -> None:
     walk(values, rest, named)
     if not (isinstance(values, (list, tuple, range)) and all(isinstance(value, (int, float)) for value in values)):
-        spend(length(values) ** 2 * ITEM)  # lists, added one after the other
+        spend(length(values) ** 2 * ITEM)  # sum() of lists copies the result at each addition
 
 
 def _of_indent(text: Any, width: Any = 4, *_: Any, **__: Any) -> None:
@@ -90,11 +90,11 @@ def _of_rows(values: Any, count: Any = 0, *_: Any, linecount: Any = 0, slices: A
 
 
 def _of_choice(value: Any, *rest: Any, **named: Any) -> None:
-    spend(ITEM * length(value))  # what is dropped is read, too
+    spend(ITEM * length(value))  # the dropped items are read too
     walk(rest, named)
 
 
-FILTERS: dict[str, Callable[..., None]] = {  # what each costs before it runs; arguments are named as Jinja does
+FILTERS: dict[str, Callable[..., None]] = {  # the cost of each, spent before it runs; arguments have Jinja's names
     **dict.fromkeys(words("attr count d default first items last length list map reverse safe"), free),
     **dict.fromkeys(words("reject rejectattr select selectattr"), _of_choice),
     **dict.fromkeys(words("abs capitalize dictsort e escape filesizeformat float forceescape groupby"), deep),
@@ -117,7 +117,7 @@ LONG_TESTS = {"in", "lower", "upper", *words("== eq equalto != ne > gt greaterth
 
 
 def priced(function: Callable[..., Any], cost: Callable[..., None]) -> Callable[..., Any]:
-    first = 1 if getattr(function, "jinja_pass_arg", None) else 0  # the context, which Jinja puts first
+    first = 1 if getattr(function, "jinja_pass_arg", None) else 0  # Jinja passes the context first
 
     @wraps(function, updated=("__dict__",))
     def with_price(*args: Any, **named: Any) -> Any:
@@ -137,7 +137,7 @@ _READERS |= {"sync_do_groupby", "test_in"}
 
 
 def method_cost(text: str, name: str, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-    """Of a method of a string."""
+    """Spends the steps of a call of a string's method."""
     first = args[0] if args else None
     if name in _WIDENING:
         spend(max(whole(first if args else named.get("width", 0)), 0))
@@ -153,7 +153,7 @@ def method_cost(text: str, name: str, args: tuple[Any, ...], named: dict[str, An
 
 
 _WIDENING = {"center", "ljust", "rjust", "zfill"}
-_SEARCHING_BACKWARDS = {"rfind", "rindex", "rpartition", "rsplit", "strip", "lstrip", "rstrip"}  # n times m at worst
+_SEARCHING_BACKWARDS = {"rfind", "rindex", "rpartition", "rsplit", "strip", "lstrip", "rstrip"}  # n * m at worst
 METHODS: dict[type, set[str]] = {
     str: {name for name in dir(str) if name.startswith("is")}
     | _WIDENING
