@@ -1,4 +1,5 @@
-"""Files that register by being there: a backend's, and the formats of weights and of cache pages."""
+"""Imports all files of a folder, so that each registers itself: a backend's ops, the formats of weights and of
+pages."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from typing import Any
 
 
 def import_files(package: str, path: Iterable[str]) -> None:
-    """Imports every file of a package, which is given by its ``__name__`` and its ``__path__``."""
+    """Imports every file of a package. ``package`` is its ``__name__``, ``path`` its ``__path__``."""
     for found in pkgutil.iter_modules(path):
         importlib.import_module(f"{package}.{found.name}")
 
@@ -18,8 +19,8 @@ def import_files(package: str, path: Iterable[str]) -> None:
 def register_format(
     cls: Any, base: type, formats: dict[str, Any], required: tuple[str, ...], triton: tuple[str, ...]
 ) -> None:
-    """Enters a format under its name. Raises TypeError unless it defines what is required, and all or nothing of what
-    Triton's kernels ask for; or where it has no name of its own."""
+    """Registers a format under its name. Raises TypeError if the format has no name of its own, if it lacks a member in
+    ``required``, or if it defines only some of the members in ``triton``."""
     what = f"the format {cls.__name__} of {base.__name__}"
     if not isinstance(vars(cls).get("format"), str):
         raise TypeError(f"{what} does not define format; expected a name of its own")
@@ -35,5 +36,5 @@ def register_format(
 
 
 def _defines(cls: type, base: type, name: str) -> bool:
-    """Whether a class has something else than its base under this name: getattr would bind class methods anew."""
+    """Whether a class overrides this member of its base. getattr would bind class methods, and never compare equal."""
     return inspect.getattr_static(cls, name, None) is not inspect.getattr_static(base, name, None)

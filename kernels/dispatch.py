@@ -56,12 +56,13 @@ class Implementation:
 class Backend:
     """The kernels for some types of device.
 
-    ``serves`` says whether the backend is there for a type of device ("cuda", "cpu", "meta"). ``refuses`` says of an
-    op's first tensor why no op of this backend takes it, or None. ``prepare`` makes the backend ready: it may compile,
-    measure and write to the log the first time, costs nothing later, and returns None or why the backend cannot run
-    here. No ``refuses`` may do any of this. ``invariant_tokens`` returns the number of tokens up to which the bits that
-    a linear gives a token do not depend on the other tokens. ``is_recorded`` says whether its calls on a CPU can be
-    recorded and made again (c/recorded_calls.py); others end the recording."""
+    ``serves(kind)`` says whether the backend runs on a type of device ("cuda", "cpu", "meta"). ``refuses(x)`` gets an
+    op's first tensor; it returns the reason why no op of this backend takes that tensor, or None. ``prepare`` returns
+    the reason why the backend cannot run here, or None. Its first call may compile, measure and write to the log; later
+    calls cost nothing. A ``refuses`` must do none of these. ``invariant_tokens`` returns in how large a batch linears
+    are batch-invariant: up to so many tokens in one call, the other tokens do not change a token's bits.
+    ``is_recorded`` says whether calls of this backend on a CPU can be recorded and replayed (c/recorded_calls.py). A
+    call of another backend ends the recording with CannotRecord."""
 
     name: str
     serves: Callable[[str], bool]
@@ -107,7 +108,7 @@ OPS: dict[str, Op[..., Any]] = {}
 
 
 def _takes(function: Callable, names: list[str]) -> bool:
-    """Whether a function can be called with arguments of these names, by place and by name."""
+    """Whether a function can be called with arguments of these names, both by position and by keyword."""
     try:
         inspect.signature(function).bind(*names)
         inspect.signature(function).bind(names[0], **dict.fromkeys(names[1:]))
@@ -160,13 +161,13 @@ def refusals(name: str, first: Tensor, *args: Any) -> dict[str, str | None]:
 
 
 def backends(kind: str) -> list[Backend]:
-    """Those for a type of device, in the order in which they are tried."""
+    """The backends for a type of device, in the order in which dispatch tries them."""
     return [] if KERNELS.get() == "reference" else [backend for backend in BACKENDS if backend.serves(kind)]
 
 
 def prepare(device: torch.device, dtype: torch.dtype) -> None:
-    """Prepares the backends that take tensors of this kind, which else happens at the first call of an op. It may take
-    seconds, once on a machine, and the log says so."""
+    """Prepares the backends that take tensors of this device and dtype. Otherwise the first call of an op prepares
+    them. Preparing may take seconds, once on a machine, and a log line says so."""
     example = torch.empty(1, dtype=dtype, device=device)
     for backend in backends(device.type):
         if backend.refuses(example) is None:

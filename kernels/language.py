@@ -24,8 +24,8 @@ def dot(a, b, acc):
 def cast(x, dtype: tl.constexpr):
     """x, which is float32, in another dtype, rounded to nearest even.
 
-    The interpreter would cut the bits off that bfloat16 lacks, and lose the carry of what it rounds to e4m3, so there
-    they are rounded away first."""
+    Triton's interpreter truncates when it converts to bfloat16, and loses the carry when it rounds to e4m3. So under
+    the interpreter the bits are rounded here first."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -34,7 +34,7 @@ def cast(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFFF + ((bits >> 20) & 1)
         wide = (bits & -1048576).to(tl.float32, bitcast=True)
-        small = (x + 24576.0) - 24576.0  # below 2 ** -6 there are multiples of 2 ** -9 only; 24576 has steps of those
+        small = (x + 24576.0) - 24576.0  # below 2 ** -6, e4m3 has multiples of 2 ** -9: the spacing at 24576
         x = tl.where(tl.abs(x) < 0.015625, small, wide)
     return x.to(dtype)
 

@@ -1,5 +1,5 @@
-"""Whether this thread records its calls of ops, to make them later (c/recorded_calls.py). Nothing of the package is
-imported here, for checks and dispatch ask, too."""
+"""Whether this thread records its C calls for a later replay (c/recorded_calls.py). This file imports nothing of the
+package, because checks.py and dispatch.py import it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from typing import Any
 
 
 class CannotRecord(RuntimeError):
-    """What runs while calls are recorded is more than calls that can be."""
+    """A function that is recorded called something other than C functions whose calls can be recorded."""
 
 
 _of_thread = threading.local()
 
 
 def recorder() -> Any:
-    """What records the calls of this thread, or None."""
+    """The object that records the calls of this thread, or None."""
     return getattr(_of_thread, "recorder", None)
 
 

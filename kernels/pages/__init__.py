@@ -1,7 +1,7 @@
 """Formats of the key-value cache's pages. An op takes the pages of a layer as one value. Each format has a file.
 
-To add a format, write a file here with a subclass of Pages; nothing has to import it. ``Pages`` says what each member
-must do; ``dense.py`` is the example.
+To add a format, write a file here with a subclass of Pages. Every file here is
+imported. ``Pages`` says what each member must do; ``dense.py`` is the example.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ class Pages:
 
     @classmethod
     def bytes_per_token(cls, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """Of the keys and values of one layer, rounded up."""
+        """The bytes of one token's keys and values in one layer, rounded up."""
         page = 1024
         return -(-cls.allocate(1, page, num_kv_heads, head_dim, dtype, torch.device("meta")).nbytes // page)
 

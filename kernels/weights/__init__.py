@@ -1,8 +1,8 @@
 """Formats of weights. An op takes a weight as one value, whatever tensors its format consists of. Each format has a
 file.
 
-To add a format, write a file here with a subclass of Weight; nothing has to import it. ``Weight`` says what each member
-must do; ``dense.py`` is the example.
+To add a format, write a file here with a subclass of Weight. Every file here is
+imported. ``Weight`` says what each member must do; ``dense.py`` is the example.
 """
 
 from __future__ import annotations

@@ -64,8 +64,8 @@ class Weight:
         raise NotImplementedError
 
     def check(self, op: str, name: str, shape: tuple[int | str, int | str], like: Tensor | None = None) -> None:
-        """Raises ValueError or TypeError, which name the op and the argument, unless the tensors make a matrix of this
-        shape, for x of the dtype of ``like``. A word in the shape stands for any size of at least 1."""
+        """Raises ValueError or TypeError, which names the op and the argument, unless the tensors form a valid matrix
+        of this shape, for x of the dtype of ``like``. A string in the shape stands for any size of at least 1."""
         raise NotImplementedError
 
     def dequantise(self) -> Tensor:
