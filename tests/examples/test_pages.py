@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib
 import re
 import shlex
+import textwrap
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -30,12 +31,12 @@ COMMANDS = ("qwenkern", "make", "python", "pytest")
 
 
 def blocks(page: Path) -> Iterator[tuple[str, str]]:
-    """(language, text) of each fenced block; what is outside them has the language "prose"."""
+    """(language, text) of each fenced block, indented ones too; what is outside them has the language "prose"."""
     language, lines = "prose", []
     for line in [*page.read_text(encoding="utf-8").splitlines(), "```"]:
-        if line.startswith("```"):
-            yield language, "\n".join(lines)
-            language, lines = line[3:] if language == "prose" else "prose", []
+        if line.lstrip().startswith("```"):
+            yield language, textwrap.dedent("\n".join(lines)) if language != "prose" else "\n".join(lines)
+            language, lines = line.strip()[3:] if language == "prose" else "prose", []
         else:
             lines.append(line)
 
