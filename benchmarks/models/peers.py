@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwenkern import Model
 from qwenkern.benchmarks.models import llama_cpp as programs
+from qwenkern.checkpoint.packing import unpacked
 
 Generate = Callable[[list[list[int]], int], Any]  # prompts, and how many tokens to add to each
 
@@ -137,28 +137,12 @@ def transformers_model(model: Model) -> Any:
     fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
     with torch.device("meta"):
         peer = Qwen2ForCausalLM(Qwen2Config(**fields))
-    weights = unpacked(model)
+    weights = dict(unpacked(model.module, config))
     if config.tie_word_embeddings:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
     peer.load_state_dict(weights, strict=True, assign=True)
     peer.model.rotary_emb = type(peer.model.rotary_emb)(peer.config).to(model.device)
     return peer.eval()
-
-
-def unpacked(model: Model) -> dict[str, Tensor]:
-    """Views of a model's weights, by their names in Hugging Face's checkpoints."""
-    config = model.config
-    weights: dict[str, Tensor] = {}
-    for name, tensor in model.module.state_dict().items():
-        if "qkv_proj" in name:
-            sizes = [config.q_size, config.kv_size, config.kv_size]
-            weights |= {name.replace("qkv", part): rows for part, rows in zip("qkv", tensor.split(sizes), strict=True)}
-        elif "gate_up_proj" in name:
-            parts = zip(("gate", "up"), tensor.chunk(2), strict=True)
-            weights |= {name.replace("gate_up", part): rows for part, rows in parts}
-        elif not (config.tie_word_embeddings and name == "lm_head.weight"):
-            weights[name] = tensor
-    return weights
 
 
 def write_gguf(model: Model, file: Path) -> None:
@@ -178,7 +162,7 @@ def write_gguf(model: Model, file: Path) -> None:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
-    for long_name, tensor in unpacked(model).items():
+    for long_name, tensor in unpacked(model.module, config):
         name = names.get_name(long_name, try_suffixes=(".weight", ".bias"))
         if name is None:
             raise ValueError(f"GGUF has no name for {long_name}")

@@ -32,6 +32,7 @@ from qwenkern.cache import BlockTable, PagedCache
 from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
+from qwenkern.kernels.triton.few_tokens import MAX_TOKENS
 from qwenkern.qwen2 import Qwen2, initialise
 
 STEPS = 20
@@ -88,7 +89,9 @@ class Recorded(CallCapture):
 @torch.inference_mode()  # torch's graphs share tensors, and one made in this mode cannot be used outside
 def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
     """The parts of a decode step with random weights in bfloat16. Each sequence has ``context`` cached tokens."""
-    most = 16 if device.type == "cuda" else c_backend.prepared().limits.max_few_tokens  # for which our kernels run
+    most = (
+        MAX_TOKENS if device.type == "cuda" else c_backend.prepared().limits.max_few_tokens
+    )  # for which our kernels run
     if not 1 <= sequences <= most:
         raise ValueError(f"--where: {sequences} sequences; expected 1 to {most}, for which our kernels run")
     most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # each replay on a GPU appends a token

@@ -19,6 +19,7 @@ from qwenkern.benchmarks import end_to_end
 from qwenkern.benchmarks.models import contention, llama_cpp, peers, roofline
 from qwenkern.benchmarks.models.peers import Engine, Reading
 from qwenkern.benchmarks.models.roofline import Roofline
+from qwenkern.checkpoint.packing import unpacked
 from qwenkern.kernels import c as c_backend
 
 app = typer.Typer()
@@ -113,7 +114,7 @@ def test_the_gguf_file_of_a_model_holds_its_weights(tmp_path):
     model, config = tiny_model(dtype=torch.bfloat16), TINY
     peers.write_gguf(model, tmp_path / "model.gguf")
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "model.gguf").tensors}
-    assert len(found) == len(peers.unpacked(model))
+    assert len(found) == len(dict(unpacked(model.module, model.config)))
     gate = torch.from_numpy(found["blk.1.ffn_gate.weight"].data.copy()).view(torch.bfloat16)
     assert torch.equal(gate, model.module.model.layers[1].mlp.gate_up_proj.weight[: config.intermediate_size])
     key = model.module.model.layers[0].self_attn.qkv_proj.bias[config.q_size :][: config.kv_size]
