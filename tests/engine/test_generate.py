@@ -157,7 +157,8 @@ def damaged(value: float = float("nan"), **keywords):
 
 
 @pytest.mark.parametrize(
-    "how", [{"temperature": 0}, {"temperature": 1.0}, {"top_k": 4, "temperature": 1.0}, {"logprobs": 2}]
+    "how",
+    [{"temperature": 0}, {"temperature": 1.0, "seed": 1}, {"top_k": 4, "temperature": 1.0, "seed": 1}, {"logprobs": 2}],
 )
 def test_logits_that_are_not_finite_are_an_error(how):
     model = damaged()
