@@ -20,6 +20,7 @@ from ..rms_norm import add_rms_norm
 from ..swiglu import swiglu
 from ..weights import Weight
 from . import tuning
+from .arrivals import arrivals
 from .backend import TRITON, pdl_options, refuses_format
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, row_scales
 
@@ -139,7 +140,7 @@ def _launch_linear(
         bias,
         addend,
         x.new_empty((split_k, num_tokens, n_size), dtype=torch.float32) if split_k > 1 else None,
-        _arrivals(x.device, tiles) if split_k > 1 else None,
+        arrivals(x, tiles) if split_k > 1 else None,
         num_tokens,
         n_size,
         k_size,
@@ -159,22 +160,6 @@ def _launch_linear(
         **chosen,
         **pdl_options(x),
     )
-
-
-_counters: dict[tuple[torch.device, int, int], Tensor] = {}
-
-
-def _arrivals(device: torch.device, tiles: int) -> Tensor:
-    """Counters, one a tile, of the programs that have finished it. Kernels of one stream use the same counters in
-    turn."""
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, triton.next_power_of_2(max(tiles, 1024)))
-    if key in _counters:
-        return _counters[key]
-    zeros = torch.zeros(key[2], dtype=torch.int32, device=device)
-    if stream and torch.cuda.is_current_stream_capturing():
-        return zeros  # for this graph only, which fills them with zeros at each replay
-    return _counters.setdefault(key, zeros)
 
 
 def refuses_weight(weight: Weight) -> str | None:
