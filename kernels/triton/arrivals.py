@@ -7,17 +7,19 @@ import torch
 import triton
 from torch import Tensor
 
-_counters: dict[tuple[torch.device, int, int], Tensor] = {}
+from ..dispatch import kept_tensors
 
 
 def arrivals(x: Tensor, count: int) -> Tensor:
-    """At least ``count`` counters [int32] on the device of x. Kernels of one stream use the same counters in turn."""
-    device = x.device
-    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
-    key = (device, stream, triton.next_power_of_2(max(count, 1024)))
-    if key in _counters:
-        return _counters[key]
-    zeros = torch.zeros(key[2], dtype=torch.int32, device=device)
-    if stream and torch.cuda.is_current_stream_capturing():
-        return zeros  # for this graph only, which fills them with zeros at each replay
-    return _counters.setdefault(key, zeros)
+    """At least ``count`` counters [int32] on the device of x.
+
+    A captured step keeps its counters, and its kernels use them in turn (dispatch.dependent_launches). Any other call
+    gets its own: they may lie in somebody else's memory pool, which gives the memory to others after the call
+    (torch.compile's CUDA graphs do so, also in their warm-up run)."""
+    kept = kept_tensors()
+    if kept is None:
+        return x.new_zeros(count, dtype=torch.int32)
+    key = "arrivals", x.device, triton.next_power_of_2(max(count, 1024))
+    if key not in kept:
+        kept[key] = x.new_zeros(key[2], dtype=torch.int32)
+    return kept[key]

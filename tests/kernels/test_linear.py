@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_reference, assert_rounds_like_reference, random
+from support.references import assert_matches_reference, assert_rounds_like_reference, random, tensors_left_behind
 
 EPS = 1e-6
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -44,8 +44,16 @@ def test_odd_sizes(ops, device, n, k):
 def test_programs_share_a_tile(ops, device, tokens):
     """896 rows are too few programs for an H100, so several split K; twice, since they count each other."""
     x, _, weight, bias = _inputs(tokens, 896, 4864, torch.bfloat16, device)
-    first = assert_matches_reference(ops, "linear", x, weight, bias)
-    assert torch.equal(first, assert_matches_reference(ops, "linear", x, weight, bias))
+    with ops.dependent_launches({}):
+        first = assert_matches_reference(ops, "linear", x, weight, bias)
+        assert torch.equal(first, assert_matches_reference(ops, "linear", x, weight, bias))
+
+
+def test_a_split_product_keeps_no_tensor(ops, device):
+    x, _, weight, _ = _inputs(1, 16, 2048, torch.bfloat16, device)
+    assert tensors_left_behind(lambda: ops.linear(x, weight)) == []
+    with ops.dependent_launches(kept := {}):
+        assert tensors_left_behind(lambda: ops.linear(x, weight)) == [each.shape for each in kept.values()] != []
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
