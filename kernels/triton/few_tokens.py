@@ -56,7 +56,6 @@ def config(
 
     SPLIT_K, BLOCK_K and num_warps determine the order of summation. For batch invariance they do not depend on the
     number of tokens."""
-    inputs = 1 if op == "linear" else 2  # x, and with a norm the residual
     wide = 1024 // itemsize
     shapes = [(32, wide), (32, wide // 2)]
     if streams == 1 and n < 64 * device.num_sms:  # with 32 rows there would be too few programs
@@ -66,10 +65,10 @@ def config(
         split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if splits_k else 1
         neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # programs on one multiprocessor
         memory = device.shared_memory // neighbours - 4096
-        if 2 * (streams * block_n + inputs * MAX_TOKENS) * block_k * itemsize <= memory:  # at least two tiles fit
+        if 2 * (streams * block_n + MAX_TOKENS) * block_k * itemsize <= memory:  # at least two tiles fit
             break
     tiles = min(
-        memory // ((streams * block_n + inputs * tokens) * block_k * itemsize),
+        memory // ((streams * block_n + tokens) * block_k * itemsize),
         IN_FLIGHT // (streams * block_n * block_k * itemsize),
     )
     heuristic = {
@@ -90,49 +89,28 @@ def padded(tokens: int, device: tuning.Device) -> int:
 
 
 @triton.jit
-def _row(x_ptr, residual_ptr, token, k, mask, x_stride, residual_stride):
-    x = tl.load(x_ptr + token * x_stride + k, mask=mask, other=0.0)
-    residual = x
-    if residual_ptr is not None:
-        residual = tl.load(residual_ptr + token * residual_stride + k, mask=mask, other=0.0)
-    return x, residual
-
-
-@triton.jit
 def row_scales(
-    new_residual_ptr,  # [T, K], or None
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], or None
     num_tokens,
     k_size,
-    new_residual_stride,
     x_stride,
-    residual_stride,
     eps,
-    writer,  # this program writes the new residual of tokens t with t % num_writers == writer
-    num_writers,
     BLOCK_T: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
 ):
-    """1 / sqrt(mean(h^2) + eps) of each token's h = x + residual: [BLOCK_T]. The loop handles one token at a time, so
-    the order of its sum does not depend on the batch."""
-    dtype = x_ptr.dtype.element_ty
+    """1 / sqrt(mean(x^2) + eps) of each token: [BLOCK_T]. The loop handles one token at a time, so the order of its sum
+    does not depend on the batch."""
     tokens = tl.arange(0, BLOCK_T)
     k = tl.arange(0, BLOCK_ROW)
     mask = k < k_size
     scales = tl.zeros([BLOCK_T], tl.float32)
-    x, residual = _row(x_ptr, residual_ptr, 0, k, mask, x_stride, residual_stride)
+    x = tl.load(x_ptr + k, mask=mask, other=0.0)
     for token in range(0, num_tokens):
-        h = x.to(tl.float32)
-        if residual_ptr is not None:
-            h = round_to(residual.to(tl.float32) + h, dtype)
+        wide = x.to(tl.float32)
         if BLOCK_T > 1:  # load the next row while this one is summed; the last is loaded twice
             following = tl.minimum(token + 1, num_tokens - 1)
-            x, residual = _row(x_ptr, residual_ptr, following, k, mask, x_stride, residual_stride)
-        if new_residual_ptr is not None:  # noqa: SIM102 - a constant; the next test is not
-            if token % num_writers == writer:
-                tl.store(new_residual_ptr + token * new_residual_stride + k, cast(h, dtype), mask=mask)
-        scale = tl.rsqrt(tl.sum(h * h) / k_size + eps)
+            x = tl.load(x_ptr + following * x_stride + k, mask=mask, other=0.0)
+        scale = tl.rsqrt(tl.sum(wide * wide) / k_size + eps)
         scales = tl.where(tokens == token, scale, scales)
     return scales
 
@@ -140,7 +118,6 @@ def row_scales(
 @triton.jit
 def accumulate(
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], or None
     norm_weight_ptr,  # [K], or None: x is not normalised
     scales,  # [BLOCK_T], of the norm
     weight,  # [N, K], the named tuple of its format
@@ -150,7 +127,6 @@ def accumulate(
     k_start,
     k_end,
     x_stride,
-    residual_stride,
     LOAD: tl.constexpr,  # of the weight's format
     GATED: tl.constexpr,
     BLOCK_T: tl.constexpr,
@@ -176,12 +152,8 @@ def accumulate(
         other = None if EVEN_K else 0.0
         x = tl.load(x_ptr + tokens * x_stride + k, mask=mask, other=other)
         if norm_weight_ptr is not None:
-            h = x.to(tl.float32)
-            if residual_ptr is not None:
-                residual = tl.load(residual_ptr + tokens * residual_stride + k, mask=mask, other=other)
-                h = round_to(h + residual.to(tl.float32), dtype)
             norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other).to(tl.float32)
-            x = cast(round_to(h * scales[None, :, None], dtype) * norm_weight, dtype)
+            x = cast(round_to(x.to(tl.float32) * scales[None, :, None], dtype) * norm_weight, dtype)
         acc = dot(LOAD(weight, rows, k, mask, other), tl.permute(x, [0, 2, 1]), acc)
         if GATED:
             acc_up = dot(LOAD(up, rows, k, mask, other), tl.permute(x, [0, 2, 1]), acc_up)

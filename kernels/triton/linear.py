@@ -1,7 +1,7 @@
 """The ops of ../linear.py. For few tokens (1 to 16) each op is one kernel; few_tokens.py has the picture. More tokens
 run rms_norm, torch's matrix product and swiglu one after the other.
 
-The epilogue computes in float32, and out is rounded once.
+The epilogue computes in float32. It rounds before it adds the addend, and again afterwards.
 
 If N gives too few programs, SPLIT_K of them divide the K of a tile. Each writes a float32 partial sum, and the last to
 arrive adds the partial sums in a fixed order.
@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language import cast, silu, wait_for_inputs
-from ..rms_norm import add_rms_norm
+from ..language import cast, round_to, silu, wait_for_inputs
+from ..rms_norm import rms_norm
 from ..swiglu import swiglu
 from ..weights import Weight
 from . import tuning
@@ -27,21 +27,17 @@ from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, row_
 @triton.jit
 def _linear_kernel(
     out_ptr,  # [T, N]
-    new_residual_ptr,  # [T, K], or None
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], added before the norm, or None
     norm_weight_ptr,  # [K], or None: no norm
     weight,  # the named tuple of its format: [N, K], or with GATED [2 N, K], gate rows then up rows
     bias_ptr,  # [N], or None
-    addend_ptr,  # [T, N], added to the product, or None
+    addend_ptr,  # [T, N], added to the rounded product, or None
     parts_ptr,  # [SPLIT_K, T, N] float32, or None
     arrivals_ptr,  # [number of tiles] int32, zero before and after the kernel; or None
     num_tokens,
     n_size,
     k_size,
-    new_residual_stride,
     x_stride,
-    residual_stride,
     addend_stride,
     eps,
     LOAD: tl.constexpr,  # of the weights' format
@@ -75,19 +71,17 @@ def _linear_kernel(
     wait_for_inputs(PDL)
     scales = tl.zeros([BLOCK_T], tl.float32)
     if norm_weight_ptr is not None:
-        scales = row_scales(
-            new_residual_ptr, x_ptr, residual_ptr, num_tokens, k_size, new_residual_stride, x_stride, residual_stride,
-            eps, tile * SPLIT_K + split, tl.num_programs(0) * SPLIT_K, BLOCK_T, BLOCK_ROW,
-        )  # fmt: skip
+        scales = row_scales(x_ptr, num_tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_ROW)
     acc, acc_up = accumulate(
-        x_ptr, residual_ptr, norm_weight_ptr, scales, weight, up, rows, num_tokens, k_start, k_end,
-        x_stride, residual_stride, LOAD, GATED, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
+        x_ptr, norm_weight_ptr, scales, weight, up, rows, num_tokens, k_start, k_end,
+        x_stride, LOAD, GATED, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
     )  # fmt: skip
 
     tokens = tl.arange(0, BLOCK_T)[None, :]
     rows = (tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
     mask = (tokens < num_tokens) & (rows < n_size)
     at = tokens * n_size + rows
+    dtype = out_ptr.dtype.element_ty
     last = True
     if SPLIT_K > 1:
         part = num_tokens * n_size
@@ -105,16 +99,15 @@ def _linear_kernel(
         if bias_ptr is not None:
             acc += tl.load(bias_ptr + rows, mask=rows < n_size, other=0.0).to(tl.float32)
         if addend_ptr is not None:
-            acc += tl.load(addend_ptr + tokens * addend_stride + rows, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+            addend = tl.load(addend_ptr + tokens * addend_stride + rows, mask=mask, other=0.0)
+            acc = round_to(acc, dtype) + addend.to(tl.float32)
+        tl.store(out_ptr + at, cast(acc, dtype), mask=mask)
 
 
 def _launch_linear(
     name: str,
     out: Tensor,
-    new_residual: Tensor | None,
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor | None,
     weight: Weight,
     bias: Tensor | None,
@@ -131,9 +124,7 @@ def _launch_linear(
     tiles, split_k = triton.cdiv(n_size, chosen["BLOCK_N"]), chosen["SPLIT_K"]
     _linear_kernel[(tiles, split_k)](
         out,
-        new_residual,
         x,
-        residual,
         norm_weight,
         weight.triton_arguments(),
         bias,
@@ -143,9 +134,7 @@ def _launch_linear(
         num_tokens,
         n_size,
         k_size,
-        0 if new_residual is None else new_residual.stride(0),
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         0 if addend is None else addend.stride(0),
         eps,
         LOAD=weight.triton_load,
@@ -188,39 +177,31 @@ def refuses_norm(x: Tensor, weight: Weight) -> str | None:
     return refuses_weight(weight)
 
 
-def new_residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
-    return None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 @TRITON.implements(lambda x, weight, *rest, **keywords: refuses_weight(weight))
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
     if len(x) > MAX_TOKENS:
+        if addend is not None and bias is None:
+            return torch.addmm(addend, x, weight.dequantise().T)
         out = F.linear(x, weight.dequantise(), bias)
         return out if addend is None else addend + out
     out = x.new_empty(len(x), len(weight))
-    _launch_linear("linear", out, None, x, None, None, weight, bias, addend, 0.0)
+    _launch_linear("linear", out, x, None, weight, bias, addend, 0.0)
     return out
 
 
-@TRITON.implements(lambda x, residual, norm_weight, eps, weight, bias=None: refuses_norm(x, weight))
-def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+@TRITON.implements(lambda x, norm_weight, eps, weight, bias=None: refuses_norm(x, weight))
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if len(x) > MAX_TOKENS:
-        normed, residual = add_rms_norm(x, residual, norm_weight, eps)
-        return F.linear(normed, weight.dequantise(), bias), residual
-    out, new_residual = x.new_empty(len(x), len(weight)), new_residual_like(x, residual)
-    _launch_linear("norm_linear", out, new_residual, x, residual, norm_weight, weight, bias, None, eps)
-    return out, x if new_residual is None else new_residual
+        return F.linear(rms_norm(x, norm_weight, eps), weight.dequantise(), bias)
+    out = x.new_empty(len(x), len(weight))
+    _launch_linear("norm_linear", out, x, norm_weight, weight, bias, None, eps)
+    return out
 
 
-@TRITON.implements(lambda x, residual, norm_weight, eps, weight: refuses_norm(x, weight))
-def norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
-) -> tuple[Tensor, Tensor]:
+@TRITON.implements(lambda x, norm_weight, eps, weight: refuses_norm(x, weight))
+def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
     if len(x) > MAX_TOKENS:
-        normed, residual = add_rms_norm(x, residual, norm_weight, eps)
-        return swiglu(F.linear(normed, weight.dequantise())), residual
-    out, new_residual = x.new_empty(len(x), len(weight) // 2), new_residual_like(x, residual)
-    _launch_linear("norm_swiglu_linear", out, new_residual, x, residual, norm_weight, weight, None, None, eps, True)
-    return out, x if new_residual is None else new_residual
+        return swiglu(F.linear(rms_norm(x, norm_weight, eps), weight.dequantise()))
+    out = x.new_empty(len(x), len(weight) // 2)
+    _launch_linear("norm_swiglu_linear", out, x, norm_weight, weight, None, None, eps, True)
+    return out

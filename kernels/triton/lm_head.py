@@ -1,11 +1,11 @@
 """The last norm and the product with the vocabulary, for the last token of each sequence.
 
-    lm_head        logits = rms_norm(residual + x) W', in float32, not rounded again
+    lm_head        logits = rms_norm(x) W', in float32, not rounded again
     lm_head_top_k  the k largest logits and their ids; the logits are not written
 
-x is [T, K], W is [V, K]. Bytes moved: the weight, T K elements of x and residual, and 4 T V bytes of logits; the top k
-writes only its candidates. Up to 16 tokens run as few_tokens.py describes. For the top k, each program keeps the k best
-of its rows as candidates, and a second kernel finds the k best candidates:
+x is [T, K], W is [V, K]. Bytes moved: the weight, T K elements of x, and 4 T V bytes of logits; the top k writes only
+its candidates. Up to 16 tokens run as few_tokens.py describes. For the top k, each program keeps the k best of its rows
+as candidates, and a second kernel finds the k best candidates:
 
     tile 0 [BLOCK_N rows] ─► k candidates ─┐
     tile 1 [BLOCK_N rows] ─► k candidates ─┼─► one program a token ─► k best
@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..language import wait_for_inputs
-from ..rms_norm import add_rms_norm
+from ..rms_norm import rms_norm
 from ..weights import Weight
 from . import tuning
 from .backend import TRITON, pdl_options
@@ -36,14 +36,12 @@ def _lm_head_kernel(
     candidates_ptr,  # [T, tiles, TOP_K] float32, or None
     candidate_ids_ptr,  # [T, tiles, TOP_K] int32, or None
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], or None
     norm_weight_ptr,  # [K]
     weight,  # [V, K], the named tuple of its format
     num_tokens,
     vocabulary,
     k_size,
     x_stride,
-    residual_stride,
     eps,
     LOAD: tl.constexpr,  # of the weight's format
     PREFETCH: tl.constexpr,
@@ -65,12 +63,10 @@ def _lm_head_kernel(
     PREFETCH(weight, rows, 0, k_size, PREFETCH_LINES)
 
     wait_for_inputs(PDL)
-    scales = row_scales(
-        None, x_ptr, residual_ptr, num_tokens, k_size, 0, x_stride, residual_stride, eps, 0, 1, BLOCK_T, BLOCK_ROW
-    )
+    scales = row_scales(x_ptr, num_tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_ROW)
     logits, _ = accumulate(
-        x_ptr, residual_ptr, norm_weight_ptr, scales, weight, weight, rows, num_tokens, 0, k_size,
-        x_stride, residual_stride, LOAD, False, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
+        x_ptr, norm_weight_ptr, scales, weight, weight, rows, num_tokens, 0, k_size,
+        x_stride, LOAD, False, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
     )  # fmt: skip
 
     tokens = tl.arange(0, BLOCK_T)
@@ -134,7 +130,6 @@ def _launch_lm_head(
     candidates: Tensor | None,
     candidate_ids: Tensor | None,
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor,
     weight: Weight,
     eps: float,
@@ -147,14 +142,12 @@ def _launch_lm_head(
         candidates,
         candidate_ids,
         x,
-        residual,
         norm_weight,
         weight.triton_arguments(),
         num_tokens,
         vocabulary,
         k_size,
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         eps,
         LOAD=weight.triton_load,
         PREFETCH=weight.triton_prefetch,
@@ -181,24 +174,22 @@ def _config(x: Tensor, weight: Weight) -> dict[str, int]:
     return config("lm_head", device, len(weight), x.shape[1], padded(len(x), device), x.element_size(), splits_k=False)
 
 
-@TRITON.implements(lambda x, residual, norm_weight, eps, weight: refuses_norm(x, weight))
-def lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
+@TRITON.implements(lambda x, norm_weight, eps, weight: refuses_norm(x, weight))
+def lm_head(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
     if len(x) > MAX_TOKENS:
-        return F.linear(add_rms_norm(x, residual, norm_weight, eps)[0], weight.dequantise()).float()
+        return F.linear(rms_norm(x, norm_weight, eps), weight.dequantise()).float()
     logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    _launch_lm_head(logits, None, None, x, residual, norm_weight, weight, eps)
+    _launch_lm_head(logits, None, None, x, norm_weight, weight, eps)
     return logits
 
 
-@TRITON.implements(lambda x, residual, norm_weight, eps, weight, k: refuses_norm(x, weight))
-def lm_head_top_k(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, k: int
-) -> tuple[Tensor, Tensor]:
+@TRITON.implements(lambda x, norm_weight, eps, weight, k: refuses_norm(x, weight))
+def lm_head_top_k(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, k: int) -> tuple[Tensor, Tensor]:
     if len(x) > MAX_TOKENS and k == 1:
-        values, ids = lm_head(x, residual, norm_weight, eps, weight).max(dim=-1, keepdim=True)
+        values, ids = lm_head(x, norm_weight, eps, weight).max(dim=-1, keepdim=True)
         return values, ids
     if len(x) > MAX_TOKENS or k > MAX_TOP_K:
-        values, ids = lm_head(x, residual, norm_weight, eps, weight).sort(dim=-1, descending=True, stable=True)
+        values, ids = lm_head(x, norm_weight, eps, weight).sort(dim=-1, descending=True, stable=True)
         return values[:, :k], ids[:, :k]
     values = x.new_empty(len(x), k, dtype=torch.float32)
     ids = x.new_empty(len(x), k, dtype=torch.int64)
@@ -206,6 +197,6 @@ def lm_head_top_k(
     tiles = triton.cdiv(len(weight), 16 * _config(x, weight)["BLOCK_N"]) * 16
     candidates = x.new_empty(len(x), tiles, k, dtype=torch.float32)
     candidate_ids = torch.empty_like(candidates, dtype=torch.int32)
-    _launch_lm_head(None, candidates, candidate_ids, x, residual, norm_weight, weight, eps)
+    _launch_lm_head(None, candidates, candidate_ids, x, norm_weight, weight, eps)
     _launch_top_k(values, ids, candidates, candidate_ids)
     return values, ids

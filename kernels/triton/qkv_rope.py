@@ -1,11 +1,10 @@
-"""The ops of a layer before its attention, in one launch: add, norm, q k v, rotary embedding, write into the cache.
+"""The ops of a layer before its attention, in one launch: norm, q k v, rotary embedding, write into the cache.
 
-    residual' = round(residual + x);  qkv = round(rms_norm(residual') W' + bias);  then as rope_and_cache (rope.py)
+    qkv = round(rms_norm(x) W' + bias);  then as rope_and_cache (rope.py)
 
 x is [T, K]. W is [N, K] with N = (Hq + 2 Hkv) D, its heads in the order q, k, v. Values are rounded where norm_linear
-and rope_and_cache round them. Bytes moved: the weight, T K elements of x, residual and residual', T N of q, k and v. Up
-to 16 tokens run in one kernel, which streams the weight as few_tokens.py describes. More tokens run norm_linear and
-then rope_and_cache.
+and rope_and_cache round them. Bytes moved: the weight, T K elements of x, T N of q, k and v. Up to 16 tokens run in one
+kernel, which streams the weight as few_tokens.py describes. More tokens run norm_linear and then rope_and_cache.
 
 A rotation needs elements i and i + D/2 of a head, so a program takes BLOCK_N / 2 rows of each half:
 
@@ -27,7 +26,7 @@ from ..weights import Weight
 from . import tuning
 from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, accumulate, config, padded, row_scales
-from .linear import new_residual_like, refuses_norm
+from .linear import refuses_norm
 from .rope import refuses_pages
 
 
@@ -35,9 +34,7 @@ from .rope import refuses_pages
 def _norm_qkv_rope_kernel(
     q_out_ptr,  # [T, Hq, D]
     pages,  # the named tuple of their format; the kernel writes k and v there
-    new_residual_ptr,  # [T, K], or None
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], added before the norm, or None
     norm_weight_ptr,  # [K]
     weight,  # [N, K], the named tuple of its format
     bias_ptr,  # [N], or None
@@ -48,9 +45,7 @@ def _norm_qkv_rope_kernel(
     num_q_heads,
     num_kv_heads,
     k_size,
-    new_residual_stride,
     x_stride,
-    residual_stride,
     eps,
     LOAD: tl.constexpr,  # of the weight's format
     PREFETCH: tl.constexpr,
@@ -76,13 +71,10 @@ def _norm_qkv_rope_kernel(
     PREFETCH(weight, rows, 0, k_size, PREFETCH_LINES)
 
     wait_for_inputs(PDL)
-    scales = row_scales(
-        new_residual_ptr, x_ptr, residual_ptr, num_tokens, k_size, new_residual_stride, x_stride, residual_stride,
-        eps, tile, tl.num_programs(0), BLOCK_T, BLOCK_ROW,
-    )  # fmt: skip
+    scales = row_scales(x_ptr, num_tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_ROW)
     acc, _ = accumulate(
-        x_ptr, residual_ptr, norm_weight_ptr, scales, weight, weight, rows, num_tokens, 0, k_size,
-        x_stride, residual_stride, LOAD, False, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
+        x_ptr, norm_weight_ptr, scales, weight, weight, rows, num_tokens, 0, k_size,
+        x_stride, LOAD, False, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
     )  # fmt: skip
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
@@ -116,9 +108,7 @@ def _norm_qkv_rope_kernel(
 def _launch_norm_qkv_rope(
     q_out: Tensor,
     pages: Pages,
-    new_residual: Tensor | None,
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor,
     weight: Weight,
     bias: Tensor | None,
@@ -136,9 +126,7 @@ def _launch_norm_qkv_rope(
     _norm_qkv_rope_kernel[(len(weight) // block_n,)](
         q_out,
         pages.triton_arguments(),
-        new_residual,
         x,
-        residual,
         norm_weight,
         weight.triton_arguments(),
         bias,
@@ -149,9 +137,7 @@ def _launch_norm_qkv_rope(
         num_q_heads,
         pages.num_kv_heads,
         k_size,
-        0 if new_residual is None else new_residual.stride(0),
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         eps,
         LOAD=weight.triton_load,
         PREFETCH=weight.triton_prefetch,
@@ -171,7 +157,6 @@ def _launch_norm_qkv_rope(
 @TRITON.implements()
 def norm_qkv_rope(
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor,
     eps: float,
     weight: Weight,
@@ -180,14 +165,11 @@ def norm_qkv_rope(
     cos_sin: Tensor,
     pages: Pages,
     slots: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache."""
     if len(x) > MAX_TOKENS or refuses_norm(x, weight) or refuses_pages(pages):
-        qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
-        return rope_and_cache(qkv, positions, cos_sin, pages, slots), residual
+        qkv = norm_linear(x, norm_weight, eps, weight, bias)
+        return rope_and_cache(qkv, positions, cos_sin, pages, slots)
     q_out = x.new_empty(len(x), len(weight) // pages.head_dim - 2 * pages.num_kv_heads, pages.head_dim)
-    new_residual = new_residual_like(x, residual)
-    _launch_norm_qkv_rope(
-        q_out, pages, new_residual, x, residual, norm_weight, weight, bias, positions, cos_sin, slots, eps
-    )
-    return q_out, x if new_residual is None else new_residual
+    _launch_norm_qkv_rope(q_out, pages, x, norm_weight, weight, bias, positions, cos_sin, slots, eps)
+    return q_out
