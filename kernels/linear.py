@@ -32,7 +32,7 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor
 
     The sum of product and bias is rounded to the dtype, and so is its sum with the addend, as in transformers. There is
     one exception: for more than 16 tokens without a bias, Triton's backend calls torch.addmm, which adds the addend in
-    float32 and rounds once. That saves a pass over the result."""
+    float32 and rounds once."""
     check_tensor("linear", "x", x, ("T", "K"))
     check_weight("linear", "weight", weight, x)
     if bias is not None:
