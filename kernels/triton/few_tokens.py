@@ -61,7 +61,9 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
     the number of tokens."""
     tile = 16 * triton.next_power_of_2(k) * itemsize
     fits = itemsize == 2 and tile <= 16 * RESIDENT and 3 * tile <= device.shared_memory - 16384
-    heuristic = _resident(device, n, k, itemsize) if fits and k >= 128 else _streamed(op, device, n, k, tokens, itemsize)
+    heuristic = (
+        _resident(device, n, k, itemsize) if fits and k >= 128 else _streamed(op, device, n, k, tokens, itemsize)
+    )
     if device.backend != "cuda" or device.capability < 90:  # no dependent launch
         heuristic["AHEAD"] = 0
     if device.backend != "cuda" or INTERPRETED:

@@ -60,16 +60,20 @@ def _bias_and_addend(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _store_linear(args, tile, products, inputs, tokens, num_tokens):
-    dtype = args.out.dtype.element_ty
-    BLOCK_N: tl.constexpr = products.shape[0]
+def _store(args, out, first, tokens, num_tokens):
+    """Writes the values of some rows, beginning with ``first``, and all tokens."""
+    rows = (first + tl.arange(0, out.shape[0]))[:, None]
+    mask = (tokens[None, :] < num_tokens) & (rows < args.n_size)
+    tl.store(args.out + tokens[None, :] * args.n_size + rows, cast(out, args.out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish_linear(args, tile, products, inputs, tokens, num_tokens):
     if args.bias is not None:
         products += inputs[0]
     if args.addend is not None:
-        products = round_to(products, dtype) + inputs[1]
-    rows = (tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    mask = (tokens[None, :] < num_tokens) & (rows < args.n_size)
-    tl.store(args.out + tokens[None, :] * args.n_size + rows, cast(products, dtype), mask=mask)
+        products = round_to(products, args.out.dtype.element_ty) + inputs[1]
+    _store(args, products, tl.cast(tile, tl.int64) * products.shape[0], tokens, num_tokens)
 
 
 @triton.jit
@@ -86,13 +90,10 @@ def _nothing(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _store_gated(args, tile, products, inputs, tokens, num_tokens):
+def _finish_gated(args, tile, products, inputs, tokens, num_tokens):
     half: tl.constexpr = products.shape[0] // 2
     gate, up = tl.split(tl.permute(tl.reshape(products, [2, half, products.shape[1]]), [1, 2, 0]))
-    rows = (tl.cast(tile, tl.int64) * half + tl.arange(0, half))[:, None]
-    mask = (tokens[None, :] < num_tokens) & (rows < args.n_size)
-    out = cast(silu(gate) * up, args.out.dtype.element_ty)
-    tl.store(args.out + tokens[None, :] * args.n_size + rows, out, mask=mask)
+    _store(args, silu(gate) * up, tl.cast(tile, tl.int64) * half, tokens, num_tokens)
 
 
 @triton.jit
@@ -127,13 +128,13 @@ def _linear_kernel(
     if GATED:
         multiply(
             args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
-            LOAD, PREFETCH, _gate_and_up_rows, _nothing, _store_gated, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
+            LOAD, PREFETCH, _gate_and_up_rows, _nothing, _finish_gated, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
             SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
         )  # fmt: skip
     else:
         multiply(
             args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
-            LOAD, PREFETCH, _rows, _bias_and_addend, _store_linear, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
+            LOAD, PREFETCH, _rows, _bias_and_addend, _finish_linear, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
             SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
         )  # fmt: skip
 
