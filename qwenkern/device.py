@@ -99,9 +99,10 @@ def cache_room(
 
 
 def _default_cache_tokens(config: Config, per_token: int, per_chunk: int, device: torch.device) -> int:
-    """On a GPU, the tokens that its free memory holds, less a reserve. It is a tenth of the memory, or more: a twentieth
-    and what a chunk of a prompt takes with all of its logits (``per_chunk`` bytes), if the cache keeps three quarters.
-    On a CPU, where memory is taken only when it is used, four contexts, but at most half of the machine's memory."""
+    """On a GPU, the tokens that its free memory holds, less a reserve. The reserve is a tenth of the memory, or more: a
+    twentieth and the ``per_chunk`` bytes that a chunk of a prompt takes with all of its logits, if that is at most a
+    quarter of the free memory. On a CPU, where memory is taken only when it is used, four contexts, but at most half of
+    the machine's memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         reserve = max(total // 10, min(total // 20 + per_chunk, free // 4))
