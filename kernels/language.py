@@ -21,6 +21,64 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def precise_dot(a, b):
+    """a [M, K] times b [K, N], in float32, for operands of any dtype.
+
+    The sum of K products has an error that grows with K where they are added one after another, as `dot` does for
+    float32. This adds 16 of them, and then the sums in a tree."""
+    if a.dtype == tl.float32 and a.shape[1] > 16:
+        rows = a.reshape(a.shape[0], a.shape[1] // 16, 16).permute(1, 0, 2)
+        columns = b.reshape(b.shape[0] // 16, 16, b.shape[1])
+        acc = tl.zeros([a.shape[1] // 16, a.shape[0], b.shape[1]], tl.float32)
+        return tl.sum(dot(rows, columns, acc), axis=0)
+    else:
+        return dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32))
+
+
+# The approximations of a GPU err by up to 2 ** -22 (PTX ISA: ex2.approx, lg2.approx, div.full), four roundings of
+# float32. That is nothing beside a rounding of the result to two bytes. Where the result stays float32 (``dtype``),
+# these functions err by about one rounding.
+
+
+@triton.jit
+def exp2(x, dtype: tl.constexpr):
+    """2 ** x for a float32 x of at most 127; 0 below -126.5."""
+    if dtype == tl.float32:
+        x = tl.where(x < -127.0, -127.0, x)  # keeps NaN
+        whole = tl.floor(x + 0.5)
+        f = x - whole  # the Taylor series of 2 ** f, whose next term is below 2 ** -27
+        y = 1.525273380405984e-5 * f + 1.540353039338161e-4
+        y = ((y * f + 1.3333558146428443e-3) * f + 9.618129107628477e-3) * f + 5.550410866482158e-2
+        y = ((y * f + 0.24022650695910072) * f + 0.6931471805599453) * f + 1.0
+        return y * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, dtype: tl.constexpr):
+    """The logarithm of a float32 x that is positive, finite, and not subnormal."""
+    if dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2)
+        exponent = bits >> 23
+        m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)  # sqrt(1/2) to sqrt(2)
+        s = tl.div_rn(m - 1.0, m + 1.0)
+        z = s * s  # log(m) = 2 artanh(s), whose next term is below 2 ** -29
+        y = ((0.2222222222222222 * z + 0.2857142857142857) * z + 0.4) * z + 0.6666666666666666
+        return exponent.to(tl.float32) + 1.4426950408889634 * (y * z * s + 2.0 * s)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def divide(x, y, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """x, which is float32, in another dtype, rounded to nearest even.
 
