@@ -24,13 +24,13 @@ def dot(a, b, acc):
 def precise_dot(a, b):
     """a [M, K] times b [K, N], in float32, for operands of any dtype.
 
-    The sum of K products has an error that grows with K where they are added one after another, as `dot` does for
-    float32. This adds 16 of them, and then the sums in a tree."""
+    `dot` of float32 adds K products one after another, and its error grows with K. This adds a half or a quarter of
+    them, then the sums in a tree."""
     if a.dtype == tl.float32 and a.shape[1] > 16:
-        rows = a.reshape(a.shape[0], a.shape[1] // 16, 16).permute(1, 0, 2)
-        columns = b.reshape(b.shape[0] // 16, 16, b.shape[1])
-        acc = tl.zeros([a.shape[1] // 16, a.shape[0], b.shape[1]], tl.float32)
-        return tl.sum(dot(rows, columns, acc), axis=0)
+        PARTS: tl.constexpr = 2 if a.shape[1] == 32 else 4
+        rows = a.reshape(a.shape[0], PARTS, a.shape[1] // PARTS).permute(1, 0, 2)
+        columns = b.reshape(PARTS, a.shape[1] // PARTS, b.shape[1])
+        return tl.sum(dot(rows, columns, tl.zeros([PARTS, a.shape[0], b.shape[1]], tl.float32)), axis=0)
     else:
         return dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32))
 
@@ -45,12 +45,12 @@ def exp2(x, dtype: tl.constexpr):
     """2 ** x for a float32 x of at most 127; 0 below -126.5."""
     if dtype == tl.float32:
         x = tl.where(x < -127.0, -127.0, x)  # keeps NaN
-        whole = tl.floor(x + 0.5)
-        f = x - whole  # the Taylor series of 2 ** f, whose next term is below 2 ** -27
+        shifted = x + 12582912.0  # 1.5 * 2 ** 23: the sum is rounded to a whole number, which its low bits hold
+        f = x - (shifted - 12582912.0)  # the Taylor series of 2 ** f, whose next term is below 2 ** -27
         y = 1.525273380405984e-5 * f + 1.540353039338161e-4
         y = ((y * f + 1.3333558146428443e-3) * f + 9.618129107628477e-3) * f + 5.550410866482158e-2
         y = ((y * f + 0.24022650695910072) * f + 0.6931471805599453) * f + 1.0
-        return y * ((whole.to(tl.int32) + 127) << 23).to(tl.float32, bitcast=True)
+        return y * ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
     else:
         return tl.exp2(x)
 
