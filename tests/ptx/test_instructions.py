@@ -13,10 +13,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-
-from ptx.faults import Unknown
 from ptx.tiny_ptx import compute, run
-from ptx.values import LANES, TYPES
+
+from qwenkern.benchmarks.offline.ptx.faults import Unknown
+from qwenkern.benchmarks.offline.ptx.values import LANES, TYPES
 
 TIMES = 3  # sets of operands an instruction
 SIGNED, UNSIGNED = ("s16", "s32", "s64"), ("u16", "u32", "u64")

@@ -22,10 +22,10 @@ import test_rope
 import test_swiglu
 import test_swiglu_backward
 import torch
-
 from ptx import on_ptx
 from ptx.compiling import compiling_process
 from ptx.on_ptx import Removal
+
 from qwenkern import kernels
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
