@@ -26,6 +26,7 @@ if (
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is a reference here, and needs no network
 
 import torch
+from support import cuda_errors
 from support.selection import FEW, quick
 
 if not torch.cuda.is_available():  # Triton reads its variable when it is imported
@@ -47,6 +48,8 @@ HAS_GPU = torch.cuda.is_available()
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers share the cores
+    if HAS_GPU:
+        cuda_errors.register(config)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
