@@ -6,11 +6,12 @@
     python benchmarks/end_to_end.py --busy 2                          decoding with two busy processes
     python benchmarks/end_to_end.py --twice                           two processes that decode at once
 
-The engines take turns; the compiled one last, with qwenkern alone. transformers runs on the memory of qwenkern's weights: unchanged, with qwenkern's or Liger's
-kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made of these weights, or (`llama.cpp file`) the
-quantised GGUF file that the model came from. Each round measures the roofline and takes one reading of every engine.
-Speed-ups and shares are those within a round. A decode step must read every weight and the cached keys and values, so
-its limit is the bandwidth of a loop that only reads. The limit of a prompt is the multiply-add peak.
+The engines take turns; the compiled one comes last, with qwenkern alone. transformers runs on the memory of qwenkern's
+weights: unchanged, with qwenkern's or Liger's kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made
+of these weights, or (`llama.cpp file`) the quantised GGUF file that the model came from. Each round measures the
+roofline and takes one reading of every engine. Speed-ups and shares are those within a round. A decode step must read
+every weight and the cached keys and values, so its limit is the bandwidth of a loop that only reads. The limit of a
+prompt is the multiply-add peak.
 """
 
 from __future__ import annotations
