@@ -41,7 +41,8 @@ def _as_pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pages]:
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    return (refuses_one if q.shape[2] == 1 else refuses_many)(*_as_pages(q, k, v), PAGE)
+    rows, pages = _as_pages(q, k, v)
+    return refuses_one(rows, pages, PAGE) if q.shape[2] == 1 else refuses_many(rows, pages, PAGE, len(q))
 
 
 @TRITON.implements(_refuses)

@@ -28,10 +28,11 @@ from torch import Tensor
 from ..language import cast, dot, wait_for_inputs
 from ..pages import Pages
 from . import tuning
-from .backend import TRITON, pdl_options, refuses_format
+from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
 from .decode_attention import LOG2_E
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
+SMALLEST_TILE = 32  # of BLOCK_M
 
 tuning.SPACES["prefill_attention"] = {
     "BLOCK_M": (64, 128),
@@ -220,12 +221,14 @@ def _launch_prefill_attention(
     )
 
 
-def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
+def refuses_paged(q: Tensor, pages: Pages, page_size: int, num_sequences: int) -> str | None:
     """The reason why this kernel does not run q over these pages with this page size, or None."""
     if reason := refuses_format("pages", pages, pages.triton_load_k):
         return reason
     if q.shape[2] not in HEAD_DIMS:
         return f"heads of {q.shape[2]} (16, 32, 64, 128 or 256)"
+    if len(q) // SMALLEST_TILE + num_sequences > MAX_PROGRAMS:
+        return f"{len(q)} tokens of {num_sequences} sequences (at most {MAX_PROGRAMS} tiles of {SMALLEST_TILE} tokens)"
     return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
 
 
@@ -245,7 +248,13 @@ def attend(
     return out
 
 
-@TRITON.implements(lambda q, pages, *rest, **keywords: refuses_paged(q, pages, pages.page_size))
+def _refuses(
+    q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, query_starts: Tensor, scale: float
+) -> str | None:
+    return refuses_paged(q, pages, pages.page_size, len(lengths))
+
+
+@TRITON.implements(_refuses)
 def prefill_attention(
     q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, query_starts: Tensor, scale: float
 ) -> Tensor:

@@ -133,7 +133,7 @@ class Engine:
             self._pipeline = None
         if not self.scheduler.has_requests:
             return []
-        with self.runner.cache.lock:
+        with self.runner.cache.lock, self.runner.cache.order:
             scheduled = self.scheduler.schedule()
             if scheduled and scheduled[0].request.wants_logits:
                 return self._score(*scheduled[0])
@@ -206,7 +206,7 @@ class Engine:
     def _logits(self, x: Tensor) -> Iterator[Tensor]:
         for rows in x.split(MAX_BATCH):
             self.scheduler.share.begin_step()
-            with self.runner.cache.lock:
+            with self.runner.cache.lock, self.runner.cache.order:
                 logits = self.runner.logits_of(rows)
             self.scheduler.share.end_step()
             yield logits

@@ -16,7 +16,8 @@ Part = tuple[BlockTable, Sequence[int]]  # a sequence, and the token ids that th
 
 
 class Runner:
-    """A model and its cache. A thread must hold the cache's lock while it runs a pass."""
+    """A model and its cache. A thread must hold the cache's lock and enter its ``order`` while it runs a
+    pass."""
 
     def __init__(self, model: Qwen2, cache: PagedCache, capture: Capture | None = None) -> None:
         self.model = model

@@ -13,10 +13,10 @@ import test_linear
 import torch
 from support.references import assert_matches_reference, random
 
-from ptx.device import device
-from ptx.faults import Fault
 from qwenkern import kernels as ops
 from qwenkern.benchmarks.offline.machine_code import DEVICES
+from qwenkern.benchmarks.offline.ptx.device import device
+from qwenkern.benchmarks.offline.ptx.faults import Fault
 from qwenkern.kernels.triton import tuning
 
 CPU = torch.device("cpu")

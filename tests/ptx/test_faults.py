@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-
-from ptx import launch, warp
-from ptx.faults import Fault
 from ptx.tiny_ptx import run
+
+from qwenkern.benchmarks.offline.ptx import launch, warp
+from qwenkern.benchmarks.offline.ptx.faults import Fault
 
 # Each thread's number in %r3, and 1 in %r8; its own word of buffer 0 and buffer 1 at [%rd10] and [%rd11], of shared
 # memory at [%r1], and at [%r2] that of the same lane of the other warp.

@@ -22,10 +22,10 @@ import test_rope
 import test_swiglu
 import test_swiglu_backward
 import torch
-
 from ptx import on_ptx
 from ptx.compiling import compiling_process
 from ptx.on_ptx import Removal
+
 from qwenkern import kernels
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -33,7 +33,6 @@ SEED, SEEDS = 1, 2
 # Their code differs: kernels are launched dependently from sm_90 on, and store matrices; sm_120 has pairs of float32.
 ALL = ("sm_80", "sm_90", "sm_120")
 HOPPER = ("sm_90",)
-NOT_HOPPER = ("sm_80", "sm_120")  # on sm_90 prefill's products are wgmma
 
 TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (HOPPER, test_linear.test_programs_share_a_tile, {"tokens": 1}),  # split K, in two launches
@@ -62,9 +61,9 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_rms_norm_backward.test_many_programs, {"rows": 259}),
     (ALL, test_swiglu.test_swiglu, {"columns": 257, "rows": 7, "dtype": BF16}),
     (ALL, test_swiglu_backward.test_swiglu_backward, {"columns": 257, "rows": 7, "dtype": BF16}),
-    (NOT_HOPPER, test_prefill_attention.test_ragged_batch, {}),
-    (NOT_HOPPER, test_prefill_attention.test_cached_prefixes, {"page_size": 16, "prefix": 1, "dtype": F32}),
-    (NOT_HOPPER, test_prefill_attention.test_heads_of_the_family, {"heads": (3, 3, 32)}),
+    (ALL, test_prefill_attention.test_ragged_batch, {}),
+    (ALL, test_prefill_attention.test_cached_prefixes, {"page_size": 16, "prefix": 1, "dtype": F32}),
+    (ALL, test_prefill_attention.test_heads_of_the_family, {"heads": (3, 3, 32)}),
 ]
 
 
