@@ -20,11 +20,13 @@ from qwenkern.benchmarks.offline.ptx.faults import Fault
 from qwenkern.kernels.triton import tuning
 
 CPU = torch.device("cpu")
+# No kernel of a step writes these, so kernels may read them before their wait. test_steps.py holds a step against it.
+SETTLED = ("weight", "norm_weight_ptr", "bias_ptr", "lengths_ptr", "block_tables_ptr")
 
 
 def run(key: str, seed: int, test: Callable[..., None], parameters: dict[str, Any]) -> None:
     """A kernel's own test."""
-    with device(DEVICES[key], seed):
+    with device(DEVICES[key], seed, settled=SETTLED):
         test(ops, CPU, **parameters)
 
 
@@ -39,7 +41,7 @@ def counts_with_other_bits(key: str, seed: int, op: str, counts: tuple[int, ...]
             return ops.linear(x[:count], weight, bias, addend[:count])
         return getattr(ops, op)(x[:count], norm_weight, 1e-6, weight)
 
-    with device(DEVICES[key], seed):
+    with device(DEVICES[key], seed, settled=SETTLED):
         together = tokens(16)
         assert torch.isfinite(together).all()
         return [count for count in counts if not torch.equal(tokens(count), together[:count])]
@@ -120,7 +122,7 @@ def whole(key: str, kernel: str) -> list[Removal]:
             texts.append(ptx)
         return ptx
 
-    with device(_small(key, kernel), 0, keep):
+    with device(_small(key, kernel), 0, keep, SETTLED):
         KERNELS[kernel][0]()
     (text,) = texts
     return list(_removals(text))
@@ -136,7 +138,7 @@ def without(key: str, kernel: str, seed: int, removed: list[Removal]) -> str:
         return ptx
 
     try:
-        with device(_small(key, kernel), seed, cut):
+        with device(_small(key, kernel), seed, cut, SETTLED):
             KERNELS[kernel][0]()
     except (Fault, AssertionError) as error:
         return f"{type(error).__name__}: {error}"
