@@ -122,7 +122,13 @@ def test_a_sequence_is_uploaded_once():
     assert len(uploads) == 2 * 8
     assert len(set(states.load(rows[1:], counted))) == 8  # the ninth takes the first one's slot
     assert len(uploads) == 2 * 9
-    del rows[2:], uploads[:]
+    step = Step(states, rows[1:8], spare=1)
+    del uploads[:]
+    for _ in range(2):
+        accept(rows[1:8], step.launch(torch.zeros(7, VOCABULARY)))
+        states.load(rows[1:8], counted)
+    assert not uploads, "the step itself keeps the histories"
+    del rows[2:], step
     states.load(rows, counted)  # the first one comes back, into a slot of those that have gone
     assert len(uploads) == 2
 
