@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import Error, NonFiniteError, RequestError
-from ..sampling import NOT_FINITE, Sampled, num_candidates, sample
+from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .pipeline import DecodePipeline
 from .request import Request
 from .runner import Runner
@@ -146,15 +146,14 @@ class Engine:
         return self._accept(sampled)
 
     def _new_pipeline(self, scheduled: list[Scheduled]) -> DecodePipeline | None:
-        """A pipeline of the scheduled requests. None unless the device draws the tokens and no request needs the host
-        for its draw."""
+        """A pipeline of the scheduled requests. None unless the device draws the tokens."""
         captured, requests = self.runner.captured, [request for request, _ in scheduled]
         if not requests or not captured.in_flight or not all(map(_may_be_pipelined, requests)):
             return None
-        candidates = num_candidates(requests, self.runner.model.config.vocab_size)
-        if captured.get(len(requests), candidates) is None:
+        drawing = Drawing.of(requests, self.runner.model.config.vocab_size)
+        if captured.get(len(requests), drawing) is None:
             return None
-        return DecodePipeline(self.runner, self.scheduler, requests, candidates)
+        return DecodePipeline(self.runner, self.scheduler, requests, drawing)
 
     def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
         """Runs a pass, and samples a token for every request whose pending tokens are now all computed, and for its
@@ -213,5 +212,5 @@ class Engine:
 
 
 def _may_be_pipelined(request: Request) -> bool:
-    """Whether the captured step can compute and draw the next token: one pending token, and no work for the host."""
-    return bool(request.output_ids) and len(request.pending_ids) == 1 and not request.params.needs_host
+    """Whether the captured step can compute and draw the next token: one pending token, after the prompt's pass."""
+    return bool(request.output_ids) and len(request.pending_ids) == 1
