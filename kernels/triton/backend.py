@@ -70,15 +70,19 @@ def refuses_format(what: str, value: Weight | Pages, piece: Callable | None) -> 
     return None
 
 
+_WITHOUT_PDL = {"PDL": False}
+_WITH_PDL = {"PDL": True, "launch_pdl": True}
+
+
 def pdl_options(x: Tensor) -> dict[str, bool]:
     """Launch options for programmatic dependent launch (PDL). It is on from sm_90, and only inside a captured graph:
     in an eager launch its cost on the host outweighs the gain."""
     device = tuning.device_of(x)
     if INTERPRETED or device.backend != "cuda" or device.capability < 90:
-        return {"PDL": False}
+        return _WITHOUT_PDL
     if not (tuning.is_offline() or launches_dependently() or torch.cuda.is_current_stream_capturing()):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+        return _WITHOUT_PDL
+    return _WITH_PDL
 
 
 TRITON = Backend("triton", _serves, _refuses, _prepare, _invariant_tokens)

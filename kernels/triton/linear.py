@@ -22,8 +22,10 @@ from ..weights import Weight
 from . import tuning
 from .backend import TRITON, pdl_options, refuses_format
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, row_scales
+from .launching import planned
 
 
+@planned
 @triton.jit
 def _linear_kernel(
     out_ptr,  # [T, N]

@@ -25,11 +25,13 @@ from ..weights import Weight
 from . import tuning
 from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, accumulate, config, padded, row_scales
+from .launching import planned
 from .linear import refuses_norm
 
 MAX_TOP_K = 16  # for a larger k the logits are computed, and torch sorts them
 
 
+@planned
 @triton.jit
 def _lm_head_kernel(
     logits_ptr,  # [T, V] float32, or None
@@ -93,6 +95,7 @@ def _lm_head_kernel(
             logits = tl.where(ids == 0x7FFFFFFF, float("-inf"), logits)
 
 
+@planned
 @triton.jit
 def _top_k_kernel(
     values_ptr,  # [T, TOP_K] float32

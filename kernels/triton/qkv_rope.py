@@ -27,10 +27,12 @@ from ..weights import Weight
 from . import tuning
 from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, accumulate, config, padded, row_scales
+from .launching import planned
 from .linear import new_residual_like, refuses_norm
 from .rope import refuses_pages
 
 
+@planned
 @triton.jit
 def _norm_qkv_rope_kernel(
     q_out_ptr,  # [T, Hq, D]
