@@ -207,15 +207,17 @@ _dependent = threading.local()
 
 
 @contextlib.contextmanager
-def dependent_launches() -> Iterator[None]:
-    """In this context kernels are launched with programmatic dependent launch, as in a captured graph. The warm-up run
-    before a capture uses it, so the capture itself compiles and loads nothing."""
-    before, _dependent.on = launches_dependently(), True
+def dependent_launches(on: bool = True) -> Iterator[None]:
+    """In this context kernels are launched with programmatic dependent launch, or without it. Elsewhere they are
+    launched with it inside a captured graph only. The warm-up run before a capture uses it, so the capture itself
+    compiles and loads nothing."""
+    before, _dependent.on = launches_dependently(), on
     try:
         yield
     finally:
         _dependent.on = before
 
 
-def launches_dependently() -> bool:
-    return getattr(_dependent, "on", False)
+def launches_dependently() -> bool | None:
+    """Whether kernels are launched dependently. None: in a captured graph only."""
+    return getattr(_dependent, "on", None)

@@ -80,9 +80,10 @@ def pdl_options(x: Tensor) -> dict[str, bool]:
     device = tuning.device_of(x)
     if INTERPRETED or device.backend != "cuda" or device.capability < 90:
         return _WITHOUT_PDL
-    if not (tuning.is_offline() or launches_dependently() or torch.cuda.is_current_stream_capturing()):
-        return _WITHOUT_PDL
-    return _WITH_PDL
+    dependent = launches_dependently()
+    if dependent is None:
+        dependent = tuning.is_offline() or torch.cuda.is_current_stream_capturing()
+    return _WITH_PDL if dependent else _WITHOUT_PDL
 
 
 TRITON = Backend("triton", _serves, _refuses, _prepare, _invariant_tokens)
