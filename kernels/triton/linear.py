@@ -98,7 +98,6 @@ def _finish_gated(args, tile, products, inputs, tokens, num_tokens):
 
 
 @planned
-@planned
 @triton.jit
 def _linear_kernel(
     args,  # LinearArguments
