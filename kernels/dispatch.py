@@ -208,18 +208,31 @@ def _warn_once(refusal: str) -> None:
 
 
 _dependent = threading.local()
+Kept = dict[Any, Tensor]  # by what the kernels that made them need
 
 
 @contextlib.contextmanager
-def dependent_launches() -> Iterator[None]:
+def dependent_launches(kept: Kept | None = None) -> Iterator[None]:
     """In this context kernels are launched with programmatic dependent launch, as in a captured graph. The warm-up run
-    before a capture uses it, so the capture itself compiles and loads nothing."""
-    before, _dependent.on = launches_dependently(), True
+    before a capture uses it, so the capture itself compiles and loads nothing.
+
+    Kernels store in ``kept`` the tensors that their later launches use again. The caller keeps it for as long as the
+    graph, and never replays two graphs with the same ``kept`` at once. Without it each call allocates its own.
+
+    The caller promises that no kernel in this context writes the block tables or the lengths of attention, so that
+    they may be read while earlier kernels run."""
+    before = launches_dependently(), kept_tensors()
+    _dependent.on, _dependent.kept = True, kept
     try:
         yield
     finally:
-        _dependent.on = before
+        _dependent.on, _dependent.kept = before
 
 
 def launches_dependently() -> bool:
     return getattr(_dependent, "on", False)
+
+
+def kept_tensors() -> Kept | None:
+    """What the caller of ``dependent_launches`` keeps, or None."""
+    return getattr(_dependent, "kept", None)

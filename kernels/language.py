@@ -109,15 +109,26 @@ def silu(x):
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """For programmatic dependent launch: lets the next kernel of the stream start, then waits until the kernel before
-    this one has written its results.
-
-    The code before this call overlaps with the kernel before. It may prefetch weights into the L2 cache; it must not
-    read what an earlier kernel may write."""
+def launch_dependents(PDL: tl.constexpr):
+    """For programmatic dependent launch: lets the next kernel of the stream start when all programs have called this."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """For programmatic dependent launch: waits until the kernel before this one has written its results.
+
+    The code before this call overlaps with the kernel before. It may read weights, which no kernel writes; it must not
+    read what an earlier kernel may write."""
+    if PDL:
         gdc_wait()
+
+
+@triton.jit
+def wait_for_inputs(PDL: tl.constexpr):
+    launch_dependents(PDL)
+    wait(PDL)
 
 
 @triton.jit

@@ -35,6 +35,7 @@ from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels.triton.few_tokens import MAX_TOKENS
 from qwenkern.qwen2 import Qwen2, initialise
+from qwenkern.sampling import Drawing
 
 STEPS = 20
 BETWEEN = "between kernels"
@@ -120,7 +121,7 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
         for tensor in layer.tensors:
             tensor.normal_()
     capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
-    step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
+    step = CapturedStep(model, cache, sequences, Drawing() if device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]
     for table in tables:
         cache.extend(table, context + 2 * STEPS)  # each replay on a GPU appends a token

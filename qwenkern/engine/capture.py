@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,8 +12,9 @@ from torch import Tensor
 from ..kernels import c as c_backend
 from ..kernels import dependent_launches
 
+Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]  # a tensor is on the host
 Replay = Callable[[], None]
-Read = Callable[[], list[int]]
+Read = Callable[[], list[Any]]
 
 
 class Capture(Protocol):
@@ -27,7 +28,7 @@ class Capture(Protocol):
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Captures the function. Returns a function that replays it, and the tensor that a replay fills."""
 
-    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
+    def upload(self, target: Tensor, values: Numbers) -> None:
         """Writes numbers into a tensor, in stream order, without waiting."""
 
     def download(self, source: Tensor) -> Read:
@@ -51,8 +52,8 @@ class CallCapture:
             out = function()
         return recorded.replay, out
 
-    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
-        target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu"))
+    def upload(self, target: Tensor, values: Numbers) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype, device="cpu"))
 
     def download(self, source: Tensor) -> Read:
         return source.tolist
@@ -67,13 +68,14 @@ class GraphCapture:
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._kept: dict[Any, Tensor] = {}  # tensors that the kernels of all graphs share
 
     def padded(self, sequences: int) -> int | None:
         """1, 2, 4, 8, then multiples of 8. This keeps the graphs few, and at most doubles the rows."""
         return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches():
+        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches(self._kept):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 function()  # warm-up: compiles and loads kernels, allocates workspaces
@@ -84,8 +86,8 @@ class GraphCapture:
                 out = function()
         return graph.replay, out
 
-    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
-        target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu", pin_memory=True), non_blocking=True)
+    def upload(self, target: Tensor, values: Numbers) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype, device="cpu").pin_memory(), non_blocking=True)
 
     def download(self, source: Tensor) -> Read:
         copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
@@ -93,7 +95,7 @@ class GraphCapture:
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(source.device))
 
-        def read() -> list[int]:
+        def read() -> list[Any]:
             arrived.synchronize()
             return copy.tolist()
 

@@ -40,7 +40,7 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_linear.test_norm_linear, {"n": 97, "k": 896, "tokens": 2, "dtype": F32}),
     (ALL, test_linear.test_odd_sizes, {"n": 17, "k": 257}),
     (ALL, test_linear.test_odd_sizes, {"n": 5, "k": 7}),
-    (ALL, test_linear.test_linear_with_bias_and_residual, {"tokens": 16, "dtype": F16}),
+    (ALL, test_linear.test_linear_with_bias_and_addend, {"tokens": 16, "dtype": F16}),
     (ALL, test_linear.test_norm_swiglu_linear, {"tokens": 5, "dtype": BF16}),
     (HOPPER, test_linear.test_strided_rows, {}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (16, 2, 128)}),

@@ -150,13 +150,12 @@ def _load_tensor(instruction: Instruction, program: Program) -> Step:
     def step(warp: Warp) -> None:
         at, counter, (maps, *coordinates) = places(warp), mbarrier(warp), [each(warp) for each in boxes]
         warp.need("an operand of a bulk copy")
-        warp.inputs_are_there()
 
         def load(lane: int) -> None:
             tensor = _map(warp, int(maps[lane]))
             elements, inside = tensor.elements([int(each[lane]) for each in coordinates])
             data = np.zeros((len(elements), tensor.element), U8)
-            data[inside] = warp.cta.memory.load(elements[inside], tensor.element)
+            data[inside] = warp.cta.memory.load(elements[inside], tensor.element, warp.waits, "bulk load")
             warp.cta.bulk.load(warp.number, tensor.places(int(at[lane])), data.reshape(-1, 16), int(counter[lane]))
 
         _for_lanes(warp, load)
@@ -171,14 +170,15 @@ def _store_tensor(instruction: Instruction, program: Program) -> Step:
     def step(warp: Warp) -> None:
         at, (maps, *coordinates) = places(warp), [each(warp) for each in boxes]
         warp.need("an operand of a bulk copy")
-        warp.inputs_are_there()
 
         def store(lane: int) -> None:
             tensor = _map(warp, int(maps[lane]))
             elements, inside = tensor.elements([int(each[lane]) for each in coordinates])
+            early = warp.waits
 
             def write(data: Array) -> None:
-                warp.cta.memory.store(elements[inside], data.reshape(-1, tensor.element)[inside])
+                pieces = data.reshape(-1, tensor.element)[inside]
+                warp.cta.memory.store(elements[inside], pieces, early, "bulk store")
 
             warp.cta.bulk.store(warp.number, lane, tensor.places(int(at[lane])), write)
 
@@ -211,11 +211,10 @@ def _load_bytes(instruction: Instruction, program: Program) -> Step:
     def step(warp: Warp) -> None:
         at, origins, sizes, counters = [each(warp) for each in reads]
         warp.need("an operand of a bulk copy")
-        warp.inputs_are_there()
 
         def load(lane: int) -> None:
             pieces = np.arange(0, _whole(int(sizes[lane])), 16)
-            data = warp.cta.memory.load(origins[lane] + pieces, 16)
+            data = warp.cta.memory.load(origins[lane] + pieces, 16, warp.waits, "bulk load")
             warp.cta.bulk.load(warp.number, at[lane] + pieces, data, int(counters[lane]))
 
         _for_lanes(warp, load)
@@ -230,14 +229,15 @@ def _store_bytes(instruction: Instruction, program: Program) -> Step:
     def step(warp: Warp) -> None:
         at, origins, sizes = [each(warp) for each in reads]
         warp.need("an operand of a bulk copy")
-        warp.inputs_are_there()
 
         def store(lane: int) -> None:
             pieces = np.arange(0, _whole(int(sizes[lane])), 16)
-            places = at[lane] + pieces
-            warp.cta.bulk.store(
-                warp.number, lane, origins[lane] + pieces, lambda data: warp.cta.memory.store(places, data)
-            )
+            places, early = at[lane] + pieces, warp.waits
+
+            def write(data: Array) -> None:
+                warp.cta.memory.store(places, data, early, "bulk store")
+
+            warp.cta.bulk.store(warp.number, lane, origins[lane] + pieces, write)
 
         _for_lanes(warp, store)
 

@@ -111,7 +111,7 @@ def griddepcontrol(instruction: Instruction, program: Program) -> Step:
     """9.7.13.14: programmatic dependent launch. Until a warp has waited, the kernel before may not have written."""
     (action,) = instruction.modifiers
     if action == "launch_dependents":
-        return lambda warp: None
+        return lambda warp: warp.cta.lets_dependents_start(warp.waits)
     if action != "wait":
         raise Unknown(action)
 

@@ -49,7 +49,6 @@ def _copy(instruction: Instruction, program: Program) -> Step:
     to_shared, from_global = address(to, program), address(of, program)
 
     def step(warp: Warp) -> None:
-        warp.inputs_are_there()
         lanes = np.arange(LANES) if warp.active is None else np.nonzero(warp.active)[0]
         places, origins = to_shared(warp)[lanes], from_global(warp)[lanes]
         sizes = np.full(len(lanes), whole) if filled is None else filled(warp)[lanes]
@@ -57,7 +56,7 @@ def _copy(instruction: Instruction, program: Program) -> Step:
         if np.count_nonzero((sizes != whole) & (sizes != 0)):
             raise Unknown("cp.async that fills part of its bytes with zeros")
         data = np.zeros((len(lanes), whole), U8)
-        data[sizes == whole] = warp.cta.memory.load(origins[sizes == whole], whole)
+        data[sizes == whole] = warp.cta.memory.load(origins[sizes == whole], whole, warp.waits, "copy")
         warp.cta.shared.begin_copy(warp.number, places, whole)
         warp.under_way.copies.append((places, data))
 

@@ -44,6 +44,7 @@ class Launch:
     shared_bytes: int
     num_warps: int
     is_dependent: bool = False
+    waits_first: bool = False  # after the run: a CTA had waited before it let the next kernel start
 
     def run(self, seed: int) -> None:
         """Raises Fault at the first thing that is wrong."""
@@ -58,6 +59,7 @@ class Launch:
                 cta = random.choice(resident)
                 if cta.go_on(random):
                     resident.remove(cta)
+                    self.waits_first |= not cta.early_start
 
 
 class Cta:
@@ -79,6 +81,11 @@ class Cta:
         self._at_barrier: dict[int, list[Warp]] = {}
         self._stored = [0] * self.num_warps  # the moment of the last store to global memory
         self._released = [0] * self.num_warps
+        self.early_start = False
+
+    def lets_dependents_start(self, early: bool) -> None:
+        """``early``: by a warp that has not yet waited itself."""
+        self.early_start |= early
 
     def go_on(self, random: Random) -> bool:
         """One warp, up to its next stop. True: all have ended."""

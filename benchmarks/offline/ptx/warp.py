@@ -112,10 +112,6 @@ class Warp:
         if self.active is not None:
             raise Fault(f"{what} by {np.count_nonzero(self.active)} of a warp's 32 lanes")
 
-    def inputs_are_there(self) -> None:
-        if self.waits:
-            raise Fault("touches global memory before griddepcontrol.wait")
-
 
 def source(operand: Operand, type_: Type, program: Program, wider: bool = False, copied: bool = False) -> Source:
     """Reads an operand as elements of a type. ``wider``: its register may have more bits, which are cut off (section
