@@ -170,7 +170,7 @@ def multiply(
     PREFETCH: tl.constexpr,
     ROWS: tl.constexpr,  # (args, tile, BLOCK_N) -> the rows of a tile, [BLOCK_N] int64, all within the weight
     BEFORE: tl.constexpr,  # (args, tile, tokens, num_tokens, BLOCK_N) -> what the epilogue reads from memory
-    EPILOGUE: tl.constexpr,  # (args, tile, products [BLOCK_N, BLOCK_T] float32, what BEFORE returned, tokens, num_tokens)
+    EPILOGUE: tl.constexpr,  # (args, tile, products [BLOCK_N, BLOCK_T], what BEFORE returned, tokens, num_tokens)
     BLOCK_T: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,

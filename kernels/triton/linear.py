@@ -30,6 +30,7 @@ from . import tuning
 from .arrivals import arrivals
 from .backend import TRITON, pdl_options, refuses_format
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, config, multiply, padded
+from .launching import planned
 
 
 class LinearArguments(NamedTuple):
@@ -96,6 +97,8 @@ def _finish_gated(args, tile, products, inputs, tokens, num_tokens):
     _store(args, silu(gate) * up, tl.cast(tile, tl.int64) * half, tokens, num_tokens)
 
 
+@planned
+@planned
 @triton.jit
 def _linear_kernel(
     args,  # LinearArguments

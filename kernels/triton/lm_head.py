@@ -26,6 +26,7 @@ from ..rms_norm import rms_norm
 from ..weights import Weight
 from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, multiply
+from .launching import planned
 from .linear import refuses_norm, tiling
 
 MAX_TOP_K = 16  # for a larger k the logits are computed, and torch sorts them
@@ -79,6 +80,7 @@ def _store_candidates(args, tile, logits, inputs, tokens, num_tokens):
         logits = tl.where(ids == 0x7FFFFFFF, float("-inf"), logits)
 
 
+@planned
 @triton.jit
 def _lm_head_kernel(
     args,  # HeadArguments
@@ -115,6 +117,7 @@ def _lm_head_kernel(
     )  # fmt: skip
 
 
+@planned
 @triton.jit
 def _top_k_kernel(
     values_ptr,  # [T, TOP_K] float32
