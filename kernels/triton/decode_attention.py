@@ -28,7 +28,7 @@ from torch import Tensor
 from ..language import cast, dot, wait_for_inputs
 from ..pages import Pages
 from . import tuning
-from .backend import TRITON, pdl_options, refuses_format
+from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
 from .rope import HEAD_DIMS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -243,6 +243,8 @@ def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
         return f"heads of {pages.head_dim} (16, 32, 64 or 128)"
     if page_size % 16:
         return f"pages of {page_size} tokens (a multiple of 16)"
+    if q.shape[0] > MAX_PROGRAMS:
+        return f"{q.shape[0]} sequences (at most {MAX_PROGRAMS})"
     if q.shape[1] // pages.num_kv_heads > MAX_GROUP:
         return f"{q.shape[1] // pages.num_kv_heads} query heads for one of the cache (at most {MAX_GROUP})"
     return None

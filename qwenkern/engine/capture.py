@@ -68,13 +68,14 @@ class GraphCapture:
     def __init__(self, device: torch.device) -> None:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)
+        self._kept: dict[Any, Tensor] = {}  # tensors that the kernels of all graphs share
 
     def padded(self, sequences: int) -> int | None:
         """1, 2, 4, 8, then multiples of 8. This keeps the graphs few, and at most doubles the rows."""
         return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches():
+        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches(self._kept):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 function()  # warm-up: compiles and loads kernels, allocates workspaces

@@ -133,7 +133,7 @@ class Engine:
             self._pipeline = None
         if not self.scheduler.has_requests:
             return []
-        with self.runner.cache.lock:
+        with self.runner.cache.lock, self.runner.cache.order:
             scheduled = self.scheduler.schedule()
             if scheduled and scheduled[0].request.wants_logits:
                 return self._score(*scheduled[0])
@@ -193,20 +193,20 @@ class Engine:
         """Runs a pass over a part of a prompt whose logits are all requested. If the request lost its pages, the logits
         that were already returned are not returned again. The caller holds the cache's lock."""
         start = request.num_cached
-        x, residual = self.runner.hidden([(request.table, ids)])
+        x = self.runner.hidden([(request.table, ids)])
         if start != request.num_scored:
             return []
         request.num_scored += len(ids)
         if request.num_scored == len(request.prompt_ids):
             request.finish_reason = "length"
             self.scheduler.end(request)
-        return [Output(request, [], "", request.finish_reason, logits=self._logits(x, residual))]
+        return [Output(request, [], "", request.finish_reason, logits=self._logits(x))]
 
-    def _logits(self, x: Tensor, residual: Tensor) -> Iterator[Tensor]:
-        for rows in zip(x.split(MAX_BATCH), residual.split(MAX_BATCH), strict=True):
+    def _logits(self, x: Tensor) -> Iterator[Tensor]:
+        for rows in x.split(MAX_BATCH):
             self.scheduler.share.begin_step()
-            with self.runner.cache.lock:
-                logits = self.runner.logits_of(*rows)
+            with self.runner.cache.lock, self.runner.cache.order:
+                logits = self.runner.logits_of(rows)
             self.scheduler.share.end_step()
             yield logits
 

@@ -38,7 +38,7 @@ class DecodePipeline:
     def _launch_next(self) -> bool:
         if not self._launches_left:
             return False
-        with self._cache.lock:
+        with self._cache.lock, self._cache.order:
             step = self._captured.get(len(self._requests), self._drawing)
             assert step is not None, "the engine makes a pipeline only where steps can be captured"
             is_loaded = step.owner is self._key  # False at first, and after another pipeline used the step

@@ -402,6 +402,39 @@ def test_deterministic_on_torch_decodes_one_by_one():
     assert set(sizes) == {1}
 
 
+@pytest.mark.parametrize("how", [{}, {"repetition_penalty": 1.1}])
+def test_all_that_a_pass_launches_is_in_the_order_of_the_streams(monkeypatch, pipelined, how):
+    """In whatever stream the caller's thread launches."""
+    inside, count = [False], [0]
+
+    class Order:
+        def __enter__(self) -> None:
+            assert pipelined.cache.lock.locked()
+            inside[0] = True
+
+        def __exit__(self, *error) -> None:
+            inside[0] = False
+
+    def watched(actual):
+        def call(*args, **keywords):
+            count[0] += 1
+            assert inside[0] or capture.running  # what the device does is not launched
+            return actual(*args, **keywords)
+
+        return call
+
+    pipelined.cache.order = Order()
+    capture = pipelined._runner.captured.capture
+    for owner, names in ((capture, ("capture", "upload", "download")), (pipelined.module, ("forward", "logits"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    for name in ("load", "add_page"):
+        monkeypatch.setattr(CapturedStep, name, watched(getattr(CapturedStep, name)))
+    pipelined.generate(PROMPTS, max_tokens=70, ignore_eos=True, temperature=0.5, seed=1, n=2, **how)
+    pipelined.score(PROMPTS[1])
+    assert count[0] > 70
+
+
 def test_threads_take_turns_on_one_recording(in_c):
     model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
     expected = ids_of(model.generate([prompt], max_tokens=30, temperature=0, ignore_eos=True)[0] for prompt in PROMPTS)
@@ -426,6 +459,23 @@ def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
     """With dependent launches, replayed before the host has read the last tokens, rows ending at different times;
     twice, for races."""
     config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
+    _assert_captured_text(config, how, sequences)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sequences", [1, 3, 16])
+def test_programs_that_share_a_tile_are_captured_too(sequences):
+    """With the sizes of 0.5B, two programs split K of o_proj and of down, and count each other's arrival."""
+    from qwenkern.kernels.triton import tuning
+
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
+    config = replace(TINY, **sizes)
+    with tuning.trying("linear", {"SPLIT_K": 2}) as trial:
+        _assert_captured_text(config, {"temperature": 0}, sequences)
+    assert {896, 4864} <= {seen["k"] for seen, _ in trial.seen}
+
+
+def _assert_captured_text(config, how, sequences):
     model = tiny_model(config, torch.bfloat16, device="cuda")
     prompts = [[(7 * at + row) % 503 for at in range(1 + 5 * row)] for row in range(sequences)]
 

@@ -3,7 +3,6 @@ taken out."""
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -12,34 +11,37 @@ from typing import Any, NamedTuple
 import test_decode_attention
 import test_linear
 import torch
-from support.references import assert_matches_reference
+from support.references import assert_matches_reference, random
 
-from ptx.device import device
-from ptx.faults import Fault
 from qwenkern import kernels as ops
 from qwenkern.benchmarks.offline.machine_code import DEVICES
+from qwenkern.benchmarks.offline.ptx.device import device
+from qwenkern.benchmarks.offline.ptx.faults import Fault
 from qwenkern.kernels.triton import tuning
 
 CPU = torch.device("cpu")
+# No kernel of a step writes these, so kernels may read them before their wait. test_steps.py holds a step against it.
+SETTLED = ("weight", "norm_weight_ptr", "bias_ptr", "lengths_ptr", "block_tables_ptr")
 
 
 def run(key: str, seed: int, test: Callable[..., None], parameters: dict[str, Any]) -> None:
     """A kernel's own test."""
-    with device(DEVICES[key], seed):
+    with device(DEVICES[key], seed, settled=SETTLED):
         test(ops, CPU, **parameters)
 
 
 def counts_with_other_bits(key: str, seed: int, op: str, counts: tuple[int, ...]) -> list[int]:
     """How many tokens of 16, for which an op gives them other bits than among 16."""
-    x, residual, weight, bias = test_linear._inputs(16, 34, 896, torch.bfloat16, CPU)
+    x, weight, bias = test_linear._inputs(16, 34, 896, torch.bfloat16, CPU)
     norm_weight = test_linear._norm_weight(896, x.dtype, CPU)
+    addend = random(16, 34, dtype=x.dtype, device=CPU, seed=5)
 
     def tokens(count: int) -> torch.Tensor:
-        stream = x[:count], residual[:count], norm_weight, 1e-6, weight
-        out = ops.linear(x[:count], weight, bias) if op == "linear" else getattr(ops, op)(*stream)
-        return out[0] if isinstance(out, tuple) else out
+        if op == "linear":
+            return ops.linear(x[:count], weight, bias, addend[:count])
+        return getattr(ops, op)(x[:count], norm_weight, 1e-6, weight)
 
-    with device(DEVICES[key], seed):
+    with device(DEVICES[key], seed, settled=SETTLED):
         together = tokens(16)
         assert torch.isfinite(together).all()
         return [count for count in counts if not torch.equal(tokens(count), together[:count])]
@@ -57,11 +59,10 @@ def o_proj() -> None:
 
 def split_k() -> None:
     """Four programs a tile, twice, since they count each other."""
-    linear = importlib.import_module(f"{ops.__name__}.triton.linear")
-    linear._counters.clear()  # a run without a piece may have left any number
     x, _, weight, _ = test_linear._inputs(3, 17, 4096, torch.bfloat16, CPU)
-    for _ in range(2):
-        assert_matches_reference(ops, "linear", x, weight)
+    with ops.dependent_launches({}):
+        for _ in range(2):
+            assert_matches_reference(ops, "linear", x, weight)
 
 
 def decode_attention() -> None:
@@ -121,7 +122,7 @@ def whole(key: str, kernel: str) -> list[Removal]:
             texts.append(ptx)
         return ptx
 
-    with device(_small(key, kernel), 0, keep):
+    with device(_small(key, kernel), 0, keep, SETTLED):
         KERNELS[kernel][0]()
     (text,) = texts
     return list(_removals(text))
@@ -137,7 +138,7 @@ def without(key: str, kernel: str, seed: int, removed: list[Removal]) -> str:
         return ptx
 
     try:
-        with device(_small(key, kernel), seed, cut):
+        with device(_small(key, kernel), seed, cut, SETTLED):
             KERNELS[kernel][0]()
     except (Fault, AssertionError) as error:
         return f"{type(error).__name__}: {error}"

@@ -29,6 +29,8 @@ def mad_wide(x: Array, y: Array, z: Array) -> Array:
 
 
 def mul_hi(x: Array, y: Array) -> Array:
+    if x.dtype.itemsize == 8:
+        return np.array([int(each) * int(other) >> 64 for each, other in zip(x, y, strict=True)], x.dtype)
     product = mul_wide(x, y)
     return (product >> product.dtype.type(8 * x.dtype.itemsize)).astype(x.dtype)
 
@@ -85,8 +87,8 @@ for t in (*SIGNED, *UNSIGNED):
     define(f"rem.{t}", rem, t, t, t)
     define(f"min.{t}", np.minimum, t, t, t)
     define(f"max.{t}", np.maximum, t, t, t)
+    define(f"mul.hi.{t}", mul_hi, t, t, t)
     if t in WIDER:
-        define(f"mul.hi.{t}", mul_hi, t, t, t)
         define(f"mul.wide.{t}", mul_wide, WIDER[t], t, t)
         define(f"mad.wide.{t}", mad_wide, WIDER[t], t, t, WIDER[t])
 for t in SIGNED:
@@ -115,3 +117,8 @@ for t in BITS:
     define(f"shl.{t}", shl, t, t, "u32")
 for t in (*SIGNED, *UNSIGNED, *BITS):
     define(f"shr.{t}", shr, t, t, "u32")
+
+# Generic addresses of global memory and of parameters are the addresses themselves (section 5, cvta).
+for _space in ("global", "param"):
+    define(f"cvta.{_space}.u64", lambda x: x, "u64", "u64")
+    define(f"cvta.to.{_space}.u64", lambda x: x, "u64", "u64")
