@@ -114,4 +114,4 @@ def _is_hooked(hook: Any) -> bool:
 
 def planned(kernel: Any) -> Any:
     """Decorates a @triton.jit kernel: it keeps launch plans, except in Triton's interpreter."""
-    return kernel if INTERPRETED else Planned(kernel)
+    return kernel if INTERPRETED or isinstance(kernel, Planned) else Planned(kernel)
