@@ -128,14 +128,18 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
     refusal: str | None = None
     for backend in backends(kind):
         implementation = backend.implementations.get(name)
-        if implementation is None or backend.refuses(first) is not None or backend.prepare() is not None:
+        if implementation is None:
             continue
-        refusal = implementation.refuses(*args, **keywords)
+        refusal = backend.refuses(first)
+        if refusal is None:
+            if backend.prepare() is not None:
+                continue
+            refusal = implementation.refuses(*args, **keywords)
         if refusal is None:
             if kind == "cpu" and not backend.is_recorded and is_recording():
                 raise CannotRecord(f"{name} runs in {backend.name}, whose calls are not recorded")
             return implementation
-    if kind == "cuda":
+    if kind == "cuda" and first.numel():
         _warn_of_reference(refusal)
     return None
 
@@ -204,18 +208,33 @@ def _warn_once(refusal: str) -> None:
 
 
 _dependent = threading.local()
+Kept = dict[Any, Tensor]  # by what the kernels that made them need
 
 
 @contextlib.contextmanager
-def dependent_launches() -> Iterator[None]:
-    """In this context kernels are launched with programmatic dependent launch, as in a captured graph. The warm-up run
-    before a capture uses it, so the capture itself compiles and loads nothing."""
-    before, _dependent.on = launches_dependently(), True
+def dependent_launches(kept: Kept | None = None, on: bool = True) -> Iterator[None]:
+    """In this context kernels are launched with programmatic dependent launch, or without it (``on=False``). Elsewhere
+    they are launched with it inside a captured graph only. The warm-up run before a capture uses it, so the capture
+    itself compiles and loads nothing.
+
+    Kernels store in ``kept`` the tensors that their later launches use again. The caller keeps it for as long as the
+    graph, and never replays two graphs with the same ``kept`` at once. Without it each call allocates its own.
+
+    The caller promises that no kernel in this context writes the block tables or the lengths of attention, so that
+    they may be read while earlier kernels run."""
+    before = launches_dependently(), kept_tensors()
+    _dependent.on, _dependent.kept = on, kept
     try:
         yield
     finally:
-        _dependent.on = before
+        _dependent.on, _dependent.kept = before
 
 
-def launches_dependently() -> bool:
-    return getattr(_dependent, "on", False)
+def launches_dependently() -> bool | None:
+    """Whether kernels are launched dependently. None: in a captured graph only."""
+    return getattr(_dependent, "on", None)
+
+
+def kept_tensors() -> Kept | None:
+    """What the caller of ``dependent_launches`` keeps, or None."""
+    return getattr(_dependent, "kept", None)

@@ -83,20 +83,26 @@ def _gpu_reader(calls: Calls, share: float) -> Callable[[], float]:
             call()
 
     stream = torch.cuda.Stream()
+    kept: dict[Any, torch.Tensor] = {}
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream), dependent_launches():
+    with torch.cuda.stream(stream), dependent_launches(kept):
         run()  # the first call compiles, loads, allocates, and chooses algorithms
     try:
-        with torch.cuda.stream(stream), dependent_launches(), _waiting_raises():
+        with torch.cuda.stream(stream), dependent_launches(kept), _waiting_raises():
             for _ in range(2):
                 run()
-        run = _captured(run, stream)
+        with dependent_launches(kept):
+            run = _captured(run, stream)
     except RuntimeError as error:
         torch.cuda.synchronize()
         warnings.warn(f"timed call by call, including the host, because it cannot be captured: {error}", stacklevel=2)
     once = _between_events(run, 3)
     repeats = max(1, round(LEAST_SECONDS / max(once, 1e-7)))
-    return lambda: _between_events(run, repeats) / len(calls)
+
+    def read(kept: Any = kept) -> float:  # the replay uses the kept tensors, so they live as long
+        return _between_events(run, repeats) / len(calls)
+
+    return read
 
 
 @contextlib.contextmanager

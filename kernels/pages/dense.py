@@ -26,15 +26,15 @@ class DensePagesArguments(NamedTuple):
 @triton.jit
 def _load_k(pages, kv_head, page, token, column, mask):
     head = pages.k + kv_head.to(tl.int64) * pages.k_head_stride
-    at = page * pages.k_page_stride + token * pages.k_token_stride + column
-    return tl.load(head + at, mask=mask, other=None if mask is None else 0.0)
+    at = token * pages.k_token_stride + column  # apart from the page: the same in each turn of a loop over pages
+    return tl.load(head + page * pages.k_page_stride + at, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit
 def _load_v(pages, kv_head, page, token, column, mask):
     head = pages.v + kv_head.to(tl.int64) * pages.v_head_stride
-    at = page * pages.v_page_stride + token * pages.v_token_stride + column
-    return tl.load(head + at, mask=mask, other=None if mask is None else 0.0)
+    at = token * pages.v_token_stride + column  # apart from the page: the same in each turn of a loop over pages
+    return tl.load(head + page * pages.v_page_stride + at, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit

@@ -41,7 +41,8 @@ def _as_pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pages]:
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    return (refuses_one if q.shape[2] == 1 else refuses_many)(*_as_pages(q, k, v), PAGE)
+    rows, pages = _as_pages(q, k, v)
+    return refuses_one(rows, pages, PAGE) if q.shape[2] == 1 else refuses_many(rows, pages, PAGE, len(q))
 
 
 @TRITON.implements(_refuses)
@@ -51,9 +52,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     rows, pages = _as_pages(q, k, v)
     capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
     tables, lengths, starts = (_places if capturing else _kept_places)(batch, queries, keys, q.device)
-    page_size = triton.cdiv(keys, PAGE) * PAGE
     if queries == 1:
-        out = attend_one(rows, pages, tables, lengths, scale, page_size)
+        out = attend_one(rows, pages, tables, lengths, scale, triton.cdiv(keys, PAGE) * PAGE)
     else:
-        out = attend_many(rows, pages, tables, lengths, starts, scale, page_size)
+        out = attend_many(rows, pages, tables, lengths, starts, scale, None)
     return out.unflatten(0, (batch, queries))

@@ -24,9 +24,15 @@ def _serves(kind: str) -> bool:
     return kind == "cuda" or tuning.is_offline() or (INTERPRETED and kind == "cpu")
 
 
+OLDEST = 80  # compute capability; for older GPUs Triton makes no matrix instructions, and tiles exceed shared memory
+
+
 def _refuses(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "float64"
+    device = tuning.device_of(x)
+    if device.backend == "cuda" and device.capability < OLDEST:
+        return f"tensors on sm_{device.capability} (from sm_{OLDEST})"
     return None if x.numel() else "tensors without elements"
 
 
@@ -70,15 +76,21 @@ def refuses_format(what: str, value: Weight | Pages, piece: Callable | None) -> 
     return None
 
 
+MAX_PROGRAMS = 65535  # along the second and the third axis of a grid
+_WITHOUT_PDL = {"PDL": False}
+_WITH_PDL = {"PDL": True, "launch_pdl": True}
+
+
 def pdl_options(x: Tensor) -> dict[str, bool]:
     """Launch options for programmatic dependent launch (PDL). It is on from sm_90, and only inside a captured graph:
     in an eager launch its cost on the host outweighs the gain."""
     device = tuning.device_of(x)
     if INTERPRETED or device.backend != "cuda" or device.capability < 90:
-        return {"PDL": False}
-    if not (tuning.is_offline() or launches_dependently() or torch.cuda.is_current_stream_capturing()):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+        return _WITHOUT_PDL
+    dependent = launches_dependently()
+    if dependent is None:
+        dependent = tuning.is_offline() or torch.cuda.is_current_stream_capturing()
+    return _WITH_PDL if dependent else _WITHOUT_PDL
 
 
 TRITON = Backend("triton", _serves, _refuses, _prepare, _invariant_tokens)

@@ -18,9 +18,11 @@ from torch import Tensor
 from ..language import cast, round_to, silu, wait_for_inputs
 from . import tuning
 from .backend import TRITON, pdl_options
+from .launching import planned
 from .swiglu_backward import config
 
 
+@planned
 @triton.jit
 def _swiglu_kernel(
     out_ptr,  # [T, F]

@@ -7,6 +7,7 @@ from typing import Any
 
 import test_linear
 import torch
+from support.references import random
 
 from qwenkern import kernels as ops
 from qwenkern.benchmarks.offline.machine_code import DEVICES
@@ -25,13 +26,14 @@ def run(key: str, seed: int, test: Callable[..., None], parameters: dict[str, An
 
 def counts_with_other_bits(key: str, seed: int, op: str, counts: tuple[int, ...]) -> list[int]:
     """How many tokens of 16, for which an op gives them other bits than among 16."""
-    x, residual, weight, bias = test_linear._inputs(16, 34, 896, torch.bfloat16, CPU)
+    x, weight, bias = test_linear._inputs(16, 34, 896, torch.bfloat16, CPU)
     norm_weight = test_linear._norm_weight(896, x.dtype, CPU)
+    addend = random(16, 34, dtype=x.dtype, device=CPU, seed=5)
 
     def tokens(count: int) -> torch.Tensor:
-        stream = x[:count], residual[:count], norm_weight, 1e-6, weight
-        out = ops.linear(x[:count], weight, bias) if op == "linear" else getattr(ops, op)(*stream)
-        return out[0] if isinstance(out, tuple) else out
+        if op == "linear":
+            return ops.linear(x[:count], weight, bias, addend[:count])
+        return getattr(ops, op)(x[:count], norm_weight, 1e-6, weight)
 
     with device(DEVICES[key], seed, settled=SETTLED):
         together = tokens(16)

@@ -394,6 +394,8 @@ def test_approximations_at_their_limits():
     assert (
         compute("div.full.f32", "f32", ("f32", [1.0, 7.0] * 16), ("f32", [0.0, 2.0] * 16)).tolist() == [INF, 3.5] * 16
     )
+    third = compute("div.rn.f32", "f32", ("f32", [1.0] * 32), ("f32", [3.0] * 32))
+    assert third.tolist() == [np.float32(1) / np.float32(3)] * 32
 
 
 def test_signs_of_floats():

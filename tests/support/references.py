@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from types import ModuleType
@@ -54,6 +55,19 @@ def assert_rounds_like_reference(ops: ModuleType, name: str, *args: Any) -> None
     outs, peers = getattr(ops, name)(*(own(ops, arg) for arg in args)), getattr(reference, name)(*args)
     for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
         assert_nearly_equal(out, peer)
+
+
+def tensors_left_behind(call: Callable[[], Any]) -> list[tuple[int, ...]]:
+    """The shapes of the tensors that are there after a call and its result are gone, and were not there before. Whose
+    memory they lie in is the caller's affair: torch.compile gives it to others."""
+
+    def living() -> dict[int, Tensor]:
+        gc.collect()
+        return {id(each): each for each in gc.get_objects() if type(each) is Tensor}
+
+    before = living()
+    call()
+    return [tuple(each.shape) for key, each in living().items() if key not in before]
 
 
 def mapped(function: Callable[[Tensor], Tensor], arg: Any) -> Any:
