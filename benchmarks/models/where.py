@@ -78,7 +78,7 @@ class Recorded(CallCapture):
 
     recorded: c_backend.RecordedCalls
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+    def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Callable[[], None], Tensor]:
         self.recorded = c_backend.RecordedCalls()
         try:
             with self.recorded.record():

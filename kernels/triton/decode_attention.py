@@ -29,6 +29,7 @@ from ..language import cast, dot, wait_for_inputs
 from ..pages import Pages
 from . import tuning
 from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
+from .launching import planned
 from .rope import HEAD_DIMS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -76,6 +77,7 @@ def _split_of(length, split, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
     return split * tokens, tl.minimum(length, (split + 1) * tokens)
 
 
+@planned
 @triton.jit(do_not_specialize=["splits", "block_tables_stride"])  # they vary from call to call
 def _decode_attention_kernel(
     out_ptr,  # [S, Hq, D], written here if there is one split
@@ -146,6 +148,7 @@ def _decode_attention_kernel(
             tl.store(logs_ptr + at_part, (best + tl.log2(total))[:, None], mask=group < GROUP)
 
 
+@planned
 @triton.jit
 def _combine_kernel(
     out_ptr,  # [S, Hq, D]

@@ -30,6 +30,7 @@ from ..pages import Pages
 from . import tuning
 from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
 from .decode_attention import LOG2_E
+from .launching import planned
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SMALLEST_TILE = 32  # of BLOCK_M
@@ -165,6 +166,7 @@ def _attend(
     return acc, total, best
 
 
+@planned
 @triton.jit(do_not_specialize=["block_tables_stride"])
 def _prefill_attention_kernel(
     out_ptr,  # [T, Hq, D]

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from ..environment import CONFIG_DIR
+from ..remembered import REMEMBERED
 
 
 @dataclass(frozen=True)
@@ -107,10 +108,12 @@ def offline(device: Device) -> Iterator[None]:
     """In this context ops on meta tensors launch their kernels as on this device. It serves compiling without a GPU."""
     global _offline
     before, _offline = _offline, device
+    REMEMBERED.clear()  # the choices for meta tensors are those for a device
     try:
         yield
     finally:
         _offline = before
+        REMEMBERED.clear()
 
 
 @functools.cache

@@ -12,8 +12,10 @@ from typing import Any
 
 import pytest
 import test_decode_attention
+import test_draw
 import test_linear
 import test_lm_head
+import test_penalise
 import test_prefill_attention
 import test_qkv_rope
 import test_rms_norm
@@ -61,6 +63,8 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_rms_norm_backward.test_many_programs, {"rows": 259}),
     (ALL, test_swiglu.test_swiglu, {"columns": 257, "rows": 7, "dtype": BF16}),
     (ALL, test_swiglu_backward.test_swiglu_backward, {"columns": 257, "rows": 7, "dtype": BF16}),
+    (ALL, test_penalise.test_the_bits_are_those_of_torch, {"rows": 2, "vocabulary": 503}),
+    (ALL, test_draw.test_a_draw_is_that_of_sorting, {"vocabulary": 700, "seed": 0}),
     (ALL, test_prefill_attention.test_ragged_batch, {}),
     (ALL, test_prefill_attention.test_cached_prefixes, {"page_size": 16, "prefix": 1, "dtype": F32}),
     (ALL, test_prefill_attention.test_heads_of_the_family, {"heads": (3, 3, 32)}),
