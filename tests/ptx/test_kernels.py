@@ -31,8 +31,8 @@ SEED = 1
 # Their code differs: kernels are launched dependently from sm_90 on, and store matrices; sm_120 has pairs of float32.
 ALL = ("sm_80", "sm_90", "sm_120")
 HOPPER = ("sm_90",)
-# On sm_90 prefill attention has one loop. Triton 3.7.1 puts the loop's fence.proxy.async before the wait for the copies of
-# the values, which the runner reports. Triton 3.6.0 puts no such fence into a loop; on an H100 the results are right.
+# On sm_90 prefill attention has one loop. Triton 3.7.1 puts the loop's fence.proxy.async before the wait for the copies
+# of the values, which the runner reports. Triton 3.6.0 puts no such fence there; on an H100 the results are right.
 NOT_HOPPER = ("sm_80", "sm_120")
 
 TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
