@@ -63,6 +63,13 @@ def wait_for_inputs(PDL: tl.constexpr):
 
 
 @triton.jit
+def release_dependents(PDL: tl.constexpr):
+    """Lets the next kernel of the stream start, before this one calls wait_for_inputs."""
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
 def prefetch(pointers, mask):
     """Prefetches the cache lines at these pointers into the L2 cache (sm_80 and newer), without waiting for them."""
     tl.inline_asm_elementwise(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_tensor
+from ..language import prefetch
 from ..triton_if_any import tl, triton
 from .base import Pages
 
@@ -25,16 +26,27 @@ class DensePagesArguments(NamedTuple):
 
 @triton.jit
 def _load_k(pages, kv_head, page, token, column, mask):
-    head = pages.k + kv_head.to(tl.int64) * pages.k_head_stride
-    at = page * pages.k_page_stride + token * pages.k_token_stride + column
-    return tl.load(head + at, mask=mask, other=None if mask is None else 0.0)
+    tile = pages.k + kv_head.to(tl.int64) * pages.k_head_stride + page * pages.k_page_stride
+    at = token * pages.k_token_stride + column  # the same for all tiles that are pages
+    return tl.load(tile + at, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit
 def _load_v(pages, kv_head, page, token, column, mask):
-    head = pages.v + kv_head.to(tl.int64) * pages.v_head_stride
-    at = page * pages.v_page_stride + token * pages.v_token_stride + column
-    return tl.load(head + at, mask=mask, other=None if mask is None else 0.0)
+    tile = pages.v + kv_head.to(tl.int64) * pages.v_head_stride + page * pages.v_page_stride
+    at = token * pages.v_token_stride + column  # the same for all tiles that are pages
+    return tl.load(tile + at, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def _prefetch(pages, kv_head, page, token, mask, HEAD_DIM: tl.constexpr):
+    line: tl.constexpr = 1024 // pages.k.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    column = (tl.arange(0, max(1, HEAD_DIM // line)) * line)[None, :]
+    k = pages.k + kv_head.to(tl.int64) * pages.k_head_stride + page * pages.k_page_stride
+    v = pages.v + kv_head.to(tl.int64) * pages.v_head_stride + page * pages.v_page_stride
+    everywhere = mask & (column >= 0)
+    prefetch(k + token * pages.k_token_stride + column, everywhere)
+    prefetch(v + token * pages.v_token_stride + column, everywhere)
 
 
 @triton.jit
@@ -55,6 +67,7 @@ class DensePages(Pages):
     names = ("k_pages", "v_pages")
     triton_load_k, triton_load_v = _load_k, _load_v
     triton_store_k, triton_store_v = _store_k, _store_v
+    triton_prefetch = _prefetch
     __slots__ = ("k", "v")
 
     def __init__(self, k: Tensor, v: Tensor) -> None:

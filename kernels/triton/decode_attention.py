@@ -9,11 +9,17 @@ and the tensor cores get several rows. Scores and sums are float32. The softmax 
     program (p, kv head, sequence)              tokens ─────────────►
       sequence 0   ▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒▒▒│▒▒           a split is a run of whole tiles; its length follows from the
       sequence 1   ▒▒│▒▒│▒                          sequence's length only, so the kernel is batch-invariant;
-                                                    program p computes the splits p, p + programs, ...
+      sequence 2   ▒                                program p computes the splits p, p + programs, ...
 
-Each split writes a normalised result and the log2 of its sum of exponentials. A second kernel computes the weighted sum
-of the splits. Bytes moved: 2 Hkv D elements for each cached token, q and out, and 8 D bytes for the partial result of
-each head and split. The pages' format converts a tile of k or v to q's dtype where it loads it.
+Each split writes a normalised result and the log2 of its sum of exponentials. The program of a key-value head that
+arrives last computes the weighted sum of its splits, in their order. A sequence of one split is written directly.
+
+A short sequence takes a chain of latencies and hardly any time to move its bytes. So a split has at least MIN_TOKENS
+tokens, and where the caller promises that lengths and block tables are settled (dispatch.dependent_launches), a program
+reads them and prefetches its first tiles while the kernel before still runs.
+
+Bytes moved: 2 Hkv D elements for each cached token, q and out, and 8 D bytes for the partial result of each head and
+split. The pages' format converts a tile of k or v to q's dtype where it loads it.
 """
 
 from __future__ import annotations
@@ -25,19 +31,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language import cast, dot, wait_for_inputs
+from ..dispatch import launches_dependently
+from ..language import cast, dot, release_dependents, wait_for_inputs
 from ..pages import Pages
+from ..triton_if_any import INTERPRETED
 from . import tuning
+from .arrivals import arrivals
 from .backend import TRITON, pdl_options, refuses_format
+from .decode_parts import combine, sum_of_slices
 from .rope import HEAD_DIMS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_GROUP = 64
+DENSE_PAGE = 64  # the page size for which a configuration is looked up where a sequence is one page
 
 
 tuning.SPACES["decode_attention"] = {
     "BLOCK_N": (16, 32, 64),
     "NUM_SPLITS": (16, 32, 64, 128),
+    "MIN_TOKENS": (64, 128, 256),
+    "PREFETCH_TILES": (0, 1, 2, 4),
     "num_warps": (2, 4, 8),
     "num_stages": (2, 3, 4, 5),
 }
@@ -46,192 +59,227 @@ tuning.SPACES["decode_attention"] = {
 @tuning.remember
 def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
     """One long sequence gets as many splits as the device has multiprocessors for each key-value head. num_stages keeps
-    up to three tiles in flight, as many as fit into half of the shared memory."""
+    up to three tiles in flight, as many as fit into half of the shared memory.
+
+    BLOCK_N, NUM_SPLITS, MIN_TOKENS and num_warps determine the order of summation. For batch invariance they do not
+    depend on the number of sequences."""
     block_n = min(64 if itemsize == 2 else 32, page_size & -page_size)
     num_splits = min(128, max(1, device.num_sms // num_kv_heads))
     tile = 2 * block_n * head_dim * itemsize
-    heuristic = {
+    config = {
         "BLOCK_N": block_n,
         "NUM_SPLITS": 1 << (num_splits.bit_length() - 1),
+        "MIN_TOKENS": 64,
+        "PREFETCH_TILES": 1 if device.backend == "cuda" and not INTERPRETED else 0,
         "num_warps": 4,
         "num_stages": 1 + max(1, min(3, (device.shared_memory // 2 - 8192) // tile)),
     }
-    if itemsize != 2:  # tuned tiles are for 2-byte values; 4-byte ones would not fit
-        return heuristic
-    sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
-    config = tuning.lookup("decode_attention", device, sizes, heuristic)
-    # The tuned entry may be for another page size. A tile must lie within one page.
-    return config | {"BLOCK_N": min(config["BLOCK_N"], page_size & -page_size)}
+    if itemsize == 2:  # tuned tiles are for 2-byte values; 4-byte ones would not fit
+        sizes = {"num_kv_heads": num_kv_heads, "head_dim": head_dim, "page_size": page_size}
+        config = tuning.lookup("decode_attention", device, sizes, config)
+    # The tuned entry may be for another page size. A tile must lie within one page, and a split has whole tiles.
+    block_n = min(config["BLOCK_N"], page_size & -page_size)
+    return config | {"BLOCK_N": block_n, "MIN_TOKENS": max(config["MIN_TOKENS"], block_n)}
 
 
 @triton.jit
-def _tokens_of_split(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
-    return tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N
+def _tokens_of_split(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, MIN_TOKENS: tl.constexpr):
+    return tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N, MIN_TOKENS)
 
 
 @triton.jit
-def _split_of(length, split, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr):
-    """The first token of a split and the end of its tokens. A split that starts at the length or after it is empty."""
-    tokens = _tokens_of_split(length, BLOCK_N, NUM_SPLITS)
-    return split * tokens, tl.minimum(length, (split + 1) * tokens)
+def _offset_in_page(token, PAGE_SIZE: tl.constexpr):
+    return token if PAGE_SIZE is None else token % PAGE_SIZE
 
 
-@triton.jit(do_not_specialize=["splits", "block_tables_stride"])  # they vary from call to call
+@triton.jit
+def _page_of(block_tables_ptr, block_tables_stride, sequence, token, PAGE_SIZE: tl.constexpr):
+    """The number of a token's page."""
+    if PAGE_SIZE is None:
+        return sequence
+    else:
+        return tl.load(block_tables_ptr + sequence * block_tables_stride + token // PAGE_SIZE).to(tl.int64)
+
+
+@triton.jit(do_not_specialize=["num_tokens", "splits", "block_tables_stride"])  # they vary from call to call
 def _decode_attention_kernel(
-    out_ptr,  # [S, Hq, D], written here if there is one split
+    out_ptr,  # [S, Hq, D]
     parts_ptr,  # [S, Hq, splits, D] float32, or None if there is one split
     logs_ptr,  # [S, Hq, splits] float32, or None
+    arrivals_ptr,  # [S, Hkv] int32, zero before and after the kernel; or None
     q_ptr,  # [S, Hq, D]
     pages,  # the named tuple of their format
-    block_tables_ptr,  # [S, P]
-    lengths_ptr,  # [S]
+    block_tables_ptr,  # [S, P], or None
+    lengths_ptr,  # [S], or None: num_tokens each
+    num_tokens,
     splits,  # that parts and logs have room for
-    page_size,
     q_stride,  # of a sequence; heads are dense
     block_tables_stride,
     scale,
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # None: sequence s is page s
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
+    ROWS: tl.constexpr,  # GROUP or the next power of two
     BLOCK_N: tl.constexpr,
+    SLICES: tl.constexpr,  # of BLOCK_N, one a warp
     NUM_SPLITS: tl.constexpr,
+    MIN_TOKENS: tl.constexpr,
+    PREFETCH_TILES: tl.constexpr,
+    SETTLED: tl.constexpr,  # no kernel that may still run writes lengths and block tables
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
-    wait_for_inputs(PDL)
-    length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    row = tl.arange(0, BLOCK_N)[:, None]
+    if SETTLED:
+        release_dependents(PDL)
+    else:
+        wait_for_inputs(PDL)
+    length = num_tokens
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    tokens = _tokens_of_split(length, BLOCK_N, NUM_SPLITS, MIN_TOKENS)
+    used = tl.cdiv(length, tokens)
+    first = tl.program_id(0) * tokens
+    page = _page_of(block_tables_ptr, block_tables_stride, sequence, tl.minimum(first, length - 1), PAGE_SIZE)
+    if SETTLED:
+        for i in tl.static_range(PREFETCH_TILES):
+            tile = first + i * BLOCK_N
+            at = tl.minimum(tile, length - 1)
+            its_page = _page_of(block_tables_ptr, block_tables_stride, sequence, at, PAGE_SIZE)
+            token = (_offset_in_page(tile, PAGE_SIZE) + row).to(tl.int64)
+            PREFETCH(pages, kv_head, its_page, token, tile + row < tl.minimum(length, first + tokens), HEAD_DIM)
+        wait_for_inputs(PDL)
+    if tl.program_id(0) >= used:
+        return
 
     group = tl.arange(0, BLOCK_G)[:, None]
     column = tl.arange(0, HEAD_DIM)[None, :]
-    row = tl.arange(0, BLOCK_N)[:, None]
     dtype = q_ptr.dtype.element_ty
-    table = block_tables_ptr + sequence * block_tables_stride
     q_heads = kv_head * GROUP + group
-    head = sequence * num_kv_heads * GROUP + q_heads
+    first_head = (sequence * num_kv_heads + kv_head) * GROUP
+    head = first_head + group
     q = tl.load(q_ptr + sequence * q_stride + q_heads * HEAD_DIM + column, mask=group < GROUP, other=0.0)
+    q = tl.broadcast_to(tl.trans(q)[None, :, :], [SLICES, HEAD_DIM, BLOCK_G])
+    width: tl.constexpr = BLOCK_N // SLICES
+    row = tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, :, None]
+    column_of_v = tl.arange(0, HEAD_DIM)[None, :, None]  # v is loaded transposed, to be the left operand
+    row_of_v = tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
 
-    used = tl.cdiv(length, _tokens_of_split(length, BLOCK_N, NUM_SPLITS))
-    for split in range(tl.program_id(0), used, tl.num_programs(0)):
-        start, end = _split_of(length, split, BLOCK_N, NUM_SPLITS)
-        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_G], tl.float32)
-        acc = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
-        page = tl.load(table + start // page_size).to(tl.int64)
-        for tile in range(start, end, BLOCK_N):
-            token = (tile % page_size + row).to(tl.int64)
-            this_page = page
-            # Load the next page number early, to hide its latency. The last one is loaded twice.
-            page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
-            k = LOAD_K(pages, kv_head, this_page, token, column, tile + row < end)
-            scores = dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
-            scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
-            new_best = tl.maximum(best, tl.max(scores, axis=1))
-            weights = tl.exp2(scores - new_best[:, None])
-            shrink = tl.exp2(best - new_best)
-            total = total * shrink + tl.sum(weights, axis=1)
-            v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)
-            acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
-            best = new_best
+    # One loop over the tiles of all splits of this program, so that tiles of the next split are loaded early.
+    stride = tl.num_programs(0) * tokens
+    mine = tl.cdiv(used - tl.program_id(0), tl.num_programs(0))
+    last_end = tl.minimum(length, first + (mine - 1) * stride + tokens)
+    tiles = (mine - 1) * (tokens // BLOCK_N) + tl.cdiv(last_end - first - (mine - 1) * stride, BLOCK_N)
+    start = first
+    tile = first
+    best = tl.full([SLICES, BLOCK_G], float("-inf"), tl.float32)
+    total = tl.zeros([SLICES, BLOCK_G], tl.float32)
+    acc = tl.zeros([SLICES, HEAD_DIM, BLOCK_G], tl.float32)
+    for _ in range(tiles):
+        end = tl.minimum(length, start + tokens)
+        offset = _offset_in_page(tile, PAGE_SIZE)
+        k = LOAD_K(pages, kv_head, page, (offset + row).to(tl.int64), column[None, :, :], tile + row < end)
+        v = LOAD_V(pages, kv_head, page, (offset + row_of_v).to(tl.int64), column_of_v, tile + row_of_v < end)
+        is_last = tile + BLOCK_N >= end
+        following = tl.where(is_last, start + stride, tile + BLOCK_N)
+        # Load the next page number early, to hide its latency. The last one of all is loaded twice.
+        page = _page_of(block_tables_ptr, block_tables_stride, sequence, tl.minimum(following, length - 1), PAGE_SIZE)
 
-        acc = acc / total[:, None]
-        if parts_ptr is None:
-            tl.store(out_ptr + head * HEAD_DIM + column, cast(acc, dtype), mask=group < GROUP)
-        else:
-            at_part = head * splits + split
-            tl.store(parts_ptr + at_part * HEAD_DIM + column, acc, mask=group < GROUP)
-            tl.store(logs_ptr + at_part, (best + tl.log2(total))[:, None], mask=group < GROUP)
+        scores = dot(k, q, tl.zeros([SLICES, width, BLOCK_G], tl.float32)) * (scale * LOG2_E)
+        scores = tl.where(tile + row < end, scores, float("-inf"))
+        best = tl.where(tile == start, float("-inf"), best)
+        new_best = tl.maximum(best, tl.max(scores, axis=1))
+        safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # a slice may have no token yet
+        weights = tl.exp2(scores - safe[:, None, :])
+        shrink = tl.exp2(best - safe)  # zero at the first tile of a split
+        total = total * shrink + tl.sum(weights, axis=1)
+        acc = dot(v, cast(weights, dtype), acc * shrink[:, None, :])
+        best = new_best
 
+        if is_last:
+            best_of_all = tl.max(best, axis=0)
+            shrink = tl.exp2(best - best_of_all[None, :])
+            sum_of_all = tl.sum(total * shrink, axis=0)
+            out = sum_of_slices(acc * shrink[:, None, :], SLICES) / sum_of_all[:, None]
+            is_whole = True
+            if parts_ptr is not None:
+                is_whole = used == 1
+            if is_whole:
+                tl.store(out_ptr + head * HEAD_DIM + column, cast(out, dtype), mask=group < GROUP)
+            else:
+                at_part = head * splits + start // tokens
+                tl.store(parts_ptr + at_part * HEAD_DIM + column, out, mask=group < GROUP)
+                tl.store(logs_ptr + at_part, (best_of_all + tl.log2(sum_of_all))[:, None], mask=group < GROUP)
+            start = following
+        tile = following
 
-@triton.jit
-def _combine_kernel(
-    out_ptr,  # [S, Hq, D]
-    parts_ptr,  # [S, Hq, splits, D] float32
-    logs_ptr,  # [S, Hq, splits] float32
-    lengths_ptr,  # [S]
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    sequence = tl.program_id(2).to(tl.int64)
-    head = sequence * tl.num_programs(1) + tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.arange(0, NUM_SPLITS)
-    wait_for_inputs(PDL)
-    length = tl.load(lengths_ptr + sequence).to(tl.int32)
-    start, _ = _split_of(length, split, BLOCK_N, NUM_SPLITS)
-    mask = start < length
-
-    logs = tl.load(logs_ptr + head * splits + split, mask=mask, other=float("-inf"))
-    weights = tl.exp2(logs - tl.max(logs, axis=0))
-    at = (head * splits + split)[:, None] * HEAD_DIM + column[None, :]
-    parts = tl.load(parts_ptr + at, mask=mask[:, None], other=0.0)
-    out = tl.sum(weights[:, None] * parts, axis=0) / tl.sum(weights, axis=0)
-    tl.store(out_ptr + head * HEAD_DIM + column, cast(out, out_ptr.dtype.element_ty))
+    if parts_ptr is not None:  # noqa: SIM102 - a constant; the next test is not
+        if used > 1:
+            arrival = arrivals_ptr + sequence * num_kv_heads + kv_head
+            tl.debug_barrier()  # all threads have written their parts before one counts the arrival
+            before = tl.atomic_add(arrival, 1, sem="acq_rel")
+            if before == tl.minimum(used, tl.num_programs(0)) - 1:
+                combine(out_ptr, parts_ptr, logs_ptr, first_head, used, splits, GROUP, ROWS, HEAD_DIM, 8)
+                tl.store(arrival, 0)
 
 
 def _launch_decode_attention(
     out: Tensor,
     parts: Tensor | None,
     logs: Tensor | None,
+    counters: Tensor | None,
     q: Tensor,
     pages: Pages,
-    block_tables: Tensor,
-    lengths: Tensor,
+    block_tables: Tensor | None,
+    lengths: Tensor | None,
+    num_tokens: int,
     scale: float,
-    page_size: int,
     config: dict[str, Any],
 ) -> None:
-    """The pages may have any strides, if the last dimension is contiguous. The kernel takes ``page_size`` as the page
-    size."""
+    """The pages may have any strides, if the last dimension is contiguous. Without block_tables and lengths, page s has
+    the ``num_tokens`` tokens of sequence s."""
     (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
-    group = num_q_heads // num_kv_heads
+    group, device = num_q_heads // num_kv_heads, tuning.device_of(q)
+    rows = triton.next_power_of_2(group)
     splits = 1 if logs is None else logs.shape[2]
     # At most 4 programs a multiprocessor, twice what it holds at a time. A captured step has splits for a whole
     # context, and most of them are empty.
-    programs = min(splits, triton.cdiv(4 * tuning.device_of(q).num_sms, num_kv_heads * num_sequences))
+    programs = min(splits, triton.cdiv(4 * device.num_sms, num_kv_heads * num_sequences))
+    options = pdl_options(q)
+    if pages.triton_prefetch is None:
+        config = config | {"PREFETCH_TILES": 0}
     _decode_attention_kernel[(programs, num_kv_heads, num_sequences)](
         out,
         parts,
         logs,
+        counters,
         q,
         pages.triton_arguments(),
         block_tables,
         lengths,
+        num_tokens,
         splits,
-        page_size,
         q.stride(0),
-        block_tables.stride(0),
+        0 if block_tables is None else block_tables.stride(0),
         scale,
         LOAD_K=pages.triton_load_k,
         LOAD_V=pages.triton_load_v,
+        PREFETCH=pages.triton_prefetch,
+        PAGE_SIZE=None if block_tables is None else pages.page_size,
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        BLOCK_G=max(1 if device.backend == "cuda" else 16, rows),  # AMD's matrix instructions need 16 columns
+        ROWS=rows,
+        SLICES=min(4, config["num_warps"], config["BLOCK_N"] // 16),
+        SETTLED=options["PDL"] and (launches_dependently() or tuning.is_offline()),
         **config,
-        **pdl_options(q),
-    )
-    if parts is None:
-        return
-    block_d = min(head_dim, 64)
-    _combine_kernel[(head_dim // block_d, num_q_heads, num_sequences)](
-        out,
-        parts,
-        logs,
-        lengths,
-        splits,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_N=config["BLOCK_N"],
-        NUM_SPLITS=config["NUM_SPLITS"],
-        num_warps=4,
-        **pdl_options(q),
+        **options,
     )
 
 
@@ -248,21 +296,28 @@ def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
     return None
 
 
-def attend(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, scale: float, page_size: int) -> Tensor:
-    """decode_attention over pages of any strides, with ``page_size`` as the page size."""
+def attend(
+    q: Tensor, pages: Pages, block_tables: Tensor | None, lengths: Tensor | None, scale: float, num_tokens: int = 0
+) -> Tensor:
+    """decode_attention over pages of any strides. Without block_tables and lengths, page s has the ``num_tokens``
+    tokens of sequence s."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
-    num_kv_heads, head_dim = pages.num_kv_heads, pages.head_dim
+    (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
+    page_size, most = DENSE_PAGE, num_tokens
+    if block_tables is not None:
+        page_size, most = pages.page_size, block_tables.shape[1] * pages.page_size
     config = _config(tuning.device_of(q), num_kv_heads, head_dim, page_size, q.element_size())
-    splits = min(config["NUM_SPLITS"], triton.cdiv(block_tables.shape[1] * page_size, config["BLOCK_N"]))
+    splits = min(config["NUM_SPLITS"], triton.cdiv(most, config["MIN_TOKENS"]))
     out = q.new_empty(q.shape)
-    parts = logs = None
+    parts = logs = counters = None
     if splits > 1:
-        parts = q.new_empty((*q.shape[:2], splits, head_dim), dtype=torch.float32)
-        logs = q.new_empty((*q.shape[:2], splits), dtype=torch.float32)
-    _launch_decode_attention(out, parts, logs, q, pages, block_tables, lengths, scale, page_size, config)
+        parts = q.new_empty((num_sequences, num_q_heads, splits, head_dim), dtype=torch.float32)
+        logs = q.new_empty((num_sequences, num_q_heads, splits), dtype=torch.float32)
+        counters = arrivals(q, num_sequences * num_kv_heads)
+    _launch_decode_attention(out, parts, logs, counters, q, pages, block_tables, lengths, num_tokens, scale, config)
     return out
 
 
 @TRITON.implements(lambda q, pages, *rest, **keywords: refuses_paged(q, pages, pages.page_size))
 def decode_attention(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, scale: float) -> Tensor:
-    return attend(q, pages, block_tables, lengths, scale, pages.page_size)
+    return attend(q, pages, block_tables, lengths, scale)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from support.mutations import Mutation
 from support.paged import paged_cache
-from support.references import assert_matches_reference, guarded_allocations, random
+from support.references import assert_matches_reference, guarded_allocations, random, tensors_left_behind
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HEADS = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128), "3B": (16, 2, 128), "7B": (28, 4, 128), "14B": (40, 8, 128)}
@@ -33,9 +35,35 @@ def test_several_tiles_a_split(ops, device, dtype):
 
 @pytest.mark.slow
 def test_several_splits_a_program(ops, device):
-    """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100."""
+    """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100; twice, since the programs
+    count each other."""
     lengths = [1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 320]
-    assert_matches_reference(ops, "decode_attention", *_inputs(lengths, (16, 16, 16), torch.bfloat16, device))
+    inputs = _inputs(lengths, (16, 16, 16), torch.bfloat16, device)
+    with ops.dependent_launches({}):
+        first = assert_matches_reference(ops, "decode_attention", *inputs)
+        assert torch.equal(first, assert_matches_reference(ops, "decode_attention", *inputs))
+
+
+def test_no_tensor_is_kept(ops, device):
+    inputs = _inputs([130, 3], (2, 1, 16), torch.bfloat16, device)
+    assert tensors_left_behind(lambda: ops.decode_attention(*inputs)) == []
+    with ops.dependent_launches(kept := {}):
+        ops.decode_attention(*inputs)
+        assert tensors_left_behind(lambda: ops.decode_attention(*inputs)) == [] != list(kept)
+
+
+def test_many_splits(ops, device):
+    """More than are combined at once, of which some weigh much more than others."""
+    q, *rest = _inputs([1100, 10], (4, 2, 16), torch.bfloat16, device)
+    assert_matches_reference(ops, "decode_attention", q * 8, *rest)
+
+
+def test_attention(ops, device):
+    """Contiguous keys and values, each sequence a page."""
+    q, k, v = (
+        random(2, *shape, 16, dtype=torch.bfloat16, device=device, seed=15) for shape in ((4, 1), *[(2, 130)] * 2)
+    )
+    assert_matches_reference(ops, "attention", q, k, v, 0.25)
 
 
 @pytest.mark.parametrize("spare_pages", [0, 1])
@@ -47,14 +75,38 @@ def test_one_split(ops, device, length, spare_pages):
 
 
 def test_bits_are_batch_invariant(ops, device):
-    """Alone and in a narrow table, or among others in a wide one."""
-    lengths = [1, 64, 65, 300]
-    q, pages, tables, lengths, scale = _inputs(lengths, (8, 8, 32), torch.bfloat16, device, spare_pages=3)
-    together = ops.decode_attention(q, pages, tables, lengths, scale)
-    for row, length in enumerate(lengths.tolist()):
-        own = tables[row : row + 1, : -(-length // 64)].contiguous()
-        alone = ops.decode_attention(q[row : row + 1], pages, own, lengths[row : row + 1], scale)
+    """Alone and in a narrow table, or among others in a wide one; also where a split has several tiles, and where
+    there are fewer programs than splits."""
+    q, pages, tables, lengths, scale = _inputs([1, 64, 65, 300], (8, 8, 32), torch.bfloat16, device, spare_pages=3)
+    pages = pages.tensors
+    tuning = importlib.import_module(f"{ops.__name__}.triton.tuning")
+    for config in ({}, {"NUM_SPLITS": 2}, {"MIN_TOKENS": 128}):
+        with tuning.trying("decode_attention", config):
+            together = ops.decode_attention(q, pages, tables, lengths, scale)
+            for row, length in enumerate(lengths.tolist()):
+                own = tables[row : row + 1, : -(-length // 64)].contiguous()
+                alone = ops.decode_attention(q[row : row + 1], pages, own, lengths[row : row + 1], scale)
+                assert torch.equal(alone[0], together[row])
+    many = [each.repeat(5, *[1] * (each.dim() - 1)) for each in (q, tables, lengths)]
+    assert torch.equal(
+        ops.decode_attention(many[0], pages, *many[1:], scale)[-4:],
+        ops.decode_attention(q, pages, tables, lengths, scale),
+    )
+
+
+def test_rows_of_one_sequence_are_as_one_by_one(ops, device):
+    """Several tokens of a sequence are rows of one table, with lengths that rise by one. A row has the bits that it has
+    before the tokens behind it are in the cache."""
+    _, pages, tables, _, scale = _inputs([131], (4, 2, 32), torch.bfloat16, device)
+    lengths = torch.arange(126, 132, dtype=torch.int32, device=device)
+    q = random(len(lengths), 4, 32, dtype=torch.bfloat16, device=device, seed=14)
+    together = ops.decode_attention(q, pages, tables.expand(len(q), -1), lengths, scale)
+    for row, length in reversed(list(enumerate(lengths.tolist()))):
+        alone = ops.decode_attention(q[row : row + 1], pages, tables, lengths[row : row + 1], scale)
+        assert torch.isfinite(alone).all()
         assert torch.equal(alone[0], together[row])
+        for each in pages.tensors:
+            each[tables[0, (length - 1) // 64], (length - 1) % 64] = float("nan")
 
 
 @pytest.mark.parametrize("size", [300.0, 1e-3])
@@ -136,61 +188,62 @@ def _inputs(lengths, heads, dtype, device, page_size=64, spare_pages=1):
 _RAGGED = {"page_size": 64, "dtype": torch.float32}
 _SPLITS = {"dtype": torch.float32}
 _3B = {"heads": (16, 2, 128)}
-FILE = "triton/decode_attention.py"
+FILE, PARTS = "triton/decode_attention.py", "triton/decode_parts.py"
 MUTATIONS = [
     Mutation(
-        "only the first split of each program",
-        FILE,
-        "range(tl.program_id(0), used, tl.num_programs(0))",
-        "range(tl.program_id(0), used, used)",
-        test_several_splits_a_program,
-        {},
+        "only the first split of each program", FILE, "mine = tl.cdiv(used - tl.program_id(0), tl.num_programs(0))",
+        "mine = 1", test_several_splits_a_program, {},
     ),
     Mutation(
-        "heads of another group",
-        FILE,
-        "q_heads = kv_head * GROUP + group",
-        "q_heads = group * 2 + kv_head",
-        test_heads_of_the_family,
-        _3B,
+        "a split continues the one before", FILE, "tl.where(tile == start, float(\"-inf\"), best)", "best",
+        test_several_splits_a_program, {},
     ),
     Mutation(
-        "tokens beyond the length",
-        FILE,
-        "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores",
-        "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] >= 0, scores",
-        test_ragged_lengths,
-        _RAGGED,
+        "all splits counted, and not the programs", FILE, "tl.minimum(used, tl.num_programs(0)) - 1", "used - 1",
+        test_several_splits_a_program, {},
     ),
     Mutation(
-        "v beyond the length",
-        FILE,
-        "v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)",
-        "v = LOAD_V(pages, kv_head, this_page, token, column, None)",
-        test_ragged_lengths,
-        _RAGGED,
+        "arrivals not reset", FILE, "tl.store(arrival, 0)", "pass", test_several_splits_a_program, {},
     ),
+    Mutation(
+        "heads of another group", FILE, "q_heads = kv_head * GROUP + group", "q_heads = group * 2 + kv_head",
+        test_heads_of_the_family, _3B,
+    ),
+    Mutation(
+        "tokens beyond the length", FILE, "tl.where(tile + row < end, scores", "tl.where(tile + row >= 0, scores",
+        test_ragged_lengths, _RAGGED,
+    ),
+    Mutation(
+        "v beyond the length", FILE, "column_of_v, tile + row_of_v < end)", "column_of_v, None)",
+        test_ragged_lengths, _RAGGED,
+    ),
+    Mutation(
+        "a slice without a token", FILE, "tl.where(new_best == float(\"-inf\"), 0.0, new_best)", "new_best",
+        test_heads_of_the_family, _3B,
+    ),
+    Mutation("slices weighed alike", FILE, "tl.exp2(best - best_of_all[None, :])", "1.0",
+             test_heads_of_the_family, _3B),
+    Mutation("a slice lost", PARTS, "return even + odd", "return even", test_heads_of_the_family, _3B),
     Mutation("sum not rescaled", FILE, "total = total * shrink", "total = total", test_several_tiles_a_split, _SPLITS),
-    Mutation("result not rescaled", FILE, "acc * shrink[:, None])", "acc)", test_several_tiles_a_split, _SPLITS),
+    Mutation("result not rescaled", FILE, "acc * shrink[:, None, :])\n        best =", "acc)\n        best =",
+             test_several_tiles_a_split, _SPLITS),
     Mutation(
-        "the same page again", FILE, "tl.minimum(tile + BLOCK_N, end - 1)", "tile", test_several_tiles_a_split, _SPLITS
+        "the same page again", FILE, "tl.minimum(following, length - 1)", "tile", test_several_tiles_a_split, _SPLITS
     ),
+    Mutation("the first sequence's page", FILE, "return sequence", "return sequence * 0", test_attention, {}),
     Mutation(
-        "splits weighed alike",
-        FILE,
-        "tl.exp2(logs - tl.max(logs, axis=0))",
-        "tl.where(mask, 1.0, 0.0)",
-        test_ragged_lengths,
-        _RAGGED,
+        "splits weighed alike", PARTS, "weights = tl.exp2(logs - new_best[None, :])",
+        "weights = tl.where(split < used, 1.0, 0.0) + tl.zeros([IN_FLIGHT, ROWS], tl.float32)",
+        test_ragged_lengths, _RAGGED,
     ),
-    Mutation("logarithm of the sum forgotten", FILE, "best + tl.log2(total)", "best", test_ragged_lengths, _RAGGED),
+    Mutation("a split lost", PARTS, "range(0, used, IN_FLIGHT)", "range(1, used, IN_FLIGHT)",
+             test_ragged_lengths, _RAGGED),
+    Mutation("splits not rescaled", PARTS, "acc = acc * shrink[:, None]", "acc = acc", test_many_splits, {}),
+    Mutation("logarithm of the sum forgotten", FILE, "best_of_all + tl.log2(sum_of_all)", "best_of_all",
+             test_ragged_lengths, _RAGGED),
     Mutation("natural exponential", FILE, "(scale * LOG2_E)", "scale", test_ragged_lengths, _RAGGED),
     Mutation(
-        "splits by the table",
-        FILE,
-        "NUM_SPLITS) * BLOCK_N",
-        "tl.num_programs(0)) * BLOCK_N",
-        test_ragged_lengths,
-        _RAGGED,
+        "splits by the table", FILE, "NUM_SPLITS) * BLOCK_N", "tl.num_programs(0)) * BLOCK_N",
+        test_bits_are_batch_invariant, {},
     ),
-]
+]  # fmt: skip
