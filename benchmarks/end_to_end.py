@@ -6,11 +6,12 @@
     python benchmarks/end_to_end.py --busy 2                          decoding with two busy processes
     python benchmarks/end_to_end.py --twice                           two processes that decode at once
 
-The engines take turns. transformers runs on the memory of qwenkern's weights: unchanged, with qwenkern's or Liger's
-kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made of these weights, or (`llama.cpp file`) the
-quantised GGUF file that the model came from. Each round measures the roofline and takes one reading of every engine.
-Speed-ups and shares are those within a round. A decode step must read every weight and the cached keys and values, so
-its limit is the bandwidth of a loop that only reads. The limit of a prompt is the multiply-add peak.
+The engines take turns; the compiled one comes last, with qwenkern alone. transformers runs on the memory of qwenkern's
+weights: unchanged, with qwenkern's or Liger's kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made
+of these weights, or (`llama.cpp file`) the quantised GGUF file that the model came from. Each round measures the
+roofline and takes one reading of every engine. Speed-ups and shares are those within a round. A decode step must read
+every weight and the cached keys and values, so its limit is the bandwidth of a loop that only reads. The limit of a
+prompt is the multiply-add peak.
 """
 
 from __future__ import annotations
@@ -96,6 +97,13 @@ def measure(
             row["prompt_speedup"] = results.middle_and_ends([theirs.first / ours.first for ours, theirs in both])
             row["decode_speedup"] = results.middle_and_ends([ours.rate / theirs.rate for ours, theirs in both])
     return rows, found
+
+
+def in_turns(names: list[str]) -> list[list[str]]:
+    """The engines that take turns. "compiled" takes turns with qwenkern alone, after the others: compiling may take
+    minutes, and a run that is ended meanwhile has kept the others' results."""
+    quick = [name for name in names if name != "compiled"]
+    return [quick, [names[0], "compiled"]] if "compiled" in names else [quick]
 
 
 def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
@@ -212,11 +220,14 @@ def main(
         else:
             rows: list[dict[str, Any]] = []
             limits: list[Any] = []
-            for count, length in itertools.product(batches, prompts):
+            for together, count, length in itertools.product(in_turns(list(engines)), batches, prompts):
+                chosen = {name: engines[name] for name in together}
                 found, rounds = measure(
-                    engines, loaded.config, count, length, new_tokens, repeats, lambda: roofline(place, threads)
+                    chosen, loaded.config, count, length, new_tokens, repeats, lambda: roofline(place, threads)
                 )
-                rows, limits = rows + found, limits + rounds
+                known = {(row["engine"], row["batch"], row["prompt"]) for row in rows}
+                rows += [row for row in found if (row["engine"], row["batch"], row["prompt"]) not in known]
+                limits += rounds
                 document = facts | {"peak_gb": _peak_gb(place), "roofline": spreads(limits), "rows": rows}
                 if json_file:  # after each size, because the run may be interrupted
                     results.save(json_file, document)

@@ -61,7 +61,12 @@ def op(
             next(steps)  # the checks
             first = args[0] if args else next(_tensors(keywords.values()))
             found = serving(name, first, *args, **keywords)
-            return _rest(steps) if found is None else found.run(*args, **keywords)
+            if found is None:
+                return _rest(steps)
+            if first.is_cuda and first.device.index != torch.cuda.current_device():
+                with torch.cuda.device(first.device):  # because Triton launches on the current device
+                    return found.run(*args, **keywords)
+            return found.run(*args, **keywords)
 
         if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder keeps the first's
             _register_with_torch(body, values, eager, fake or reference, mutates, gradient)
@@ -79,14 +84,9 @@ def op(
                 _refuse_negated(body, mutates, args, keywords)
                 return values.call_torch(name, args, keywords)
             first = given[0] if given and isinstance(given[0], Tensor) else _first_tensor(given)
-            if first is None or first.is_cpu:
-                return eager(*args, **keywords)
-            if first.is_meta and not is_served("meta"):
+            if first is not None and first.is_meta and not is_served("meta"):
                 shapes_only = all(each.is_meta for each in _tensors(given))  # else a check raises
                 return values.call_torch(name, args, keywords) if shapes_only else eager(*args, **keywords)
-            if first.is_cuda and first.device.index != torch.cuda.current_device():
-                with torch.cuda.device(first.device):  # because Triton launches on the current device
-                    return eager(*args, **keywords)
             return eager(*args, **keywords)
 
         vars(public).update(

@@ -128,14 +128,18 @@ def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementa
     refusal: str | None = None
     for backend in backends(kind):
         implementation = backend.implementations.get(name)
-        if implementation is None or backend.refuses(first) is not None or backend.prepare() is not None:
+        if implementation is None:
             continue
-        refusal = implementation.refuses(*args, **keywords)
+        refusal = backend.refuses(first)
+        if refusal is None:
+            if backend.prepare() is not None:
+                continue
+            refusal = implementation.refuses(*args, **keywords)
         if refusal is None:
             if kind == "cpu" and not backend.is_recorded and is_recording():
                 raise CannotRecord(f"{name} runs in {backend.name}, whose calls are not recorded")
             return implementation
-    if kind == "cuda":
+    if kind == "cuda" and first.numel():
         _warn_of_reference(refusal)
     return None
 

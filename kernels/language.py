@@ -21,6 +21,64 @@ def dot(a, b, acc):
 
 
 @triton.jit
+def precise_dot(a, b):
+    """a [M, K] times b [K, N], in float32, for operands of any dtype.
+
+    `dot` of float32 adds K products one after another, and its error grows with K. This adds a half or a quarter of
+    them, then the sums in a tree."""
+    if a.dtype == tl.float32 and a.shape[1] > 16:
+        PARTS: tl.constexpr = 2 if a.shape[1] == 32 else 4  # type: ignore[annotation-unchecked]
+        rows = a.reshape(a.shape[0], PARTS, a.shape[1] // PARTS).permute(1, 0, 2)
+        columns = b.reshape(PARTS, a.shape[1] // PARTS, b.shape[1])
+        return tl.sum(dot(rows, columns, tl.zeros([PARTS, a.shape[0], b.shape[1]], tl.float32)), axis=0)
+    else:
+        return dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32))
+
+
+# The approximations of a GPU err by up to 2 ** -22 (PTX ISA: ex2.approx, lg2.approx, div.full), four roundings of
+# float32. That is nothing beside a rounding of the result to two bytes. Where the result stays float32 (``dtype``),
+# these functions err by about one rounding.
+
+
+@triton.jit
+def exp2(x, dtype: tl.constexpr):
+    """2 ** x for a float32 x of at most 127; 0 below -126.5."""
+    if dtype == tl.float32:
+        x = tl.where(x < -127.0, -127.0, x)  # keeps NaN
+        shifted = x + 12582912.0  # 1.5 * 2 ** 23: the sum is rounded to a whole number, which its low bits hold
+        f = x - (shifted - 12582912.0)  # the Taylor series of 2 ** f, whose next term is below 2 ** -27
+        y = 1.525273380405984e-5 * f + 1.540353039338161e-4
+        y = ((y * f + 1.3333558146428443e-3) * f + 9.618129107628477e-3) * f + 5.550410866482158e-2
+        y = ((y * f + 0.24022650695910072) * f + 0.6931471805599453) * f + 1.0
+        return y * ((shifted.to(tl.int32, bitcast=True) << 23) + 0x3F800000).to(tl.float32, bitcast=True)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def log2(x, dtype: tl.constexpr):
+    """The logarithm of a float32 x that is positive, finite, and not subnormal."""
+    if dtype == tl.float32:
+        bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2)
+        exponent = bits >> 23
+        m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)  # sqrt(1/2) to sqrt(2)
+        s = tl.div_rn(m - 1.0, m + 1.0)
+        z = s * s  # log(m) = 2 artanh(s), whose next term is below 2 ** -29
+        y = ((0.2222222222222222 * z + 0.2857142857142857) * z + 0.4) * z + 0.6666666666666666
+        return exponent.to(tl.float32) + 1.4426950408889634 * (y * z * s + 2.0 * s)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def divide(x, y, dtype: tl.constexpr):
+    if dtype == tl.float32:
+        return tl.div_rn(x, y)
+    else:
+        return x / y
+
+
+@triton.jit
 def cast(x, dtype: tl.constexpr):
     """x, which is float32, in another dtype, rounded to nearest even.
 
@@ -51,22 +109,26 @@ def silu(x):
 
 
 @triton.jit
-def wait_for_inputs(PDL: tl.constexpr):
-    """For programmatic dependent launch: lets the next kernel of the stream start, then waits until the kernel before
-    this one has written its results.
-
-    The code before this call overlaps with the kernel before. It may prefetch weights into the L2 cache; it must not
-    read what an earlier kernel may write."""
+def launch_dependents(PDL: tl.constexpr):
+    """For programmatic dependent launch: lets the next kernel of the stream start when all programs have called this."""
     if PDL:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait(PDL: tl.constexpr):
+    """For programmatic dependent launch: waits until the kernel before this one has written its results.
+
+    The code before this call overlaps with the kernel before. It may read weights, which no kernel writes; it must not
+    read what an earlier kernel may write."""
+    if PDL:
         gdc_wait()
 
 
 @triton.jit
-def release_dependents(PDL: tl.constexpr):
-    """Lets the next kernel of the stream start, before this one calls wait_for_inputs."""
-    if PDL:
-        gdc_launch_dependents()
+def wait_for_inputs(PDL: tl.constexpr):
+    launch_dependents(PDL)
+    wait(PDL)
 
 
 @triton.jit

@@ -104,17 +104,12 @@ def add_rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float)
     check_tensor("add_rms_norm", "weight", weight, (x.shape[-1],), like=x)
     check_device("add_rms_norm", x=x, residual=residual, weight=weight)
     yield
-    return add_normed(x, residual, weight, eps)
+    if residual is not None:
+        x = residual + x
+    return normed(x, weight, eps), x
 
 
 def normed(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """The reference of rms_norm, without its checks."""
     wide_x = wide(x)
     return (wide_x * torch.rsqrt(wide_x.square().mean(-1, keepdim=True) + eps)).to(x.dtype) * weight
-
-
-def add_normed(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """The reference of add_rms_norm, without its checks."""
-    if residual is not None:
-        x = residual + x
-    return normed(x, weight, eps), x

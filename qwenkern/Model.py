@@ -55,7 +55,7 @@ class Model:
         self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
         self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
-        room = cache_room(cache_tokens, self.config, self.dtype, self.device, pages)
+        room = cache_room(cache_tokens, self.config, self.dtype, self.device, self.prefill_chunk, pages)
         self.cache = PagedCache(self.config, room, self.dtype, self.device, pages=pages)
         self.deterministic = flag("deterministic", deterministic)
         self._runner: Runner | None = None
@@ -282,10 +282,26 @@ class Model:
 
     @torch.inference_mode()
     def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T]."""
+        """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T].
+
+        Raises RequestError if a GPU has no memory left for them (`score` needs little). The default cache leaves room
+        for those of one ``prefill_chunk`` if 17 GB are free beside the weights."""
         rows, is_batch = rows_of_ids(ids)
-        logits = [torch.cat(list(self._logits(row))) for row in rows]
-        return torch.stack(logits) if is_batch else logits[0]
+        parts = [self._logits(row) for row in rows]
+        shape = len(rows), len(rows[0]), self.config.vocab_size
+        try:
+            logits = torch.empty(shape, dtype=torch.float32, device=self.device)
+        except torch.OutOfMemoryError as error:
+            raise RequestError(
+                f"ids has {len(rows)} x {len(rows[0])} tokens, whose logits take {4e-9 * math.prod(shape):.1f} GB, "
+                f"more than {self.device} has left: expected fewer tokens, or a smaller cache_tokens of the model"
+            ) from error
+        for row, its_parts in zip(logits, parts, strict=True):
+            start = 0
+            for part in its_parts:
+                row[start : start + len(part)] = part
+                start += len(part)
+        return logits if is_batch else logits[0]
 
     @torch.inference_mode()
     def score(self, text: str | Sequence[int]) -> Score:

@@ -80,6 +80,7 @@ def cache_room(
     config: Config,
     dtype: torch.dtype,
     device: torch.device,
+    prefill_chunk: int,
     pages: type[Pages] = DensePages,
 ) -> int:
     """The number of tokens in the key-value cache: the requested one, else a default. Raises RequestError if the whole
@@ -88,7 +89,8 @@ def cache_room(
     heads, layers = config.num_key_value_heads, config.num_hidden_layers
     per_token = layers * pages.bytes_per_token(heads, config.head_dim, dtype)
     if asked is None:
-        return _default_cache_tokens(config, per_token, device)
+        per_chunk = prefill_chunk * (4 * config.vocab_size + 4 * config.intermediate_size * dtype.itemsize)
+        return _default_cache_tokens(config, per_token, per_chunk, device)
     on_gpu = device.type == "cuda"
     memory = torch.cuda.mem_get_info(device)[1] if on_gpu else _machine_memory()
     if (most := memory // per_token) < asked:
@@ -96,12 +98,15 @@ def cache_room(
     return asked
 
 
-def _default_cache_tokens(config: Config, per_token: int, device: torch.device) -> int:
-    """On a GPU, the tokens that its free memory holds, less a share for activations. On a CPU, where memory is taken
-    only when it is used, four contexts, but at most half of the machine's memory."""
+def _default_cache_tokens(config: Config, per_token: int, per_chunk: int, device: torch.device) -> int:
+    """On a GPU, the tokens that its free memory holds, less a reserve. The reserve is a tenth of the memory, or more: a
+    twentieth and the ``per_chunk`` bytes that a chunk of a prompt takes with all of its logits, if that is at most a
+    quarter of the free memory. On a CPU, where memory is taken only when it is used, four contexts, but at most half of
+    the machine's memory."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
-        tokens, most = int(free - 0.1 * total) // per_token, 64 * config.context_length
+        reserve = max(total // 10, min(total // 20 + per_chunk, free // 4))
+        tokens, most = (free - reserve) // per_token, 64 * config.context_length
     else:
         tokens, most = _machine_memory() // 2 // per_token, 4 * config.context_length
     if tokens < 1:

@@ -1,14 +1,12 @@
 """Qwen2 as a module graph of fused ops, written once for every device and every number of tokens.
 
-The ops carry a residual stream: each takes what the sub-layer before it computed (``x``) and the sum of all that came
-earlier (``residual``), then adds, normalises and multiplies in one go. Parameters have the names of the checkpoint,
-with q, k, v and gate, up packed row by row.
+``x`` is the residual stream. A sub-layer begins with an op that normalises x and multiplies, and ends with a projection
+that adds x to its product. Parameters have the names of the checkpoint, with q, k, v and gate, up packed row by row.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,21 +40,19 @@ class Qwen2(nn.Module):
         """Runs the T tokens of a batch and writes their keys and values into the cache.
 
         Returns float32 logits [T, vocabulary], or those of ``rows`` only (indices into the batch's tokens)."""
-        x, residual = self.model(batch, cache)
-        if rows is not None:
-            x, residual = x[rows], residual[rows]
-        return self.logits(x, residual)
+        x = self.model(batch, cache)
+        return self.logits(x if rows is None else x[rows])
 
-    def logits(self, x: Tensor, residual: Tensor) -> Tensor:
+    def logits(self, x: Tensor) -> Tensor:
         """Of what the layers made of some tokens [T, K]: float32 [T, vocabulary]."""
-        return ops.lm_head(x, residual, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.value)
+        return ops.lm_head(x, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.value)
 
     def greedy(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
         """As forward, but only the largest logit after each token, [T] float32, and its id, [T]. Of equal ones the
         lowest. It is NaN or +inf where one of the logits is."""
-        x, residual = self.model(batch, cache)
+        x = self.model(batch, cache)
         norm_weight, eps = self.model.norm.weight, self.config.rms_norm_eps
-        values, ids = ops.lm_head_top_k(x, residual, norm_weight, eps, self.lm_head.value, 1)
+        values, ids = ops.lm_head_top_k(x, norm_weight, eps, self.lm_head.value, 1)
         return values[:, 0], ids[:, 0]
 
     def untie(self) -> None:
@@ -78,12 +74,12 @@ class Decoder(nn.Module):
         )
         self.norm = Norm(config.hidden_size, dtype, device)
 
-    def forward(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
+        """The residual stream [T, K] after the last layer."""
         x: Tensor = ops.embedding(batch.ids, self.embed_tokens.value)
-        residual: Any = None  # until the first layer
         for layer, pages in zip(self.layers, cache.pages, strict=True):
-            x, residual = layer(x, residual, batch, pages, cache.rope.cos_sin)
-        return x, residual
+            x = layer(x, batch, pages, cache.rope.cos_sin)
+        return x
 
 
 class DecoderLayer(nn.Module):
@@ -94,15 +90,13 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = Norm(config.hidden_size, dtype, device)
         self.mlp = MLP(config, dtype, device, weights)
 
-    def forward(
-        self, x: Tensor, residual: Tensor | None, batch: Batch, pages: Pages, cos_sin: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        x, residual = self.self_attn(x, residual, self.input_layernorm.weight, batch, pages, cos_sin)
-        return self.mlp(x, residual, self.post_attention_layernorm.weight)
+    def forward(self, x: Tensor, batch: Batch, pages: Pages, cos_sin: Tensor) -> Tensor:
+        x = self.self_attn(x, self.input_layernorm.weight, batch, pages, cos_sin)
+        return self.mlp(x, self.post_attention_layernorm.weight)
 
 
 class Attention(nn.Module):
-    """Norm, q, k and v, rotary embedding, cache, grouped-query attention, output projection."""
+    """Norm, q, k and v, rotary embedding, cache, grouped-query attention, output projection, sum with x."""
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, weights: type[Weight] = Dense) -> None:
         super().__init__()
@@ -113,28 +107,18 @@ class Attention(nn.Module):
         )
         self.o_proj = Linear(config.hidden_size, config.q_size, dtype=dtype, device=device, weights=weights)
 
-    def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        norm_weight: Tensor,
-        batch: Batch,
-        pages: Pages,
-        cos_sin: Tensor,
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, norm_weight: Tensor, batch: Batch, pages: Pages, cos_sin: Tensor) -> Tensor:
         weight, bias = self.qkv_proj.value, self.qkv_proj.bias
-        q, residual = ops.norm_qkv_rope(
-            x, residual, norm_weight, self.eps, weight, bias, batch.positions, cos_sin, pages, batch.slots
-        )
+        q = ops.norm_qkv_rope(x, norm_weight, self.eps, weight, bias, batch.positions, cos_sin, pages, batch.slots)
         if batch.is_decode:
-            x = ops.decode_attention(q, pages, batch.block_tables, batch.lengths, self.scale)
+            y = ops.decode_attention(q, pages, batch.block_tables, batch.lengths, self.scale)
         else:
-            x = ops.prefill_attention(q, pages, batch.block_tables, batch.lengths, batch.query_starts, self.scale)
-        return ops.linear(x.flatten(1), self.o_proj.value), residual
+            y = ops.prefill_attention(q, pages, batch.block_tables, batch.lengths, batch.query_starts, self.scale)
+        return ops.linear(y.flatten(1), self.o_proj.value, addend=x)
 
 
 class MLP(nn.Module):
-    """Norm, gate and up, SwiGLU, down projection."""
+    """Norm, gate and up, SwiGLU, down projection, sum with x."""
 
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, weights: type[Weight] = Dense) -> None:
         super().__init__()
@@ -146,9 +130,9 @@ class MLP(nn.Module):
             config.hidden_size, config.intermediate_size, dtype=dtype, device=device, weights=weights
         )
 
-    def forward(self, x: Tensor, residual: Tensor, norm_weight: Tensor) -> tuple[Tensor, Tensor]:
-        x, residual = ops.norm_swiglu_linear(x, residual, norm_weight, self.eps, self.gate_up_proj.value)
-        return ops.linear(x, self.down_proj.value), residual
+    def forward(self, x: Tensor, norm_weight: Tensor) -> Tensor:
+        y = ops.norm_swiglu_linear(x, norm_weight, self.eps, self.gate_up_proj.value)
+        return ops.linear(y, self.down_proj.value, addend=x)
 
 
 class Linear(nn.Module):

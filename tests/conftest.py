@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -12,11 +13,20 @@ import pytest
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads; programs that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-if (found := importlib.util.find_spec("kernels")) and not found.has_location:
-    sys.modules["kernels"] = None  # where the library of that name is missing, this folder's room is not taken for it
+if (
+    not (  # where the library `kernels` is missing, neither this folder's room nor the package's is taken for it
+        found := PathFinder.find_spec(
+            "kernels",
+            [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]],
+        )
+    )
+    or not found.has_location
+):
+    sys.modules["kernels"] = None
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is a reference here, and needs no network
 
 import torch
+from support import cuda_errors
 from support.selection import FEW, quick
 
 if not torch.cuda.is_available():  # Triton reads its variable when it is imported
@@ -38,6 +48,8 @@ HAS_GPU = torch.cuda.is_available()
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)  # the workers share the cores
+    if HAS_GPU:
+        cuda_errors.register(config)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

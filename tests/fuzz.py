@@ -35,7 +35,6 @@ os.environ.setdefault("OMP_STACKSIZE", "256K")  # a thousand threads, when asked
 
 import numpy as np
 import torch
-from gguf import GGUFWriter
 from rich.console import Console
 from safetensors.torch import save
 from text.test_tokenizer import toy_folder, toy_metadata
@@ -263,6 +262,8 @@ GGUF_NAMES = {
 
 
 def write_gguf(file: Path) -> None:
+    from gguf import GGUFWriter
+
     writer = GGUFWriter(file, "qwen2")
     numbers = {"embedding_length": 16, "feed_forward_length": 32, "block_count": 2, "context_length": 256}
     numbers |= {"attention.head_count": 4, "attention.head_count_kv": 2}

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import chain, product
+from itertools import chain, pairwise, product
 from pathlib import Path
 
 import torch
@@ -34,6 +35,7 @@ from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels.triton.few_tokens import MAX_TOKENS
 from qwenkern.qwen2 import Qwen2, initialise
+from qwenkern.sampling import Drawing
 
 STEPS = 20
 BETWEEN = "between kernels"
@@ -119,7 +121,7 @@ def _step(config: Config, sequences: int, context: int, device: torch.device) ->
         for tensor in layer.tensors:
             tensor.normal_()
     capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
-    step = CapturedStep(model, cache, sequences, 1 if device.type == "cuda" else None, capturer)
+    step = CapturedStep(model, cache, sequences, Drawing() if device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]
     for table in tables:
         cache.extend(table, context + 2 * STEPS)  # each replay on a GPU appends a token
@@ -165,16 +167,13 @@ def _on_gpu(layers: int, step: CapturedStep) -> dict[str, list[float]]:
 def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[float]]:
     """The time of each kernel of a step, as the median over the steps. It begins when all earlier kernels have ended,
     or at the kernel's own start if that is later. ``BETWEEN`` is the time in which no kernel ran."""
-    spans = sorted(spans, key=lambda span: span.start)
-    if not spans or len(spans) % steps:
-        raise RuntimeError(f"the profiler saw {len(spans)} kernels in {steps} equal steps")
-    each_step = len(spans) // steps
-    names = list(labels((span.name for span in spans[:each_step]), GPU_LINEARS, layers))
+    wholes = whole_steps(sorted(spans, key=lambda span: span.start), steps)
+    names = list(labels((span.name for span in wholes[0]), GPU_LINEARS, layers))
     costs: list[list[float]] = [[] for _ in names]
     idle: list[float] = []
-    for first in range(0, len(spans), each_step):
-        done, waited = spans[first].start, 0.0
-        for span, readings in zip(spans[first : first + each_step], costs, strict=True):
+    for whole in wholes:
+        done, waited = whole[0].start, 0.0
+        for span, readings in zip(whole, costs, strict=True):
             waited += max(0.0, span.start - done)
             readings.append(max(0.0, span.end - max(done, span.start)))
             done = max(done, span.end)
@@ -183,6 +182,24 @@ def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[flo
     for name, readings in zip(names, costs, strict=True):
         found.setdefault(name, []).append(statistics.median(readings))
     return found | {BETWEEN: [statistics.median(idle)]}
+
+
+def whole_steps(spans: Sequence[Span], steps: int) -> list[Sequence[Span]]:
+    """The steps of which the profiler saw every kernel. It may lose some, at the beginning or between. A step then
+    begins behind the rarest kernel, which runs once a step. Raises RuntimeError if fewer than half are alike."""
+    if spans and len(spans) % steps == 0:
+        size = len(spans) // steps
+        found = [spans[first : first + size] for first in range(0, len(spans), size)]
+        if all([span.name for span in each] == [span.name for span in found[0]] for each in found):
+            return found
+    counts = Counter(span.name for span in spans)
+    rarest = min(counts, key=lambda name: (abs(counts[name] - steps), name)) if counts else ""
+    ends = [at + 1 for at, span in enumerate(spans) if span.name == rarest]
+    pieces = [spans[begin:end] for begin, end in pairwise(ends)]
+    alike = Counter(tuple(span.name for span in piece) for piece in pieces).most_common(1)
+    if not alike or alike[0][1] < steps // 2:
+        raise RuntimeError(f"the profiler saw {len(spans)} kernels, which are not {steps} equal steps")
+    return [piece for piece in pieces if tuple(span.name for span in piece) == alike[0][0]]
 
 
 def labels(names: Iterable[str], linears: Sequence[str], layers: int) -> Iterable[str]:

@@ -73,10 +73,20 @@ def _ones(size: Size, length: int) -> Tensor:
     return torch.ones(length, dtype=size.dtype, device=size.device)
 
 
-def _stream(config: Config, size: Size) -> tuple[Tensor, Tensor, Tensor, float]:
+def _stream(config: Config, size: Size) -> tuple[Tensor, Tensor, float]:
+    """x, norm_weight, eps."""
+    return _normal(size, size.tokens, config.hidden_size), _ones(size, config.hidden_size), config.rms_norm_eps
+
+
+def _add_rms_norm(config: Config, size: Size) -> tuple[Tensor, Tensor, Tensor, float]:
     """x, residual, norm_weight, eps."""
-    x, residual = (_normal(size, size.tokens, config.hidden_size) for _ in range(2))
-    return x, residual, _ones(size, config.hidden_size), config.rms_norm_eps
+    return _normal(size, size.tokens, config.hidden_size), *_stream(config, size)
+
+
+def _projection(config: Config, size: Size, columns: int) -> tuple[Tensor, Tensor, None, Tensor]:
+    """x, weight, no bias, and as the addend the residual stream."""
+    x, weight = _normal(size, size.tokens, columns), _weight(size, config.hidden_size, columns)
+    return x, weight, None, _normal(size, size.tokens, config.hidden_size)
 
 
 def _cache(config: Config, size: Size, sequences: int) -> tuple[DensePages, Tensor, Tensor]:
@@ -114,7 +124,7 @@ def _apply_rope(config: Config, size: Size) -> tuple[Any, ...]:
 
 def _rms_norm_backward(config: Config, size: Size) -> tuple[Any, ...]:
     """For add_rms_norm: the gradients of its two results, the new residual, norm_weight and eps."""
-    x, residual, weight, eps = _stream(config, size)
+    x, residual, weight, eps = _add_rms_norm(config, size)
     return x, residual, _normal(size, size.tokens, config.hidden_size), weight, eps
 
 
@@ -176,14 +186,14 @@ CASES = [
     Case(
         "rms_norm",
         "rms_norm",
-        lambda c, s: (_normal(s, s.tokens, c.hidden_size), _ones(s, c.hidden_size), c.rms_norm_eps),
+        _stream,
         _elements(lambda c, t: 2 * t * c.hidden_size + c.hidden_size),
         lambda c, s: 4 * s.tokens * c.hidden_size,
     ),
     Case(
         "add_rms_norm",
         "add_rms_norm",
-        _stream,
+        _add_rms_norm,
         _elements(lambda c, t: 4 * t * c.hidden_size + c.hidden_size),
         lambda c, s: 5 * s.tokens * c.hidden_size,
     ),
@@ -199,7 +209,7 @@ CASES = [
         "qkv",
         "norm_linear",
         lambda c, s: (*_stream(c, s), _weight(s, c.qkv_size, c.hidden_size), _normal(s, c.qkv_size)),
-        _elements(lambda c, t: (c.qkv_size + 3 * t + 1) * c.hidden_size + (t + 1) * c.qkv_size),
+        _elements(lambda c, t: (c.qkv_size + t + 1) * c.hidden_size + (t + 1) * c.qkv_size),
         _matrix(lambda c: c.qkv_size, _hidden),
     ),
     Case(
@@ -207,7 +217,7 @@ CASES = [
         "norm_qkv_rope",
         _norm_qkv_rope,
         lambda c, s: (
-            ((c.qkv_size + 3 * s.tokens + 1) * c.hidden_size + (s.tokens + 1) * c.qkv_size) * s.itemsize + _table(c, s)
+            ((c.qkv_size + s.tokens + 1) * c.hidden_size + (s.tokens + 1) * c.qkv_size) * s.itemsize + _table(c, s)
         ),
         _matrix(lambda c: c.qkv_size, _hidden),
     ),
@@ -260,8 +270,8 @@ CASES = [
     Case(
         "o_proj",
         "linear",
-        lambda c, s: (_normal(s, s.tokens, c.q_size), _weight(s, c.hidden_size, c.q_size)),
-        _elements(lambda c, t: (c.hidden_size + t) * c.q_size + t * c.hidden_size),
+        lambda c, s: _projection(c, s, c.q_size),
+        _elements(lambda c, t: (c.hidden_size + t) * c.q_size + 2 * t * c.hidden_size),
         _matrix(_hidden, lambda c: c.q_size),
         FEW,
     ),
@@ -269,7 +279,7 @@ CASES = [
         "gate_up",
         "norm_swiglu_linear",
         lambda c, s: (*_stream(c, s), _weight(s, 2 * c.intermediate_size, c.hidden_size)),
-        _elements(lambda c, t: (2 * c.intermediate_size + 3 * t + 1) * c.hidden_size + t * c.intermediate_size),
+        _elements(lambda c, t: (2 * c.intermediate_size + t + 1) * c.hidden_size + t * c.intermediate_size),
         _matrix(lambda c: 2 * c.intermediate_size, _hidden),
     ),
     Case(
@@ -305,8 +315,8 @@ CASES = [
     Case(
         "down",
         "linear",
-        lambda c, s: (_normal(s, s.tokens, c.intermediate_size), _weight(s, c.hidden_size, c.intermediate_size)),
-        _elements(lambda c, t: (c.hidden_size + t) * c.intermediate_size + t * c.hidden_size),
+        lambda c, s: _projection(c, s, c.intermediate_size),
+        _elements(lambda c, t: (c.hidden_size + t) * c.intermediate_size + 2 * t * c.hidden_size),
         _matrix(_hidden, lambda c: c.intermediate_size),
         FEW,
     ),
@@ -314,7 +324,7 @@ CASES = [
         "lm_head",
         "lm_head",
         lambda c, s: (*_stream(c, s), _weight(s, c.vocab_size, c.hidden_size)),
-        lambda c, s: (c.vocab_size + 2 * s.tokens + 1) * c.hidden_size * s.itemsize + 4 * s.tokens * c.vocab_size,
+        lambda c, s: (c.vocab_size + s.tokens + 1) * c.hidden_size * s.itemsize + 4 * s.tokens * c.vocab_size,
         _matrix(lambda c: c.vocab_size, _hidden),
         FEW,
     ),
@@ -322,7 +332,7 @@ CASES = [
         "lm_head_top_k",
         "lm_head_top_k",
         lambda c, s: (*_stream(c, s), _weight(s, c.vocab_size, c.hidden_size), 1),
-        _elements(lambda c, t: (c.vocab_size + 2 * t + 1) * c.hidden_size),
+        _elements(lambda c, t: (c.vocab_size + t + 1) * c.hidden_size),
         _matrix(lambda c: c.vocab_size, _hidden),
         FEW,
     ),

@@ -49,10 +49,10 @@ def _compiled(case: Case) -> Function | None:
 def _library(case: Case) -> Function | None:
     """The vendor's matrix product without what is fused with it: a lower limit of the time, not the same op."""
     found: dict[str, Function] = {
-        "linear": lambda x, weight: F.linear(x, weight),
-        "norm_linear": lambda x, residual, norm, eps, weight, bias: F.linear(x, weight, bias),
-        "norm_swiglu_linear": lambda x, residual, norm, eps, weight: F.linear(x, weight),
-        "lm_head": lambda x, residual, norm, eps, weight: F.linear(x, weight),
+        "linear": lambda x, weight, bias, addend: F.linear(x, weight),
+        "norm_linear": lambda x, norm, eps, weight, bias: F.linear(x, weight, bias),
+        "norm_swiglu_linear": lambda x, norm, eps, weight: F.linear(x, weight),
+        "lm_head": lambda x, norm, eps, weight: F.linear(x, weight),
     }
     return found.get(case.op)
 

@@ -64,16 +64,14 @@ typedef struct {             /* new_residual = residual + x; out = rms_norm(new_
 
 typedef struct {             /* out = (norm of) x times weight transposed, with an epilogue (linear.h) */
     void *out;               /* [T, N], dense: bf16, or float where out_is_float */
-    bf16 *new_residual;      /* [T, K], dense, or null */
     float *scratch;          /* [T, K]; for many tokens also the memory that linear_many_tokens.c describes */
     const bf16 *x;           /* [T, K] */
-    const bf16 *residual;    /* [T, K], or null */
     const bf16 *norm_weight; /* [K]; null: x is multiplied as it is */
     weight weight;           /* [N, K] */
     weight up;               /* [N, K], or none; with it out = silu(x weight') * (x up') */
     const bf16 *bias;        /* [N], or null */
     const bf16 *addend;      /* [T, N], or null */
-    long num_tokens, out_features, in_features, x_stride, residual_stride, addend_stride;
+    long num_tokens, out_features, in_features, x_stride, addend_stride;
     long out_is_float;
     long prefetch_distance; /* bytes in advance that weights are prefetched; 0: no prefetch */
     double eps;

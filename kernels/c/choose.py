@@ -97,7 +97,7 @@ def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0)
     """A function that multiplies x by w transposed. It keeps its tensors alive."""
     (tokens, k), n = x.shape, len(w)
     scratch = torch.empty(linear_scratch(loaded.limits, tokens, k, 1), dtype=torch.float32, device="cpu")
-    nothing = dict.fromkeys(("new_residual", "residual", "norm_weight", "bias", "addend"))
+    nothing = dict.fromkeys(("norm_weight", "bias", "addend"))
     call = make.linear(
         **nothing,
         out=x.new_empty(tokens, n),
@@ -109,7 +109,6 @@ def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0)
         out_features=n,
         in_features=k,
         x_stride=k,
-        residual_stride=0,
         addend_stride=0,
         out_is_float=False,
         prefetch_distance=distance,

@@ -1,6 +1,6 @@
 /* The prologue and the epilogue of a linear layer. Its two forms of the product share them.
  *
- *     x, residual ──► add + RMSNorm ──► rows [T, K] of operands      prologue:  normed_rows
+ *     x ──► RMSNorm ──► rows [T, K] of operands                      prologue:  normed_rows
  *                                          │
  *         weight [N, K], up [N, K] ──► product [T, N]                linear_few_tokens.c, linear_many_tokens.c
  *                                          │
@@ -26,8 +26,7 @@
 void linear_few_tokens(const linear_args *args, worker *me);
 void linear_many_tokens(const linear_args *args, worker *me);
 
-/* x as rows [T, K] of operands, normalised if there is a norm. Writes new_residual. The rows lie at the start of
- * scratch. */
+/* x as rows [T, K] of operands, normalised if there is a norm. The rows lie at the start of scratch. */
 static const operand *normed_rows(const linear_args *args, worker *me) {
     operand *rows = (operand *)args->scratch;
     const long K = args->in_features;
@@ -37,12 +36,11 @@ static const operand *normed_rows(const linear_args *args, worker *me) {
             to_operands(rows + token * K, x, K);
             continue;
         }
-        const bf16 *residual = args->residual ? args->residual + token * args->residual_stride : 0;
-        bf16 *sum = args->new_residual ? args->new_residual + token * K : 0, normed[NORMED];
-        float scale = norm_scale(sum, x, residual, args->eps, K);
+        bf16 normed[NORMED];
+        float scale = norm_scale(0, x, 0, args->eps, K);
         for (long k = 0; k < K; k += NORMED) {
             long some = least(K - k, NORMED);
-            apply_norm(normed, (sum ? sum : x) + k, args->norm_weight + k, scale, some);
+            apply_norm(normed, x + k, args->norm_weight + k, scale, some);
             to_operands(rows + token * K + k, normed, some);
         }
     }

@@ -22,35 +22,29 @@ def refuses_linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend
 
 @C.implements(refuses_linear)
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
-    return product(x, None, None, 0.0, weight, bias=bias, addend=addend)[0]
+    return product(x, None, 0.0, weight, bias=bias, addend=addend)
 
 
 def refuses_norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
 ) -> str | None:
     return refuses_product(x, weight)
 
 
 @C.implements(refuses_norm_linear)
-def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    return product(x, residual, norm_weight, eps, weight, bias=bias)
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    return product(x, norm_weight, eps, weight, bias=bias)
 
 
-def refuses_norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
-) -> str | None:
+def refuses_norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> str | None:
     return refuses_product(x, weight)
 
 
 @C.implements(refuses_norm_swiglu_linear)
-def norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
-) -> tuple[Tensor, Tensor]:
+def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
     middle = len(weight) // 2
     gate, up = weight.rows(0, middle), weight.rows(middle, len(weight))
-    return product(x, residual, norm_weight, eps, gate, up=up)
+    return product(x, norm_weight, eps, gate, up=up)
 
 
 def refuses_product(x: Tensor, weight: Weight) -> str | None:
@@ -67,7 +61,6 @@ def refuses_product(x: Tensor, weight: Weight) -> str | None:
 
 def product(
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor | None,
     eps: float,
     weight: Weight,
@@ -76,23 +69,18 @@ def product(
     bias: Tensor | None = None,
     addend: Tensor | None = None,
     out_dtype: torch.dtype = torch.bfloat16,
-) -> tuple[Tensor, Tensor]:
-    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]. Returns (out [T, N], new residual
-    [T, K]).
+) -> Tensor:
+    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]: a new tensor [T, N].
 
-    With ``norm_weight`` [K], x is first added to ``residual`` and normalised. With ``up`` [N, K], out is
-    silu(x weight^T) * (x up^T). Without a residual, the new residual is x itself."""
+    With ``norm_weight`` [K], x is first normalised. With ``up`` [N, K], out is silu(x weight^T) * (x up^T)."""
     (num_tokens, in_features), out_features = x.shape, len(weight)
     here = build.prepared()
     out = x.new_empty(num_tokens, out_features, dtype=out_dtype)
-    new_residual = None if residual is None else x.new_empty(num_tokens, in_features)
     run(
         make.linear(
             out=out,
-            new_residual=new_residual,
             scratch=scratch(linear_scratch(here.limits, num_tokens, in_features, threads.count())),
             x=x,
-            residual=residual,
             norm_weight=norm_weight,
             weight=weight_struct(weight),
             up=NO_WEIGHT if up is None else weight_struct(up),
@@ -102,11 +90,10 @@ def product(
             out_features=out_features,
             in_features=in_features,
             x_stride=x.stride(0),
-            residual_stride=0 if residual is None else residual.stride(0),
             addend_stride=0 if addend is None else addend.stride(0),
             out_is_float=out_dtype == torch.float32,
             prefetch_distance=here.prefetch_distance,
             eps=eps,
         )
     )
-    return out, x if new_residual is None else new_residual
+    return out

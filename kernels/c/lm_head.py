@@ -10,10 +10,10 @@ from .backend import C
 from .linear import product, refuses_product
 
 
-def refuses_lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight) -> str | None:
+def refuses_lm_head(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> str | None:
     return refuses_product(x, weight)
 
 
 @C.implements(refuses_lm_head)
-def lm_head(x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
-    return product(x, residual, norm_weight, eps, weight, out_dtype=torch.float32)[0]
+def lm_head(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
+    return product(x, norm_weight, eps, weight, out_dtype=torch.float32)

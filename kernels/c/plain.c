@@ -60,13 +60,12 @@ static void plain_add_rms_norm(const add_rms_norm_args *a) {
 static void plain_linear(const linear_args *a) {
     const long K = a->in_features, N = a->out_features;
     for (long t = 0; t < a->num_tokens; t++) {
-        const bf16 *x = a->x + t * a->x_stride, *residual = a->residual ? a->residual + t * a->residual_stride : 0;
-        bf16 *sum = a->new_residual ? a->new_residual + t * K : 0;
-        float scale = a->norm_weight ? plain_norm_scale(sum, x, residual, a->eps, K) : 0;
+        const bf16 *x = a->x + t * a->x_stride;
+        float scale = a->norm_weight ? plain_norm_scale(0, x, 0, a->eps, K) : 0;
         for (long n = 0; n < N; n++) {
             float value = 0, up = 0;
             for (long k = 0; k < K; k++) {
-                float row = a->norm_weight ? plain_normed((sum ? sum : x)[k], scale, a->norm_weight[k]) : widen(x[k]);
+                float row = a->norm_weight ? plain_normed(x[k], scale, a->norm_weight[k]) : widen(x[k]);
                 value += row * weight_value(&a->weight, n, k);
                 if (a->up.values) up += row * weight_value(&a->up, n, k);
             }

@@ -14,7 +14,6 @@ from .backend import C
 @C.implements()
 def norm_qkv_rope(
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor,
     eps: float,
     weight: Weight,
@@ -23,7 +22,7 @@ def norm_qkv_rope(
     cos_sin: Tensor,
     pages: Pages,
     slots: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Calls the public ops, because C may refuse one of the two; torch then runs that one."""
-    qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
-    return rope_and_cache(qkv, positions, cos_sin, pages, slots), residual
+    qkv = norm_linear(x, norm_weight, eps, weight, bias)
+    return rope_and_cache(qkv, positions, cos_sin, pages, slots)

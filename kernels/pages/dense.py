@@ -26,16 +26,16 @@ class DensePagesArguments(NamedTuple):
 
 @triton.jit
 def _load_k(pages, kv_head, page, token, column, mask):
-    tile = pages.k + kv_head.to(tl.int64) * pages.k_head_stride + page * pages.k_page_stride
-    at = token * pages.k_token_stride + column  # the same for all tiles that are pages
-    return tl.load(tile + at, mask=mask, other=None if mask is None else 0.0)
+    head = pages.k + kv_head.to(tl.int64) * pages.k_head_stride
+    at = token * pages.k_token_stride + column  # apart from the page: the same in each turn of a loop over pages
+    return tl.load(head + page * pages.k_page_stride + at, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit
 def _load_v(pages, kv_head, page, token, column, mask):
-    tile = pages.v + kv_head.to(tl.int64) * pages.v_head_stride + page * pages.v_page_stride
-    at = token * pages.v_token_stride + column  # the same for all tiles that are pages
-    return tl.load(tile + at, mask=mask, other=None if mask is None else 0.0)
+    head = pages.v + kv_head.to(tl.int64) * pages.v_head_stride
+    at = token * pages.v_token_stride + column  # apart from the page: the same in each turn of a loop over pages
+    return tl.load(head + page * pages.v_page_stride + at, mask=mask, other=None if mask is None else 0.0)
 
 
 @triton.jit

@@ -10,7 +10,6 @@ bytes moved holds here too.
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..pages import DensePages, Pages
@@ -36,7 +35,8 @@ def _as_pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pages]:
 
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
-    return (refuses_one if q.shape[2] == 1 else refuses_many)(*_as_pages(q, k, v), DENSE_PAGE)
+    rows, pages = _as_pages(q, k, v)
+    return refuses_one(rows, pages, DENSE_PAGE) if q.shape[2] == 1 else refuses_many(rows, pages, DENSE_PAGE, len(q))
 
 
 @TRITON.implements(_refuses)
@@ -47,7 +47,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     if queries == 1:
         out = attend_one(rows, pages, None, None, scale, keys)
     else:
-        # A page's length is rounded up; the kernel reads only the tokens of the sequence.
-        page_size = triton.cdiv(keys, DENSE_PAGE) * DENSE_PAGE
-        out = attend_many(rows, pages, *_places(batch, queries, keys, q.device), scale, page_size)
+        out = attend_many(rows, pages, *_places(batch, queries, keys, q.device), scale, None)
     return out.unflatten(0, (batch, queries))

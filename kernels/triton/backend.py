@@ -24,9 +24,15 @@ def _serves(kind: str) -> bool:
     return kind == "cuda" or tuning.is_offline() or (INTERPRETED and kind == "cpu")
 
 
+OLDEST = 80  # compute capability; for older GPUs Triton makes no matrix instructions, and tiles exceed shared memory
+
+
 def _refuses(x: Tensor) -> str | None:
     if x.dtype == torch.float64:
         return "float64"
+    device = tuning.device_of(x)
+    if device.backend == "cuda" and device.capability < OLDEST:
+        return f"tensors on sm_{device.capability} (from sm_{OLDEST})"
     return None if x.numel() else "tensors without elements"
 
 
@@ -68,6 +74,9 @@ def refuses_format(what: str, value: Weight | Pages, piece: Callable | None) -> 
         if device.backend == "cuda" and device.capability < value.triton_capability:
             return f"{what} of the format {value.format} on sm_{device.capability} (from sm_{value.triton_capability})"
     return None
+
+
+MAX_PROGRAMS = 65535  # along the second and the third axis of a grid
 
 
 def pdl_options(x: Tensor) -> dict[str, bool]:

@@ -32,12 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import launches_dependently
-from ..language import cast, dot, release_dependents, wait_for_inputs
+from ..language import cast, divide, dot, exp2, launch_dependents, log2, precise_dot, wait
 from ..pages import Pages
 from ..triton_if_any import INTERPRETED
 from . import tuning
 from .arrivals import arrivals
-from .backend import TRITON, pdl_options, refuses_format
+from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
 from .decode_parts import combine, sum_of_slices
 from .rope import HEAD_DIMS
 
@@ -101,6 +101,17 @@ def _page_of(block_tables_ptr, block_tables_stride, sequence, token, PAGE_SIZE: 
         return tl.load(block_tables_ptr + sequence * block_tables_stride + token // PAGE_SIZE).to(tl.int64)
 
 
+@triton.jit
+def _scores(k, q, SLICES: tl.constexpr):
+    """k [SLICES, N, D] times q [SLICES, D, G]. Products of float32 have one slice."""
+    if SLICES == 1:
+        k = tl.reshape(k, [k.shape[1], k.shape[2]])
+        q = tl.reshape(q, [q.shape[1], q.shape[2]])
+        return precise_dot(k, q)[None, :, :]
+    else:
+        return dot(k, q, tl.zeros([SLICES, k.shape[1], q.shape[2]], tl.float32))
+
+
 @triton.jit(do_not_specialize=["num_tokens", "splits", "block_tables_stride"])  # they vary from call to call
 def _decode_attention_kernel(
     out_ptr,  # [S, Hq, D]
@@ -136,10 +147,9 @@ def _decode_attention_kernel(
     sequence = tl.program_id(2).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
     row = tl.arange(0, BLOCK_N)[:, None]
-    if SETTLED:
-        release_dependents(PDL)
-    else:
-        wait_for_inputs(PDL)
+    launch_dependents(PDL)
+    if not SETTLED:
+        wait(PDL)
     length = num_tokens
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + sequence).to(tl.int32)
@@ -154,7 +164,7 @@ def _decode_attention_kernel(
             its_page = _page_of(block_tables_ptr, block_tables_stride, sequence, at, PAGE_SIZE)
             token = (_offset_in_page(tile, PAGE_SIZE) + row).to(tl.int64)
             PREFETCH(pages, kv_head, its_page, token, tile + row < tl.minimum(length, first + tokens), HEAD_DIM)
-        wait_for_inputs(PDL)
+        wait(PDL)
     if tl.program_id(0) >= used:
         return
 
@@ -191,31 +201,31 @@ def _decode_attention_kernel(
         # Load the next page number early, to hide its latency. The last one of all is loaded twice.
         page = _page_of(block_tables_ptr, block_tables_stride, sequence, tl.minimum(following, length - 1), PAGE_SIZE)
 
-        scores = dot(k, q, tl.zeros([SLICES, width, BLOCK_G], tl.float32)) * (scale * LOG2_E)
+        scores = _scores(k, q, SLICES) * (scale * LOG2_E)
         scores = tl.where(tile + row < end, scores, float("-inf"))
         best = tl.where(tile == start, float("-inf"), best)
         new_best = tl.maximum(best, tl.max(scores, axis=1))
         safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # a slice may have no token yet
-        weights = tl.exp2(scores - safe[:, None, :])
-        shrink = tl.exp2(best - safe)  # zero at the first tile of a split
+        weights = exp2(scores - safe[:, None, :], dtype)
+        shrink = exp2(best - safe, dtype)  # zero at the first tile of a split
         total = total * shrink + tl.sum(weights, axis=1)
         acc = dot(v, cast(weights, dtype), acc * shrink[:, None, :])
         best = new_best
 
         if is_last:
             best_of_all = tl.max(best, axis=0)
-            shrink = tl.exp2(best - best_of_all[None, :])
+            shrink = exp2(best - best_of_all[None, :], dtype)
             sum_of_all = tl.sum(total * shrink, axis=0)
-            out = sum_of_slices(acc * shrink[:, None, :], SLICES) / sum_of_all[:, None]
-            is_whole = True
-            if parts_ptr is not None:
-                is_whole = used == 1
-            if is_whole:
-                tl.store(out_ptr + head * HEAD_DIM + column, cast(out, dtype), mask=group < GROUP)
+            out = divide(sum_of_slices(acc * shrink[:, None, :], SLICES), sum_of_all[:, None], dtype)
+            out_at = out_ptr + head * HEAD_DIM + column
+            if parts_ptr is None:  # noqa: SIM114 - a constant; the next test is not
+                tl.store(out_at, cast(out, dtype), mask=group < GROUP)
+            elif used == 1:
+                tl.store(out_at, cast(out, dtype), mask=group < GROUP)
             else:
                 at_part = head * splits + start // tokens
                 tl.store(parts_ptr + at_part * HEAD_DIM + column, out, mask=group < GROUP)
-                tl.store(logs_ptr + at_part, (best_of_all + tl.log2(sum_of_all))[:, None], mask=group < GROUP)
+                tl.store(logs_ptr + at_part, (best_of_all + log2(sum_of_all, dtype))[:, None], mask=group < GROUP)
             start = following
         tile = following
 
@@ -276,7 +286,7 @@ def _launch_decode_attention(
         HEAD_DIM=head_dim,
         BLOCK_G=max(1 if device.backend == "cuda" else 16, rows),  # AMD's matrix instructions need 16 columns
         ROWS=rows,
-        SLICES=min(4, config["num_warps"], config["BLOCK_N"] // 16),
+        SLICES=min(4, config["num_warps"], config["BLOCK_N"] // 16) if q.element_size() == 2 else 1,
         SETTLED=options["PDL"] and (launches_dependently() or tuning.is_offline()),
         **config,
         **options,
@@ -291,6 +301,8 @@ def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
         return f"heads of {pages.head_dim} (16, 32, 64 or 128)"
     if page_size % 16:
         return f"pages of {page_size} tokens (a multiple of 16)"
+    if q.shape[0] > MAX_PROGRAMS:
+        return f"{q.shape[0]} sequences (at most {MAX_PROGRAMS})"
     if q.shape[1] // pages.num_kv_heads > MAX_GROUP:
         return f"{q.shape[1] // pages.num_kv_heads} query heads for one of the cache (at most {MAX_GROUP})"
     return None

@@ -6,7 +6,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..language import cast
+from ..language import cast, divide, exp2
 
 
 @triton.jit
@@ -45,6 +45,7 @@ def combine(
     row = tl.arange(0, ROWS)
     column = tl.arange(0, HEAD_DIM)
     head = first_head + tl.minimum(row, GROUP - 1)
+    dtype = out_ptr.dtype.element_ty
     best = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
@@ -55,10 +56,10 @@ def combine(
         parts = tl.load(parts_ptr + at, mask=(split < used)[:, :, None], other=0.0, cache_modifier=".cg")
         logs = tl.load(logs_ptr + at_part, mask=split < used, other=float("-inf"), cache_modifier=".cg")
         new_best = tl.maximum(best, tl.max(logs, axis=0))
-        weights = tl.exp2(logs - new_best[None, :])
-        shrink = tl.exp2(best - new_best)
+        weights = exp2(logs - new_best[None, :], dtype)
+        shrink = exp2(best - new_best, dtype)
         total = total * shrink + tl.sum(weights, axis=0)
         acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * parts, axis=0)
         best = new_best
-    out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
+    out = cast(divide(acc, total[:, None], dtype), dtype)
     tl.store(out_ptr + head[:, None] * HEAD_DIM + column[None, :], out, mask=row[:, None] < GROUP)

@@ -1,7 +1,12 @@
 """The ops of ../linear.py. For few tokens (1 to 16) each op is one kernel; few_tokens.py has the picture. More tokens
 run rms_norm, torch's matrix product and swiglu one after the other.
 
-The epilogue computes in float32, and out is rounded once.
+The epilogue computes in float32. out is rounded once, or twice with an addend: before and after it is added.
+
+A tile of gate_up has as many rows of up as of gate, so that one program has both values of an output:
+
+    weight [2 F, K]     ░░ program 0   ▒▒ program 1 ...   │   ░░ program 0   ▒▒ program 1 ...
+                        0              gate               F              up                2 F
 
 If N gives too few programs, SPLIT_K of them divide the K of a tile. Each writes a float32 partial sum, and the last to
 arrive adds the partial sums in a fixed order.
@@ -9,113 +14,160 @@ arrive adds the partial sums in a fixed order.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language import cast, silu, wait_for_inputs
-from ..rms_norm import add_rms_norm
+from ..language import cast, round_to, silu
+from ..rms_norm import rms_norm
 from ..swiglu import swiglu
 from ..weights import Weight
 from . import tuning
 from .arrivals import arrivals
 from .backend import TRITON, pdl_options, refuses_format
-from .few_tokens import MAX_HIDDEN, MAX_TOKENS, accumulate, config, padded, row_scales
+from .few_tokens import MAX_HIDDEN, MAX_TOKENS, config, multiply, padded
+
+
+class LinearArguments(NamedTuple):
+    out: Any  # [T, N]
+    bias: Any  # [N], or None
+    addend: Any  # [T, N], added to the rounded product, or None
+    addend_stride: Any
+    n_size: Any
+
+
+@triton.jit
+def _rows(args, tile, BLOCK_N: tl.constexpr):
+    # Rows beyond the last read the last row again; their results are not stored.
+    return tl.minimum(tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), args.n_size - 1)
+
+
+@triton.jit
+def _bias_and_addend(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
+    rows = _rows(args, tile, BLOCK_N)[:, None]
+    bias = tl.zeros([BLOCK_N, 1], tl.float32)
+    if args.bias is not None:
+        bias = tl.load(args.bias + rows).to(tl.float32)
+    addend = tl.zeros([BLOCK_N, 1], tl.float32)
+    if args.addend is not None:
+        at = tl.minimum(tokens, num_tokens - 1)[None, :] * args.addend_stride + rows
+        addend = tl.load(args.addend + at).to(tl.float32)
+    return bias, addend
+
+
+@triton.jit
+def _store(args, out, first, tokens, num_tokens):
+    """Writes the values of some rows, beginning with ``first``, and all tokens."""
+    rows = (first + tl.arange(0, out.shape[0]))[:, None]
+    mask = (tokens[None, :] < num_tokens) & (rows < args.n_size)
+    tl.store(args.out + tokens[None, :] * args.n_size + rows, cast(out, args.out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _finish_linear(args, tile, products, inputs, tokens, num_tokens):
+    if args.bias is not None:
+        products += inputs[0]
+    if args.addend is not None:
+        products = round_to(products, args.out.dtype.element_ty) + inputs[1]
+    _store(args, products, tl.cast(tile, tl.int64) * products.shape[0], tokens, num_tokens)
+
+
+@triton.jit
+def _gate_and_up_rows(args, tile, BLOCK_N: tl.constexpr):
+    half: tl.constexpr = BLOCK_N // 2
+    local = tl.arange(0, BLOCK_N)
+    row = tl.minimum(tl.cast(tile, tl.int64) * half + local % half, args.n_size - 1)
+    return row + local // half * args.n_size
+
+
+@triton.jit
+def _nothing(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
+    return (tokens,)
+
+
+@triton.jit
+def _finish_gated(args, tile, products, inputs, tokens, num_tokens):
+    half: tl.constexpr = products.shape[0] // 2
+    gate, up = tl.split(tl.permute(tl.reshape(products, [2, half, products.shape[1]]), [1, 2, 0]))
+    _store(args, silu(gate) * up, tl.cast(tile, tl.int64) * half, tokens, num_tokens)
 
 
 @triton.jit
 def _linear_kernel(
-    out_ptr,  # [T, N]
-    new_residual_ptr,  # [T, K], or None
+    args,  # LinearArguments
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], added before the norm, or None
     norm_weight_ptr,  # [K], or None: no norm
     weight,  # the named tuple of its format: [N, K], or with GATED [2 N, K], gate rows then up rows
-    bias_ptr,  # [N], or None
-    addend_ptr,  # [T, N], added to the product, or None
-    parts_ptr,  # [SPLIT_K, T, N] float32, or None
-    arrivals_ptr,  # [number of tiles] int32, zero before and after the kernel; or None
+    parts_ptr,  # [SPLIT_K, tiles, BLOCK_N, BLOCK_T] float32, or None
+    arrivals_ptr,  # [tiles] int32, zero before and after the kernel; or None
     num_tokens,
-    n_size,
+    num_tiles,
     k_size,
-    new_residual_stride,
     x_stride,
-    residual_stride,
-    addend_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weights' format
+    LOAD: tl.constexpr,  # of the weight's format
     PREFETCH: tl.constexpr,
-    SKIP: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
-    SPLIT_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    LOOPS: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    tile = tl.program_id(0)
-    split = tl.program_id(1)
-    # Rows beyond the last read the last row again; their results are not stored.
-    rows = tl.minimum(tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), n_size - 1)
-    k_per_split = tl.cdiv(tl.cdiv(k_size, BLOCK_K), SPLIT_K) * BLOCK_K
-    k_start = split * k_per_split
-    k_end = tl.minimum(k_size, k_start + k_per_split)
-    # Prefetch weights before the wait: they arrive while the kernel before finishes and the norm is computed.
-    PREFETCH(weight, rows, k_start, k_end, PREFETCH_LINES)
-    up = weight
     if GATED:
-        up = SKIP(weight, n_size)
-        PREFETCH(up, rows, k_start, k_end, PREFETCH_LINES)
-
-    wait_for_inputs(PDL)
-    scales = tl.zeros([BLOCK_T], tl.float32)
-    if norm_weight_ptr is not None:
-        scales = row_scales(
-            new_residual_ptr, x_ptr, residual_ptr, num_tokens, k_size, new_residual_stride, x_stride, residual_stride,
-            eps, tile * SPLIT_K + split, tl.num_programs(0) * SPLIT_K, BLOCK_T, BLOCK_ROW,
+        multiply(
+            args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
+            LOAD, PREFETCH, _gate_and_up_rows, _nothing, _finish_gated, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
+            SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
         )  # fmt: skip
-    acc, acc_up = accumulate(
-        x_ptr, residual_ptr, norm_weight_ptr, scales, weight, up, rows, num_tokens, k_start, k_end,
-        x_stride, residual_stride, LOAD, GATED, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
-    )  # fmt: skip
+    else:
+        multiply(
+            args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
+            LOAD, PREFETCH, _rows, _bias_and_addend, _finish_linear, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
+            SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
+        )  # fmt: skip
 
-    tokens = tl.arange(0, BLOCK_T)[None, :]
-    rows = (tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None]
-    mask = (tokens < num_tokens) & (rows < n_size)
-    at = tokens * n_size + rows
-    last = True
-    if SPLIT_K > 1:
-        part = num_tokens * n_size
-        tl.store(parts_ptr + split * part + at, acc, mask=mask)
-        tl.debug_barrier()  # all threads have written their partial sums before one counts the arrival
-        last = tl.atomic_add(arrivals_ptr + tile, 1, sem="acq_rel") == SPLIT_K - 1
-    if last:
-        if SPLIT_K > 1:
-            acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
-            for other in range(SPLIT_K):
-                acc += tl.load(parts_ptr + other * part + at, mask=mask, other=0.0, cache_modifier=".cg")
-            tl.store(arrivals_ptr + tile, 0)
-        if GATED:
-            acc = silu(acc) * acc_up
-        if bias_ptr is not None:
-            acc += tl.load(bias_ptr + rows, mask=rows < n_size, other=0.0).to(tl.float32)
-        if addend_ptr is not None:
-            acc += tl.load(addend_ptr + tokens * addend_stride + rows, mask=mask, other=0.0).to(tl.float32)
-        tl.store(out_ptr + at, cast(acc, out_ptr.dtype.element_ty), mask=mask)
+
+def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) -> tuple[int, int, dict[str, Any]]:
+    """The number of tiles of a kernel that calls ``multiply``, the number of its programs for each split, and its
+    constants. A tile has at most ``most_rows`` rows."""
+    num_tokens, k_size = x.shape
+    device = tuning.device_of(x)
+    block_t = padded(num_tokens, device)
+    chosen = dict(config(op, device, len(weight), k_size, block_t, x.element_size()))
+    programs = chosen.pop("PROGRAMS") * device.num_sms  # 0: x is streamed, and each tile has a program
+    chosen["BLOCK_N"] = min(chosen["BLOCK_N"], most_rows)
+    tiles = triton.cdiv(len(weight), chosen["BLOCK_N"])
+    grid = min(tiles, programs) if programs else tiles
+    constants = chosen | {
+        "LOAD": weight.triton_load,
+        "PREFETCH": weight.triton_prefetch,
+        "BLOCK_T": block_t,
+        "BLOCK_ROW": triton.next_power_of_2(k_size),
+        "SLICES": chosen["num_warps"],
+        "EVEN_K": k_size % chosen["BLOCK_K"] == 0,
+        "RESIDENT": programs > 0,
+        "LOOPS": grid < tiles,
+        **pdl_options(x),
+    }
+    return tiles, grid, constants
 
 
 def _launch_linear(
     name: str,
     out: Tensor,
-    new_residual: Tensor | None,
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor | None,
     weight: Weight,
     bias: Tensor | None,
@@ -123,42 +175,25 @@ def _launch_linear(
     eps: float,
     gated: bool = False,
 ) -> None:
-    (num_tokens, k_size), n_size = x.shape, out.shape[1]
-    device = tuning.device_of(x)
-    block_t = padded(num_tokens, device)
-    chosen = config(
-        name, device, n_size, k_size, block_t, x.element_size(), streams=2 if gated else 1, splits_k=not gated
-    )
-    tiles, split_k = triton.cdiv(n_size, chosen["BLOCK_N"]), chosen["SPLIT_K"]
-    _linear_kernel[(tiles, split_k)](
-        out,
-        new_residual,
+    num_tokens, k_size = x.shape
+    tiles, programs, constants = tiling(name, x, weight)
+    split_k, parts = constants["SPLIT_K"], None
+    if split_k > 1:
+        parts = x.new_empty((split_k, tiles, constants["BLOCK_N"], constants["BLOCK_T"]), dtype=torch.float32)
+    _linear_kernel[(programs, split_k)](
+        LinearArguments(out, bias, addend, 0 if addend is None else addend.stride(0), out.shape[1]),
         x,
-        residual,
         norm_weight,
         weight.triton_arguments(),
-        bias,
-        addend,
-        x.new_empty((split_k, num_tokens, n_size), dtype=torch.float32) if split_k > 1 else None,
+        parts,
         arrivals(x, tiles) if split_k > 1 else None,
         num_tokens,
-        n_size,
+        tiles,
         k_size,
-        0 if new_residual is None else new_residual.stride(0),
         x.stride(0),
-        0 if residual is None else residual.stride(0),
-        0 if addend is None else addend.stride(0),
         eps,
-        LOAD=weight.triton_load,
-        PREFETCH=weight.triton_prefetch,
-        SKIP=weight.triton_skip,
         GATED=gated,
-        BLOCK_T=block_t,
-        BLOCK_ROW=triton.next_power_of_2(k_size),
-        SLICES=chosen["num_warps"],
-        EVEN_K=k_size % chosen["BLOCK_K"] == 0,
-        **chosen,
-        **pdl_options(x),
+        **constants,
     )
 
 
@@ -173,39 +208,31 @@ def refuses_norm(x: Tensor, weight: Weight) -> str | None:
     return refuses_weight(weight)
 
 
-def new_residual_like(x: Tensor, residual: Tensor | None) -> Tensor | None:
-    return None if residual is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-
-
 @TRITON.implements(lambda x, weight, *rest, **keywords: refuses_weight(weight))
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
     if len(x) > MAX_TOKENS:
-        out = F.linear(x, weight.dequantise(), bias)
-        return out if addend is None else addend + out
+        if addend is None or bias is not None:
+            out = F.linear(x, weight.dequantise(), bias)
+            return out if addend is None else addend + out
+        return torch.addmm(addend, x, weight.dequantise().t())
     out = x.new_empty(len(x), len(weight))
-    _launch_linear("linear", out, None, x, None, None, weight, bias, addend, 0.0)
+    _launch_linear("linear", out, x, None, weight, bias, addend, 0.0)
     return out
 
 
-@TRITON.implements(lambda x, residual, norm_weight, eps, weight, bias=None: refuses_norm(x, weight))
-def norm_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
+@TRITON.implements(lambda x, norm_weight, eps, weight, bias=None: refuses_norm(x, weight))
+def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
     if len(x) > MAX_TOKENS:
-        normed, residual = add_rms_norm(x, residual, norm_weight, eps)
-        return F.linear(normed, weight.dequantise(), bias), residual
-    out, new_residual = x.new_empty(len(x), len(weight)), new_residual_like(x, residual)
-    _launch_linear("norm_linear", out, new_residual, x, residual, norm_weight, weight, bias, None, eps)
-    return out, x if new_residual is None else new_residual
+        return F.linear(rms_norm(x, norm_weight, eps), weight.dequantise(), bias)
+    out = x.new_empty(len(x), len(weight))
+    _launch_linear("norm_linear", out, x, norm_weight, weight, bias, None, eps)
+    return out
 
 
-@TRITON.implements(lambda x, residual, norm_weight, eps, weight: refuses_norm(x, weight))
-def norm_swiglu_linear(
-    x: Tensor, residual: Tensor | None, norm_weight: Tensor, eps: float, weight: Weight
-) -> tuple[Tensor, Tensor]:
+@TRITON.implements(lambda x, norm_weight, eps, weight: refuses_norm(x, weight))
+def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
     if len(x) > MAX_TOKENS:
-        normed, residual = add_rms_norm(x, residual, norm_weight, eps)
-        return swiglu(F.linear(normed, weight.dequantise())), residual
-    out, new_residual = x.new_empty(len(x), len(weight) // 2), new_residual_like(x, residual)
-    _launch_linear("norm_swiglu_linear", out, new_residual, x, residual, norm_weight, weight, None, None, eps, True)
-    return out, x if new_residual is None else new_residual
+        return swiglu(F.linear(rms_norm(x, norm_weight, eps), weight.dequantise()))
+    out = x.new_empty(len(x), len(weight) // 2)
+    _launch_linear("norm_swiglu_linear", out, x, norm_weight, weight, None, None, eps, gated=True)
+    return out

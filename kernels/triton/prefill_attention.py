@@ -28,26 +28,36 @@ from torch import Tensor
 from ..language import cast, dot, wait_for_inputs
 from ..pages import Pages
 from . import tuning
-from .backend import TRITON, pdl_options, refuses_format
+from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
 from .decode_attention import LOG2_E
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
+SMALLEST_TILE = 32  # of BLOCK_M
+LARGE_PAGE = 128  # where a sequence is one page, tiles are chosen as for pages of this size
 
 tuning.SPACES["prefill_attention"] = {
     "BLOCK_M": (64, 128),
-    "BLOCK_N": (32, 64),
+    "BLOCK_N": (32, 64, 128),
     "num_warps": (4, 8),
     "num_stages": (2, 3, 4),
+    "ONE_LOOP": (0, 1),
 }
 
 
 @tuning.remember
 def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
-    """The largest tiles that fit. More queries a tile reuse each key more often; a tile of keys is at most a page."""
+    """More queries a tile reuse each key more often; a tile of keys is at most two pages.
+
+    On sm_90 two CTAs of four warps run on an SM: while one computes its softmax, the tensor cores work for the other.
+    One loop with a branch is faster there. Elsewhere Triton would divide a tile of scores among warps along the keys
+    if a branch lay between the two products, and exchange sums through shared memory."""
     block_m, block_n = (128, 64) if itemsize == 2 else (32, 16)  # float32 is for comparisons; its speed does not matter
+    num_warps = 4 if itemsize != 2 and head_dim <= 64 else 8
     if head_dim > 128 and itemsize == 2:  # larger sums would not fit the registers
         block_m, block_n = 64, 32
-    block_n = min(block_n, page_size & -page_size)
+    elif device.capability == 90 and itemsize == 2:
+        block_m, num_warps = 64, 4
+    block_n = _keys_of_tile(block_n, page_size)
     tiles = (device.shared_memory - 1024 - block_m * head_dim * itemsize) // (2 * block_n * head_dim * itemsize)
     # Two tiles of keys in flight for heads of 128, the family's usual size. With smaller heads two tiles spill
     # registers on sm_100; with larger heads they do not fit.
@@ -55,14 +65,21 @@ def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int)
     heuristic = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
-        "num_warps": 4 if itemsize != 2 and head_dim <= 64 else 8,
+        "num_warps": num_warps,
         "num_stages": 1 + in_flight,
+        "ONE_LOOP": int(device.capability == 90 and itemsize == 2),
     }
     if itemsize != 2:  # tuned tiles are for 2-byte values; 4-byte ones would not fit
         return heuristic
     config = tuning.lookup("prefill_attention", device, {"head_dim": head_dim, "page_size": page_size}, heuristic)
-    # The tuned entry may be for another page size. A tile must lie within one page.
-    return config | {"BLOCK_N": min(config["BLOCK_N"], page_size & -page_size)}
+    # The tuned entry may be for another page size.
+    return config | {"BLOCK_N": _keys_of_tile(config["BLOCK_N"], page_size)}
+
+
+def _keys_of_tile(block_n: int, page_size: int) -> int:
+    """A tile of keys lies within one page, or it is two whole pages."""
+    power = page_size & -page_size
+    return min(block_n, 2 * power if power == page_size else power)
 
 
 @triton.jit
@@ -81,42 +98,66 @@ def _sequence_of(query_starts_ptr, num_sequences, tile, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
+def _pages_of(table, tile, last, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """The numbers of the pages of a tile: two if it is longer than a page. The sequence has no page behind ``last``."""
+    page = tl.load(table + tl.minimum(tile // PAGE_SIZE, last)).to(tl.int64)
+    second = page
+    if BLOCK_N > PAGE_SIZE:
+        second = tl.load(table + tl.minimum(tile // PAGE_SIZE + 1, last)).to(tl.int64)
+    return page, second
+
+
+@triton.jit
+def _causal(scores, keys, positions):
+    return tl.where(keys[None, :] <= positions[:, None], scores, float("-inf"))
+
+
+@triton.jit
 def _attend(
     acc,  # [BLOCK_M, D] float32
     total,  # [BLOCK_M] float32, sum of exponentials
-    best,  # [BLOCK_M] float32, largest score
+    best,  # [BLOCK_M] float32, largest score times factor
     q,  # [BLOCK_M, D]
     positions,  # [BLOCK_M]
     pages,  # the named tuple of their format
     kv_head,
     table,
-    page_size,
     start,
     end,
-    scale,
+    seen_by_all,  # all queries see the keys before it
+    factor,
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # None: a sequence is one page
+    ONE_LOOP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
     """Adds the keys from start to end to the online softmax. Whole tiles that all queries see need no mask."""
     column = tl.arange(0, acc.shape[1])[None, :]
     row = tl.arange(0, BLOCK_N)
-    page = tl.load(table + start // page_size, mask=start < end, other=0).to(tl.int64)
+    SIZE: tl.constexpr = 2**30 if PAGE_SIZE is None else PAGE_SIZE
+    last = tl.maximum(end - 1, 0) // SIZE
+    page, second = _pages_of(table, start, last, BLOCK_N, SIZE)
     for tile in range(start, end, BLOCK_N):
-        token = (tile % page_size + row).to(tl.int64)[:, None]
-        this_page = page
-        # Load the next page number early, to hide its latency. The last one is loaded twice.
-        page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)
-        mask = (tile + row < end)[:, None] if MASKED else None
+        # A row's offset in its page is the same in every turn if a tile is a page or two. Only the pages change then.
+        offset = row % SIZE if BLOCK_N >= SIZE else tile % SIZE + row
+        token = offset.to(tl.int64)[:, None]
+        this_page = tl.where(row < SIZE, page, second)[:, None] if BLOCK_N > SIZE else page
+        # Load the next page numbers early, to hide their latency.
+        page, second = _pages_of(table, tile + BLOCK_N, last, BLOCK_N, SIZE)
+        mask = (row < end - tile)[:, None] if MASKED else None
         k = LOAD_K(pages, kv_head, this_page, token, column, mask)
-        scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32)) * (scale * LOG2_E)
-        if MASKED:
-            scores = tl.where((tile + row)[None, :] <= positions[:, None], scores, float("-inf"))
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        weights = tl.exp2(scores - new_best[:, None])
-        shrink = tl.exp2(best - new_best)
+        scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        if ONE_LOOP:
+            if tile >= seen_by_all:
+                scores = _causal(scores, tile + row, positions)
+        elif MASKED:
+            scores = _causal(scores, tile + row, positions)
+        new_best = tl.maximum(best, tl.max(scores, axis=1) * factor)
+        weights = tl.exp2(tl.fma(scores, factor, -new_best[:, None]))
+        shrink = tl.exp2(best - new_best)  # exactly 1 where the maximum stays
         total = total * shrink + tl.sum(weights, axis=1)
         v = LOAD_V(pages, kv_head, this_page, token, column, mask)
         acc = dot(cast(weights, q.dtype), v, acc * shrink[:, None])
@@ -133,16 +174,17 @@ def _prefill_attention_kernel(
     lengths_ptr,  # [S]
     query_starts_ptr,  # [S + 1]
     num_sequences,
-    page_size,
     q_stride,  # of a token; heads are dense
     block_tables_stride,
-    scale,
+    factor,  # of the scores, positive: the softmax is one of powers of 2
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,  # None: a sequence is one page
+    ONE_LOOP: tl.constexpr,
     PDL: tl.constexpr,
 ):
     head = tl.program_id(0)
@@ -170,14 +212,21 @@ def _prefill_attention_kernel(
     table = block_tables_ptr + sequence.to(tl.int64) * block_tables_stride
     seen_by_all = (first - query_end + length + 1) // BLOCK_N * BLOCK_N
     seen_by_last = tl.minimum(first + BLOCK_M, query_end) - query_end + length
-    acc, total, best = _attend(
-        acc, total, best, q, positions, pages, head // GROUP, table, page_size,
-        0, seen_by_all, scale, LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, False,
-    )  # fmt: skip
-    acc, total, best = _attend(
-        acc, total, best, q, positions, pages, head // GROUP, table, page_size,
-        seen_by_all, seen_by_last, scale, LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, True,
-    )  # fmt: skip
+    kv_head = head // GROUP
+    if ONE_LOOP:
+        acc, total, best = _attend(
+            acc, total, best, q, positions, pages, kv_head, table, 0, seen_by_last, seen_by_all, factor,
+            LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, True,
+        )  # fmt: skip
+    else:
+        acc, total, best = _attend(
+            acc, total, best, q, positions, pages, kv_head, table, 0, seen_by_all, seen_by_all, factor,
+            LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, False,
+        )  # fmt: skip
+        acc, total, best = _attend(
+            acc, total, best, q, positions, pages, kv_head, table, seen_by_all, seen_by_last, seen_by_all, factor,
+            LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, True,
+        )  # fmt: skip
 
     out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
     out_at = (rows.to(tl.int64)[:, None] * num_q_heads + head) * HEAD_DIM + column
@@ -192,12 +241,12 @@ def _launch_prefill_attention(
     lengths: Tensor,
     query_starts: Tensor,
     scale: float,
-    page_size: int,
+    page_size: int | None,
 ) -> None:
     """The pages may have any strides, if the last dimension is contiguous. The kernel takes ``page_size`` as the page
-    size."""
+    size. Without one, each sequence is one page."""
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
-    config = _config(tuning.device_of(q), head_dim, page_size, q.element_size())
+    config = _config(tuning.device_of(q), head_dim, page_size or LARGE_PAGE, q.element_size())
     tiles = num_tokens // config["BLOCK_M"] + len(lengths)
     _prefill_attention_kernel[(num_q_heads, tiles)](
         out,
@@ -207,25 +256,27 @@ def _launch_prefill_attention(
         lengths,
         query_starts,
         len(lengths),
-        page_size,
         q.stride(0),
         block_tables.stride(0),
-        scale,
+        max(scale, 1e-30) * LOG2_E.value,  # a masked score, -inf, times 0 would be NaN
         LOAD_K=pages.triton_load_k,
         LOAD_V=pages.triton_load_v,
         GROUP=num_q_heads // num_kv_heads,
         HEAD_DIM=head_dim,
+        PAGE_SIZE=page_size,
         **config,
         **pdl_options(q),
     )
 
 
-def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
+def refuses_paged(q: Tensor, pages: Pages, page_size: int, num_sequences: int) -> str | None:
     """The reason why this kernel does not run q over these pages with this page size, or None."""
     if reason := refuses_format("pages", pages, pages.triton_load_k):
         return reason
     if q.shape[2] not in HEAD_DIMS:
         return f"heads of {q.shape[2]} (16, 32, 64, 128 or 256)"
+    if len(q) // SMALLEST_TILE + num_sequences > MAX_PROGRAMS:
+        return f"{len(q)} tokens of {num_sequences} sequences (at most {MAX_PROGRAMS} tiles of {SMALLEST_TILE} tokens)"
     return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
 
 
@@ -236,16 +287,25 @@ def attend(
     lengths: Tensor,
     query_starts: Tensor,
     scale: float,
-    page_size: int,
+    page_size: int | None,
 ) -> Tensor:
-    """prefill_attention over pages of any strides, with ``page_size`` as the page size."""
+    """prefill_attention over pages of any strides, with ``page_size`` as the page size. Without one, each sequence is
+    one page."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     out = q.new_empty(q.shape)
+    if scale < 0:  # the kernel finds the largest score before it scales
+        q, scale = -q, -scale
     _launch_prefill_attention(out, q, pages, block_tables, lengths, query_starts, scale, page_size)
     return out
 
 
-@TRITON.implements(lambda q, pages, *rest, **keywords: refuses_paged(q, pages, pages.page_size))
+def _refuses(
+    q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, query_starts: Tensor, scale: float
+) -> str | None:
+    return refuses_paged(q, pages, pages.page_size, len(lengths))
+
+
+@TRITON.implements(_refuses)
 def prefill_attention(
     q: Tensor, pages: Pages, block_tables: Tensor, lengths: Tensor, query_starts: Tensor, scale: float
 ) -> Tensor:

@@ -1,13 +1,12 @@
-"""The ops of a layer before its attention, in one launch: add, norm, q k v, rotary embedding, write into the cache.
+"""The ops of a layer before its attention, in one launch: norm, q k v, rotary embedding, write into the cache.
 
-    residual' = round(residual + x);  qkv = round(rms_norm(residual') W' + bias);  then as rope_and_cache (rope.py)
+    qkv = round(rms_norm(x) W' + bias);  then as rope_and_cache (rope.py)
 
 x is [T, K]. W is [N, K] with N = (Hq + 2 Hkv) D, its heads in the order q, k, v. Values are rounded where norm_linear
-and rope_and_cache round them. Bytes moved: the weight, T K elements of x, residual and residual', T N of q, k and v. Up
-to 16 tokens run in one kernel, which streams the weight as few_tokens.py describes. More tokens run norm_linear and
-then rope_and_cache.
+and rope_and_cache round them. Bytes moved: the weight, T K elements of x, T N of q, k and v. Up to 16 tokens run in one
+kernel, which reads the weight as few_tokens.py describes. More tokens run norm_linear and then rope_and_cache.
 
-A rotation needs elements i and i + D/2 of a head, so a program takes BLOCK_N / 2 rows of each half:
+A rotation needs elements i and i + D/2 of a head, so a tile takes BLOCK_N / 2 rows of each half:
 
     weight of a head [D, K]     ░░ program 0   ▒▒ program 1 ...   │   ░░ program 0   ▒▒ program 1 ...
                                 0                                D/2                               D
@@ -15,42 +14,117 @@ A rotation needs elements i and i + D/2 of a head, so a program takes BLOCK_N / 
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..language import cast, round_to, wait_for_inputs
+from ..language import cast, round_to
 from ..linear import norm_linear
 from ..pages import Pages
 from ..rope import rope_and_cache
 from ..weights import Weight
-from . import tuning
-from .backend import TRITON, pdl_options
-from .few_tokens import MAX_TOKENS, accumulate, config, padded, row_scales
-from .linear import new_residual_like, refuses_norm
+from .backend import TRITON
+from .few_tokens import MAX_TOKENS, multiply
+from .linear import refuses_norm, tiling
 from .rope import refuses_pages
+
+
+class RopeArguments(NamedTuple):
+    q_out: Any  # [T, Hq, D]
+    pages: Any  # the named tuple of their format; the kernel writes k and v there
+    bias: Any  # [N], or None
+    positions: Any  # [T]
+    cos_sin: Any  # [context, D] float32
+    slots: Any  # [T]
+    num_q_heads: Any
+    num_kv_heads: Any
+
+
+@triton.jit
+def _place(tile, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr):
+    """The head of a tile, and the tile's first element in each half of that head."""
+    tiles: tl.constexpr = HEAD_DIM // BLOCK_N
+    return tile // tiles, tile % tiles * (BLOCK_N // 2)
+
+
+# The functions that few_tokens.multiply calls get a tuple: RopeArguments, HEAD_DIM, STORE_K, STORE_V.
+
+
+@triton.jit
+def _rows(args, tile, BLOCK_N: tl.constexpr):
+    head_dim: tl.constexpr = args[1]
+    half: tl.constexpr = BLOCK_N // 2
+    head, first = _place(tile, BLOCK_N, head_dim)
+    local = tl.arange(0, BLOCK_N)
+    return tl.cast(head, tl.int64) * head_dim + first + local % half + local // half * (head_dim // 2)
+
+
+@triton.jit
+def _bias_angles_and_slots(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
+    rope = args[0]
+    head_dim: tl.constexpr = args[1]
+    token = tl.minimum(tokens, num_tokens - 1)
+    position = tl.load(rope.positions + token)
+    slot = tl.load(rope.slots + token).to(tl.int64)
+    bias = tl.zeros([BLOCK_N], tl.float32)
+    if rope.bias is not None:
+        bias = tl.load(rope.bias + _rows(args, tile, BLOCK_N)).to(tl.float32)
+    _, first = _place(tile, BLOCK_N, head_dim)
+    column = first + tl.arange(0, BLOCK_N // 2)[:, None]
+    angle = rope.cos_sin + position.to(tl.int64)[None, :] * head_dim + column
+    return bias, tl.load(angle), tl.load(angle + head_dim // 2), slot
+
+
+@triton.jit
+def _rotate_and_store(args, tile, products, inputs, tokens, num_tokens):
+    rope = args[0]
+    head_dim: tl.constexpr = args[1]
+    STORE_K: tl.constexpr = args[2]
+    STORE_V: tl.constexpr = args[3]
+    BLOCK_N: tl.constexpr = products.shape[0]
+    BLOCK_T: tl.constexpr = products.shape[1]
+    half: tl.constexpr = BLOCK_N // 2
+    dtype = rope.q_out.dtype.element_ty
+    bias, cos, sin, slot = inputs
+    if rope.bias is not None:
+        products += bias[:, None]
+    low, high = tl.split(tl.permute(tl.reshape(round_to(products, dtype), [2, half, BLOCK_T]), [1, 2, 0]))
+    head, first = _place(tile, BLOCK_N, head_dim)
+    column = first + tl.arange(0, half)[:, None]
+    is_v = head >= rope.num_q_heads + rope.num_kv_heads
+    first_half = cast(tl.where(is_v, low, low * cos - high * sin), dtype)
+    second_half = cast(tl.where(is_v, high, high * cos + low * sin), dtype)
+
+    mask = tl.broadcast_to(tokens[None, :] < num_tokens, [half, BLOCK_T])
+    slot = slot[None, :]
+    k_head = head - rope.num_q_heads
+    if k_head < 0:
+        to = rope.q_out + (tokens[None, :].to(tl.int64) * rope.num_q_heads + head) * head_dim + column
+        tl.store(to, first_half, mask=mask)
+        tl.store(to + head_dim // 2, second_half, mask=mask)
+    elif k_head < rope.num_kv_heads:
+        heads = rope.num_kv_heads
+        STORE_K(rope.pages, slot, k_head, heads, column, first_half, mask, head_dim)
+        STORE_K(rope.pages, slot, k_head, heads, column + head_dim // 2, second_half, mask, head_dim)
+    else:
+        heads = rope.num_kv_heads
+        v_head = k_head - heads
+        STORE_V(rope.pages, slot, v_head, heads, column, first_half, mask, head_dim)
+        STORE_V(rope.pages, slot, v_head, heads, column + head_dim // 2, second_half, mask, head_dim)
 
 
 @triton.jit
 def _norm_qkv_rope_kernel(
-    q_out_ptr,  # [T, Hq, D]
-    pages,  # the named tuple of their format; the kernel writes k and v there
-    new_residual_ptr,  # [T, K], or None
+    args,  # RopeArguments
     x_ptr,  # [T, K]
-    residual_ptr,  # [T, K], added before the norm, or None
     norm_weight_ptr,  # [K]
     weight,  # [N, K], the named tuple of its format
-    bias_ptr,  # [N], or None
-    positions_ptr,  # [T]
-    cos_sin_ptr,  # [context, D] float32
-    slots_ptr,  # [T]
     num_tokens,
-    num_q_heads,
-    num_kv_heads,
+    num_tiles,
     k_size,
-    new_residual_stride,
     x_stride,
-    residual_stride,
     eps,
     LOAD: tl.constexpr,  # of the weight's format
     PREFETCH: tl.constexpr,
@@ -61,64 +135,27 @@ def _norm_qkv_rope_kernel(
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    AHEAD: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
+    RESIDENT: tl.constexpr,
+    LOOPS: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    HALF: tl.constexpr = HEAD_DIM // 2
-    PAIRS: tl.constexpr = BLOCK_N // 2
-    tile = tl.program_id(0)
-    head = tile // (HALF // PAIRS)
-    first = tile % (HALF // PAIRS) * PAIRS
-    local = tl.arange(0, BLOCK_N)
-    rows = head.to(tl.int64) * HEAD_DIM + first + local % PAIRS + local // PAIRS * HALF
-    PREFETCH(weight, rows, 0, k_size, PREFETCH_LINES)
-
-    wait_for_inputs(PDL)
-    scales = row_scales(
-        new_residual_ptr, x_ptr, residual_ptr, num_tokens, k_size, new_residual_stride, x_stride, residual_stride,
-        eps, tile, tl.num_programs(0), BLOCK_T, BLOCK_ROW,
+    tl.static_assert(SPLIT_K == 1)
+    multiply(
+        (args, HEAD_DIM, STORE_K, STORE_V), x_ptr, norm_weight_ptr, weight, None, None, num_tokens, num_tiles, k_size,
+        x_stride, eps, LOAD, PREFETCH, _rows, _bias_angles_and_slots, _rotate_and_store, BLOCK_T, BLOCK_ROW, BLOCK_N,
+        BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
     )  # fmt: skip
-    acc, _ = accumulate(
-        x_ptr, residual_ptr, norm_weight_ptr, scales, weight, weight, rows, num_tokens, 0, k_size,
-        x_stride, residual_stride, LOAD, False, BLOCK_T, BLOCK_N, BLOCK_K, SLICES, EVEN_K,
-    )  # fmt: skip
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + rows).to(tl.float32)[:, None]
-
-    dtype = x_ptr.dtype.element_ty
-    low, high = tl.split(tl.permute(tl.reshape(round_to(acc, dtype), [2, PAIRS, BLOCK_T]), [1, 2, 0]))
-    tokens = tl.arange(0, BLOCK_T)[None, :]
-    mask = tl.broadcast_to(tokens < num_tokens, [PAIRS, BLOCK_T])
-    column = first + tl.arange(0, PAIRS)[:, None]
-    position = tl.load(positions_ptr + tokens, mask=tokens < num_tokens, other=0).to(tl.int64)
-    cos = tl.load(cos_sin_ptr + position * HEAD_DIM + column, mask=mask, other=0.0)
-    sin = tl.load(cos_sin_ptr + position * HEAD_DIM + HALF + column, mask=mask, other=0.0)
-    is_v = head >= num_q_heads + num_kv_heads
-    first_half = cast(tl.where(is_v, low, low * cos - high * sin), dtype)
-    second_half = cast(tl.where(is_v, high, high * cos + low * sin), dtype)
-
-    slot = tl.load(slots_ptr + tokens, mask=tokens < num_tokens, other=0).to(tl.int64)
-    k_head = head - num_q_heads
-    if k_head < 0:
-        to = q_out_ptr + (tokens.to(tl.int64) * num_q_heads + head) * HEAD_DIM + column
-        tl.store(to, first_half, mask=mask)
-        tl.store(to + HALF, second_half, mask=mask)
-    elif k_head < num_kv_heads:
-        STORE_K(pages, slot, k_head, num_kv_heads, column, first_half, mask, HEAD_DIM)
-        STORE_K(pages, slot, k_head, num_kv_heads, column + HALF, second_half, mask, HEAD_DIM)
-    else:
-        STORE_V(pages, slot, k_head - num_kv_heads, num_kv_heads, column, first_half, mask, HEAD_DIM)
-        STORE_V(pages, slot, k_head - num_kv_heads, num_kv_heads, column + HALF, second_half, mask, HEAD_DIM)
 
 
 def _launch_norm_qkv_rope(
     q_out: Tensor,
     pages: Pages,
-    new_residual: Tensor | None,
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor,
     weight: Weight,
     bias: Tensor | None,
@@ -128,50 +165,29 @@ def _launch_norm_qkv_rope(
     eps: float,
 ) -> None:
     (num_tokens, k_size), (_, num_q_heads, head_dim) = x.shape, q_out.shape
-    device = tuning.device_of(x)
-    block_t = padded(num_tokens, device)
-    chosen = config("norm_qkv_rope", device, len(weight), k_size, block_t, x.element_size(), splits_k=False)
-    block_n = min(chosen["BLOCK_N"], head_dim)
-    options = {name: value for name, value in chosen.items() if name not in ("BLOCK_N", "SPLIT_K")}
-    _norm_qkv_rope_kernel[(len(weight) // block_n,)](
-        q_out,
-        pages.triton_arguments(),
-        new_residual,
+    tiles, programs, constants = tiling("norm_qkv_rope", x, weight, most_rows=head_dim)
+    _norm_qkv_rope_kernel[(programs,)](
+        RopeArguments(
+            q_out, pages.triton_arguments(), bias, positions, cos_sin, slots, num_q_heads, pages.num_kv_heads
+        ),
         x,
-        residual,
         norm_weight,
         weight.triton_arguments(),
-        bias,
-        positions,
-        cos_sin,
-        slots,
         num_tokens,
-        num_q_heads,
-        pages.num_kv_heads,
+        tiles,
         k_size,
-        0 if new_residual is None else new_residual.stride(0),
         x.stride(0),
-        0 if residual is None else residual.stride(0),
         eps,
-        LOAD=weight.triton_load,
-        PREFETCH=weight.triton_prefetch,
         STORE_K=pages.triton_store_k,
         STORE_V=pages.triton_store_v,
         HEAD_DIM=head_dim,
-        BLOCK_T=block_t,
-        BLOCK_ROW=triton.next_power_of_2(k_size),
-        BLOCK_N=block_n,
-        SLICES=chosen["num_warps"],
-        EVEN_K=k_size % chosen["BLOCK_K"] == 0,
-        **options,
-        **pdl_options(x),
+        **constants,
     )
 
 
 @TRITON.implements()
 def norm_qkv_rope(
     x: Tensor,
-    residual: Tensor | None,
     norm_weight: Tensor,
     eps: float,
     weight: Weight,
@@ -180,14 +196,11 @@ def norm_qkv_rope(
     cos_sin: Tensor,
     pages: Pages,
     slots: Tensor,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache."""
     if len(x) > MAX_TOKENS or refuses_norm(x, weight) or refuses_pages(pages):
-        qkv, residual = norm_linear(x, residual, norm_weight, eps, weight, bias)
-        return rope_and_cache(qkv, positions, cos_sin, pages, slots), residual
+        qkv = norm_linear(x, norm_weight, eps, weight, bias)
+        return rope_and_cache(qkv, positions, cos_sin, pages, slots)
     q_out = x.new_empty(len(x), len(weight) // pages.head_dim - 2 * pages.num_kv_heads, pages.head_dim)
-    new_residual = new_residual_like(x, residual)
-    _launch_norm_qkv_rope(
-        q_out, pages, new_residual, x, residual, norm_weight, weight, bias, positions, cos_sin, slots, eps
-    )
-    return q_out, x if new_residual is None else new_residual
+    _launch_norm_qkv_rope(q_out, pages, x, norm_weight, weight, bias, positions, cos_sin, slots, eps)
+    return q_out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from ..kernels.pages import DensePages
 from ..rope import RopeTable
 from .allocator import BlockTable, PageAllocator
 from .batch import Batch
+from .stream_order import StreamOrder
 
 PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 
@@ -23,8 +25,8 @@ class PagedCache(PageAllocator):
 
     The memory is not cleared. On a CPU the operating system provides it only as pages are first written.
 
-    A thread must hold ``lock`` while it takes pages or runs a pass. Freeing pages needs no lock, because the garbage
-    collector may do it at any time."""
+    A thread must hold ``lock`` while it takes pages or runs a pass, and enter ``order`` before it launches anything
+    there. Freeing pages needs no lock, because the garbage collector may do it at any time."""
 
     def __init__(
         self,
@@ -43,6 +45,8 @@ class PagedCache(PageAllocator):
         self.device = self.pages[0].device
         self.rope = RopeTable(config, self.num_tokens, device)  # angles for the positions that sequences have reached
         self.lock = threading.Lock()  # one forward pass at a time on this cache
+        on_gpu = self.device.type == "cuda"
+        self.order: AbstractContextManager[None] = StreamOrder(self.device) if on_gpu else nullcontext()
         self.shares: dict[Any, None] = {}  # an engine.sharing.Share for each engine that uses the cache
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:

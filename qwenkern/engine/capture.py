@@ -12,8 +12,9 @@ from torch import Tensor
 from ..kernels import c as c_backend
 from ..kernels import dependent_launches
 
+Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]  # a tensor is on the host
 Replay = Callable[[], None]
-Read = Callable[[], list[int]]
+Read = Callable[[], list[Any]]
 
 
 class Capture(Protocol):
@@ -27,7 +28,7 @@ class Capture(Protocol):
     def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Captures the function. Returns a function that replays it, and the tensor that a replay fills."""
 
-    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
+    def upload(self, target: Tensor, values: Numbers) -> None:
         """Writes numbers into a tensor, in stream order, without waiting."""
 
     def download(self, source: Tensor) -> Read:
@@ -51,8 +52,8 @@ class CallCapture:
             out = function()
         return recorded.replay, out
 
-    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
-        target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu"))
+    def upload(self, target: Tensor, values: Numbers) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype, device="cpu"))
 
     def download(self, source: Tensor) -> Read:
         return source.tolist
@@ -85,8 +86,8 @@ class GraphCapture:
                 out = function()
         return graph.replay, out
 
-    def upload(self, target: Tensor, values: Sequence[float] | Sequence[Sequence[float]]) -> None:
-        target.copy_(torch.tensor(values, dtype=target.dtype, device="cpu", pin_memory=True), non_blocking=True)
+    def upload(self, target: Tensor, values: Numbers) -> None:
+        target.copy_(torch.as_tensor(values, dtype=target.dtype, device="cpu").pin_memory(), non_blocking=True)
 
     def download(self, source: Tensor) -> Read:
         copy = torch.empty(source.shape, dtype=source.dtype, device="cpu", pin_memory=True)
@@ -94,7 +95,7 @@ class GraphCapture:
         arrived = torch.cuda.Event()
         arrived.record(torch.cuda.current_stream(source.device))
 
-        def read() -> list[int]:
+        def read() -> list[Any]:
             arrived.synchronize()
             return copy.tolist()
 

@@ -18,16 +18,24 @@ from ..cache import Batch, PagedCache
 from ..kernels import c as c_backend
 from ..kernels import waits_for_host
 from ..qwen2 import Qwen2
-from ..sampling import DrawSettings, SampledSequence, draw, or_not_finite
+from ..sampling import Drawing, SampledSequence, Sampling, TokenStates, or_not_finite
 from .capture import Capture, Read, capture_for
 
 
 class CapturedStep:
-    """A captured step of ``size`` rows. With ``candidates=None`` it ends with the logits. Otherwise it draws each row's
-    token from the ``candidates`` most likely tokens (sampling.draw), and the next replay continues from there."""
+    """A captured step of ``size`` rows. With ``drawing=None`` it ends with the logits. Otherwise it draws each row's
+    token (sampling.Sampling), and the next replay continues from there."""
 
-    def __init__(self, model: Qwen2, cache: PagedCache, size: int, candidates: int | None, capture: Capture) -> None:
-        self._model, self._cache, self._candidates, self._capture = model, cache, candidates, capture
+    def __init__(
+        self,
+        model: Qwen2,
+        cache: PagedCache,
+        size: int,
+        drawing: Drawing | None,
+        capture: Capture,
+        states: TokenStates | None = None,
+    ) -> None:
+        self._model, self._cache, self._capture = model, cache, capture
         device, pages = cache.device, -(-model.config.context_length // cache.page_size)
         spare = cache.spare_page
         self._batch = Batch(  # rows without a sequence write to the spare page, and their positions stay fixed
@@ -40,7 +48,8 @@ class CapturedStep:
             is_decode=True,
         )
         self._moves = torch.zeros(size, dtype=torch.int32, device=device)  # 1 for rows with a sequence, else 0
-        self._settings = DrawSettings.neutral(size, device)
+        states = states or TokenStates(model.config.vocab_size, device)
+        self._sampling = None if drawing is None else Sampling(drawing, states, self._moves)
         self.owner: object = None  # the pipeline whose sequences the next replay continues
         with torch.inference_mode():
             self.replay, self.out = capture.capture(self._run)
@@ -56,40 +65,41 @@ class CapturedStep:
         mine.slots[count:] = self._cache.spare_page * self._cache.page_size
         self._moves[:count], self._moves[count:] = 1, 0
 
-    def load_settings(self, sequences: Sequence[SampledSequence]) -> None:
+    def load_sampling(self, sequences: Sequence[SampledSequence]) -> None:
         """Sets how each sequence draws its tokens."""
-        self._capture.upload(self._settings.values[:, : len(sequences)], DrawSettings.of(sequences))
+        if self._sampling:
+            self._sampling.load(sequences, self._capture.upload)
 
-    def load_uniforms(self, sequences: Sequence[SampledSequence]) -> None:
-        """Sets the random numbers of the next replay, if it draws at random."""
-        if self._candidates is not None and self._candidates > 1:
-            uniforms = [sequence.uniform() for sequence in sequences]
-            self._capture.upload(self._settings.uniforms[: len(sequences)], uniforms)
+    def launch(self, sequences: Sequence[SampledSequence]) -> None:
+        """Replays the step for the sequences that are loaded, each with its next random number."""
+        if self._sampling:
+            self._sampling.launch(sequences, self._capture.upload)
+        self.replay()
 
     def add_page(self, row: int, at: int, page: int) -> None:
         """Writes a page number into a row's block table."""
         self._capture.upload(self._batch.block_tables[row, at : at + 1], [page])
 
     def tokens(self) -> Read:
-        """The tokens of the latest replay; calling the result waits for them."""
+        """What the latest replay drew, for sampling.sampled; calling the result waits for it."""
         return self._capture.download(self.out)
 
     def _run(self) -> Tensor:
         batch = self._batch
-        if self._candidates is None:
+        if self._sampling is None:
             return self._model(batch, self._cache)
         size = self._cache.page_size
         pages = batch.block_tables.gather(1, (batch.positions // size)[:, None])[:, 0]
         torch.add(batch.positions % size, pages, alpha=size, out=batch.slots)
-        if self._candidates == 1:
+        if self._sampling.drawing.is_greedy:
             largest, tokens = self._model.greedy(batch, self._cache)
+            out = or_not_finite(tokens, largest)
         else:
-            logits = self._model(batch, self._cache)
-            largest, tokens = logits.amax(-1), draw(logits, self._settings, self._candidates)
+            tokens, out = self._sampling.run(self._model(batch, self._cache))
         batch.ids.copy_(tokens)  # also if not finite: the next replay starts before the host checks them
         batch.positions.add_(self._moves)
         batch.lengths.add_(self._moves)
-        return or_not_finite(tokens, largest)
+        return out
 
 
 class CapturedSteps:
@@ -98,7 +108,8 @@ class CapturedSteps:
     def __init__(self, model: Qwen2, cache: PagedCache, capture: Capture | None = None) -> None:
         self.capture = capture or capture_for(cache.device)
         self._model, self._cache = model, cache
-        self._steps: dict[tuple[int, int | None], CapturedStep | None] = {}
+        self._states = TokenStates(model.config.vocab_size, cache.device)
+        self._steps: dict[tuple[int, Drawing | None], CapturedStep | None] = {}
 
     @property
     def in_flight(self) -> int:
@@ -106,15 +117,15 @@ class CapturedSteps:
         tokens."""
         return self.capture.steps_in_flight
 
-    def get(self, sequences: int, candidates: int | None = None) -> CapturedStep | None:
+    def get(self, sequences: int, drawing: Drawing | None = None) -> CapturedStep | None:
         """The captured step for so many sequences, which is captured now if it is missing. None if it cannot be
-        captured."""
+        captured. With ``drawing=None`` it ends with the logits."""
         size = self.capture.padded(sequences)
         if size is None or self._waits_for_host():
             return None
-        if (size, candidates) not in self._steps:
-            self._steps[size, candidates] = self._captured(size, candidates)
-        return self._steps[size, candidates]
+        if (size, drawing) not in self._steps:
+            self._steps[size, drawing] = self._captured(size, drawing)
+        return self._steps[size, drawing]
 
     def logits(self, batch: Batch) -> Tensor | None:
         """Logits [S, V] of a decode batch, valid until the next call. None if the step cannot be captured."""
@@ -129,8 +140,10 @@ class CapturedSteps:
         cache = self._cache
         return cache.device.type == "cuda" and waits_for_host(self._model.config.num_attention_heads, cache.pages[0])
 
-    def _captured(self, size: int, candidates: int | None) -> CapturedStep | None:
+    def _captured(self, size: int, drawing: Drawing | None) -> CapturedStep | None:
+        if drawing and drawing.adjusts and self._states.reserve(size):  # smaller steps are captured again
+            self._steps = {key: step for key, step in self._steps.items() if not (key[1] and key[1].adjusts)}
         try:
-            return CapturedStep(self._model, self._cache, size, candidates, self.capture)
+            return CapturedStep(self._model, self._cache, size, drawing, self.capture, self._states)
         except c_backend.CannotRecord:  # C refuses the dtype or a size: torch runs the step
             return None

@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from ..errors import Error, NonFiniteError, RequestError
-from ..sampling import NOT_FINITE, Sampled, num_candidates, sample
+from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .pipeline import DecodePipeline
 from .request import Request
 from .runner import Runner
@@ -133,7 +133,7 @@ class Engine:
             self._pipeline = None
         if not self.scheduler.has_requests:
             return []
-        with self.runner.cache.lock:
+        with self.runner.cache.lock, self.runner.cache.order:
             scheduled = self.scheduler.schedule()
             if scheduled and scheduled[0].request.wants_logits:
                 return self._score(*scheduled[0])
@@ -146,15 +146,14 @@ class Engine:
         return self._accept(sampled)
 
     def _new_pipeline(self, scheduled: list[Scheduled]) -> DecodePipeline | None:
-        """A pipeline of the scheduled requests. None unless the device draws the tokens and no request needs the host
-        for its draw."""
+        """A pipeline of the scheduled requests. None unless the device draws the tokens."""
         captured, requests = self.runner.captured, [request for request, _ in scheduled]
         if not requests or not captured.in_flight or not all(map(_may_be_pipelined, requests)):
             return None
-        candidates = num_candidates(requests, self.runner.model.config.vocab_size)
-        if captured.get(len(requests), candidates) is None:
+        drawing = Drawing.of(requests, self.runner.model.config.vocab_size)
+        if captured.get(len(requests), drawing) is None:
             return None
-        return DecodePipeline(self.runner, self.scheduler, requests, candidates)
+        return DecodePipeline(self.runner, self.scheduler, requests, drawing)
 
     def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
         """Runs a pass, and samples a token for every request whose pending tokens are now all computed, and for its
@@ -194,24 +193,24 @@ class Engine:
         """Runs a pass over a part of a prompt whose logits are all requested. If the request lost its pages, the logits
         that were already returned are not returned again. The caller holds the cache's lock."""
         start = request.num_cached
-        x, residual = self.runner.hidden([(request.table, ids)])
+        x = self.runner.hidden([(request.table, ids)])
         if start != request.num_scored:
             return []
         request.num_scored += len(ids)
         if request.num_scored == len(request.prompt_ids):
             request.finish_reason = "length"
             self.scheduler.end(request)
-        return [Output(request, [], "", request.finish_reason, logits=self._logits(x, residual))]
+        return [Output(request, [], "", request.finish_reason, logits=self._logits(x))]
 
-    def _logits(self, x: Tensor, residual: Tensor) -> Iterator[Tensor]:
-        for rows in zip(x.split(MAX_BATCH), residual.split(MAX_BATCH), strict=True):
+    def _logits(self, x: Tensor) -> Iterator[Tensor]:
+        for rows in x.split(MAX_BATCH):
             self.scheduler.share.begin_step()
-            with self.runner.cache.lock:
-                logits = self.runner.logits_of(*rows)
+            with self.runner.cache.lock, self.runner.cache.order:
+                logits = self.runner.logits_of(rows)
             self.scheduler.share.end_step()
             yield logits
 
 
 def _may_be_pipelined(request: Request) -> bool:
-    """Whether the captured step can compute and draw the next token: one pending token, and no work for the host."""
-    return bool(request.output_ids) and len(request.pending_ids) == 1 and not request.params.needs_host
+    """Whether the captured step can compute and draw the next token: one pending token, after the prompt's pass."""
+    return bool(request.output_ids) and len(request.pending_ids) == 1

@@ -6,6 +6,7 @@ from collections import deque
 
 import torch
 
+from ..sampling import Drawing, Sampled, sampled
 from .captured_step import CapturedStep, Read
 from .request import Request
 from .runner import Runner
@@ -17,28 +18,28 @@ class DecodePipeline:
     decide something: a request has ended, another has arrived, or the cache is full. Tokens that a request decodes
     after its end are discarded."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, requests: list[Request], candidates: int) -> None:
+    def __init__(self, runner: Runner, scheduler: Scheduler, requests: list[Request], drawing: Drawing) -> None:
         self._cache, self._captured, self._scheduler = runner.cache, runner.captured, scheduler
-        self._requests, self._candidates = requests, candidates
+        self._requests, self._drawing = requests, drawing
         self._key = object()  # marks the captured step as loaded for this pipeline
         self._unread: deque[Read] = deque()  # the tokens of the steps in flight
         self._launches_left = min(request.max_tokens - len(request.output_ids) for request in requests)
 
-    def tokens(self) -> list[tuple[Request, int]]:
+    def tokens(self) -> list[tuple[Request, Sampled]]:
         """Launches more steps, then returns the next token of each request, even of one that has ended meanwhile.
         Returns an empty list when all tokens are read and the scheduler must decide."""
         while len(self._unread) <= self._captured.in_flight and self._launch_next():
             pass
         if not self._unread:
             return []
-        tokens = self._unread.popleft()()
-        return list(zip(self._requests, tokens[: len(self._requests)], strict=True))
+        rows = self._unread.popleft()()[: len(self._requests)]
+        return [(request, sampled(row, request)) for request, row in zip(self._requests, rows, strict=True)]
 
     def _launch_next(self) -> bool:
         if not self._launches_left:
             return False
-        with self._cache.lock:
-            step = self._captured.get(len(self._requests), self._candidates)
+        with self._cache.lock, self._cache.order:
+            step = self._captured.get(len(self._requests), self._drawing)
             assert step is not None, "the engine makes a pipeline only where steps can be captured"
             is_loaded = step.owner is self._key  # False at first, and after another pipeline used the step
             if not self._scheduler.goes_on(self._requests) or (self._unread and not is_loaded):
@@ -58,9 +59,8 @@ class DecodePipeline:
             self._add_pages(step)
         else:
             step.load(self._cache.batch([(request.table, request.pending_ids) for request in self._requests]))
-            step.load_settings(self._requests)
-        step.load_uniforms(self._requests)
-        step.replay()
+            step.load_sampling(self._requests)
+        step.launch(self._requests)
         for request in self._requests:
             request.table.length += 1
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ..cache import BlockTable
 from ..errors import Error
-from ..sampling import BELOW_ONE, SamplingParams, TokenLogprob
+from ..sampling import BELOW_ONE, SamplingParams, TokenHistory, TokenLogprob
 from ..text.detokenizer import Detokenizer
 from .stop_strings import StopStrings
 
@@ -30,6 +30,7 @@ class Request:
         self.table = BlockTable()
         self.started = 0  # the order of the latest start, over all requests
         self.output_ids: list[int] = []
+        self.history = TokenHistory()
         self.logprobs: list[TokenLogprob] = []
         self.text = ""
         self.finish_reason: str | None = None  # "stop" or "length"

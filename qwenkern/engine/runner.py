@@ -16,7 +16,8 @@ Part = tuple[BlockTable, Sequence[int]]  # a sequence, and the token ids that th
 
 
 class Runner:
-    """A model and its cache. A thread must hold the cache's lock while it runs a pass."""
+    """A model and its cache. A thread must hold the cache's lock and enter its ``order`` while it runs a
+    pass."""
 
     def __init__(self, model: Qwen2, cache: PagedCache, capture: Capture | None = None) -> None:
         self.model = model
@@ -38,12 +39,12 @@ class Runner:
         return logits
 
     @torch.inference_mode()
-    def hidden(self, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
-        """Runs the layers over all tokens of a pass. Returns x and residual, [T, K] each, for `logits_of`."""
+    def hidden(self, parts: Sequence[Part]) -> Tensor:
+        """Runs the layers over all tokens of a pass. Returns the residual stream [T, K], for `logits_of`."""
         hidden = self.model.model(self.cache.batch(parts), self.cache)
         self.cache.advance(parts)
         return hidden
 
     @torch.inference_mode()
-    def logits_of(self, x: Tensor, residual: Tensor) -> Tensor:
-        return self.model.logits(x, residual)
+    def logits_of(self, x: Tensor) -> Tensor:
+        return self.model.logits(x)

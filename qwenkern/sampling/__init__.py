@@ -1,20 +1,26 @@
 """Chooses the next token from the logits: parameters, penalties, the draw, log-probabilities."""
 
-from .draw import BELOW_ONE, NOT_FINITE, DrawSettings, draw, num_candidates, or_not_finite
+from .draw import BELOW_ONE, NOT_FINITE, draw, or_not_finite
+from .drawing import Drawing
+from .history import TokenHistory
 from .logprobs import TokenLogprob
+from .on_device import TokenStates
 from .parameters import SampledSequence, SamplingParams
-from .sampler import Sampled, sample
+from .sampler import Sampled, Sampling, sample, sampled
 
 __all__ = [
     "BELOW_ONE",
     "NOT_FINITE",
-    "DrawSettings",
+    "Drawing",
     "Sampled",
     "SampledSequence",
+    "Sampling",
     "SamplingParams",
+    "TokenHistory",
     "TokenLogprob",
+    "TokenStates",
     "draw",
-    "num_candidates",
     "or_not_finite",
     "sample",
+    "sampled",
 ]

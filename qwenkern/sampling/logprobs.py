@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from .draw import most_likely
 from .parameters import SampledSequence
 
 
@@ -28,5 +30,23 @@ def logprobs_of(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[tu
 
 def with_logprobs(of: tuple[Tensor, int], token: int) -> TokenLogprob:
     logprobs, k = of
-    values, ids = logprobs.topk(min(k, len(logprobs)))
-    return TokenLogprob(token, logprobs[token].item(), dict(zip(ids.tolist(), values.tolist(), strict=True)))
+    if not k:
+        return TokenLogprob(token, logprobs[token].item(), {})
+    values, ids = (each[0].tolist() for each in most_likely(logprobs[None], min(k, len(logprobs))))
+    return TokenLogprob(token, logprobs[token].item(), dict(zip(ids, values, strict=True)))
+
+
+def packed(logprobs: Tensor, tokens: Tensor, count: int) -> Tensor:
+    """Tokens [R] with their log-probabilities and those of the ``count`` most likely tokens, from log-probabilities
+    [R, V]: one float64 [R, 2 + 2 count] for one copy to the host. float64 holds ids and float32 exactly."""
+    values, ids = most_likely(logprobs, count)
+    own = logprobs.gather(-1, tokens.clamp(min=0)[:, None])
+    return torch.cat([tokens[:, None].double(), own.double(), values.double(), ids.double()], dim=-1)
+
+
+def unpacked(row: Sequence[float], count: int) -> TokenLogprob:
+    """A row of what `packed` gives, with ``count`` of the most likely tokens."""
+    token, logprob, *rest = row
+    values, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
+    top = {int(each): value for each, value in zip(ids[:count], values[:count], strict=True)}
+    return TokenLogprob(int(token), logprob, top)

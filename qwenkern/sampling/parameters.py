@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from ..arguments import flag, number, whole
 from ..errors import RequestError, shown
+from .history import TokenHistory
 
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
@@ -80,12 +81,8 @@ class SamplingParams:
         return not self.temperature or self.temperature < _GREEDY_BELOW
 
     @property
-    def needs_host(self) -> bool:
-        """Whether the draw needs more than the logits and `draw`, so the host must take part."""
-        return self.changes_logits or self.logprobs is not None
-
-    @property
     def changes_logits(self) -> bool:
+        """Whether anything is done to the logits before the temperature."""
         return bool(
             self.logit_bias
             or self.presence_penalty
@@ -102,6 +99,7 @@ class SampledSequence(Protocol):
     prompt_ids: list[int]
     output_ids: list[int]
     end_ids: frozenset[int]  # token ids that end the text
+    history: TokenHistory  # of its tokens; empty at first
 
     def uniform(self) -> float:
         """The sequence's next random number, from 0 to BELOW_ONE. Each sequence has a generator of its own, so its text

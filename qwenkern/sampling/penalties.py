@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,41 +14,39 @@ from .parameters import SampledSequence
 
 
 def penalise(row: Tensor, sequence: SampledSequence) -> None:
-    """Applies penalties and biases and forbids early end ids, in place, on one row of logits [V]."""
+    """Applies penalties and biases and forbids early end ids, in place, on one row of logits [V].
+
+    Each operation is one of float32 tensors, so on_device.py, which does the same to all tokens of many rows, gives the
+    same bits."""
     params = sequence.params
     penalty = params.repetition_penalty
-    if penalty is not None and penalty != 1.0:
-        seen = ids_like(set(sequence.prompt_ids) | set(sequence.output_ids), row)
-        scores = row[seen]
-        row[seen] = torch.where(scores > 0, scores / penalty, scores * penalty)
-    if params.presence_penalty or params.frequency_penalty:
-        counts = Counter(sequence.output_ids)
-        often = torch.tensor(list(counts.values()), **options_like(row))
-        row[ids_like(counts, row)] -= params.presence_penalty + params.frequency_penalty * often
+    repeats = penalty is not None and penalty != 1.0
+    if repeats or params.presence_penalty or params.frequency_penalty:
+        ids, counts = sequence.history.of(sequence.prompt_ids, sequence.output_ids)
+        ids, counts = ids.to(row.device), counts.to(row.device)
+        scores = row[ids]
+        if repeats:
+            factor = torch.tensor(penalty, **options_like(row))
+            scores = torch.where(scores > 0, scores / factor, scores * factor)
+        if params.presence_penalty or params.frequency_penalty:
+            less = params.presence_penalty + params.frequency_penalty * counts
+            scores = torch.where(counts > 0, scores - less, scores)
+        row[ids] = scores
     if params.logit_bias:
         row[ids_like(params.logit_bias, row)] += torch.tensor(list(params.logit_bias.values()), **options_like(row))
     if len(sequence.output_ids) < params.min_tokens:
         row[ids_like(sequence.end_ids, row)] = -math.inf
 
 
-def choice_errors(logits: Tensor, sequences: Sequence[SampledSequence], changed: list[int]) -> dict[int, RequestError]:
-    """An error for each changed row whose logits are now all -inf, or include NaN or +inf."""
-    tops = logits[changed].amax(-1).tolist()
-    return {
-        index: _choice_error(sequences[index], top)
-        for index, top in zip(changed, tops, strict=True)
-        if not math.isfinite(top)
-    }
-
-
-def _choice_error(sequence: SampledSequence, top: float) -> RequestError:
+def choice_error(sequence: SampledSequence, largest: float) -> RequestError:
+    """The error for a sequence whose largest logit is infinite or NaN after its penalties and biases."""
     params = sequence.params
-    if top == -math.inf:
+    if largest == -math.inf:
         is_early = len(sequence.output_ids) < params.min_tokens
         by = " and ".join(["logit_bias"] * bool(params.logit_bias) + ["min_tokens"] * is_early)
         return RequestError(f"every token is forbidden by {by}; expected at least one that may be drawn")
     return RequestError(
-        f"repetition_penalty {params.repetition_penalty} makes a logit {top}; expected a value that keeps it finite"
+        f"repetition_penalty {params.repetition_penalty} makes a logit {largest}; expected a value that keeps it finite"
     )
 
 

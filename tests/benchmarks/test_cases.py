@@ -55,9 +55,9 @@ def test_bytes_are_those_of_the_tensors(case):
         used = {
             "embedding": 2 * 5 * config.hidden_size * 2,
             "norm_qkv_rope": sum(
-                each.numel() * 2 for each in inputs[:3] + inputs[4:6] if isinstance(each, torch.Tensor)
+                each.numel() * 2 for each in inputs[:2] + inputs[3:5] if isinstance(each, torch.Tensor)
             )
-            + 2 * 5 * (config.hidden_size + config.qkv_size)
+            + 2 * 5 * config.qkv_size
             + 4 * 5 * config.head_dim,
             "prefill_attention": 2 * 5 * (config.q_size + config.kv_size) * 2,
         }.get(case.op)

@@ -199,6 +199,44 @@ def test_speed_ups_and_shares_are_taken_within_a_round():
     assert "of_peak" not in quantised, "its products are others"
 
 
+def test_what_compiles_for_minutes_comes_last():
+    names = ["qwenkern", "transformers", "compiled", "llama.cpp"]
+    assert end_to_end.in_turns(names) == [["qwenkern", "transformers", "llama.cpp"], ["qwenkern", "compiled"]]
+    assert end_to_end.in_turns(names[:2]) == [names[:2]]
+
+
+def test_results_are_kept_while_an_engine_still_compiles(monkeypatch, tmp_path):
+    """A run that is ended then has a row of each of the others."""
+
+    class Ended(BaseException):
+        pass
+
+    def read(prompts, new):
+        raise Ended
+
+    def make(name, *given):
+        return Engine(read if name == "compiled" else lambda prompts, new: Reading(1.0, 2.0), 1)
+
+    monkeypatch.setattr(end_to_end, "make", make)
+    monkeypatch.setattr(end_to_end, "roofline", lambda *given: LIMITS)
+    options = [
+        "--peers",
+        "transformers,compiled",
+        "--batch",
+        "1,2",
+        "--threads",
+        "1",
+        "--json",
+        str(tmp_path / "now.json"),
+    ]
+    with pytest.raises(Ended):
+        CliRunner().invoke(app, [*SMALL, *options], catch_exceptions=False)
+    kept = json.loads((tmp_path / "now.json").read_text())["rows"]
+    assert [(row["engine"], row["batch"]) for row in kept] == [
+        ("qwenkern", 1), ("transformers", 1), ("qwenkern", 2), ("transformers", 2),
+    ]  # fmt: skip
+
+
 def test_a_peer_that_fails_is_reported():
     def broken(prompts, count):
         raise RuntimeError("out of memory")

@@ -46,8 +46,27 @@ def test_the_median_of_the_steps_counts():
 
 
 def test_steps_that_are_not_alike_are_refused():
-    with pytest.raises(RuntimeError, match="the profiler saw 3 kernels in 2 equal steps"):
-        charge([Span("a", 0.0, 1.0)] * 3, steps=2, layers=1)
+    kernels = [Span(name, float(at), at + 1.0) for at, name in enumerate("abcdefgha")]
+    with pytest.raises(RuntimeError, match="the profiler saw 9 kernels, which are not 4 equal steps"):
+        charge(kernels, steps=4, layers=1)
+
+
+@pytest.mark.parametrize("lost", [[0], [5, 6], [27], [0, 1, 2, 3], [12, 27]])
+def test_a_step_of_which_the_profiler_lost_kernels_does_not_count(lost):
+    """Each of 7 steps has 4 kernels, of which the last takes as long as its step's number."""
+    names = ["_decode_attention_kernel", "elementwise", "elementwise", "_lm_head_kernel"]
+    spans = [
+        Span(name, 100.0 * step + 10 * at, 100.0 * step + 10 * at + (step if at == 3 else 1.0))
+        for step in range(7)
+        for at, name in enumerate(names)
+    ]
+    kept = [span for at, span in enumerate(spans) if at not in lost]
+    found = charge(kept, steps=7, layers=1)
+    assert {name: len(each) for name, each in found.items()} == {
+        "decode_attention": 1, where.OTHER: 2, "lm_head": 1, BETWEEN: 1,
+    }  # fmt: skip
+    assert found["decode_attention"] == [1.0]
+    assert 2.0 <= found["lm_head"][0] <= 4.0  # about the middle one of those that are whole
 
 
 def test_every_kernel_of_a_step_has_a_name():

@@ -32,7 +32,7 @@ static batch batches[STEPS];
 
 typedef struct {
     float logits[TOKENS * H];
-    bf16 x[TOKENS * H], sum[TOKENS * H], qkv[TOKENS * QKV], q[TOKENS * H], attended[TOKENS * H], projected[TOKENS * H];
+    bf16 x[TOKENS * H], qkv[TOKENS * QKV], q[TOKENS * H], attended[TOKENS * H], projected[TOKENS * H];
     bf16 rotated_q[TOKENS * H], rotated_k[TOKENS * HKV * D], last_sum[TOKENS * H], normed[TOKENS * H];
     bf16 gated[TOKENS * F], gated_again[TOKENS * F];
     bf16 keys[CACHED], values[CACHED];
@@ -127,10 +127,8 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
          .embedding = {.out = to->x, .table = table, .ids = b->ids, .num_tokens = T, .row_size = H, .table_stride = H}},
         {.op = linear_op,
          .linear = {.out = to->qkv,
-                    .new_residual = to->sum,
                     .scratch = scratch,
                     .x = to->x,
-                    .residual = to->x,
                     .norm_weight = norm,
                     .weight = dense(w_qkv, H),
                     .bias = bias,
@@ -138,7 +136,6 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                     .out_features = QKV,
                     .in_features = H,
                     .x_stride = H,
-                    .residual_stride = H,
                     .eps = eps}},
         {.op = rope_and_cache_op,
          .rope_and_cache = {.q_out = to->q,
@@ -172,7 +169,7 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                     .scratch = scratch,
                     .x = to->attended,
                     .weight = dense(w_o, H),
-                    .addend = to->sum,
+                    .addend = to->x,
                     .num_tokens = T,
                     .out_features = H,
                     .in_features = H,
@@ -202,7 +199,7 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
          .add_rms_norm = {.out = to->normed,
                           .new_residual = to->last_sum,
                           .x = to->projected,
-                          .residual = to->sum,
+                          .residual = to->x,
                           .norm_weight = norm,
                           .num_tokens = T,
                           .row_size = H,

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from gguf import GGMLQuantizationType, GGUFWriter
 from support.models import save_checkpoint, tiny_model, unpacked
 from support.toy_tokenizer import CHAT_TEMPLATE
 from tokenizers import Tokenizer as Library
@@ -21,6 +20,9 @@ from qwenkern import CheckpointError, Config, ConfigError, Model, RequestError, 
 from qwenkern import generation as room
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.generation import Generation
+
+pytest.importorskip("gguf")
+from gguf import GGMLQuantizationType, GGUFWriter
 
 SPECIAL = ["<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|bos|>", "<|turn_over|>"]
 TEXT = ["<tool_call>", "<|fim_prefix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]

@@ -10,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
-from gguf.quants import dequantize as oracle
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+pytest.importorskip("gguf")
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter
+from gguf.quants import dequantize as oracle
 
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.checkpoint.dequantize import SUPPORTED

@@ -14,6 +14,7 @@ from qwenkern import NonFiniteError, SamplingParams
 from qwenkern.engine import Engine, Limits, Runner
 from qwenkern.engine.capture import CallCapture
 from qwenkern.engine.captured_step import CapturedStep
+from qwenkern.engine.sharing import Share
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import waits_for_host
 from qwenkern.kernels.pages import DensePages
@@ -50,13 +51,13 @@ class Fake:
         def replay() -> None:
             self.log.append("launch")
             self._queue.append(lambda: out.copy_(function()))
-            if out.is_floating_point():  # logits, which the host looks at next
+            if out.dtype == torch.float32:  # logits, which the host looks at next
                 self.run_until(lambda: False)
 
         return replay, out
 
     def upload(self, target, values) -> None:
-        values = torch.tensor(values, dtype=target.dtype)
+        values = torch.as_tensor(values, dtype=target.dtype)
         self._queue.append(lambda: target.copy_(values))
 
     def download(self, source):
@@ -125,6 +126,7 @@ def pipelined(monkeypatch):
         {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "min_p": 0.01, "seed": 2},
         {"temperature": 0.8, "seed": 3, "n": 3},
         {"temperature": 0, "repetition_penalty": 1.3, "logprobs": 2},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "seed": 4},
     ],
 )
 def test_the_text_is_that_of_steps_not_captured(pipelined, plain, how):
@@ -133,9 +135,107 @@ def test_the_text_is_that_of_steps_not_captured(pipelined, plain, how):
     assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
 
 
-def test_a_step_is_launched_before_the_last_one_is_read(pipelined):
+DIFFERENT = [
+    {"temperature": 0},
+    {"temperature": 0.9, "seed": 1},
+    {"temperature": 1.1, "repetition_penalty": 1.3, "presence_penalty": 0.4, "seed": 2},
+    {"temperature": 0, "frequency_penalty": 0.7, "logprobs": 3},
+    {"temperature": 0.8, "top_k": 40, "top_p": 0.9, "repetition_penalty": 1.05, "logprobs": 0, "seed": 3},
+    {
+        "temperature": 0.7,
+        "logit_bias": {7: 4.0, 9: -float("inf")},
+        "min_tokens": 12,
+        "stop_token_ids": list(range(250)),
+    },
+    {"temperature": 1.5, "top_p": 0.7, "min_p": 0.02, "seed": 4, "logprobs": 30},
+    {"temperature": 0, "repetition_penalty": 0.8, "min_tokens": 5, "stop_token_ids": list(range(0, 503, 3))},
+]
+
+
+def drawn(model, counts=(30,)):
+    """The requests with these parameters, all at once, when they have ended."""
+    rows = []
+    for at, how in enumerate(DIFFERENT):
+        prompt = [n * 7 % 503 for n in range(at, at + 3 + 11 * at)]
+        most = counts[at % len(counts)]
+        rows += model._requests([prompt], SamplingParams(max_tokens=most, ignore_eos=True, **{"seed": at} | how))
+    for _ in run(model, rows):
+        pass
+    return rows
+
+
+def assert_same_outcomes(rows, expected):
+    for mine, theirs in zip(rows, expected, strict=True):
+        assert mine.output_ids == theirs.output_ids
+        assert (mine.finish_reason, mine.stop_reason) == (theirs.finish_reason, theirs.stop_reason)
+        for one, other in zip(mine.logprobs, theirs.logprobs, strict=True):
+            assert (one.token_id, list(one.top)) == (other.token_id, list(other.top))
+            # the last bits depend on how many rows torch multiplies
+            assert [one.logprob, *one.top.values()] == pytest.approx([other.logprob, *other.top.values()], abs=1e-4)
+
+
+@pytest.mark.parametrize("counts", [(30,), (9, 26, 17)])
+def test_each_of_a_batch_is_drawn_by_its_own_parameters(pipelined, plain, counts):
+    """Requests end at different times, so that the rows of the step change. The first token is the prompt's."""
+    expected = drawn(plain, counts)
+    assert "stop" in [row.finish_reason for row in expected]
+    assert_same_outcomes(drawn(pipelined, counts), expected)
     log = pipelined._runner.captured.capture.log
-    pipelined.generate(PROMPTS[1], max_tokens=10, ignore_eos=True)
+    assert log.count("launch") == log.count("read")
+    assert not [drawing for _, drawing in pipelined._runner.captured._steps if drawing is None]
+
+
+def test_each_is_drawn_by_its_own_parameters_after_a_preemption(plain):
+    expected = drawn(plain)
+    small = with_capture(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size), cache_tokens=256), Fake())
+    preempted = []
+    preempt = Share.preempt_latest
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Share, "preempt_latest", lambda share: preempted.append(1) or preempt(share))
+        assert_same_outcomes(drawn(small), expected)
+    assert preempted
+
+
+def test_two_engines_with_penalties_take_turns(pipelined, plain):
+    """The second one's step is larger, so it brings slots of its own."""
+    how = SamplingParams(max_tokens=14, temperature=0, ignore_eos=True, repetition_penalty=1.4, frequency_penalty=0.2)
+    expected = ids_of(plain.generate(MANY[:11], **vars_of(how)))
+    rows = [pipelined._requests([prompt], how)[0] for prompt in MANY[:11]]
+    one, two = run(pipelined, rows[:1]), run(pipelined, rows[1:])
+    for _ in range(14):
+        next(one)
+        for _ in range(10):
+            next(two)
+    assert [row.output_ids for row in rows] == expected
+
+
+def vars_of(params):
+    return {name: value for name, value in vars(params).items() if value != getattr(SamplingParams(), name)}
+
+
+def test_an_error_of_one_ends_that_one(pipelined, plain):
+    """A penalty that makes a logit infinite once the text repeats a token, among others' requests."""
+    outcome = []
+    for model in (plain, pipelined):
+        errors, rows = [], []
+        for how in ({"repetition_penalty": 1e-200}, {"repetition_penalty": 1.2}, {}):
+            params = SamplingParams(max_tokens=25, temperature=0, ignore_eos=True, **how)
+            rows += model._requests([[4]], params)
+        with Engine(model._runner, Limits(512)) as engine:
+            for row in rows:
+                engine.add(row)
+            while engine.has_requests:
+                errors += [str(output.error) for output in engine.step() if output.error]
+        outcome.append((errors, [row.output_ids for row in rows]))
+    assert outcome[0] == outcome[1]
+    assert "repetition_penalty 1e-200 makes a logit inf" in outcome[0][0][0]
+    assert outcome[0][1][0], "it failed before the first captured step"
+
+
+@pytest.mark.parametrize("how", [{}, {"temperature": 0.7, "repetition_penalty": 1.1, "logprobs": 2}])
+def test_a_step_is_launched_before_the_last_one_is_read(pipelined, how):
+    log = pipelined._runner.captured.capture.log
+    pipelined.generate(PROMPTS[1], max_tokens=10, ignore_eos=True, **how)
     assert log == ["launch"] + ["launch", "read"] * 8 + ["read"]  # the prompt's own pass gave the first token
 
 
@@ -302,6 +402,39 @@ def test_deterministic_on_torch_decodes_one_by_one():
     assert set(sizes) == {1}
 
 
+@pytest.mark.parametrize("how", [{}, {"repetition_penalty": 1.1}])
+def test_all_that_a_pass_launches_is_in_the_order_of_the_streams(monkeypatch, pipelined, how):
+    """In whatever stream the caller's thread launches."""
+    inside, count = [False], [0]
+
+    class Order:
+        def __enter__(self) -> None:
+            assert pipelined.cache.lock.locked()
+            inside[0] = True
+
+        def __exit__(self, *error) -> None:
+            inside[0] = False
+
+    def watched(actual):
+        def call(*args, **keywords):
+            count[0] += 1
+            assert inside[0] or capture.running  # what the device does is not launched
+            return actual(*args, **keywords)
+
+        return call
+
+    pipelined.cache.order = Order()
+    capture = pipelined._runner.captured.capture
+    for owner, names in ((capture, ("capture", "upload", "download")), (pipelined.module, ("forward", "logits"))):
+        for name in names:
+            monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+    for name in ("load", "add_page"):
+        monkeypatch.setattr(CapturedStep, name, watched(getattr(CapturedStep, name)))
+    pipelined.generate(PROMPTS, max_tokens=70, ignore_eos=True, temperature=0.5, seed=1, n=2, **how)
+    pipelined.score(PROMPTS[1])
+    assert count[0] > 70
+
+
 def test_threads_take_turns_on_one_recording(in_c):
     model = tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size))
     expected = ids_of(model.generate([prompt], max_tokens=30, temperature=0, ignore_eos=True)[0] for prompt in PROMPTS)
@@ -326,6 +459,23 @@ def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
     """With dependent launches, replayed before the host has read the last tokens, rows ending at different times;
     twice, for races."""
     config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
+    _assert_captured_text(config, how, sequences)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sequences", [1, 3, 16])
+def test_programs_that_share_a_tile_are_captured_too(sequences):
+    """With the sizes of 0.5B, two programs split K of o_proj and of down, and count each other's arrival."""
+    from qwenkern.kernels.triton import tuning
+
+    sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
+    config = replace(TINY, **sizes)
+    with tuning.trying("linear", {"SPLIT_K": 2}) as trial:
+        _assert_captured_text(config, {"temperature": 0}, sequences)
+    assert {896, 4864} <= {seen["k"] for seen, _ in trial.seen}
+
+
+def _assert_captured_text(config, how, sequences):
     model = tiny_model(config, torch.bfloat16, device="cuda")
     prompts = [[(7 * at + row) % 503 for at in range(1 + 5 * row)] for row in range(sequences)]
 

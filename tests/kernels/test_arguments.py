@@ -31,7 +31,7 @@ def tensor(*shape: int, seed: int = 0) -> Tensor:
 def calls() -> dict[str, dict[str, Any]]:
     """Each op with arguments that it takes, by name. On a CPU those that have a C function run in it."""
     x, weight = tensor(TOKENS, HIDDEN), tensor(HIDDEN, seed=1)
-    normed = {"x": x, "residual": tensor(TOKENS, HIDDEN, seed=2), "norm_weight": weight, "eps": 1e-6}
+    residual, normed = tensor(TOKENS, HIDDEN, seed=2), {"x": x, "norm_weight": weight, "eps": 1e-6}
     pages = {"pages": tuple(tensor(4, 16, KV_HEADS, DIM, seed=seed) for seed in (3, 4))}
     places = {
         "positions": torch.tensor([3, 4]),
@@ -47,10 +47,10 @@ def calls() -> dict[str, dict[str, Any]]:
     return {
         "embedding": {"ids": torch.tensor([3, 1]), "weight": vocabulary},
         "rms_norm": {"x": x, "weight": weight, "eps": 1e-6},
-        "add_rms_norm": {"x": x, "residual": normed["residual"], "weight": weight, "eps": 1e-6},
+        "add_rms_norm": {"x": x, "residual": residual, "weight": weight, "eps": 1e-6},
         "rms_norm_backward": {
             "grad": x,
-            "grad_residual": normed["residual"],
+            "grad_residual": residual,
             "x": x + 1,
             "weight": weight,
             "eps": 1e-6,

@@ -354,17 +354,18 @@ def test_fakes_leave_the_number_of_rows_open():
             heads = wide.unflatten(1, (-1, 4))
             return (
                 wide,
-                *kernels.norm_linear(x, x, norm, eps, weight),
-                *kernels.norm_swiglu_linear(x, x, norm, eps, weight),
-                kernels.lm_head(x, None, norm, eps, weight),
-                *kernels.lm_head_top_k(x, None, norm, eps, weight, 3),
+                kernels.linear(x, weight, addend=wide),
+                kernels.norm_linear(x, norm, eps, weight),
+                kernels.norm_swiglu_linear(x, norm, eps, weight),
+                kernels.lm_head(x, norm, eps, weight),
+                *kernels.lm_head_top_k(x, norm, eps, weight, 3),
                 *kernels.add_rms_norm(x, x, norm, eps),
                 kernels.swiglu(wide),
                 kernels.silu_mul(wide, wide),
                 *kernels.apply_rope(heads, heads, table, ids),
                 kernels.embedding(ids, weight),
                 kernels.rope_and_cache(wide, ids, table, (pages.clone(), pages.clone()), ids),
-                *kernels.norm_qkv_rope(x, x, norm, eps, weight, None, ids, table, (pages.clone(), pages.clone()), ids),
+                kernels.norm_qkv_rope(x, norm, eps, weight, None, ids, table, (pages.clone(), pages.clone()), ids),
                 *kernels.layers.angles(wide[None], wide[None], x.shape[0]),
             )
 

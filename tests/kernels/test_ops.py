@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +15,9 @@ from support.tolerances import assert_as_close_as
 
 from qwenkern import Config, kernels
 from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.kernels import dispatch
 from qwenkern.kernels.c.backend import C
-from qwenkern.kernels.dispatch import BACKENDS, OPS, Backend, refusals
+from qwenkern.kernels.dispatch import BACKENDS, OPS, Backend, refusals, serving
 from qwenkern.kernels.recording import CannotRecord, recording
 from qwenkern.kernels.weights import FORMATS, Dense
 
@@ -152,3 +155,59 @@ def test_triton_refuses_a_format_that_needs_a_newer_gpu(monkeypatch):
         )
         assert backend.refuses_format("weights", weight, later.triton_load) == expected
     assert backend.refuses_format("weights", weight, None) == "weights of the format later of test_ops"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_gpu_that_is_too_old_runs_the_reference_and_says_so_once(monkeypatch, recwarn, dtype):
+    from qwenkern.kernels.triton import backend, tuning
+
+    monkeypatch.setenv("QWENKERN_KERNELS", "triton")
+    x = torch.ones(2, 32, dtype=dtype)
+    first = SimpleNamespace(device=torch.device("cuda:0"), dtype=dtype, numel=x.numel)
+    for capability in (75, 80):
+        device = tuning.Device("a GPU", "cuda", capability, 40, 1 << 16)
+        monkeypatch.setattr(tuning, "device_of", lambda x, device=device: device)
+        dispatch._warn_once.cache_clear()
+        for op, *arguments in (("rms_norm", x, x[0], 1e-6), ("swiglu", x)):
+            found = serving(op, first, *arguments)
+            assert (found and found.backend) is (backend.TRITON if capability == 80 else None)
+    assert [str(each.message) for each in recwarn] == [
+        "qwenkern: the Triton kernel does not take tensors on sm_75 (from sm_80); torch runs it, slower"
+    ]
+
+
+@pytest.mark.parametrize("call", ["by position", "by name", "torch.ops"])
+def test_a_kernel_is_launched_on_its_tensors_device(monkeypatch, call):
+    """Whatever the current device is, and however the op is called."""
+    current, launched = [0], []
+
+    @contextlib.contextmanager
+    def use(device):
+        current[0] = device.index
+        yield
+        current[0] = 0
+
+    x = torch.ones(2, 32)
+    found = SimpleNamespace(run=lambda x, weight, eps: launched.append(current[0]) or x.clone())
+    monkeypatch.setattr(sys.modules["qwenkern.kernels.contract"], "serving", lambda *args, **keywords: found)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda tensor: True))
+    monkeypatch.setattr(torch.Tensor, "device", property(lambda tensor: torch.device("cuda:1")))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", use)
+    if call == "by name":
+        kernels.rms_norm(eps=1e-6, weight=x[0], x=x)
+    else:
+        (torch.ops.qwenkern if call == "torch.ops" else kernels).rms_norm(x, x[0], 1e-6)
+    assert launched == [1]
+
+
+def test_more_sequences_than_a_grid_has_programs_are_refused():
+    from qwenkern.kernels.triton import decode_attention, prefill_attention
+
+    pages = kernels.pages.DensePages(*[torch.empty(1, 64, 1, 32, device="meta")] * 2)
+    for count, expected in ((65535, None), (65536, "65536 sequences (at most 65535)")):
+        q = torch.empty(count, 2, 32, device="meta")
+        assert decode_attention.refuses_paged(q, pages, 64) == expected
+    q = torch.empty(32 * 10, 2, 32, device="meta")
+    assert prefill_attention.refuses_paged(q, pages, 64, 65525) is None
+    assert prefill_attention.refuses_paged(q, pages, 64, 65526).startswith("320 tokens of 65526 sequences (at most")

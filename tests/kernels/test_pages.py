@@ -100,7 +100,7 @@ def test_keys_and_values_are_stored_alike(ops, device, form):
     places = torch.arange(3, device=device), torch.rand(8, DIM, device=device)
     qkv = random(3, 8 * DIM, dtype=dtype, device=device, seed=5)
     x, weight = (random(*shape, dtype=dtype, device=device, seed=6) for shape in ((3, 128), (8 * DIM, 128)))
-    for name, first in (("rope_and_cache", (qkv,)), ("norm_qkv_rope", (x, None, x[0] + 2, 1e-6, weight, None))):
+    for name, first in (("rope_and_cache", (qkv,)), ("norm_qkv_rope", (x, x[0] + 2, 1e-6, weight, None))):
         mine, theirs = filled(form, dtype, device)[0], filled(form, dtype, device)[0]
         getattr(ops, name)(*first, *places, mine, slots)
         getattr(reference, name)(*first, *places, theirs, slots)

@@ -57,10 +57,10 @@ def test_tiles_divide_the_page(ops, device, page_size):
 
 @pytest.mark.parametrize(("page_size", "dtype"), [(16, torch.bfloat16), (64, torch.float32)])
 def test_tiles_tuned_for_other_sizes(ops, device, page_size, dtype):
-    """A tile of keys lies within one page, whatever a tuned file says of larger pages."""
+    """A tile of keys lies within one page or is two, whatever a tuned file says of larger pages."""
     inputs = _inputs([(40, 100)], (4, 2, 32), dtype, device, page_size)
     tuning = importlib.import_module(f"{ops.__name__}.triton.tuning")
-    with tuning.trying("prefill_attention", {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4}) as trial:
+    with tuning.trying("prefill_attention", {"BLOCK_M": 128, "BLOCK_N": 128, "num_warps": 8}) as trial:
         assert_matches_reference(ops, "prefill_attention", *inputs)
     assert bool(trial.seen) == (dtype != torch.float32)  # float32 has no tuned tiles
 
@@ -92,6 +92,14 @@ def test_bits_are_batch_invariant(ops, device):
         assert torch.equal(alone, together[rows])
 
 
+@pytest.mark.parametrize("computed", [1, 63, 100])
+def test_bits_do_not_depend_on_chunks(ops, device, computed):
+    q, pages, tables, lengths, starts, scale = _inputs([(200, 200)], (4, 2, 32), torch.bfloat16, device)
+    whole = ops.prefill_attention(q, pages, tables, lengths, starts, scale)
+    rest = ops.prefill_attention(q[computed:], pages, tables, lengths, (starts - computed).clamp(min=0), scale)
+    assert torch.equal(rest, whole[computed:])
+
+
 def test_one_query_is_a_decode_step(ops, device):
     q, pages, tables, lengths, starts, scale = _inputs([(1, 65), (1, 9)], (4, 2, 64), torch.float32, device)
     out = assert_matches_reference(ops, "prefill_attention", q, pages, tables, lengths, starts, scale)
@@ -102,6 +110,12 @@ def test_one_query_is_a_decode_step(ops, device):
 def test_scores_of_any_size(ops, device, size):
     q, *rest = _inputs([(70, 100)], (2, 1, 64), torch.float32, device)
     assert_matches_reference(ops, "prefill_attention", q * size, *rest)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 5e-39])
+def test_any_scale(ops, device, scale):
+    *inputs, _ = _inputs([(70, 100)], (2, 1, 64), torch.float32, device)
+    assert_matches_reference(ops, "prefill_attention", *inputs, scale)
 
 
 def test_strided_queries(ops, device):
@@ -120,11 +134,12 @@ def test_sizes_for_the_reference(ops, device, head_dim, page_size):
     assert torch.equal(ops.prefill_attention(*inputs), reference.prefill_attention(*inputs))
 
 
-def test_pages_beyond_two_to_the_31(ops, device):
+@pytest.mark.parametrize("page_size", [64, 32])
+def test_pages_beyond_two_to_the_31(ops, device, page_size):
     """Only the pages touched take memory. What a number of 32 bits would wrap to lies in the first half."""
-    q, pages, tables, *rest = _inputs([(10, 200)], (2, 1, 128), torch.bfloat16, device)
-    far = 2**31 // (64 * 128) + 7
-    far_pages = torch.empty(2, far + len(pages.k), 64, 1, 128, dtype=q.dtype, device=device)[1]
+    q, pages, tables, *rest = _inputs([(10, 200)], (2, 1, 128), torch.bfloat16, device, page_size)
+    far = 2**31 // (page_size * 128) + 7
+    far_pages = torch.empty(2, far + len(pages.k), page_size, 1, 128, dtype=q.dtype, device=device)[1]
     far_pages[far:] = pages.k
     out = ops.prefill_attention(q, (far_pages, far_pages), tables + far, *rest)
     assert torch.equal(out, ops.prefill_attention(q, (pages.k, pages.k), tables, *rest))
@@ -176,6 +191,7 @@ def _inputs(parts, heads, dtype, device, page_size=64):
 
 
 _PREFIX = {"page_size": 64, "prefix": 63, "dtype": torch.float32}
+_TWO = {"page_size": 16, "prefix": 15, "dtype": torch.bfloat16}  # a tile of two pages
 _3B = {"heads": (16, 2, 128)}
 FILE = "triton/prefill_attention.py"
 MUTATIONS = [
@@ -187,7 +203,7 @@ MUTATIONS = [
         test_heads_of_the_family,
         _3B,
     ),
-    Mutation("no causal mask", FILE, "<= positions[:, None], scores", "< end, scores", test_cached_prefixes, _PREFIX),
+    Mutation("no causal mask", FILE, "<= positions[:, None], scores", "< 999, scores", test_cached_prefixes, _PREFIX),
     Mutation(
         "itself not seen",
         FILE,
@@ -231,23 +247,18 @@ MUTATIONS = [
         test_cached_prefixes,
         _PREFIX,
     ),
-    Mutation("the page before", FILE, "tl.minimum(tile + BLOCK_N, end - 1)", "tile", test_cached_prefixes, _PREFIX),
+    Mutation("the page before", FILE, "table, tile + BLOCK_N,", "table, tile,", test_cached_prefixes, _PREFIX),
+    Mutation("one page twice", FILE, "row < SIZE, page, second", "row < SIZE, page, page", test_cached_prefixes, _TWO),
     Mutation(
-        "32-bit offsets at first",
+        "32-bit offsets",
         FILE,
-        "mask=start < end, other=0).to(tl.int64)",
-        "mask=start < end, other=0).to(tl.int32)",
+        "tile // PAGE_SIZE, last)).to(tl.int64)",
+        "tile // PAGE_SIZE, last)).to(tl.int32)",
         test_pages_beyond_two_to_the_31,
-        {},
+        {"page_size": 64},
     ),
-    Mutation(
-        "32-bit offsets later",
-        FILE,
-        "tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int64)",
-        "tl.minimum(tile + BLOCK_N, end - 1) // page_size).to(tl.int32)",
-        test_pages_beyond_two_to_the_31,
-        {},
-    ),
+    Mutation("largest of negative scores", FILE, "if scale < 0:", "if False:", test_any_scale, {"scale": -0.3}),
+    Mutation("masked scores times 0", FILE, "max(scale, 1e-30)", "scale", test_any_scale, {"scale": 0.0}),
     Mutation(
         "a tile too few",
         FILE,
@@ -259,8 +270,8 @@ MUTATIONS = [
     Mutation(
         "tile of several pages",
         FILE,
-        'min(config["BLOCK_N"], page_size & -page_size)',
-        'config["BLOCK_N"]',
+        "min(block_n, 2 * power if power == page_size else power)",
+        "block_n",
         test_tiles_tuned_for_other_sizes,
         {"page_size": 16, "dtype": torch.bfloat16},
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +18,7 @@ from tokenizers import processors
 
 import qwenkern
 from qwenkern import Completion, Config, ConfigError, Model, RequestError, SamplingParams
+from qwenkern.device import cache_room
 from qwenkern.text.chat_template import ChatTemplate
 from qwenkern.text.tokenizer import Tokenizer
 
@@ -114,6 +116,62 @@ def test_forward_gives_the_logits_of_transformers_for_one_and_for_many(model):
     assert_as_close_as(logits, list(peers), truth)
     for one in (ids[1], ids[1].tolist()):  # a library's products of fewer rows may be sums in another order
         assert_as_close_as(model.forward(one), list(peers[:, 1]), truth[1])
+
+
+def test_forward_keeps_logits_once(monkeypatch, model):
+    """In the tensor that it returns; of the passes' own, those of one at a time."""
+    alive, logits_of = [], model._logits
+
+    def watched(ids):
+        for part in logits_of(ids):
+            assert sum(each() is not None for each in alive) <= 1
+            alive.append(weakref.ref(part))
+            yield part
+            del part
+
+    expected = model.forward([1] * 150)
+    monkeypatch.setattr(model, "_logits", watched)
+    assert torch.equal(model.forward([1] * 150), expected)
+    assert len(alive) == 3
+
+
+def test_forward_says_how_much_memory_is_missing(monkeypatch, model):
+    empty = torch.empty
+
+    def full(shape, **keywords):
+        if shape == (2, 3, TINY.vocab_size):
+            raise torch.OutOfMemoryError
+        return empty(shape, **keywords)
+
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(RequestError, match=r"ids has 2 x 3 tokens, whose logits take 0.0 GB, more than cpu has left"):
+        model.forward([[1, 2, 3]] * 2)
+
+
+GB = 10**9
+NEEDS = 4096 * (
+    151936 * 4 + (2 + 1) * 11008 * 2 + 4 * 2048 * 2
+)  # logits, gate and up, their product; x, residual, norm
+
+
+@pytest.mark.parametrize(
+    ("total", "weights", "room", "least"),
+    [
+        (80 * GB, 6.2 * GB, NEEDS, 50 * GB),
+        (24 * GB, 6.2 * GB, NEEDS, 12 * GB),  # such a card's logits did not fit beside a cache of all but a tenth
+        (16 * GB, 6.2 * GB, 0.1 * 16 * GB, 6 * GB),
+        (8 * GB, 6.2 * GB, 0.1 * 8 * GB, 0.3 * GB),
+    ],
+)
+def test_the_default_cache_leaves_room_for_the_logits_of_a_chunk(monkeypatch, total, weights, room, least):
+    """Of the 3B in bfloat16, with half a gigabyte for CUDA's own."""
+    free = int(total - weights - GB // 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
+    config = Config.from_name("qwen2.5-3b")
+    tokens = cache_room(None, config, torch.bfloat16, torch.device("cuda"), 4096)
+    cache = tokens * 36 * 2 * 2 * 128 * 2  # layers, keys and values, heads, their size, bytes
+    assert free - cache >= room + total // 20 * (room == NEEDS)
+    assert cache >= min(least, 64 * 32768 * 36 * 2 * 2 * 128 * 2)
 
 
 def test_score_is_the_log_softmax_of_forward(model):

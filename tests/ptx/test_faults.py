@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import numpy as np
 import pytest
-
-from ptx import launch, warp
-from ptx.faults import Fault
+from ptx.cases import Case
 from ptx.tiny_ptx import run
+
+from qwenkern.benchmarks.offline.ptx import launch, warp
+from qwenkern.benchmarks.offline.ptx.faults import Fault
 
 # Each thread's number in %r3, and 1 in %r8; its own word of buffer 0 and buffer 1 at [%rd10] and [%rd11], of shared
 # memory at [%r1], and at [%r2] that of the same lane of the other warp.
@@ -23,17 +22,6 @@ COPY = "cp.async.ca.shared.global [%r1], [%rd11], 4; cp.async.commit_group;"
 ARRIVED = "cp.async.wait_group 0;"
 VALUES = "two lanes store different values"
 SINCE = r"(reads|writes) byte \d+ of shared memory, which warp \d (wrote|read) since the last barrier"
-
-
-class Case(NamedTuple):
-    """``?`` in the body is where ``wrong`` stands, and ``right`` should."""
-
-    name: str
-    message: str
-    body: str
-    wrong: str
-    right: str
-    options: dict[str, Any] = {}  # noqa: RUF012 - it is never changed
 
 
 TWO = {"num_warps": 2}
@@ -248,11 +236,7 @@ REGISTERS = [
 def test_a_fault_is_reported(case, seed, monkeypatch):
     monkeypatch.setattr(warp, "STEPS", 1000)
     words = np.arange(64, dtype=np.int32)
-    options = {"shared_bytes": 384, "seed": seed} | case.options
-    assert case.body.count("?") == 1
-    run(PRELUDE + case.body.replace("?", case.right), words, words, **options)
-    with pytest.raises(Fault, match=case.message):
-        run(PRELUDE + case.body.replace("?", case.wrong), words, words, **options)
+    case.check(PRELUDE, words, words, shared_bytes=384, seed=seed)
 
 
 def test_what_nobody_asks_for_needs_no_value():

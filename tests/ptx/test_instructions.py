@@ -13,10 +13,10 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-
-from ptx.faults import Unknown
 from ptx.tiny_ptx import compute, run
-from ptx.values import LANES, TYPES
+
+from qwenkern.benchmarks.offline.ptx.faults import Unknown
+from qwenkern.benchmarks.offline.ptx.values import LANES, TYPES
 
 TIMES = 3  # sets of operands an instruction
 SIGNED, UNSIGNED = ("s16", "s32", "s64"), ("u16", "u32", "u64")
@@ -123,6 +123,19 @@ def test_bits(bits):
         signed = [wrapped(each, s) for each in x]
         filled = [each >> n for each, n in zip(signed, by, strict=True)]
         assert compute(f"shr.{s}", s, (s, signed), ("u32", amounts)).tolist() == filled
+
+
+def test_permuted_bytes():
+    """Byte by byte, as the specification has it."""
+    for seed in range(TIMES):
+        x, y, selector = (integers("u32", seed + 100 * i) for i in range(3))
+        expected = []
+        for a, b, chosen in zip(x, y, selector, strict=True):
+            each = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+            nibbles = [chosen >> 4 * place & 15 for place in range(4)]
+            picked = [each[n & 7] if n < 8 else 255 * (each[n & 7] > 127) for n in nibbles]
+            expected.append(int.from_bytes(bytes(picked), "little"))
+        assert compute("prmt.b32", "u32", ("u32", x), ("u32", y), ("u32", selector)).tolist() == expected
 
 
 @pytest.mark.parametrize("t", ["s32", "u32"])
@@ -394,6 +407,8 @@ def test_approximations_at_their_limits():
     assert (
         compute("div.full.f32", "f32", ("f32", [1.0, 7.0] * 16), ("f32", [0.0, 2.0] * 16)).tolist() == [INF, 3.5] * 16
     )
+    third = compute("div.rn.f32", "f32", ("f32", [1.0] * 32), ("f32", [3.0] * 32))
+    assert third.tolist() == [np.float32(1) / np.float32(3)] * 32
 
 
 def test_signs_of_floats():
@@ -454,13 +469,16 @@ def test_floats_and_integers(t):
         "ld.volatile.global.b32 %r1, [%rd0]",
         "ld.b32 %r1, [%rd0]",
         "atom.global.gpu.acq_rel.cas.b32 %r1, [%rd0], %r0, %r0",
-        "bar.sync 1",
-        "bar.sync 0, 64",
-        "wgmma.fence.sync.aligned",
+        "bar.arrive 1, 64",
+        "bar.sync 0, 48",
+        "bar.sync %r0",
+        "wgmma.mma_async.sync.aligned.m64n8k32.s32.s8.s8 {%r1,%r2,%r3,%r4}, %rd1, %rd2, 1",
+        "mbarrier.arrive.shared.b64 %rd1, [%r0]",
+        "fence.acq_rel.gpu",
         "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%r1,%r2,%r3,%r4}, {%r5,%r6}, {%r9}, {%r1,%r2,%r3,%r4}",
         "mov.u32 %r1, %smid",
         "ldmatrix.sync.aligned.m8n8.x2.trans.shared.b8 {%r1,%r2}, [%r0]",
-        "cp.async.bulk.commit_group",
+        "cp.async.bulk.prefetch.L2.global [%rd0], 16",
         "griddepcontrol.other",
         "shfl.sync.bfly.b32 %r1|%p1, %r0, 1, 31, -1",
         "bra nowhere",

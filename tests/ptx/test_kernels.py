@@ -22,10 +22,10 @@ import test_rope
 import test_swiglu
 import test_swiglu_backward
 import torch
-
 from ptx import on_ptx
 from ptx.compiling import compiling_process
 from ptx.on_ptx import Removal
+
 from qwenkern import kernels
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -33,7 +33,6 @@ SEED, SEEDS = 1, 2
 # Their code differs: kernels are launched dependently from sm_90 on, and store matrices; sm_120 has pairs of float32.
 ALL = ("sm_80", "sm_90", "sm_120")
 HOPPER = ("sm_90",)
-NOT_HOPPER = ("sm_80", "sm_120")  # on sm_90 prefill's products are wgmma
 
 TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (HOPPER, test_linear.test_programs_share_a_tile, {"tokens": 1}),  # split K, in two launches
@@ -41,7 +40,7 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_linear.test_norm_linear, {"n": 97, "k": 896, "tokens": 2, "dtype": F32}),
     (ALL, test_linear.test_odd_sizes, {"n": 17, "k": 257}),
     (ALL, test_linear.test_odd_sizes, {"n": 5, "k": 7}),
-    (ALL, test_linear.test_linear_with_bias_and_residual, {"tokens": 16, "dtype": F16}),
+    (ALL, test_linear.test_linear_with_bias_and_addend, {"tokens": 16, "dtype": F16}),
     (ALL, test_linear.test_norm_swiglu_linear, {"tokens": 5, "dtype": BF16}),
     (HOPPER, test_linear.test_strided_rows, {}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (16, 2, 128)}),
@@ -62,14 +61,14 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_rms_norm_backward.test_many_programs, {"rows": 259}),
     (ALL, test_swiglu.test_swiglu, {"columns": 257, "rows": 7, "dtype": BF16}),
     (ALL, test_swiglu_backward.test_swiglu_backward, {"columns": 257, "rows": 7, "dtype": BF16}),
-    (NOT_HOPPER, test_prefill_attention.test_ragged_batch, {}),
-    (NOT_HOPPER, test_prefill_attention.test_cached_prefixes, {"page_size": 16, "prefix": 1, "dtype": F32}),
-    (NOT_HOPPER, test_prefill_attention.test_heads_of_the_family, {"heads": (3, 3, 32)}),
+    (ALL, test_prefill_attention.test_ragged_batch, {}),
+    (ALL, test_prefill_attention.test_cached_prefixes, {"page_size": 16, "prefix": 1, "dtype": F32}),
+    (ALL, test_prefill_attention.test_heads_of_the_family, {"heads": (3, 3, 32)}),
 ]
 
 
 # Which kernels of on_ptx.KERNELS are run without each of their pieces in turn, where
-MUTATED = {"o_proj": ALL, "split_k": HOPPER, "decode_attention": ALL, "combine": HOPPER}
+MUTATED = {"o_proj": ALL, "split_k": HOPPER, "decode_attention": ALL}
 
 
 def cases() -> Iterator[Any]:
@@ -121,7 +120,6 @@ def test_what_is_missing_is_noticed(process, key, kernel):
     for seed in range(SEEDS):
         assert process.submit(on_ptx.without, key, kernel, seed, barriers).result() == ""
     expected = {"barrier", "guard"}
-    expected |= {"wait for copies", "sizes of copies"} if kernel != "combine" else set()
     expected |= {"wait for the kernel before"} if key != "sm_80" else set()
     assert {each.piece for each in removals if each not in unnoticed} == expected
 

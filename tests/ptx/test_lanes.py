@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-
-from ptx.launch import Kernel, Launch
-from ptx.memory import GlobalMemory
 from ptx.tiny_ptx import run
-from ptx.values import LANES
+
+from qwenkern.benchmarks.offline.ptx.launch import Kernel, Launch
+from qwenkern.benchmarks.offline.ptx.memory import GlobalMemory
+from qwenkern.benchmarks.offline.ptx.values import LANES
 
 LOAD = "mad.wide.u32 %rd10, %r0, 4, %rd0; ld.global.b32 %r1, [%rd10];"
 STORE = "mad.wide.u32 %rd11, %r0, 4, %rd1; st.global.b32 [%rd11], %r2;"

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from ptx.launch import Grid, Kernel, Launch
-from ptx.memory import GlobalMemory
-from ptx.values import LANES, TYPES
+from qwenkern.benchmarks.offline.ptx.launch import Grid, Kernel, Launch
+from qwenkern.benchmarks.offline.ptx.memory import GlobalMemory
+from qwenkern.benchmarks.offline.ptx.values import LANES, TYPES
 
 SHARED = ".extern .shared .align 16 .b8 smem[];"
 

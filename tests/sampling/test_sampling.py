@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import enum
 import math
-import random
 import time
-from dataclasses import dataclass, field
 from fractions import Fraction
 
 import numpy as np
 import pytest
 import torch
+from support.sampled_rows import FakeRow
 from transformers.generation import logits_process as theirs
 
 from qwenkern import RequestError, SamplingParams, TokenLogprob
@@ -20,22 +19,6 @@ from qwenkern.errors import shown
 from qwenkern.sampling import NOT_FINITE, sample
 
 VOCABULARY = 60
-
-
-@dataclass
-class FakeRow:
-    params: SamplingParams
-    prompt_ids: list[int] = field(default_factory=list)
-    output_ids: list[int] = field(default_factory=list)
-    end_ids: frozenset[int] = frozenset()
-    seed: int = 0
-
-    def __post_init__(self):
-        self.params = self.params.with_defaults({"temperature": 1.0})
-        self._random = random.Random(self.seed)
-
-    def uniform(self) -> float:
-        return self._random.random()
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .faults import Fault, Unknown
-from .parse import Address, Instruction, Name, Number, Operand, Program, Register, Vector
+from .parse import BY_VALUE, Address, Instruction, Name, Number, Operand, Program, Register, Vector
+from .under_way import UnderWay
 from .values import LANES, PRED, STORED, TYPES, U32, U64, Array, Type, constant
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ class Stop(enum.Enum):
 
     BARRIER = enum.auto()
     TURN = enum.auto()  # it may go on at once
+    POLL = enum.auto()  # what it asks for may be there when others have gone on
     END = enum.auto()
 
 
@@ -48,8 +50,8 @@ class Warp:
         self.active: Array | None = None  # lanes that take part in the present instruction; None: all
         self.at = 0  # the next instruction
         self.waits = cta.is_dependent  # until griddepcontrol.wait
-        self.copies: list[tuple[Array, Array]] = []  # asynchronous ones that are in no group yet: addresses, data
-        self.groups: list[list[tuple[Array, Array]]] = []
+        self.under_way = UnderWay()
+        self.barrier = (0, cta.num_warps)  # the one it is at, and for how many warps
         lane = np.arange(LANES, dtype=U32)
         self.special = {"%tid.x": lane + U32(LANES * number), "%laneid": lane, "%tid.y": lane * 0, "%tid.z": lane * 0}
         for prefix, sizes in (("%ctaid", cta.place), ("%nctaid", cta.grid), ("%ntid", (LANES * cta.num_warps, 1, 1))):
@@ -110,10 +112,6 @@ class Warp:
         if self.active is not None:
             raise Fault(f"{what} by {np.count_nonzero(self.active)} of a warp's 32 lanes")
 
-    def inputs_are_there(self) -> None:
-        if self.waits:
-            raise Fault("touches global memory before griddepcontrol.wait")
-
 
 def source(operand: Operand, type_: Type, program: Program, wider: bool = False, copied: bool = False) -> Source:
     """Reads an operand as elements of a type. ``wider``: its register may have more bits, which are cut off (section
@@ -133,6 +131,8 @@ def source(operand: Operand, type_: Type, program: Program, wider: bool = False,
     def read(warp: Warp) -> Array:
         value = warp.registers[slot]
         if value is None:
+            if slot in warp.under_way.sums:
+                raise Fault(f"reads {operand.name}, which a product may still write")
             warp.lacks(WHOLE)
             return garbage
         if warp.undefined and slot in warp.undefined:
@@ -148,10 +148,12 @@ def source(operand: Operand, type_: Type, program: Program, wider: bool = False,
 
 
 def _named(name: Name, type_: Type, program: Program) -> Source:
-    """A special register (section 10), or the address of shared memory, which is 0."""
+    """A special register (section 10), the address of shared memory, which is 0, or that of a parameter."""
     if name.text in program.shared and type_.bits >= 32:
         value = constant(0, type_)
         return lambda warp: value
+    if program.parameters.get(name.text) == BY_VALUE and type_.bits == 64:
+        return lambda warp: constant(warp.cta.arguments[name.text], type_)
     if name.text.startswith("%") and type_.bits == 32:
 
         def read(warp: Warp) -> Array:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .faults import Unknown
 
@@ -41,7 +41,16 @@ class Vector:
     items: tuple[Operand, ...]
 
 
-Operand = Register | Number | Name | Address | Vector
+@dataclass(frozen=True)
+class TensorAddress:
+    """``[map, {0, 64}]``: a box of a tensor."""
+
+    base: Register | Name
+    at: Vector
+
+
+Operand = Register | Number | Name | Address | Vector | TensorAddress
+BY_VALUE = "bytes"  # the type of a parameter that is no number, but a piece of memory
 
 
 @dataclass(frozen=True)
@@ -73,10 +82,11 @@ class Program:
     labels: dict[str, int] = field(default_factory=dict)
     registers: list[Register] = field(default_factory=list)
     shared: set[str] = field(default_factory=set)  # names of the shared memory that a launch gives the kernel
+    product_slots: set[int] = field(default_factory=set)  # registers that products of warp groups read or write
 
 
 _ENTRY = re.compile(r"\.entry\s+([\w$]+)\s*\((.*?)\)(.*)", re.S)
-_PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,]*?([\w$]+)\s*(?:,|$)")
+_PARAMETER = re.compile(r"\.param\s+\.(\w+)[^,]*?([\w$]+)(?:\[\d+\])?\s*(?:,|$)")
 _SHARED = re.compile(r"\.extern\s+\.shared\s+\.align\s+\d+\s+\.b8\s+([\w$]+)\[\]")
 _LINE = re.compile(r"\.loc[^\n]*?//\s*([^\s:]+:\d+)[^\n]*|\.loc[^\n]*|//[^\n]*")
 _STATEMENT = re.compile(r"\s*(?:([\w$]+):|(\{)|(\})|\.loc ([^\n]*)\n|([^;{}]+(?:\{[^;]*)?);)")
@@ -90,7 +100,8 @@ def parse(text: str) -> Program:
     entry = _ENTRY.search(text)
     if not entry or text.count(".entry") > 1 or ".func" in text:
         raise Unknown("a module that is not one kernel and nothing else")
-    parameters = {name: type_ for type_, name in _PARAMETER.findall(_LINE.sub("", entry[2]))}
+    found = _PARAMETER.findall(_LINE.sub("", entry[2]))
+    parameters = {name: BY_VALUE if type_ == "align" else type_ for type_, name in found}
     if len(parameters) != entry[2].count(".param"):
         raise Unknown(f"parameters of {entry[1]}")
     program = Program(entry[1], parameters, shared=set(_SHARED.findall(text)))
@@ -100,11 +111,11 @@ def parse(text: str) -> Program:
         if opened:
             scopes.append(_Scope(program, scopes[-1] if scopes else None))
         elif closed:
-            scopes.pop()
+            scopes.pop().close()
             if not scopes:
                 return program
         elif label:
-            program.labels[label] = len(program.instructions)
+            scopes[-1].label(label)
         elif line:
             source = line
         elif statement.startswith(".reg"):
@@ -135,6 +146,23 @@ class _Scope:
         self._program, self._outer = program, outer
         self._families: dict[str, tuple[str, int]] = {}  # `.reg .b32 %r<9>;`: the type and number of %r0 to %r8
         self._known: dict[str, Register] = {}
+        self._labels: dict[str, str] = {}
+        self._start = len(program.instructions)
+
+    def label(self, name: str) -> None:
+        """A label counts between its braces only (section 4.4)."""
+        self._labels[name] = f"{name}@{self._start}" if self._outer else name
+        self._program.labels[self._labels[name]] = len(self._program.instructions)
+
+    def close(self) -> None:
+        """From here on the labels' names may have other meanings."""
+        instructions = self._program.instructions
+        for at in range(self._start, len(instructions)) if self._outer else ():
+            operands = tuple(
+                Name(self._labels.get(each.text, each.text)) if isinstance(each, Name) else each
+                for each in instructions[at].operands
+            )
+            instructions[at] = replace(instructions[at], operands=operands)
 
     def declare(self, statement: str) -> None:
         found = _REGISTERS.fullmatch(statement)
@@ -177,12 +205,20 @@ def _instruction(statement: str, source: str, scope: _Scope) -> Instruction:
 def _operand(text: str, scope: _Scope) -> Operand:
     if text.startswith("{"):
         return Vector(tuple(_operand(each, scope) for each in _OPERAND.findall(text[1:-1].strip())))
+    if text.startswith("[") and "{" in text:
+        base, _, at = text[1:-1].partition(",")
+        where, box = _operand(base.strip(), scope), _operand(at.strip(), scope)
+        if not isinstance(where, Register | Name) or not isinstance(box, Vector):
+            raise Unknown(f"address {text}")
+        return TensorAddress(where, box)
     if text.startswith("["):
         base, _, offset = text[1:-1].partition("+")
         inside = _operand(base.strip(), scope)
         if not isinstance(inside, Register | Name):
             raise Unknown(f"address {text}")
         return Address(inside, _integer(offset.strip() or "0"))
+    if "|" in text:  # two destinations
+        return Vector(tuple(_operand(each.strip(), scope) for each in text.split("|")))
     if register := scope.find(text):
         return register
     if re.match(r"0[fFdD]", text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 
@@ -161,8 +162,7 @@ def _moved(instruction: Instruction) -> tuple[int, Type]:
 
 
 def _load_global(warp: Warp, places: Array, size: int) -> Array:
-    warp.inputs_are_there()
-    return warp.cta.memory.load(places, size)
+    return warp.cta.memory.load(places, size, warp.waits)
 
 
 def _load_shared(warp: Warp, places: Array, size: int) -> Array:
@@ -170,9 +170,8 @@ def _load_shared(warp: Warp, places: Array, size: int) -> Array:
 
 
 def _store_global(warp: Warp, places: Array, data: Array) -> None:
-    warp.inputs_are_there()
     warp.cta.stores(warp.number)
-    warp.cta.memory.store(places, data)
+    warp.cta.memory.store(places, data, warp.waits)
 
 
 def _store_shared(warp: Warp, places: Array, data: Array) -> None:
@@ -189,7 +188,7 @@ def prefetch(instruction: Instruction, program: Program) -> Step:
     def step(warp: Warp) -> None:
         places, lanes = addresses(warp), warp.lanes()
         warp.need("an address")
-        warp.cta.memory.check(places if lanes is None else places[lanes], 1)
+        warp.cta.memory.prefetch(places if lanes is None else places[lanes], warp.waits)
 
     return step
 
@@ -201,6 +200,10 @@ ATOMIC: dict[str, Callable[[Array, Array], Array]] = {
     "exch": lambda old, new: new,
 }
 RELEASES = ("release", "acq_rel")
+
+
+def _with(compute: Callable[[Array, Array], Array], value: Array, before: Array) -> Array:
+    return compute(before, value)
 
 
 @decodes("atom")
@@ -217,16 +220,13 @@ def atom(instruction: Instruction, program: Program) -> Step:
     releases = any(each in RELEASES for each in instruction.modifiers)
 
     def step(warp: Warp) -> Stop | None:
-        warp.inputs_are_there()
         if releases:
             warp.cta.releases(warp.number)
         places, values, before = addresses(warp), read(warp), np.zeros(LANES, type_.dtype)
         warp.need("an address, or what is added,")
         for lane in range(LANES) if warp.active is None else np.nonzero(warp.active)[0]:
-            place = places[lane : lane + 1]
-            before[lane] = warp.cta.memory.load(place, type_.bits // 8).view(type_.dtype)[0, 0]
-            after = compute(before[lane : lane + 1], values[lane : lane + 1])
-            warp.cta.memory.store(place, after.reshape(1, 1).view(U8))
+            place, value = places[lane : lane + 1], values[lane : lane + 1]
+            before[lane] = warp.cta.memory.atomic(place, functools.partial(_with, compute, value), type_, warp.waits)[0]
         write(warp, before)
         return Stop.TURN
 

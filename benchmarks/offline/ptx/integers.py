@@ -29,6 +29,8 @@ def mad_wide(x: Array, y: Array, z: Array) -> Array:
 
 
 def mul_hi(x: Array, y: Array) -> Array:
+    if x.dtype.itemsize == 8:
+        return np.array([int(each) * int(other) >> 64 for each, other in zip(x, y, strict=True)], x.dtype)
     product = mul_wide(x, y)
     return (product >> product.dtype.type(8 * x.dtype.itemsize)).astype(x.dtype)
 
@@ -76,6 +78,19 @@ def shr(x: Array, amount: Array) -> Array:
     return shifted if x.dtype.kind == "i" else np.where(amount < bits, shifted, x.dtype.type(0))
 
 
+def prmt(x: Array, y: Array, selector: Array) -> Array:
+    """9.7.9.7: each byte of the result by four bits of the selector: the number of one of the eight bytes of x and y,
+    or with 8 added its sign in all bits."""
+    pair = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(x)
+    for place in range(4):
+        choice = selector >> U32(4 * place) & U32(15)
+        byte = (pair >> (8 * (choice & U32(7))).astype(np.uint64) & np.uint64(0xFF)).astype(U32)
+        byte = np.where(choice & U32(8), (byte >> U32(7)) * U32(0xFF), byte)
+        result |= byte << U32(8 * place)
+    return result
+
+
 for t in (*SIGNED, *UNSIGNED):
     define(f"add.{t}", operator.add, t, t, t)
     define(f"sub.{t}", operator.sub, t, t, t)
@@ -85,8 +100,8 @@ for t in (*SIGNED, *UNSIGNED):
     define(f"rem.{t}", rem, t, t, t)
     define(f"min.{t}", np.minimum, t, t, t)
     define(f"max.{t}", np.maximum, t, t, t)
+    define(f"mul.hi.{t}", mul_hi, t, t, t)
     if t in WIDER:
-        define(f"mul.hi.{t}", mul_hi, t, t, t)
         define(f"mul.wide.{t}", mul_wide, WIDER[t], t, t)
         define(f"mad.wide.{t}", mad_wide, WIDER[t], t, t, WIDER[t])
 for t in SIGNED:
@@ -94,6 +109,7 @@ for t in SIGNED:
     define(f"abs.{t}", np.abs, t, t)
 for t in ("s32", "u32"):
     define(f"bfe.{t}", bfe, t, t, "u32", "u32")
+define("prmt.b32", prmt, "u32", "u32", "u32", "u32")
 
 for t in (*SIGNED, *UNSIGNED, *BITS):
     define(f"setp.eq.{t}", operator.eq, "pred", t, t)
@@ -115,3 +131,8 @@ for t in BITS:
     define(f"shl.{t}", shl, t, t, "u32")
 for t in (*SIGNED, *UNSIGNED, *BITS):
     define(f"shr.{t}", shr, t, t, "u32")
+
+# Generic addresses of global memory and of parameters are the addresses themselves (section 5, cvta).
+for _space in ("global", "param"):
+    define(f"cvta.{_space}.u64", lambda x: x, "u64", "u64")
+    define(f"cvta.to.{_space}.u64", lambda x: x, "u64", "u64")

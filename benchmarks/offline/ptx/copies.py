@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from . import bulk
 from .faults import Unknown
 from .parse import Instruction, Number, Program, Register
 from .table import decodes
@@ -14,6 +15,8 @@ from .warp import Step, Warp, address, only, source
 
 @decodes("cp")
 def cp_async(instruction: Instruction, program: Program) -> Step:
+    if "bulk" in instruction.modifiers:
+        return bulk.decode(instruction, program)
     if "commit_group" in instruction.modifiers:
         only(instruction, ("async", "commit_group"))
         return _commit
@@ -46,7 +49,6 @@ def _copy(instruction: Instruction, program: Program) -> Step:
     to_shared, from_global = address(to, program), address(of, program)
 
     def step(warp: Warp) -> None:
-        warp.inputs_are_there()
         lanes = np.arange(LANES) if warp.active is None else np.nonzero(warp.active)[0]
         places, origins = to_shared(warp)[lanes], from_global(warp)[lanes]
         sizes = np.full(len(lanes), whole) if filled is None else filled(warp)[lanes]
@@ -54,22 +56,22 @@ def _copy(instruction: Instruction, program: Program) -> Step:
         if np.count_nonzero((sizes != whole) & (sizes != 0)):
             raise Unknown("cp.async that fills part of its bytes with zeros")
         data = np.zeros((len(lanes), whole), U8)
-        data[sizes == whole] = warp.cta.memory.load(origins[sizes == whole], whole)
+        data[sizes == whole] = warp.cta.memory.load(origins[sizes == whole], whole, warp.waits, "copy")
         warp.cta.shared.begin_copy(warp.number, places, whole)
-        warp.copies.append((places, data))
+        warp.under_way.copies.append((places, data))
 
     return step
 
 
 def _commit(warp: Warp) -> None:
     warp.all_together("cp.async.commit_group")
-    warp.groups.append(warp.copies)
-    warp.copies = []
+    warp.under_way.copy_groups.append(warp.under_way.copies)
+    warp.under_way.copies = []
 
 
 def _wait(warp: Warp, most: int) -> None:
     """Until ``most`` groups, the latest ones, may still be under way."""
     warp.all_together("cp.async.wait_group")
-    while len(warp.groups) > most:
-        for places, data in warp.groups.pop(0):
+    while len(warp.under_way.copy_groups) > most:
+        for places, data in warp.under_way.copy_groups.pop(0):
             warp.cta.shared.end_copy(warp.number, places, data)

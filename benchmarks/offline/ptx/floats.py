@@ -111,7 +111,7 @@ UNARY: dict[str, Compute] = {
 for name, compute in UNARY.items():
     define(f"{name}.f32", compute, "f32", "f32")
     define(f"{name}.ftz.f32", _flushing(compute), "f32", "f32")
-for name in ("div.full", "div.approx"):
+for name in ("div.full", "div.approx", "div.rn"):
     define(f"{name}.f32", lambda x, y: to_f32(_wide(x) / y), "f32", "f32", "f32")
 
 for kind, wide, narrow in (("bf16", _wide_bf16, to_bf16), ("f16", _wide, to_f16)):

@@ -1,0 +1,105 @@
+"""Penalties, biases and masks as tensors on the device, so that a captured step applies and updates them.
+
+    logits [R, V] ─► repetition, presence, frequency ─► bias ─► early ends ─► grammar's mask ─► draw ─► tokens [R]
+                          ▲                                                                              │
+                          └──────────────── history: how often each token was drawn ◄────────────────────┘
+
+A sequence keeps its slot, a row of these tensors, for as long as it is decoded. Its prompt is uploaded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from .parameters import SampledSequence
+
+_SEEN, _IS_END, _ONCE = 1, 2, 4  # parts of a number of the history
+_FEWEST_SLOTS = 8
+Upload = Callable[[Tensor, Tensor], None]  # copies to the device, in stream order
+
+
+class TokenStates:
+    """What sequences' tokens and parameters do to their logits, one slot a sequence and a spare one for rows without a
+    sequence.
+
+    When there are more sequences than slots, the one that was loaded longest ago loses its slot. It is uploaded again
+    when it returns."""
+
+    def __init__(self, vocabulary: int, device: torch.device) -> None:
+        self._vocabulary, self._device = vocabulary, device
+        self.slots = 0
+        self._forget()
+
+    def reserve(self, rows: int) -> bool:
+        """Makes slots for so many sequences, with room to spare. Returns whether the tensors are new ones, which no
+        step has captured yet, and which no sequence is in."""
+        if rows <= self.slots:
+            return False
+        self.slots = max(_FEWEST_SLOTS, 1 << (rows - 1).bit_length())
+        self._forget()
+        return True
+
+    def _forget(self) -> None:
+        rows, words = self.slots + 1, -(-self._vocabulary // 32)
+        # How often the output has each token, times _ONCE, plus _SEEN if it is in prompt or output, plus _IS_END.
+        self.history = torch.zeros(rows, self._vocabulary, dtype=torch.int32, device=self._device)
+        self.bias = torch.zeros(rows, self._vocabulary, dtype=torch.float32, device=self._device)
+        # A grammar's mask: bit t % 32 of word t // 32 allows token t. All ones: it allows everything.
+        self.allowed = torch.full((rows, words), -1, dtype=torch.int32, device=self._device)
+        self._places: WeakKeyDictionary[SampledSequence, list[int]] = WeakKeyDictionary()  # slot, tokens of the output
+
+    def load(self, sequences: Sequence[SampledSequence], upload: Upload) -> list[int]:
+        """The slot of each sequence. A sequence that is new, or has got tokens elsewhere, is uploaded."""
+        others = [each for each in self._places if each not in sequences]
+        free = [*set(range(self.slots)).difference(slot for slot, _ in self._places.values())]
+        found = []
+        for sequence in sequences:
+            place = self._places.pop(sequence, None)
+            if place is None and not free:
+                free.append(self._places.pop(others.pop(0))[0])
+            if place is None or place[1] != len(sequence.output_ids):
+                place = [free.pop() if place is None else place[0], len(sequence.output_ids)]
+                self._upload(place[0], sequence, upload)
+            self._places[sequence] = place  # the last one in order
+            found.append(place[0])
+        return found
+
+    def launched(self, sequences: Sequence[SampledSequence]) -> None:
+        """Notes that a step was launched, which adds its token to each sequence's history."""
+        for sequence in sequences:
+            self._places[sequence][1] += 1
+
+    def adjust(self, logits: Tensor, slots: Tensor, settings: Tensor) -> Tensor:
+        """Logits [R, V] after penalties, biases and masks. ``slots`` is [R] int64, and ``settings`` [8, R] as in
+        drawing.py. Bit by bit it gives what `penalise` gives."""
+        repetition, presence, frequency, early = settings[4:, :, None]
+        history, vocabulary = self.history[slots], torch.arange(logits.shape[-1], device=logits.device)
+        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
+        logits = torch.where((history & ~_IS_END) > 0, repeated, logits)
+        counts = history >> 2
+        logits = torch.where(counts > 0, logits - (presence + frequency * counts), logits)
+        logits = logits + self.bias[slots]
+        allowed = (self.allowed[slots][:, vocabulary >> 5] >> (vocabulary & 31)) & 1
+        is_early = ((history & _IS_END) > 0) & (early > 0)
+        return logits.masked_fill(is_early | (allowed == 0), -math.inf)
+
+    def count(self, tokens: Tensor, slots: Tensor, moves: Tensor) -> None:
+        """Adds drawn tokens [R] to the histories of the rows whose ``moves`` [R] int32 is 1, not 0."""
+        at = slots * self._vocabulary + tokens
+        self.history.view(-1).scatter_add_(0, at, moves * _ONCE)
+
+    def _upload(self, slot: int, sequence: SampledSequence, upload: Upload) -> None:
+        ids, counts = sequence.history.of(sequence.prompt_ids, sequence.output_ids)
+        history = torch.zeros(self._vocabulary, dtype=torch.int32, device="cpu")
+        history[ids] = counts.int() * _ONCE + _SEEN
+        history[list(sequence.end_ids)] |= _IS_END
+        bias = torch.zeros(self._vocabulary, dtype=torch.float32, device="cpu")
+        biases = sequence.params.logit_bias
+        bias[list(biases)] = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")
+        upload(self.history[slot], history)
+        upload(self.bias[slot], bias)
