@@ -11,8 +11,9 @@ and the tensor cores get several rows. Scores and sums are float32. The softmax 
       sequence 1   ▒▒│▒▒│▒                          sequence's length only, so the kernel is batch-invariant;
       sequence 2   ▒                                program p computes the splits p, p + programs, ...
 
-Each split writes a normalised result and the log2 of its sum of exponentials. The program of a key-value head that
-arrives last computes the weighted sum of its splits, in their order. A sequence of one split is written directly.
+Each split writes a normalised result and the log2 of its sum of exponentials. A second kernel computes the weighted sum
+of the splits. (On an H100 the program that arrives last takes several times as long for that sum, alone, as the second
+kernel with a program for each head and part of D.)
 
 A short sequence takes a chain of latencies and hardly any time to move its bytes. So a split has at least MIN_TOKENS
 tokens, and where the caller promises that lengths and block tables are settled (dispatch.dependent_launches), a program
@@ -36,15 +37,12 @@ from ..language import cast, divide, dot, exp2, launch_dependents, log2, precise
 from ..pages import Pages
 from ..triton_if_any import INTERPRETED
 from . import tuning
-from .arrivals import arrivals
 from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
-from .decode_parts import combine, sum_of_slices
 from .rope import HEAD_DIMS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 MAX_GROUP = 64
 DENSE_PAGE = 64  # the page size for which a configuration is looked up where a sequence is one page
-
 
 tuning.SPACES["decode_attention"] = {
     "BLOCK_N": (16, 32, 64),
@@ -88,36 +86,25 @@ def _tokens_of_split(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, MI
 
 
 @triton.jit
-def _offset_in_page(token, PAGE_SIZE: tl.constexpr):
-    return token if PAGE_SIZE is None else token % PAGE_SIZE
-
-
-@triton.jit
-def _page_of(block_tables_ptr, block_tables_stride, sequence, token, PAGE_SIZE: tl.constexpr):
+def _page_of(table, sequence, token, PAGE_SIZE: tl.constexpr):
     """The number of a token's page."""
-    if PAGE_SIZE is None:
-        return sequence
-    else:
-        return tl.load(block_tables_ptr + sequence * block_tables_stride + token // PAGE_SIZE).to(tl.int64)
+    return sequence if PAGE_SIZE is None else tl.load(table + token // PAGE_SIZE).to(tl.int64)
 
 
 @triton.jit
-def _scores(k, q, SLICES: tl.constexpr):
-    """k [SLICES, N, D] times q [SLICES, D, G]. Products of float32 have one slice."""
-    if SLICES == 1:
-        k = tl.reshape(k, [k.shape[1], k.shape[2]])
-        q = tl.reshape(q, [q.shape[1], q.shape[2]])
-        return precise_dot(k, q)[None, :, :]
+def _offset_in_page(token, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
+    """The offset of a tile's first token. It is the constant 0 where a tile is a page."""
+    if PAGE_SIZE is None:
+        return token
     else:
-        return dot(k, q, tl.zeros([SLICES, k.shape[1], q.shape[2]], tl.float32))
+        return 0 if BLOCK_N == PAGE_SIZE else token % PAGE_SIZE
 
 
 @triton.jit(do_not_specialize=["num_tokens", "splits", "block_tables_stride"])  # they vary from call to call
 def _decode_attention_kernel(
-    out_ptr,  # [S, Hq, D]
+    out_ptr,  # [S, Hq, D], written here if there is one split
     parts_ptr,  # [S, Hq, splits, D] float32, or None if there is one split
     logs_ptr,  # [S, Hq, splits] float32, or None
-    arrivals_ptr,  # [S, Hkv] int32, zero before and after the kernel; or None
     q_ptr,  # [S, Hq, D]
     pages,  # the named tuple of their format
     block_tables_ptr,  # [S, P], or None
@@ -134,9 +121,7 @@ def _decode_attention_kernel(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_G: tl.constexpr,
-    ROWS: tl.constexpr,  # GROUP or the next power of two
     BLOCK_N: tl.constexpr,
-    SLICES: tl.constexpr,  # of BLOCK_N, one a warp
     NUM_SPLITS: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
     PREFETCH_TILES: tl.constexpr,
@@ -146,6 +131,8 @@ def _decode_attention_kernel(
     kv_head = tl.program_id(1)
     sequence = tl.program_id(2).to(tl.int64)
     num_kv_heads = tl.num_programs(1)
+    group = tl.arange(0, BLOCK_G)[:, None]
+    column = tl.arange(0, HEAD_DIM)[None, :]
     row = tl.arange(0, BLOCK_N)[:, None]
     launch_dependents(PDL)
     if not SETTLED:
@@ -155,95 +142,101 @@ def _decode_attention_kernel(
         length = tl.load(lengths_ptr + sequence).to(tl.int32)
     tokens = _tokens_of_split(length, BLOCK_N, NUM_SPLITS, MIN_TOKENS)
     used = tl.cdiv(length, tokens)
+    table = block_tables_ptr
+    if PAGE_SIZE is not None:
+        table += sequence * block_tables_stride
     first = tl.program_id(0) * tokens
-    page = _page_of(block_tables_ptr, block_tables_stride, sequence, tl.minimum(first, length - 1), PAGE_SIZE)
+    page = _page_of(table, sequence, tl.minimum(first, length - 1), PAGE_SIZE)
     if SETTLED:
         for i in tl.static_range(PREFETCH_TILES):
             tile = first + i * BLOCK_N
-            at = tl.minimum(tile, length - 1)
-            its_page = _page_of(block_tables_ptr, block_tables_stride, sequence, at, PAGE_SIZE)
-            token = (_offset_in_page(tile, PAGE_SIZE) + row).to(tl.int64)
+            its_page = _page_of(table, sequence, tl.minimum(tile, length - 1), PAGE_SIZE)
+            token = (_offset_in_page(tile, BLOCK_N, PAGE_SIZE) + row).to(tl.int64)
             PREFETCH(pages, kv_head, its_page, token, tile + row < tl.minimum(length, first + tokens), HEAD_DIM)
         wait(PDL)
     if tl.program_id(0) >= used:
         return
 
-    group = tl.arange(0, BLOCK_G)[:, None]
-    column = tl.arange(0, HEAD_DIM)[None, :]
     dtype = q_ptr.dtype.element_ty
     q_heads = kv_head * GROUP + group
-    first_head = (sequence * num_kv_heads + kv_head) * GROUP
-    head = first_head + group
+    head = sequence * num_kv_heads * GROUP + q_heads
     q = tl.load(q_ptr + sequence * q_stride + q_heads * HEAD_DIM + column, mask=group < GROUP, other=0.0)
-    q = tl.broadcast_to(tl.trans(q)[None, :, :], [SLICES, HEAD_DIM, BLOCK_G])
-    width: tl.constexpr = BLOCK_N // SLICES
-    row = tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, :, None]
-    column_of_v = tl.arange(0, HEAD_DIM)[None, :, None]  # v is loaded transposed, to be the left operand
-    row_of_v = tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
 
-    # One loop over the tiles of all splits of this program, so that tiles of the next split are loaded early.
-    stride = tl.num_programs(0) * tokens
-    mine = tl.cdiv(used - tl.program_id(0), tl.num_programs(0))
-    last_end = tl.minimum(length, first + (mine - 1) * stride + tokens)
-    tiles = (mine - 1) * (tokens // BLOCK_N) + tl.cdiv(last_end - first - (mine - 1) * stride, BLOCK_N)
-    start = first
-    tile = first
-    best = tl.full([SLICES, BLOCK_G], float("-inf"), tl.float32)
-    total = tl.zeros([SLICES, BLOCK_G], tl.float32)
-    acc = tl.zeros([SLICES, HEAD_DIM, BLOCK_G], tl.float32)
-    for _ in range(tiles):
-        end = tl.minimum(length, start + tokens)
-        offset = _offset_in_page(tile, PAGE_SIZE)
-        k = LOAD_K(pages, kv_head, page, (offset + row).to(tl.int64), column[None, :, :], tile + row < end)
-        v = LOAD_V(pages, kv_head, page, (offset + row_of_v).to(tl.int64), column_of_v, tile + row_of_v < end)
-        is_last = tile + BLOCK_N >= end
-        following = tl.where(is_last, start + stride, tile + BLOCK_N)
-        # Load the next page number early, to hide its latency. The last one of all is loaded twice.
-        page = _page_of(block_tables_ptr, block_tables_stride, sequence, tl.minimum(following, length - 1), PAGE_SIZE)
+    for split in range(tl.program_id(0), used, tl.num_programs(0)):
+        start, end = split * tokens, tl.minimum(length, (split + 1) * tokens)
+        next_start = start + tl.num_programs(0) * tokens
+        best = tl.full([BLOCK_G], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_G], tl.float32)
+        acc = tl.zeros([BLOCK_G, HEAD_DIM], tl.float32)
+        for tile in range(start, end, BLOCK_N):
+            token = (_offset_in_page(tile, BLOCK_N, PAGE_SIZE) + row).to(tl.int64)
+            this_page = page
+            # Load the next page number early, to hide its latency. The last one of all is loaded twice.
+            following = tl.where(tile + BLOCK_N < end, tile + BLOCK_N, next_start)
+            page = _page_of(table, sequence, tl.minimum(following, length - 1), PAGE_SIZE)
+            k = LOAD_K(pages, kv_head, this_page, token, column, tile + row < end)
+            v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)
+            scores = precise_dot(q, k.T) * (scale * LOG2_E)
+            scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            weights = exp2(scores - new_best[:, None], dtype)
+            shrink = exp2(best - new_best, dtype)
+            total = total * shrink + tl.sum(weights, axis=1)
+            acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
+            best = new_best
 
-        scores = _scores(k, q, SLICES) * (scale * LOG2_E)
-        scores = tl.where(tile + row < end, scores, float("-inf"))
-        best = tl.where(tile == start, float("-inf"), best)
-        new_best = tl.maximum(best, tl.max(scores, axis=1))
-        safe = tl.where(new_best == float("-inf"), 0.0, new_best)  # a slice may have no token yet
-        weights = exp2(scores - safe[:, None, :], dtype)
-        shrink = exp2(best - safe, dtype)  # zero at the first tile of a split
-        total = total * shrink + tl.sum(weights, axis=1)
-        acc = dot(v, cast(weights, dtype), acc * shrink[:, None, :])
-        best = new_best
+        acc = divide(acc, total[:, None], dtype)
+        if parts_ptr is None:
+            tl.store(out_ptr + head * HEAD_DIM + column, cast(acc, dtype), mask=group < GROUP)
+        else:
+            at_part = head * splits + split
+            tl.store(parts_ptr + at_part * HEAD_DIM + column, acc, mask=group < GROUP)
+            tl.store(logs_ptr + at_part, (best + log2(total, dtype))[:, None], mask=group < GROUP)
 
-        if is_last:
-            best_of_all = tl.max(best, axis=0)
-            shrink = exp2(best - best_of_all[None, :], dtype)
-            sum_of_all = tl.sum(total * shrink, axis=0)
-            out = divide(sum_of_slices(acc * shrink[:, None, :], SLICES), sum_of_all[:, None], dtype)
-            out_at = out_ptr + head * HEAD_DIM + column
-            if parts_ptr is None:  # noqa: SIM114 - a constant; the next test is not
-                tl.store(out_at, cast(out, dtype), mask=group < GROUP)
-            elif used == 1:
-                tl.store(out_at, cast(out, dtype), mask=group < GROUP)
-            else:
-                at_part = head * splits + start // tokens
-                tl.store(parts_ptr + at_part * HEAD_DIM + column, out, mask=group < GROUP)
-                tl.store(logs_ptr + at_part, (best_of_all + log2(sum_of_all, dtype))[:, None], mask=group < GROUP)
-            start = following
-        tile = following
 
-    if parts_ptr is not None:  # noqa: SIM102 - a constant; the next test is not
-        if used > 1:
-            arrival = arrivals_ptr + sequence * num_kv_heads + kv_head
-            tl.debug_barrier()  # all threads have written their parts before one counts the arrival
-            before = tl.atomic_add(arrival, 1, sem="acq_rel")
-            if before == tl.minimum(used, tl.num_programs(0)) - 1:
-                combine(out_ptr, parts_ptr, logs_ptr, first_head, used, splits, GROUP, ROWS, HEAD_DIM, 8)
-                tl.store(arrival, 0)
+@triton.jit(do_not_specialize=["num_tokens", "splits"])
+def _combine_kernel(
+    out_ptr,  # [S, Hq, D]
+    parts_ptr,  # [S, Hq, splits, D] float32
+    logs_ptr,  # [S, Hq, splits] float32
+    lengths_ptr,  # [S], or None: num_tokens each
+    num_tokens,
+    splits,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    NUM_SPLITS: tl.constexpr,
+    MIN_TOKENS: tl.constexpr,
+    SETTLED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    sequence = tl.program_id(2).to(tl.int64)
+    head = sequence * tl.num_programs(1) + tl.program_id(1)
+    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    split = tl.arange(0, NUM_SPLITS)
+    launch_dependents(PDL)
+    if not SETTLED:
+        wait(PDL)
+    length = num_tokens
+    if lengths_ptr is not None:
+        length = tl.load(lengths_ptr + sequence).to(tl.int32)
+    mask = split * _tokens_of_split(length, BLOCK_N, NUM_SPLITS, MIN_TOKENS) < length
+    if SETTLED:
+        wait(PDL)
+
+    dtype = out_ptr.dtype.element_ty
+    at = (head * splits + split)[:, None] * HEAD_DIM + column[None, :]
+    parts = tl.load(parts_ptr + at, mask=mask[:, None], other=0.0)
+    logs = tl.load(logs_ptr + head * splits + split, mask=mask, other=float("-inf"))
+    weights = exp2(logs - tl.max(logs, axis=0), dtype)
+    out = divide(tl.sum(weights[:, None] * parts, axis=0), tl.sum(weights, axis=0), dtype)
+    tl.store(out_ptr + head * HEAD_DIM + column, cast(out, dtype))
 
 
 def _launch_decode_attention(
     out: Tensor,
     parts: Tensor | None,
     logs: Tensor | None,
-    counters: Tensor | None,
     q: Tensor,
     pages: Pages,
     block_tables: Tensor | None,
@@ -252,23 +245,19 @@ def _launch_decode_attention(
     scale: float,
     config: dict[str, Any],
 ) -> None:
-    """The pages may have any strides, if the last dimension is contiguous. Without block_tables and lengths, page s has
-    the ``num_tokens`` tokens of sequence s."""
     (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
-    group, device = num_q_heads // num_kv_heads, tuning.device_of(q)
-    rows = triton.next_power_of_2(group)
+    group = num_q_heads // num_kv_heads
     splits = 1 if logs is None else logs.shape[2]
     # At most 4 programs a multiprocessor, twice what it holds at a time. A captured step has splits for a whole
     # context, and most of them are empty.
-    programs = min(splits, triton.cdiv(4 * device.num_sms, num_kv_heads * num_sequences))
+    programs = min(splits, triton.cdiv(4 * tuning.device_of(q).num_sms, num_kv_heads * num_sequences))
     options = pdl_options(q)
-    if pages.triton_prefetch is None:
-        config = config | {"PREFETCH_TILES": 0}
+    settled = options["PDL"] and (launches_dependently() or tuning.is_offline())
+    config = config if pages.triton_prefetch else config | {"PREFETCH_TILES": 0}
     _decode_attention_kernel[(programs, num_kv_heads, num_sequences)](
         out,
         parts,
         logs,
-        counters,
         q,
         pages.triton_arguments(),
         block_tables,
@@ -284,11 +273,28 @@ def _launch_decode_attention(
         PAGE_SIZE=None if block_tables is None else pages.page_size,
         GROUP=group,
         HEAD_DIM=head_dim,
-        BLOCK_G=max(1 if device.backend == "cuda" else 16, rows),  # AMD's matrix instructions need 16 columns
-        ROWS=rows,
-        SLICES=min(4, config["num_warps"], config["BLOCK_N"] // 16) if q.element_size() == 2 else 1,
-        SETTLED=options["PDL"] and (launches_dependently() or tuning.is_offline()),
+        BLOCK_G=max(16, triton.next_power_of_2(group)),
+        SETTLED=settled,
         **config,
+        **options,
+    )
+    if parts is None:
+        return
+    block_d = min(head_dim, 64)
+    _combine_kernel[(head_dim // block_d, num_q_heads, num_sequences)](
+        out,
+        parts,
+        logs,
+        lengths,
+        num_tokens,
+        splits,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        BLOCK_N=config["BLOCK_N"],
+        NUM_SPLITS=config["NUM_SPLITS"],
+        MIN_TOKENS=config["MIN_TOKENS"],
+        SETTLED=settled,
+        num_warps=4,
         **options,
     )
 
@@ -311,8 +317,8 @@ def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:
 def attend(
     q: Tensor, pages: Pages, block_tables: Tensor | None, lengths: Tensor | None, scale: float, num_tokens: int = 0
 ) -> Tensor:
-    """decode_attention over pages of any strides. Without block_tables and lengths, page s has the ``num_tokens``
-    tokens of sequence s."""
+    """decode_attention over pages of any strides, if the last dimension is contiguous. Without block_tables and
+    lengths, page s has the ``num_tokens`` tokens of sequence s."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
     (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
     page_size, most = DENSE_PAGE, num_tokens
@@ -321,12 +327,11 @@ def attend(
     config = _config(tuning.device_of(q), num_kv_heads, head_dim, page_size, q.element_size())
     splits = min(config["NUM_SPLITS"], triton.cdiv(most, config["MIN_TOKENS"]))
     out = q.new_empty(q.shape)
-    parts = logs = counters = None
+    parts = logs = None
     if splits > 1:
         parts = q.new_empty((num_sequences, num_q_heads, splits, head_dim), dtype=torch.float32)
         logs = q.new_empty((num_sequences, num_q_heads, splits), dtype=torch.float32)
-        counters = arrivals(q, num_sequences * num_kv_heads)
-    _launch_decode_attention(out, parts, logs, counters, q, pages, block_tables, lengths, num_tokens, scale, config)
+    _launch_decode_attention(out, parts, logs, q, pages, block_tables, lengths, num_tokens, scale, config)
     return out
 
 

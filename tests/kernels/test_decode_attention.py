@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.mutations import Mutation
 from support.paged import paged_cache
-from support.references import assert_matches_reference, guarded_allocations, random, tensors_left_behind
+from support.references import assert_matches_reference, guarded_allocations, random
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 HEADS = {"0.5B": (14, 2, 64), "1.5B": (12, 2, 128), "3B": (16, 2, 128), "7B": (28, 4, 128), "14B": (40, 8, 128)}
@@ -35,27 +35,9 @@ def test_several_tiles_a_split(ops, device, dtype):
 
 @pytest.mark.slow
 def test_several_splits_a_program(ops, device):
-    """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100; twice, since the programs
-    count each other."""
+    """11 sequences of 16 heads leave 3 programs for the 5 splits of the longest on an H100."""
     lengths = [1, 64, 65, 128, 129, 192, 193, 256, 257, 300, 320]
-    inputs = _inputs(lengths, (16, 16, 16), torch.bfloat16, device)
-    with ops.dependent_launches({}):
-        first = assert_matches_reference(ops, "decode_attention", *inputs)
-        assert torch.equal(first, assert_matches_reference(ops, "decode_attention", *inputs))
-
-
-def test_no_tensor_is_kept(ops, device):
-    inputs = _inputs([130, 3], (2, 1, 16), torch.bfloat16, device)
-    assert tensors_left_behind(lambda: ops.decode_attention(*inputs)) == []
-    with ops.dependent_launches(kept := {}):
-        ops.decode_attention(*inputs)
-        assert tensors_left_behind(lambda: ops.decode_attention(*inputs)) == [] != list(kept)
-
-
-def test_many_splits(ops, device):
-    """More than are combined at once, of which some weigh much more than others."""
-    q, *rest = _inputs([1100, 10], (4, 2, 16), torch.bfloat16, device)
-    assert_matches_reference(ops, "decode_attention", q * 8, *rest)
+    assert_matches_reference(ops, "decode_attention", *_inputs(lengths, (16, 16, 16), torch.bfloat16, device))
 
 
 def test_attention(ops, device):
@@ -188,59 +170,43 @@ def _inputs(lengths, heads, dtype, device, page_size=64, spare_pages=1):
 _RAGGED = {"page_size": 64, "dtype": torch.float32}
 _SPLITS = {"dtype": torch.float32}
 _3B = {"heads": (16, 2, 128)}
-FILE, PARTS = "triton/decode_attention.py", "triton/decode_parts.py"
+FILE = "triton/decode_attention.py"
 MUTATIONS = [
     Mutation(
-        "only the first split of each program", FILE, "mine = tl.cdiv(used - tl.program_id(0), tl.num_programs(0))",
-        "mine = 1", test_several_splits_a_program, {},
+        "only the first split of each program", FILE, "range(tl.program_id(0), used, tl.num_programs(0))",
+        "range(tl.program_id(0), used, used)", test_several_splits_a_program, {},
     ),
     Mutation(
-        "a split continues the one before", FILE, "tl.where(tile == start, float(\"-inf\"), best)", "best",
-        test_several_splits_a_program, {},
-    ),
-    Mutation(
-        "all splits counted, and not the programs", FILE, "tl.minimum(used, tl.num_programs(0)) - 1", "used - 1",
-        test_several_splits_a_program, {},
-    ),
-    Mutation(
-        "arrivals not reset", FILE, "tl.store(arrival, 0)", "pass", test_several_splits_a_program, {},
+        "the page of the next split in its place", FILE, "next_start = start + tl.num_programs(0) * tokens",
+        "next_start = start + tokens", test_several_splits_a_program, {},
     ),
     Mutation(
         "heads of another group", FILE, "q_heads = kv_head * GROUP + group", "q_heads = group * 2 + kv_head",
         test_heads_of_the_family, _3B,
     ),
     Mutation(
-        "tokens beyond the length", FILE, "tl.where(tile + row < end, scores", "tl.where(tile + row >= 0, scores",
-        test_ragged_lengths, _RAGGED,
+        "tokens beyond the length", FILE, "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores",
+        "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] >= 0, scores", test_ragged_lengths, _RAGGED,
     ),
     Mutation(
-        "v beyond the length", FILE, "column_of_v, tile + row_of_v < end)", "column_of_v, None)",
-        test_ragged_lengths, _RAGGED,
+        "v beyond the length", FILE, "v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)",
+        "v = LOAD_V(pages, kv_head, this_page, token, column, None)", test_ragged_lengths, _RAGGED,
     ),
-    Mutation(
-        "a slice without a token", FILE, "tl.where(new_best == float(\"-inf\"), 0.0, new_best)", "new_best",
-        test_heads_of_the_family, _3B,
-    ),
-    Mutation("slices weighed alike", FILE, "exp2(best - best_of_all[None, :], dtype)", "1.0",
-             test_heads_of_the_family, _3B),
-    Mutation("a slice lost", PARTS, "return even + odd", "return even", test_heads_of_the_family, _3B),
     Mutation("sum not rescaled", FILE, "total = total * shrink", "total = total", test_several_tiles_a_split, _SPLITS),
-    Mutation("result not rescaled", FILE, "acc * shrink[:, None, :])\n        best =", "acc)\n        best =",
-             test_several_tiles_a_split, _SPLITS),
+    Mutation("result not rescaled", FILE, "acc * shrink[:, None])", "acc)", test_several_tiles_a_split, _SPLITS),
     Mutation(
         "the same page again", FILE, "tl.minimum(following, length - 1)", "tile", test_several_tiles_a_split, _SPLITS
     ),
-    Mutation("the first sequence's page", FILE, "return sequence", "return sequence * 0", test_attention, {}),
     Mutation(
-        "splits weighed alike", PARTS, "weights = exp2(logs - new_best[None, :], dtype)",
-        "weights = tl.where(split < used, 1.0, 0.0) + tl.zeros([IN_FLIGHT, ROWS], tl.float32)",
+        "each tile from the start of its page", FILE, "0 if BLOCK_N == PAGE_SIZE else token % PAGE_SIZE", "0",
+        test_ragged_lengths, {"page_size": 128, "dtype": torch.float32},
+    ),
+    Mutation("the first sequence's page", FILE, "return sequence if", "return sequence * 0 if", test_attention, {}),
+    Mutation(
+        "splits weighed alike", FILE, "exp2(logs - tl.max(logs, axis=0), dtype)", "tl.where(mask, 1.0, 0.0)",
         test_ragged_lengths, _RAGGED,
     ),
-    Mutation("a split lost", PARTS, "range(0, used, IN_FLIGHT)", "range(1, used, IN_FLIGHT)",
-             test_ragged_lengths, _RAGGED),
-    Mutation("splits not rescaled", PARTS, "acc = acc * shrink[:, None]", "acc = acc", test_many_splits, {}),
-    Mutation("logarithm of the sum forgotten", FILE, "best_of_all + log2(sum_of_all, dtype)", "best_of_all",
-             test_ragged_lengths, _RAGGED),
+    Mutation("logarithm of the sum forgotten", FILE, "best + log2(total, dtype)", "best", test_ragged_lengths, _RAGGED),
     Mutation("natural exponential", FILE, "(scale * LOG2_E)", "scale", test_ragged_lengths, _RAGGED),
     Mutation(
         "splits by the table", FILE, "NUM_SPLITS) * BLOCK_N", "tl.num_programs(0)) * BLOCK_N",

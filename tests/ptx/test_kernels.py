@@ -46,6 +46,8 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (16, 2, 128)}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (14, 2, 64)}),
     (HOPPER, test_decode_attention.test_several_splits_a_program, {}),
+    (HOPPER, test_decode_attention.test_bits_are_batch_invariant, {}),
+    (HOPPER, test_decode_attention.test_rows_of_one_sequence_are_as_one_by_one, {}),
     (ALL, test_decode_attention.test_one_split, {"length": 40, "spare_pages": 0}),
     (HOPPER, test_decode_attention.test_ragged_lengths, {"page_size": 64, "dtype": F32}),
     (ALL, test_lm_head.test_lm_head, {"tokens": 5, "dtype": BF16}),
@@ -68,7 +70,7 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
 
 
 # Which kernels of on_ptx.KERNELS are run without each of their pieces in turn, where
-MUTATED = {"o_proj": ALL, "split_k": HOPPER, "decode_attention": ALL}
+MUTATED = {"o_proj": ALL, "split_k": HOPPER, "decode_attention": ALL, "combine": HOPPER}
 
 
 def cases() -> Iterator[Any]:
@@ -120,6 +122,7 @@ def test_what_is_missing_is_noticed(process, key, kernel):
     for seed in range(SEEDS):
         assert process.submit(on_ptx.without, key, kernel, seed, barriers).result() == ""
     expected = {"barrier", "guard"}
+    expected |= {"wait for copies", "sizes of copies"} if kernel != "combine" else set()
     expected |= {"wait for the kernel before"} if key != "sm_80" else set()
     assert {each.piece for each in removals if each not in unnoticed} == expected
 
@@ -127,8 +130,7 @@ def test_what_is_missing_is_noticed(process, key, kernel):
 # What these lines do where it is of no use does no harm either.
 HARMLESS = {
     "k = LOAD_K(pages, kv_head, this_page, token": "a tile lies within a page; scores beyond the end are replaced",
-    "page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1)": "the index is clamped to the sequence's pages",
-    "page = tl.load(table + start // page_size)": "no split begins beyond its sequence's pages",
+    "return sequence if PAGE_SIZE is None else tl.load(table": "the index is clamped to the sequence's pages",
     "acc += tl.load(parts_ptr + other * part + at": "behind all parts but the last lies the next one; it is not stored",
     "tl.store(arrivals_ptr + tile, 0)": "all threads store a zero there",
     "tl.store(out_ptr + head * HEAD_DIM + column, cast(out": "other threads store the same values there",
