@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -35,18 +36,19 @@ from qwenkern.engine.capture import CallCapture, Replay
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels.environment import KERNELS
 from qwenkern.qwen2 import Qwen2
+from qwenkern.sampling import Drawing
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 META = torch.device("meta")
-STEPS = tuple(itertools.product((1, 16), (None, 1)))  # of end_to_end.py and where.py: rows, candidates
+STEPS = tuple(itertools.product((1, 16), (None, Drawing())))  # of end_to_end.py and where.py
 PROMPTS = ((1, 128), (1, 2048), (16, 128), (2, 2048))  # sequences and tokens of a pass
 
 
 class Traced(CallCapture):
     """Runs the step once, without capturing it."""
 
-    def capture(self, function: object) -> tuple[Replay, torch.Tensor]:
-        return lambda: None, function()  # type: ignore[operator]
+    def capture(self, function: Callable[[], torch.Tensor], has_run: bool = False) -> tuple[Replay, torch.Tensor]:
+        return lambda: None, function()
 
 
 def launch_case(model: str, name: str, tokens: int) -> None:
@@ -61,8 +63,8 @@ def launch_model(model: str) -> None:
     config = Config(**fields | {"num_hidden_layers": 2})
     module = Qwen2(config, torch.bfloat16, META)
     cache = PagedCache(config, 1 << 17, torch.bfloat16, META)
-    for rows, candidates in STEPS:
-        CapturedStep(module, cache, rows, candidates, Traced())
+    for rows, drawing in STEPS:
+        CapturedStep(module, cache, rows, drawing, Traced())
     for sequences, tokens in PROMPTS:
         parts = [(BlockTable(), [0] * tokens) for _ in range(sequences)]
         last = torch.arange(sequences, device=META)

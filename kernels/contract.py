@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from .dispatch import OPS, Op, is_served, serving
+from .dispatch import OPS, Implementation, Op, is_served, serving
 from .pages import Pages, as_pages
+from .remembered import REMEMBERED, remember, signature
 from .weights import Weight, as_weight
 
 P = ParamSpec("P")
@@ -56,17 +57,26 @@ def op(
             next(steps)
             return _rest(steps)
 
-        def eager(*args: Any, **keywords: Any) -> Any:
+        def checked(args: tuple, keywords: dict[str, Any]) -> tuple[Steps, Implementation | None]:
             steps = body(*args, **keywords)
-            next(steps)  # the checks
+            next(steps)
             first = args[0] if args else next(_tensors(keywords.values()))
-            found = serving(name, first, *args, **keywords)
+            return steps, serving(name, first, *args, **keywords)
+
+        def eager(*args: Any, **keywords: Any) -> Any:
+            steps, found = checked(args, keywords)
+            return _rest(steps) if found is None else _run(found, args, keywords)
+
+        def on_gpu(*args: Any, **keywords: Any) -> Any:
+            key = signature(name, args, keywords)
+            if key is not None and (known := REMEMBERED.get(key)):
+                return _run(known, args, keywords)
+            steps, found = checked(args, keywords)
             if found is None:
                 return _rest(steps)
-            if first.is_cuda and first.device.index != torch.cuda.current_device():
-                with torch.cuda.device(first.device):  # because Triton launches on the current device
-                    return found.run(*args, **keywords)
-            return found.run(*args, **keywords)
+            if key is not None:
+                remember(key, found)
+            return _run(found, args, keywords)
 
         if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder keeps the first's
             _register_with_torch(body, values, eager, fake or reference, mutates, gradient)
@@ -87,7 +97,7 @@ def op(
             if first is not None and first.is_meta and not is_served("meta"):
                 shapes_only = all(each.is_meta for each in _tensors(given))  # else a check raises
                 return values.call_torch(name, args, keywords) if shapes_only else eager(*args, **keywords)
-            return eager(*args, **keywords)
+            return on_gpu(*args, **keywords) if first is not None and first.is_cuda else eager(*args, **keywords)
 
         vars(public).update(
             __signature__=values.signature.replace(return_annotation=values.result),
@@ -214,6 +224,15 @@ def _tensors(given: Iterable[Any]) -> Iterator[Tensor]:
             yield each
         elif isinstance(each, (Weight, Pages)):
             yield from each.tensors
+
+
+def _run(found: Implementation, args: tuple, keywords: dict[str, Any]) -> Any:
+    """Runs an implementation on the device of the first tensor, because Triton launches on the current device."""
+    first = args[0] if args and isinstance(args[0], Tensor) else next(_tensors((*args, *keywords.values())))
+    if first.is_cuda and first.device.index != torch.cuda.current_device():
+        with torch.cuda.device(first.device):
+            return found.run(*args, **keywords)
+    return found.run(*args, **keywords)
 
 
 def _first_tensor(given: Iterable[Any]) -> Tensor | None:

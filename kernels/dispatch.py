@@ -212,9 +212,10 @@ Kept = dict[Any, Tensor]  # by what the kernels that made them need
 
 
 @contextlib.contextmanager
-def dependent_launches(kept: Kept | None = None) -> Iterator[None]:
-    """In this context kernels are launched with programmatic dependent launch, as in a captured graph. The warm-up run
-    before a capture uses it, so the capture itself compiles and loads nothing.
+def dependent_launches(kept: Kept | None = None, on: bool = True) -> Iterator[None]:
+    """In this context kernels are launched with programmatic dependent launch, or without it (``on=False``). Elsewhere
+    they are launched with it inside a captured graph only. The warm-up run before a capture uses it, so the capture
+    itself compiles and loads nothing.
 
     Kernels store in ``kept`` the tensors that their later launches use again. The caller keeps it for as long as the
     graph, and never replays two graphs with the same ``kept`` at once. Without it each call allocates its own.
@@ -222,15 +223,16 @@ def dependent_launches(kept: Kept | None = None) -> Iterator[None]:
     The caller promises that no kernel in this context writes the block tables or the lengths of attention, so that
     they may be read while earlier kernels run."""
     before = launches_dependently(), kept_tensors()
-    _dependent.on, _dependent.kept = True, kept
+    _dependent.on, _dependent.kept = on, kept
     try:
         yield
     finally:
         _dependent.on, _dependent.kept = before
 
 
-def launches_dependently() -> bool:
-    return getattr(_dependent, "on", False)
+def launches_dependently() -> bool | None:
+    """Whether kernels are launched dependently. None: in a captured graph only."""
+    return getattr(_dependent, "on", None)
 
 
 def kept_tensors() -> Kept | None:

@@ -110,7 +110,7 @@ def silu(x):
 
 @triton.jit
 def launch_dependents(PDL: tl.constexpr):
-    """For programmatic dependent launch: lets the next kernel of the stream start when all programs have called this."""
+    """For programmatic dependent launch: lets the next kernel start when all programs of this one have called it."""
     if PDL:
         gdc_launch_dependents()
 

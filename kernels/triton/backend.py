@@ -77,6 +77,8 @@ def refuses_format(what: str, value: Weight | Pages, piece: Callable | None) -> 
 
 
 MAX_PROGRAMS = 65535  # along the second and the third axis of a grid
+_WITHOUT_PDL = {"PDL": False}
+_WITH_PDL = {"PDL": True, "launch_pdl": True}
 
 
 def pdl_options(x: Tensor) -> dict[str, bool]:
@@ -84,10 +86,11 @@ def pdl_options(x: Tensor) -> dict[str, bool]:
     in an eager launch its cost on the host outweighs the gain."""
     device = tuning.device_of(x)
     if INTERPRETED or device.backend != "cuda" or device.capability < 90:
-        return {"PDL": False}
-    if not (tuning.is_offline() or launches_dependently() or torch.cuda.is_current_stream_capturing()):
-        return {"PDL": False}
-    return {"PDL": True, "launch_pdl": True}
+        return _WITHOUT_PDL
+    dependent = launches_dependently()
+    if dependent is None:
+        dependent = tuning.is_offline() or torch.cuda.is_current_stream_capturing()
+    return _WITH_PDL if dependent else _WITHOUT_PDL
 
 
 TRITON = Backend("triton", _serves, _refuses, _prepare, _invariant_tokens)

@@ -38,6 +38,7 @@ from ..pages import Pages
 from ..triton_if_any import INTERPRETED
 from . import tuning
 from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
+from .launching import planned
 from .rope import HEAD_DIMS
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -100,6 +101,7 @@ def _offset_in_page(token, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
         return 0 if BLOCK_N == PAGE_SIZE else token % PAGE_SIZE
 
 
+@planned
 @triton.jit(do_not_specialize=["num_tokens", "splits", "block_tables_stride"])  # they vary from call to call
 def _decode_attention_kernel(
     out_ptr,  # [S, Hq, D], written here if there is one split
@@ -194,6 +196,7 @@ def _decode_attention_kernel(
             tl.store(logs_ptr + at_part, (best + log2(total, dtype))[:, None], mask=group < GROUP)
 
 
+@planned
 @triton.jit(do_not_specialize=["num_tokens", "splits"])
 def _combine_kernel(
     out_ptr,  # [S, Hq, D]

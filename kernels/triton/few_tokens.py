@@ -33,6 +33,7 @@ import triton.language as tl
 
 from ..language import INTERPRETED, cast, dot, launch_dependents, round_to, wait
 from . import tuning
+from .launching import cdiv, next_power_of_2
 
 MAX_TOKENS = 16  # with more tokens, torch's matrix product is as fast
 RESIDENT = 4096  # bytes of a row of x that is kept in registers
@@ -59,7 +60,7 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
 
     BLOCK_K, AHEAD, SPLIT_K and num_warps determine the order of summation. For batch invariance they do not depend on
     the number of tokens."""
-    tile = 16 * triton.next_power_of_2(k) * itemsize
+    tile = 16 * next_power_of_2(k) * itemsize
     fits = itemsize == 2 and tile <= 16 * RESIDENT and 3 * tile <= device.shared_memory - 16384
     heuristic = (
         _resident(device, n, k, itemsize) if fits and k >= 128 else _streamed(op, device, n, k, tokens, itemsize)
@@ -71,13 +72,13 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
     # tuned tiles are for 2-byte values; 4-byte ones would not fit
     chosen = tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
     block = chosen["BLOCK_K"]
-    least = k - (chosen["SPLIT_K"] - 1) * triton.cdiv(triton.cdiv(k, block), chosen["SPLIT_K"]) * block  # K of a split
+    least = k - (chosen["SPLIT_K"] - 1) * cdiv(cdiv(k, block), chosen["SPLIT_K"]) * block  # K of a split
     return chosen | {"AHEAD": chosen["AHEAD"] if chosen["PROGRAMS"] or chosen["AHEAD"] <= least else 0}
 
 
 def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str, Any]:
     """One block holds a whole row. A program has the tile that is loaded first and two others in shared memory."""
-    block_k = triton.next_power_of_2(k)
+    block_k = next_power_of_2(k)
     tile = 16 * block_k * itemsize
     programs = max(1, min(4, (device.shared_memory - 16384) // (3 * tile)))
     return {
@@ -86,9 +87,9 @@ def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str,
         "AHEAD": block_k,
         "SPLIT_K": 1,
         "PROGRAMS": programs,
-        "PREFETCH_LINES": triton.cdiv(block_k * itemsize, 128),
+        "PREFETCH_LINES": cdiv(block_k * itemsize, 128),
         "num_warps": max(1, min(8, tile // 4096)),
-        "num_stages": min(3, triton.cdiv(triton.cdiv(n, 16), programs * device.num_sms)),
+        "num_stages": min(3, cdiv(cdiv(n, 16), programs * device.num_sms)),
     }
 
 
@@ -100,10 +101,10 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
     if n < 64 * device.num_sms:  # with 32 rows there would be too few programs
         shapes = [(16, wide), *shapes]
     for block_n, block_k in shapes:
-        programs = triton.cdiv(n, block_n)
+        programs = cdiv(n, block_n)
         splits = op in ("linear", "norm_linear")
         split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if splits else 1
-        neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # programs on one multiprocessor
+        neighbours = min(2, cdiv(programs * split_k, device.num_sms))  # programs on one multiprocessor
         memory = device.shared_memory // neighbours - 4096
         if 2 * (block_n + MAX_TOKENS) * block_k * itemsize <= memory:
             break
@@ -126,7 +127,7 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
 
 def padded(tokens: int, device: tuning.Device) -> int:
     """The number of columns of the products. AMD's matrix instructions need at least 16."""
-    return triton.next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
+    return next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
 
 
 @triton.jit
@@ -170,7 +171,7 @@ def multiply(
     PREFETCH: tl.constexpr,
     ROWS: tl.constexpr,  # (args, tile, BLOCK_N) -> the rows of a tile, [BLOCK_N] int64, all within the weight
     BEFORE: tl.constexpr,  # (args, tile, tokens, num_tokens, BLOCK_N) -> what the epilogue reads from memory
-    EPILOGUE: tl.constexpr,  # (args, tile, products [BLOCK_N, BLOCK_T] float32, what BEFORE returned, tokens, num_tokens)
+    EPILOGUE: tl.constexpr,  # (args, tile, products [BLOCK_N, BLOCK_T], what BEFORE returned, tokens, num_tokens)
     BLOCK_T: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
     BLOCK_N: tl.constexpr,

@@ -27,6 +27,7 @@ from ..rope import rope_and_cache
 from ..weights import Weight
 from .backend import TRITON
 from .few_tokens import MAX_TOKENS, multiply
+from .launching import planned
 from .linear import refuses_norm, tiling
 from .rope import refuses_pages
 
@@ -115,6 +116,7 @@ def _rotate_and_store(args, tile, products, inputs, tokens, num_tokens):
         STORE_V(rope.pages, slot, v_head, heads, column + head_dim // 2, second_half, mask, head_dim)
 
 
+@planned
 @triton.jit
 def _norm_qkv_rope_kernel(
     args,  # RopeArguments

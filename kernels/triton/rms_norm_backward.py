@@ -27,6 +27,7 @@ from torch import Tensor
 from ..language import cast, round_to, wait_for_inputs
 from . import tuning
 from .backend import TRITON, pdl_options
+from .launching import cdiv, next_power_of_2, planned
 
 MAX_HIDDEN = 16384  # a row and its sum lie in a program's registers: no spills up to 8192, some at 16384
 
@@ -37,12 +38,13 @@ tuning.SPACES["rms_norm_backward"] = {"rows_each": (1, 2, 4, 8, 16, 32), "num_wa
 def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
     """As many programs as the GPU holds at a time, but at least 4 rows a program: its partial sum costs as much as 2
     rows."""
-    block = triton.next_power_of_2(hidden)
+    block = next_power_of_2(hidden)
     programs = device.num_sms * max(1, 8192 // block)
-    heuristic = {"rows_each": max(4, triton.cdiv(rows, programs)), "num_warps": min(16, max(1, block // 512))}
+    heuristic = {"rows_each": max(4, cdiv(rows, programs)), "num_warps": min(16, max(1, block // 512))}
     return tuning.lookup("rms_norm_backward", device, {"hidden": hidden, "rows": rows}, heuristic)
 
 
+@planned
 @triton.jit
 def _rms_norm_backward_kernel(
     grad_x_ptr,  # [T, H]
@@ -87,6 +89,7 @@ def _rms_norm_backward_kernel(
     tl.store(parts_ptr + program * hidden + columns, part, mask=mask)
 
 
+@planned
 @triton.jit
 def _sum_parts_kernel(
     out_ptr,  # [H]
@@ -130,7 +133,7 @@ def _launch_rms_norm_backward(
         0 if grad_residual is None else grad_residual.stride(0),
         x.stride(0),
         eps,
-        BLOCK_H=triton.next_power_of_2(hidden),
+        BLOCK_H=next_power_of_2(hidden),
         num_warps=config["num_warps"],
         **pdl_options(x),
     )
@@ -140,7 +143,7 @@ def _launch_sum_parts(out: Tensor, parts: Tensor) -> None:
     """Sums the rows of parts [P, H] into out [H]."""
     num_parts, hidden = parts.shape
     block = 32  # columns: 32 float32 of a row are one cache line
-    _sum_parts_kernel[(triton.cdiv(hidden, block),)](
+    _sum_parts_kernel[(cdiv(hidden, block),)](
         out, parts, num_parts, hidden, BLOCK_P=64, BLOCK_H=block, num_warps=4, **pdl_options(parts)
     )
 
@@ -159,7 +162,7 @@ def rms_norm_backward(
     if grad_residual is not None:
         grad_residual = grad_residual.reshape(-1, hidden)
     config = _config(tuning.device_of(x), hidden, len(x))
-    parts = x.new_empty(triton.cdiv(len(x), config["rows_each"]), hidden, dtype=torch.float32)
+    parts = x.new_empty(cdiv(len(x), config["rows_each"]), hidden, dtype=torch.float32)
     _launch_rms_norm_backward(grad_x.view(-1, hidden), parts, grad, grad_residual, x, weight, eps)
     _launch_sum_parts(grad_weight, parts)
     return grad_x, grad_weight

@@ -23,6 +23,7 @@ from ..pages import DensePages, Pages
 from ..rope import split_heads
 from . import tuning
 from .backend import TRITON, pdl_options, refuses_format
+from .launching import cdiv, next_power_of_2, planned
 
 HEAD_DIMS = (16, 32, 64, 128)
 
@@ -33,15 +34,14 @@ tuning.SPACES["rope_and_cache"] = {"HEADS": (1, 2, 4, 8, 16, 32), "num_warps": (
 @tuning.remember
 def _config(device: tuning.Device, tokens: int, heads: int, head_dim: int) -> dict[str, Any]:
     """A program takes all heads of a token, or fewer if there are not enough tokens to fill the GPU."""
-    together, least = triton.next_power_of_2(heads), max(4, 512 // head_dim)  # 512 fill a warp's 128-bit loads
-    while together > least and (
-        tokens * triton.cdiv(heads, together) < 2 * device.num_sms or together * head_dim > 4096
-    ):
+    together, least = next_power_of_2(heads), max(4, 512 // head_dim)  # 512 fill a warp's 128-bit loads
+    while together > least and (tokens * cdiv(heads, together) < 2 * device.num_sms or together * head_dim > 4096):
         together //= 2
     heuristic = {"HEADS": together, "num_warps": max(1, together * head_dim // 1024)}
     return tuning.lookup("rope_and_cache", device, {"tokens": tokens, "heads": heads}, heuristic)
 
 
+@planned
 @triton.jit
 def _rope_kernel(
     q_out_ptr,  # [T, Hq, D]
@@ -123,7 +123,7 @@ def _launch_rope(
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, k.shape[1]
     heads = num_q_heads + (1 if v is None else 2) * num_kv_heads
     config = _config(tuning.device_of(q), num_tokens, heads, head_dim)
-    _rope_kernel[(num_tokens, triton.cdiv(heads, config["HEADS"]))](
+    _rope_kernel[(num_tokens, cdiv(heads, config["HEADS"]))](
         q_out,
         pages.triton_arguments(),
         q,

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..language import cast, round_to, silu, wait_for_inputs
 from . import tuning
 from .backend import TRITON, pdl_options
+from .launching import cdiv, planned
 
 for _op in ("swiglu", "swiglu_backward"):
     tuning.SPACES[_op] = {"BLOCK": (256, 512, 1024, 2048, 4096), "num_warps": (1, 2, 4, 8)}
@@ -31,12 +32,13 @@ for _op in ("swiglu", "swiglu_backward"):
 def config(op: str, device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
     """Wide blocks if there are many rows; narrower ones if fewer rows must fill all multiprocessors."""
     block = 2048
-    while block > 256 and rows * triton.cdiv(columns, block) < 2 * device.num_sms:
+    while block > 256 and rows * cdiv(columns, block) < 2 * device.num_sms:
         block //= 2
     heuristic = {"BLOCK": block, "num_warps": block // 256}
     return tuning.lookup(op, device, {"rows": rows, "columns": columns}, heuristic)
 
 
+@planned
 @triton.jit
 def _swiglu_backward_kernel(
     grad_gate_ptr,  # [T, F]
@@ -75,7 +77,7 @@ def _launch_swiglu_backward(grad_gate: Tensor, grad_up: Tensor, grad: Tensor, ga
     """All tensors are [T, F]. grad_gate and grad_up have the same row stride."""
     rows, columns = grad.shape
     chosen = config("swiglu_backward", tuning.device_of(grad), rows, columns)
-    _swiglu_backward_kernel[(rows, triton.cdiv(columns, chosen["BLOCK"]))](
+    _swiglu_backward_kernel[(rows, cdiv(columns, chosen["BLOCK"]))](
         grad_gate,
         grad_up,
         grad,

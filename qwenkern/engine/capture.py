@@ -12,6 +12,7 @@ from torch import Tensor
 from ..kernels import c as c_backend
 from ..kernels import dependent_launches
 
+PROMPT_LENGTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512)  # rows of a captured pass over prompts
 Numbers = Tensor | Sequence[float] | Sequence[Sequence[float]]  # a tensor is on the host
 Replay = Callable[[], None]
 Read = Callable[[], list[Any]]
@@ -25,8 +26,12 @@ class Capture(Protocol):
     def padded(self, sequences: int) -> int | None:
         """The number of rows of the captured step for so many sequences. None: a step of this size is not captured."""
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """Captures the function. Returns a function that replays it, and the tensor that a replay fills."""
+    def padded_prompt(self, tokens: int) -> int | None:
+        """The number of rows of the captured pass over so many tokens of prompts. None: it is not captured."""
+
+    def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
+        """Captures the function. Returns a function that replays it, and the tensor that a replay fills. ``has_run``:
+        its kernels are compiled and loaded, since it has run before on the same tensors."""
 
     def upload(self, target: Tensor, values: Numbers) -> None:
         """Writes numbers into a tensor, in stream order, without waiting."""
@@ -46,7 +51,10 @@ class CallCapture:
             return None
         return sequences if sequences <= c_backend.prepared().limits.max_few_tokens else None
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+    def padded_prompt(self, tokens: int) -> None:
+        """The host is never what a prompt waits for."""
+
+    def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
         recorded = c_backend.RecordedCalls()
         with recorded.record():
             out = function()
@@ -74,16 +82,31 @@ class GraphCapture:
         """1, 2, 4, 8, then multiples of 8. This keeps the graphs few, and at most doubles the rows."""
         return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches(self._kept):
+    def padded_prompt(self, tokens: int) -> int | None:
+        """Each length costs a graph, and padding costs at most half of the rows. With more tokens the GPU is slower
+        than the host."""
+        return next((length for length in PROMPT_LENGTHS if tokens <= length), None)
+
+    def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
+        """A function that has run is captured with the same kernels, which were not launched dependently. They kept
+        nothing then, and a capture is no place to make what graphs share."""
+        kept = None if has_run else self._kept
+        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches(kept, on=not has_run):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
-                function()  # warm-up: compiles and loads kernels, allocates workspaces
+                if has_run:
+                    torch.cuda.current_blas_handle()  # this thread may not have one yet
+                else:
+                    function()  # warm-up: compiles and loads kernels
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
+            # The graph keeps the address of cuBLAS's workspace, which must come from the graph's own pool: others
+            # (torch.compile) free what the warm-up allocated.
+            torch._C._cuda_clearCublasWorkspaces()
             # relaxed: other threads may allocate memory meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
                 out = function()
+            torch._C._cuda_clearCublasWorkspaces()  # others must not use the pool's
         return graph.replay, out
 
     def upload(self, target: Tensor, values: Numbers) -> None:

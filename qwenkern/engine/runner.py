@@ -10,6 +10,7 @@ from torch import Tensor
 from ..cache import BlockTable, PagedCache
 from ..qwen2 import Qwen2
 from .capture import Capture
+from .captured_prefill import CapturedPrefills
 from .captured_step import CapturedSteps
 
 Part = tuple[BlockTable, Sequence[int]]  # a sequence, and the token ids that the pass computes for it
@@ -23,15 +24,21 @@ class Runner:
         self.model = model
         self.cache = cache
         self.captured = CapturedSteps(model, cache, capture)
+        self.prefills = CapturedPrefills(model, cache, self.captured.capture)
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[Part], rows: list[int] | None = None, captured: bool = False) -> Tensor:
         """Runs a pass. Returns the logits after all its tokens, or after those of the given rows: float32 [rows, V].
 
-        captured: whether the captured step may be replayed, if there is one for this batch. Its logits are valid until
-        the next pass."""
-        batch = self.cache.batch(parts)
-        logits = self.captured.logits(batch) if captured and batch.is_decode else None
+        captured: whether the captured step may be replayed, if there is one for this batch. Passes over prompts are
+        captured in any case, if rows are given. The logits of what is captured are valid until the next pass."""
+        logits = None
+        if rows is not None and not (captured and all(len(ids) == 1 for _, ids in parts)):
+            logits = self.prefills.logits(parts, rows)
+        if logits is None:
+            batch = self.cache.batch(parts)
+            if captured and batch.is_decode:
+                logits = self.captured.logits(batch)
         if logits is None:
             chosen = None if rows is None else torch.tensor(rows, dtype=torch.int64, device=batch.ids.device)
             logits = self.model(batch, self.cache, chosen)

@@ -44,7 +44,10 @@ class Fake:
     def padded(self, sequences: int) -> int:
         return -(-sequences // 4) * 4
 
-    def capture(self, function):
+    def padded_prompt(self, tokens: int) -> None:
+        """Prompts run op by op: captured_prefill has tests of its own."""
+
+    def capture(self, function, has_run=False):
         out = function()
         self.sizes.append(len(out))
 

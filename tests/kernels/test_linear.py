@@ -98,7 +98,7 @@ def two_multiprocessors(ops, op, config):
     configuration are replaced."""
     tuning = ops.triton.tuning
     device = replace(tuning.INTERPRETER, num_sms=2)
-    with mock.patch.object(tuning, "device_of", lambda tensor: device), tuning.trying(op, config):
+    with mock.patch.object(tuning, "device_of", return_value=device), tuning.trying(op, config):
         yield
 
 
