@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,8 +47,8 @@ PROMPTS = ((1, 128), (1, 2048), (16, 128), (2, 2048))  # sequences and tokens of
 class Traced(CallCapture):
     """Runs the step once, without capturing it."""
 
-    def capture(self, function: object) -> tuple[Replay, torch.Tensor]:
-        return lambda: None, function()  # type: ignore[operator]
+    def capture(self, function: Callable[[], torch.Tensor], has_run: bool = False) -> tuple[Replay, torch.Tensor]:
+        return lambda: None, function()
 
 
 def launch_case(model: str, name: str, tokens: int) -> None:

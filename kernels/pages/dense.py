@@ -110,6 +110,5 @@ class DensePages(Pages):
 
     def triton_arguments(self) -> DensePagesArguments:
         k_strides, v_strides = self.k.stride()[:3], self.v.stride()[:3]
-        if v_strides == k_strides:
-            v_strides = (None, None, None)
-        return DensePagesArguments(self.k, *k_strides, self.v, *v_strides)  # type: ignore[call-arg] # of 3 each
+        own = (None, None, None) if v_strides == k_strides else v_strides
+        return DensePagesArguments(self.k, *k_strides, self.v, *own)  # type: ignore[call-arg] # of 3 each

@@ -21,7 +21,9 @@ from ..draw import INTERVALS, INTERVALS_PER_UNIT, SCALE
 from ..language import wait_for_inputs
 from .backend import TRITON, pdl_options
 
-BLOCK = 2048
+SUM = {"BLOCK": 1024, "num_warps": 4}
+# Two tokens a thread, because they, or where they go, lie apart in memory
+GATHER = DRAW = {"BLOCK": 512, "num_warps": 8}
 _SCALE = tl.constexpr(SCALE)
 _PER_UNIT = tl.constexpr(INTERVALS_PER_UNIT)
 _INTERVALS = tl.constexpr(INTERVALS)
@@ -231,13 +233,15 @@ def draw(logits: Tensor, largest: Tensor, settings: Tensor, uniforms: Tensor) ->
     kept, sums = sums.view(-1)[-rows:], sums.view(-1)[:-rows]
     ids = logits.new_empty(rows, vocabulary, dtype=torch.int32)
     out = logits.new_empty(rows, dtype=torch.int64)
-    grid, strides = (rows, triton.cdiv(vocabulary, BLOCK)), (logits.stride(0), settings.stride(0))
-    options = {"BLOCK": BLOCK, **pdl_options(logits)}
-    _sum_kernel[grid](counts, sums, kept, logits, largest, settings, vocabulary, *strides, num_warps=4, **options)
+    strides, pdl = (logits.stride(0), settings.stride(0)), pdl_options(logits)
+    _sum_kernel[(rows, triton.cdiv(vocabulary, SUM["BLOCK"]))](
+        counts, sums, kept, logits, largest, settings, vocabulary, *strides, **SUM, **pdl
+    )
     ends = counts.cumsum(-1, dtype=torch.int32)
-    _gather_kernel[grid](ids, ends, logits, largest, settings, vocabulary, strides[0], num_warps=4, **options)
+    _gather_kernel[(rows, triton.cdiv(vocabulary, GATHER["BLOCK"]))](
+        ids, ends, logits, largest, settings, vocabulary, strides[0], **GATHER, **pdl
+    )
     _draw_kernel[(rows,)](
-        out, counts, sums, kept, ids, ends, logits, largest, settings, uniforms, vocabulary, *strides,
-        num_warps=8, **options,
-    )  # fmt: skip
+        out, counts, sums, kept, ids, ends, logits, largest, settings, uniforms, vocabulary, *strides, **DRAW, **pdl
+    )
     return out

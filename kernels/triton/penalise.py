@@ -14,7 +14,7 @@ from torch import Tensor
 from ..language import wait_for_inputs
 from .backend import TRITON, pdl_options
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 @triton.jit
@@ -46,7 +46,8 @@ def _penalise_kernel(
     logit = tl.load(logits_ptr + row * logits_stride + token, mask=mask, other=0.0)
     history = tl.load(history_ptr + slot * vocabulary + token, mask=mask, other=0)
     bias = tl.load(bias_ptr + slot * vocabulary + token, mask=mask, other=0.0)
-    allowed = tl.load(allowed_ptr + slot * words + (token >> 5), mask=mask, other=0)
+    word = tl.program_id(1) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+    allowed = tl.load(allowed_ptr + slot * words + word, mask=word < words, other=0)
 
     repeated = tl.where(logit > 0, tl.math.div_rn(logit, repetition), logit * repetition)
     logit = tl.where((history & ~2) > 0, repeated, logit)
@@ -54,7 +55,7 @@ def _penalise_kernel(
     logit = tl.where(count > 0, logit - (presence + frequency * count.to(tl.float32)), logit)
     logit += bias
     is_early_end = (history & tl.where(early > 0, 2, 0)) > 0
-    is_allowed = ((allowed >> (token & 31)) & 1) > 0
+    is_allowed = tl.reshape((allowed[:, None] >> tl.arange(0, 32)[None, :]) & 1, [BLOCK]) > 0
     tl.store(out_ptr + row * vocabulary + token, tl.where(is_allowed & ~is_early_end, logit, float("-inf")), mask=mask)
 
 

@@ -26,7 +26,7 @@ def test_a_draw_is_that_of_sorting(ops, device, vocabulary, seed):
 
 def test_many_equal_logits(ops, device):
     """More than a program looks at together, in one interval; the places of the equal ones count."""
-    logits = torch.full((5, 5000), -3.0)
+    logits = torch.full((6, 5000), -3.0)
     logits[:, ::2] = 1.5
     logits[:, 4000] = 1.505
     settings = [
@@ -36,7 +36,15 @@ def test_many_equal_logits(ops, device):
         (0.5, 20, 0.3, 0.9),
         (2.0, 4000, 0.7, 0.0),
     ]
-    uniforms = [0.7, 0.99, 0.5, 0.4, 0.93]
+    settings.append((1.0, math.inf, math.inf, 0.999))
+    uniforms = [0.7, 0.99, 0.5, 0.4, 0.93, 0.99]
+    assert _drawn(ops, device, logits, settings, uniforms) == _sorted(logits, settings, uniforms)
+
+
+def test_many_different_logits_in_one_interval(ops, device):
+    logits = torch.randperm(5000, generator=torch.Generator().manual_seed(1)).expand(3, -1) * 2e-6
+    settings = [(1.0, math.inf, math.inf, 0.0), (1.0, 3000, 0.9, 0.0), (1.0, 4500, 0.5, 0.999)]
+    uniforms = [0.73, 0.91, 0.4]
     assert _drawn(ops, device, logits, settings, uniforms) == _sorted(logits, settings, uniforms)
 
 
@@ -103,17 +111,17 @@ MUTATIONS = [
         "triton/draw.py",
         "total = before\n        for tile in range(start, end, BLOCK)",
         "total = before\n        for tile in range(start, start + 1, BLOCK)",
-        test_many_equal_logits,
+        test_many_different_logits_in_one_interval,
         {},
     ),
     Mutation(
         "the last of equal ones", "triton/draw.py", "(ids <= middle)", "(ids >= middle)", test_many_equal_logits, {}
     ),
     Mutation(
-        "places overlap",
+        "the next token",
         "triton/draw.py",
-        "_INTERVALS + interval, -1, mask",
-        "_INTERVALS + interval, 0, mask",
+        "end - 1, token, mask",
+        "end - 1, token + 1, mask",
         test_many_equal_logits,
         {},
     ),

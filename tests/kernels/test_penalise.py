@@ -96,8 +96,8 @@ MUTATIONS = [
     Mutation(
         "bits in another order",
         "triton/penalise.py",
-        "(token & 31)",
-        "(31 - (token & 31))",
+        "tl.arange(0, 32)[None, :]",
+        "(31 - tl.arange(0, 32)[None, :])",
         test_the_bits_are_those_of_torch,
         CASE,
     ),

@@ -97,6 +97,11 @@ for t in SIGNED:
 for t in ("s32", "u32"):
     define(f"bfe.{t}", bfe, t, t, "u32", "u32")
 
+for t in ("b32", "b64"):
+    define(
+        f"popc.{t}", lambda x: np.unpackbits(x.view(np.uint8).reshape(len(x), -1), axis=1).sum(1).astype(U32), "u32", t
+    )
+
 for t in (*SIGNED, *UNSIGNED, *BITS):
     define(f"setp.eq.{t}", operator.eq, "pred", t, t)
     define(f"setp.ne.{t}", operator.ne, "pred", t, t)
