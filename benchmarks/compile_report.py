@@ -76,6 +76,7 @@ class Row:
     broken: list[str]
     loaded: int | None = None  # bytes from global memory, if they were counted (offline/traffic.py)
     early: int | None = None  # bytes requested before the wait
+    prologue: int | None = None  # instructions of a warp from there to the first matrix product
 
 
 def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
@@ -129,7 +130,7 @@ def count_traffic(rows: list[Row], case: Case, config: Config, inputs: tuple[Any
     size = Size(rows[0].tokens)
     fill = {"lengths_ptr": size.context}
     for row, each in zip(rows, traffic(DEVICES[COUNTED[1]], lambda: case.run(*inputs), fill), strict=True):
-        row.loaded, row.early = each.loaded, each.early
+        row.loaded, row.early, row.prologue = each.loaded, each.early, each.prologue
     through_l2, moved = sum(row.loaded or 0 for row in rows) / plan.L2, case.bytes_moved(config, size) / plan.READ
     if through_l2 > MOST_L2 * moved:
         rows[0].broken.append(f"loads take {through_l2 * 1e6:.1f} us through L2, {moved * 1e6:.1f} us from memory")

@@ -2,20 +2,24 @@
 
 A kernel takes the longer of two times: its bytes from memory at the bandwidth that reading reaches, and what its
 programs load through the L2 cache at that one's. Before it come latencies that no other work hides: the boundary
-between two kernels, and a chain of loads of which each needs the one before. What a kernel requests before it waits for
-the kernel before (with dependent launch) arrives in that time:
+between two kernels, a chain of loads of which each needs the one before, and what a program computes before its first
+matrix product. Programs that do not fit the device at once repeat the last two. What a kernel requests before it waits
+for the kernel before (with dependent launch) arrives in that time:
 
-    time = max(early bytes / READ, NODE + TRIP * trips) + max(other bytes / READ, other loaded bytes / L2)
+    latency = NODE + (TRIP * trips + ISSUE * instructions of a warp) * max(1, programs / programs at once)
+    time = max(early bytes / READ, latency) + max(other bytes / READ, other loaded bytes / L2)
 
 The constants were measured on an H100 on 2026-11-26: reading alone (lm_head of one token reads 622 MB in 199 us), the
-same 32 MB again and again from the L2 cache (lm_head of 16 tokens loaded 1,927 MB in 388 us when each program read all
+same bytes again and again from the L2 cache (lm_head of 16 tokens loaded 1,927 MB in 388 us when each program read all
 tokens again), and a chain of small kernels in a graph. TRIP follows from the kernels that move hardly any bytes:
-decode_attention of 1,024 tokens took 4.9 us, and combine 2.4 us.
+decode_attention of 1,024 tokens took 4.9 to 5.8 us, and combine 1.9 to 2.7 us. ISSUE is five cycles of 1.755 GHz: the
+latency of an instruction where a scheduler has two warps, of which each waits for its own results.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +32,10 @@ PAPER, READ, L2 = 3.35e12, 3.05e12, 4.9e12  # bytes/s of an H100: its data sheet
 MULTIPROCESSORS = 132
 NODE = 0.76e-6  # seconds from a kernel to the next one, with dependent launch
 TORCH_NODE = 1.8e-6  # seconds for a torch kernel of a few bytes in a graph: 12 took 21.5 us
-TRIP = 0.9e-6  # seconds for a load from memory and what depends on it
+TRIP = 0.6e-6  # seconds for a load from memory and what depends on it
 LAYER = ("qkv_rope", "decode_attention", "o_proj", "gate_up", "down")
 STEP = (*LAYER, "lm_head_top_k")
+ISSUE = 5 / 1.755e9  # seconds for an instruction of a warp, among few others
 TRIPS = {"_decode_attention_kernel": 4}  # length; page; k and v; the store at the end
 FEWEST_TRIPS = 2  # of other kernels: what the kernel before has written; the store
 TORCH_NODES = 12  # of a greedy step: slots, embedding, ids, positions, lengths, the check, the copy to the host
@@ -69,7 +74,7 @@ def part(op: str, times: int, kernels: list[dict[str, Any]], case: Case, config:
     counted = case.bytes_moved(config, Size(size.tokens))  # at the report's context
     first, *others = kernels
     loaded, early = first["loaded"] * moved // counted, min(moved, first["early"])
-    latencies = [NODE + TRIP * TRIPS.get(row["kernel"], FEWEST_TRIPS) for row in kernels]
+    latencies = [latency(row) for row in kernels]
     seconds = max(early / READ, latencies[0]) + max((moved - early) / READ, max(0, loaded - early) / L2)
     seconds += sum(latencies[1:]) + sum(row["loaded"] for row in others) / L2
     return Part(
@@ -81,6 +86,12 @@ def part(op: str, times: int, kernels: list[dict[str, Any]], case: Case, config:
         times * sum(latencies),
         times * seconds,
     )
+
+
+def latency(row: dict[str, Any]) -> float:
+    """Seconds until the first matrix product of a kernel, if no byte of its weights is missing then."""
+    turns = max(1.0, math.prod(row["grid"]) / (MULTIPROCESSORS * row["occupancy"]))
+    return NODE + turns * (TRIP * TRIPS.get(row["kernel"], FEWEST_TRIPS) + ISSUE * row["prologue"])
 
 
 def tokens_per_second(parts: list[Part], sequences: int) -> float:

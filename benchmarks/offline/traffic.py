@@ -1,4 +1,5 @@
-"""Counts the bytes that a launch loads from global memory, by running a few of its CTAs on the PTX runner.
+"""Counts the bytes that a launch loads from global memory, and its instructions before the first matrix product, by
+running a few of its CTAs on the PTX runner.
 
 What every CTA reads again, such as the tokens of a few-token linear, comes from the L2 cache, whose bandwidth is less
 than twice that of the memory on an H100. So a kernel may be bound by bytes that its roofline does not count.
@@ -21,6 +22,7 @@ from qwenkern.benchmarks.offline import machine_code
 from qwenkern.benchmarks.offline.ptx.arguments import Storages, parameters
 from qwenkern.benchmarks.offline.ptx.launch import Cta, Kernel, Launch
 from qwenkern.benchmarks.offline.ptx.values import Array
+from qwenkern.benchmarks.offline.ptx.warp import Step, Stop, Warp
 from qwenkern.kernels.triton import tuning
 
 SECTOR = 32  # bytes that the L2 cache moves at least
@@ -35,6 +37,35 @@ class Traffic:
     kernel: str
     loaded: int  # from global memory, through the L2 cache; what a warp loads in one instruction counts once
     early: int  # of these and of prefetches: requested before griddepcontrol.wait
+    prologue: int  # a warp's instructions from that wait to its first matrix product; all, if it has none
+
+
+class _Prologue:
+    """Counts the instructions of each warp from griddepcontrol.wait to its first matrix product."""
+
+    def __init__(self, kernel: Kernel) -> None:
+        self._counts: dict[Warp, int] = {}
+        self._ended: set[Warp] = set()
+        opcodes = [instruction.opcode for instruction in kernel.program.instructions]
+        kernel.steps = [self._counted(*each) for each in zip(kernel.steps, opcodes, strict=True)]
+
+    def _counted(self, step: Step, opcode: str) -> Step:
+        is_wait = opcode.startswith("griddepcontrol.wait")
+        is_product = opcode.startswith(("mma.", "wgmma.mma_async"))
+
+        def counted(warp: Warp) -> Stop | None:
+            if is_wait:
+                self._counts[warp] = 0
+            elif is_product:
+                self._ended.add(warp)
+            elif warp in self._counts and warp not in self._ended:
+                self._counts[warp] += 1
+            return step(warp)
+
+        return counted
+
+    def longest(self) -> int:
+        return max(self._counts.values(), default=0)
 
 
 class _Counter:
@@ -71,6 +102,7 @@ def _count(
     name: str, compiled: CompiledKernel, grid: tuple[int, int, int], given: Mapping[str, Any], fill: Mapping[str, float]
 ) -> Traffic:
     kernel, values, programs = Kernel(compiled.asm["ptx"]), parameters(compiled, given), math.prod(grid)
+    prologue = _Prologue(kernel)
     storages = Storages(values, compiled.metadata.global_scratch_size * programs, fill)
     storages.memory.leave_early_accesses()
     counter = _Counter()
@@ -91,4 +123,4 @@ def _count(
             while not cta.go_on(random):
                 pass
     scale = programs / len(places)
-    return Traffic(name, round(counter.loaded * scale), round(counter.early * scale))
+    return Traffic(name, round(counter.loaded * scale), round(counter.early * scale), prologue.longest())

@@ -31,14 +31,15 @@ def test_what_every_program_reads_again_is_counted(tokens):
     assert row.grid[0] == programs
     assert row.loaded == pytest.approx(weight + programs * tokens * (2048 + 16) * 2, rel=0.03)
     assert 0 < row.early <= row.loaded
+    assert 30 < row.prologue < 1000
 
 
 @pytest.mark.parametrize(("loaded", "said"), [(12e6, []), (18e6, ["loads take 3.7 us through L2, 2.8 us from memory"])])
 def test_more_through_the_l2_cache_than_from_memory_is_a_broken_rule(monkeypatch, loaded, said):
-    monkeypatch.setattr(compile_report, "traffic", lambda *given: [SimpleNamespace(loaded=loaded, early=0)])
+    monkeypatch.setattr(compile_report, "traffic", lambda *given: [SimpleNamespace(loaded=loaded, early=0, prologue=7)])
     row = compile_report.Row("qwen2.5-3b", "o_proj", 16, "sm_90", "_linear_kernel", (128,), CODE, 3, [])
     compile_report.count_traffic([row], CASE["o_proj"], CONFIG, ())
-    assert (row.loaded, row.early) == (loaded, 0)
+    assert (row.loaded, row.early, row.prologue) == (loaded, 0, 7)
     assert row.broken == said
 
 
@@ -96,7 +97,7 @@ def test_the_report_judges_neighbours(monkeypatch):
 
 
 def row(loaded, early, kernel="_linear_kernel"):
-    return {"kernel": kernel, "loaded": loaded, "early": early}
+    return {"kernel": kernel, "loaded": loaded, "early": early, "prologue": 0, "grid": [132], "occupancy": 1}
 
 
 def test_the_longer_of_two_times_counts_and_latency_hides_early_bytes():
@@ -113,6 +114,11 @@ def test_the_longer_of_two_times_counts_and_latency_hides_early_bytes():
     assert seconds(row(moved, hidden)) == pytest.approx(latency + (moved - hidden) / plan.READ)
     assert seconds(row(moved, moved)) == pytest.approx(max(latency, moved / plan.READ))
     assert seconds(row(moved, 0), row(0, 0)) == pytest.approx(2 * latency + moved / plan.READ)
+    busy = row(moved, 0) | {"prologue": 1000}
+    assert seconds(busy) == pytest.approx(latency + 1000 * plan.ISSUE + moved / plan.READ)
+    assert seconds(busy | {"grid": [132, 3]}) == pytest.approx(
+        plan.NODE + 3 * (latency - plan.NODE + 1000 * plan.ISSUE) + moved / plan.READ
+    )
 
 
 def test_the_constants_are_those_that_were_measured():
@@ -126,7 +132,8 @@ def test_the_constants_are_those_that_were_measured():
     reading = CASE["lm_head"].bytes_moved(CONFIG, Size(1)) / took["lm_head", 1, 1024]
     assert pytest.approx(reading, rel=0.05) == plan.READ
     assert pytest.approx(4748 * 405504 / took["lm_head", 16, 1024], rel=0.05) == plan.L2
-    assert pytest.approx(took["combine", 1, 1024], rel=0.1) == plan.NODE + plan.FEWEST_TRIPS * plan.TRIP
+    combine = {"kernel": "_combine_kernel", "grid": [2, 16, 1], "occupancy": 16, "prologue": 209}
+    assert pytest.approx(took["combine", 1, 1024], rel=0.1) == plan.latency(combine)
     assert pytest.approx(took["torch's own kernels", 1, 1024], rel=0.1) == plan.TORCH_NODE
 
 
