@@ -27,7 +27,7 @@ def precise_dot(a, b):
     `dot` of float32 adds K products one after another, and its error grows with K. This adds a half or a quarter of
     them, then the sums in a tree."""
     if a.dtype == tl.float32 and a.shape[1] > 16:
-        PARTS: tl.constexpr = 2 if a.shape[1] == 32 else 4
+        PARTS: tl.constexpr = 2 if a.shape[1] == 32 else 4  # type: ignore[annotation-unchecked]
         rows = a.reshape(a.shape[0], PARTS, a.shape[1] // PARTS).permute(1, 0, 2)
         columns = b.reshape(PARTS, a.shape[1] // PARTS, b.shape[1])
         return tl.sum(dot(rows, columns, tl.zeros([PARTS, a.shape[0], b.shape[1]], tl.float32)), axis=0)

@@ -54,6 +54,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help=f"no slow test, and of each other at most {FEW} cases")
+    parser.addoption("--ptx-all", action="store_true", help="all tests of the kernels on their PTX: hours")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -46,6 +46,9 @@ RESIDENT = {
 }
 
 
+REGISTERS = 65536  # of an SM
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel that an op would start."""
@@ -82,6 +85,11 @@ class Code:
     releases: int = 0  # of griddepcontrol.launch_dependents
     clashes: int = 0  # kinds of tiles in shared memory whose rows lie in the same banks
 
+    @property
+    def held(self) -> int:
+        """The registers that a CTA occupies: a warp gets them in units of 256."""
+        return self.warps * -(-self.registers * 32 // 256) * 256
+
 
 def launches(key: str, call: Callable[[], Any]) -> list[Launch]:
     """Every kernel that ``call`` starts, compiled for ``DEVICES[key]``, in order."""
@@ -104,11 +112,10 @@ def launches_on(device: tuning.Device, call: Callable[[], Any]) -> list[Launch]:
 
 
 def occupancy(key: str, code: Code) -> int:
-    """The CTAs that an SM of ``DEVICES[key]`` holds at a time. The SM has 65,536 registers, and a warp gets them in
-    units of 256. Each CTA takes 1 KiB of shared memory more than it requests."""
+    """The CTAs that an SM of ``DEVICES[key]`` holds at a time. Each takes 1 KiB of shared memory more than it
+    requests."""
     warps, programs, shared = RESIDENT[key]
-    registers = code.warps * -(-code.registers * 32 // 256) * 256
-    return min(programs, warps // code.warps, 65536 // registers, shared * 1024 // (code.shared + 1024))
+    return min(programs, warps // code.warps, REGISTERS // code.held, shared * 1024 // (code.shared + 1024))
 
 
 # opcode, with its predicate before it and its modifiers behind: `@P0 LDG.E.128.CONSTANT R4, ...`

@@ -6,8 +6,11 @@
     shared.py    shared memory, and its races       copies.py, bulk.py        asynchronous copies
     order.py     who knows of whose accesses        mbarriers.py, tensor_maps.py
     warp.py      registers, and operands            launch.py                 a CTA, a grid
-    under_way.py what a warp has not waited for     device.py                 Triton's launches, run here
+    under_way.py what a warp has not waited for     arguments.py              what a launch gives a kernel
     table.py     where instructions are looked up   faults.py                 what is raised
+
+    device.py    Triton's launches, run here        steps.py                  a sequence of launches that overlap
+    traffic.py   bytes that a program moves
 
 Warps and CTAs take turns in a random order that a seed fixes. A ``Fault`` names the kernel's line and says what is
 wrong with it:

@@ -61,6 +61,13 @@ class Launch:
                     resident.remove(cta)
                     self.waits_first |= not cta.early_start
 
+    def run_one(self, place: Grid, random: Random) -> None:
+        """One CTA, without the others."""
+        cta = Cta(self, place, random.randrange(LANES))
+        with np.errstate(all="ignore"):
+            while not cta.go_on(random):
+                pass
+
 
 class Cta:
     """``elected``: the lane that elect.sync chooses."""

@@ -29,7 +29,7 @@ class SharedMemory:
         self._writer = rows_of(np.zeros(room, U32))  # a warp, or a bulk copy's number
         self._read = [rows_of(np.zeros(room, U32)) for _ in range(num_warps)]
         self._last_read = [0] * num_warps
-        self._reading = rows_of(np.zeros(room, U8))  # how many asynchronous reads are under way
+        self._reading = np.zeros(room // 16, np.int32)  # of 16 bytes: how many asynchronous reads are under way
         self._num_reading = 0
 
     def load(self, warp: int, addresses: Array, size: int) -> Array:
@@ -102,14 +102,14 @@ class SharedMemory:
         rows = self._check(addresses, 16)
         self._check_read(warp, rows, addresses, 16)
         self._check_fenced(warp, rows, addresses, "reads")
-        np.add.at(self._reading[16], rows, 1)
+        np.add.at(self._reading, rows, 1)
         self._num_reading += 1
         return self._rows[16].take(rows, axis=0)
 
     def end_async_read(self, warp: int, addresses: Array) -> None:
         """The warp has waited for it."""
         rows = addresses // 16
-        np.subtract.at(self._reading[16], rows, 1)
+        np.subtract.at(self._reading, rows, 1)
         self._num_reading -= 1
         self._note_read(warp, rows, 16)
 
@@ -147,8 +147,8 @@ class SharedMemory:
                 if np.count_nonzero(found := read > seen[other]):
                     at = _first(found, addresses)
                     raise Fault(f"writes byte {at} of shared memory, which warp {other} read since the last barrier")
-        if self._num_reading and np.count_nonzero(found := self._reading[size].take(rows, axis=0)):
-            at = _first(found, addresses)
+        if self._num_reading and np.count_nonzero(found := self._reading.take(rows * size // 16)):
+            at = int(addresses[np.nonzero(found)[0][0]])
             raise Fault(f"writes byte {at} of shared memory, which an asynchronous operation may still read")
         written = self._written[size].take(rows, axis=0)
         if len(rows) == 0 or written.max() <= self._clocks.floor[warp]:
