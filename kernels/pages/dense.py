@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_tensor
+from ..language import prefetch
 from ..triton_if_any import tl, triton
 from .base import Pages
 
@@ -47,6 +48,18 @@ def _load_v(pages, kv_head, page, token, column, mask):
 
 
 @triton.jit
+def _prefetch(pages, kv_head, page, token, mask, HEAD_DIM: tl.constexpr):
+    line: tl.constexpr = 1024 // pages.k.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    column = (tl.arange(0, max(1, HEAD_DIM // line)) * line)[None, :]
+    page_stride, token_stride, head_stride = _v_strides(pages)
+    k = pages.k + kv_head.to(tl.int64) * pages.k_head_stride + page * pages.k_page_stride
+    v = pages.v + kv_head.to(tl.int64) * head_stride + page * page_stride
+    everywhere = mask & (column >= 0)
+    prefetch(k + token * pages.k_token_stride + column, everywhere)
+    prefetch(v + token * token_stride + column, everywhere)
+
+
+@triton.jit
 def _store_k(pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM: tl.constexpr):
     tl.store(pages.k + (slot * num_kv_heads + kv_head) * HEAD_DIM + column, value, mask=mask)
 
@@ -64,6 +77,7 @@ class DensePages(Pages):
     names = ("k_pages", "v_pages")
     triton_load_k, triton_load_v = _load_k, _load_v
     triton_store_k, triton_store_v = _store_k, _store_v
+    triton_prefetch = _prefetch
     __slots__ = ("k", "v")
 
     def __init__(self, k: Tensor, v: Tensor) -> None:

@@ -125,6 +125,19 @@ def test_bits(bits):
         assert compute(f"shr.{s}", s, (s, signed), ("u32", amounts)).tolist() == filled
 
 
+def test_permuted_bytes():
+    """Byte by byte, as the specification has it."""
+    for seed in range(TIMES):
+        x, y, selector = (integers("u32", seed + 100 * i) for i in range(3))
+        expected = []
+        for a, b, chosen in zip(x, y, selector, strict=True):
+            each = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+            nibbles = [chosen >> 4 * place & 15 for place in range(4)]
+            picked = [each[n & 7] if n < 8 else 255 * (each[n & 7] > 127) for n in nibbles]
+            expected.append(int.from_bytes(bytes(picked), "little"))
+        assert compute("prmt.b32", "u32", ("u32", x), ("u32", y), ("u32", selector)).tolist() == expected
+
+
 @pytest.mark.parametrize("t", ["s32", "u32"])
 def test_bit_fields(t):
     """Bit by bit, as the specification has it."""

@@ -47,6 +47,8 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (16, 2, 128)}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (14, 2, 64)}),
     (HOPPER, test_decode_attention.test_several_splits_a_program, {}),
+    (HOPPER, test_decode_attention.test_bits_are_batch_invariant, {}),
+    (HOPPER, test_decode_attention.test_rows_of_one_sequence_are_as_one_by_one, {}),
     (ALL, test_decode_attention.test_one_split, {"length": 40, "spare_pages": 0}),
     (HOPPER, test_decode_attention.test_ragged_lengths, {"page_size": 64, "dtype": F32}),
     (ALL, test_lm_head.test_lm_head, {"tokens": 5, "dtype": BF16}),

@@ -35,8 +35,7 @@ MUTATED = {
 # What these lines do where it is of no use does no harm either.
 HARMLESS = {
     "k = LOAD_K(pages, kv_head, this_page, token": "a tile lies within a page; scores beyond the end are replaced",
-    "page = tl.load(table + tl.minimum(tile + BLOCK_N, end - 1)": "the index is clamped to the sequence's pages",
-    "page = tl.load(table + start // page_size)": "no split begins beyond its sequence's pages",
+    "return sequence if PAGE_SIZE is None else tl.load(table": "the index is clamped to the sequence's pages",
     "acc += tl.load(parts_ptr + other * part + at": "behind all parts but the last lies the next one; it is not stored",
     "tl.store(arrivals_ptr + tile, 0)": "all threads store a zero there",
     "tl.store(out_ptr + head * HEAD_DIM + column, cast(out": "other threads store the same values there",
