@@ -71,9 +71,20 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
         heuristic["PREFETCH_LINES"] = 0
     # tuned tiles are for 2-byte values; 4-byte ones would not fit
     chosen = tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
-    block = chosen["BLOCK_K"]
-    least = k - (chosen["SPLIT_K"] - 1) * cdiv(cdiv(k, block), chosen["SPLIT_K"]) * block  # K of a split
-    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["PROGRAMS"] or chosen["AHEAD"] <= least else 0}
+    return _sound(chosen, heuristic, k)
+
+
+def _sound(chosen: dict[str, Any], heuristic: dict[str, Any], k: int) -> dict[str, Any]:
+    """The chosen configuration without fields that its design does not have: a tuned one may be of the other design,
+    because the nearest sizes are taken."""
+    block_k, split_k = chosen["BLOCK_K"], chosen["SPLIT_K"]
+    if heuristic["PROGRAMS"]:  # resident
+        block_k = heuristic["BLOCK_K"]
+        ahead = block_k if chosen["AHEAD"] else 0
+        programs = chosen["PROGRAMS"] or heuristic["PROGRAMS"]
+        return chosen | {"BLOCK_K": block_k, "AHEAD": ahead, "SPLIT_K": 1, "PROGRAMS": programs}
+    least = k - (split_k - 1) * cdiv(cdiv(k, block_k), split_k) * block_k  # of K, in the last split
+    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["AHEAD"] <= least else 0, "PROGRAMS": 0}
 
 
 def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str, Any]:
