@@ -81,6 +81,7 @@ def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str,
     block_k = next_power_of_2(k)
     tile = 16 * block_k * itemsize
     programs = max(1, min(4, (device.shared_memory - 16384) // (3 * tile)))
+    tiles = cdiv(cdiv(n, 16), programs * device.num_sms)  # of a program
     return {
         "BLOCK_N": 16,
         "BLOCK_K": block_k,
@@ -88,8 +89,8 @@ def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str,
         "SPLIT_K": 1,
         "PROGRAMS": programs,
         "PREFETCH_LINES": cdiv(block_k * itemsize, 128),
-        "num_warps": max(1, min(8, tile // 4096)),
-        "num_stages": min(3, cdiv(cdiv(n, 16), programs * device.num_sms)),
+        "num_warps": max(1, min(8, block_k * itemsize // 512)),  # with shorter slices their rows lie in the same banks
+        "num_stages": 3 if tiles > 2 else 1,
     }
 
 
@@ -108,7 +109,9 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
         memory = device.shared_memory // neighbours - 4096
         if 2 * (block_n + MAX_TOKENS) * block_k * itemsize <= memory:
             break
-    ahead = 4 * block_k if neighbours == 1 else block_k
+    ahead = 0
+    if device.backend == "cuda" and device.capability >= 90:
+        ahead = 4 * block_k if neighbours == 1 else block_k
     if (block_n * ahead + 2 * (block_n + MAX_TOKENS) * block_k) * itemsize > memory:
         ahead = 0
     memory -= block_n * ahead * itemsize
@@ -120,7 +123,7 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
         "SPLIT_K": split_k,
         "PROGRAMS": 0,  # one for each tile
         "PREFETCH_LINES": 4 * block_k * itemsize // 128,
-        "num_warps": 8 if neighbours == 1 and block_k == wide else 4,
+        "num_warps": 8 if ahead > block_k else 4,
         "num_stages": 1 + max(1, blocks),
     }
 
@@ -231,16 +234,18 @@ def multiply(
         if norm_weight_ptr is not None:
             scales = _scales(x_ptr, num_tokens, tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_ROW)
         acc = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+        # Columns beyond the last token read the last token again.
+        x_rows = x_ptr + tl.minimum(tokens, num_tokens - 1)[None, :, None] * x_stride
         for start in range(k_start + AHEAD, k_end, BLOCK_K):
             k = start + _block_of(BLOCK_K, SLICES)
             mask = None if EVEN_K else k < k_end
             other = None if EVEN_K else 0.0
             values = LOAD(weight, rows[None, :, None], k, mask, other)
-            x = _streamed_x(x_ptr, norm_weight_ptr, scales, tokens, num_tokens, k, mask, other, x_stride)
-            acc = dot(values, x, acc)
+            x = tl.load(x_rows + k, mask=mask, other=other)
+            acc = dot(values, _streamed_x(x, norm_weight_ptr, scales, k, mask, other), acc)
         if AHEAD > 0:
-            x = _streamed_x(x_ptr, norm_weight_ptr, scales, tokens, num_tokens, early_k, None, None, x_stride)
-            acc = dot(early, x, acc)
+            x = tl.load(x_rows + early_k)
+            acc = dot(early, _streamed_x(x, norm_weight_ptr, scales, early_k, None, None), acc)
         products = tl.sum(acc, axis=0)
         last = True
         if SPLIT_K > 1:
@@ -295,10 +300,8 @@ def _resident_x(
 
 
 @triton.jit
-def _streamed_x(x_ptr, norm_weight_ptr, scales, tokens, num_tokens, k, mask, other, x_stride):
-    """A block of the (normalised) tokens, as _resident_x."""
-    # Columns beyond the last token read the last token again.
-    x = tl.load(x_ptr + tl.minimum(tokens, num_tokens - 1)[None, :, None] * x_stride + k, mask=mask, other=other)
+def _streamed_x(x, norm_weight_ptr, scales, k, mask, other):
+    """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES], (normalised) as the right operand of the products."""
     if norm_weight_ptr is not None:
         norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other)
         x = _normalised(x.to(tl.float32), scales[None, :, None], norm_weight)
