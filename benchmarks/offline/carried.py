@@ -53,7 +53,7 @@ def compiling(device: tuning.Device, dependent: Sequence[bool], folder: Path) ->
         mock.patch.object(compiler, "get_cache_key", _recording(folder / KEYS)),
         tuning.offline(device),
         mock.patch.object(tuning, "INTERPRETER", device),
-        machine_code._active(device),
+        machine_code.active(device),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         yield names

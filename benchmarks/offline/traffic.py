@@ -93,7 +93,7 @@ def traffic(device: tuning.Device, call: Callable[[], Any], fill: Mapping[str, f
         found.append(_count(self.__name__, compiled, (*grid, 1, 1)[:3], given, fill))
         return compiled
 
-    with tuning.offline(device), machine_code._active(device), mock.patch.object(JITFunction, "run", run):
+    with tuning.offline(device), machine_code.active(device), mock.patch.object(JITFunction, "run", run):
         call()
     return found
 

@@ -98,6 +98,6 @@ def traffic(
         found.append(counted)
         return compiled
 
-    with tuning.offline(this), machine_code._active(this), mock.patch.object(JITFunction, "run", run):
+    with tuning.offline(this), machine_code.active(this), mock.patch.object(JITFunction, "run", run):
         call()
     return found
