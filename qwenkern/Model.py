@@ -16,7 +16,7 @@ from .cache import PagedCache
 from .config import Config
 from .device import cache_room, choose_device, choose_dtype, choose_format, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
-from .engine.warm_up import compile_kernels, decode_sizes, prompt_lengths, rehearsals
+from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
 from .generation import Generation
 from .kernels import Pages, invariant_tokens, prepare
@@ -26,7 +26,7 @@ from .kernels.weights import FORMATS as WEIGHTS
 from .loading import load
 from .prompts import Prompt, Prompts, is_ids, is_one_prompt, rows_of_ids, sampling_params
 from .qwen2 import Qwen2, initialise
-from .sampling import SamplingParams
+from .sampling import Drawing, SamplingParams
 from .text.tokenizer import Tokenizer
 
 
@@ -192,8 +192,10 @@ class Model:
         together = min(max_sequences, engine.scheduler.limits.max_batch, cache.num_pages)
         most = min(max_prompt, self.prefill_chunk, self.config.context_length, cache.num_tokens)
         sizes, lengths = decode_sizes(capture, together), prompt_lengths(capture, most)
-        compile_kernels(self.module, cache, sizes, lengths, most)
-        for tokens, params in rehearsals(sizes, together, lengths, most, sampled):
+        ways = (GREEDY, BY_DEFAULT) if sampled else (GREEDY,)
+        drawings = {Drawing.of(self._requests([[0]], how), self.config.vocab_size): None for how in ways}
+        compile_kernels(self.module, cache, sizes, list(drawings), lengths, most)
+        for tokens, params in rehearsals(sizes, together, ways, lengths, most):
             self._complete(self._requests([[0] * min(tokens, most)], params))
 
     @overload

@@ -17,12 +17,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from ..cache import Batch, PagedCache
 from ..config import Config
@@ -32,21 +34,35 @@ from ..kernels.environment import CONFIG_DIR, KERNELS
 from ..kernels.pages import FORMATS as PAGES
 from ..kernels.weights import FORMATS as WEIGHTS
 from ..qwen2 import DecoderLayer, Qwen2
-from ..sampling import SamplingParams
-from .capture import Capture
+from ..sampling import Drawing, SamplingParams
+from .capture import CallCapture, Capture, Replay
 from .captured_prefill import MOST_PROMPTS
+from .captured_step import CapturedStep
 
 MOST_PROCESSES = 8  # each takes some 400 MB
 PACKAGE = Path(__file__).parents[1]
 CHILD = "import sys; sys.path[:] = filter(None, sys.path); from qwenkern.engine.warm_up import main; main()"
 
 
-class Pass(NamedTuple):
-    """A pass whose kernels are compiled."""
+class Prompts(NamedTuple):
+    """A pass over prompts, whose kernels are compiled."""
 
     tokens: int
     sequences: int
-    is_decode: bool  # captured with dependent launches; ends with the largest logits, or with all of them
+    rows: int  # of logits
+
+
+class RunOnce(CallCapture):
+    """Runs what it would capture, as before a capture on a GPU."""
+
+    def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
+        with dependent_launches({}):
+            out = function()
+        return _nothing, out
+
+
+def _nothing() -> None:
+    """In place of a replay."""
 
 
 @dataclass(frozen=True)
@@ -59,24 +75,24 @@ class Task:
     pages: str
     page_size: int
     device: Any  # kernels.triton.tuning.Device
-    passes: tuple[Pass, ...]
+    sizes: tuple[int, ...]  # of decode steps
+    drawings: tuple[Drawing, ...]  # of each of these
+    prompts: tuple[Prompts, ...]
 
     def run(self) -> None:
         """Runs the passes on meta tensors. Within kernels.triton.offline.compiling this compiles their kernels."""
         meta, context = torch.device("meta"), self.config.context_length
         model = Qwen2(replace(self.config, num_hidden_layers=2), self.dtype, meta, WEIGHTS[self.weights])
         cache = PagedCache(model.config, context, self.dtype, meta, self.page_size, PAGES[self.pages])
-        for tokens, sequences, is_decode in self.passes:
+        for size, drawing in product(self.sizes, self.drawings):
+            CapturedStep(model, cache, size, drawing, RunOnce())
+        for tokens, sequences, rows in self.prompts:
             ids, positions, slots = (torch.empty(tokens, dtype=torch.int64, device=meta) for _ in range(3))
             tables = torch.empty(sequences, -(-context // self.page_size), dtype=torch.int32, device=meta)
             lengths, starts = (torch.empty(sequences + more, dtype=torch.int32, device=meta) for more in (0, 1))
-            batch = Batch(ids, positions, slots, tables, lengths, starts, is_decode)
-            with dependent_launches({} if is_decode else None, on=is_decode), torch.inference_mode():
-                if is_decode:
-                    model.greedy(batch, cache)
-                    model(batch, cache)
-                else:
-                    model(batch, cache, torch.empty(max(1, sequences - 1), dtype=torch.int64, device=meta))
+            batch = Batch(ids, positions, slots, tables, lengths, starts, is_decode=False)
+            with dependent_launches(on=False), torch.inference_mode():
+                model(batch, cache, torch.empty(rows, dtype=torch.int64, device=meta))
 
 
 def decode_sizes(capture: Capture, most: int) -> list[int]:
@@ -92,20 +108,28 @@ def prompt_lengths(capture: Capture, most: int) -> list[int]:
     return found
 
 
-def compile_kernels(model: Qwen2, cache: PagedCache, sizes: Sequence[int], lengths: Sequence[int], most: int) -> None:
-    """Compiles, in child processes, the kernels of decode steps of these sizes, and of passes over prompts of these
-    lengths and of ``most`` tokens. Does nothing without a GPU, with QWENKERN_KERNELS=reference, or if it was done
-    before. A warning says what went wrong in a child; the kernels are then compiled when they are first launched."""
+def compile_kernels(
+    model: Qwen2,
+    cache: PagedCache,
+    sizes: Sequence[int],
+    drawings: Sequence[Drawing],
+    lengths: Sequence[int],
+    most: int,
+) -> None:
+    """Compiles, in child processes, the kernels of decode steps of these sizes, which draw in these ways, and of passes
+    over prompts of these lengths and of ``most`` tokens.
+
+    Does nothing without a GPU, with QWENKERN_KERNELS=reference, or if it was done before. A warning says what went
+    wrong in a child; the kernels are then compiled when they are first launched."""
     if cache.device.type != "cuda" or KERNELS.get() == "reference" or not is_served("cuda"):
         return
     from ..kernels.triton import tuning
 
     first = next(model.parameters())
     layer = cast(DecoderLayer, model.model.layers[0])
-    passes = [Pass(size, size, True) for size in sizes]
-    passes += [Pass(length, MOST_PROMPTS + 1, False) for length in lengths]
+    prompts = [Prompts(length, MOST_PROMPTS + 1, MOST_PROMPTS) for length in lengths]
     if not lengths or most > lengths[-1]:
-        passes.append(Pass(most, 1, False))
+        prompts.append(Prompts(most, 1, 1))
     task = Task(
         model.config,
         first.dtype,
@@ -113,7 +137,9 @@ def compile_kernels(model: Qwen2, cache: PagedCache, sizes: Sequence[int], lengt
         cache.pages[0].format,
         cache.page_size,
         tuning.device_of(first),
-        tuple(passes),
+        tuple(sizes),
+        tuple(drawings),
+        tuple(prompts),
     )
     stamp = _stamp(task)
     if not stamp.exists() and _compiled(task):
@@ -180,17 +206,19 @@ def _stamp(task: Task) -> Path:
     return _triton_cache() / f"qwenkern-{digest.hexdigest()}"
 
 
+GREEDY = SamplingParams(max_tokens=3, temperature=0, repetition_penalty=1.0, ignore_eos=True)
+BY_DEFAULT = SamplingParams(max_tokens=3, ignore_eos=True)  # as the checkpoint says
+
+
 def rehearsals(
-    sizes: Sequence[int], most_sequences: int, lengths: Sequence[int], most: int, sampled: bool
+    sizes: Sequence[int], most_sequences: int, ways: Sequence[SamplingParams], lengths: Sequence[int], most: int
 ) -> Iterator[tuple[int, SamplingParams]]:
     """Requests that need all that is captured: the number of tokens of a prompt, and how it is completed. Each length
     comes twice, because the second pass is captured. Then each number of sequences decodes after a short prompt."""
-    one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    one = replace(GREEDY, max_tokens=1)
     for length in lengths:
         yield from [(length, one)] * 2
     if not lengths or most > lengths[-1]:
         yield most, one
-    greedy = SamplingParams(max_tokens=3, temperature=0, repetition_penalty=1.0, ignore_eos=True)
-    for how in (greedy, SamplingParams(max_tokens=3, ignore_eos=True)) if sampled else (greedy,):
-        for size in sizes:
-            yield 1, replace(how, n=min(size, most_sequences))
+    for how, size in product(ways, sizes):
+        yield 1, replace(how, n=min(size, most_sequences))

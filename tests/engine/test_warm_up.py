@@ -138,7 +138,7 @@ from qwenkern.engine.runner import Runner
 from qwenkern.kernels import dependent_launches
 from qwenkern.kernels.triton import offline, tuning
 from qwenkern.qwen2 import Qwen2
-from qwenkern.sampling import Drawing
+from qwenkern.sampling import Drawing, sampler
 
 sizes, lengths, longest = (1, 3, 16, 24), (16, 64), 200
 config = Config(512, 256, 768, 3, 4, 2, 64, max_position_embeddings=512)
@@ -156,21 +156,23 @@ class Capture(CallCapture):
             return (lambda: None), function()
 
 
-passes = [warm_up.Pass(size, size, True) for size in sizes]
-passes += [warm_up.Pass(length, MOST_PROMPTS + 1, False) for length in lengths]
-passes += [warm_up.Pass(longest, 1, False)]
-task = warm_up.Task(config, torch.bfloat16, "dense", "dense", 64, device, tuple(passes))
+drawings = Drawing(), Drawing(512), Drawing(64, adjusts=True, logprobs=20)
+prompts = [warm_up.Prompts(length, MOST_PROMPTS + 1, MOST_PROMPTS) for length in lengths]
+prompts += [warm_up.Prompts(longest, 1, 1)]
+task = warm_up.Task(config, torch.bfloat16, "dense", "dense", 64, device, sizes, drawings, tuple(prompts))
 with offline.compiling(device), mock.patch.object(JITFunction, "run", note):
     task.run()
 compiled, found = found, set()
 
+draw = sampler.draw
+sampler.draw = lambda *args: draw(*args).zero_()  # nothing is computed, so the ids would be anything
 cpu = torch.device("cpu")
 model = Qwen2(config, torch.bfloat16, cpu)
 cache = PagedCache(config, 4096, torch.bfloat16, cpu)
 as_gpu = mock.patch.object(tuning, "INTERPRETER", device)
 with tuning.offline(device), offline.active(device), as_gpu, mock.patch.object(JITFunction, "run", note):
     for size in sizes:
-        for drawing in (None, Drawing()):
+        for drawing in drawings:
             CapturedStep(model, cache, size, drawing, Capture())
     with torch.inference_mode(), dependent_launches(None, on=False):
         for length in lengths:
@@ -205,10 +207,11 @@ from qwenkern import Config
 from qwenkern.benchmarks.offline.machine_code import DEVICES
 from qwenkern.engine import warm_up
 from qwenkern.kernels.triton.offline import compiling
+from qwenkern.sampling import Drawing
 
 warm_up.MOST_PROCESSES = 2
 config = Config(512, 256, 768, 3, 4, 2, 64, max_position_embeddings=512)
-task = warm_up.Task(config, torch.bfloat16, "dense", "dense", 64, DEVICES["sm_90"], (warm_up.Pass(1, 1, True),))
+task = warm_up.Task(config, torch.bfloat16, "dense", "dense", 64, DEVICES["sm_90"], (1,), (Drawing(),), ())
 print(warm_up._compiled(task))
 folder = Path(sys.argv[1])
 cubins = set(folder.rglob("*.cubin"))
