@@ -1,4 +1,4 @@
-"""The tiles of the linear kernels for few tokens (few_tokens.py): their configuration, and the constants of a launch."""
+"""The tiles of the linear kernels for few tokens (few_tokens.py): their configuration, and the constants of launches."""
 
 from __future__ import annotations
 
