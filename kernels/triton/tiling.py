@@ -1,4 +1,4 @@
-"""The tiles of the linear kernels for few tokens (few_tokens.py): their configuration, and the constants of launches."""
+"""The tiles of the linear kernels for few tokens (few_tokens.py): the configuration, and the constants of launches."""
 
 from __future__ import annotations
 
