@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import re
 import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -39,6 +41,11 @@ def run(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
         return capsys.readouterr().out
 
     return run
+
+
+def subprocess_run(name: str, environment: dict[str, str]) -> str:
+    command = [sys.executable, str(EXAMPLES / name)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
 
 
 def test_generate_prints_what_generate_returns(run: Run, folder: Path):
@@ -144,6 +151,14 @@ def test_time_a_kernel_prints_both_times_and_their_ratio(run: Run):
     assert re.search(r"^qwenkern +[\d.]+ us .* GB/s$", printed, re.M)
     assert re.search(r"^torch +[\d.]+ us .* GB/s$", printed, re.M)
     assert re.search(r"^speed-up over torch: [\d.]+ \(", printed, re.M)
+
+
+@pytest.mark.slow
+def test_check_a_kernel_finds_the_race(compiling: dict[str, str]):
+    """In a process of its own, in which Triton compiles."""
+    printed = subprocess_run("check_a_kernel.py", compiling)
+    assert re.search(r"^with its barrier: off by at most [\d.e-]+$", printed, re.M)
+    assert re.search(r"^without it: warp \d releases what was stored .* no barrier .* stores of warp \d", printed, re.M)
 
 
 def test_every_script_is_run_and_listed():
