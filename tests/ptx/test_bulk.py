@@ -209,7 +209,7 @@ CASES = [
     Case("ends before it lands", "ends while a bulk copy may still write", f"{INIT} {expect(128)} {COPY} ?", "", WAIT),
     Case(
         "over what was stored",
-        "writes byte 128 of shared memory asynchronously, which warp 0 wrote",
+        "writes byte 128 of shared memory asynchronously, which warp 0 stored",
         f"{INIT} {STORE} ? {expect(128)} {COPY} {WAIT}",
         "",
         PROXY,

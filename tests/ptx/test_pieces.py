@@ -1,5 +1,5 @@
-"""The PTX runner notices what is missing in a kernel: each barrier, wait, fence and guard of each kernel of a decode step
-and of prefill is taken out in turn. What nothing shows to be missing is not needed, for a reason that stands here."""
+"""The PTX runner notices what is missing in a kernel: each barrier, wait, fence and guard of each kernel of a step is
+taken out in turn. What nothing shows to be missing is not needed, for a reason that stands here."""
 
 from __future__ import annotations
 
@@ -20,31 +20,38 @@ SEEDS = 2
 MUTATED = {
     "o_proj": ALL,
     "split_k": HOPPER,
-    "gate_up": (),
-    "qkv_rope": (),
+    "gate_up": HOPPER,
+    "qkv_rope": HOPPER,
     "decode_attention": ALL,
     "combine": HOPPER,
     "prefill_attention": HOPPER,
     "lm_head": HOPPER,
-    "top_k": (),
+    "top_k": HOPPER,
     "rms_norm": ALL,
     "rope": ALL,
     "swiglu": ALL,
 }
 
-# What these lines do where it is of no use does no harm either.
+# What is not noticed, and why it is not needed. Of guards and of the sizes of copies: what these lines do where it is
+# of no use does no harm either.
 HARMLESS = {
     "k = LOAD_K(pages, kv_head, this_page, token": "a tile lies within a page; scores beyond the end are replaced",
     "return sequence if PAGE_SIZE is None else tl.load(table": "the index is clamped to the sequence's pages",
-    "acc += tl.load(parts_ptr + other * part + at": "behind all parts but the last lies the next one; it is not stored",
-    "tl.store(arrivals_ptr + tile, 0)": "all threads store a zero there",
+    "v = LOAD_V(pages, kv_head, this_page, token": "behind the last tile comes a page of the sequence; nobody reads it",
+    "tl.store(arrivals_ptr + ": "all threads store a zero there",
+    "tl.store(parts + split * part, products)": "several threads store the same values there",
     "tl.store(out_ptr + head * HEAD_DIM + column, cast(out": "other threads store the same values there",
     "gate = tl.load(gate_ptr": "behind a row of gate lies that of up; what is computed there is not stored",
     "tl.store(values_ptr + token * TOP_K": "all threads store the same value there",
     "tl.store(ids_ptr + token * TOP_K": "all threads store the same value there",
+    "STORE_K(rope.pages, slot": "what lies beyond the last token has its slot and its values",
+    "STORE_V(rope.pages, slot": "what lies beyond the last token has its slot and its values",
 }
-# Barriers of Triton's, behind which no warp touches what another one has touched before
-BARRIERS: dict[str, str] = {}
+REASONS = {
+    "barrier": "Triton stands one before each new use of shared memory. All that are not needed may be missing.",
+    "fence between proxies": "Triton makes one before a loop and one in it. Without both, a product is wrong.",
+    "wait for copies": "behind a loop, where the last groups are empty or have been waited for",
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,33 +69,28 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.mark.slow
 def test_what_is_missing_is_noticed(process, key, kernel):
-    """Each piece taken out alone, but the sizes of the copies that a line makes together. Barriers that are not needed
-    may all be missing at once."""
+    """Each piece taken out alone, but the sizes of the copies that a line makes together. A guard that holds for every
+    lane of the call stays. The barriers that are not needed may all be missing at once; not so the fences."""
     removals = process.submit(on_pieces.whole, key, kernel).result()
     unnoticed = process.submit(on_pieces.unnoticed, key, kernel, removals, SEEDS).result()
-    assert [each for each in unnoticed if not why_needless(kernel, each)] == []
+    assert [each for each in unnoticed if not why_needless(each)] == []
     barriers = [each for each in unnoticed if each.piece == "barrier"]
     for seed in range(SEEDS):
         assert process.submit(on_pieces.without, key, kernel, seed, barriers).result() == ""
+    if fences := [each for each in removals if each.piece == "fence between proxies"]:
+        assert "no fence.proxy.async" in process.submit(on_pieces.without, key, kernel, 0, fences).result()
     noticed = {each.piece for each in removals if each not in unnoticed and not each.holds}
-    assert key == "sm_80" or "wait for the kernel before" in noticed
-    assert "guard" in noticed
-    assert {each.piece for each in removals} - noticed <= {"barrier"}
+    assert noticed >= {each.piece for each in removals} - {"barrier", "fence between proxies"}
 
 
-def why_needless(kernel: str, removal: Removal) -> str | None:
-    """The reason why nothing is wrong without it, if there is one. A guard that holds for every lane is not asked
-    about."""
-    if removal.piece == "barrier":
-        if removal.between_first_copies:
-            return "it stands between the first asynchronous copies, each to a place of its own, and no warp reads"
-        return BARRIERS.get(kernel)
+def why_needless(removal: Removal) -> str | None:
+    """The reason why nothing is wrong without it, if there is one."""
     lines = [text for each in removal.source for text in lines_at(*each.split(":"))]
-    if removal.piece == "fence between proxies":
-        return next((why for beginning, why in FENCES.items() for text in lines if text.startswith(beginning)), None)
+    if removal.piece == "wait for copies" and not lines[0].startswith("for "):
+        return None
     if removal.piece in ("guard", "sizes of copies"):
         return next((why for beginning, why in HARMLESS.items() for text in lines if text.startswith(beginning)), None)
-    return None
+    return REASONS.get(removal.piece)
 
 
 def lines_at(name: str, number: str) -> list[str]:

@@ -209,14 +209,14 @@ CASES = [
     ),
     Case(
         "no fence of memory",
-        "reads byte 0 of shared memory asynchronously, which warp 0 wrote .* no fence.proxy.async",
+        "reads byte 0 of shared memory asynchronously, which warp 0 stored, and no fence.proxy.async",
         f"? bar.sync 0; {FENCE} {PRODUCT} {COMMIT} {WAIT} {OUT}",
         "",
         "fence.proxy.async;",
     ),
     Case(
         "a fence before the barrier, of one warp",
-        "which warp [123] wrote .* no fence.proxy.async",
+        "which warp [123] stored, and no fence.proxy.async",
         f"? bar.sync 0; {FENCE} {PRODUCT} {COMMIT} {WAIT} {OUT}",
         "@%p1 fence.proxy.async;",
         "fence.proxy.async;",

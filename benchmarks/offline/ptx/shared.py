@@ -5,7 +5,8 @@ an asynchronous copy is under way to it, a bulk copy has written it, nothing was
 are no race.
 
 Products of warp groups and bulk copies go through another path to memory, the asynchronous proxy (section 8.6): what
-ordinary stores have written is seen there behind a fence.proxy.async only."""
+ordinary stores have written is seen there behind a fence.proxy.async only. What cp.async has written counts as seen:
+the specification does not say so, but CUTLASS's and Triton's products read it without a fence."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from .order import LAST, Clocks
 from .values import U8, U32, Array
 
 COPIED, COPYING, UNWRITTEN = LAST + 1, LAST + 2, LAST + 3  # where else the moment of the last write stands
-PROXY = "which warp {} wrote with an ordinary store or copy, and no fence.proxy.async stands between"
+BY_COPY = 1 << 8  # beside the number of a warp whose cp.async has written
 
 
 class SharedMemory:
@@ -80,7 +81,7 @@ class SharedMemory:
         rows = addresses // size
         self._rows[size][rows] = data
         self._written[size][rows] = self._clocks.now
-        self._writer[size][rows] = warp
+        self._writer[size][rows] = warp | BY_COPY
 
     # The asynchronous proxy: 16 bytes at each address
 
@@ -168,19 +169,21 @@ class SharedMemory:
 
     def _check_fenced(self, warp: int, rows: Array, addresses: Array, does: str) -> None:
         written, writer = self._written[16].take(rows, axis=0), self._writer[16].take(rows, axis=0)
-        ordinary = written < COPIED
+        ordinary = (written < COPIED) & (writer < BY_COPY)
         unfenced = ordinary & (written > self._clocks.known[warp].fenced[np.where(ordinary, writer, 0)])
         if np.count_nonzero(unfenced):
-            by = writer[unfenced][0]
+            by, at = writer[unfenced][0], _first(unfenced, addresses)
             raise Fault(
-                f"{does} byte {_first(unfenced, addresses)} of shared memory asynchronously, {PROXY.format(by)}"
+                f"{does} byte {at} of shared memory asynchronously, which warp {by} stored, and no fence.proxy.async"
+                " stands between"
             )
 
     def _unknown(self, warp: int, written: Array, writer: Array) -> Array:
         """Which writes this warp knows nothing of."""
         known = self._clocks.known[warp]
         ordinary = written < COPIED
-        unknown = ordinary & (writer != warp) & (written > known.seen[np.where(ordinary, writer, 0)])
+        by = np.where(ordinary, writer & (BY_COPY - 1), 0)
+        unknown = ordinary & (by != warp) & (written > known.seen[by])
         if np.count_nonzero(copied := written == COPIED):
             arrived = np.isin(writer, list(known.copies)) if known.copies else np.zeros_like(copied)
             unknown |= copied & ~arrived
@@ -188,7 +191,7 @@ class SharedMemory:
 
     def _what(self, unknown: Array, rows: Array, addresses: Array, size: int) -> str:
         lane, byte = np.argwhere(unknown)[0]
-        writer = int(self._writer[size][rows[lane], byte])
+        writer = int(self._writer[size][rows[lane], byte]) & (BY_COPY - 1)
         if self._written[size][rows[lane], byte] == COPIED:
             return f"byte {addresses[lane] + byte} of shared memory, which a bulk copy or mbarrier.init wrote unawaited"
         return f"byte {addresses[lane] + byte} of shared memory, which warp {writer} wrote since the last barrier"
