@@ -38,6 +38,7 @@ from ..pages import Pages
 from ..triton_if_any import INTERPRETED
 from . import tuning
 from .backend import MAX_PROGRAMS, TRITON, pdl_options, refuses_format
+from .combine_splits import launch_combine, tokens_of_split
 from .launching import planned
 from .rope import HEAD_DIMS
 
@@ -79,11 +80,6 @@ def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: 
     # The tuned entry may be for another page size. A tile must lie within one page, and a split has whole tiles.
     block_n = min(config["BLOCK_N"], page_size & -page_size)
     return config | {"BLOCK_N": block_n, "MIN_TOKENS": max(config["MIN_TOKENS"], block_n)}
-
-
-@triton.jit
-def _tokens_of_split(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, MIN_TOKENS: tl.constexpr):
-    return tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N, MIN_TOKENS)
 
 
 @triton.jit
@@ -142,7 +138,7 @@ def _decode_attention_kernel(
     length = num_tokens
     if lengths_ptr is not None:
         length = tl.load(lengths_ptr + sequence).to(tl.int32)
-    tokens = _tokens_of_split(length, BLOCK_N, NUM_SPLITS, MIN_TOKENS)
+    tokens = tokens_of_split(length, BLOCK_N, NUM_SPLITS, MIN_TOKENS)
     used = tl.cdiv(length, tokens)
     table = block_tables_ptr
     if PAGE_SIZE is not None:
@@ -196,46 +192,6 @@ def _decode_attention_kernel(
             tl.store(logs_ptr + at_part, (best + log2(total, dtype))[:, None], mask=group < GROUP)
 
 
-@planned
-@triton.jit(do_not_specialize=["num_tokens", "splits"])
-def _combine_kernel(
-    out_ptr,  # [S, Hq, D]
-    parts_ptr,  # [S, Hq, splits, D] float32
-    logs_ptr,  # [S, Hq, splits] float32
-    lengths_ptr,  # [S], or None: num_tokens each
-    num_tokens,
-    splits,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
-    MIN_TOKENS: tl.constexpr,
-    SETTLED: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    sequence = tl.program_id(2).to(tl.int64)
-    head = sequence * tl.num_programs(1) + tl.program_id(1)
-    column = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    split = tl.arange(0, NUM_SPLITS)
-    launch_dependents(PDL)
-    if not SETTLED:
-        wait(PDL)
-    length = num_tokens
-    if lengths_ptr is not None:
-        length = tl.load(lengths_ptr + sequence).to(tl.int32)
-    mask = split * _tokens_of_split(length, BLOCK_N, NUM_SPLITS, MIN_TOKENS) < length
-    if SETTLED:
-        wait(PDL)
-
-    dtype = out_ptr.dtype.element_ty
-    at = (head * splits + split)[:, None] * HEAD_DIM + column[None, :]
-    parts = tl.load(parts_ptr + at, mask=mask[:, None], other=0.0)
-    logs = tl.load(logs_ptr + head * splits + split, mask=mask, other=float("-inf"))
-    weights = exp2(logs - tl.max(logs, axis=0), dtype)
-    out = divide(tl.sum(weights[:, None] * parts, axis=0), tl.sum(weights, axis=0), dtype)
-    tl.store(out_ptr + head * HEAD_DIM + column, cast(out, dtype))
-
-
 def _launch_decode_attention(
     out: Tensor,
     parts: Tensor | None,
@@ -281,25 +237,8 @@ def _launch_decode_attention(
         **config,
         **options,
     )
-    if parts is None:
-        return
-    block_d = min(head_dim, 64)
-    _combine_kernel[(head_dim // block_d, num_q_heads, num_sequences)](
-        out,
-        parts,
-        logs,
-        lengths,
-        num_tokens,
-        splits,
-        HEAD_DIM=head_dim,
-        BLOCK_D=block_d,
-        BLOCK_N=config["BLOCK_N"],
-        NUM_SPLITS=config["NUM_SPLITS"],
-        MIN_TOKENS=config["MIN_TOKENS"],
-        SETTLED=settled,
-        num_warps=4,
-        **options,
-    )
+    if parts is not None and logs is not None:
+        launch_combine(out, parts, logs, lengths, num_tokens, config, settled)
 
 
 def refuses_paged(q: Tensor, pages: Pages, page_size: int) -> str | None:

@@ -134,7 +134,7 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
         "SPLIT_K": split_k,
         "PROGRAMS": 0,  # one for each tile
         "PREFETCH_LINES": 4 * block_k * itemsize // 128,
-        "num_warps": 8 if ahead > block_k else 4,
+        "num_warps": 8 if ahead > block_k and device.capability == 90 else 4,  # more were not tried elsewhere
         "num_stages": 1 + max(1, blocks),
     }
 

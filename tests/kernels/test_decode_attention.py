@@ -170,7 +170,7 @@ def _inputs(lengths, heads, dtype, device, page_size=64, spare_pages=1):
 _RAGGED = {"page_size": 64, "dtype": torch.float32}
 _SPLITS = {"dtype": torch.float32}
 _3B = {"heads": (16, 2, 128)}
-FILE = "triton/decode_attention.py"
+FILE, COMBINE = "triton/decode_attention.py", "triton/combine_splits.py"
 MUTATIONS = [
     Mutation(
         "only the first split of each program", FILE, "range(tl.program_id(0), used, tl.num_programs(0))",
@@ -203,13 +203,13 @@ MUTATIONS = [
     ),
     Mutation("the first sequence's page", FILE, "return sequence if", "return sequence * 0 if", test_attention, {}),
     Mutation(
-        "splits weighed alike", FILE, "exp2(logs - tl.max(logs, axis=0), dtype)", "tl.where(mask, 1.0, 0.0)",
+        "splits weighed alike", COMBINE, "exp2(logs - tl.max(logs, axis=0), dtype)", "tl.where(mask, 1.0, 0.0)",
         test_ragged_lengths, _RAGGED,
     ),
     Mutation("logarithm of the sum forgotten", FILE, "best + log2(total, dtype)", "best", test_ragged_lengths, _RAGGED),
     Mutation("natural exponential", FILE, "(scale * LOG2_E)", "scale", test_ragged_lengths, _RAGGED),
     Mutation(
-        "splits by the table", FILE, "NUM_SPLITS) * BLOCK_N", "tl.num_programs(0)) * BLOCK_N",
+        "splits by the table", COMBINE, "NUM_SPLITS) * BLOCK_N", "tl.num_programs(0)) * BLOCK_N",
         test_bits_are_batch_invariant, {},
     ),
 ]  # fmt: skip
