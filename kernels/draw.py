@@ -57,7 +57,7 @@ def draw(logits: Tensor, largest: Tensor, settings: Tensor, uniforms: Tensor) ->
 def most_likely(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The largest ``count`` logits of each row [R, V] float32, in descending order, and their ids, [R, count] each. Of
     equal ones the lower id comes first. NaN comes before all others. A CUDA graph can capture it."""
-    if not logits.is_cuda:
+    if logits.is_cpu:
         values, ids = logits.topk(min(count + 1, logits.shape[-1]))
         if (values[:, 1:] < values[:, :-1]).all():
             return values[:, :count], ids[:, :count]

@@ -26,8 +26,8 @@ from triton.compiler.compiler import make_backend
 from triton.runtime import cache
 from triton.runtime.jit import JITFunction
 
-from qwenkern.benchmarks.offline import machine_code
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.triton.offline import active
 
 KEYS = "keys"  # the folder in Triton's cache with the parts of each key
 CARRIED = (".json", ".cubin")  # the files of a kernel that a launch needs
@@ -53,7 +53,7 @@ def compiling(device: tuning.Device, dependent: Sequence[bool], folder: Path) ->
         mock.patch.object(compiler, "get_cache_key", _recording(folder / KEYS)),
         tuning.offline(device),
         mock.patch.object(tuning, "INTERPRETER", device),
-        machine_code._active(device),
+        active(device),
         mock.patch.object(JITFunction, "run", compile_only),
     ):
         yield names

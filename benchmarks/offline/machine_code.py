@@ -6,25 +6,23 @@ with the arguments of the launch. ``read(kernel)`` returns facts of its machine 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.triton.offline import active
 
 # The number of SMs and the shared memory of a CTA: from the cards' data sheets, and from the CUDA C++ programming
 # guide's table of technical specifications by compute capability.
@@ -93,24 +91,6 @@ class Code:
         return self.warps * -(-self.registers * 32 // 256) * 256
 
 
-class _OfflineDriver:
-    """Replaces the driver of a card. Triton keeps its compiled kernels by device number."""
-
-    def __init__(self, device: tuning.Device) -> None:
-        self.number = f"offline {device.name}"
-        arch: Any = device.capability if device.backend == "cuda" else "gfx942"
-        self.target = GPUTarget(device.backend, arch, 32 if device.backend == "cuda" else 64)
-
-    def get_current_device(self) -> str:
-        return self.number
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
-
-
 def launches(key: str, call: Callable[[], Any]) -> list[Launch]:
     """Every kernel that ``call`` starts, compiled for ``DEVICES[key]``, in order."""
     return launches_on(DEVICES[key], call)
@@ -126,15 +106,9 @@ def launches_on(device: tuning.Device, call: Callable[[], Any]) -> list[Launch]:
         found.append(Launch(self.__name__, tuple(grid), kernel, bool(keywords.get("launch_pdl"))))
         return kernel
 
-    with tuning.offline(device), _active(device), mock.patch.object(JITFunction, "run", record):
+    with tuning.offline(device), active(device), mock.patch.object(JITFunction, "run", record):
         call()
     return found
-
-
-@contextlib.contextmanager
-def _active(device: tuning.Device) -> Iterator[None]:
-    with mock.patch.object(driver, "_active", _OfflineDriver(device)):
-        yield
 
 
 def occupancy(key: str, code: Code) -> int:

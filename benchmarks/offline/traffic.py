@@ -18,12 +18,12 @@ import numpy as np
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from qwenkern.benchmarks.offline import machine_code
 from qwenkern.benchmarks.offline.ptx.arguments import Storages, parameters
 from qwenkern.benchmarks.offline.ptx.launch import Cta, Kernel, Launch
 from qwenkern.benchmarks.offline.ptx.values import Array
 from qwenkern.benchmarks.offline.ptx.warp import Step, Stop, Warp
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.triton.offline import active
 
 SECTOR = 32  # bytes that the L2 cache moves at least
 LINE = 128  # that a prefetch brings
@@ -93,7 +93,7 @@ def traffic(device: tuning.Device, call: Callable[[], Any], fill: Mapping[str, f
         found.append(_count(self.__name__, compiled, (*grid, 1, 1)[:3], given, fill))
         return compiled
 
-    with tuning.offline(device), machine_code._active(device), mock.patch.object(JITFunction, "run", run):
+    with tuning.offline(device), active(device), mock.patch.object(JITFunction, "run", run):
         call()
     return found
 

@@ -33,7 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dispatch import launches_dependently
-from ..language import cast, divide, dot, exp2, launch_dependents, log2, precise_dot, wait
+from ..language import cast, divide, exp2, launch_dependents, log2, precise_dot, wait
 from ..pages import Pages
 from ..triton_if_any import INTERPRETED
 from . import tuning
@@ -174,13 +174,13 @@ def _decode_attention_kernel(
             page = _page_of(table, sequence, tl.minimum(following, length - 1), PAGE_SIZE)
             k = LOAD_K(pages, kv_head, this_page, token, column, tile + row < end)
             v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)
-            scores = precise_dot(q, k.T) * (scale * LOG2_E)
+            scores = precise_dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
             scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = exp2(scores - new_best[:, None], dtype)
             shrink = exp2(best - new_best, dtype)
             total = total * shrink + tl.sum(weights, axis=1)
-            acc = dot(cast(weights, dtype), v, acc * shrink[:, None])
+            acc = precise_dot(cast(weights, dtype), v, acc * shrink[:, None])
             best = new_best
 
         acc = divide(acc, total[:, None], dtype)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..draw import INTERVALS, INTERVALS_PER_UNIT, SCALE
 from ..language import wait_for_inputs
 from .backend import TRITON, pdl_options
+from .launching import planned
 
 SUM = {"BLOCK": 1024, "num_warps": 4}
 # Two tokens a thread, because they, or where they go, lie apart in memory
@@ -46,6 +47,7 @@ def _key(logit):
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.int64)
 
 
+@planned
 @triton.jit
 def _sum_kernel(
     counts_ptr,  # [R, INTERVALS] int32
@@ -76,6 +78,7 @@ def _sum_kernel(
     tl.atomic_add(kept_ptr + row, tl.sum(tl.where(part < min_p, 0, weight), axis=0), sem="relaxed")
 
 
+@planned
 @triton.jit
 def _gather_kernel(
     ids_ptr,  # [R, V] int32: token ids, those of an interval side by side in any order
@@ -157,6 +160,7 @@ def _find(
     return low, weight_of_one, before, weights_before, start, end
 
 
+@planned
 @triton.jit
 def _draw_kernel(
     out_ptr,  # [R] int64

@@ -15,7 +15,7 @@ with all tokens. Two designs differ in where x is kept:
 
 Weights do not depend on earlier kernels. So with dependent launch a program loads its first tile (streamed: the first
 AHEAD values of each row) into shared memory before it waits for them, and the memory is busy while the kernels before
-it run out. On an H100 this takes a step of Qwen2.5-3B from 2.6 to 2.3 ms.
+it run out. On an H100 this takes a step of Qwen2.5-3B from 2.6 to 2.4 ms.
 
 The weight is the left operand of the tensor cores, so a single token needs a single column. Warps divide a tile along
 K, as a batch of products whose sums are added at the end. Along N a tile has 16 rows for all warps: each warp would
@@ -71,9 +71,20 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
         heuristic["PREFETCH_LINES"] = 0
     # tuned tiles are for 2-byte values; 4-byte ones would not fit
     chosen = tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
-    block = chosen["BLOCK_K"]
-    least = k - (chosen["SPLIT_K"] - 1) * cdiv(cdiv(k, block), chosen["SPLIT_K"]) * block  # K of a split
-    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["PROGRAMS"] or chosen["AHEAD"] <= least else 0}
+    return _sound(chosen, heuristic, k)
+
+
+def _sound(chosen: dict[str, Any], heuristic: dict[str, Any], k: int) -> dict[str, Any]:
+    """The chosen configuration without fields that its design does not have: a tuned one may be of the other design,
+    because the nearest sizes are taken."""
+    block_k, split_k = chosen["BLOCK_K"], chosen["SPLIT_K"]
+    if heuristic["PROGRAMS"]:  # resident
+        block_k = heuristic["BLOCK_K"]
+        ahead = block_k if chosen["AHEAD"] else 0
+        programs = chosen["PROGRAMS"] or heuristic["PROGRAMS"]
+        return chosen | {"BLOCK_K": block_k, "AHEAD": ahead, "SPLIT_K": 1, "PROGRAMS": programs}
+    least = k - (split_k - 1) * cdiv(cdiv(k, block_k), split_k) * block_k  # of K, in the last split
+    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["AHEAD"] <= least else 0, "PROGRAMS": 0}
 
 
 def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str, Any]:
@@ -123,7 +134,7 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
         "SPLIT_K": split_k,
         "PROGRAMS": 0,  # one for each tile
         "PREFETCH_LINES": 4 * block_k * itemsize // 128,
-        "num_warps": 8 if ahead > block_k else 4,
+        "num_warps": 8 if ahead > block_k and device.capability == 90 else 4,  # more were not tried elsewhere
         "num_stages": 1 + max(1, blocks),
     }
 
@@ -188,12 +199,11 @@ def multiply(
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies the rows of the program's tiles with all tokens, and runs the epilogue of each tile. Column t of the
-    products is token tokens[t]; columns beyond the last token are to be ignored."""
+    """Multiplies the rows of the program's tiles with all tokens, and runs the epilogue of each tile. Columns of the
+    products beyond the last token are to be ignored."""
     launch_dependents(PDL)
     first = tl.program_id(0)
-    # Each program begins with another token, so that not all read the same lines at the same time.
-    tokens = (tl.arange(0, BLOCK_T) + first) % BLOCK_T
+    tokens = tl.arange(0, BLOCK_T)
     rows = ROWS(args, first, BLOCK_N)
     if RESIDENT:
         tl.static_assert(SPLIT_K == 1)

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from ..language import wait_for_inputs
 from .backend import TRITON, pdl_options
+from .launching import planned
 
 BLOCK = 1024
 
 
+@planned
 @triton.jit
 def _penalise_kernel(
     out_ptr,  # [R, V] float32

@@ -478,14 +478,14 @@ def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sequences", [1, 3, 16])
 def test_programs_that_share_a_tile_are_captured_too(sequences):
-    """With the sizes of 0.5B, two programs split K of o_proj and of down, and count each other's arrival."""
+    """With the sizes of 0.5B, two programs split K of down, and count each other's arrival."""
     from qwenkern.kernels.triton import tuning
 
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
     config = replace(TINY, **sizes)
     with tuning.trying("linear", {"SPLIT_K": 2}) as trial:
         _assert_captured_text(config, {"temperature": 0}, sequences)
-    assert {896, 4864} <= {seen["k"] for seen, _ in trial.seen}
+    assert 4864 in {seen["k"] for seen, _ in trial.seen}
 
 
 def _assert_captured_text(config, how, sequences):

@@ -21,7 +21,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qwenkern.benchmarks.offline.machine_code import DEVICES, _OfflineDriver
+from qwenkern.benchmarks.offline.machine_code import DEVICES
+from qwenkern.kernels.triton.offline import OfflineDriver
 
 FILE = "triton/launching.py"
 MEMORY = torch.arange(64, dtype=torch.float64)  # 16-byte aligned
@@ -102,7 +103,7 @@ def recorded(ops: Any, device: int = 0) -> Iterator[Calls]:
 
 @contextmanager
 def _on(device: int) -> Iterator[None]:
-    fake = _OfflineDriver(DEVICES["sm_90"])
+    fake = OfflineDriver(DEVICES["sm_90"])
     fake.number = device
     fake.get_current_stream = lambda device: 7000 + device
     with mock.patch.object(driver, "_active", fake):

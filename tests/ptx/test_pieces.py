@@ -36,8 +36,8 @@ MUTATED = {
 # of no use does no harm either.
 HARMLESS = {
     "k = LOAD_K(pages, kv_head, this_page, token": "a tile lies within a page; scores beyond the end are replaced",
-    "v = LOAD_V(pages, kv_head, this_page, token": "behind the last tile comes a page of the sequence; nobody reads it",
     "return sequence if PAGE_SIZE is None else tl.load(table": "the index is clamped to the sequence's pages",
+    "v = LOAD_V(pages, kv_head, this_page, token": "behind the last tile comes a page of the sequence; nobody reads it",
     "tl.store(arrivals_ptr + ": "all threads store a zero there",
     "tl.store(parts + split * part, products)": "several threads store the same values there",
     "tl.store(out_ptr + head * HEAD_DIM + column, cast(out": "other threads store the same values there",
@@ -49,7 +49,7 @@ HARMLESS = {
 }
 REASONS = {
     "barrier": "Triton stands one before each new use of shared memory. All that are not needed may be missing.",
-    "fence between proxies": "Triton makes one ahead of a loop and one in it. Without both, products read what was stored.",
+    "fence between proxies": "Triton makes one before a loop and one in it. Without both, a product is wrong.",
     "wait for copies": "behind a loop, where the last groups are empty or have been waited for",
 }
 
