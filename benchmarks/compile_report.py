@@ -8,8 +8,13 @@ The rules:
 - A kernel has no spills and no stack.
 - An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits.
 - The attention kernels and the few-token linears have matrix instructions.
-- A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks.
+- A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks,
+  except where that was measured to be faster.
 - From sm_90 on, a kernel uses programmatic dependent launch.
+- On an H100, what an op of 3B's decode step loads takes at most 1.3 times as long through the L2 cache as the bytes of
+  the op take from memory (offline/traffic.py).
+- A kernel of a layer of that step fits on an SM beside the one before, or it requests bytes before it waits for that
+  one (offline/neighbours.py).
 
 If a rule is broken, the exit code is 1. The rules do not apply to AMD's code, which is only listed.
 """
@@ -34,13 +39,17 @@ from rich.progress import Progress
 from rich.table import Table
 
 from qwenkern import Config
+from qwenkern.benchmarks.offline import neighbours, plan
 from qwenkern.benchmarks.offline.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
-from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.offline.traffic import traffic
+from qwenkern.benchmarks.ops.cases import CASES, FEW, Case, Size
 from qwenkern.benchmarks.reports import results
 from qwenkern.cli import terminal
 from qwenkern.kernels.environment import KERNELS
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
+COUNTED = "qwen2.5-3b", "sm_90"  # for which traffic is counted and neighbours are judged, on the PTX runner
+MOST_L2 = 1.3  # times as long as from memory
 WARP = 32
 H100_PAPER, H100_COPY = 3.35e12, 3.0e12  # bytes/s: the data sheet, and what a copy reaches
 H100_MATRIX = 790e12  # bf16 operations/s that a large matrix product reaches
@@ -51,6 +60,10 @@ ON_TENSOR_CORES: tuple[str, ...] = (
     "_lm_head_kernel",
 )
 ON_TENSOR_CORES += ("_norm_qkv_rope_kernel",)
+
+# Here tiles whose rows lie in the same banks were faster than the tiles without them (docs/tuning-log.md): `down` takes
+# eight warps then, and reads 16 bytes a cycle from shared memory, where an SM of an H100 gets 14.5 from its memory.
+CONFLICTS_MEASURED = {("_linear_kernel", "sm_90")}
 
 
 @dataclass
@@ -66,6 +79,9 @@ class Row:
     code: Code
     occupancy: int | None  # CTAs per SM
     broken: list[str]
+    loaded: int | None = None  # bytes from global memory, if they were counted (offline/traffic.py)
+    early: int | None = None  # bytes requested before the wait
+    prologue: int | None = None  # instructions of a warp from there to the first matrix product
 
 
 def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
@@ -81,7 +97,7 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
         # if a tile has less than 16 bytes per thread, not every thread can move 128 bits
         if access.tile >= code.warps * WARP * 16 and access.width < 128:
             broken.append(f"{access.width}-bit {access.kind} of {access.tile} bytes ({access.name} {access.line})")
-    if code.clashes:
+    if code.clashes and (launch.name, key) not in CONFLICTS_MEASURED:
         broken.append(f"{code.clashes} tiles in shared memory whose rows lie in the same banks")
     if launch.name in ON_TENSOR_CORES and not code.matrix:
         broken.append("no matrix instruction")
@@ -109,7 +125,37 @@ def examine(model: str, name: str, tokens: int, key: str) -> list[Row]:
         resident = occupancy(key, code) if key in RESIDENT else None
         broken = broken_rules(key, launch, code)
         rows.append(Row(model, name, tokens, key, launch.name, launch.grid, code, resident, broken))
+    if (model, key) == COUNTED and name in plan.STEP and tokens in FEW:
+        count_traffic(rows, case, config, inputs)
     return rows
+
+
+def count_traffic(rows: list[Row], case: Case, config: Config, inputs: tuple[Any, ...]) -> None:
+    """Adds their traffic to the kernels of a case, and a broken rule to the first if it is too much."""
+    size = Size(rows[0].tokens)
+    fill = {"lengths_ptr": size.context}
+    for row, each in zip(rows, traffic(DEVICES[COUNTED[1]], lambda: case.run(*inputs), fill), strict=True):
+        row.loaded, row.early, row.prologue = each.loaded, each.early, each.prologue
+    through_l2, moved = sum(row.loaded or 0 for row in rows) / plan.L2, case.bytes_moved(config, size) / plan.READ
+    if through_l2 > MOST_L2 * moved:
+        rows[0].broken.append(f"loads take {through_l2 * 1e6:.1f} us through L2, {moved * 1e6:.1f} us from memory")
+
+
+def judge_neighbours(rows: list[Row], tokens: int) -> Table:
+    """Says how many programs of each kernel of a step find room beside the kernel before, and adds broken rules."""
+    model, key = COUNTED
+    mine = [row for row in rows if (row.model, row.tokens, row.arch) == (model, tokens, key)]
+    kernels = [row for name in plan.STEP for row in mine if row.case == name]
+    table = Table(title=f"a decode step of {model} with {tokens} sequences on {key}", title_justify="left")
+    for heading in ("kernel", "programs on an SM", "next kernel", "its programs that fit beside", "requests early, MB"):
+        table.add_column(heading, justify="left" if "kernel" in heading else "right", no_wrap=True)
+    for before, after in neighbours.pairs(kernels, plan.STEP[-1]) if kernels else []:
+        names = [f"{each.case} {each.kernel.strip('_').removesuffix('_kernel')}" for each in (before, after)]
+        counts = [str(neighbours.resident(key, before)), str(neighbours.room(key, before, after))]
+        table.add_row(names[0], counts[0], names[1], counts[1], f"{(after.early or 0) / 1e6:.1f}")
+        if (said := neighbours.overlaps_nothing(key, before, after)) and after.case in plan.LAYER:
+            after.broken.append(said)
+    return table
 
 
 def _case(name: str) -> Case:
@@ -140,8 +186,11 @@ def main(
     with Progress(console=console, transient=True) as progress, _pool() as pool:
         for found in progress.track(pool.map(examine, *zip(*tasks, strict=True), chunksize=4), total=len(tasks)):
             rows += found
+    steps = [judge_neighbours(rows, tokens) for tokens in FEW if COUNTED[0] in models and COUNTED[1] in keys]
     for each in models:
         console.print(_table(each, [row for row in rows if row.model == each], verbose))
+    for table in steps:
+        console.print(table)
     if json_file:
         results.save(json_file, _document(models, rows))
     broken = [(row, rule) for row in rows for rule in row.broken]

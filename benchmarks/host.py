@@ -28,13 +28,14 @@ from rich.table import Table
 from triton.compiler import CompiledKernel
 
 from qwenkern import Config, Model
-from qwenkern.benchmarks.offline.machine_code import DEVICES, _active
+from qwenkern.benchmarks.offline.machine_code import DEVICES
 from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.benchmarks.ops.timing import circumstances, device_name
 from qwenkern.benchmarks.reports import results
 from qwenkern.cli import terminal
 from qwenkern.engine.capture import GraphCapture
 from qwenkern.kernels.triton import launching, tuning
+from qwenkern.kernels.triton.offline import active
 
 CALLS = 50  # between two looks at the clock: fewer launches than a GPU queues
 READINGS = 15
@@ -84,7 +85,7 @@ def _without_a_gpu() -> Iterator[None]:
     )
     function = mock.patch.object(CompiledKernel, "function", None, create=True)
     handles = mock.patch.object(CompiledKernel, "_init_handles", _nothing)
-    with tuning.offline(device), _active(device), nothing, planned, function, handles:
+    with tuning.offline(device), active(device), nothing, planned, function, handles:
         yield
 
 

@@ -3,6 +3,7 @@
     python benchmarks/on_gpu.py --out results                  everything, in less than 9 minutes
     python benchmarks/on_gpu.py --out results --only kernels   one part
     python benchmarks/on_gpu.py --out results --tune 300       also the tuner
+    python benchmarks/on_gpu.py --out results --kernels FILE   with kernels compiled elsewhere (carry.py)
     python benchmarks/on_gpu.py --out results --dry-run        every part on a CPU, with tiny sizes
 
 It needs no network. `pip install --no-build-isolation --no-deps -e .` installs a bare checkout. Each part is a program
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -21,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -54,7 +57,8 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
     pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     pytest += ["-c", str(ROOT / "pyproject.toml")]
     # A file that cannot be imported must not stop the others. Most of the time is compilation, on the host.
-    on_gpu = ["-m", "gpu", "-n", "8", "--continue-on-collection-errors", *kernel_tests()]
+    workers = ["-n", str(max(1, min(14, (os.cpu_count() or 1) - 2)))] if importlib.util.find_spec("xdist") else []
+    on_gpu = ["-m", "gpu", *workers, "--continue-on-collection-errors", *kernel_tests()]
     whole = [python, str(here / "end_to_end.py"), *model]
 
     def end_to_end(name: str, prompts: list[str]) -> list[str]:
@@ -72,13 +76,14 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
         ),
         Part("end_to_end", [*end_to_end("end_to_end", many), "--peers", "transformers"], 80),
         Part("where", bench("where", "--where", *steps), 30),
-        Part("kernels", bench("kernels", *sizes, "--provider", ",".join(QUICK)), 90),
+        Part("kernels", bench("kernels", *sizes, "--provider", ",".join(QUICK)), 85),
         Part(
             "compiled",
             [*end_to_end("end_to_end_compiled", one), "--peers", "patched" if dry else "patched,liger,compiled"],
-            100,
+            95,
         ),
         Part("peers", bench("kernels_peers", *sizes, "--provider", ",".join(slow)), 50),
+        Part("sanitizer", [python, str(here / "sanitizer.py")], 10),  # and the time that the others leave
     ]
     if tune:
         command = [python, str(here / "tune.py"), *model, "--budget", str(tune), "--out", str(out / "tuned")]
@@ -108,6 +113,15 @@ def kernel_tests() -> list[str]:
 def check_installed() -> None:
     if subprocess.run([sys.executable, "-c", "import qwenkern.benchmarks"], capture_output=True, cwd="/").returncode:
         raise SystemExit(f"qwenkern is not installed: pip install --no-build-isolation --no-deps -e {ROOT}")
+
+
+def use_kernels(file: Path) -> None:
+    """Gives all parts a folder of compiled kernels, which they add theirs to."""
+    from qwenkern.benchmarks.offline.carried import unpack
+
+    folder = Path(tempfile.mkdtemp(prefix="qwenkern-kernels-"))
+    os.environ["TRITON_CACHE_DIR"] = str(folder)
+    print(f"{unpack(file, folder)} compiled kernels from {file}", flush=True)
 
 
 def facts() -> dict[str, object]:
@@ -162,6 +176,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for results and logs")
     parser.add_argument("--only", action="append", help="a part's name; may be given several times")
     parser.add_argument("--tune", type=float, default=0, metavar="SECONDS", help="also search configurations")
+    parser.add_argument("--kernels", type=Path, metavar="FILE", help="what carry.py made for this GPU")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
     out = options.out.resolve()
@@ -171,6 +186,8 @@ def main() -> None:
     if unknown := set(options.only or []) - {part.name for part in known}:
         parser.error(f"--only {', '.join(unknown)}: the parts are {', '.join(part.name for part in known)}")
     (out / LOG).unlink(missing_ok=True)
+    if options.kernels:
+        use_kernels(options.kernels)
     done: list[dict[str, Any]] = []
     summary, spare = {"facts": facts(), "parts": done}, 0.0
     print(json.dumps(summary["facts"], indent=1), flush=True)
@@ -181,6 +198,8 @@ def main() -> None:
             done.append(run(replace(part, seconds=limit), out, env))
             spare = max(0.0, limit - done[-1]["seconds"])
             (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    if options.kernels:
+        print(f"{len(os.listdir(os.environ['TRITON_CACHE_DIR']))} folders in Triton's cache now")
     if (out / "tuned").is_dir():  # one file instead of many
         shutil.make_archive(str(out / "tuned"), "gztar", out / "tuned")
         shutil.rmtree(out / "tuned")

@@ -47,39 +47,43 @@ def predicted(compiled: dict[str, Any]) -> str:
 def planned(compiled: list[dict[str, Any]]) -> str:
     """A decode step of Qwen2.5-3B on an H100, op by op; then its targets, its prediction and its measurement."""
     config = Config.from_name("qwen2.5-3b")
-    rows = []
-    for part in plan.step(config, 1, 1024, compiled):
-        cells = [part.op, str(part.launches), f"{part.bytes / 1e6:.1f}", f"{part.bytes / plan.COPY * 1e6:.1f}"]
-        rows.append(
-            [*cells, "" if part.in_flight is None else f"{part.in_flight / 1024:.0f}", f"{part.seconds * 1e6:.1f}"]
-        )
-    headings = [
-        "op, 1 sequence of 1,024 tokens",
-        "launches",
-        "MB",
-        "limit at 3.0 TB/s, µs",
-        "KiB in flight per SM",
-        "predicted µs",
-    ]
-    steps = []
+    headings = ["launches", "MB from memory", "MB through L2", "MB requested early", "latency, µs"]
+    headings += ["predicted µs", "measured µs"]
+    tables, steps = [], []
     for sequences, context, share in plan.TARGETS:
         parts = plan.step(config, sequences, context, compiled)
-        paper = plan.on_paper(parts, sequences)
-        bounds = [plan.tokens_per_second(parts, sequences, hidden) for hidden in (False, True)]
-        nodes = sum(part.launches for part in parts)
+        paper, took = plan.on_paper(parts, sequences), measured(sequences, context)
+        if context == 1024:
+            rows = [_part(part, took) for part in parts]
+            title = f"op, {sequences} sequence{'s' * (sequences > 1)} of {context:,} tokens"
+            tables.append(markdown([title, *headings], rows))
         cells = [str(sequences), f"{context:,}", f"{paper:.0f}", f"{share * paper:.0f} ({share:.0%})"]
-        steps.append([*cells, str(nodes), f"{bounds[0]:.0f} to {bounds[1]:.0f}", measured(sequences, context)])
+        cells += [str(sum(part.launches for part in parts)), f"{plan.tokens_per_second(parts, sequences):.0f}"]
+        steps.append([*cells, f"{sequences / sum(took.values()):.0f}" if took else "not yet measured"])
     heads = ["sequences", "context", "tokens/s at 3.35 TB/s", "target, tokens/s", "graph nodes", "predicted tokens/s"]
-    heads += ["measured tokens/s"]
-    return f"{markdown(headings, rows)}\n\n{markdown(heads, steps)}"
+    return "\n\n".join([*tables, markdown([*heads, "measured tokens/s"], steps)])
 
 
-def measured(sequences: int, context: int) -> str:
-    """Tokens per second of that decode step on the H100, measured by `qwenkern bench --where`."""
+def _part(part: plan.Part, took: dict[str, float]) -> list[str]:
+    """A row of the plan. ``took``: the measured seconds of each part of the step."""
+    moved = [f"{each / 1e6:.1f}" if each else "" for each in (part.bytes, part.loaded, part.early)]
+    times = [part.latency, part.seconds, took.get(part.op, 0.0)]
+    return [part.op, str(part.launches), *moved, *(f"{each * 1e6:.1f}" if each else "" for each in times)]
+
+
+MEASURED = {"combine": "decode_attention", "lm_head": "lm_head_top_k", "top_k": "lm_head_top_k"}  # names of the plan
+MEASURED |= {"torch's own kernels": "torch's kernels"}
+
+
+def measured(sequences: int, context: int) -> dict[str, float]:
+    """Seconds of each part of that decode step on the H100, by the names of the plan (`qwenkern bench --where`)."""
     file = RESULTS / "nvidia-h100-80gb-hbm3" / "where.json"
-    rows = json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []
-    seconds = [row["seconds"] for row in rows if (row["sequences"], row["context"]) == (sequences, context)]
-    return f"{sequences / sum(seconds):.0f}" if seconds else "not yet measured"
+    found: dict[str, float] = {}
+    for row in json.loads(file.read_text(encoding="utf-8"))["rows"] if file.exists() else []:
+        if (row["sequences"], row["context"]) == (sequences, context):
+            name = MEASURED.get(row["name"], row["name"])
+            found[name] = found.get(name, 0.0) + row["seconds"]
+    return found
 
 
 def kernels(document: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
     python benchmarks/tune.py --model qwen2.5-3b --budget 600
     qwenkern tune --op linear --out my/folder        then QWENKERN_CONFIG_DIR=my/folder
+    qwenkern tune --step --tokens 1,16               each candidate is timed in the captured decode step
 
 A candidate must give the right result before its time counts. A candidate that spills or does not fit does not run. If
 its first reading is far slower than the best, it is not repeated. A search ends early at the roofline. Every candidate
@@ -31,6 +32,7 @@ from rich.table import Table
 
 import qwenkern.kernels
 from qwenkern import Config
+from qwenkern.benchmarks.models import step_tuning
 from qwenkern.benchmarks.ops.cases import CASES, Case, Size, mapped
 from qwenkern.benchmarks.ops.correctness import check, expected
 from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, side_by_side
@@ -233,6 +235,10 @@ def main(
     context: Annotated[int, typer.Option(help="Cached tokens per sequence in decode_attention.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu (the interpreter) or cuda.")] = "auto",
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600.0,
+    step: Annotated[
+        bool,
+        typer.Option("--step", help="Time each candidate in a whole captured decode step. Needs a GPU."),
+    ] = False,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder to write to; default: QWENKERN_CONFIG_DIR, else that of the kernels."),
@@ -259,6 +265,12 @@ def main(
     chosen = numbers(tokens) if tokens else None
     facts = {name: circumstances(place)[name] for name in ("device", "triton", "date")}
     console, end = Console(), time.monotonic() + budget
+    if step:
+        if place.type != "cuda":
+            raise typer.BadParameter("a captured step needs a GPU; expected a device of type cuda", param_hint="--step")
+        _tune_step(config, chosen or [1, 16], context, end, folder, facts, console)
+        console.print(f"wrote {folder}; used at the next import" + (f" with QWENKERN_CONFIG_DIR={root}" if out else ""))
+        return
     table = Table("case", "tokens", "tried", "rejected", "winner", title=f"{model} on {facts['device']}")
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as bar:
@@ -281,6 +293,44 @@ def main(
                 table.add_row(case.name, counts, str(len(tried)), str(rejected), text)
     console.print(table)
     console.print(f"wrote {folder}; used at the next import" + (f" with QWENKERN_CONFIG_DIR={root}" if out else ""))
+
+
+def _tune_step(
+    config: Config,
+    sequences: list[int],
+    context: int,
+    end: float,
+    folder: Path,
+    facts: dict[str, Any],
+    console: Console,
+) -> None:
+    found = step_tuning.tune(config, sequences, context, end)
+    rejected = sum(each.seconds is None for each in found.tried)
+    counts = ",".join(map(str, sequences))
+    console.print(f"a step of {counts} sequences: {found.before * 1e6:.0f} us before, {found.after * 1e6:.0f} us now")
+    console.print(f"{len(found.tried)} candidates tried, {rejected} did not run")
+    for (op, sizes), winner in found.configs.items():
+        if reason := _wrong(op, dict(sizes), winner, config, sequences, context):
+            console.print(f"{op} {dict(sizes)}: {winner} is not kept: {reason}")
+            continue
+        write(folder / f"{op}.json", op, facts, dict(sizes), winner)
+        console.print(f"{op} {dict(sizes)}: {winner}")
+
+
+def _wrong(
+    op: str, sizes: dict[str, int], winner: dict[str, int], config: Config, sequences: list[int], context: int
+) -> str:
+    """Why a kernel's results are wrong with this configuration, or an empty string."""
+    for case in CASES:
+        if _TUNED_AS.get(case.op, case.op) == op:
+            for problem in problems(case, config, [Size(count, context, device="cuda") for count in sequences]):
+                if problem.lookup()[0] == sizes:
+                    with tuning.trying(op, winner):
+                        try:
+                            problem.check()
+                        except Exception as error:
+                            return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
 
 
 if __name__ == "__main__":

@@ -13,10 +13,13 @@ else:
     from .dispatch import dependent_launches as dependent_launches
     from .dispatch import invariant_tokens as invariant_tokens
     from .dispatch import prepare as prepare
+    from .draw import draw
+    from .draw import most_likely as most_likely
     from .embedding import embedding
     from .linear import linear, norm_linear, norm_swiglu_linear
     from .lm_head import lm_head, lm_head_top_k
     from .pages import Pages
+    from .penalise import penalise
     from .qkv_rope import norm_qkv_rope
     from .rms_norm import add_rms_norm, rms_norm, rms_norm_backward
     from .rope import apply_rope, rope_and_cache
@@ -37,6 +40,7 @@ __all__ = [
     "apply_rope",
     "attention",
     "decode_attention",
+    "draw",
     "embedding",
     "linear",
     "lm_head",
@@ -44,6 +48,7 @@ __all__ = [
     "norm_linear",
     "norm_qkv_rope",
     "norm_swiglu_linear",
+    "penalise",
     "prefill_attention",
     "rms_norm",
     "rms_norm_backward",

@@ -56,7 +56,7 @@ def check_tensor(
             raise TypeError(f"{op}: {name} must be {' or '.join(map(_name, allowed))}, and is {_name(tensor.dtype)}")
         if dense and not tensor.is_contiguous():
             raise ValueError(f"{op}: {name} must be contiguous, and has strides {_text(tensor.stride())}")
-        if tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 or tensor.is_mkldnn:
             if tensor.layout is not torch.strided:
                 raise RuntimeError
             if found[-1] != 1:

@@ -21,18 +21,18 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def precise_dot(a, b):
-    """a [M, K] times b [K, N], in float32, for operands of any dtype.
+def precise_dot(a, b, acc):
+    """a [M, K] times b [K, N], added to acc [M, N] float32, for operands of any dtype.
 
     `dot` of float32 adds K products one after another, and its error grows with K. This adds a half or a quarter of
     them, then the sums in a tree."""
     if a.dtype == tl.float32 and a.shape[1] > 16:
-        PARTS: tl.constexpr = 2 if a.shape[1] == 32 else 4
+        PARTS: tl.constexpr = 2 if a.shape[1] == 32 else 4  # type: ignore[annotation-unchecked]
         rows = a.reshape(a.shape[0], PARTS, a.shape[1] // PARTS).permute(1, 0, 2)
         columns = b.reshape(PARTS, a.shape[1] // PARTS, b.shape[1])
-        return tl.sum(dot(rows, columns, tl.zeros([PARTS, a.shape[0], b.shape[1]], tl.float32)), axis=0)
+        return acc + tl.sum(dot(rows, columns, tl.zeros([PARTS, a.shape[0], b.shape[1]], tl.float32)), axis=0)
     else:
-        return dot(a, b, tl.zeros([a.shape[0], b.shape[1]], tl.float32))
+        return dot(a, b, acc)
 
 
 # The approximations of a GPU err by up to 2 ** -22 (PTX ISA: ex2.approx, lg2.approx, div.full), four roundings of

@@ -16,16 +16,17 @@ from .cache import PagedCache
 from .config import Config
 from .device import cache_room, choose_device, choose_dtype, choose_format, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
+from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
 from .generation import Generation
-from .kernels import Pages, invariant_tokens
+from .kernels import Pages, invariant_tokens, prepare
 from .kernels.pages import FORMATS as PAGES
 from .kernels.pages import DensePages
 from .kernels.weights import FORMATS as WEIGHTS
 from .loading import load
 from .prompts import Prompt, Prompts, is_ids, is_one_prompt, rows_of_ids, sampling_params
 from .qwen2 import Qwen2, initialise
-from .sampling import SamplingParams
+from .sampling import Drawing, SamplingParams
 from .text.tokenizer import Tokenizer
 
 
@@ -170,6 +171,32 @@ class Model:
         if self.deterministic:
             limits = Limits(self.prefill_chunk, invariant_tokens(self.module.model.norm.weight), batch_invariant=True)
         return Engine(self._runner, limits)
+
+    def warm_up(self, max_sequences: int = 1, max_prompt: int = 512, sampled: bool = True) -> None:
+        """Compiles and captures what later calls will need, so that none of them waits for it: call it once, before
+        the first request.
+
+        On a GPU, child processes compile the kernels into Triton's cache, which takes seconds to a minute, once on a
+        machine. Then the passes over prompts and the decode steps are captured. On a CPU, the C functions are compiled
+        or chosen, and the decode steps are recorded. Calls that run at the same time continue.
+
+        max_sequences: the largest number of sequences that will decode together.
+        max_prompt: the largest number of prompt tokens that will be read at once, up to `prefill_chunk`.
+        sampled: also for the checkpoint's own sampling settings, not for greedy decoding alone."""
+        whole("max_sequences", max_sequences, 1)
+        whole("max_prompt", max_prompt, 1)
+        flag("sampled", sampled)
+        prepare(self.device, self.dtype)
+        engine = self._engine()
+        capture, cache = engine.runner.captured.capture, self.cache
+        together = min(max_sequences, engine.scheduler.limits.max_batch, cache.num_pages)
+        most = min(max_prompt, self.prefill_chunk, self.config.context_length, cache.num_tokens)
+        sizes, lengths = decode_sizes(capture, together), prompt_lengths(capture, most)
+        ways = (GREEDY, BY_DEFAULT) if sampled else (GREEDY,)
+        drawings = {Drawing.of(self._requests([[0]], how), self.config.vocab_size): None for how in ways}
+        compile_kernels(self.module, cache, sizes, list(drawings), lengths, most)
+        for tokens, params in rehearsals(sizes, together, ways, lengths, most):
+            self._complete(self._requests([[0] * min(tokens, most)], params))
 
     @overload
     def generate(

@@ -114,20 +114,33 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
 
 def _step(config: Config, sequences: int, context: int, device: torch.device) -> tuple[CapturedStep, Capture]:
     """A captured step, loaded with sequences that have all tokens but the last in the cache."""
+    capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
+    model, cache = model_and_cache(config, sequences * (context + 2 * STEPS + 64), device)
+    return loaded_step(model, cache, sequences, context, capturer), capturer
+
+
+def model_and_cache(config: Config, tokens: int, device: torch.device) -> tuple[Qwen2, PagedCache]:
+    """A model with random weights in bfloat16, and a cache for so many tokens, which it fills with random numbers."""
     model = Qwen2(config, torch.bfloat16, device)
     initialise(model, 0)
-    cache = PagedCache(config, sequences * (context + 2 * STEPS + 64), torch.bfloat16, device)
+    cache = PagedCache(config, tokens, torch.bfloat16, device)
     for layer in cache.pages:
         for tensor in layer.tensors:
             tensor.normal_()
-    capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
-    step = CapturedStep(model, cache, sequences, Drawing() if device.type == "cuda" else None, capturer)
+    return model, cache
+
+
+def loaded_step(model: Qwen2, cache: PagedCache, sequences: int, context: int, capturer: Capture) -> CapturedStep:
+    """A captured step over sequences that have all tokens but the last in the cache."""
+    step = CapturedStep(model, cache, sequences, Drawing() if cache.device.type == "cuda" else None, capturer)
     tables = [BlockTable() for _ in range(sequences)]
     for table in tables:
         cache.extend(table, context + 2 * STEPS)  # each replay on a GPU appends a token
         table.length = context - 1
     step.load(cache.batch([(table, [0]) for table in tables]))
-    return step, capturer
+    for table in tables:
+        cache.release(table)  # nobody else takes pages while the step is timed
+    return step
 
 
 def _on_cpu(layers: int, recorded: c_backend.RecordedCalls) -> dict[str, list[float]]:

@@ -6,25 +6,23 @@ with the arguments of the launch. ``read(kernel)`` returns facts of its machine 
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import triton
-from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
-from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.triton.offline import active
 
 # The number of SMs and the shared memory of a CTA: from the cards' data sheets, and from the CUDA C++ programming
 # guide's table of technical specifications by compute capability.
@@ -46,6 +44,9 @@ RESIDENT = {
     "sm_100": (64, 32, 228),
     "sm_120": (48, 24, 100),
 }
+
+
+REGISTERS = 65536  # of an SM
 
 
 @dataclass(frozen=True)
@@ -84,23 +85,10 @@ class Code:
     releases: int = 0  # of griddepcontrol.launch_dependents
     clashes: int = 0  # kinds of tiles in shared memory whose rows lie in the same banks
 
-
-class _OfflineDriver:
-    """Replaces the driver of a card. Triton keeps its compiled kernels by device number."""
-
-    def __init__(self, device: tuning.Device) -> None:
-        self.number = f"offline {device.name}"
-        arch: Any = device.capability if device.backend == "cuda" else "gfx942"
-        self.target = GPUTarget(device.backend, arch, 32 if device.backend == "cuda" else 64)
-
-    def get_current_device(self) -> str:
-        return self.number
-
-    def get_current_stream(self, device: str) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return self.target
+    @property
+    def held(self) -> int:
+        """The registers that a CTA occupies: a warp gets them in units of 256."""
+        return self.warps * -(-self.registers * 32 // 256) * 256
 
 
 def launches(key: str, call: Callable[[], Any]) -> list[Launch]:
@@ -118,23 +106,16 @@ def launches_on(device: tuning.Device, call: Callable[[], Any]) -> list[Launch]:
         found.append(Launch(self.__name__, tuple(grid), kernel, bool(keywords.get("launch_pdl"))))
         return kernel
 
-    with tuning.offline(device), _active(device), mock.patch.object(JITFunction, "run", record):
+    with tuning.offline(device), active(device), mock.patch.object(JITFunction, "run", record):
         call()
     return found
 
 
-@contextlib.contextmanager
-def _active(device: tuning.Device) -> Iterator[None]:
-    with mock.patch.object(driver, "_active", _OfflineDriver(device)):
-        yield
-
-
 def occupancy(key: str, code: Code) -> int:
-    """The CTAs that an SM of ``DEVICES[key]`` holds at a time. The SM has 65,536 registers, and a warp gets them in
-    units of 256. Each CTA takes 1 KiB of shared memory more than it requests."""
+    """The CTAs that an SM of ``DEVICES[key]`` holds at a time. Each takes 1 KiB of shared memory more than it
+    requests."""
     warps, programs, shared = RESIDENT[key]
-    registers = code.warps * -(-code.registers * 32 // 256) * 256
-    return min(programs, warps // code.warps, 65536 // registers, shared * 1024 // (code.shared + 1024))
+    return min(programs, warps // code.warps, REGISTERS // code.held, shared * 1024 // (code.shared + 1024))
 
 
 # opcode, with its predicate before it and its modifiers behind: `@P0 LDG.E.128.CONSTANT R4, ...`

@@ -1,8 +1,19 @@
 """Predicts the time of a decode step on an H100 from its bytes and its machine code, to compare with a measurement.
 
-A kernel reaches the bandwidth of a copy if it has enough bytes in flight: bandwidth times latency, about 40 KB per SM.
-Its bytes in flight are at most its shared memory per CTA times its CTAs per SM. A node of a CUDA graph costs NODE if
-nothing overlaps it. Dependent launch can overlap it, so the prediction has two values: all nodes overlapped, and none.
+A kernel takes the longer of two times: its bytes from memory at the bandwidth that reading reaches, and what its
+programs load through the L2 cache at that one's. Before it come latencies that no other work hides: the boundary
+between two kernels, a chain of loads of which each needs the one before, and what a program computes before its first
+matrix product. Programs that do not fit the device at once repeat the last two. What a kernel requests before it waits
+for the kernel before (with dependent launch) arrives in that time:
+
+    latency = NODE + (TRIP * trips + ISSUE * instructions of a warp) * max(1, programs / programs at once)
+    time = max(early bytes / READ, latency) + max(other bytes / READ, other loaded bytes / L2)
+
+The constants were measured on an H100 on 2026-11-26: reading alone (lm_head of one token reads 622 MB in 199 us), the
+same bytes again and again from the L2 cache (lm_head of 16 tokens loaded 1,927 MB in 388 us when each program read all
+tokens again), and a chain of small kernels in a graph. TRIP follows from the kernels that move hardly any bytes:
+decode_attention of 1,024 tokens took 4.9 to 5.8 us, and combine 1.9 to 2.7 us. ISSUE is five cycles of 1.755 GHz: the
+latency of an instruction where a scheduler has two warps, of which each waits for its own results.
 """
 
 from __future__ import annotations
@@ -14,53 +25,82 @@ from pathlib import Path
 from typing import Any
 
 from qwenkern import Config
-from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.cases import CASES, Case, Size
 
 COMPILED = Path(__file__).parents[1] / "results" / "compiled" / "sm_90.json"
-PAPER, COPY = 3.35e12, 3.0e12  # bytes/s of an H100: its data sheet, and a copy
+PAPER, READ, L2 = 3.35e12, 3.05e12, 4.9e12  # bytes/s of an H100: its data sheet, reading from memory, from the L2 cache
 MULTIPROCESSORS = 132
-IN_FLIGHT = 40e3  # bytes per SM that keep the memory busy
-NODE = 1.3e-6  # seconds per node of a CUDA graph
+NODE = 0.76e-6  # seconds from a kernel to the next one, with dependent launch
+TORCH_NODE = 1.8e-6  # seconds for a torch kernel of a few bytes in a graph: 12 took 21.5 us
+TRIP = 0.6e-6  # seconds for a load from memory and what depends on it
 LAYER = ("qkv_rope", "decode_attention", "o_proj", "gate_up", "down")
-TORCH_NODES = 9  # of a greedy step: slots (4), embedding, ids, positions, lengths, and the copy to the host
+STEP = (*LAYER, "lm_head_top_k")
+ISSUE = 5 / 1.755e9  # seconds for an instruction of a warp, among few others
+TRIPS = {"_decode_attention_kernel": 4}  # length; page; k and v; the store at the end
+FEWEST_TRIPS = 2  # of other kernels: what the kernel before has written; the store
+TORCH_NODES = 12  # of a greedy step: slots, embedding, ids, positions, lengths, the check, the copy to the host
 # sequences, cached tokens of each, the target as a share of the tokens per second at the data sheet's bandwidth
 TARGETS = ((1, 1024, 0.85), (1, 32768, 0.80), (16, 1024, 0.75))
 
 
 @dataclass(frozen=True)
 class Part:
-    """All launches of one op in a step."""
+    """All launches of one op in a step. Bytes and seconds are those of all of them."""
 
     op: str
     launches: int
-    bytes: int
-    in_flight: float | None  # bytes per SM that its first kernel has requested, at most
-    seconds: float
+    bytes: int = 0  # from memory
+    loaded: int = 0  # through the L2 cache
+    early: int = 0  # of the bytes from memory, requested before the wait
+    latency: float = 0.0  # before the first other byte
+    seconds: float = 0.0
 
 
 def step(config: Config, sequences: int, context: int, compiled: list[dict[str, Any]]) -> list[Part]:
-    """The ops of one step. ``compiled`` are the kernels of the compile report."""
+    """The ops of one step. ``compiled`` are the kernels of the compile report, with their traffic."""
     cases = {case.name: case for case in CASES}
     parts = []
-    for name in (*LAYER, "lm_head_top_k"):
-        times = config.num_hidden_layers if name in LAYER else 1
+    for name in STEP:
         kernels = [row for row in compiled if row["case"] == name and row["tokens"] == sequences]
-        programs = math.prod(kernels[0]["grid"]) / MULTIPROCESSORS
-        in_flight = min(kernels[0]["occupancy"], max(1.0, programs)) * kernels[0]["code"]["shared"]
-        moved = cases[name].bytes_moved(config, Size(sequences, context))
-        seconds = moved / COPY / min(1.0, in_flight / IN_FLIGHT)
-        parts.append(Part(name, times * len(kernels), times * moved, in_flight, times * seconds))
-    return [*parts, Part("torch's nodes", TORCH_NODES, 0, None, 0.0)]
+        times = config.num_hidden_layers if name in LAYER else 1
+        parts.append(part(name, times, kernels, cases[name], config, Size(sequences, context)))
+    return [*parts, Part("torch's kernels", TORCH_NODES, seconds=TORCH_NODES * TORCH_NODE)]
 
 
-def tokens_per_second(parts: list[Part], sequences: int, hidden: bool) -> float:
-    launches = 0 if hidden else sum(part.launches for part in parts)
-    return sequences / (sum(part.seconds for part in parts) + launches * NODE)
+def part(op: str, times: int, kernels: list[dict[str, Any]], case: Case, config: Config, size: Size) -> Part:
+    """The launches of one op. Its bytes from memory are those of its first kernel; what other kernels of it load, the
+    first has written."""
+    moved = case.bytes_moved(config, size)
+    counted = case.bytes_moved(config, Size(size.tokens))  # at the report's context
+    first, *others = kernels
+    loaded, early = first["loaded"] * moved // counted, min(moved, first["early"])
+    latencies = [latency(row) for row in kernels]
+    seconds = max(early / READ, latencies[0]) + max((moved - early) / READ, max(0, loaded - early) / L2)
+    seconds += sum(latencies[1:]) + sum(row["loaded"] for row in others) / L2
+    return Part(
+        op,
+        times * len(kernels),
+        times * moved,
+        times * (loaded + sum(row["loaded"] for row in others)),
+        times * early,
+        times * sum(latencies),
+        times * seconds,
+    )
+
+
+def latency(row: dict[str, Any]) -> float:
+    """Seconds until the first matrix product of a kernel, if no byte of its weights is missing then."""
+    turns = max(1.0, math.prod(row["grid"]) / (MULTIPROCESSORS * row["occupancy"]))
+    return NODE + turns * (TRIP * TRIPS.get(row["kernel"], FEWEST_TRIPS) + ISSUE * row["prologue"])
+
+
+def tokens_per_second(parts: list[Part], sequences: int) -> float:
+    return sequences / sum(each.seconds for each in parts)
 
 
 def on_paper(parts: list[Part], sequences: int) -> float:
     """Tokens per second if a step only moved its bytes, at the data sheet's bandwidth."""
-    return sequences * PAPER / sum(part.bytes for part in parts)
+    return sequences * PAPER / sum(each.bytes for each in parts)
 
 
 def load() -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ as written once, as the kernels' docstrings do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -104,6 +105,30 @@ def _rotation(config: Config, size: Size) -> tuple[Tensor, Tensor]:
     """positions and cos_sin."""
     positions = torch.arange(size.tokens, device=size.device)
     return positions, torch.ones(config.context_length, config.head_dim, device=size.device)
+
+
+def _logits(config: Config, size: Size) -> Tensor:
+    return torch.empty(size.tokens, config.vocab_size, dtype=torch.float32, device=size.device).normal_(0, 3)
+
+
+def _rows(size: Size, *numbers: float) -> Tensor:
+    """A row for each number, with a column for each token."""
+    column = torch.tensor(numbers, dtype=torch.float32, device=None if size.device == "meta" else size.device)
+    return column.to(size.device)[:, None].expand(-1, size.tokens).contiguous()
+
+
+def _penalise(config: Config, size: Size) -> tuple[Any, ...]:
+    """Tokens that were seen and others, a few of them ends."""
+    logits, slots = _logits(config, size), torch.arange(size.tokens, device=size.device)
+    history = torch.randint(0, 16, logits.shape, dtype=torch.int32, device=size.device)
+    allowed = torch.full((size.tokens, -(-config.vocab_size // 32)), -1, dtype=torch.int32, device=size.device)
+    return logits, slots, _rows(size, 1.05, 0.1, 0.1, 0.0), history, torch.zeros_like(logits), allowed
+
+
+def _draw(config: Config, size: Size) -> tuple[Any, ...]:
+    """Without top_k, so that all of the vocabulary counts."""
+    logits = _logits(config, size)
+    return logits, logits.amax(-1), _rows(size, 0.8, math.inf, 0.95, 0.0), _rows(size, 0.5)[0]
 
 
 def _heads(config: Config, size: Size, heads: int) -> Tensor:
@@ -334,6 +359,22 @@ CASES = [
         lambda c, s: (*_stream(c, s), _weight(s, c.vocab_size, c.hidden_size), 1),
         _elements(lambda c, t: (c.vocab_size + t + 1) * c.hidden_size),
         _matrix(lambda c: c.vocab_size, _hidden),
+        FEW,
+    ),
+    Case(
+        "penalise",
+        "penalise",
+        _penalise,
+        lambda c, s: s.tokens * (16 * c.vocab_size + 4 * -(-c.vocab_size // 32)),
+        lambda c, s: 6 * s.tokens * c.vocab_size,
+        FEW,
+    ),
+    Case(
+        "draw",
+        "draw",
+        _draw,
+        lambda c, s: 4 * s.tokens * c.vocab_size,
+        lambda c, s: 4 * s.tokens * c.vocab_size,
         FEW,
     ),
 ]

@@ -22,7 +22,8 @@ class Pages:
     ``triton_load_k`` and ``triton_load_v`` (pages, kv_head, page, token, column, mask) load a tile in q's dtype.
     ``triton_store_k`` and ``triton_store_v`` (pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM) store
     a tile. Triton's ops refuse a format that lacks them, and on a CUDA device of a lower compute capability than
-    ``triton_capability`` (major * 10 + minor).
+    ``triton_capability`` (major * 10 + minor). A format may do without ``triton_prefetch`` (pages, kv_head, page,
+    token, mask, HEAD_DIM), which prefetches a tile of keys and one of values into the L2 cache.
 
     For C: kernels/c/pages.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
@@ -34,6 +35,7 @@ class Pages:
     triton_load_v: ClassVar[Callable | None] = None
     triton_store_k: ClassVar[Callable | None] = None
     triton_store_v: ClassVar[Callable | None] = None
+    triton_prefetch: ClassVar[Callable | None] = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device, check_tensor
+from ..language import prefetch
 from ..triton_if_any import tl, triton
 from .base import Pages
 
@@ -18,9 +19,17 @@ class DensePagesArguments(NamedTuple):
     k_token_stride: Any
     k_head_stride: Any
     v: Any  # [num_pages, page_size, Hkv, D]
-    v_page_stride: Any
+    v_page_stride: Any  # None, like the next two: those of k. The compiler then computes the offsets of both once.
     v_token_stride: Any
     v_head_stride: Any
+
+
+@triton.jit
+def _v_strides(pages):
+    if pages.v_page_stride is None:
+        return pages.k_page_stride, pages.k_token_stride, pages.k_head_stride
+    else:
+        return pages.v_page_stride, pages.v_token_stride, pages.v_head_stride
 
 
 @triton.jit
@@ -32,9 +41,22 @@ def _load_k(pages, kv_head, page, token, column, mask):
 
 @triton.jit
 def _load_v(pages, kv_head, page, token, column, mask):
-    head = pages.v + kv_head.to(tl.int64) * pages.v_head_stride
-    at = token * pages.v_token_stride + column  # apart from the page: the same in each turn of a loop over pages
-    return tl.load(head + page * pages.v_page_stride + at, mask=mask, other=None if mask is None else 0.0)
+    page_stride, token_stride, head_stride = _v_strides(pages)
+    head = pages.v + kv_head.to(tl.int64) * head_stride
+    at = token * token_stride + column
+    return tl.load(head + page * page_stride + at, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def _prefetch(pages, kv_head, page, token, mask, HEAD_DIM: tl.constexpr):
+    line: tl.constexpr = 1024 // pages.k.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    column = (tl.arange(0, max(1, HEAD_DIM // line)) * line)[None, :]
+    page_stride, token_stride, head_stride = _v_strides(pages)
+    k = pages.k + kv_head.to(tl.int64) * pages.k_head_stride + page * pages.k_page_stride
+    v = pages.v + kv_head.to(tl.int64) * head_stride + page * page_stride
+    everywhere = mask & (column >= 0)
+    prefetch(k + token * pages.k_token_stride + column, everywhere)
+    prefetch(v + token * token_stride + column, everywhere)
 
 
 @triton.jit
@@ -55,6 +77,7 @@ class DensePages(Pages):
     names = ("k_pages", "v_pages")
     triton_load_k, triton_load_v = _load_k, _load_v
     triton_store_k, triton_store_v = _store_k, _store_v
+    triton_prefetch = _prefetch
     __slots__ = ("k", "v")
 
     def __init__(self, k: Tensor, v: Tensor) -> None:
@@ -100,5 +123,6 @@ class DensePages(Pages):
         self.v[to] = self.v[source]
 
     def triton_arguments(self) -> DensePagesArguments:
-        k_strides, v_strides = self.k.stride(), self.v.stride()
-        return DensePagesArguments(self.k, *k_strides[:3], self.v, *v_strides[:3])  # type: ignore[call-arg] # of 4 each
+        k_strides, v_strides = self.k.stride()[:3], self.v.stride()[:3]
+        own = (None, None, None) if v_strides == k_strides else v_strides
+        return DensePagesArguments(self.k, *k_strides, self.v, *own)  # type: ignore[call-arg] # of 3 each

@@ -4,10 +4,10 @@ each kernel."""
 from __future__ import annotations
 
 import torch
-import triton
 from torch import Tensor
 
 from ..dispatch import kept_tensors
+from .launching import next_power_of_2
 
 
 def arrivals(x: Tensor, count: int) -> Tensor:
@@ -19,7 +19,7 @@ def arrivals(x: Tensor, count: int) -> Tensor:
     kept = kept_tensors()
     if kept is None:
         return x.new_zeros(count, dtype=torch.int32)
-    key = "arrivals", x.device, triton.next_power_of_2(max(count, 1024))
+    key = "arrivals", x.device, next_power_of_2(max(count, 1024))
     if key not in kept:
         kept[key] = x.new_zeros(key[2], dtype=torch.int32)
     return kept[key]

@@ -9,30 +9,24 @@ bytes moved holds here too.
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import triton
 from torch import Tensor
 
 from ..pages import DensePages, Pages
 from .backend import TRITON
+from .decode_attention import DENSE_PAGE
 from .decode_attention import attend as attend_one
 from .decode_attention import refuses_paged as refuses_one
 from .prefill_attention import attend as attend_many
 from .prefill_attention import refuses_paged as refuses_many
 
-PAGE = 64  # a page's length is rounded up to a multiple; the kernels read only the tokens of the sequence
-
 
 def _places(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """block_tables, lengths and query_starts of ``batch`` sequences that have one page each."""
-    tables = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-    lengths = torch.full((batch,), keys, dtype=torch.int32, device=device)
-    return tables, lengths, torch.arange(batch + 1, dtype=torch.int32, device=device) * queries
-
-
-_kept_places = functools.lru_cache(maxsize=64)(_places)  # every layer of a model uses the same tensors
+    """block_tables, lengths and query_starts of ``batch`` sequences that have one page each. They are made for each
+    call: they may lie in somebody else's memory pool, which gives the memory to others (torch.compile's CUDA graphs do
+    so, also in their warm-up run)."""
+    counts = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    return counts[:batch, None], counts.new_full((batch,), keys), counts * queries
 
 
 def _as_pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pages]:
@@ -42,7 +36,7 @@ def _as_pages(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Pages]:
 
 def _refuses(q: Tensor, k: Tensor, v: Tensor, scale: float) -> str | None:
     rows, pages = _as_pages(q, k, v)
-    return refuses_one(rows, pages, PAGE) if q.shape[2] == 1 else refuses_many(rows, pages, PAGE, len(q))
+    return refuses_one(rows, pages, DENSE_PAGE) if q.shape[2] == 1 else refuses_many(rows, pages, DENSE_PAGE, len(q))
 
 
 @TRITON.implements(_refuses)
@@ -50,10 +44,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     batch, _, queries, _ = q.shape
     keys = k.shape[2]
     rows, pages = _as_pages(q, k, v)
-    capturing = q.is_cuda and torch.cuda.is_current_stream_capturing()
-    tables, lengths, starts = (_places if capturing else _kept_places)(batch, queries, keys, q.device)
     if queries == 1:
-        out = attend_one(rows, pages, tables, lengths, scale, triton.cdiv(keys, PAGE) * PAGE)
+        out = attend_one(rows, pages, None, None, scale, keys)
     else:
-        out = attend_many(rows, pages, tables, lengths, starts, scale, None)
+        out = attend_many(rows, pages, *_places(batch, queries, keys, q.device), scale, None)
     return out.unflatten(0, (batch, queries))

@@ -18,6 +18,7 @@ from ..triton_if_any import INTERPRETED
 from ..weights import Weight
 from . import tuning
 from .few_tokens import MAX_TOKENS
+from .launching import hash_functions
 
 
 def _serves(kind: str) -> bool:
@@ -43,6 +44,7 @@ def _invariant_tokens() -> int:
 def _prepare() -> None:
     if not INTERPRETED:
         ensure_cache()
+        hash_functions()
 
 
 @functools.cache

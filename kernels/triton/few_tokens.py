@@ -15,7 +15,7 @@ with all tokens. Two designs differ in where x is kept:
 
 Weights do not depend on earlier kernels. So with dependent launch a program loads its first tile (streamed: the first
 AHEAD values of each row) into shared memory before it waits for them, and the memory is busy while the kernels before
-it run out. On an H100 this takes a step of Qwen2.5-3B from 2.6 to 2.3 ms.
+it run out. On an H100 this takes a step of Qwen2.5-3B from 2.6 to 2.4 ms.
 
 The weight is the left operand of the tensor cores, so a single token needs a single column. Warps divide a tile along
 K, as a batch of products whose sums are added at the end. Along N a tile has 16 rows for all warps: each warp would
@@ -33,6 +33,7 @@ import triton.language as tl
 
 from ..language import INTERPRETED, cast, dot, launch_dependents, round_to, wait
 from . import tuning
+from .launching import cdiv, next_power_of_2
 
 MAX_TOKENS = 16  # with more tokens, torch's matrix product is as fast
 RESIDENT = 4096  # bytes of a row of x that is kept in registers
@@ -59,7 +60,7 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
 
     BLOCK_K, AHEAD, SPLIT_K and num_warps determine the order of summation. For batch invariance they do not depend on
     the number of tokens."""
-    tile = 16 * triton.next_power_of_2(k) * itemsize
+    tile = 16 * next_power_of_2(k) * itemsize
     fits = itemsize == 2 and tile <= 16 * RESIDENT and 3 * tile <= device.shared_memory - 16384
     heuristic = (
         _resident(device, n, k, itemsize) if fits and k >= 128 else _streamed(op, device, n, k, tokens, itemsize)
@@ -70,25 +71,37 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
         heuristic["PREFETCH_LINES"] = 0
     # tuned tiles are for 2-byte values; 4-byte ones would not fit
     chosen = tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
-    block = chosen["BLOCK_K"]
-    least = k - (chosen["SPLIT_K"] - 1) * triton.cdiv(triton.cdiv(k, block), chosen["SPLIT_K"]) * block  # K of a split
-    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["PROGRAMS"] or chosen["AHEAD"] <= least else 0}
+    return _sound(chosen, heuristic, k)
+
+
+def _sound(chosen: dict[str, Any], heuristic: dict[str, Any], k: int) -> dict[str, Any]:
+    """The chosen configuration without fields that its design does not have: a tuned one may be of the other design,
+    because the nearest sizes are taken."""
+    block_k, split_k = chosen["BLOCK_K"], chosen["SPLIT_K"]
+    if heuristic["PROGRAMS"]:  # resident
+        block_k = heuristic["BLOCK_K"]
+        ahead = block_k if chosen["AHEAD"] else 0
+        programs = chosen["PROGRAMS"] or heuristic["PROGRAMS"]
+        return chosen | {"BLOCK_K": block_k, "AHEAD": ahead, "SPLIT_K": 1, "PROGRAMS": programs}
+    least = k - (split_k - 1) * cdiv(cdiv(k, block_k), split_k) * block_k  # of K, in the last split
+    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["AHEAD"] <= least else 0, "PROGRAMS": 0}
 
 
 def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str, Any]:
     """One block holds a whole row. A program has the tile that is loaded first and two others in shared memory."""
-    block_k = triton.next_power_of_2(k)
+    block_k = next_power_of_2(k)
     tile = 16 * block_k * itemsize
     programs = max(1, min(4, (device.shared_memory - 16384) // (3 * tile)))
+    tiles = cdiv(cdiv(n, 16), programs * device.num_sms)  # of a program
     return {
         "BLOCK_N": 16,
         "BLOCK_K": block_k,
         "AHEAD": block_k,
         "SPLIT_K": 1,
         "PROGRAMS": programs,
-        "PREFETCH_LINES": triton.cdiv(block_k * itemsize, 128),
-        "num_warps": max(1, min(8, tile // 4096)),
-        "num_stages": min(3, triton.cdiv(triton.cdiv(n, 16), programs * device.num_sms)),
+        "PREFETCH_LINES": cdiv(block_k * itemsize, 128),
+        "num_warps": max(1, min(8, block_k * itemsize // 512)),  # with shorter slices their rows lie in the same banks
+        "num_stages": 3 if tiles > 2 else 1,
     }
 
 
@@ -100,14 +113,16 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
     if n < 64 * device.num_sms:  # with 32 rows there would be too few programs
         shapes = [(16, wide), *shapes]
     for block_n, block_k in shapes:
-        programs = triton.cdiv(n, block_n)
+        programs = cdiv(n, block_n)
         splits = op in ("linear", "norm_linear")
         split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if splits else 1
-        neighbours = min(2, triton.cdiv(programs * split_k, device.num_sms))  # programs on one multiprocessor
+        neighbours = min(2, cdiv(programs * split_k, device.num_sms))  # programs on one multiprocessor
         memory = device.shared_memory // neighbours - 4096
         if 2 * (block_n + MAX_TOKENS) * block_k * itemsize <= memory:
             break
-    ahead = 4 * block_k if neighbours == 1 else block_k
+    ahead = 0
+    if device.backend == "cuda" and device.capability >= 90:
+        ahead = 4 * block_k if neighbours == 1 else block_k
     if (block_n * ahead + 2 * (block_n + MAX_TOKENS) * block_k) * itemsize > memory:
         ahead = 0
     memory -= block_n * ahead * itemsize
@@ -119,14 +134,14 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
         "SPLIT_K": split_k,
         "PROGRAMS": 0,  # one for each tile
         "PREFETCH_LINES": 4 * block_k * itemsize // 128,
-        "num_warps": 8 if neighbours == 1 and block_k == wide else 4,
+        "num_warps": 8 if ahead > block_k and device.capability == 90 else 4,  # more were not tried elsewhere
         "num_stages": 1 + max(1, blocks),
     }
 
 
 def padded(tokens: int, device: tuning.Device) -> int:
     """The number of columns of the products. AMD's matrix instructions need at least 16."""
-    return triton.next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
+    return next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
 
 
 @triton.jit
@@ -184,12 +199,11 @@ def multiply(
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Multiplies the rows of the program's tiles with all tokens, and runs the epilogue of each tile. Column t of the
-    products is token tokens[t]; columns beyond the last token are to be ignored."""
+    """Multiplies the rows of the program's tiles with all tokens, and runs the epilogue of each tile. Columns of the
+    products beyond the last token are to be ignored."""
     launch_dependents(PDL)
     first = tl.program_id(0)
-    # Each program begins with another token, so that not all read the same lines at the same time.
-    tokens = (tl.arange(0, BLOCK_T) + first) % BLOCK_T
+    tokens = tl.arange(0, BLOCK_T)
     rows = ROWS(args, first, BLOCK_N)
     if RESIDENT:
         tl.static_assert(SPLIT_K == 1)
@@ -230,16 +244,18 @@ def multiply(
         if norm_weight_ptr is not None:
             scales = _scales(x_ptr, num_tokens, tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_ROW)
         acc = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+        # Columns beyond the last token read the last token again.
+        x_rows = x_ptr + tl.minimum(tokens, num_tokens - 1)[None, :, None] * x_stride
         for start in range(k_start + AHEAD, k_end, BLOCK_K):
             k = start + _block_of(BLOCK_K, SLICES)
             mask = None if EVEN_K else k < k_end
             other = None if EVEN_K else 0.0
             values = LOAD(weight, rows[None, :, None], k, mask, other)
-            x = _streamed_x(x_ptr, norm_weight_ptr, scales, tokens, num_tokens, k, mask, other, x_stride)
-            acc = dot(values, x, acc)
+            x = tl.load(x_rows + k, mask=mask, other=other)
+            acc = dot(values, _streamed_x(x, norm_weight_ptr, scales, k, mask, other), acc)
         if AHEAD > 0:
-            x = _streamed_x(x_ptr, norm_weight_ptr, scales, tokens, num_tokens, early_k, None, None, x_stride)
-            acc = dot(early, x, acc)
+            x = tl.load(x_rows + early_k)
+            acc = dot(early, _streamed_x(x, norm_weight_ptr, scales, early_k, None, None), acc)
         products = tl.sum(acc, axis=0)
         last = True
         if SPLIT_K > 1:
@@ -294,10 +310,8 @@ def _resident_x(
 
 
 @triton.jit
-def _streamed_x(x_ptr, norm_weight_ptr, scales, tokens, num_tokens, k, mask, other, x_stride):
-    """A block of the (normalised) tokens, as _resident_x."""
-    # Columns beyond the last token read the last token again.
-    x = tl.load(x_ptr + tl.minimum(tokens, num_tokens - 1)[None, :, None] * x_stride + k, mask=mask, other=other)
+def _streamed_x(x, norm_weight_ptr, scales, k, mask, other):
+    """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES], (normalised) as the right operand of the products."""
     if norm_weight_ptr is not None:
         norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other)
         x = _normalised(x.to(tl.float32), scales[None, :, None], norm_weight)

@@ -13,6 +13,7 @@ The binder takes about 20 us for each launch, and a plan about 5.
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ import triton
 from torch import Tensor
 from torch.nn import Parameter
 from triton.compiler import CompiledKernel
+from triton.runtime.jit import JITFunction
 
 from ..triton_if_any import INTERPRETED
 from . import tuning
@@ -97,6 +99,18 @@ def _describe(arguments: tuple[Any, ...], key: list[Any], values: list[Any]) -> 
             values.append(each)
 
 
+@functools.cache
+def hash_functions() -> tuple[str, ...]:
+    """Hashes all functions for Triton, always in the same order. Triton's hash of a function also depends on which of
+    those that it calls were hashed before it. In another order a process would not find what another has compiled."""
+    package, functions = __name__.rpartition(".triton.")[0], list[JITFunction]()
+    for name in sorted(name for name in sys.modules if name.startswith(f"{package}.")):
+        found = vars(sys.modules[name]).values()
+        values = [value.kernel if isinstance(value, Planned) else value for value in found]
+        functions += [each for each in values if isinstance(each, JITFunction) and each.__module__ == name]
+    return tuple(function.cache_key for function in functions)
+
+
 def cdiv(n: int, block: int) -> int:
     """How many blocks n needs. As triton.cdiv, which is also for kernels, and on the host takes 3 us."""
     return -(-n // block)
@@ -114,4 +128,4 @@ def _is_hooked(hook: Any) -> bool:
 
 def planned(kernel: Any) -> Any:
     """Decorates a @triton.jit kernel: it keeps launch plans, except in Triton's interpreter."""
-    return kernel if INTERPRETED else Planned(kernel)
+    return kernel if INTERPRETED or isinstance(kernel, Planned) else Planned(kernel)

@@ -30,7 +30,7 @@ from . import tuning
 from .arrivals import arrivals
 from .backend import TRITON, pdl_options, refuses_format
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, config, multiply, padded
-from .launching import planned
+from .launching import cdiv, next_power_of_2, planned
 
 
 class LinearArguments(NamedTuple):
@@ -98,7 +98,6 @@ def _finish_gated(args, tile, products, inputs, tokens, num_tokens):
 
 
 @planned
-@planned
 @triton.jit
 def _linear_kernel(
     args,  # LinearArguments
@@ -151,13 +150,13 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
     chosen = dict(config(op, device, len(weight), k_size, block_t, x.element_size()))
     programs = chosen.pop("PROGRAMS") * device.num_sms  # 0: x is streamed, and each tile has a program
     chosen["BLOCK_N"] = min(chosen["BLOCK_N"], most_rows)
-    tiles = triton.cdiv(len(weight), chosen["BLOCK_N"])
+    tiles = cdiv(len(weight), chosen["BLOCK_N"])
     grid = min(tiles, programs) if programs else tiles
     constants = chosen | {
         "LOAD": weight.triton_load,
         "PREFETCH": weight.triton_prefetch,
         "BLOCK_T": block_t,
-        "BLOCK_ROW": triton.next_power_of_2(k_size),
+        "BLOCK_ROW": next_power_of_2(k_size),
         "SLICES": chosen["num_warps"],
         "EVEN_K": k_size % chosen["BLOCK_K"] == 0,
         "RESIDENT": programs > 0,

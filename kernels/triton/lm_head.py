@@ -26,7 +26,7 @@ from ..rms_norm import rms_norm
 from ..weights import Weight
 from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, multiply
-from .launching import planned
+from .launching import cdiv, next_power_of_2, planned
 from .linear import refuses_norm, tiling
 
 MAX_TOP_K = 16  # for a larger k the logits are computed, and torch sorts them
@@ -184,7 +184,7 @@ def _launch_lm_head(
 
 def _launch_top_k(values: Tensor, ids: Tensor, candidates: Tensor, candidate_ids: Tensor) -> None:
     num_tokens, tiles, k = candidates.shape
-    block = min(8192, triton.next_power_of_2(tiles * k))
+    block = min(8192, next_power_of_2(tiles * k))
     _top_k_kernel[(num_tokens,)](
         values, ids, candidates, candidate_ids, tiles * k, TOP_K=k, BLOCK=block, num_warps=8, **pdl_options(candidates)
     )
@@ -210,7 +210,7 @@ def lm_head_top_k(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, k:
     values = x.new_empty(len(x), k, dtype=torch.float32)
     ids = x.new_empty(len(x), k, dtype=torch.int64)
     # A multiple of 16 lets the second kernel load vectors. The extra tiles have no rows.
-    tiles = triton.cdiv(tiling("lm_head", x, weight)[0], 16) * 16
+    tiles = cdiv(tiling("lm_head", x, weight)[0], 16) * 16
     candidates = x.new_empty(len(x), tiles, k, dtype=torch.float32)
     candidate_ids = torch.empty_like(candidates, dtype=torch.int32)
     _launch_lm_head(None, candidates, candidate_ids, x, norm_weight, weight, eps)

@@ -235,8 +235,18 @@ def _prefill_attention_kernel(
     tl.store(out_ptr + out_at, out, mask=(rows < query_end)[:, None])
 
 
-def _launch_prefill_attention(
-    out: Tensor,
+def refuses_paged(q: Tensor, pages: Pages, page_size: int, num_sequences: int) -> str | None:
+    """The reason why this kernel does not run q over these pages with this page size, or None."""
+    if reason := refuses_format("pages", pages, pages.triton_load_k):
+        return reason
+    if q.shape[2] not in HEAD_DIMS:
+        return f"heads of {q.shape[2]} (16, 32, 64, 128 or 256)"
+    if len(q) // SMALLEST_TILE + num_sequences > MAX_PROGRAMS:
+        return f"{len(q)} tokens of {num_sequences} sequences (at most {MAX_PROGRAMS} tiles of {SMALLEST_TILE} tokens)"
+    return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
+
+
+def attend(
     q: Tensor,
     pages: Pages,
     block_tables: Tensor,
@@ -244,9 +254,13 @@ def _launch_prefill_attention(
     query_starts: Tensor,
     scale: float,
     page_size: int | None,
-) -> None:
-    """The pages may have any strides, if the last dimension is contiguous. The kernel takes ``page_size`` as the page
-    size. Without one, each sequence is one page."""
+) -> Tensor:
+    """prefill_attention over pages of any strides, if the last dimension is contiguous. The kernel takes ``page_size``
+    as the page size. Without one, each sequence is one page."""
+    q = q if q.stride(1) == q.shape[2] else q.contiguous()
+    if scale < 0:  # the kernel finds the largest score before it scales
+        q, scale = -q, -scale
+    out = q.new_empty(q.shape)
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
     config = _config(tuning.device_of(q), head_dim, page_size or LARGE_PAGE, q.element_size())
     tiles = num_tokens // config["BLOCK_M"] + len(lengths)
@@ -269,35 +283,6 @@ def _launch_prefill_attention(
         **config,
         **pdl_options(q),
     )
-
-
-def refuses_paged(q: Tensor, pages: Pages, page_size: int, num_sequences: int) -> str | None:
-    """The reason why this kernel does not run q over these pages with this page size, or None."""
-    if reason := refuses_format("pages", pages, pages.triton_load_k):
-        return reason
-    if q.shape[2] not in HEAD_DIMS:
-        return f"heads of {q.shape[2]} (16, 32, 64, 128 or 256)"
-    if len(q) // SMALLEST_TILE + num_sequences > MAX_PROGRAMS:
-        return f"{len(q)} tokens of {num_sequences} sequences (at most {MAX_PROGRAMS} tiles of {SMALLEST_TILE} tokens)"
-    return f"pages of {page_size} tokens (a multiple of 16)" if page_size % 16 else None
-
-
-def attend(
-    q: Tensor,
-    pages: Pages,
-    block_tables: Tensor,
-    lengths: Tensor,
-    query_starts: Tensor,
-    scale: float,
-    page_size: int | None,
-) -> Tensor:
-    """prefill_attention over pages of any strides, with ``page_size`` as the page size. Without one, each sequence is
-    one page."""
-    q = q if q.stride(1) == q.shape[2] else q.contiguous()
-    out = q.new_empty(q.shape)
-    if scale < 0:  # the kernel finds the largest score before it scales
-        q, scale = -q, -scale
-    _launch_prefill_attention(out, q, pages, block_tables, lengths, query_starts, scale, page_size)
     return out
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ..language import cast, round_to, silu, wait_for_inputs
 from . import tuning
 from .backend import TRITON, pdl_options
-from .launching import planned
+from .launching import cdiv, planned
 from .swiglu_backward import config
 
 
@@ -50,7 +50,7 @@ def _launch_swiglu(out: Tensor, gate: Tensor, up: Tensor) -> None:
     """All tensors are [T, F]."""
     rows, columns = out.shape
     chosen = config("swiglu", tuning.device_of(out), rows, columns)
-    grid = (rows, triton.cdiv(columns, chosen["BLOCK"]))
+    grid = (rows, cdiv(columns, chosen["BLOCK"]))
     _swiglu_kernel[grid](out, gate, up, columns, gate.stride(0), up.stride(0), **chosen, **pdl_options(out))
 
 

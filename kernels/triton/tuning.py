@@ -51,10 +51,13 @@ INTERPRETER = Device("interpreter", "cuda", 90, 132, 232448)
 _offline: Device | None = None
 
 
+Kernel = tuple[str, tuple[tuple[str, int], ...]]  # op, and the sizes by which its configuration is looked up
+
 # The search space of each op: the values that a tuner may try for each field. The kernel files declare them.
 SPACES: dict[str, dict[str, tuple[int, ...]]] = {}
 _remembered: list[Any] = []
 _trial: Trial | None = None
+_overrides: Overrides | None = None
 
 
 @dataclass
@@ -90,6 +93,29 @@ def trying(op: str, config: dict[str, Any]) -> Iterator[Trial]:
         yield _trial
     finally:
         _trial = before
+        forget()
+
+
+@dataclass
+class Overrides:
+    """Configurations that a tuner tries for several kernels at once, and those that the kernels have without it. Both
+    are kept by op and sizes."""
+
+    chosen: dict[Kernel, dict[str, Any]] = field(default_factory=dict)
+    own: dict[Kernel, dict[str, Any]] = field(default_factory=dict)
+
+
+@contextlib.contextmanager
+def overriding() -> Iterator[Overrides]:
+    """In this context the fields of ``chosen[op, sizes]`` override the configuration of the op's kernel for these
+    sizes. Call ``forget`` after a change of them."""
+    global _overrides
+    before, _overrides = _overrides, Overrides()
+    forget()
+    try:
+        yield _overrides
+    finally:
+        _overrides = before
         forget()
 
 
@@ -136,10 +162,15 @@ def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, 
         return {**heuristic, **_trial.config}
     try:
         entries = _entries(op, device.folder, CONFIG_DIR.get() or "")
-        return {**heuristic, **_nearest(entries, sizes, heuristic, SPACES.get(op, {}))}
+        config = {**heuristic, **_nearest(entries, sizes, heuristic, SPACES.get(op, {}))}
     except ValueError as error:  # a stale or damaged tuned file must not end a forward pass
         _warn_once(f"{op} for {device.name}: {error}")
-        return heuristic
+        config = heuristic
+    if _overrides is not None:
+        kernel = op, tuple(sizes.items())
+        _overrides.own[kernel] = config
+        config = {**config, **_overrides.chosen.get(kernel, {})}
+    return config
 
 
 def _nearest(

@@ -88,8 +88,10 @@ class GraphCapture:
         return next((length for length in PROMPT_LENGTHS if tokens <= length), None)
 
     def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
-        """A function that has run is captured with the same kernels, which were not launched dependently."""
-        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches(self._kept, on=not has_run):
+        """A function that has run is captured with the same kernels, which were not launched dependently. They kept
+        nothing then, and a capture is no place to make what graphs share."""
+        kept = None if has_run else self._kept
+        with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches(kept, on=not has_run):
             self._stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self._stream):
                 if has_run:

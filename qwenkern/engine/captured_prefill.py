@@ -23,7 +23,7 @@ from ..kernels import waits_for_host
 from ..qwen2 import Qwen2
 from .capture import Capture
 
-MOST_PROMPTS = 8  # in one captured pass; few-token kernels compute their logits
+MOST_PROMPTS = 7  # in one captured pass; with the padding 8 sequences, so every table begins at a multiple of 16 bytes
 Part = tuple[BlockTable, Sequence[int]]
 
 

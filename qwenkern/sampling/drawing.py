@@ -11,14 +11,13 @@ from typing import NamedTuple
 
 from .parameters import MAX_LOGPROBS, SampledSequence
 
-FEW_CANDIDATES = 64  # used if no row needs more: faster than looking through the vocabulary
-FEW_LOGPROBS = 20  # likewise: what most clients request at most
+FEW_LOGPROBS = 20  # what most clients request at most; a batch with more reports MAX_LOGPROBS
 
 
 class Drawing(NamedTuple):
-    """The parts of a draw that at least one sequence of a batch needs. There are 18, so captured steps stay few."""
+    """The parts of a draw that at least one sequence of a batch needs. There are 12, so captured steps stay few."""
 
-    candidates: int = 1  # the most likely tokens to draw from: 1 (greedy), FEW_CANDIDATES or the size of the vocabulary
+    is_random: bool = False  # else all are greedy
     adjusts: bool = False  # penalties, biases, min_tokens or a grammar's mask change the logits first
     logprobs: int | None = None  # of the chosen token and of so many most likely ones
 
@@ -26,10 +25,9 @@ class Drawing(NamedTuple):
     def of(sequences: Sequence[SampledSequence], vocabulary: int) -> Drawing:
         """The drawing that serves all of these sequences."""
         params = [sequence.params for sequence in sequences]
-        largest = max([1, *(each.top_k or vocabulary for each in params if not each.is_greedy)])
         logprobs = [each.logprobs for each in params if each.logprobs is not None]
         return Drawing(
-            candidates=next((count for count in (1, FEW_CANDIDATES) if largest <= count < vocabulary), vocabulary),
+            is_random=any(not each.is_greedy and each.top_k != 1 for each in params),
             adjusts=any(each.changes_logits for each in params),
             logprobs=min(vocabulary, FEW_LOGPROBS if max(logprobs) <= FEW_LOGPROBS else MAX_LOGPROBS)
             if logprobs
@@ -42,12 +40,13 @@ class Drawing(NamedTuple):
         return self == Drawing()
 
 
-ROWS = 4  # temperature, top_k, top_p, min_p: what `draw` takes
-ADJUSTING_ROWS = 8  # and repetition, presence and frequency penalty, and the tokens left until an end may come
+DRAW_ROWS = 4  # temperature, top_k, top_p, min_p: what ops.draw takes
+# and what ops.penalise takes: repetition, presence and frequency penalty, and the tokens left until an end may come
+NEUTRAL = (1.0, 1.0, math.inf, 0.0, 1.0, 0.0, 0.0, 0.0)  # greedy
 
 
 def settings_of(sequences: Sequence[SampledSequence]) -> list[list[float]]:
-    """ADJUSTING_ROWS rows with a number for each sequence. A greedy sequence draws from one token."""
+    """A row for each of NEUTRAL's numbers, with a number for each sequence. A greedy one draws from one token."""
     return [list(row) for row in zip(*map(_settings_of, sequences), strict=True)]
 
 

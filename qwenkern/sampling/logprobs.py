@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from .draw import most_likely
+from ..kernels import most_likely
 from .parameters import SampledSequence
 
 
@@ -36,17 +35,15 @@ def with_logprobs(of: tuple[Tensor, int], token: int) -> TokenLogprob:
     return TokenLogprob(token, logprobs[token].item(), dict(zip(ids, values, strict=True)))
 
 
-def packed(logprobs: Tensor, tokens: Tensor, count: int) -> Tensor:
-    """Tokens [R] with their log-probabilities and those of the ``count`` most likely tokens, from log-probabilities
-    [R, V]: one float64 [R, 2 + 2 count] for one copy to the host. float64 holds ids and float32 exactly."""
+def packed(logprobs: Tensor, tokens: Tensor, count: int) -> list[Tensor]:
+    """The log-probabilities of the tokens [R] and of the ``count`` most likely tokens, and the ids of those, from
+    log-probabilities [R, V]: [R, 1 + 2 count] together. A row is what `unpacked` takes."""
     values, ids = most_likely(logprobs, count)
-    own = logprobs.gather(-1, tokens.clamp(min=0)[:, None])
-    return torch.cat([tokens[:, None].double(), own.double(), values.double(), ids.double()], dim=-1)
+    return [logprobs.gather(-1, tokens[:, None]), values, ids]
 
 
-def unpacked(row: Sequence[float], count: int) -> TokenLogprob:
-    """A row of what `packed` gives, with ``count`` of the most likely tokens."""
-    token, logprob, *rest = row
+def unpacked(token: int, row: Sequence[float], count: int) -> TokenLogprob:
+    """The log-probabilities of a token and of ``count`` of the most likely ones."""
+    logprob, *rest = row
     values, ids = rest[: len(rest) // 2], rest[len(rest) // 2 :]
-    top = {int(each): value for each, value in zip(ids[:count], values[:count], strict=True)}
-    return TokenLogprob(int(token), logprob, top)
+    return TokenLogprob(token, logprob, {int(each): value for each, value in zip(ids[:count], values, strict=False)})

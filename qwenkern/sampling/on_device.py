@@ -9,16 +9,16 @@ A sequence keeps its slot, a row of these tensors, for as long as it is decoded.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from .. import kernels as ops
+from ..kernels.penalise import IS_END, ONCE, SEEN
 from .parameters import SampledSequence
 
-_SEEN, _IS_END, _ONCE = 1, 2, 4  # parts of a number of the history
 _FEWEST_SLOTS = 8
 Upload = Callable[[Tensor, Tensor], None]  # copies to the device, in stream order
 
@@ -46,7 +46,7 @@ class TokenStates:
 
     def _forget(self) -> None:
         rows, words = self.slots + 1, -(-self._vocabulary // 32)
-        # How often the output has each token, times _ONCE, plus _SEEN if it is in prompt or output, plus _IS_END.
+        # How often the output has each token, times ONCE, plus SEEN if it is in prompt or output, plus IS_END.
         self.history = torch.zeros(rows, self._vocabulary, dtype=torch.int32, device=self._device)
         self.bias = torch.zeros(rows, self._vocabulary, dtype=torch.float32, device=self._device)
         # A grammar's mask: bit t % 32 of word t // 32 allows token t. All ones: it allows everything.
@@ -75,29 +75,20 @@ class TokenStates:
             self._places[sequence][1] += 1
 
     def adjust(self, logits: Tensor, slots: Tensor, settings: Tensor) -> Tensor:
-        """Logits [R, V] after penalties, biases and masks. ``slots`` is [R] int64, and ``settings`` [8, R] as in
-        drawing.py. Bit by bit it gives what `penalise` gives."""
-        repetition, presence, frequency, early = settings[4:, :, None]
-        history, vocabulary = self.history[slots], torch.arange(logits.shape[-1], device=logits.device)
-        repeated = torch.where(logits > 0, logits / repetition, logits * repetition)
-        logits = torch.where((history & ~_IS_END) > 0, repeated, logits)
-        counts = history >> 2
-        logits = torch.where(counts > 0, logits - (presence + frequency * counts), logits)
-        logits = logits + self.bias[slots]
-        allowed = (self.allowed[slots][:, vocabulary >> 5] >> (vocabulary & 31)) & 1
-        is_early = ((history & _IS_END) > 0) & (early > 0)
-        return logits.masked_fill(is_early | (allowed == 0), -math.inf)
+        """Logits [R, V] after penalties, biases and masks: bit by bit what penalties.penalise gives. ``slots`` is [R]
+        int64, and ``settings`` has the last rows of drawing.settings_of."""
+        return ops.penalise(logits, slots, settings, self.history, self.bias, self.allowed)
 
     def count(self, tokens: Tensor, slots: Tensor, moves: Tensor) -> None:
         """Adds drawn tokens [R] to the histories of the rows whose ``moves`` [R] int32 is 1, not 0."""
         at = slots * self._vocabulary + tokens
-        self.history.view(-1).scatter_add_(0, at, moves * _ONCE)
+        self.history.view(-1).scatter_add_(0, at, moves * ONCE)
 
     def _upload(self, slot: int, sequence: SampledSequence, upload: Upload) -> None:
         ids, counts = sequence.history.of(sequence.prompt_ids, sequence.output_ids)
         history = torch.zeros(self._vocabulary, dtype=torch.int32, device="cpu")
-        history[ids] = counts.int() * _ONCE + _SEEN
-        history[list(sequence.end_ids)] |= _IS_END
+        history[ids] = counts.int() * ONCE + SEEN
+        history[list(sequence.end_ids)] |= IS_END
         bias = torch.zeros(self._vocabulary, dtype=torch.float32, device="cpu")
         biases = sequence.params.logit_bias
         bias[list(biases)] = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")

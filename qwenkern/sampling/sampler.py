@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import RequestError
-from .draw import NOT_FINITE, draw, or_not_finite
-from .drawing import ROWS, Drawing, settings_of
+from .draw import NOT_FINITE, draw
+from .drawing import DRAW_ROWS, NEUTRAL, Drawing, settings_of
 from .logprobs import TokenLogprob, logprobs_of, packed, unpacked, with_logprobs
 from .on_device import TokenStates
 from .parameters import SampledSequence
@@ -29,31 +29,29 @@ Sampled = int | TokenLogprob | RequestError
 @torch.inference_mode()
 def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled]:
     """The next token of each row of logits [R, V]. The logits are float32, and may be overwritten."""
-    finite = [math.isfinite(top) for top in logits.amax(-1).tolist()]  # amax is NaN if any logit is
+    largest = logits.amax(-1)  # NaN if any logit is
+    finite = [math.isfinite(each) for each in largest.tolist()]
     logprobs = logprobs_of(logits, sequences)
     changed = [index for index, each in enumerate(sequences) if each.params.changes_logits and finite[index]]
     for index in changed:
         penalise(logits[index], sequences[index])
-    largest = dict(zip(changed, logits[changed].amax(-1).tolist(), strict=True)) if changed else {}
-    candidates = Drawing.of(sequences, logits.shape[-1]).candidates
+    adjusted = logits.amax(-1) if changed else largest
     settings = uniforms = None
-    if candidates > 1:
+    if Drawing.of(sequences, logits.shape[-1]).is_random:
         numbers = [0.0 if each.params.is_greedy else each.uniform() for each in sequences]
-        settings, uniforms = (torch.tensor(each, **options_like(logits)) for each in (settings_of(sequences), numbers))
-    drawn: list[int] = draw(logits, settings, uniforms, candidates).tolist()
+        values = settings_of(sequences)[:DRAW_ROWS]
+        settings, uniforms = (torch.tensor(each, **options_like(logits)) for each in (values, numbers))
+    drawn: list[int] = draw(logits, adjusted, settings, uniforms).tolist()
+    tops = adjusted.tolist()
     tokens: list[Sampled] = []
     for index, (sequence, of) in enumerate(zip(sequences, logprobs, strict=True)):
         if not finite[index]:
             tokens.append(NOT_FINITE)
-        elif not math.isfinite(largest.get(index, 0.0)):
-            tokens.append(choice_error(sequence, largest[index]))
+        elif not math.isfinite(tops[index]):
+            tokens.append(choice_error(sequence, tops[index]))
         else:
             tokens.append(drawn[index] if of is None else with_logprobs(of, drawn[index]))
     return tokens
-
-
-# In place of a token id, below NOT_FINITE: what the largest logit is after penalties and biases
-_LARGEST = {-2: -math.inf, -3: math.inf, -4: math.nan}
 
 
 class Sampling:
@@ -65,9 +63,8 @@ class Sampling:
         self.drawing, self._moves = drawing, moves
         self._states = states
         size, device = len(moves), moves.device
-        self._settings = torch.ones(ROWS * 2, size, dtype=torch.float32, device=device)  # greedy
-        self._settings[3] = 0
-        self._settings[5:] = 0
+        neutral = torch.tensor(NEUTRAL, dtype=torch.float32, device="cpu")
+        self._settings = neutral[:, None].expand(-1, size).to(device).contiguous()
         self._uniforms = torch.zeros(size, dtype=torch.float32, device=device)
         self._slots = torch.full((size,), states.slots, dtype=torch.int64, device=device)
 
@@ -81,7 +78,7 @@ class Sampling:
 
     def launch(self, sequences: Sequence[SampledSequence], upload: Any) -> None:
         """Prepares the next replay: uploads the random numbers, and notes that it adds a token to each sequence."""
-        if self.drawing.candidates > 1:
+        if self.drawing.is_random:
             upload(self._uniforms[: len(sequences)], [sequence.uniform() for sequence in sequences])
         if self.drawing.adjusts:
             self._states.launched(sequences)
@@ -90,27 +87,29 @@ class Sampling:
         """Draws from logits [size, V] float32. Returns the token ids [size], and what `sampled` reads. Nothing waits
         for the device."""
         drawing, states = self.drawing, self._states
-        largest = logits.amax(-1)
+        largest = adjusted = logits.amax(-1)
         logprobs = None if drawing.logprobs is None else logits.log_softmax(-1)
         if drawing.adjusts:
-            logits = states.adjust(logits, self._slots, self._settings)
-        tokens = draw(logits, self._settings, self._uniforms, drawing.candidates)
-        out = tokens
+            logits = states.adjust(logits, self._slots, self._settings[DRAW_ROWS:])
+            adjusted = logits.amax(-1)
+        tokens = draw(logits, adjusted, self._settings[:DRAW_ROWS] if drawing.is_random else None, self._uniforms)
         if drawing.adjusts:
             states.count(tokens, self._slots, self._moves)
-            self._settings[7].sub_(self._moves)
-            adjusted = logits.amax(-1)
-            for code, value in _LARGEST.items():
-                out = torch.where(adjusted.isnan() if math.isnan(value) else adjusted == value, code, out)
-        out = or_not_finite(out, largest)
-        return tokens, out if logprobs is None else packed(logprobs, out, drawing.logprobs or 0)
+            self._settings[-1].sub_(self._moves)
+        columns = [tokens[:, None], largest[:, None], adjusted[:, None]]
+        if logprobs is not None and drawing.logprobs is not None:
+            columns += packed(logprobs, tokens, drawing.logprobs)
+        return tokens, torch.cat([column.double() for column in columns], dim=-1)  # holds ids and float32 exactly
 
 
-def sampled(read: Any, sequence: SampledSequence) -> Sampled:
-    """The outcome for one sequence of what a captured step left in its row: a token id, or a row of `packed`."""
-    token = int(read[0] if isinstance(read, list) else read)
-    if token in _LARGEST:
-        return choice_error(sequence, _LARGEST[token])
-    if token == NOT_FINITE or sequence.params.logprobs is None:
-        return token
-    return unpacked(read, sequence.params.logprobs)
+def sampled(read: Sequence[float] | int, sequence: SampledSequence) -> Sampled:
+    """The outcome for one sequence of what a captured step left in its row: a row of `Sampling.run`, or a token id."""
+    if isinstance(read, int):
+        return read
+    token, largest, adjusted, *logprobs = read
+    if not math.isfinite(largest):
+        return NOT_FINITE
+    if not math.isfinite(adjusted):
+        return choice_error(sequence, adjusted)
+    count = sequence.params.logprobs
+    return int(token) if count is None else unpacked(int(token), logprobs, count)

@@ -18,7 +18,7 @@ from qwenkern.benchmarks.ops.providers import PROVIDERS
 from qwenkern.cli import commands as cli
 from qwenkern.kernels import c as c_backend
 
-PARTS = ("correctness", "end_to_end", "where", "kernels", "compiled", "peers", "tune")
+PARTS = ("correctness", "end_to_end", "where", "kernels", "compiled", "peers", "sanitizer", "tune")
 
 
 @pytest.mark.slow
@@ -62,7 +62,7 @@ def test_a_decode_steps_kernels_come_first_and_the_slow_to_start_last(tmp_path):
         cases = option(part, "--op")
         assert cases[: len(step)] == step
         assert sorted(cases) == sorted(case.name for case in CASES)
-    assert list(commands)[-1] == "peers"
+    assert list(commands)[-2:] == ["peers", "sanitizer"]
     quick, slow = option("kernels", "--provider"), option("peers", "--provider")
     assert {"compile", "flex", "transformers", "liger"} <= set(slow)
     assert slow[0] == "qwenkern", "the one that ratios are over"

@@ -16,8 +16,9 @@ from qwenkern.cli.commands import app
 from qwenkern.kernels import c as c_backend
 
 # the modules, whose names the package gives to their ops
-qkv_rope, decode_attention, linear, lm_head = (
-    import_module(f"qwenkern.kernels.triton.{name}") for name in ("qkv_rope", "decode_attention", "linear", "lm_head")
+qkv_rope, decode_attention, combine_splits, linear, lm_head = (
+    import_module(f"qwenkern.kernels.triton.{name}")
+    for name in ("qkv_rope", "decode_attention", "combine_splits", "linear", "lm_head")
 )
 SMALL = Config(
     vocab_size=512,
@@ -70,7 +71,7 @@ def test_a_step_of_which_the_profiler_lost_kernels_does_not_count(lost):
 
 
 def test_every_kernel_of_a_step_has_a_name():
-    modules = (qkv_rope, decode_attention, linear, lm_head)
+    modules = (qkv_rope, decode_attention, combine_splits, linear, lm_head)
     kernels = {name for module in modules for name in vars(module) if name.endswith("_kernel") and name[0] == "_"}
     assert "_top_k_kernel" in kernels
     assert where.OTHER not in set(labels(kernels, GPU_LINEARS, 1))

@@ -14,7 +14,7 @@ from qwenkern import SamplingParams
 from qwenkern.engine import Engine, Limits, Runner
 from qwenkern.engine.capture import PROMPT_LENGTHS, CallCapture, GraphCapture
 from qwenkern.engine.captured_prefill import MOST_PROMPTS
-from qwenkern.kernels.dispatch import launches_dependently
+from qwenkern.kernels.dispatch import kept_tensors, launches_dependently
 
 
 class Fake(CallCapture):
@@ -201,7 +201,7 @@ def test_a_graph_has_the_workspace_of_cublas_in_its_own_pool(monkeypatch, has_ru
         log.append("end")
 
     def function() -> torch.Tensor:
-        log.append(f"run, dependent: {launches_dependently()}")
+        log.append(f"run, dependent: {launches_dependently()}, keeps: {kept_tensors() is not None}")
         return torch.zeros(1)
 
     stream = SimpleNamespace(device="cuda:0", wait_stream=lambda other: None)
@@ -219,9 +219,8 @@ def test_a_graph_has_the_workspace_of_cublas_in_its_own_pool(monkeypatch, has_ru
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: log.append("clear"), raising=False)
     GraphCapture(torch.device("cuda")).capture(function, has_run)
-    before = "handle" if has_run else "run, dependent: True"
-    run = f"run, dependent: {not has_run}"
-    assert log == [before, "clear", "begin in its own pool", run, "end", "clear"]
+    run = f"run, dependent: {not has_run}, keeps: {not has_run}"
+    assert log == ["handle" if has_run else run, "clear", "begin in its own pool", run, "end", "clear"]
 
 
 WIDE = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)

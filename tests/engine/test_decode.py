@@ -456,7 +456,17 @@ def test_threads_take_turns_on_one_recording(in_c):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("how", [{"temperature": 0}, {"top_k": 20, "seed": 1}, {"seed": 2}, {"logprobs": 1, "seed": 3}])
+@pytest.mark.parametrize(
+    "how",
+    [
+        {"temperature": 0},
+        {"top_k": 20, "seed": 1},
+        {"seed": 2},
+        {"logprobs": 1, "seed": 3},
+        {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.05, "seed": 4},
+        {"presence_penalty": 0.3, "frequency_penalty": 0.1, "logit_bias": {7: 2.5}, "min_p": 0.02, "seed": 5},
+    ],
+)
 @pytest.mark.parametrize("sequences", [1, 3, 16, 24])
 def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
     """With dependent launches, replayed before the host has read the last tokens, rows ending at different times;
@@ -468,14 +478,14 @@ def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sequences", [1, 3, 16])
 def test_programs_that_share_a_tile_are_captured_too(sequences):
-    """With the sizes of 0.5B, two programs split K of o_proj and of down, and count each other's arrival."""
+    """With the sizes of 0.5B, two programs split K of down, and count each other's arrival."""
     from qwenkern.kernels.triton import tuning
 
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
     config = replace(TINY, **sizes)
     with tuning.trying("linear", {"SPLIT_K": 2}) as trial:
         _assert_captured_text(config, {"temperature": 0}, sequences)
-    assert {896, 4864} <= {seen["k"] for seen, _ in trial.seen}
+    assert 4864 in {seen["k"] for seen, _ in trial.seen}
 
 
 def _assert_captured_text(config, how, sequences):

@@ -267,7 +267,7 @@ def test_what_no_op_takes_is_refused(op, name):
 @pytest.mark.parametrize(("op", "name"), PLACES)
 def test_what_has_no_memory_is_refused_in_c(op, name, made, backend):
     """torch itself reads through the pointer, so only C is tested."""
-    if backend == "torch" or "backward" in op or op in ("attention", "lm_head_top_k"):  # which torch runs
+    if backend == "torch" or "backward" in op or op in ("attention", "lm_head_top_k", "penalise", "draw"):
         return
     other = with_one(op, name, made)
     if not of(other, name).is_floating_point():  # numbers, which are looked at before
@@ -307,6 +307,8 @@ def test_an_argument_that_wants_a_gradient_gets_one_or_an_error(op, name):
     results, expected = outcome(op, other, True), outcome(op, copy.deepcopy(CALLS[op]), True)
     for result, wanted in zip(results, expected, strict=True):
         assert torch.equal(result, wanted)
+    if not any(result.is_floating_point() for result in results):
+        return  # ids, which nothing flows back from
     loss = sum(result.float().sum() for result in results if result.requires_grad)
     if getattr(kernels, op).has_gradient:
         loss.backward()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.mutations import Mutation
-from support.references import assert_matches_reference, random
+from support.references import assert_matches_reference, random, tensors_left_behind
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -33,6 +33,12 @@ def test_any_strides(ops, device, queries):
     room[:, :, :70] = k
     assert torch.equal(ops.attention(q, room[:, :, :70], by_token[2], scale), expected)
     assert torch.equal(ops.attention(q[1:], k[1:], v[1:], scale), expected[1:])
+
+
+@pytest.mark.parametrize("queries", [1, 20])
+def test_no_tensor_is_kept(ops, device, queries):
+    inputs = _inputs(2, queries, 70, (4, 2, 16), torch.bfloat16, device)
+    assert tensors_left_behind(lambda: ops.attention(*inputs)) == []
 
 
 @pytest.mark.parametrize(
@@ -89,7 +95,6 @@ MUTATIONS = [
     ),
     Mutation(
         "one sequence's page for all", "triton/attention.py",
-        "torch.arange(batch, dtype=torch.int32, device=device)[:, None]",
-        "torch.zeros(batch, 1, dtype=torch.int32, device=device)", test_heads_of_the_family, _MANY,
+        "counts[:batch, None]", "counts[:1, None].expand(batch, 1)", test_heads_of_the_family, _MANY,
     ),
 ]  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 from support.mutations import Mutation
@@ -38,6 +40,14 @@ def test_several_splits_a_program(ops, device):
     assert_matches_reference(ops, "decode_attention", *_inputs(lengths, (16, 16, 16), torch.bfloat16, device))
 
 
+def test_attention(ops, device):
+    """Contiguous keys and values, each sequence a page."""
+    q, k, v = (
+        random(2, *shape, 16, dtype=torch.bfloat16, device=device, seed=15) for shape in ((4, 1), *[(2, 130)] * 2)
+    )
+    assert_matches_reference(ops, "attention", q, k, v, 0.25)
+
+
 @pytest.mark.parametrize("spare_pages", [0, 1])
 @pytest.mark.parametrize("length", [1, 40, 64])
 def test_one_split(ops, device, length, spare_pages):
@@ -47,14 +57,38 @@ def test_one_split(ops, device, length, spare_pages):
 
 
 def test_bits_are_batch_invariant(ops, device):
-    """Alone and in a narrow table, or among others in a wide one."""
-    lengths = [1, 64, 65, 300]
-    q, pages, tables, lengths, scale = _inputs(lengths, (8, 8, 32), torch.bfloat16, device, spare_pages=3)
-    together = ops.decode_attention(q, pages, tables, lengths, scale)
-    for row, length in enumerate(lengths.tolist()):
-        own = tables[row : row + 1, : -(-length // 64)].contiguous()
-        alone = ops.decode_attention(q[row : row + 1], pages, own, lengths[row : row + 1], scale)
+    """Alone and in a narrow table, or among others in a wide one; also where a split has several tiles, and where
+    there are fewer programs than splits."""
+    q, pages, tables, lengths, scale = _inputs([1, 64, 65, 300], (8, 8, 32), torch.bfloat16, device, spare_pages=3)
+    pages = pages.tensors
+    tuning = importlib.import_module(f"{ops.__name__}.triton.tuning")
+    for config in ({}, {"NUM_SPLITS": 2}, {"MIN_TOKENS": 128}):
+        with tuning.trying("decode_attention", config):
+            together = ops.decode_attention(q, pages, tables, lengths, scale)
+            for row, length in enumerate(lengths.tolist()):
+                own = tables[row : row + 1, : -(-length // 64)].contiguous()
+                alone = ops.decode_attention(q[row : row + 1], pages, own, lengths[row : row + 1], scale)
+                assert torch.equal(alone[0], together[row])
+    many = [each.repeat(5, *[1] * (each.dim() - 1)) for each in (q, tables, lengths)]
+    assert torch.equal(
+        ops.decode_attention(many[0], pages, *many[1:], scale)[-4:],
+        ops.decode_attention(q, pages, tables, lengths, scale),
+    )
+
+
+def test_rows_of_one_sequence_are_as_one_by_one(ops, device):
+    """Several tokens of a sequence are rows of one table, with lengths that rise by one. A row has the bits that it has
+    before the tokens behind it are in the cache."""
+    _, pages, tables, _, scale = _inputs([131], (4, 2, 32), torch.bfloat16, device)
+    lengths = torch.arange(126, 132, dtype=torch.int32, device=device)
+    q = random(len(lengths), 4, 32, dtype=torch.bfloat16, device=device, seed=14)
+    together = ops.decode_attention(q, pages, tables.expand(len(q), -1), lengths, scale)
+    for row, length in reversed(list(enumerate(lengths.tolist()))):
+        alone = ops.decode_attention(q[row : row + 1], pages, tables, lengths[row : row + 1], scale)
+        assert torch.isfinite(alone).all()
         assert torch.equal(alone[0], together[row])
+        for each in pages.tensors:
+            each[tables[0, (length - 1) // 64], (length - 1) % 64] = float("nan")
 
 
 @pytest.mark.parametrize("size", [300.0, 1e-3])
@@ -136,61 +170,46 @@ def _inputs(lengths, heads, dtype, device, page_size=64, spare_pages=1):
 _RAGGED = {"page_size": 64, "dtype": torch.float32}
 _SPLITS = {"dtype": torch.float32}
 _3B = {"heads": (16, 2, 128)}
-FILE = "triton/decode_attention.py"
+FILE, COMBINE = "triton/decode_attention.py", "triton/combine_splits.py"
 MUTATIONS = [
     Mutation(
-        "only the first split of each program",
-        FILE,
-        "range(tl.program_id(0), used, tl.num_programs(0))",
-        "range(tl.program_id(0), used, used)",
-        test_several_splits_a_program,
-        {},
+        "only the first split of each program", FILE, "range(tl.program_id(0), used, tl.num_programs(0))",
+        "range(tl.program_id(0), used, used)", test_several_splits_a_program, {},
     ),
     Mutation(
-        "heads of another group",
-        FILE,
-        "q_heads = kv_head * GROUP + group",
-        "q_heads = group * 2 + kv_head",
-        test_heads_of_the_family,
-        _3B,
+        "the page of the next split in its place", FILE, "next_start = start + tl.num_programs(0) * tokens",
+        "next_start = start + tokens", test_several_splits_a_program, {},
     ),
     Mutation(
-        "tokens beyond the length",
-        FILE,
-        "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores",
-        "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] >= 0, scores",
-        test_ragged_lengths,
-        _RAGGED,
+        "heads of another group", FILE, "q_heads = kv_head * GROUP + group", "q_heads = group * 2 + kv_head",
+        test_heads_of_the_family, _3B,
     ),
     Mutation(
-        "v beyond the length",
-        FILE,
-        "v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)",
-        "v = LOAD_V(pages, kv_head, this_page, token, column, None)",
-        test_ragged_lengths,
-        _RAGGED,
+        "tokens beyond the length", FILE, "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores",
+        "tl.where(tile + tl.arange(0, BLOCK_N)[None, :] >= 0, scores", test_ragged_lengths, _RAGGED,
+    ),
+    Mutation(
+        "v beyond the length", FILE, "v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)",
+        "v = LOAD_V(pages, kv_head, this_page, token, column, None)", test_ragged_lengths, _RAGGED,
     ),
     Mutation("sum not rescaled", FILE, "total = total * shrink", "total = total", test_several_tiles_a_split, _SPLITS),
     Mutation("result not rescaled", FILE, "acc * shrink[:, None])", "acc)", test_several_tiles_a_split, _SPLITS),
     Mutation(
-        "the same page again", FILE, "tl.minimum(tile + BLOCK_N, end - 1)", "tile", test_several_tiles_a_split, _SPLITS
+        "the same page again", FILE, "tl.minimum(following, length - 1)", "tile", test_several_tiles_a_split, _SPLITS
     ),
     Mutation(
-        "splits weighed alike",
-        FILE,
-        "tl.exp2(logs - tl.max(logs, axis=0))",
-        "tl.where(mask, 1.0, 0.0)",
-        test_ragged_lengths,
-        _RAGGED,
+        "each tile from the start of its page", FILE, "0 if BLOCK_N == PAGE_SIZE else token % PAGE_SIZE", "0",
+        test_ragged_lengths, {"page_size": 128, "dtype": torch.float32},
     ),
-    Mutation("logarithm of the sum forgotten", FILE, "best + tl.log2(total)", "best", test_ragged_lengths, _RAGGED),
+    Mutation("the first sequence's page", FILE, "return sequence if", "return sequence * 0 if", test_attention, {}),
+    Mutation(
+        "splits weighed alike", COMBINE, "exp2(logs - tl.max(logs, axis=0), dtype)", "tl.where(mask, 1.0, 0.0)",
+        test_ragged_lengths, _RAGGED,
+    ),
+    Mutation("logarithm of the sum forgotten", FILE, "best + log2(total, dtype)", "best", test_ragged_lengths, _RAGGED),
     Mutation("natural exponential", FILE, "(scale * LOG2_E)", "scale", test_ragged_lengths, _RAGGED),
     Mutation(
-        "splits by the table",
-        FILE,
-        "NUM_SPLITS) * BLOCK_N",
-        "tl.num_programs(0)) * BLOCK_N",
-        test_ragged_lengths,
-        _RAGGED,
+        "splits by the table", COMBINE, "NUM_SPLITS) * BLOCK_N", "tl.num_programs(0)) * BLOCK_N",
+        test_bits_are_batch_invariant, {},
     ),
-]
+]  # fmt: skip

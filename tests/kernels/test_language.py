@@ -74,7 +74,7 @@ def test_two_to_what_is_not_a_usual_number(device):
 def _precise_dot_kernel(out_ptr, a_ptr, b_ptr, M: tl.constexpr, N: tl.constexpr, K: tl.constexpr):
     m, n, k = tl.arange(0, M)[:, None], tl.arange(0, N)[None, :], tl.arange(0, K)
     a, b = tl.load(a_ptr + m * K + k[None, :]), tl.load(b_ptr + k[:, None] * N + n)
-    tl.store(out_ptr + m * N + n, precise_dot(a, b))
+    tl.store(out_ptr + m * N + n, precise_dot(a, b, tl.zeros([M, N], tl.float32)))
 
 
 @pytest.mark.parametrize("k", [16, 128])

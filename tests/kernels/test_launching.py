@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import random
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -19,7 +21,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from qwenkern.benchmarks.offline.machine_code import DEVICES, _OfflineDriver
+from qwenkern.benchmarks.offline.machine_code import DEVICES
+from qwenkern.kernels.triton.offline import OfflineDriver
 
 FILE = "triton/launching.py"
 MEMORY = torch.arange(64, dtype=torch.float64)  # 16-byte aligned
@@ -100,7 +103,7 @@ def recorded(ops: Any, device: int = 0) -> Iterator[Calls]:
 
 @contextmanager
 def _on(device: int) -> Iterator[None]:
-    fake = _OfflineDriver(DEVICES["sm_90"])
+    fake = OfflineDriver(DEVICES["sm_90"])
     fake.number = device
     fake.get_current_stream = lambda device: 7000 + device
     with mock.patch.object(driver, "_active", fake):
@@ -280,6 +283,28 @@ def test_sizes_are_those_of_triton(ops, device, cdiv_of):
     assert launching.cdiv(*cdiv_of) == triton.cdiv(*cdiv_of)
     for n in (1, 2, 3, 4, 5, 16, 17, 2048, 11008):
         assert launching.next_power_of_2(n) == triton.next_power_of_2(n)
+
+
+EVERY_KERNEL = """
+import importlib, pkgutil
+from triton.runtime.jit import JITFunction
+from qwenkern.kernels import triton
+from qwenkern.kernels.triton.launching import Planned
+
+for module in pkgutil.iter_modules(triton.__path__, triton.__name__ + "."):
+    for name, value in vars(importlib.import_module(module.name)).items():
+        if name.startswith("_") and name.endswith("_kernel"):
+            assert isinstance(value, Planned) and isinstance(value.kernel, JITFunction), f"{module.name}.{name}"
+            print(name)
+"""
+
+
+def test_every_kernel_is_planned(compiling):
+    done = subprocess.run(
+        [sys.executable, "-c", EVERY_KERNEL], capture_output=True, text=True, env=compiling, cwd="/", check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert {"_linear_kernel", "_rms_norm_kernel", "_rope_kernel"} <= set(done.stdout.split())
 
 
 def _mutation(name: str, old: str, new: str, test: Callable[..., None], **parameters: Any) -> Mutation:

@@ -92,6 +92,16 @@ def test_programs_take_several_tiles(ops, device, tokens, ahead):
         assert_matches_reference(ops, "norm_swiglu_linear", x, _norm_weight(250, x.dtype, device), EPS, weight)
 
 
+@pytest.mark.parametrize(
+    ("k", "foreign"), [(250, {"SPLIT_K": 2, "BLOCK_K": 128, "PROGRAMS": 0}), (2500, {"PROGRAMS": 2})]
+)
+def test_a_configuration_of_the_other_design_gives_right_results(ops, device, k, foreign):
+    """The nearest tuned sizes may be those of a kernel that streams x, where this one keeps it in registers."""
+    x, weight, bias = _inputs(3, 50, k, torch.bfloat16, device)
+    with ops.triton.tuning.trying("linear", foreign), ops.dependent_launches({}):
+        assert_matches_reference(ops, "linear", x, weight, bias)
+
+
 @contextlib.contextmanager
 def two_multiprocessors(ops, op, config):
     """In this context the kernel of an op has the tiles of a device with two multiprocessors, and fields of its

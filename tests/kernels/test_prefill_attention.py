@@ -49,6 +49,15 @@ def test_many_short_sequences(ops, device):
     assert_matches_reference(ops, "prefill_attention", *_inputs(parts, (2, 1, 16), torch.float32, device, page_size=16))
 
 
+@pytest.mark.parametrize("one_loop", [0, 1])
+def test_loops(ops, device, one_loop):
+    """Keys that all queries see and keys that only some see, in one loop with a branch or in two."""
+    inputs = _inputs([(130, 290), (3, 3), (64, 64)], (3, 3, 32), torch.bfloat16, device)
+    tuning = importlib.import_module(f"{ops.__name__}.triton.tuning")
+    with tuning.trying("prefill_attention", {"ONE_LOOP": one_loop}):
+        assert_matches_reference(ops, "prefill_attention", *inputs)
+
+
 @pytest.mark.parametrize("page_size", [32, 48, 80])
 def test_tiles_divide_the_page(ops, device, page_size):
     inputs = _inputs([(40, 100), (1, page_size)], (4, 2, 32), torch.bfloat16, device, page_size)

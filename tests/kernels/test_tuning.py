@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from qwenkern import Config
 from qwenkern.benchmarks import tune
+from qwenkern.benchmarks.models import step_tuning
 from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.benchmarks.ops.timing import Ceilings
 from qwenkern.kernels.triton import tuning
@@ -282,3 +283,51 @@ def test_a_file_where_the_folder_should_be(ops, tmp_path):
     done = CliRunner().invoke(app, ["--op", "rms_norm", "--out", str(tmp_path)])
     assert done.exit_code == 2
     assert "cannot be written to" in " ".join(done.output.replace("│", " ").split())
+
+
+STEP_SPACES = {"linear": {"BLOCK_K": (128, 256, 512), "num_stages": (2, 3, 4)}, "swiglu": {"BLOCK": (1, 2)}}
+STEP_LINEAR = ("linear", (("n", 8), ("k", 16)))
+STEP_SWIGLU = ("swiglu", (("rows", 1),))
+
+
+def _looked_up():
+    """The configurations of two kernels of a step."""
+    linear = tuning.lookup("linear", DEVICE, {"n": 8, "k": 16}, {"BLOCK_K": 128, "num_stages": 2, "num_warps": 4})
+    return linear, tuning.lookup("swiglu", DEVICE, {"rows": 1}, {"BLOCK": 1})
+
+
+def _step_seconds():
+    """Fastest with BLOCK_K 256, 4 stages and BLOCK 1; 512 does not fit."""
+    linear, swiglu = _looked_up()
+    if linear["BLOCK_K"] == 512:
+        raise MemoryError("512 does not fit")
+    return 10.0 + (linear["BLOCK_K"] != 256) + abs(linear["num_stages"] - 4) + swiglu["BLOCK"]
+
+
+def test_a_step_is_searched_kernel_by_kernel(folder):
+    with tuning.overriding() as overrides:
+        found = step_tuning.search(_step_seconds, overrides, STEP_SPACES, time.monotonic() + 60)
+    assert (found.before, found.after) == (14.0, 11.0)
+    assert found.configs == {STEP_LINEAR: {"BLOCK_K": 256, "num_stages": 4}}
+    assert {each.reason for each in found.tried if each.seconds is None} == {"MemoryError: 512 does not fit"}
+    assert _looked_up() == ({"BLOCK_K": 128, "num_stages": 2, "num_warps": 4}, {"BLOCK": 1})  # nothing stays
+
+
+def test_a_step_search_ends_at_its_deadline(folder):
+    with tuning.overriding() as overrides:
+        found = step_tuning.search(_step_seconds, overrides, STEP_SPACES, time.monotonic() - 1)
+    assert (found.after, found.tried, found.configs) == (14.0, [], {})
+
+
+def test_a_step_search_begins_with_the_tuned_file(folder):
+    _tuned(folder, [{"sizes": {"rows": 1}, "config": {"BLOCK": 2}}])
+    with tuning.overriding() as overrides:
+        found = step_tuning.search(_step_seconds, overrides, STEP_SPACES, time.monotonic() + 60)
+    assert found.before == 15.0
+    assert found.configs[STEP_SWIGLU] == {"BLOCK": 1}
+
+
+def test_a_step_needs_a_gpu(folder, monkeypatch):
+    result = CliRunner().invoke(app, ["--step", "--device", "cpu", "--out", str(folder)])
+    assert result.exit_code == 2
+    assert "a captured step needs a GPU" in result.output

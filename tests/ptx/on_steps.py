@@ -12,6 +12,7 @@ from qwenkern.benchmarks.offline.ptx.device import device
 from qwenkern.benchmarks.offline.ptx.steps import Ran, recorded
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels.triton_if_any import gdc_launch_dependents, gdc_wait
+from qwenkern.sampling.drawing import Drawing
 
 HOPPER = DEVICES["sm_90"]
 LENGTHS = (70, 9)
@@ -25,10 +26,10 @@ class _Direct:
 
 
 def decode_steps(late_kernel: str = "") -> list[Ran]:
-    """Two decode steps of a small model that draws its own tokens: what its launches
-    touched. A kernel may be made to wait at its end."""
+    """Two decode steps of a small model that draws its own tokens: what its launches touched. A kernel may be made to
+    wait at its end."""
     model = tiny_model(dtype=torch.bfloat16)
-    step = CapturedStep(model.module, model.cache, len(LENGTHS), 1, _Direct())
+    step = CapturedStep(model.module, model.cache, len(LENGTHS), Drawing(), _Direct())
     batch = step._batch
     for pages in model.cache.pages:
         for tensor in pages.tensors:

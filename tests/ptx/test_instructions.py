@@ -125,6 +125,19 @@ def test_bits(bits):
         assert compute(f"shr.{s}", s, (s, signed), ("u32", amounts)).tolist() == filled
 
 
+def test_permuted_bytes():
+    """Byte by byte, as the specification has it."""
+    for seed in range(TIMES):
+        x, y, selector = (integers("u32", seed + 100 * i) for i in range(3))
+        expected = []
+        for a, b, chosen in zip(x, y, selector, strict=True):
+            each = a.to_bytes(4, "little") + b.to_bytes(4, "little")
+            nibbles = [chosen >> 4 * place & 15 for place in range(4)]
+            picked = [each[n & 7] if n < 8 else 255 * (each[n & 7] > 127) for n in nibbles]
+            expected.append(int.from_bytes(bytes(picked), "little"))
+        assert compute("prmt.b32", "u32", ("u32", x), ("u32", y), ("u32", selector)).tolist() == expected
+
+
 @pytest.mark.parametrize("t", ["s32", "u32"])
 def test_bit_fields(t):
     """Bit by bit, as the specification has it."""
@@ -396,6 +409,26 @@ def test_approximations_at_their_limits():
     )
     third = compute("div.rn.f32", "f32", ("f32", [1.0] * 32), ("f32", [3.0] * 32))
     assert third.tolist() == [np.float32(1) / np.float32(3)] * 32
+
+
+def test_float64():
+    """As Python's own numbers, which are float64."""
+    x = floats("f32", 0, 32)
+    x = [each if math.isfinite(each) and abs(each) < 1e15 else 2.5 for each in x]
+    assert compute("cvt.f64.f32", "f64", ("f32", x)).tolist() == np.array(x, np.float32).tolist()
+    large = integers("s64", 3)
+    assert compute("cvt.rn.f64.s64", "f64", ("s64", large)).tolist() == [float(each) for each in large]
+    y = [each / 3 for each in x]
+    assert compute("mul.f64", "f64", ("f64", x), ("f64", y)).tolist() == [a * b for a, b in zip(x, y, strict=True)]
+    for name, of in (("rzi", math.trunc), ("rpi", math.ceil), ("rmi", math.floor), ("rni", round)):
+        assert compute(f"cvt.{name}.f64.f64", "f64", ("f64", y)).tolist() == [float(of(each)) for each in y]
+        assert compute(f"cvt.{name}.s64.f64", "s64", ("f64", y)).tolist() == [of(each) for each in y]
+
+
+@pytest.mark.parametrize("t", ["b32", "b64"])
+def test_ones_are_counted(t):
+    x = [each % 2 ** int(t[1:]) for each in integers("u64", 5)]
+    assert compute(f"popc.{t}", "u32", (t, x)).tolist() == [each.bit_count() for each in x]
 
 
 def test_signs_of_floats():

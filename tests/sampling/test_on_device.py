@@ -76,10 +76,10 @@ def test_the_logits_are_those_of_the_host(seed):
     rows, states = [some_row(numbers) for _ in range(6)], TokenStates(VOCABULARY, torch.device("cpu"))
     states.reserve(len(rows))
     slots = torch.tensor(states.load(rows, upload))
-    from qwenkern.sampling.drawing import settings_of
+    from qwenkern.sampling.drawing import DRAW_ROWS, settings_of
 
     logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(seed)) * 4
-    found = states.adjust(logits, slots, torch.tensor(settings_of(rows)))
+    found = states.adjust(logits, slots, torch.tensor(settings_of(rows)[DRAW_ROWS:]))
     for each, mine, row in zip(logits, found, rows, strict=True):
         penalise(each, row)
         assert torch.equal(mine, each)

@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import JITFunction
 
-from qwenkern.benchmarks.offline import machine_code
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.triton.offline import active
 
 from .arguments import Storages, parameters
 from .launch import Kernel, Launch
@@ -45,7 +45,7 @@ def device(
 
     def run(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> CompiledKernel:
         nonlocal launches
-        with machine_code._active(this):
+        with active(this):
             compiled = compile_(self, *args, grid=grid, warmup=True, **keywords)
         if compiled.hash not in kernels:
             kernels[compiled.hash] = Kernel(change(self.__name__, compiled.asm["ptx"]))

@@ -168,6 +168,13 @@ for t in INTEGERS:
                 "f32",
                 wider=True,
             )
+    define(f"cvt.rn.f64.{t}", _wide, "f64", t, wider=True)
+    for name, whole in WHOLE.items():
+        define(f"cvt.{name}.{t}.f64", lambda x, to=dtype, of=whole: _to_integer(of(x), to), t, "f64", wider=True)
+for name, whole in WHOLE.items():
+    define(f"cvt.{name}.f64.f64", whole, "f64", "f64")
+define("cvt.f64.f32", _wide, "f64", "f32")
+define("mul.f64", operator.mul, "f64", "f64", "f64")
 define("cvt.f32.f16", to_f32, "f32", "f16")
 define("cvt.f32.bf16", widen, "f32", "bf16")
 define("cvt.rn.f16.f32", to_f16, "f16", "f32")

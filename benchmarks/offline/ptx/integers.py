@@ -78,6 +78,19 @@ def shr(x: Array, amount: Array) -> Array:
     return shifted if x.dtype.kind == "i" else np.where(amount < bits, shifted, x.dtype.type(0))
 
 
+def prmt(x: Array, y: Array, selector: Array) -> Array:
+    """9.7.9.7: each byte of the result by four bits of the selector: the number of one of the eight bytes of x and y,
+    or with 8 added its sign in all bits."""
+    pair = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
+    result = np.zeros_like(x)
+    for place in range(4):
+        choice = selector >> U32(4 * place) & U32(15)
+        byte = (pair >> (8 * (choice & U32(7))).astype(np.uint64) & np.uint64(0xFF)).astype(U32)
+        byte = np.where(choice & U32(8), (byte >> U32(7)) * U32(0xFF), byte)
+        result |= byte << U32(8 * place)
+    return result
+
+
 for t in (*SIGNED, *UNSIGNED):
     define(f"add.{t}", operator.add, t, t, t)
     define(f"sub.{t}", operator.sub, t, t, t)
@@ -96,6 +109,12 @@ for t in SIGNED:
     define(f"abs.{t}", np.abs, t, t)
 for t in ("s32", "u32"):
     define(f"bfe.{t}", bfe, t, t, "u32", "u32")
+define("prmt.b32", prmt, "u32", "u32", "u32", "u32")
+
+for t in ("b32", "b64"):
+    define(
+        f"popc.{t}", lambda x: np.unpackbits(x.view(np.uint8).reshape(len(x), -1), axis=1).sum(1).astype(U32), "u32", t
+    )
 
 for t in (*SIGNED, *UNSIGNED, *BITS):
     define(f"setp.eq.{t}", operator.eq, "pred", t, t)

@@ -22,6 +22,7 @@ from triton.runtime.jit import JITFunction
 
 from qwenkern.benchmarks.offline import machine_code
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.triton.offline import active
 
 from .arguments import Storages, parameters
 from .launch import Grid, Kernel, Launch
@@ -98,6 +99,6 @@ def traffic(
         found.append(counted)
         return compiled
 
-    with tuning.offline(this), machine_code._active(this), mock.patch.object(JITFunction, "run", run):
+    with tuning.offline(this), active(this), mock.patch.object(JITFunction, "run", run):
         call()
     return found

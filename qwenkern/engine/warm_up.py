@@ -1,0 +1,224 @@
+"""Compiles and captures what a model will need, so that neither happens in the middle of somebody's answer.
+
+    sizes ─► child processes compile the kernels into Triton's cache ─► rehearsals: requests that nobody reads
+             (on a GPU, once on a machine)                             load them, and capture the steps
+
+A child runs the layers on meta tensors, so it needs neither the GPU nor the weights. Two layers launch all kernels that
+more layers do.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ..cache import Batch, PagedCache
+from ..config import Config
+from ..kernels import dependent_launches
+from ..kernels.dispatch import is_served
+from ..kernels.environment import CONFIG_DIR, KERNELS
+from ..kernels.pages import FORMATS as PAGES
+from ..kernels.weights import FORMATS as WEIGHTS
+from ..qwen2 import DecoderLayer, Qwen2
+from ..sampling import Drawing, SamplingParams
+from .capture import CallCapture, Capture, Replay
+from .captured_prefill import MOST_PROMPTS
+from .captured_step import CapturedStep
+
+MOST_PROCESSES = 8  # each takes some 400 MB
+PACKAGE = Path(__file__).parents[1]
+CHILD = "import sys; sys.path[:] = filter(None, sys.path); from qwenkern.engine.warm_up import main; main()"
+
+
+class Prompts(NamedTuple):
+    """A pass over prompts, whose kernels are compiled."""
+
+    tokens: int
+    sequences: int
+    rows: int  # of logits
+
+
+class RunOnce(CallCapture):
+    """Runs what it would capture, as before a capture on a GPU."""
+
+    def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
+        with dependent_launches({}):
+            out = function()
+        return _nothing, out
+
+
+def _nothing() -> None:
+    """In place of a replay."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a child gets: passes of a model on a device, both described."""
+
+    config: Config
+    dtype: torch.dtype
+    weights: str
+    pages: str
+    page_size: int
+    device: Any  # kernels.triton.tuning.Device
+    sizes: tuple[int, ...]  # of decode steps
+    drawings: tuple[Drawing, ...]  # of each of these
+    prompts: tuple[Prompts, ...]
+
+    def run(self) -> None:
+        """Runs the passes on meta tensors. Within kernels.triton.offline.compiling this compiles their kernels."""
+        meta, context = torch.device("meta"), self.config.context_length
+        model = Qwen2(replace(self.config, num_hidden_layers=2), self.dtype, meta, WEIGHTS[self.weights])
+        cache = PagedCache(model.config, context, self.dtype, meta, self.page_size, PAGES[self.pages])
+        for size, drawing in product(self.sizes, self.drawings):
+            CapturedStep(model, cache, size, drawing, RunOnce())
+        for tokens, sequences, rows in self.prompts:
+            ids, positions, slots = (torch.empty(tokens, dtype=torch.int64, device=meta) for _ in range(3))
+            tables = torch.empty(sequences, -(-context // self.page_size), dtype=torch.int32, device=meta)
+            lengths, starts = (torch.empty(sequences + more, dtype=torch.int32, device=meta) for more in (0, 1))
+            batch = Batch(ids, positions, slots, tables, lengths, starts, is_decode=False)
+            with dependent_launches(on=False), torch.inference_mode():
+                model(batch, cache, torch.empty(rows, dtype=torch.int64, device=meta))
+
+
+def decode_sizes(capture: Capture, most: int) -> list[int]:
+    """The numbers of sequences up to ``most`` with a captured step of their own, the largest first."""
+    return sorted({size for count in range(1, most + 1) if (size := capture.padded(count))}, reverse=True)
+
+
+def prompt_lengths(capture: Capture, most: int) -> list[int]:
+    """The lengths of the captured passes over prompts of up to ``most`` tokens."""
+    found: list[int] = []
+    while (length := capture.padded_prompt(found[-1] + 1 if found else 1)) and (not found or found[-1] < most):
+        found.append(length)
+    return found
+
+
+def compile_kernels(
+    model: Qwen2,
+    cache: PagedCache,
+    sizes: Sequence[int],
+    drawings: Sequence[Drawing],
+    lengths: Sequence[int],
+    most: int,
+) -> None:
+    """Compiles, in child processes, the kernels of decode steps of these sizes, which draw in these ways, and of passes
+    over prompts of these lengths and of ``most`` tokens.
+
+    Does nothing without a GPU, with QWENKERN_KERNELS=reference, or if it was done before. A warning says what went
+    wrong in a child; the kernels are then compiled when they are first launched."""
+    if cache.device.type != "cuda" or KERNELS.get() == "reference" or not is_served("cuda"):
+        return
+    from ..kernels.triton import tuning
+
+    first = next(model.parameters())
+    layer = cast(DecoderLayer, model.model.layers[0])
+    prompts = [Prompts(length, MOST_PROMPTS + 1, MOST_PROMPTS) for length in lengths]
+    if not lengths or most > lengths[-1]:
+        prompts.append(Prompts(most, 1, 1))
+    task = Task(
+        model.config,
+        first.dtype,
+        layer.self_attn.qkv_proj.format.format,
+        cache.pages[0].format,
+        cache.page_size,
+        tuning.device_of(first),
+        tuple(sizes),
+        tuple(drawings),
+        tuple(prompts),
+    )
+    stamp = _stamp(task)
+    if not stamp.exists() and _compiled(task):
+        stamp.touch()
+
+
+def _compiled(task: Task) -> bool:
+    """Whether all children have compiled their shares."""
+    paths = [str(PACKAGE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "TRITON_CACHE_DIR": str(_triton_cache())}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    described, shares = base64.b64encode(pickle.dumps(task)).decode(), min(MOST_PROCESSES, cores)
+    children: list[subprocess.Popen] = []
+    with tempfile.TemporaryFile("w+") as errors:
+        try:
+            for share in range(shares):
+                command = [sys.executable, "-c", CHILD, str(share), str(shares), described]
+                child = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env=environment
+                )
+                children.append(child)
+            failed = [code for child in children if (code := child.wait())]
+        finally:
+            for child in children:  # Ctrl-C, or a system without room for another process
+                if child.poll() is None:
+                    child.kill()
+                    child.wait()
+        if failed:
+            errors.seek(0)
+            last = (errors.read().strip().splitlines() or [f"code {failed[0]}"])[-1]
+            warnings.warn(
+                f"qwenkern: kernels could not be compiled ahead, and are when they are first launched: {last}",
+                stacklevel=5,
+            )
+        return not failed
+
+
+def main() -> None:
+    """A child: its arguments are the number of its share, the number of shares, and the task."""
+    from ..kernels.triton.offline import compiling
+
+    share, shares, described = sys.argv[1:]
+    torch.set_num_threads(1)
+    task: Task = pickle.loads(base64.b64decode(described))
+    with compiling(task.device, int(share), int(shares)):
+        task.run()
+
+
+def _triton_cache() -> Path:
+    import triton
+
+    return Path(triton.knobs.cache.dir)
+
+
+def _stamp(task: Task) -> Path:
+    """An empty file in Triton's cache, which says that the kernels of a task are there. Its name depends on the task,
+    on the kernels and their tuned configurations, and on Triton's version."""
+    import triton
+
+    digest = hashlib.sha256(f"{triton.__version__} {task}".encode())
+    tuned = Path(CONFIG_DIR.get() or PACKAGE / "kernels" / "triton" / "tuned")
+    for file in [*sorted((PACKAGE / "kernels").rglob("*.py")), *sorted(tuned.rglob("*.json"))]:
+        digest.update(file.read_bytes())
+    return _triton_cache() / f"qwenkern-{digest.hexdigest()}"
+
+
+GREEDY = SamplingParams(max_tokens=3, temperature=0, repetition_penalty=1.0, ignore_eos=True)
+BY_DEFAULT = SamplingParams(max_tokens=3, ignore_eos=True)  # as the checkpoint says
+
+
+def rehearsals(
+    sizes: Sequence[int], most_sequences: int, ways: Sequence[SamplingParams], lengths: Sequence[int], most: int
+) -> Iterator[tuple[int, SamplingParams]]:
+    """Requests that need all that is captured: the number of tokens of a prompt, and how it is completed. Each length
+    comes twice, because the second pass is captured. Then each number of sequences decodes after a short prompt."""
+    one = replace(GREEDY, max_tokens=1)
+    for length in lengths:
+        yield from [(length, one)] * 2
+    if not lengths or most > lengths[-1]:
+        yield most, one
+    for how, size in product(ways, sizes):
+        yield 1, replace(how, n=min(size, most_sequences))
