@@ -26,8 +26,8 @@ class _Direct:
 
 
 def decode_steps(late_kernel: str = "") -> list[Ran]:
-    """Two decode steps of a small model that draws its own tokens: what its launches
-    touched. A kernel may be made to wait at its end."""
+    """Two decode steps of a small model that draws its own tokens: what its launches touched. A kernel may be made to
+    wait at its end."""
     model = tiny_model(dtype=torch.bfloat16)
     step = CapturedStep(model.module, model.cache, len(LENGTHS), Drawing(), _Direct())
     batch = step._batch

@@ -5,7 +5,10 @@ All of it runs in a second process, in which Triton compiles (on_ptx.py)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
@@ -31,6 +34,7 @@ SEED = 1
 # Their code differs: kernels are launched dependently from sm_90 on, and store matrices; sm_120 has pairs of float32.
 ALL = ("sm_80", "sm_90", "sm_120")
 HOPPER = ("sm_90",)
+PARAM = type(pytest.param())
 # On sm_90 prefill attention has one loop. Triton 3.7.1 puts the loop's fence.proxy.async before the wait for the copies
 # of the values, which the runner reports. Triton 3.6.0 puts no such fence there; on an H100 the results are right.
 NOT_HOPPER = ("sm_80", "sm_120")
@@ -73,8 +77,40 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
 ]
 
 
-def cases() -> Iterator[Any]:
-    for keys, test, parameters in TESTS:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "parameters" in metafunc.fixturenames:
+        chosen = [*every_test()] if metafunc.config.getoption("ptx_all") else TESTS
+        metafunc.parametrize(("key", "test", "parameters"), list(cases(chosen)))
+
+
+def every_test() -> Iterator[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]]:
+    """All tests of the files of TESTS that run an op on a device, with all their parameters."""
+    for module in dict.fromkeys(sys.modules[test.__module__] for _, test, _ in TESTS):
+        for name, test in vars(module).items():
+            marks = [mark for mark in getattr(test, "pytestmark", []) if mark.name in ("gpu", "slow")]
+            if not name.startswith("test_") or marks or re.search("bad_|registration|beyond_two", name):
+                continue
+            for parameters in parametrized(test):
+                if set(inspect.signature(test).parameters) - set(parameters) == {"ops", "device"}:
+                    yield ALL, test, parameters
+
+
+def parametrized(test: Callable[..., None]) -> list[dict[str, Any]]:
+    """Each combination of the parameters that its marks give it."""
+    sets: list[dict[str, Any]] = [{}]
+    for mark in getattr(test, "pytestmark", []):
+        if mark.name == "parametrize":
+            names, given = mark.args
+            several = not isinstance(names, str)
+            rows = [each.values if isinstance(each, PARAM) else each if several else (each,) for each in given]
+            sets = [
+                known | dict(zip(names if several else [names], row, strict=True)) for known in sets for row in rows
+            ]
+    return sets
+
+
+def cases(chosen: Iterable[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]]) -> Iterator[Any]:
+    for keys, test, parameters in chosen:
         values = [str(value).removeprefix("torch.") for value in parameters.values()]
         name = "-".join([f"{test.__module__}.{test.__name__}".replace("test_", ""), *values])
         for key in keys:
@@ -95,7 +131,6 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield process
 
 
-@pytest.mark.parametrize(("key", "test", "parameters"), list(cases()))
 def test_a_kernel_passes_its_test(process, key, test, parameters):
     """CTAs and warps in an order by the seed, and none of what the runner reports."""
     process.submit(on_ptx.run, key, SEED, test, parameters).result()

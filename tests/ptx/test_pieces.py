@@ -49,7 +49,7 @@ HARMLESS = {
 }
 REASONS = {
     "barrier": "Triton stands one before each new use of shared memory. All that are not needed may be missing.",
-    "fence between proxies": "Triton makes one before a loop and one in it. Without both, a product is wrong.",
+    "fence between proxies": "Triton makes one ahead of a loop and one in it. Without both, a product reads a store.",
     "wait for copies": "behind a loop, where the last groups are empty or have been waited for",
 }
 
