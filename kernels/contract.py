@@ -97,7 +97,7 @@ def op(
             if first is not None and first.is_meta and not is_served("meta"):
                 shapes_only = all(each.is_meta for each in _tensors(given))  # else a check raises
                 return values.call_torch(name, args, keywords) if shapes_only else eager(*args, **keywords)
-            return on_gpu(*args, **keywords) if first is not None and first.is_cuda else eager(*args, **keywords)
+            return eager(*args, **keywords) if first is None or first.is_cpu else on_gpu(*args, **keywords)
 
         vars(public).update(
             __signature__=values.signature.replace(return_annotation=values.result),

@@ -6,14 +6,14 @@ between two kernels, a chain of loads of which each needs the one before, and wh
 matrix product. Programs that do not fit the device at once repeat the last two. What a kernel requests before it waits
 for the kernel before (with dependent launch) arrives in that time:
 
-    latency = NODE + (TRIP * trips + ISSUE * instructions of a warp) * max(1, programs / programs at once)
+    latency = NODE + (TRIP * TRIPS + ISSUE * instructions of a warp) * max(1, programs / programs at once)
     time = max(early bytes / READ, latency) + max(other bytes / READ, other loaded bytes / L2)
 
 The constants were measured on an H100 on 2026-11-26: reading alone (lm_head of one token reads 622 MB in 199 us), the
 same bytes again and again from the L2 cache (lm_head of 16 tokens loaded 1,927 MB in 388 us when each program read all
-tokens again), and a chain of small kernels in a graph. TRIP follows from the kernels that move hardly any bytes:
-decode_attention of 1,024 tokens took 4.9 to 5.8 us, and combine 1.9 to 2.7 us. ISSUE is five cycles of 1.755 GHz: the
-latency of an instruction where a scheduler has two warps, of which each waits for its own results.
+tokens again), and a chain of small kernels in a graph. TRIP follows from kernels that move hardly any bytes: combine
+took 1.9 to 2.7 us, and decode_attention, when it had four such loads and stores, 4.9 to 5.8 us. ISSUE is five cycles of
+1.755 GHz: the latency of an instruction where a scheduler has two warps, of which each waits for its own results.
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ TRIP = 0.6e-6  # seconds for a load from memory and what depends on it
 LAYER = ("qkv_rope", "decode_attention", "o_proj", "gate_up", "down")
 STEP = (*LAYER, "lm_head_top_k")
 ISSUE = 5 / 1.755e9  # seconds for an instruction of a warp, among few others
-TRIPS = {"_decode_attention_kernel": 4}  # length; page; k and v; the store at the end
-FEWEST_TRIPS = 2  # of other kernels: what the kernel before has written; the store
+TRIPS = 2  # of a kernel, behind its wait: what the kernel before has written; the store at the end
 TORCH_NODES = 12  # of a greedy step: slots, embedding, ids, positions, lengths, the check, the copy to the host
 # sequences, cached tokens of each, the target as a share of the tokens per second at the data sheet's bandwidth
 TARGETS = ((1, 1024, 0.85), (1, 32768, 0.80), (16, 1024, 0.75))
@@ -73,7 +72,8 @@ def part(op: str, times: int, kernels: list[dict[str, Any]], case: Case, config:
     moved = case.bytes_moved(config, size)
     counted = case.bytes_moved(config, Size(size.tokens))  # at the report's context
     first, *others = kernels
-    loaded, early = first["loaded"] * moved // counted, min(moved, first["early"])
+    at_once = min(1.0, MULTIPROCESSORS * first["occupancy"] / math.prod(first["grid"]))  # programs that begin early
+    loaded, early = first["loaded"] * moved // counted, min(moved, int(first["early"] * at_once))
     latencies = [latency(row) for row in kernels]
     seconds = max(early / READ, latencies[0]) + max((moved - early) / READ, max(0, loaded - early) / L2)
     seconds += sum(latencies[1:]) + sum(row["loaded"] for row in others) / L2
@@ -91,7 +91,7 @@ def part(op: str, times: int, kernels: list[dict[str, Any]], case: Case, config:
 def latency(row: dict[str, Any]) -> float:
     """Seconds until the first matrix product of a kernel, if no byte of its weights is missing then."""
     turns = max(1.0, math.prod(row["grid"]) / (MULTIPROCESSORS * row["occupancy"]))
-    return NODE + turns * (TRIP * TRIPS.get(row["kernel"], FEWEST_TRIPS) + ISSUE * row["prologue"])
+    return NODE + turns * (TRIP * TRIPS + ISSUE * row["prologue"])
 
 
 def tokens_per_second(parts: list[Part], sequences: int) -> float:

@@ -26,122 +26,14 @@ batch-invariant.
 
 from __future__ import annotations
 
-from typing import Any
-
 import triton
 import triton.language as tl
 
-from ..language import INTERPRETED, cast, dot, launch_dependents, round_to, wait
-from . import tuning
-from .launching import cdiv, next_power_of_2
+from ..language import cast, dot, launch_dependents, round_to, wait
 
 MAX_TOKENS = 16  # with more tokens, torch's matrix product is as fast
-RESIDENT = 4096  # bytes of a row of x that is kept in registers
-IN_FLIGHT = 65536  # bytes of weight in flight for each program: more than bandwidth x latency of a multiprocessor
 MAX_HIDDEN = 32768  # the norm keeps a row in a program's registers
 ROWS_AT_ONCE = tl.constexpr(16384)  # values of x that a streaming program loads at once for the norm
-
-
-for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_head"):
-    tuning.SPACES[_op] = {
-        "BLOCK_N": (16, 32),  # below 64, for batch invariance
-        "BLOCK_K": (128, 256, 512, 1024, 2048),
-        "AHEAD": (0, 512, 1024, 2048, 4096),
-        "PROGRAMS": (1, 2, 4, 8),
-        "PREFETCH_LINES": (0, 8, 16, 32, 64),
-        "num_warps": (2, 4, 8),
-        "num_stages": (2, 3, 4, 5, 6, 8),
-    } | ({"SPLIT_K": (1, 2, 4, 8)} if _op in ("linear", "norm_linear") else {})
-
-
-@tuning.remember
-def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int) -> dict[str, Any]:
-    """The configuration of a linear kernel over a weight [N, K].
-
-    BLOCK_K, AHEAD, SPLIT_K and num_warps determine the order of summation. For batch invariance they do not depend on
-    the number of tokens."""
-    tile = 16 * next_power_of_2(k) * itemsize
-    fits = itemsize == 2 and tile <= 16 * RESIDENT and 3 * tile <= device.shared_memory - 16384
-    heuristic = (
-        _resident(device, n, k, itemsize) if fits and k >= 128 else _streamed(op, device, n, k, tokens, itemsize)
-    )
-    if device.backend != "cuda" or device.capability < 90:  # no dependent launch
-        heuristic["AHEAD"] = 0
-    if device.backend != "cuda" or INTERPRETED:
-        heuristic["PREFETCH_LINES"] = 0
-    # tuned tiles are for 2-byte values; 4-byte ones would not fit
-    chosen = tuning.lookup(op, device, {"n": n, "k": k}, heuristic) if itemsize == 2 else heuristic
-    return _sound(chosen, heuristic, k)
-
-
-def _sound(chosen: dict[str, Any], heuristic: dict[str, Any], k: int) -> dict[str, Any]:
-    """The chosen configuration without fields that its design does not have: a tuned one may be of the other design,
-    because the nearest sizes are taken."""
-    block_k, split_k = chosen["BLOCK_K"], chosen["SPLIT_K"]
-    if heuristic["PROGRAMS"]:  # resident
-        block_k = heuristic["BLOCK_K"]
-        ahead = block_k if chosen["AHEAD"] else 0
-        programs = chosen["PROGRAMS"] or heuristic["PROGRAMS"]
-        return chosen | {"BLOCK_K": block_k, "AHEAD": ahead, "SPLIT_K": 1, "PROGRAMS": programs}
-    least = k - (split_k - 1) * cdiv(cdiv(k, block_k), split_k) * block_k  # of K, in the last split
-    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["AHEAD"] <= least else 0, "PROGRAMS": 0}
-
-
-def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str, Any]:
-    """One block holds a whole row. A program has the tile that is loaded first and two others in shared memory."""
-    block_k = next_power_of_2(k)
-    tile = 16 * block_k * itemsize
-    programs = max(1, min(4, (device.shared_memory - 16384) // (3 * tile)))
-    tiles = cdiv(cdiv(n, 16), programs * device.num_sms)  # of a program
-    return {
-        "BLOCK_N": 16,
-        "BLOCK_K": block_k,
-        "AHEAD": block_k,
-        "SPLIT_K": 1,
-        "PROGRAMS": programs,
-        "PREFETCH_LINES": cdiv(block_k * itemsize, 128),
-        "num_warps": max(1, min(8, block_k * itemsize // 512)),  # with shorter slices their rows lie in the same banks
-        "num_stages": 3 if tiles > 2 else 1,
-    }
-
-
-def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int) -> dict[str, Any]:
-    """A program needs two blocks in shared memory at least, and two programs share a multiprocessor if there are so
-    many."""
-    wide = 1024 // itemsize
-    shapes = [(32, wide), (32, wide // 2)]
-    if n < 64 * device.num_sms:  # with 32 rows there would be too few programs
-        shapes = [(16, wide), *shapes]
-    for block_n, block_k in shapes:
-        programs = cdiv(n, block_n)
-        splits = op in ("linear", "norm_linear")
-        split_k = max(1, min(round(device.num_sms / programs), 8, k // 1024)) if splits else 1
-        neighbours = min(2, cdiv(programs * split_k, device.num_sms))  # programs on one multiprocessor
-        memory = device.shared_memory // neighbours - 4096
-        if 2 * (block_n + MAX_TOKENS) * block_k * itemsize <= memory:
-            break
-    ahead = 0
-    if device.backend == "cuda" and device.capability >= 90:
-        ahead = 4 * block_k if neighbours == 1 else block_k
-    if (block_n * ahead + 2 * (block_n + MAX_TOKENS) * block_k) * itemsize > memory:
-        ahead = 0
-    memory -= block_n * ahead * itemsize
-    blocks = min(memory // ((block_n + tokens) * block_k * itemsize), IN_FLIGHT // (block_n * block_k * itemsize))
-    return {
-        "BLOCK_N": block_n,
-        "BLOCK_K": block_k,
-        "AHEAD": ahead,
-        "SPLIT_K": split_k,
-        "PROGRAMS": 0,  # one for each tile
-        "PREFETCH_LINES": 4 * block_k * itemsize // 128,
-        "num_warps": 8 if ahead > block_k and device.capability == 90 else 4,  # more were not tried elsewhere
-        "num_stages": 1 + max(1, blocks),
-    }
-
-
-def padded(tokens: int, device: tuning.Device) -> int:
-    """The number of columns of the products. AMD's matrix instructions need at least 16."""
-    return next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
 
 
 @triton.jit

@@ -26,11 +26,11 @@ from ..language import cast, round_to, silu
 from ..rms_norm import rms_norm
 from ..swiglu import swiglu
 from ..weights import Weight
-from . import tuning
 from .arrivals import arrivals
-from .backend import TRITON, pdl_options, refuses_format
-from .few_tokens import MAX_HIDDEN, MAX_TOKENS, config, multiply, padded
-from .launching import cdiv, next_power_of_2, planned
+from .backend import TRITON, refuses_format
+from .few_tokens import MAX_HIDDEN, MAX_TOKENS, multiply
+from .launching import planned
+from .tiling import tiling
 
 
 class LinearArguments(NamedTuple):
@@ -139,31 +139,6 @@ def _linear_kernel(
             LOAD, PREFETCH, _rows, _bias_and_addend, _finish_linear, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
             SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
         )  # fmt: skip
-
-
-def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) -> tuple[int, int, dict[str, Any]]:
-    """The number of tiles of a kernel that calls ``multiply``, the number of its programs for each split, and its
-    constants. A tile has at most ``most_rows`` rows."""
-    num_tokens, k_size = x.shape
-    device = tuning.device_of(x)
-    block_t = padded(num_tokens, device)
-    chosen = dict(config(op, device, len(weight), k_size, block_t, x.element_size()))
-    programs = chosen.pop("PROGRAMS") * device.num_sms  # 0: x is streamed, and each tile has a program
-    chosen["BLOCK_N"] = min(chosen["BLOCK_N"], most_rows)
-    tiles = cdiv(len(weight), chosen["BLOCK_N"])
-    grid = min(tiles, programs) if programs else tiles
-    constants = chosen | {
-        "LOAD": weight.triton_load,
-        "PREFETCH": weight.triton_prefetch,
-        "BLOCK_T": block_t,
-        "BLOCK_ROW": next_power_of_2(k_size),
-        "SLICES": chosen["num_warps"],
-        "EVEN_K": k_size % chosen["BLOCK_K"] == 0,
-        "RESIDENT": programs > 0,
-        "LOOPS": grid < tiles,
-        **pdl_options(x),
-    }
-    return tiles, grid, constants
 
 
 def _launch_linear(

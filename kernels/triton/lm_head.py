@@ -27,7 +27,8 @@ from ..weights import Weight
 from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, multiply
 from .launching import cdiv, next_power_of_2, planned
-from .linear import refuses_norm, tiling
+from .linear import refuses_norm
+from .tiling import tiling
 
 MAX_TOP_K = 16  # for a larger k the logits are computed, and torch sorts them
 

@@ -60,9 +60,7 @@ def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int)
         block_m, num_warps = 64, 4
     block_n = _keys_of_tile(block_n, page_size)
     tiles = (device.shared_memory - 1024 - block_m * head_dim * itemsize) // (2 * block_n * head_dim * itemsize)
-    # Two tiles of keys in flight for heads of 128, the family's usual size. With smaller heads two tiles spill
-    # registers on sm_100; with larger heads they do not fit.
-    in_flight = max(1, min(2 if head_dim == 128 else 1, tiles))
+    in_flight = max(1, min(2 if head_dim <= 128 and itemsize == 2 else 1, tiles))  # tiles of keys; more spill
     heuristic = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,

@@ -28,8 +28,9 @@ from ..weights import Weight
 from .backend import TRITON
 from .few_tokens import MAX_TOKENS, multiply
 from .launching import planned
-from .linear import refuses_norm, tiling
+from .linear import refuses_norm
 from .rope import refuses_pages
+from .tiling import tiling
 
 
 class RopeArguments(NamedTuple):

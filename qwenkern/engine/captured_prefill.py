@@ -24,6 +24,7 @@ from ..qwen2 import Qwen2
 from .capture import Capture
 
 MOST_PROMPTS = 7  # in one captured pass; with the padding 8 sequences, so every table begins at a multiple of 16 bytes
+CPU = torch.device("cpu")  # whatever torch's default is
 Part = tuple[BlockTable, Sequence[int]]
 
 
@@ -46,7 +47,7 @@ class CapturedPrefill:
     def __call__(self, parts: Sequence[Part], rows: Sequence[int]) -> Tensor:
         """Logits [len(rows), V] after the given tokens, valid until the next pass. The sequences have the pages for
         their tokens."""
-        self._load(Batch.of(parts, self._cache.page_size, torch.device("cpu")), rows)
+        self._load(Batch.of(parts, self._cache.page_size, CPU), rows)
         if not self._has_run:
             logits = self._run()
             self._has_run = True
@@ -61,16 +62,17 @@ class CapturedPrefill:
         mine, spare = self._batch, self._cache.spare_page
         tokens, (sequences, pages) = len(batch.ids), batch.block_tables.shape
         padding = len(mine.ids) - tokens
-        free = spare * self._cache.page_size + torch.arange(padding) % self._cache.page_size
-        zeros = torch.zeros(padding, dtype=torch.int64)
-        last = torch.tensor([*rows, *[0] * (MOST_PROMPTS - len(rows))])
+        free = spare * self._cache.page_size + torch.arange(padding, device=CPU) % self._cache.page_size
+        zeros = torch.zeros(padding, dtype=torch.int64, device=CPU)
+        last = torch.tensor([*rows, *[0] * (MOST_PROMPTS - len(rows))], device=CPU)
         wide = torch.cat((batch.ids, zeros, batch.positions, zeros, batch.slots, free, last))
-        tables = torch.full(mine.block_tables.shape, spare, dtype=torch.int32)
+        tables = torch.full(mine.block_tables.shape, spare, dtype=torch.int32, device=CPU)
         tables[:sequences, :pages] = batch.block_tables
-        lengths = torch.ones(MOST_PROMPTS + 1, dtype=torch.int32)
+        lengths = torch.ones(MOST_PROMPTS + 1, dtype=torch.int32, device=CPU)
         lengths[:sequences] = batch.lengths
         lengths[-1] = max(1, padding)
-        starts = torch.full((MOST_PROMPTS + 2,), tokens, dtype=torch.int32)  # of rows without a sequence: no tokens
+        # sequences that are not there have no tokens
+        starts = torch.full((MOST_PROMPTS + 2,), tokens, dtype=torch.int32, device=CPU)
         starts[:sequences] = batch.query_starts[:-1]
         starts[-1] = len(mine.ids)
         self._capture.upload(self._wide, wide)

@@ -146,6 +146,13 @@ def test_padding_is_written_to_the_spare_page_alone(captured):
             assert written.any(-1).nonzero().flatten().tolist() == [page, captured.cache.spare_page]
 
 
+def test_the_host_prepares_a_pass_on_the_cpu_whatever_the_default_device_is(captured, plain):
+    expected = texts(plain, [prompt(5)])
+    texts(captured, [prompt(5)])
+    with torch.device("meta"):
+        assert texts(captured, [prompt(5)]) == expected
+
+
 def test_a_capture_that_fails_is_tried_again(captured, plain, monkeypatch):
     texts(captured, [prompt(5)])
     capture = captured._runner.captured.capture

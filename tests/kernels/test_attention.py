@@ -85,13 +85,12 @@ def _inputs(batch, queries, keys, heads, dtype, device):
 _MANY = {"heads": (14, 2, 64), "queries": 65, "keys": 130}
 MUTATIONS = [
     Mutation(
-        "keys' strides for values", "pages/dense.py", "page * pages.v_page_stride + token * pages.v_token_stride",
-        "page * pages.k_page_stride + token * pages.k_token_stride", test_any_strides, {"queries": 1},
+        "keys' strides for values", "pages/dense.py", "at = token * token_stride + column",
+        "at = token * pages.k_token_stride + column", test_any_strides, {"queries": 1},
     ),
     Mutation(
-        "keys' strides for values of a prompt", "pages/dense.py",
-        "page * pages.v_page_stride + token * pages.v_token_stride",
-        "page * pages.k_page_stride + token * pages.k_token_stride", test_any_strides, {"queries": 20},
+        "keys' strides for values of a prompt", "pages/dense.py", "at = token * token_stride + column",
+        "at = token * pages.k_token_stride + column", test_any_strides, {"queries": 20},
     ),
     Mutation(
         "one sequence's page for all", "triton/attention.py",

@@ -12,7 +12,7 @@ from qwenkern.benchmarks.offline.ptx.device import device
 from qwenkern.benchmarks.offline.ptx.steps import Ran, recorded
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels.triton_if_any import gdc_launch_dependents, gdc_wait
-from qwenkern.sampling.drawing import Drawing
+from qwenkern.sampling import Drawing
 
 HOPPER = DEVICES["sm_90"]
 LENGTHS = (70, 9)
