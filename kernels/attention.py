@@ -30,8 +30,9 @@ def decode_attention(q: Tensor, pages: Pages, block_tables: Tensor, lengths: Ten
 
     q [S, Hq, D] may have any stride between sequences. The pages are dense and of q's dtype, or the pair
     (k_pages, v_pages), each [num_pages, page_size, Hkv, D]. block_tables [S, P] and lengths [S] are integers; a length
-    is from 1 to P * page_size. Returns [S, Hq, D]. Page numbers beyond a sequence's length are never read. On a GPU
-    the values of lengths and block_tables are not checked."""
+    is from 1 to P * page_size. Returns [S, Hq, D]. Page numbers beyond a sequence's length are never read. Several
+    tokens of one sequence may be rows with the same pages, each with its own length. On a GPU the values of lengths and
+    block_tables are not checked."""
     _check_paged("decode_attention", q, pages, block_tables, lengths)
     if q.shape[0] != lengths.shape[0]:
         raise ValueError(f"decode_attention: q has {q.shape[0]} rows, and lengths says {lengths.shape[0]} sequences")

@@ -12,8 +12,8 @@ and the tensor cores get several rows. Scores and sums are float32. The softmax 
       sequence 2   ▒                                program p computes the splits p, p + programs, ...
 
 Each split writes a normalised result and the log2 of its sum of exponentials. A second kernel computes the weighted sum
-of the splits. (On an H100 the program that arrives last takes several times as long for that sum, alone, as the second
-kernel with a program for each head and part of D.)
+of the splits (combine_splits.py). On an H100, for one sequence of 1,024 tokens of Qwen2.5-3B, two kernels took 5.8 and
+1.9 us; one kernel, with the sum in the program that arrives last, took 15.8.
 
 A short sequence takes a chain of latencies and hardly any time to move its bytes. So a split has at least MIN_TOKENS
 tokens, and where the caller promises that lengths and block tables are settled (dispatch.dependent_launches), a program
