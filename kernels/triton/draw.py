@@ -12,6 +12,8 @@ the last kernel looks at more, BLOCK at a time.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -19,10 +21,11 @@ from torch import Tensor
 
 from ..draw import INTERVALS, INTERVALS_PER_UNIT, SCALE
 from ..language import wait_for_inputs
+from . import tuning
 from .backend import TRITON, pdl_options
 from .launching import planned
 
-SUM = {"BLOCK": 1024, "num_warps": 4}
+tuning.SPACES["draw"] = {"BLOCK": (512, 1024, 2048), "num_warps": (2, 4, 8)}  # of _sum_kernel
 # Two tokens a thread, because they, or where they go, lie apart in memory
 GATHER = DRAW = {"BLOCK": 512, "num_warps": 8}
 _SCALE = tl.constexpr(SCALE)
@@ -229,6 +232,11 @@ def _draw_kernel(
     tl.store(out_ptr + row, id)
 
 
+@tuning.remember
+def _config(device: tuning.Device, rows: int, vocabulary: int) -> dict[str, Any]:
+    return tuning.lookup("draw", device, {"rows": rows, "columns": vocabulary}, {"BLOCK": 1024, "num_warps": 4})
+
+
 @TRITON.implements()
 def draw(logits: Tensor, largest: Tensor, settings: Tensor, uniforms: Tensor) -> Tensor:
     rows, vocabulary = logits.shape
@@ -238,8 +246,9 @@ def draw(logits: Tensor, largest: Tensor, settings: Tensor, uniforms: Tensor) ->
     ids = logits.new_empty(rows, vocabulary, dtype=torch.int32)
     out = logits.new_empty(rows, dtype=torch.int64)
     strides, pdl = (logits.stride(0), settings.stride(0)), pdl_options(logits)
-    _sum_kernel[(rows, triton.cdiv(vocabulary, SUM["BLOCK"]))](
-        counts, sums, kept, logits, largest, settings, vocabulary, *strides, **SUM, **pdl
+    chosen = _config(tuning.device_of(logits), rows, vocabulary)
+    _sum_kernel[(rows, triton.cdiv(vocabulary, chosen["BLOCK"]))](
+        counts, sums, kept, logits, largest, settings, vocabulary, *strides, **chosen, **pdl
     )
     ends = counts.cumsum(-1, dtype=torch.int32)
     _gather_kernel[(rows, triton.cdiv(vocabulary, GATHER["BLOCK"]))](

@@ -7,15 +7,23 @@ program (r, p):  tokens p * BLOCK .. of row r, and of slot slots[r] of history, 
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..language import wait_for_inputs
+from . import tuning
 from .backend import TRITON, pdl_options
 from .launching import planned
 
-BLOCK = 1024
+tuning.SPACES["penalise"] = {"BLOCK": (512, 1024, 2048), "num_warps": (2, 4, 8)}
+
+
+@tuning.remember
+def _config(device: tuning.Device, rows: int, vocabulary: int) -> dict[str, Any]:
+    return tuning.lookup("penalise", device, {"rows": rows, "columns": vocabulary}, {"BLOCK": 1024, "num_warps": 4})
 
 
 @planned
@@ -65,7 +73,8 @@ def _penalise_kernel(
 def penalise(logits: Tensor, slots: Tensor, settings: Tensor, history: Tensor, bias: Tensor, allowed: Tensor) -> Tensor:
     rows, vocabulary = logits.shape
     out = logits.new_empty(rows, vocabulary)
-    _penalise_kernel[(rows, triton.cdiv(vocabulary, BLOCK))](
+    chosen = _config(tuning.device_of(logits), rows, vocabulary)
+    _penalise_kernel[(rows, triton.cdiv(vocabulary, chosen["BLOCK"]))](
         out,
         logits,
         slots,
@@ -77,8 +86,7 @@ def penalise(logits: Tensor, slots: Tensor, settings: Tensor, history: Tensor, b
         allowed.shape[1],
         logits.stride(0),
         settings.stride(0),
-        BLOCK=BLOCK,
-        num_warps=4,
+        **chosen,
         enable_fp_fusion=False,  # a product and a sum are rounded one by one
         **pdl_options(logits),
     )
