@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "what was loaded early is forgotten",
         "triton/few_tokens.py",
-        "            acc = dot(early, x, acc)",
+        "            acc = dot(early, _streamed_x(x, norm_weight_ptr, scales, early_k, None, None), acc)",
         "            pass",
         test_programs_share_a_tile,
         {"tokens": 1},
@@ -326,7 +326,7 @@ MUTATIONS = [
     Mutation(
         "product not rounded before the addend",
         "triton/linear.py",
-        "round_to(products, dtype) + inputs[1]",
+        "round_to(products, args.out.dtype.element_ty) + inputs[1]",
         "products + inputs[1]",
         test_the_product_is_rounded_before_the_addend_is_added,
         {"dtype": torch.bfloat16},
