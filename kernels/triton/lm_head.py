@@ -168,7 +168,8 @@ def _launch_lm_head(
     tiles, programs, constants = tiling("lm_head", x, weight)
     num_candidates, top_k = (0, 0) if candidates is None else candidates.shape[1:]
     tiles = max(tiles, num_candidates)
-    _lm_head_kernel[(programs if constants["RESIDENT"] else tiles,)](
+    grid = programs if constants["RESIDENT"] else tiles
+    _lm_head_kernel[(grid,)](
         HeadArguments(logits, candidates, candidate_ids, num_candidates, len(weight)),
         x,
         norm_weight,
@@ -179,7 +180,7 @@ def _launch_lm_head(
         x.stride(0),
         eps,
         TOP_K=top_k,
-        **constants,
+        **constants | {"LOOPS": grid < tiles},
     )
 
 

@@ -135,9 +135,6 @@ class Sums:
             logit[int(past @ np.arange(1, len(past) + 1)) % len(logit)] += 3
         return torch.from_numpy(logits)
 
-    def layers(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
-        return (logits := self.forward(batch, cache)), logits
-
     def greedy(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
         return self.forward(batch, cache).max(-1)
 
@@ -163,7 +160,7 @@ def make(device: Callable[[], Any] = NotCaptured, **keywords: Any):
     capture = with_capture(model, device())._runner.captured.capture
     sums = Sums(SMALL.vocab_size, capture)
     model.module.forward, model.module.greedy = sums.forward, sums.greedy
-    model.module.model.forward, model.module.logits = sums.layers, lambda logits, _: logits
+    model.module.model.forward, model.module.logits = sums.forward, lambda logits: logits
     return model
 
 

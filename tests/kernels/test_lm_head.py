@@ -35,6 +35,16 @@ def test_top_k(ops, device, tokens, vocabulary, k):
     assert torch.equal(ids, expected_ids[:, :k])
 
 
+def test_every_candidate_is_written(ops, device, monkeypatch):
+    """Also those of tiles without rows, which fill the candidates up to a multiple of 16. What is not written is the
+    largest here. x is in registers."""
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **keywords: new_empty(*args, **keywords).fill_(2**30))
+    x, norm_weight, eps, weight = _inputs(2, 48, 256, torch.bfloat16, device)
+    values, ids = ops.lm_head_top_k(x, norm_weight, eps, weight, 2)
+    assert torch.equal(values, ops.lm_head(x, norm_weight, eps, weight).gather(1, ids))
+
+
 def test_top_k_of_all(ops, device):
     """Rows beyond the vocabulary are never among the best, however few are left."""
     inputs = _inputs(3, 9, 896, torch.float32, device)

@@ -482,7 +482,7 @@ def test_floats_and_integers(t):
 @pytest.mark.parametrize(
     "text",
     [
-        "popc.b32 %r1, %r0",
+        "bfind.u32 %r1, %r0",
         "add.sat.s32 %r1, %r0, %r0",
         "add.s32 %r1, %r0, %r0, %r0",
         "add.s32 %rd9, %r0, %r0",
