@@ -28,7 +28,7 @@ from ..swiglu import swiglu
 from ..weights import Weight
 from .arrivals import arrivals
 from .backend import TRITON, refuses_format
-from .few_tokens import MAX_HIDDEN, MAX_TOKENS, multiply
+from .few_tokens import MAX_HIDDEN, MAX_TOKENS, multiply, reads_nothing
 from .launching import planned
 from .tiling import tiling
 
@@ -86,11 +86,6 @@ def _gate_and_up_rows(args, tile, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _nothing(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
-    return (tokens,)
-
-
-@triton.jit
 def _finish_gated(args, tile, products, inputs, tokens, num_tokens):
     half: tl.constexpr = products.shape[0] // 2
     gate, up = tl.split(tl.permute(tl.reshape(products, [2, half, products.shape[1]]), [1, 2, 0]))
@@ -127,18 +122,14 @@ def _linear_kernel(
     PREFETCH_LINES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    if GATED:
-        multiply(
-            args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
-            LOAD, PREFETCH, _gate_and_up_rows, _nothing, _finish_gated, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
-            SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
-        )  # fmt: skip
-    else:
-        multiply(
-            args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
-            LOAD, PREFETCH, _rows, _bias_and_addend, _finish_linear, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
-            SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
-        )  # fmt: skip
+    rows: tl.constexpr = _gate_and_up_rows if GATED else _rows
+    before: tl.constexpr = reads_nothing if GATED else _bias_and_addend
+    epilogue: tl.constexpr = _finish_gated if GATED else _finish_linear
+    multiply(
+        args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
+        LOAD, PREFETCH, rows, before, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K,
+        RESIDENT, LOOPS, PREFETCH_LINES, PDL,
+    )  # fmt: skip
 
 
 def _launch_linear(

@@ -25,7 +25,7 @@ from ..language import wait_for_inputs
 from ..rms_norm import rms_norm
 from ..weights import Weight
 from .backend import TRITON, pdl_options
-from .few_tokens import MAX_TOKENS, multiply
+from .few_tokens import MAX_TOKENS, multiply, reads_nothing
 from .launching import cdiv, next_power_of_2, planned
 from .linear import refuses_norm
 from .tiling import tiling
@@ -47,11 +47,6 @@ class HeadArguments(NamedTuple):
 @triton.jit
 def _rows(args, tile, BLOCK_N: tl.constexpr):
     return tl.minimum(tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), args[0].vocabulary - 1)
-
-
-@triton.jit
-def _nothing(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
-    return (tokens,)
 
 
 @triton.jit
@@ -113,7 +108,7 @@ def _lm_head_kernel(
     epilogue: tl.constexpr = _store_candidates if TOP_K > 0 else _store_logits
     multiply(
         (args, TOP_K), x_ptr, norm_weight_ptr, weight, None, None, num_tokens, num_tiles, k_size, x_stride, eps, LOAD,
-        PREFETCH, _rows, _nothing, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K,
+        PREFETCH, _rows, reads_nothing, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K,
         RESIDENT, LOOPS, PREFETCH_LINES, PDL,
     )  # fmt: skip
 

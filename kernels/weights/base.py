@@ -22,9 +22,9 @@ class Weight:
     For Triton: ``triton_arguments`` returns the named tuple of tensors and numbers that a kernel gets (a field may not
     be called values, because Triton uses that name). ``triton_load(weight, rows, k, mask, other)`` loads a tile in x's
     dtype. ``triton_prefetch(weight, rows, k_start, k_end, LINES)`` prefetches the first LINES cache lines of each row
-    into the L2 cache. ``triton_skip(weight, rows)`` returns the weight without its first ``rows`` rows. These three are
-    @triton.jit functions, which a kernel takes as constants. Triton's ops refuse a format that lacks them, and on a
-    CUDA device of a lower compute capability than ``triton_capability`` (major * 10 + minor).
+    into the L2 cache. These two are @triton.jit functions, which a kernel takes as constants. Triton's ops refuse a
+    format that lacks them, and on a CUDA device of a lower compute capability than ``triton_capability`` (major * 10 +
+    minor).
 
     For C: kernels/c/weights.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
@@ -34,7 +34,6 @@ class Weight:
     triton_capability: ClassVar[int] = 0
     triton_load: ClassVar[Callable | None] = None
     triton_prefetch: ClassVar[Callable | None] = None
-    triton_skip: ClassVar[Callable | None] = None
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         super().__init_subclass__(**keywords)
@@ -112,4 +111,4 @@ REQUIRED = (
     "take",
     "copy_",
 )
-TRITON = ("triton_load", "triton_prefetch", "triton_skip", "triton_arguments")
+TRITON = ("triton_load", "triton_prefetch", "triton_arguments")

@@ -32,11 +32,6 @@ def _prefetch(weight, rows, k_start, k_end, LINES: tl.constexpr):
         prefetch(weight.data + rows[:, None] * weight.stride + k, (rows[:, None] >= 0) & (k < k_end))
 
 
-@triton.jit
-def _skip(weight, rows):
-    return DenseArguments(weight.data + tl.cast(rows, tl.int64) * weight.stride, weight.stride)
-
-
 class Dense(Weight):
     """One tensor [N, K]. Its rows may have any stride."""
 
@@ -44,7 +39,6 @@ class Dense(Weight):
     names = ("weight",)
     triton_load = _load
     triton_prefetch = _prefetch
-    triton_skip = _skip
     __slots__ = ("tensor",)
 
     def __init__(self, tensor: Tensor) -> None:
