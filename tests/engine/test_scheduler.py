@@ -173,28 +173,35 @@ def test_a_stream_that_is_read_keeps_its_pages(expected, monkeypatch):
     assert sum(passes) == sum(len(prompt) + 99 for prompt in PROMPTS[:2])
 
 
-def test_who_came_first_is_served_first():
-    model, order = small(), []
-    first = model.stream(PROMPTS[0], **HOW)
-    read(first, 30)
+def test_who_came_first_is_served_first(monkeypatch):
+    monkeypatch.setattr(sharing, "PATIENCE", 5.0)  # the stream keeps its pages although nobody reads it
+    model, starts, enter = small(), [], sharing.Share._enter
+    stream = model.stream(PROMPTS[0], **HOW)
+    read(stream, 30)
 
-    def work(name, count):
-        model.generate([1] * count, max_tokens=2, ignore_eos=True)
-        order.append(name)
+    def note_start(share, request):
+        starts.append(len(request.prompt_ids))
+        enter(share, request)
 
-    def reads():  # so that the stream does not sleep
-        while len(model.cache.shares) < 4:
-            read(first, 1)
-            time.sleep(0.02)
-        read(first, 5)
-        first.close()
+    monkeypatch.setattr(sharing.Share, "_enter", note_start)
 
-    def later(delay, *args):
-        time.sleep(delay)
-        work(*args)
+    def when_in_line(count: int, work: Callable[[], Any]) -> None:
+        until = time.monotonic() + PATIENCE
+        while (found := sum(share._ticket is not None for share in list(model.cache.shares))) < count:
+            assert time.monotonic() < until, f"{found} requests wait in line, expected {count}"
+            time.sleep(0.001)
+        work()
 
-    at_once(reads, lambda: later(0.1, "large", 250), lambda: later(0.3, "small", 20), lambda: later(0.5, "last", 200))
-    assert order == ["large", "small", "last"], "a small one would have found room at once"
+    def generate(length: int) -> None:
+        model.generate([1] * length, max_tokens=2, ignore_eos=True)
+
+    at_once(
+        lambda: when_in_line(0, lambda: generate(250)),
+        lambda: when_in_line(1, lambda: generate(20)),
+        lambda: when_in_line(2, lambda: generate(200)),
+        lambda: when_in_line(3, stream.close),
+    )
+    assert starts == [250, 20, 200], "the one of 20 tokens would have found room at once"
 
 
 def test_streams_come_and_go_at_random(expected):
