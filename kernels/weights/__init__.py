@@ -14,16 +14,21 @@ from torch import Tensor
 from ..discovery import import_files
 from .base import FORMATS, Weight
 from .dense import Dense
+from .grouped import Grouped
+from .stack import Stack, joined
 
 import_files(__name__, __path__)
 
 
 def as_weight(value: Any, form: str = "dense") -> Any:
     """Converts a tensor to a dense weight, and a list of tensors to a weight of the format ``form``. The list has the
-    order of the format's ``names``. Returns any other value unchanged; the checks of the op then raise."""
+    order of the format's ``names``. A format "a+b" is a Stack. Returns any other value unchanged; the checks of the op
+    then raise."""
     if isinstance(value, Tensor):
         return Dense(value)
     if isinstance(value, list) and all(isinstance(each, Tensor) for each in value):
+        if "+" in form:
+            return Stack.of_tensors(value, form)
         if form not in FORMATS:
             raise ValueError(f"weights have no format {form!r}; expected one of {', '.join(FORMATS)}")
         if len(value) == len(FORMATS[form].names):
@@ -48,4 +53,4 @@ def _check_type(op: str, name: str, weight: Any) -> None:
         raise TypeError(f"{op}: {name} must be a tensor or a Weight, and is {type(weight).__name__}")
 
 
-__all__ = ["FORMATS", "Dense", "Weight", "as_weight", "check_matrix", "check_weight"]
+__all__ = ["FORMATS", "Dense", "Grouped", "Stack", "Weight", "as_weight", "check_matrix", "check_weight", "joined"]

@@ -35,9 +35,11 @@ class Weight:
     triton_load: ClassVar[Callable | None] = None
     triton_prefetch: ClassVar[Callable | None] = None
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
+    def __init_subclass__(cls, is_format: bool = True, **keywords: Any) -> None:
+        """``is_format`` is False for a base class of formats."""
         super().__init_subclass__(**keywords)
-        register_format(cls, Weight, FORMATS, REQUIRED, TRITON)
+        if is_format:
+            register_format(cls, Weight, FORMATS, REQUIRED, TRITON)
 
     @classmethod
     def allocate(

@@ -13,11 +13,13 @@ from support.tolerances import MEAN_KL_FLOAT32, divergences
 
 from qwenkern import Model, RequestError
 from qwenkern.kernels import Weight
-from qwenkern.kernels.weights import FORMATS, Dense, as_weight
+from qwenkern.kernels.weights import FORMATS, Dense, Grouped, as_weight
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS, EPS = 48, 256, 1e-6
-CONFIG = replace(TINY, intermediate_size=256)  # multiples of a block of any format
+CONFIG = replace(  # multiples of a block of any format
+    TINY, hidden_size=256, intermediate_size=256, num_attention_heads=8, num_key_value_heads=4
+)
 pytestmark = pytest.mark.parametrize("form", FORMATS)
 
 
@@ -52,10 +54,15 @@ def test_it_takes_values_and_rows_of_them(form):
     """Row by row, as a checkpoint's q, k and v come, the same bits as at once; and nothing of the rows beside."""
     whole, parts = made(form), allocated(form, ROWS, COLUMNS, torch.bfloat16, CPU)
     matrix = random(ROWS, COLUMNS, dtype=torch.bfloat16, device=CPU, seed=1, scale=COLUMNS**-0.5)
-    for start, stop in ((0, 16), (17, ROWS), (16, 17)):
+    for start, stop in ((0, 16), (32, ROWS), (16, 32)):
         parts.rows(start, stop).copy_(matrix[start:stop])
     assert torch.equal(parts.dequantise(), whole.dequantise())
-    assert torch.equal(whole.rows(5, 9).dequantise(), whole.dequantise()[5:9])
+    assert torch.equal(whole.rows(16, 32).dequantise(), whole.dequantise()[16:32])
+    if issubclass(FORMATS[form], Grouped):
+        with pytest.raises(ValueError, match="rows 5 to 16; expected multiples of 16"):
+            whole.rows(5, 16)
+    else:
+        assert torch.equal(whole.rows(5, 9).dequantise(), whole.dequantise()[5:9])
     ids = torch.tensor([3, 0, ROWS - 1, 3])
     assert torch.equal(whole.take(ids), whole.dequantise()[ids])
     zeros = allocated(form, ROWS, COLUMNS, torch.bfloat16, CPU)
@@ -133,7 +140,9 @@ def test_a_model_of_random_numbers(form):
 
 
 def members(form: str, but: str) -> dict[str, object]:
-    return {name: value for name, value in vars(FORMATS[form]).items() if name not in (but, "__slots__")}
+    bases = [each for each in FORMATS[form].__mro__[::-1] if issubclass(each, Weight) and each is not Weight]
+    found = {name: value for each in bases for name, value in vars(each).items()}
+    return {name: value for name, value in found.items() if name not in (but, "__slots__", "__init_subclass__")}
 
 
 @pytest.mark.parametrize("but", ["names", "allocate", "tensors", "check", "dequantise", "rows", "take", "copy_"])

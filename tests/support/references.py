@@ -96,6 +96,8 @@ def own(ops: ModuleType, arg: Any) -> Any:
 
 def guard(tensor: Tensor, padding: int = 0) -> Tensor:
     """A copy inside a larger buffer full of poison, with ``padding`` poisoned elements after each row."""
+    if not tensor.numel():  # it carries a dtype
+        return tensor.clone()
     rows, width = tensor.numel() // tensor.shape[-1], tensor.shape[-1]
     stride = width + padding
     buffer = tensor.new_full((rows * stride + 2 * GUARD,), _poison(tensor.dtype))

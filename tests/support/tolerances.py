@@ -71,3 +71,20 @@ def divergences(truth: Tensor, other: Tensor) -> Tensor:
         exact, approximate = (logits.double().log_softmax(-1) for logits in rows)
         found.append((exact.exp() * (exact - approximate)).sum(-1).clamp(min=0))
     return torch.cat(found)
+
+
+# The root mean squared error of rounding standard normal numbers to a quantised format, at most
+ROUNDING_ERRORS = {
+    "q4_0": 0.09,
+    "q4_1": 0.085,
+    "q5_0": 0.045,
+    "q5_1": 0.04,
+    "q8_0": 0.006,
+    "q2_k": 0.32,
+    "q3_k": 0.16,
+    "q4_k": 0.085,
+    "q5_k": 0.042,
+    "q6_k": 0.021,
+    "int4": 0.105,
+    "int8": 0.0065,
+}

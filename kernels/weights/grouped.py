@@ -1,0 +1,317 @@
+"""The layout of quantised weights: integer codes, with scales for groups of them along K.
+
+    w[n, k] = scale[n, g] * (code[n, k] - zero) + offset[n, g]          g = k // (values of a group)
+
+    scale    `scales`, or in formats with sub-scales `scales` (one for SUPER values) times `sub_scales`
+    zero     a number of the format, or `zeros`
+    offset   nothing, or `minima`, or in formats with sub-scales -(`minima` * `sub_minima`)
+
+Codes are unsigned. They lie in tiles of 16 rows and 32 values of k, so that the tiles of 16 rows follow each other in
+memory. The 32 values of a row are eight words of four bytes: byte t of word b is value k = 16 (b // 4) + 4 t + b % 4.
+
+    codes, up to 6 bits   word (j, row), j < 4: low halves of its bytes are word j, high halves word j + 4; low 4 bits
+    codes, 8 bits         word (j, row), j < 8: word j
+    high, 5 bits          word (0, row): bit b of byte t is the fifth bit of byte t of word b
+    high, 6 bits          word (h, row), h < 2: bits 2 f and 2 f + 1 of byte t are the upper bits of byte t of word
+                          4 h + f
+
+A group is a multiple of 16 values, so a word never holds values of two groups.
+
+A processor multiplies 16 rows by four values of x at a time: a word of each row by one word of x in the same order. A
+GPU finds the codes of a nibble at the same place in every word, so it unpacks whole registers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..checks import check_tensor
+from .base import Weight
+from .rounding import Rounded, nearest
+
+ROWS = 16  # rows of a tile
+DEPTH = 32  # values of k of a tile
+SUPER = 256  # values that share a scale of sub-scales
+GROUPS = (128, 64, 32)  # values of a group, where the format does not say how many: the first that divides K
+_CHUNK = 1 << 22  # values that are converted at a time
+_BITS = {torch.int16: torch.float16, torch.int32: torch.float32}  # of a tensor of scales -> its floats
+
+
+class Grouped(Weight, is_format=False):
+    """Codes of ``bits`` bits. A subclass is a format.
+
+    ``group`` is the number of values of a group; if it is None, the shape of ``zeros`` says it. ``zero`` is subtracted
+    from every code; if it is None, ``zeros`` has it for each group. ``super_scales`` says that scales (and minima) are
+    products of a float16 and a small integer. ``like`` is an empty tensor whose dtype is that of the matrix."""
+
+    bits: ClassVar[int]
+    group: ClassVar[int | None] = 32
+    zero: ClassVar[int | None] = 0
+    has_minima: ClassVar[bool] = False
+    super_scales: ClassVar[bool] = False
+    signed_sub_scales: ClassVar[bool] = False
+    levels: ClassVar[int]  # the number of codes in use; 2 ** bits unless the format says otherwise
+
+    codes: Tensor
+    scales: Tensor
+    like: Tensor
+    high: Tensor | None = None
+    minima: Tensor | None = None
+    sub_scales: Tensor | None = None
+    sub_minima: Tensor | None = None
+    zeros: Tensor | None = None
+
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        has = {
+            "codes": True,
+            "high": cls.bits in (5, 6),
+            "scales": True,
+            "minima": cls.has_minima,
+            "sub_scales": cls.super_scales,
+            "sub_minima": cls.super_scales and cls.has_minima,
+            "zeros": cls.zero is None,
+            "like": True,
+        }
+        cls.names = tuple(name for name, present in has.items() if present)
+        cls.levels = vars(cls).get("levels", 1 << cls.bits)
+        super().__init_subclass__(**keywords)
+
+    def __init__(self, *tensors: Tensor) -> None:
+        for name, tensor in zip(self.names, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    @classmethod
+    def shapes(cls, rows: int, columns: int, group: int | None = None) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor but ``like``. ``group`` is for formats that do not say it; by default the first of
+        GROUPS that divides the columns. Raises ValueError for a size that the format does not have."""
+        group = cls.group or group or next((each for each in GROUPS if columns % each == 0), DEPTH)
+        multiple = SUPER if cls.super_scales else max(group, DEPTH)
+        if rows % ROWS or columns % multiple or not rows or not columns:
+            raise ValueError(
+                f"the format {cls.format} has matrices whose rows are a multiple of {ROWS} and whose columns are a "
+                f"multiple of {multiple}, not [{rows}, {columns}]"
+            )
+        tile_rows, tiles = rows // ROWS, columns // DEPTH
+        of_group = (tile_rows, columns // group, ROWS)
+        of_scales = (tile_rows, columns // SUPER, ROWS) if cls.super_scales else of_group
+        shapes = {
+            "codes": (tile_rows, tiles, 8 if cls.bits == 8 else 4, ROWS),
+            "high": (tile_rows, tiles, cls.bits - 4, ROWS),
+            "scales": of_scales,
+            "minima": of_scales,
+            "sub_scales": of_group,
+            "sub_minima": of_group,
+            "zeros": of_group,
+        }
+        return {name: shapes[name] for name in cls.names[:-1]}
+
+    @classmethod
+    def allocate(
+        cls,
+        rows: int,
+        columns: int,
+        dtype: torch.dtype,
+        empty: Callable[[tuple[int, ...], torch.dtype], Tensor],
+        group: int | None = None,
+    ) -> Grouped:
+        shapes = cls.shapes(rows, columns, group)
+        return cls(*[empty(shape, cls._dtype(name)) for name, shape in shapes.items()], empty((0,), dtype))
+
+    @classmethod
+    def _dtype(cls, name: str) -> torch.dtype:
+        if name in ("scales", "minima"):
+            return torch.int16
+        if name == "sub_scales" and cls.signed_sub_scales:
+            return torch.int8
+        return torch.int32 if name in ("codes", "high") else torch.uint8
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, dtype: torch.dtype, **of_groups: Tensor) -> Grouped:
+        """A weight of codes [N, K] (uint8) and of what the format has beside them, row by row: ``scales`` and
+        ``minima`` [N, groups] in float16 (scales also in float32), ``sub_scales``, ``sub_minima`` and ``zeros`` [N,
+        groups] in small integers. ``dtype`` is that of the matrix.
+
+        Raises ValueError for a size that the format does not have."""
+        rows, columns = codes.shape
+        group = None if cls.zero is not None else columns // of_groups["zeros"].shape[1]
+        shapes = cls.shapes(rows, columns, group)
+        packed, high = _pack(codes, cls.bits)
+        tensors = {"codes": packed} if high is None else {"codes": packed, "high": high}
+        for name, value in of_groups.items():
+            if value.dtype.is_floating_point:
+                value = value.view(torch.int16 if value.dtype == torch.float16 else torch.int32)
+            else:
+                value = value.to(cls._dtype(name))
+            tensors[name] = value.view(-1, ROWS, value.shape[1]).transpose(1, 2).contiguous()
+        for name, shape in shapes.items():
+            if tensors[name].shape != shape:
+                raise ValueError(f"{cls.format}: {name} has shape {list(tensors[name].shape)}; expected {list(shape)}")
+        return cls(*[tensors[name] for name in shapes], torch.empty(0, dtype=dtype, device=codes.device))
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple([getattr(self, name) for name in self.names])
+
+    @property
+    def shape(self) -> torch.Size:
+        tile_rows, tiles = self.codes.shape[:2]
+        return torch.Size((ROWS * tile_rows, DEPTH * tiles))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def __len__(self) -> int:
+        return ROWS * len(self.codes)
+
+    @property
+    def values_of_group(self) -> int:
+        """The number of values of a group."""
+        if self.group is not None:
+            return self.group
+        assert self.zeros is not None
+        return self.shape[1] // self.zeros.shape[1]
+
+    def check(self, op: str, name: str, shape: tuple[int | str, int | str], like: Tensor | None = None) -> None:
+        if not isinstance(self.codes, Tensor) or self.codes.dim() != 4:
+            raise ValueError(f"{op}: {name}.codes must be a tensor [rows / 16, K / 32, words, 16]")
+        for want, have in zip(shape, self.shape, strict=True):
+            if want != have and not (isinstance(want, str) and have):
+                wanted = ", ".join(map(str, shape))
+                raise ValueError(f"{op}: {name} must have shape [{wanted}], and has {list(self.shape)}")
+        zeros = self.zeros
+        group = None if self.zero is not None or zeros is None or not zeros.shape[1:2] else _group(self.shape[1], zeros)
+        try:
+            shapes = self.shapes(self.shape[0], self.shape[1], group)
+        except ValueError as error:
+            raise ValueError(f"{op}: {name}: {error}") from None
+        for each, sizes in shapes.items():
+            dtypes = tuple(_BITS) if each == "scales" and not self.super_scales else (self._dtype(each),)
+            check_tensor(op, f"{name}.{each}", getattr(self, each), sizes, dtypes=dtypes, dense=True)
+        if like is not None and self.like.dtype != like.dtype:
+            wanted = str(like.dtype).removeprefix("torch.")
+            raise TypeError(f"{op}: {name} must be {wanted}, and is {str(self.like.dtype).removeprefix('torch.')}")
+
+    def dequantise(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        step = max(1, _CHUNK // (ROWS * out.shape[1]))
+        for start in range(0, len(self.codes), step):
+            part = [each[start : start + step] for each in self.tensors[:-1]]
+            out[ROWS * start : ROWS * (start + step)] = type(self)(*part, self.like)._matrix()
+        return out
+
+    def rows(self, start: int, stop: int) -> Grouped:
+        if start % ROWS or stop % ROWS:
+            raise ValueError(f"{self.format}: rows {start} to {stop}; expected multiples of {ROWS}")
+        return type(self)(*[each[start // ROWS : stop // ROWS] for each in self.tensors[:-1]], self.like)
+
+    def take(self, ids: Tensor) -> Tensor:
+        tiles, rows = ids // ROWS, ids % ROWS
+        parts = [each[tiles, ..., rows].unsqueeze(-1) for each in self.tensors[:-1]]
+        return type(self)(*parts, self.like)._matrix()
+
+    def copy_(self, matrix: Tensor) -> None:
+        """Rounds the matrix to the nearest codes, with the scales of the least squared error (rounding.py)."""
+        rows, columns = matrix.shape
+        step = max(1, _CHUNK // (ROWS * columns))
+        for start in range(0, rows // ROWS, step):
+            part = matrix[ROWS * start : ROWS * (start + step)]
+            made: Rounded = nearest(part.to(torch.float32), type(self), self.values_of_group)
+            mine = self.rows(ROWS * start, ROWS * start + len(part))
+            scales = made.of_groups["scales"].to(_BITS[self.scales.dtype])
+            other = self.from_codes(made.codes, self.dtype, **made.of_groups | {"scales": scales})
+            for to, value in zip(mine.tensors[:-1], other.tensors[:-1], strict=True):
+                to.copy_(value)
+
+    def unpacked(self) -> Tensor:
+        """The codes [N, K], uint8."""
+        return _rows(_unpack(self.codes, self.high))
+
+    def of_groups(self) -> dict[str, Tensor]:
+        """What ``from_codes`` takes beside the codes, row by row."""
+        parts = {name: getattr(self, name) for name in self.names if name not in ("codes", "high", "like")}
+        floats = {name: part.view(_BITS[part.dtype]) if part.dtype in _BITS else part for name, part in parts.items()}
+        return {name: part.transpose(1, 2).flatten(0, 1) for name, part in floats.items()}
+
+    def _matrix(self) -> Tensor:
+        """The values [N, K] in the dtype of the matrix. With sub-scales every product is exact in float32."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        parts = {name: part.to(wide) for name, part in self.of_groups().items()}
+        codes = self.unpacked()
+        groups = parts.get("sub_scales", parts["scales"]).shape[1]
+        scale, offset = parts["scales"], parts.get("minima")
+        if self.super_scales:
+            each = groups // scale.shape[1]
+            scale = scale.repeat_interleave(each, dim=1) * parts["sub_scales"]
+            if offset is not None:
+                offset = offset.repeat_interleave(each, dim=1).mul_(parts["sub_minima"]).neg_()
+        values = codes.view(len(codes), groups, -1).to(wide)
+        values -= parts["zeros"][..., None] if self.zero is None else self.zero
+        values *= scale[..., None]
+        if offset is not None:
+            values += offset[..., None]
+        return values.view(codes.shape).to(self.dtype)
+
+
+def _group(columns: int, zeros: Tensor) -> int:
+    return columns // max(1, zeros.shape[1])
+
+
+def _pack(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
+    """Codes [N, K] (uint8) as ``codes`` and ``high``."""
+    rows, columns = codes.shape
+    # [tile row, row, tile, half, t, j] -> [tile row, tile, half, j, row, t]
+    parts = codes.view(rows // ROWS, ROWS, columns // DEPTH, 2, 4, 4).permute(0, 2, 3, 5, 1, 4)
+    if bits == 8:
+        return _words(parts.flatten(2, 3)), None
+    low = parts & 15
+    packed = _words(low[:, :, 0] | low[:, :, 1] << 4)
+    if bits == 4:
+        return packed, None
+    upper = parts >> 4  # [tile row, tile, half, j, row, t]
+    j = torch.arange(4, dtype=torch.uint8, device=codes.device).view(4, 1, 1)
+    if bits == 6:
+        return packed, _words((upper << 2 * j).sum(3, dtype=torch.uint8))
+    bit = 4 * torch.arange(2, dtype=torch.uint8, device=codes.device).view(2, 1, 1, 1) + j
+    return packed, _words((upper << bit).sum((2, 3), dtype=torch.uint8).unsqueeze(2))
+
+
+def _unpack(codes: Tensor, high: Tensor | None) -> Tensor:
+    """The codes [tile row, tile, half, j, row, t] of ``codes`` and ``high``. The number of rows may be other than
+    16."""
+    parts = _bytes(codes)
+    if codes.shape[2] == 8:
+        return parts.unflatten(2, (2, 4))
+    values = torch.stack((parts & 15, parts >> 4), dim=2)
+    if high is None:
+        return values
+    upper = _bytes(high)
+    j = torch.arange(4, dtype=torch.uint8, device=codes.device).view(4, 1, 1)
+    if high.shape[2] == 2:
+        return values | (upper.unsqueeze(3) >> 2 * j & 3) << 4
+    bit = 4 * torch.arange(2, dtype=torch.uint8, device=codes.device).view(2, 1, 1, 1) + j
+    return values | (upper.unsqueeze(2) >> bit & 1) << 4
+
+
+def _rows(parts: Tensor) -> Tensor:
+    """[tile row, tile, half, j, row, t] -> [N, K]."""
+    tile_rows, tiles, _, _, rows, _ = parts.shape
+    return parts.permute(0, 4, 1, 2, 5, 3).reshape(tile_rows * rows, tiles * DEPTH)
+
+
+def _bytes(words: Tensor) -> Tensor:
+    """[..., row] int32 -> [..., row, t] uint8."""
+    return words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
+
+
+def _words(parts: Tensor) -> Tensor:
+    """[..., row, t] uint8 -> [..., row] int32."""
+    return parts.contiguous().view(torch.int32).squeeze(-1)
