@@ -120,6 +120,7 @@ PROVIDERS = {
     "library": "the matrix product only",
 }
 ENGINES = {
+    "bfloat16": "qwenkern, bfloat16",
     "patched": "transformers with qwenkern's kernels",
     "liger": "transformers with Liger's kernels",
     "compiled": "transformers, torch.compile",
@@ -165,7 +166,8 @@ def summary(devices: list[list[dict[str, Any]]]) -> str:
     rows = []
     for first, *others in devices:
         target = f", {first['target']}" if first.get("target") else ""
-        device = f"{first['model']}, {first['device']}{target}, {first['date']}"
+        weights = f", {_weights(first)}" if first.get("quantize") else ""
+        device = f"{first['model']}{weights}, {first['device']}{target}, {first['date']}"
         for mine in first["rows"]:
             if mine["engine"] == "qwenkern" and "error" not in mine:
                 size = (mine["batch"], mine["prompt"])
@@ -207,7 +209,7 @@ def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: in
 
 
 def _whole_model(document: dict[str, Any]) -> str:
-    said = f"{document['model']}, bfloat16. {_when(document)}"
+    said = f"{document['model']}, {_weights(document)}. {_when(document)}"
     if document.get("target"):
         said += f" C backend compiled for {document['target']}."
     programs = document.get("programs", {}).values()
@@ -218,6 +220,12 @@ def _whole_model(document: dict[str, Any]) -> str:
     if "load_before" in document:
         said += f" Load average before the run: {document['load_before']:.1f}."
     return said
+
+
+def _weights(document: dict[str, Any]) -> str:
+    """What qwenkern's weights are, in words."""
+    form = document.get("quantize", "")
+    return {"": "bfloat16", "stored": "quantised as its file is"}.get(form, form)
 
 
 def shown(make: Callable[[dict[str, Any]], Shown]) -> Callable[[dict[str, Any]], str]:
