@@ -203,7 +203,7 @@ def main(
         )
     threads = threads or torch.get_num_threads()
     use(threads)
-    facts: dict[str, Any] = circumstances(place) | {"model": model, "new_tokens": new_tokens, "note": note}
+    facts: dict[str, Any] = circumstances(place) | {"model": Path(model).name, "new_tokens": new_tokens, "note": note}
     if place.type == "cpu":
         facts |= {"threads": threads, "target": build.target() or "none", "load_before": os.getloadavg()[0]}
     room = max(batches) * (max(prompts) + new_tokens + 64)

@@ -98,7 +98,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
     """Compare quantised runs with float32 runs."""
-    facts: dict[str, Any] = circumstances(torch.device("cpu")) | {"model": model, "layers": layers}
+    facts: dict[str, Any] = circumstances(torch.device("cpu")) | {"model": Path(model).name, "layers": layers}
     whole = load(model, layers, quantize="none", dtype="float32", kv_cache_dtype="float32")
     ids = windows(whole, texts)
     facts["tokens"] = sum(map(len, ids))

@@ -155,6 +155,19 @@ def end_to_end(document: dict[str, Any]) -> Shown:
     return said, headings, rows
 
 
+def quality(document: dict[str, Any]) -> Shown:
+    """What the rounding of weights, activations and cache costs, for each case of quality.py."""
+    headings = ["weights", "activations", "cache", "mean KL, arithmetic", "same token", "mean KL, whole", "same token"]
+    rows = []
+    for row in document["rows"]:
+        cells = [{"stored": "as the file is"}.get(row["weights"], row["weights"]), row["dtype"], row["cache"]]
+        for part in (row["arithmetic"], row["whole"]):
+            cells += [f"{part['kl']:.1e}", f"{part['same']:.1%}"]
+        rows.append(cells)
+    layers = f", {document['layers']} layers" if document.get("layers") else ""
+    return f"{document['model']}{layers}, {document['tokens']} tokens. {_when(document)}", headings, rows
+
+
 # The engines of the summary. "patched" is not among them: it runs qwenkern's own kernels.
 IN_SUMMARY = ("transformers", "compiled", "llama.cpp", "llama.cpp file")
 
@@ -249,6 +262,8 @@ MAKERS = {
     "kernels": (kernels, "*/kernels*.json"),
     "end_to_end": (shown(end_to_end), "*/end_to_end.json"),
     "end_to_end_more": (shown(end_to_end), "*/end_to_end_*.json"),
+    "quantised": (shown(end_to_end), "*/quantised*.json"),
+    "quality": (shown(quality), "*/quality*.json"),
     "contention": (shown(contention), "*/contention*.json"),
 }
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -261,7 +276,8 @@ def blocks() -> Iterator[tuple[str, str]]:
         yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
         yield "plan", planned(plan.load())
     folders = sorted(file.parent for file in RESULTS.glob("*/end_to_end.json"))
-    files = [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]
+    files = [[file] for file in sorted(RESULTS.glob("*/quantised*.json"))]  # first, because most people run these
+    files += [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]
     yield "summary", summary([[json.loads(file.read_text(encoding="utf-8")) for file in each] for each in files])
     for name, (make, pattern) in MAKERS.items():
         parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(pattern))]
