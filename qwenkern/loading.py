@@ -14,13 +14,12 @@ from .arguments import whole
 from .checkpoint import Checkpoint, load_weights, open_checkpoint
 from .checkpoint.formats import formats_of
 from .config import Config
-from .device import choose_dtype
+from .device import choose_dtype, choose_pages
 from .errors import RequestError, shown
 from .footprint import Layout, refuse_too_large
 from .generation import Generation
 from .hub.names import resolve
-from .kernels import Pages, Weight, prepare
-from .kernels.pages import DensePages
+from .kernels import Weight, prepare
 from .kernels.weights import Dense
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
@@ -44,12 +43,12 @@ def load(
     dtype: str | torch.dtype,
     progress: Progress | None,
     weights: type[Weight] = Dense,
-    pages: type[Pages] = DensePages,
+    kv_cache_dtype: str | torch.dtype = "auto",
     cache_tokens: int | None = None,
 ) -> Loaded:
     """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does.
 
-    pages and cache_tokens: of its cache, which must fit beside the weights."""
+    kv_cache_dtype and cache_tokens: of its cache, which must fit beside the weights."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
 
@@ -58,7 +57,7 @@ def load(
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
         chosen = choose_dtype(dtype, config, device)
         matrices = formats_of(config, weights.format, chosen) | dict(stored or {})
-        layout = Layout(config, matrices, chosen, device.type == "cuda", pages)
+        layout = Layout(config, matrices, chosen, device.type == "cuda", choose_pages(kv_cache_dtype, chosen, device))
         refuse_too_large(layout, device, str(model), cache_tokens)
 
     path, checkpoint = find(model, progress, refuse)
