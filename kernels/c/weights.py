@@ -12,11 +12,10 @@ from .calls import LAYOUT
 WeightStruct = tuple["Tensor | None", int, int]
 _NUMBERS = {name: number for number, name in enumerate(LAYOUT.lists["WEIGHT_FORMAT"])}
 NO_WEIGHT: WeightStruct = (None, 0, 0)
-BYTES = 2  # of a bfloat16
 
 
 def _dense(weight: Dense) -> WeightStruct:
-    return weight.tensor, BYTES * weight.tensor.stride(0), _NUMBERS["dense"]
+    return weight.tensor, weight.tensor.element_size() * weight.tensor.stride(0), _NUMBERS["dense"]
 
 
 STRUCTS: dict[str, Callable[..., WeightStruct]] = {"dense": _dense}
