@@ -66,8 +66,8 @@ static void plain_linear(const linear_args *a) {
             float value = 0, up = 0;
             for (long k = 0; k < K; k++) {
                 float row = a->norm_weight ? plain_normed(x[k], scale, a->norm_weight[k]) : widen(x[k]);
-                value += row * weight_value(&a->weight, n, k);
-                if (a->up.values) up += row * weight_value(&a->up, n, k);
+                value += row * weight_value(&a->weight, n, k, K);
+                if (a->up.values) up += row * weight_value(&a->up, n, k, K);
             }
             if (a->bias) value += widen(a->bias[n]);
             if (a->up.values) value = round_bf16(plain_silu(round_bf16(value))) * round_bf16(up);
