@@ -21,7 +21,7 @@ ALWAYS span_facts facts_of(const grouped_kind kind, const tile_row *w, long span
     long at = span * TILE_ROWS + part * LANES;
     span_facts facts = {.scale = span_scale(w, span, part)};
     if (kind.has_minima) facts.offset = kind.sub_scales ? -half_floats(w->minima + at) : half_floats(w->minima + at);
-    if (kind.zero < 0) facts.zero = byte_floats(w->zeros + at, 0) - (FLIPS(kind) ? 128.0f : 0.0f);
+    if (kind.zero < 0) facts.zero = byte_floats(w->zeros + at, 0) - (float)ZERO_OF_BYTES(kind);
     return facts;
 }
 
@@ -48,7 +48,7 @@ ALWAYS void add_tile(const grouped_kind kind, const int planes, const int fixed,
         for (int g = 0; g < kind.per_tile; g++) {
             const group_term *term = terms + t * kind.per_tile + g;
             ints start = {0};
-            if (kind.zero > 0 && !(FLIPS(kind) && kind.zero == 128)) start += term->start;
+            if (kind.zero > ZERO_OF_BYTES(kind)) start += term->start;
             ints dot =
                 dots(kind.bits, planes, 8 / kind.per_tile, start, codes + 4 * g, values + t * TILE_K * planes + 16 * g);
             floats product = __builtin_convertvector(dot, floats);

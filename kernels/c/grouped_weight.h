@@ -53,8 +53,9 @@ ALWAYS grouped_kind kind_of(const int format) {
 }
 #undef GROUPED_KIND
 
-#define FLIPS(KIND) (SIGNED_BYTES && (KIND).bits == 8) /* codes come 128 less */
-#define CODE_WORDS(KIND) ((KIND).bits == 8 ? 8 : 4)    /* words of a row in a tile */
+/* What is taken off codes of 8 bits as they are unpacked */
+#define ZERO_OF_BYTES(KIND) (SIGNED_BYTES && (KIND).bits == 8 ? 128 : 0)
+#define CODE_WORDS(KIND) ((KIND).bits == 8 ? 8 : 4) /* words of a row in a tile */
 #define HIGH_WORDS(KIND) ((KIND).bits == 5 ? 1 : (KIND).bits == 6 ? 2 : 0)
 
 /* 16-bit floats as floats */
@@ -171,7 +172,7 @@ ALWAYS void tile_codes(const grouped_kind kind, quads *codes, const tile_row *w,
 #pragma GCC unroll 8
         for (int b = 0; b < 8; b++) {
             codes[b] = load_quads(from + b * TILE_ROWS);
-            if (FLIPS(kind)) codes[b] ^= 0x80808080;
+            if (ZERO_OF_BYTES(kind)) codes[b] ^= 0x80808080;
         }
         return;
     }
