@@ -32,7 +32,8 @@ ALWAYS void add_tile(const grouped_kind kind, const int planes, const int fixed,
     quads codes[8];
     tile_codes(kind, codes, w, tile, part);
     floats scales[2], offsets[2];
-    const int8_t *values = x->planes + tile * tokens * TILE_K * planes;
+    const int bytes = X_BYTES(kind.bits, planes);
+    const int8_t *values = x->planes + tile * tokens * bytes;
     const float *factors = x->factors + tile * tokens;
     const group_term *terms = x->terms + tile * tokens * kind.per_tile;
 #pragma GCC unroll 2
@@ -49,8 +50,8 @@ ALWAYS void add_tile(const grouped_kind kind, const int planes, const int fixed,
             const group_term *term = terms + t * kind.per_tile + g;
             ints start = {0};
             if (kind.zero > ZERO_OF_BYTES(kind)) start += term->start;
-            ints dot =
-                dots(kind.bits, planes, 8 / kind.per_tile, start, codes + 4 * g, values + t * TILE_K * planes + 16 * g);
+            ints dot = dots(kind.bits, planes, 8 / kind.per_tile, start, codes + 4 * g,
+                            values + t * bytes + g * X_GROUP(kind.bits, planes));
             floats product = __builtin_convertvector(dot, floats);
             if (kind.zero < 0) product -= span->zero * term->sum;
             total += product * (scales[g] * factors[t]);

@@ -11,7 +11,7 @@ typedef union {    /* what a token's values of a group add, beside their product
 } group_term;
 
 typedef struct {       /* tokens as planes (planes.h), tile after tile of K */
-    int8_t *planes;    /* [K / 32, tokens, 32 * number of planes] */
+    int8_t *planes;    /* [K / 32, tokens, X_BYTES] */
     float *factors;    /* [K / 32, tokens] */
     group_term *terms; /* [K / 32, tokens, groups of a tile] */
     long tokens;       /* at most MAX_BLOCK_TOKENS */
