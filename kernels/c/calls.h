@@ -47,10 +47,21 @@ typedef bf16 real;
     FORMAT(q2_k) FORMAT(q3_k) FORMAT(q4_k) FORMAT(q5_k) FORMAT(q6_k)
 /* clang-format on */
 
-typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h */
+/* Formats of weights that are codes with a scale for each group (grouped_weight.h) */
+/* clang-format off */
+#define EACH_GROUPED_FORMAT(FORMAT)                                    \
+    FORMAT(q4_0) FORMAT(q4_1) FORMAT(q5_0) FORMAT(q5_1) FORMAT(q8_0)   \
+    FORMAT(q4_k) FORMAT(q5_k) FORMAT(q6_k) FORMAT(q2_k) FORMAT(q3_k)   \
+    FORMAT(int4) FORMAT(int8)
+/* clang-format on */
+
+typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h or grouped_weight.h */
     const void *values; /* null: there is no weight */
-    long row_bytes;     /* from a row to the next one */
-    long format;        /* its place in EACH_WEIGHT_FORMAT */
+    long row_bytes;     /* from a row to the next one; of dense weights */
+    long format;        /* its place in EACH_WEIGHT_FORMAT, and behind those in EACH_GROUPED_FORMAT */
+    const void *high, *scales, *minima, *sub_scales, *sub_minima, *zeros; /* of grouped weights; values are the codes */
+    long group;                                                           /* columns that share an entry of scales */
+    long scales_are_floats;                                               /* or 16-bit floats */
 } weight;
 
 typedef struct { /* the keys and values that a layer has cached, in one of the formats of pages.h */

@@ -53,8 +53,8 @@ static void plain_linear(const linear_args *a) {
             double value = 0, up = 0;
             for (long k = 0; k < K; k++) {
                 float row = a->norm_weight ? plain_normed(x[k], scale, a->norm_weight[k]) : to_float(x[k]);
-                value += row * weight_value(&a->weight, n, k);
-                if (a->up.values) up += row * weight_value(&a->up, n, k);
+                value += row * weight_value(&a->weight, n, k, K);
+                if (a->up.values) up += row * weight_value(&a->up, n, k, K);
             }
             if (a->bias) value += to_float(a->bias[n]);
             if (a->up.values) value = to_activation(plain_silu(to_activation(value))) * to_activation(up);
