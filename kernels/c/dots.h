@@ -1,7 +1,7 @@
 /* Integer products of a tile of codes with x: the instructions of each kind of processor. This file knows no format.
  *
  *     codes   `quads`: a row a lane, with four codes of the row in its bytes       | row 0 | row 1 | ...
- *     x       the same four values for all rows, broadcast: int8 (a plane) in 32 bits, or where WIDE int16 in 64 bits
+ *     x       the same four values for all rows, broadcast: int8 (a plane) in 32 bits, or where AS_WORDS int16 in 64 bits
  *
  * So there is no shuffle, and no sum across lanes.
  *
@@ -48,12 +48,12 @@ typedef __m256i whole;
 
 /* Whether x comes as int16 for codes of so many bits */
 #ifdef HAS_MADD
-#define WIDE(BITS, PLANES) ((BITS) == 8 || ((BITS) == 6 && (PLANES) == 2))
+#define AS_WORDS(BITS, PLANES) ((BITS) == 8 || ((BITS) == 6 && (PLANES) == 2))
 #else
-#define WIDE(BITS, PLANES) 0
+#define AS_WORDS(BITS, PLANES) 0
 #endif
-#define X_BYTES(BITS, PLANES) (WIDE(BITS, PLANES) ? 64 : 32 * (PLANES)) /* of a token's values of a tile */
-#define X_GROUP(BITS, PLANES) (WIDE(BITS, PLANES) ? 32 : 16)            /* from the first 16 values to the others */
+#define X_BYTES(BITS, PLANES) (AS_WORDS(BITS, PLANES) ? 64 : 32 * (PLANES)) /* of a token's values of a tile */
+#define X_GROUP(BITS, PLANES) (AS_WORDS(BITS, PLANES) ? 32 : 16)            /* from the first 16 values to the others */
 
 #ifdef X86
 ALWAYS whole four_of(const int8_t *x) {
@@ -91,7 +91,7 @@ ALWAYS ints add_sdots(ints sums, quads code, const int8_t *x, const int b) {
 /* The sum of the products of a group of values, while they are added */
 typedef struct {
     ints total;        /* what is added already; from the beginning what the caller adds to the products */
-    ints high;         /* VNNI, sdot: products with hi; WIDE: products of odd bytes */
+    ints high;         /* VNNI, sdot: products with hi; AS_WORDS: products of odd bytes */
     words highs, lows; /* maddubs: products with hi, and with lo */
 } running;
 
@@ -99,7 +99,7 @@ typedef struct {
  *
  *     planes == 2:  X(i) = 128 * hi[i] + lo[i],  hi = x,  lo = x + 32        |hi| <= 127, |lo| <= 64
  *     planes == 1:  X(i) = hi[i]
- *     WIDE:         x is int16, X of t = 0, 2, 1, 3 of b = 0, then of b = 1, ...
+ *     AS_WORDS:      x is int16, X of t = 0, 2, 1, 3 of b = 0, then of b = 1, ...
  *
  * After i = 0, 1, ... count - 1 the total is complete. Codes are unsigned and have `bits` bits (see SIGNED_BYTES). bits,
  * planes, count and i are constants in every caller. x is loaded for each part of the rows, so that compilers keep it in
@@ -118,7 +118,7 @@ ALWAYS void add_code(const int bits, const int planes, const int count, const in
     sum->total = add_sdots(sum->total, code, x + 32 * (planes - 1), b);
     if (planes == 2 && is_last) sum->total += sum->high << 7;
 #elif defined(HAS_MADD)
-    if (WIDE(bits, planes)) {
+    if (AS_WORDS(bits, planes)) {
         sum->total += (ints)X86(madd_epi16)((whole)(code & 0x00FF00FF), four_of(x + 8 * b));
         KEEP(sum->total); /* added now: else the compiler has the products of all b in registers at once */
         ints odd = (ints)X86(madd_epi16)(X86(srli_epi16)((whole)code, 8), four_of(x + 8 * b + 4));

@@ -21,7 +21,7 @@ ALWAYS span_facts facts_of(const grouped_kind kind, const tile_row *w, long span
     long at = span * TILE_ROWS + part * LANES;
     span_facts facts = {.scale = span_scale(w, span, part)};
     if (kind.has_minima) facts.offset = kind.sub_scales ? -half_floats(w->minima + at) : half_floats(w->minima + at);
-    if (kind.zero < 0) facts.zero = byte_floats(w->zeros + at, 0) - (FLIPS(kind) ? 128.0f : 0.0f);
+    if (kind.zero < 0) facts.zero = byte_floats(w->zeros + at, 0) - (float)ZERO_OF_BYTES(kind);
     return facts;
 }
 
@@ -36,7 +36,7 @@ ALWAYS span_facts group_facts(const grouped_kind kind, const tile_row *w, long g
 
 ALWAYS ints first_total(const grouped_kind kind, const group_term *term) {
     ints total = {0};
-    return kind.zero > 0 && !(FLIPS(kind) && kind.zero == 128) ? total + term->start : total;
+    return kind.zero > ZERO_OF_BYTES(kind) ? total + term->start : total;
 }
 
 /* Adds the sum of a group's products to a token's sum */
@@ -60,7 +60,8 @@ ALWAYS void add_tile(const grouped_kind kind, const int planes, floats *sums, co
     for (int b = 0; b < 8; b++) codes[b] = tile_code(kind, w, tile, part, b);
     span_facts facts[2];
     for (int g = 0; g < groups; g++) facts[g] = group_facts(kind, w, tile * groups + g, part, *span);
-    for (long t = 0; t < x->tokens; t++)
+    for (long t = 0; t < x->tokens; t++) {
+        floats sum = sums[t * PARTS + part];
 #pragma GCC unroll 2
         for (int g = 0; g < groups; g++) {
             const group_term *term = terms + t * groups + g;
@@ -69,9 +70,10 @@ ALWAYS void add_tile(const grouped_kind kind, const int planes, floats *sums, co
             for (int i = 0; i < count; i++)
                 add_code(kind.bits, planes, count, i, &products, codes[4 * g + CODE_AT(count, i)],
                          values + t * bytes + g * X_GROUP(kind.bits, planes));
-            floats *sum = sums + t * PARTS + part;
-            *sum = add_group(kind, *sum, products.total, facts[g], factors[t], term);
+            sum = add_group(kind, sum, products.total, facts[g], factors[t], term);
         }
+        sums[t * PARTS + part] = sum;
+    }
 }
 
 /* The same for one token and all parts of a tile. Codes are unpacked when they are multiplied, and x is loaded once. */

@@ -50,8 +50,9 @@ ALWAYS grouped_kind kind_of(const int format) {
 }
 #undef GROUPED_KIND
 
-#define FLIPS(KIND) (SIGNED_BYTES && (KIND).bits == 8) /* codes come 128 less */
-#define CODE_WORDS(KIND) ((KIND).bits == 8 ? 8 : 4)    /* words of a row in a tile */
+/* What is taken off codes of 8 bits as they are unpacked */
+#define ZERO_OF_BYTES(KIND) (SIGNED_BYTES && (KIND).bits == 8 ? 128 : 0)
+#define CODE_WORDS(KIND) ((KIND).bits == 8 ? 8 : 4) /* words of a row in a tile */
 #define HIGH_WORDS(KIND) ((KIND).bits == 5 ? 1 : (KIND).bits == 6 ? 2 : 0)
 
 /* 16-bit floats as floats */
@@ -164,7 +165,7 @@ ALWAYS tile_row tile_row_of(const int format, const weight *w, long row, long K)
 /* The codes of dword b of a part of a tile */
 ALWAYS quads tile_code(const grouped_kind kind, const tile_row *w, long tile, const int part, const int b) {
     const uint32_t *from = w->codes + tile * CODE_WORDS(kind) * TILE_ROWS + part * LANES;
-    if (kind.bits == 8) return load_quads(from + b * TILE_ROWS) ^ (FLIPS(kind) ? 0x80808080 : 0);
+    if (kind.bits == 8) return load_quads(from + b * TILE_ROWS) ^ (ZERO_OF_BYTES(kind) ? 0x80808080 : 0);
     quads code = load_quads(from + b % 4 * TILE_ROWS) >> (b < 4 ? 0 : 4) & 0x0F0F0F0F;
     if (kind.bits == 4) return code;
     const int words = HIGH_WORDS(kind), shift = kind.bits == 5 ? 4 - b : 4 - 2 * (b % 4);

@@ -46,7 +46,7 @@ ALWAYS void store_words(int8_t *to, const ints *values) {
     words = _mm256_permutevar8x32_epi32(words, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
     _mm256_storeu_si256((__m256i *)to, words);
 #else
-    (void)to, (void)values; /* WIDE is 0 */
+    (void)to, (void)values; /* AS_WORDS is 0 */
 #endif
 }
 
@@ -59,7 +59,7 @@ ALWAYS int sum_ints(ints x) {
 }
 
 /* Writes 32 values for codes of so many bits, X_BYTES of them: to[0..31] = hi, and with two planes to[32..63] = lo; or
- * where WIDE X in 16 bits */
+ * where AS_WORDS X in 16 bits */
 ALWAYS plane_facts to_planes(int8_t *to, const int bits, const int planes, const floats *x) {
     const int parts = TILE_K / LANES, half = parts / 2;
     pairs largest_bits = {0};
@@ -83,11 +83,11 @@ ALWAYS plane_facts to_planes(int8_t *to, const int bits, const int planes, const
         if (planes == 1) continue;
         los[i] = nearest_ints((value - __builtin_convertvector(his[i], floats)) * 128);
         sums[i / half] += his[i] * 127 + los[i];
-        if (WIDE(bits, planes)) his[i] = his[i] * 128 + los[i];
+        if (AS_WORDS(bits, planes)) his[i] = his[i] * 128 + los[i];
     }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {
-        if (WIDE(bits, planes)) {
+        if (AS_WORDS(bits, planes)) {
             store_words(to + 32 * h, his + h * half);
             continue;
         }
