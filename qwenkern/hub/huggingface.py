@@ -131,8 +131,8 @@ class HubFile:
 def snapshot(hub_id: str) -> Path:
     """The folder of a model's repository in huggingface_hub's own cache. huggingface_hub shows its own progress bars.
 
-    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model; config.json is
-    downloaded first to find out."""
+    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model, and
+    CheckpointError if it cannot read its quantised weights; config.json is downloaded first to find out."""
     folder = _download(hub_id, ["config.json"])
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -141,8 +141,8 @@ def snapshot(hub_id: str) -> Path:
         )
     try:
         Config.from_json(folder / "config.json")  # before gigabytes of weights are downloaded
-    except ConfigError as error:
-        raise ConfigError(f"{hub_id}: {error}") from error
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{hub_id}: {error}") from error
     folder = _download(hub_id, _FILES)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{hub_id}: found no .safetensors file in {folder}, expected the model's weights")
