@@ -69,10 +69,10 @@ def joined(tensors: Sequence[Tensor]) -> Tensor:
     first = tensors[0]
     like = (first.dtype, first.shape[1:], first.untyped_storage().data_ptr())
     for a, b in pairwise(tensors):
-        adjacent = b.storage_offset() == a.storage_offset() + a.numel()
-        if not adjacent or not b.is_contiguous() or (b.dtype, b.shape[1:], b.untyped_storage().data_ptr()) != like:
+        if b.storage_offset() != a.storage_offset() + a.numel():
             return torch.cat(tuple(tensors))
-    if not first.is_contiguous():
-        return torch.cat(tuple(tensors))
-    rows = sum(len(each) for each in tensors)
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())
+    for each in tensors:
+        if not each.is_contiguous() or (each.dtype, each.shape[1:], each.untyped_storage().data_ptr()) != like:
+            return torch.cat(tuple(tensors))
+    count = sum(each.numel() for each in tensors)
+    return first.as_strided((count,), (1,), first.storage_offset()).view(-1, *first.shape[1:])
