@@ -13,11 +13,13 @@ from torch import Tensor
 
 from .arguments import flag, whole
 from .cache import PagedCache
+from .checkpoint.formats import formats_of
 from .config import Config
 from .device import cache_room, choose_device, choose_dtype, choose_format, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
 from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
+from .footprint import Layout, default_chunk, refuse_too_large
 from .generation import Generation
 from .kernels import Pages, invariant_tokens, prepare
 from .kernels.pages import FORMATS as PAGES
@@ -55,8 +57,9 @@ class Model:
         self.dtype = module.model.norm.weight.dtype
         self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
-        self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
-        room = cache_room(cache_tokens, self.config, self.dtype, self.device, self.prefill_chunk, pages)
+        self.prefill_chunk = chunk or default_chunk(self.device.type == "cuda")
+        weights = sum(parameter.nbytes for parameter in module.parameters())
+        room = cache_room(cache_tokens, self.config, self.dtype, self.device, self.prefill_chunk, pages, weights)
         self.cache = PagedCache(self.config, room, self.dtype, self.device, pages=pages)
         self.deterministic = flag("deterministic", deterministic)
         self._runner: Runner | None = None
@@ -96,7 +99,7 @@ class Model:
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
         use_threads(threads)
         weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
-        loaded = load(model, choose_device(device), dtype, progress, weight_format)
+        loaded = load(model, choose_device(device), dtype, progress, weight_format, page_format, cache_tokens)
         return cls(*loaded, cache_tokens, prefill_chunk, deterministic, page_format)
 
     @classmethod
@@ -127,7 +130,12 @@ class Model:
         seed = whole("seed", seed, -(2**63), 2**64 - 1)
         weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
         device = choose_device(device)
-        module = Qwen2(config, choose_dtype(dtype, config, device), device, weight_format)
+        chosen = choose_dtype(dtype, config, device)
+        cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
+        matrices = formats_of(config, weights, chosen)
+        layout = Layout(config, matrices, chosen, device.type == "cuda", page_format)
+        refuse_too_large(layout, device, config.source, cache_tokens)
+        module = Qwen2(config, chosen, device, weight_format)
         initialise(module, seed)
         return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, page_format)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from .arguments import whole
 from .config import Config
 from .errors import ConfigError, RequestError, shown
+from .footprint import Layout, default_tokens, most_tokens
 from .kernels import Pages, Weight
 from .kernels import c as c_backend
 from .kernels.pages import DensePages
@@ -82,37 +82,14 @@ def cache_room(
     device: torch.device,
     prefill_chunk: int,
     pages: type[Pages] = DensePages,
+    weights: int = 0,
 ) -> int:
-    """The number of tokens in the key-value cache: the requested one, else a default. Raises RequestError if the whole
-    memory of the device would not hold it."""
+    """The number of tokens in the key-value cache: the requested one, else a default (footprint/room.py). ``weights``:
+    their bytes, which lie on the device already. Raises RequestError if the device's memory does not hold it."""
     asked = whole("cache_tokens", asked, 1, optional=True)
-    heads, layers = config.num_key_value_heads, config.num_hidden_layers
-    per_token = layers * pages.bytes_per_token(heads, config.head_dim, dtype)
+    layout = Layout(config, {}, dtype, device.type == "cuda", pages)
     if asked is None:
-        per_chunk = prefill_chunk * (4 * config.vocab_size + 4 * config.intermediate_size * dtype.itemsize)
-        return _default_cache_tokens(config, per_token, per_chunk, device)
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.mem_get_info(device)[1] if on_gpu else _machine_memory()
-    if (most := memory // per_token) < asked:
+        return default_tokens(layout, device, prefill_chunk, weights)
+    if (most := most_tokens(layout, device)) < asked:
         raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
     return asked
-
-
-def _default_cache_tokens(config: Config, per_token: int, per_chunk: int, device: torch.device) -> int:
-    """On a GPU, the tokens that its free memory holds, less a reserve. The reserve is a tenth of the memory, or more: a
-    twentieth and the ``per_chunk`` bytes that a chunk of a prompt takes with all of its logits, if that is at most a
-    quarter of the free memory. On a CPU, where memory is taken only when it is used, four contexts, but at most half of
-    the machine's memory."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserve = max(total // 10, min(total // 20 + per_chunk, free // 4))
-        tokens, most = (free - reserve) // per_token, 64 * config.context_length
-    else:
-        tokens, most = _machine_memory() // 2 // per_token, 4 * config.context_length
-    if tokens < 1:
-        raise RequestError(f"{device} has no memory left for a key-value cache; expected a smaller model")
-    return min(tokens, most)
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,26 @@
+"""How much memory a model takes, computed before any of it is taken.
+
+`layout.py` counts, `choice.py` makes its input of a user's words, `fit.py` refuses what will not fit, `room.py` sizes
+the cache, `memory.py` says what this machine has, and `cards.py` what others have.
+"""
+
+from __future__ import annotations
+
+from .choice import layout_of, pages_of
+from .fit import refuse_too_large
+from .layout import Footprint, Layout, default_chunk
+from .memory import Memory, memory_of
+from .room import default_tokens, most_tokens
+
+__all__ = [
+    "Footprint",
+    "Layout",
+    "Memory",
+    "default_chunk",
+    "default_tokens",
+    "layout_of",
+    "memory_of",
+    "most_tokens",
+    "pages_of",
+    "refuse_too_large",
+]

@@ -1,0 +1,47 @@
+"""The size of the key-value cache of a loaded model."""
+
+from __future__ import annotations
+
+import torch
+
+from ..cache import PAGE_SIZE
+from ..errors import RequestError
+from .layout import OF_A_CPU_PROCESS, Layout
+from .memory import main_memory, memory_of
+
+_CONTEXTS_ON_A_GPU, _CONTEXTS_ON_A_CPU = 64, 4  # the most that a default cache holds
+
+
+def default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, weights: int) -> int:
+    """On a GPU, where the weights lie already, the tokens that its free memory holds, less a reserve. The reserve is a
+    tenth of the memory, or more: a twentieth and what a chunk of a prompt takes with all of its logits, if that is at
+    most a quarter of the free memory. On a CPU, where memory is taken only when it is used, four contexts, but at most
+    half of the main memory, and at most what weights of so many bytes leave of it.
+
+    Raises RequestError if a GPU has no room for a page."""
+    if layout.on_gpu:
+        memory = memory_of(device)
+        chunk = layout.activations(prefill_chunk, rows=prefill_chunk, positions=0)
+        reserve = max(memory.total // 10, min(memory.total // 20 + chunk, memory.free // 4))
+        size, contexts = memory.free - reserve, _CONTEXTS_ON_A_GPU
+    else:
+        whole = main_memory()
+        size = max(min(whole // 2, whole - weights - OF_A_CPU_PROCESS), layout.cache(1))
+        contexts = _CONTEXTS_ON_A_CPU
+    if size < layout.cache(1):
+        raise RequestError(
+            f"{device} has no memory left for a key-value cache: {size / 1e9:.2f} GB without a reserve, and a page "
+            f"takes {layout.cache(1) / 1e9:.2f} GB; expected a smaller model"
+        )
+    return min(_tokens(layout, size), contexts * layout.config.context_length)
+
+
+def most_tokens(layout: Layout, device: torch.device) -> int:
+    """The tokens of a cache that takes all memory that can be had now. On a CPU that is the main memory and the swap
+    space, because memory is taken only when it is used."""
+    return _tokens(layout, memory_of(device).available)
+
+
+def _tokens(layout: Layout, size: int) -> int:
+    """In whole pages, beside the spare one."""
+    return max(0, size // layout.page - 1) * PAGE_SIZE
