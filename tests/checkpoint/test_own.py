@@ -14,11 +14,10 @@ from support.packers import LAYER
 from torch import Tensor
 
 from qwenkern.checkpoint import open_checkpoint, shards
-from qwenkern.checkpoint.mapped import joined
 from qwenkern.checkpoint.own import write_checkpoint
 from qwenkern.errors import CheckpointError
 from qwenkern.kernels import Weight
-from qwenkern.kernels.weights import FORMATS
+from qwenkern.kernels.weights import FORMATS, joined
 
 QUANTISED = [name for name in FORMATS if name != "dense"]
 FIELDS = {"model_type": "qwen2", "torch_dtype": "bfloat16", "vocab_size": 503, "hidden_size": 256, "head_dim": 32}
@@ -112,23 +111,19 @@ def test_tensors_begin_at_multiples_of_64_bytes(tmp_path):
     assert not any((8 + length + start) % 64 for start in starts)
 
 
-def test_q_k_and_v_are_joined_without_a_copy(tmp_path):
-    write_checkpoint(tmp_path / "out", FIELDS, {}, values(["q4_k"]).items())
+@pytest.mark.parametrize("form", QUANTISED)
+def test_q_k_and_v_are_joined_without_a_copy(form, tmp_path):
+    expected = values([form])
+    write_checkpoint(tmp_path / "out", FIELDS, {}, expected.items())
     found = dict(open_checkpoint(tmp_path / "out").tensors(torch.bfloat16))
-    parts = [found[f"{LAYER}self_attn.{name}_proj.weight"] for name in "qkv"]
-    for name in FORMATS["q4_k"].names[:-1]:
-        tensors = [getattr(part, name) for part in parts]
-        whole = joined(tensors)
-        assert torch.equal(whole, torch.cat(tensors))
-        assert whole.data_ptr() == tensors[0].data_ptr()
-    assert joined(tensors[::-1]).data_ptr() != tensors[-1].data_ptr()
-    assert torch.equal(joined(tensors[::-1]), torch.cat(tensors[::-1]))
-    apart = [tensor.clone() for tensor in tensors]
-    assert torch.equal(joined(apart), torch.cat(apart))
-    columns = torch.arange(12).view(3, 4)[:, :2]  # rows with gaps
-    assert torch.equal(joined([columns[:1], columns[1:]]), columns)
-    other = torch.arange(4).view(1, 4)
-    assert torch.equal(joined([other[:, :2], other[:, 2:]]), torch.cat((other[:, :2], other[:, 2:])))
+    names = [f"{LAYER}self_attn.{name}_proj.weight" for name in "qkv"]
+    parts = [found[name] for name in names]
+    whole = joined(parts)
+    assert torch.equal(whole.dequantise(), torch.cat([expected[name].dequantise() for name in names]))
+    assert [each.data_ptr() for each in whole.tensors] == [each.data_ptr() for each in parts[0].tensors]
+    other_order = joined(parts[::-1])
+    assert torch.equal(other_order.dequantise(), torch.cat([part.dequantise() for part in parts[::-1]]))
+    assert other_order.tensors[0].data_ptr() not in [part.tensors[0].data_ptr() for part in parts]
 
 
 def test_several_files(tmp_path, monkeypatch):
