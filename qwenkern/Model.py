@@ -15,11 +15,11 @@ from .arguments import flag, whole
 from .cache import PagedCache
 from .checkpoint.formats import formats_of
 from .config import Config
-from .device import cache_room, choose_device, choose_dtype, choose_format, use_threads
+from .device import choose_device, choose_dtype, choose_format, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
 from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
-from .footprint import Layout, default_chunk, refuse_too_large
+from .footprint import Layout, cache_room, default_chunk, refuse_too_large
 from .generation import Generation
 from .kernels import Pages, invariant_tokens, prepare
 from .kernels.pages import FORMATS as PAGES
@@ -59,7 +59,8 @@ class Model:
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
         self.prefill_chunk = chunk or default_chunk(self.device.type == "cuda")
         weights = sum(parameter.nbytes for parameter in module.parameters())
-        room = cache_room(cache_tokens, self.config, self.dtype, self.device, self.prefill_chunk, pages, weights)
+        layout = Layout(self.config, {}, self.dtype, self.device.type == "cuda", pages)
+        room = cache_room(layout, self.device, cache_tokens, self.prefill_chunk, weights)
         self.cache = PagedCache(self.config, room, self.dtype, self.device, pages=pages)
         self.deterministic = flag("deterministic", deterministic)
         self._runner: Runner | None = None

@@ -11,12 +11,11 @@ from support.models import TINY, save_checkpoint, tiny_model
 from qwenkern import Config, Model, RequestError, loading
 from qwenkern.footprint import (
     Memory,
-    default_tokens,
+    cache_room,
     fit,
     layout_of,
     memory,
     memory_of,
-    most_tokens,
     refuse_too_large,
     room,
 )
@@ -151,19 +150,21 @@ def test_a_gpus_memory_is_what_is_free_and_what_torch_keeps(monkeypatch):
 )
 def test_the_default_cache_of_a_cpu(monkeypatch, whole, weights, expected):
     monkeypatch.setattr(room, "main_memory", lambda: whole)
-    assert default_tokens(layout_of(SMALL, on_gpu=False), CPU, 512, weights) == expected
+    assert cache_room(layout_of(SMALL, on_gpu=False), CPU, None, 512, weights) == expected
 
 
 def test_a_gpu_without_room_for_a_page(monkeypatch):
     monkeypatch.setattr(room, "memory_of", lambda device: Memory(8 * GIB, GIB // 2))
     with pytest.raises(RequestError, match=r"cuda has no memory left for a key-value cache: -0.\d\d GB without a res"):
-        default_tokens(layout_of(SMALL, on_gpu=True), GPU, 4096, 0)
+        cache_room(layout_of(SMALL, on_gpu=True), GPU, None, 4096, 0)
 
 
 def test_the_largest_cache_is_that_of_all_memory(monkeypatch):
     layout = SimpleNamespace(page=100)
     monkeypatch.setattr(room, "memory_of", lambda device: Memory(5000, 400, kept=120))
-    assert most_tokens(layout, GPU) == 4 * 64, "five pages, and one of them is the spare one"
+    assert cache_room(layout, GPU, 256, 512, 0) == 256, "five pages, and one of them is the spare one"
+    with pytest.raises(RequestError, match="cache_tokens is 257; all memory of cuda would hold 256"):
+        cache_room(layout, GPU, 257, 512, 0)
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090"])
