@@ -22,10 +22,9 @@ from ..kernels import Pages, Weight
 from ..kernels.pages import DensePages
 from ..kernels.weights import Dense
 
-MIB = 1 << 20
-# Allowances, in bytes. On a CPU: Python, torch and a tokenizer, 320 MB in one measurement (2026-11, Linux). On a GPU:
-# CUDA's context, the code of the libraries and their workspaces.
-OF_A_CPU_PROCESS, OF_A_GPU_PROCESS = 400 * MIB, 512 * MIB
+# Allowances, in bytes. On a CPU: Python, torch and a tokenizer. On a GPU: CUDA's context, the code of the libraries and
+# their workspaces.
+OF_A_PROCESS = 512 << 20
 _LAUNCH = 32 << 10  # of a launch in a captured CUDA graph
 _LAUNCHES_OF_A_STEP, _LAUNCHES_OF_A_PROMPT, _PROMPT_LENGTHS = 6, 10, 9  # a layer has so many; engine/capture.py
 _PACKED = 2  # matrices that are multiplied by as one: gate and up
@@ -138,7 +137,7 @@ class Layout:
             cache=self.cache(pages),
             activations=self.activations(tokens, _LOGITS_OF_A_SEQUENCE * sequences, pages * PAGE_SIZE),
             graphs=self.graphs(sequences),
-            process=OF_A_GPU_PROCESS if self.on_gpu else OF_A_CPU_PROCESS,
+            process=OF_A_PROCESS,
         )
 
     def least(self) -> Footprint:

@@ -7,7 +7,7 @@ import torch
 from ..arguments import whole
 from ..cache import PAGE_SIZE
 from ..errors import RequestError, shown
-from .layout import OF_A_CPU_PROCESS, Layout
+from .layout import OF_A_PROCESS, Layout
 from .memory import main_memory, memory_of
 
 _CONTEXTS_ON_A_GPU, _CONTEXTS_ON_A_CPU = 64, 4  # the most that a default cache holds
@@ -39,7 +39,7 @@ def _default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, we
         size, contexts = memory.free - reserve, _CONTEXTS_ON_A_GPU
     else:
         whole = main_memory()
-        size = max(min(whole // 2, whole - weights - OF_A_CPU_PROCESS), layout.cache(1))
+        size = max(min(whole // 2, whole - weights - OF_A_PROCESS), layout.cache(1))
         contexts = _CONTEXTS_ON_A_CPU
     if size < layout.cache(1):
         raise RequestError(

@@ -144,7 +144,7 @@ def test_a_gpus_memory_is_what_is_free_and_what_torch_keeps(monkeypatch):
     [
         (64 * GIB, 6 * GIB, 4 * 32768),  # four contexts
         (8 * GIB, GIB, (4 * GIB // (64 * 36864) - 1) * 64),  # half of the memory
-        (8 * GIB, 6 * GIB, ((2 * GIB - (400 << 20)) // (64 * 36864) - 1) * 64),  # what the weights leave
+        (8 * GIB, 6 * GIB, ((2 * GIB - (512 << 20)) // (64 * 36864) - 1) * 64),  # what the weights leave
         (8 * GIB, 9 * GIB, 64),
     ],
 )
