@@ -20,7 +20,8 @@ COMPILERS = {"this machine's": compiler.command()[0], "Arm's": emulated.ARM[0]}
 def assertions(structs: dict[str, tuple[Field, ...]]) -> str:
     """A C file that compiles only where every field lies where Python puts it, and is as large."""
     word = struct.calcsize("P")
-    lines = ['#include "weights.h"', '#include "pages.h"', '#include "team.h"', "#include <stddef.h>"]
+    headers = ('"weights.h"', '"pages.h"', '"blocks.h"', '"team.h"', "<stddef.h>")
+    lines = [f"#include {header}" for header in headers]
     for name, fields in structs.items():
         lines.append(f"_Static_assert(sizeof({name}) == {word * len(fields)}, {{}});")
         for place, field in enumerate(fields):
@@ -29,7 +30,8 @@ def assertions(structs: dict[str, tuple[Field, ...]]) -> str:
             pointer = {"P": "sizeof(void *)", "l": "sizeof(long)", "d": "sizeof(double)"}[field.code]
             lines.append(f"_Static_assert(sizeof((({name} *)0)->{field.name}) == {pointer}, {{}});")
     lines.append(f"_Static_assert(sizeof(call) == {CALL_BYTES} && offsetof(call, {OPS[0]}) == {word}, {{}});")
-    for kind, suffix in (("OP", "op"), ("WEIGHT_FORMAT", "weight"), ("PAGES_FORMAT", "pages")):
+    suffixes = {"OP": "op", "WEIGHT_FORMAT": "weight", "PAGES_FORMAT": "pages", "BLOCK_FORMAT": "blocks"}
+    for kind, suffix in suffixes.items():
         lines += [f"_Static_assert({n}_{suffix} == {i}, {{}});" for i, n in enumerate(LAYOUT.lists[kind])]
     return "\n".join(line.replace("{}", f'"{line.partition("(")[2].partition(",")[0]}"') for line in lines)
 
