@@ -1,4 +1,4 @@
-"""The fp8 format: codes in e4m3 (one sign, four exponent and three mantissa bits, as torch.float8_e4m3fn), and a float32
+"""The fp8 format: codes in e4m3 (a sign, four exponent and three mantissa bits, as torch.float8_e4m3fn), and a float32
 scale for each row.
 
     w[n, k] = scale[n] * code[n, k]

@@ -95,7 +95,7 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Config, source: 
 def load_weights(
     module: torch.nn.Module,
     config: Config,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor | Weight]],
     source: str,
     progress: Callable[[int], None] | None = None,
 ) -> None:
@@ -112,7 +112,8 @@ def load_weights(
     seen: set[str] = set()
     tied_head: torch.Tensor | None = None
     done = 0
-    for name, tensor in tensors:
+    for name, value in tensors:
+        tensor = value.dequantise() if isinstance(value, Weight) else value
         if name in seen:
             raise CheckpointError(f"{source}: tensor {name} is given twice")
         seen.add(name)

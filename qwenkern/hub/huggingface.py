@@ -132,8 +132,9 @@ class HubFile:
 def snapshot(hub_id: str, accept: Accept | None = None) -> Path:
     """The folder of a model's repository in huggingface_hub's own cache. huggingface_hub shows its own progress bars.
 
-    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model; config.json is
-    downloaded first to find out. ``accept`` gets it then, and may raise, too."""
+    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model, and
+    CheckpointError if it cannot read its quantised weights; config.json is downloaded first to find out.
+    ``accept`` gets it then, and may raise, too."""
     folder = _download(hub_id, ["config.json"])
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -142,8 +143,8 @@ def snapshot(hub_id: str, accept: Accept | None = None) -> Path:
         )
     try:
         config = Config.from_json(folder / "config.json")  # before gigabytes of weights are downloaded
-    except ConfigError as error:
-        raise ConfigError(f"{hub_id}: {error}") from error
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{hub_id}: {error}") from error
     if accept is not None:
         accept(config)
     folder = _download(hub_id, _FILES)

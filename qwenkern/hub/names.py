@@ -39,7 +39,7 @@ def _family() -> Iterator[tuple[str, str]]:
 
 
 _HUB = {hub_id.lower().removeprefix("qwen/"): (hub_id, licence) for hub_id, licence in _family()}
-_QUANTISED = re.compile(r"(.+-instruct)-(awq|gptq-int[48])")  # quantised variants, which the hub has for most models
+_QUANTISED = ("AWQ", "GPTQ-Int4", "GPTQ-Int8")  # variants that the hub has of most of the models
 
 
 def licence(model: str) -> str | None:
@@ -47,7 +47,17 @@ def licence(model: str) -> str | None:
     if _local(model):
         return None
     key = model.lower()
-    return LICENCE if key in DOWNLOADS else _HUB.get(key.removeprefix("qwen/"), (None, None))[1]
+    return LICENCE if key in DOWNLOADS else (_published(key) or (None, None))[1]
+
+
+def _published(key: str) -> tuple[str, str] | None:
+    """(hub id, licence) of a model that Qwen published, or of a quantised variant of one, by its name in lower case."""
+    key = key.removeprefix("qwen/")
+    for variant in _QUANTISED:
+        base = _HUB.get(key.removesuffix(f"-{variant.lower()}"))
+        if base and key.endswith(f"-instruct-{variant.lower()}"):
+            return f"{base[0]}-{variant}", base[1]
+    return _HUB.get(key)
 
 
 def resolve(model: str | Path, progress: Progress | None = None, accept: Accept | None = None) -> Path:
@@ -78,14 +88,8 @@ def pull(name: str, progress: Progress | None = None, accept: Accept | None = No
     key = name.lower()
     if key in DOWNLOADS:
         return fetch(DOWNLOADS[key], progress)
-    if known := _HUB.get(key.removeprefix("qwen/")):
+    if known := _published(key):
         return snapshot(known[0], accept)
-    quantised = _QUANTISED.fullmatch(key.removeprefix("qwen/"))
-    if quantised and quantised[1] in _HUB:
-        raise RequestError(
-            f"model: {shown(name)} has weights quantised by {quantised[2].split('-')[0].upper()}, which is not "
-            f"supported; expected {quantised[1]}, or a GGUF file of it"
-        )
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         return snapshot(name, accept)
     close = difflib.get_close_matches(key.removeprefix("qwen/"), _names(), n=4, cutoff=0.6)
