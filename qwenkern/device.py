@@ -12,6 +12,8 @@ from .config import Config
 from .errors import ConfigError, RequestError, shown
 from .kernels import Pages, Weight
 from .kernels import c as c_backend
+from .kernels.pages import FORMATS as PAGES
+from .kernels.pages import DensePages
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -59,6 +61,42 @@ def choose_format(argument: str, name: str, formats: Mapping[str, Format]) -> Fo
     if not isinstance(name, str) or name not in formats:
         raise RequestError(f"{argument} is {shown(name)}; expected one of {', '.join(map(repr, formats))}")
     return formats[name]
+
+
+def check_cache_dtype(kv_cache_dtype: str | torch.dtype) -> str:
+    """The name of a dtype of the key-value cache, or "auto". Raises RequestError if no model has it."""
+    name = str(kv_cache_dtype).removeprefix("torch.") if isinstance(kv_cache_dtype, (str, torch.dtype)) else ""
+    names = ["auto", *_DTYPES, *(each for each in PAGES if each not in (DensePages.format, *_DTYPES))]
+    if name not in names:
+        raise RequestError(f"kv_cache_dtype is {shown(kv_cache_dtype)}; expected one of {', '.join(map(repr, names))}")
+    return name
+
+
+def choose_pages(
+    kv_cache_dtype: str | torch.dtype, dtype: torch.dtype, device: torch.device, quantised: bool = False
+) -> type[Pages]:
+    """The format of the key-value cache of a model that computes in ``dtype``. ``quantised`` says whether its weights
+    are. Raises RequestError."""
+    name, own = check_cache_dtype(kv_cache_dtype), str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return default_pages(dtype, device, quantised)
+    if name == own:
+        return DensePages
+    stored = {each: found for each, found in PAGES.items() if found is not DensePages}
+    if name not in stored:
+        raise RequestError(
+            f"kv_cache_dtype is {name!r}, and the model computes in {own}; expected one of "
+            f"{', '.join(map(repr, dict.fromkeys(('auto', own, *stored))))}"
+        )
+    return stored[name]
+
+
+def default_pages(dtype: torch.dtype, device: torch.device, quantised: bool) -> type[Pages]:
+    """The format of "auto": the model's dtype; float16 for quantised weights with float32 activations on a CPU, which
+    costs a mean KL divergence of 4e-6 and halves the cache."""
+    if quantised and dtype == torch.float32 and device.type == "cpu":
+        return PAGES["float16"]
+    return DensePages
 
 
 def use_threads(threads: int | None) -> None:

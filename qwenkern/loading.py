@@ -12,15 +12,13 @@ import torch
 
 from .arguments import whole
 from .checkpoint import Checkpoint, load_weights, open_checkpoint
-from .checkpoint.formats import formats_of
 from .config import Config
 from .device import choose_dtype
 from .errors import RequestError, shown
-from .footprint import Layout, refuse_too_large
+from .footprint import layout_of, refuse_too_large
 from .generation import Generation
 from .hub.names import resolve
-from .kernels import Pages, Weight, prepare
-from .kernels.pages import DensePages
+from .kernels import Weight, prepare
 from .kernels.weights import Dense
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
@@ -44,26 +42,26 @@ def load(
     dtype: str | torch.dtype,
     progress: Progress | None,
     weights: type[Weight] = Dense,
-    pages: type[Pages] = DensePages,
+    kv_cache_dtype: str | torch.dtype = "auto",
     cache_tokens: int | None = None,
 ) -> Loaded:
     """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does.
 
-    pages and cache_tokens: of its cache, which must fit beside the weights."""
+    kv_cache_dtype and cache_tokens: of its cache, which must fit beside the weights."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
 
     cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
 
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
-        chosen = choose_dtype(dtype, config, device)
-        matrices = formats_of(config, weights.format, chosen) | dict(stored or {})
-        layout = Layout(config, matrices, chosen, device.type == "cuda", pages)
+        layout = layout_of(
+            config, device, quantize=weights.format, stored=stored, dtype=dtype, kv_cache_dtype=kv_cache_dtype
+        )
         refuse_too_large(layout, device, str(model), cache_tokens)
 
     path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()
-    refuse(checkpoint.config, getattr(checkpoint, "formats", None))
+    refuse(checkpoint.config, checkpoint.formats)
     dtype = choose_dtype(dtype, checkpoint.config, device)
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)

@@ -54,9 +54,11 @@ def num_vector_values(config: Config) -> int:
 def stored_formats(config: Config, dtype: torch.dtype) -> dict[str, Weight]:
     """The quantised matrices of a checkpoint of which only the configuration is known, in the same way: what its
     quantization_config says. Whether the columns of a group follow each other is not known then."""
+    found: dict[str, Weight] = {}
     what = config.quantization
-    found = {}
-    for name, (rows, columns) in matrices(config).items() if what else ():
+    if what is None:
+        return found
+    for name, (rows, columns) in matrices(config).items():
         module, group = name.removesuffix(".weight"), None
         form = what.formats.get(module, Dense.format)
         if not what.formats and _is_quantised(module, what):

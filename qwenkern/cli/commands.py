@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..config import FAMILY
+from ..device import choose_device
 from ..engine import Completion, Stream
 from ..errors import Error
 from ..footprint import Layout, layout_of
@@ -37,6 +37,9 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, folder of safetensors, or .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+CacheOption = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="How keys and values are cached: auto, float16, int8, fp8, or dtype's.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Number of CPU threads.", show_default="one per physical core")]
 MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answer.", show_default="the checkpoint's")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
@@ -77,12 +80,13 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: CacheOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
     """Complete a text, or with --chat answer a question."""
     if prompt is None:
         prompt = terminal.read_stdin()
-    loaded = _load(model, device, dtype, threads)
+    loaded = _load(model, device, dtype, kv_cache_dtype, threads)
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -110,10 +114,11 @@ def chat(
     seed: Seed = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: CacheOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
     """Chat with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
-    loaded = _load(model, device, dtype, threads)
+    loaded = _load(model, device, dtype, kv_cache_dtype, threads)
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -214,9 +219,11 @@ def main() -> NoReturn:
     terminal.run(app)
 
 
-def _load(model: str, device: str, dtype: str, threads: int | None) -> Model:
+def _load(model: str, device: str, dtype: str, kv_cache_dtype: str, threads: int | None) -> Model:
     with _progress() as progress:
-        return Model.from_pretrained(model, device=device, dtype=dtype, threads=threads, progress=progress)
+        return Model.from_pretrained(
+            model, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype, threads=threads, progress=progress
+        )
 
 
 @contextlib.contextmanager
@@ -269,12 +276,12 @@ def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dic
 def _facts(model: str) -> tuple[Layout, list[str]]:
     """The configuration of a checkpoint, or of a size of the family by its bare name, as it would be loaded here, and
     its contradictions."""
-    on_gpu = torch.cuda.is_available()
+    device = choose_device("auto")
     if model.lower() in FAMILY and not Path(model).exists():
-        return layout_of(FAMILY[model.lower()], on_gpu=on_gpu), []
+        return layout_of(FAMILY[model.lower()], device), []
     with _progress() as progress:
         path, checkpoint = find(model, progress)
-    layout = layout_of(checkpoint.config, on_gpu=on_gpu, stored=getattr(checkpoint, "formats", None))
+    layout = layout_of(checkpoint.config, device, stored=checkpoint.formats)
     return layout, facts.contradictions(
         checkpoint.config,
         path.stem if path.is_file() else path.name,

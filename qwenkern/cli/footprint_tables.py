@@ -109,5 +109,5 @@ def _cards(case: Case, device: str, cards: Sequence[Card]) -> Table:
 
 def _what(case: Case) -> str:
     sequences = "1 sequence" if case.sequences == 1 else f"{case.sequences:,} sequences"
-    stored = "as stored" if case.quantize == "none" else case.quantize
+    stored = "as it is stored" if case.quantize == "stored" else case.quantize
     return f"{stored}, {sequences} of {case.context:,} tokens"

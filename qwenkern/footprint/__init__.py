@@ -6,7 +6,7 @@ the cache, `memory.py` says what this machine has, and `cards.py` what others ha
 
 from __future__ import annotations
 
-from .choice import layout_of, pages_of
+from .choice import layout_of
 from .fit import refuse_too_large
 from .layout import Footprint, Layout, default_chunk
 from .memory import Memory, memory_of
@@ -20,6 +20,5 @@ __all__ = [
     "default_chunk",
     "layout_of",
     "memory_of",
-    "pages_of",
     "refuse_too_large",
 ]

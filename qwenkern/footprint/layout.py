@@ -50,15 +50,13 @@ class Footprint:
 class Layout:
     """A model's numbers, and in what formats its weights and its cache are kept.
 
-    matrices: by Hugging Face's name, without memory. dtype: of activations, norms and biases. cache_dtype: what the
-    pages are allocated with; None: ``dtype``."""
+    matrices: by Hugging Face's name, without memory. dtype: of activations, norms, biases and dense matrices."""
 
     config: Config
     matrices: Mapping[str, Weight]
     dtype: torch.dtype
     on_gpu: bool
     pages: type[Pages] = DensePages
-    cache_dtype: torch.dtype | None = None
 
     @functools.cached_property
     def weights(self) -> int:
@@ -80,16 +78,14 @@ class Layout:
 
     def cache(self, num_pages: int) -> int:
         """Bytes of so many pages of all layers, and the spare one."""
-        config, dtype = self.config, self.cache_dtype or self.dtype
+        config = self.config
         shape = num_pages + 1, PAGE_SIZE, config.num_key_value_heads, config.head_dim
-        return config.num_hidden_layers * self.pages.allocate(*shape, dtype, torch.device("meta")).nbytes
+        return config.num_hidden_layers * self.pages.allocate(*shape, self.dtype, torch.device("meta")).nbytes
 
     @property
     def cache_name(self) -> str:
         """The dtype of dense pages, or the format of others."""
-        if self.pages is not DensePages:
-            return self.pages.format
-        return _name(self.cache_dtype or self.dtype)
+        return _name(self.dtype) if self.pages is DensePages else self.pages.format
 
     @property
     def token(self) -> int:
