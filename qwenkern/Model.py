@@ -13,13 +13,12 @@ from torch import Tensor
 
 from .arguments import flag, whole
 from .cache import PagedCache
-from .checkpoint.formats import formats_of
 from .config import Config
-from .device import cache_room, check_cache_dtype, choose_device, choose_dtype, choose_format, choose_pages, use_threads
+from .device import check_cache_dtype, choose_device, choose_dtype, choose_format, choose_pages, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
 from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
-from .footprint import Layout, default_chunk, refuse_too_large
+from .footprint import Layout, cache_room, default_chunk, layout_of, refuse_too_large
 from .generation import Generation
 from .kernels import invariant_tokens, prepare
 from .kernels.weights import FORMATS as WEIGHTS
@@ -58,7 +57,8 @@ class Model:
         self.prefill_chunk = chunk or default_chunk(self.device.type == "cuda")
         pages = choose_pages(kv_cache_dtype, self.dtype, self.device, module.is_quantised)
         weights = sum(parameter.nbytes for parameter in module.parameters())
-        room = cache_room(cache_tokens, self.config, self.dtype, self.device, self.prefill_chunk, pages, weights)
+        layout = Layout(self.config, {}, self.dtype, self.device.type == "cuda", pages)
+        room = cache_room(layout, self.device, cache_tokens, self.prefill_chunk, weights)
         self.cache = PagedCache(self.config, room, self.dtype, self.device, pages=pages)
         for of_layer, bias in zip(self.cache.pages, module.k_biases(), strict=True):
             of_layer.adapt(bias)
@@ -138,8 +138,7 @@ class Model:
         device = choose_device(device)
         chosen = choose_dtype(dtype, config, device)
         cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
-        matrices = formats_of(config, weights, chosen)
-        layout = Layout(config, matrices, chosen, device.type == "cuda", choose_pages(kv_cache_dtype, chosen, device))
+        layout = layout_of(config, device, quantize=weights, dtype=chosen, kv_cache_dtype=kv_cache_dtype)
         refuse_too_large(layout, device, config.source, cache_tokens)
         module = Qwen2(config, chosen, device, weight_format)
         initialise(module, seed)

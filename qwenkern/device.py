@@ -1,4 +1,4 @@
-"""Chooses a model's device, its dtype, the CPU threads, and the size of its cache."""
+"""Chooses a model's device, its dtype, its formats and the CPU threads."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import torch
 from .arguments import whole
 from .config import Config
 from .errors import ConfigError, RequestError, shown
-from .footprint import Layout, default_tokens, most_tokens
 from .kernels import Pages, Weight
 from .kernels import c as c_backend
 from .kernels.pages import FORMATS as PAGES
@@ -110,23 +109,3 @@ def use_threads(threads: int | None) -> None:
         c_backend.check_environment()
     except ValueError as error:
         raise RequestError(str(error)) from None
-
-
-def cache_room(
-    asked: int | None,
-    config: Config,
-    dtype: torch.dtype,
-    device: torch.device,
-    prefill_chunk: int,
-    pages: type[Pages] = DensePages,
-    weights: int = 0,
-) -> int:
-    """The number of tokens in the key-value cache: the requested one, else a default (footprint/room.py). ``weights``:
-    their bytes, which lie on the device already. Raises RequestError if the device's memory does not hold it."""
-    asked = whole("cache_tokens", asked, 1, optional=True)
-    layout = Layout(config, {}, dtype, device.type == "cuda", pages)
-    if asked is None:
-        return default_tokens(layout, device, prefill_chunk, weights)
-    if (most := most_tokens(layout, device)) < asked:
-        raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
-    return asked

@@ -12,11 +12,10 @@ import torch
 
 from .arguments import whole
 from .checkpoint import Checkpoint, load_weights, open_checkpoint
-from .checkpoint.formats import formats_of
 from .config import Config
-from .device import choose_dtype, choose_pages
+from .device import choose_dtype
 from .errors import RequestError, shown
-from .footprint import Layout, refuse_too_large
+from .footprint import layout_of, refuse_too_large
 from .generation import Generation
 from .hub.names import resolve
 from .kernels import Weight, prepare
@@ -55,14 +54,14 @@ def load(
     cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
 
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
-        chosen = choose_dtype(dtype, config, device)
-        matrices = formats_of(config, weights.format, chosen) | dict(stored or {})
-        layout = Layout(config, matrices, chosen, device.type == "cuda", choose_pages(kv_cache_dtype, chosen, device))
+        layout = layout_of(
+            config, device, quantize=weights.format, stored=stored, dtype=dtype, kv_cache_dtype=kv_cache_dtype
+        )
         refuse_too_large(layout, device, str(model), cache_tokens)
 
     path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()
-    refuse(checkpoint.config, getattr(checkpoint, "formats", None))
+    refuse(checkpoint.config, checkpoint.formats)
     dtype = choose_dtype(dtype, checkpoint.config, device)
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
