@@ -22,9 +22,9 @@ from .generation import Generation
 from .kernels import Pages, invariant_tokens, prepare
 from .kernels.pages import FORMATS as PAGES
 from .kernels.pages import DensePages
-from .kernels.weights import FORMATS as WEIGHTS
 from .loading import load
 from .prompts import Prompt, Prompts, is_ids, is_one_prompt, rows_of_ids, sampling_params
+from .quantise import choose_quantisation
 from .qwen2 import Qwen2, initialise
 from .sampling import Drawing, SamplingParams
 from .text.tokenizer import Tokenizer
@@ -73,16 +73,19 @@ class Model:
         deterministic: bool = False,
         threads: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
-        weights: str = "dense",
+        quantize: str | None = None,
         pages: str = "dense",
     ) -> Model:
         """Loads a checkpoint.
 
         model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
-            safetensors, or a .gguf file, whose weights are dequantised.
+            safetensors, or a .gguf file. Quantised weights stay as they are.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (that of config.json, else of the first weight; bfloat16 for GGUF), "bfloat16", "float16",
-            "float32".
+        dtype: of activations and of weights that are not quantised: "auto" (that of config.json, else of the first
+            weight; bfloat16 for GGUF; float32 if weights are quantised and the device is a CPU), "bfloat16",
+            "float16", "float32".
+        quantize: None (weights stay as the checkpoint has them); "int8", "int4" or "fp8" rounds dense matrices as they
+            load (with "int4", embedding and output to int8); "none" dequantises quantised ones.
         cache_tokens: tokens that the key-value cache holds. All calls share it and wait while it is full.
         prefill_chunk: prompt tokens per pass.
         deterministic: a prompt gives the same bits in every batch. Without it, only decode steps of up to 16 sequences
@@ -95,8 +98,8 @@ class Model:
 
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
         use_threads(threads)
-        weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
-        loaded = load(model, choose_device(device), dtype, progress, weight_format)
+        page_format = choose_format("pages", pages, PAGES)
+        loaded = load(model, choose_device(device), dtype, progress, quantize)
         return cls(*loaded, cache_tokens, prefill_chunk, deterministic, page_format)
 
     @classmethod
@@ -112,7 +115,7 @@ class Model:
         prefill_chunk: int | None = None,
         deterministic: bool = False,
         threads: int | None = None,
-        weights: str = "dense",
+        quantize: str | None = None,
         pages: str = "dense",
     ) -> Model:
         """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
@@ -125,10 +128,11 @@ class Model:
         if not isinstance(tokenizer, Tokenizer | None):
             raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
         seed = whole("seed", seed, -(2**63), 2**64 - 1)
-        weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
+        page_format, quantisation = choose_format("pages", pages, PAGES), choose_quantisation(quantize)
         device = choose_device(device)
-        module = Qwen2(config, choose_dtype(dtype, config, device), device, weight_format)
-        initialise(module, seed)
+        dtype = choose_dtype(dtype, config, device, quantisation.is_quantised)
+        module = Qwen2(config, dtype, device, allocated=False)
+        initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
         return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, page_format)
 
     @classmethod

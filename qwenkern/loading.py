@@ -15,8 +15,8 @@ from .device import choose_dtype
 from .errors import RequestError, shown
 from .generation import Generation
 from .hub.names import resolve
-from .kernels import Weight, prepare
-from .kernels.weights import Dense
+from .kernels import prepare
+from .quantise import choose_quantisation
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
 
@@ -38,22 +38,23 @@ def load(
     device: torch.device,
     dtype: str | torch.dtype,
     progress: Progress | None,
-    weights: type[Weight] = Dense,
+    quantize: str | None = None,
 ) -> Loaded:
     """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
     path, checkpoint = find(model, progress)
     started = time.perf_counter()
-    dtype = choose_dtype(dtype, checkpoint.config, device)
+    quantisation = choose_quantisation(quantize, checkpoint)
+    dtype = choose_dtype(dtype, checkpoint.config, device, quantisation.is_quantised)
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
-    module = Qwen2(checkpoint.config, dtype, device, weights)
+    module = Qwen2(checkpoint.config, dtype, device, allocated=False)
     total = checkpoint.num_bytes(dtype) if progress else 0
     load_weights(
         module,
         checkpoint.config,
-        checkpoint.tensors(dtype),
+        quantisation.of(checkpoint.tensors(dtype), dtype),
         source=str(path),
         progress=progress and (lambda done: progress("load", done, total)),
     )
