@@ -58,6 +58,12 @@ def _kernels(name: str, text: str) -> str:
     return text
 
 
+def _activations(name: str, text: str) -> str:
+    if text not in ("exact", "int8"):
+        raise ValueError(f"{name} is {text!r}; expected exact or int8, or unset")
+    return text
+
+
 CACHE = Variable(
     "QWENKERN_CACHE",
     "The folder for downloads (`models/`) and for what was compiled and measured for a CPU (`compiled/`). It may begin "
@@ -71,6 +77,13 @@ THREADS = Variable(
     "one thread for each physical core that the process may run on, but not more than the cgroup's CPU quota (rounded "
     "up) or `torch.get_num_threads()`",
     _threads,
+)
+CPU_ACTIVATIONS = Variable(
+    "QWENKERN_CPU_ACTIVATIONS",
+    "What a CPU multiplies quantised weights by: `exact` keeps activations finer than bfloat16, as two planes of int8. "
+    "`int8` rounds them to one plane: faster for many tokens, and less exact",
+    "`exact`",
+    _activations,
 )
 CPU_TARGET = Variable(
     "QWENKERN_CPU_TARGET",
@@ -120,6 +133,7 @@ COMMIT = Variable(
 VARIABLES: tuple[Variable, ...] = (
     CACHE,
     THREADS,
+    CPU_ACTIVATIONS,
     CPU_TARGET,
     KERNELS,
     CONFIG_DIR,
