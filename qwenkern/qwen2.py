@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -62,6 +63,17 @@ class Qwen2(nn.Module):
         norm_weight, eps = self.model.norm.weight, self.config.rms_norm_eps
         values, ids = ops.lm_head_top_k(x, norm_weight, eps, self.lm_head.value, 1)
         return values[:, 0], ids[:, 0]
+
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any of its matrices is."""
+        return any(not isinstance(each.value, Dense) for each in self.modules() if isinstance(each, Linear))
+
+    def k_biases(self) -> list[Tensor]:
+        """What each layer adds to k before it is rotated: [Hkv, D]."""
+        sizes = [self.config.q_size, self.config.kv_size, self.config.kv_size]
+        layers = [cast(DecoderLayer, layer).self_attn.qkv_proj.bias for layer in self.model.layers]
+        return [bias.detach().split(sizes)[1].unflatten(0, (-1, self.config.head_dim)) for bias in layers]
 
     def untie(self, head: Weight) -> None:
         """Gives the output weights of its own where they were the embedding's."""

@@ -23,6 +23,7 @@ from .targets import Target
 
 logger = logging.getLogger(__name__)
 PROBLEMS = (compiler.CompilerError, compiler.Refused, OSError)
+DTYPES = (torch.bfloat16, torch.float32)  # of activations
 BUILT = Path(__file__).parent / "built"  # the folder that setup.py puts into a wheel; a source checkout has none
 NOT_PREPARED = "anything before it is prepared"
 LONG = 1.0  # seconds of measuring after which a progress line is logged
@@ -80,9 +81,9 @@ def refuses() -> str | None:
 
 
 def refuses_dtype(dtype: torch.dtype) -> str | None:
-    """The reason why no C op takes floats of this dtype, or None."""
-    if dtype != torch.bfloat16:
-        return f"{str(dtype).removeprefix('torch.')} (C computes in bfloat16)"
+    """The reason why no C op takes activations of this dtype, or None."""
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} (C takes bfloat16 and float32)"
     return refuses()
 
 

@@ -54,7 +54,7 @@ def refuses_product(x: Tensor, weight: Weight) -> str | None:
     here = build.prepared()
     if x.shape[1] % here.limits.in_features_multiple:
         return f"rows of {x.shape[1]} values (a multiple of {here.limits.in_features_multiple})"
-    if len(x) > here.limits.max_few_tokens and not here.multiplies:
+    if len(x) > here.limits.max_few_tokens and not (here.multiplies and x.dtype == torch.bfloat16):
         return f"{len(x)} tokens, which torch multiplies faster on this processor"
     return None
 
@@ -68,7 +68,7 @@ def product(
     up: Weight | None = None,
     bias: Tensor | None = None,
     addend: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]: a new tensor [T, N].
 

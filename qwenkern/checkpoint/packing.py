@@ -115,7 +115,8 @@ def load_weights(
     seen: set[str] = set()
     tied_head: torch.Tensor | Weight | None = None
     done = 0
-    for name, tensor in tensors:
+    for name, value in tensors:
+        tensor = value.dequantise() if isinstance(value, Weight) else value
         if name in seen:
             raise CheckpointError(f"{source}: tensor {name} is given twice")
         seen.add(name)

@@ -140,7 +140,9 @@ def test_a_member_that_is_missing_is_named(form, but):
         type("Partial", (Weight,), members(form, but) | {"format": "partial"})
 
 
-@pytest.mark.parametrize("but", ["triton_load", "triton_prefetch", "triton_arguments"])
+@pytest.mark.parametrize(
+    "but", ["triton_load", "triton_operand", "triton_multiply", "triton_prefetch", "triton_arguments"]
+)
 def test_a_piece_for_triton_that_is_missing_is_named(form, but):
     if FORMATS[form].triton_load is None:
         pytest.skip("has none of them")

@@ -18,6 +18,7 @@ DIFFERING = 0.01  # share of elements, at most, where float32 sums in another or
 FLOAT64_RELATIVE = 64 * torch.finfo(torch.float64).eps  # one formula in float64, its terms in another order
 BATCH_TIE = 0.25  # nats between two tokens that our own bfloat16 may swap in another batch or in chunks
 COARSEST = 1 / 8  # of the largest value: what any format of cache pages may lose of one
+FP8_RELATIVE = 2 * torch.finfo(torch.float32).eps  # a scale and a quotient, each rounded to float32
 ROOT_KL_RATIO = 1.05  # a bfloat16 run's distance from the truth, at most, over transformers' own: its square is 1.1
 
 
