@@ -164,6 +164,7 @@ typedef struct {           /* a matrix [N, K] in blocks of a GGUF file, as the t
     uint16_t *minima;      /* the same, or null */
     uint8_t *sub_scales;   /* [N / 16, groups of a row, 16], or null */
     uint8_t *sub_minima;   /* the same, or null */
+    uint8_t *finite;       /* [N / 16]: whether the scales and minima of 16 rows are finite numbers */
     const uint8_t *blocks; /* [N, blocks of a row], as the file has them */
     long rows, columns;
     long format; /* its place in EACH_BLOCK_FORMAT */

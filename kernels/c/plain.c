@@ -159,6 +159,9 @@ static void plain_repack(const repack_args *a) {
             long place = (n / 16 * blocks + b) * 16 + n % 16;
             memcpy(a->scales + place, from + b * form.bytes + form.scale, 2);
             if (a->minima) memcpy(a->minima + place, from + b * form.bytes + form.minimum, 2);
+            if (n % 16 == 0 && b == 0) a->finite[n / 16] = 1;
+            a->finite[n / 16] &= (a->scales[place] & 0x7C00) != 0x7C00; /* infinite, or no number */
+            a->finite[n / 16] &= !a->minima || (a->minima[place] & 0x7C00) != 0x7C00;
             block_sub_scales(scales, minima, a->format, from + b * form.bytes);
             for (long g = 0; g < groups; g++) {
                 place = (n / 16 * blocks * groups + b * groups + g) * 16 + n % 16;
