@@ -1,17 +1,15 @@
-"""Chooses a model's device, its dtype, the CPU threads, and the size of its cache."""
+"""Chooses a model's device, its dtype, its formats and the CPU threads."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 
 from .arguments import whole
 from .config import Config
 from .errors import ConfigError, RequestError, shown
-from .footprint import Layout, default_tokens, most_tokens
-from .kernels import Pages, Weight
+from .kernels import Pages
 from .kernels import c as c_backend
 from .kernels.pages import FORMATS as PAGES
 from .kernels.pages import DensePages
@@ -37,9 +35,14 @@ def choose_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
-    """The requested dtype; "auto" is the checkpoint's. Raises RequestError, or ConfigError for a wrong checkpoint's."""
+def choose_dtype(
+    dtype: str | torch.dtype, config: Config, device: torch.device, quantised: bool = False
+) -> torch.dtype:
+    """The requested dtype. "auto" is the checkpoint's, or float32 on a CPU if the weights are quantised: they are read
+    as they are, so x in float32 costs nothing there. Raises RequestError, or ConfigError for a wrong checkpoint's."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
+    if name == "auto" and quantised and device.type == "cpu":
+        return torch.float32
     if name == "auto":
         name = config.dtype.removeprefix("torch.")
         if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -54,10 +57,7 @@ def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device)
     return _DTYPES[name]
 
 
-Format = TypeVar("Format", type[Pages], type[Weight])
-
-
-def choose_format(argument: str, name: str, formats: Mapping[str, Format]) -> Format:
+def choose_format(argument: str, name: str, formats: Mapping[str, type[Pages]]) -> type[Pages]:
     """The format of this name. Raises RequestError, which names the argument."""
     if not isinstance(name, str) or name not in formats:
         raise RequestError(f"{argument} is {shown(name)}; expected one of {', '.join(map(repr, formats))}")
@@ -110,23 +110,3 @@ def use_threads(threads: int | None) -> None:
         c_backend.check_environment()
     except ValueError as error:
         raise RequestError(str(error)) from None
-
-
-def cache_room(
-    asked: int | None,
-    config: Config,
-    dtype: torch.dtype,
-    device: torch.device,
-    prefill_chunk: int,
-    pages: type[Pages] = DensePages,
-    weights: int = 0,
-) -> int:
-    """The number of tokens in the key-value cache: the requested one, else a default (footprint/room.py). ``weights``:
-    their bytes, which lie on the device already. Raises RequestError if the device's memory does not hold it."""
-    asked = whole("cache_tokens", asked, 1, optional=True)
-    layout = Layout(config, {}, dtype, device.type == "cuda", pages)
-    if asked is None:
-        return default_tokens(layout, device, prefill_chunk, weights)
-    if (most := most_tokens(layout, device)) < asked:
-        raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
-    return asked

@@ -12,15 +12,14 @@ import torch
 
 from .arguments import whole
 from .checkpoint import Checkpoint, load_weights, open_checkpoint
-from .checkpoint.formats import formats_of
 from .config import Config
-from .device import choose_dtype, choose_pages
+from .device import choose_dtype
 from .errors import RequestError, shown
-from .footprint import Layout, refuse_too_large
+from .footprint import layout_of, refuse_too_large
 from .generation import Generation
 from .hub.names import resolve
 from .kernels import Weight, prepare
-from .kernels.weights import Dense
+from .quantise import choose_quantisation
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
 
@@ -42,7 +41,7 @@ def load(
     device: torch.device,
     dtype: str | torch.dtype,
     progress: Progress | None,
-    weights: type[Weight] = Dense,
+    quantize: str | None = None,
     kv_cache_dtype: str | torch.dtype = "auto",
     cache_tokens: int | None = None,
 ) -> Loaded:
@@ -55,23 +54,22 @@ def load(
     cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
 
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
-        chosen = choose_dtype(dtype, config, device)
-        matrices = formats_of(config, weights.format, chosen) | dict(stored or {})
-        layout = Layout(config, matrices, chosen, device.type == "cuda", choose_pages(kv_cache_dtype, chosen, device))
+        layout = layout_of(config, device, quantize=quantize, stored=stored, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         refuse_too_large(layout, device, str(model), cache_tokens)
 
     path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()
-    refuse(checkpoint.config, getattr(checkpoint, "formats", None))
-    dtype = choose_dtype(dtype, checkpoint.config, device)
+    refuse(checkpoint.config, checkpoint.formats)
+    quantisation = choose_quantisation(quantize, checkpoint)
+    dtype = choose_dtype(dtype, checkpoint.config, device, quantisation.is_quantised)
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
-    module = Qwen2(checkpoint.config, dtype, device, weights)
+    module = Qwen2(checkpoint.config, dtype, device, allocated=False)
     total = checkpoint.num_bytes(dtype) if progress else 0
     load_weights(
         module,
         checkpoint.config,
-        checkpoint.tensors(dtype),
+        quantisation.of(checkpoint.tensors(dtype), dtype),
         source=str(path),
         progress=progress and (lambda done: progress("load", done, total)),
     )

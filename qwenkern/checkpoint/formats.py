@@ -11,7 +11,8 @@ import torch
 from qwenkern.config import Config
 from qwenkern.errors import RequestError, shown
 from qwenkern.kernels import Weight
-from qwenkern.kernels.weights import FORMATS, Dense
+from qwenkern.kernels.weights import FORMATS, Dense, Grouped
+from qwenkern.quantization import MATRIX, ROW, Quantization
 
 from .mixes import MIXES, mixed
 from .packing import EMBEDDING, HEAD, slots
@@ -50,12 +51,41 @@ def num_vector_values(config: Config) -> int:
     return sum(math.prod(slot.shape) for slot in slots(config).values() if len(slot.shape) == 1)
 
 
+def stored_formats(config: Config, dtype: torch.dtype) -> dict[str, Weight]:
+    """The quantised matrices of a checkpoint of which only the configuration is known, in the same way: what its
+    quantization_config says. Whether the columns of a group follow each other is not known then."""
+    found: dict[str, Weight] = {}
+    what = config.quantization
+    if what is None:
+        return found
+    for name, (rows, columns) in matrices(config).items():
+        module, group = name.removesuffix(".weight"), None
+        form = what.formats.get(module, Dense.format)
+        if not what.formats and _is_quantised(module, what):
+            form = "fp8" if what.kind == "float" else f"int{what.bits}"
+            group = columns if what.group_size in (ROW, MATRIX) else what.group_size
+        weight = without_memory(rows, columns, form, dtype, group)
+        if not isinstance(weight, Dense):
+            found[name] = weight
+    return found
+
+
+def _is_quantised(module: str, what: Quantization) -> bool:
+    """Whether a linear layer is. GPTQ and AWQ leave the output dense, and all but our own files the embedding."""
+    if f"{module}.weight" in (EMBEDDING, HEAD) and (what.method != "compressed-tensors" or f"{module}.weight" != HEAD):
+        return False
+    return not what.ignores(module)
+
+
 @functools.lru_cache(maxsize=256)
-def without_memory(rows: int, columns: int, form: str, dtype: torch.dtype) -> Weight:
+def without_memory(rows: int, columns: int, form: str, dtype: torch.dtype, group: int | None = None) -> Weight:
     """A weight of this format on torch's device `meta`; a dense one if the format is not ours or does not take the
-    shape."""
+    shape. ``group``: the values of a group, for formats that do not say it."""
+    kind = FORMATS.get(form, Dense)
     try:
-        return FORMATS.get(form, Dense).allocate(rows, columns, dtype, _described)
+        if issubclass(kind, Grouped):
+            return kind.allocate(rows, columns, dtype, _described, group)
+        return kind.allocate(rows, columns, dtype, _described)
     except ValueError:
         return Dense.allocate(rows, columns, dtype, _described)
 

@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import torch
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from ..config import FAMILY
+from ..device import choose_device
 from ..engine import Completion, Stream
 from ..errors import Error
 from ..footprint import Layout, layout_of
@@ -276,12 +276,12 @@ def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dic
 def _facts(model: str) -> tuple[Layout, list[str]]:
     """The configuration of a checkpoint, or of a size of the family by its bare name, as it would be loaded here, and
     its contradictions."""
-    on_gpu = torch.cuda.is_available()
+    device = choose_device("auto")
     if model.lower() in FAMILY and not Path(model).exists():
-        return layout_of(FAMILY[model.lower()], on_gpu=on_gpu), []
+        return layout_of(FAMILY[model.lower()], device), []
     with _progress() as progress:
         path, checkpoint = find(model, progress)
-    layout = layout_of(checkpoint.config, on_gpu=on_gpu, stored=getattr(checkpoint, "formats", None))
+    layout = layout_of(checkpoint.config, device, stored=checkpoint.formats)
     return layout, facts.contradictions(
         checkpoint.config,
         path.stem if path.is_file() else path.name,

@@ -9,12 +9,13 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 
 from ..arguments import whole
 from ..checkpoint.mixes import MIXES
 from ..config import Config
-from ..errors import ConfigError, RequestError
+from ..errors import ConfigError, RequestError, shown
 from ..footprint import Footprint, Layout, layout_of
 from ..footprint.cards import AS_OF, CARDS, MACHINES, USABLE, Card, card_named
 from ..kernels import Weight
@@ -24,7 +25,9 @@ from ..loading import find
 from . import footprint_check, footprint_tables
 
 QUANTISED = [*(name for name in WEIGHTS if name != "dense"), *MIXES]
-IN_PAGES = [name for name in PAGES if name != "dense"]
+STORED = "stored"
+DTYPES = ("bfloat16", "float16", "float32")
+IN_CACHE = dict.fromkeys([*DTYPES, *(name for name in PAGES if name != "dense")])
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,16 @@ def footprint(
     quantize: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"none (as it is stored), bfloat16, float16, float32, {', '.join(QUANTISED)}. This and the next three "
+            help=f"stored (as it is), {', '.join(DTYPES)}, {', '.join(QUANTISED)}. This and the next three "
             "options may be given several times.",
-            show_default="none",
+            show_default="stored",
         ),
     ] = None,
     context: Annotated[list[int] | None, typer.Option(help="Tokens of a sequence.", show_default="4096")] = None,
     sequences: Annotated[list[int] | None, typer.Option(help="Sequences at once.", show_default="1")] = None,
     kv_cache_dtype: Annotated[
         list[str] | None,
-        typer.Option(help=", ".join(["auto", "bfloat16", "float16", "float32", *IN_PAGES]) + ".", show_default="auto"),
+        typer.Option(help=", ".join(["auto", *IN_CACHE]) + ".", show_default="auto"),
     ] = None,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
     device: Annotated[
@@ -81,10 +84,8 @@ def footprint(
         cards = (card_named(card, cards),)
     config, stored = numbers_of(model)
     cases = []
-    for form, pages in product(quantize or ["none"], kv_cache_dtype or ["auto"]):
-        layout = layout_of(
-            config, on_gpu=device == "cuda", quantize=form, stored=stored, dtype=dtype, kv_cache_dtype=pages
-        )
+    for form, pages in product(quantize or [STORED], kv_cache_dtype or ["auto"]):
+        layout = _layout(config, stored, device, form, dtype, pages)
         for length, count in product(context or [min(4096, config.context_length)], sequences or [1]):
             whole("context", length, 1, config.context_length)
             whole("sequences", count, 1, 1 << 20)
@@ -105,6 +106,23 @@ def footprint(
         footprint_check.refuse_a_difference(checked)
 
 
+def _layout(
+    config: Config, stored: Mapping[str, Weight] | None, device: str, form: str, dtype: str, kv_cache_dtype: str
+) -> Layout:
+    if form in DTYPES:
+        if dtype not in ("auto", form):
+            raise RequestError(f"quantize is {form!r}, and dtype {shown(dtype)}; expected one of the two")
+        form, dtype = "none", form
+    return layout_of(
+        config,
+        torch.device(device),
+        quantize=None if form == STORED else form,
+        stored=stored,
+        dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
+    )
+
+
 class _Known(Exception):
     """Ends a download when the configuration is there."""
 
@@ -112,23 +130,23 @@ class _Known(Exception):
         self.config = config
 
 
-def numbers_of(model: str) -> tuple[Config, Mapping[str, Weight]]:
-    """The configuration of a size of the family or of a checkpoint, and the quantised matrices of a file. Weights of a
-    hub's repository are not downloaded."""
+def numbers_of(model: str) -> tuple[Config, Mapping[str, Weight] | None]:
+    """The configuration of a size of the family or of a checkpoint, and the quantised matrices of a file
+    (None: the configuration says all). Weights of a hub's repository are not downloaded."""
 
     def stop(config: Config) -> None:
         raise _Known(config)
 
     if not Path(model).exists():
         try:
-            return Config.from_name(model), {}
+            return Config.from_name(model), None
         except ConfigError:  # another name
             pass
     try:
         _, checkpoint = find(model, accept=stop)
     except _Known as known:
-        return known.config, {}
-    return checkpoint.config, getattr(checkpoint, "formats", {})
+        return known.config, None
+    return checkpoint.config, checkpoint.formats
 
 
 def _described(model: str, case: Case, device: str, cards: tuple[Card, ...]) -> dict[str, Any]:

@@ -27,16 +27,19 @@ def device_of(device: str | None, check: bool) -> str:
 
 
 def compare(model: str, case: Case, device: str) -> dict[str, Any]:
-    """Bytes as they were computed and as they are, of weights and cache; and what the process takes."""
+    """Bytes as they were computed and as they are, of weights and cache; and what the process takes before it loads
+    the model, with it, and after a pass over as many tokens of a prompt as the case has, at most a chunk."""
     before = process_memory()
     layout = case.layout
     loaded = _load(model, case, device)
+    after = process_memory()
+    loaded.generate([0] * max(1, min(case.context, loaded.prefill_chunk) - 1), max_tokens=1, temperature=0)
     weights = sum(parameter.nbytes for parameter in loaded.module.parameters())
     cache = sum(pages.nbytes for pages in loaded.cache.pages)
     found = {
         "weights": {"computed": layout.weights, "actual": weights},
         "cache": {"computed": layout.cache(loaded.cache.num_pages), "actual": cache},
-        "process": {"before": before, "after": process_memory()},
+        "process": {"computed": case.footprint.total, "before": before, "loaded": after, "used": process_memory()},
     }
     if device == "cuda":
         found["gpu"] = {"allocated": torch.cuda.memory_allocated(), "reserved": torch.cuda.memory_reserved()}
@@ -56,6 +59,7 @@ def _load(model: str, case: Case, device: str) -> Model:
     options: dict[str, Any] = {
         "device": device,
         "dtype": str(layout.dtype).removeprefix("torch."),
+        "kv_cache_dtype": case.kv_cache_dtype,
         "cache_tokens": case.sequences * case.context,
     }
     if model.lower() in FAMILY and not Path(model).exists():

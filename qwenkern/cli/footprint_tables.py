@@ -71,10 +71,12 @@ def show_check(checked: dict[str, Any]) -> None:
         table.add_row(name, f"{checked[name]['computed']:,}", f"{checked[name]['actual']:,}")
     out = Console(highlight=False)
     out.print(table)
-    before, after = checked["process"]["before"], checked["process"]["after"]
-    for name in after:
+    process = checked["process"]
+    for name, size in process["used"].items():
+        before, loaded = process["before"][name], process["loaded"][name]
         out.print(
-            f"{name} memory of this process: {after[name]:,} bytes, before loading {before[name]:,}", soft_wrap=True
+            f"{name} memory of this process: {before:,} bytes, with the model {loaded:,}, after a pass {size:,}",
+            soft_wrap=True,
         )
     for name, size in checked.get("gpu", {}).items():
         out.print(f"{name} memory of the GPU: {size:,} bytes")
@@ -107,5 +109,5 @@ def _cards(case: Case, device: str, cards: Sequence[Card]) -> Table:
 
 def _what(case: Case) -> str:
     sequences = "1 sequence" if case.sequences == 1 else f"{case.sequences:,} sequences"
-    stored = "as stored" if case.quantize == "none" else case.quantize
+    stored = "as it is stored" if case.quantize == "stored" else case.quantize
     return f"{stored}, {sequences} of {case.context:,} tokens"

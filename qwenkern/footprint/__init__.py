@@ -6,21 +6,19 @@ the cache, `memory.py` says what this machine has, and `cards.py` what others ha
 
 from __future__ import annotations
 
-from .choice import layout_of, pages_of
+from .choice import layout_of
 from .fit import refuse_too_large
 from .layout import Footprint, Layout, default_chunk
 from .memory import Memory, memory_of
-from .room import default_tokens, most_tokens
+from .room import cache_room
 
 __all__ = [
     "Footprint",
     "Layout",
     "Memory",
+    "cache_room",
     "default_chunk",
-    "default_tokens",
     "layout_of",
     "memory_of",
-    "most_tokens",
-    "pages_of",
     "refuse_too_large",
 ]

@@ -1,4 +1,4 @@
-"""From a user's words (quantize=, dtype=, kv_cache_dtype=) to a Layout."""
+"""From what a user asks for (quantize=, dtype=, kv_cache_dtype=) to a Layout."""
 
 from __future__ import annotations
 
@@ -6,64 +6,39 @@ from collections.abc import Mapping
 
 import torch
 
-from ..checkpoint.formats import formats_of
+from ..checkpoint.formats import formats_of, stored_formats
 from ..config import Config
-from ..errors import RequestError, shown
-from ..kernels import Pages, Weight
-from ..kernels.pages import FORMATS as PAGES
-from ..kernels.pages import DensePages
+from ..device import choose_dtype, choose_pages
+from ..kernels import Weight
+from ..kernels.weights import Dense
 from .layout import Layout
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-NONE = ("none", *DTYPES)  # words for dense weights
+NONE = ("none", Dense.format)  # as quantize=: all matrices are dense
 
 
 def layout_of(
     config: Config,
+    device: torch.device,
     *,
-    on_gpu: bool,
-    quantize: str = "none",
+    quantize: str | None = None,
     stored: Mapping[str, Weight] | None = None,
-    dtype: str = "auto",
-    kv_cache_dtype: str = "auto",
+    dtype: str | torch.dtype = "auto",
+    kv_cache_dtype: str | torch.dtype = "auto",
 ) -> Layout:
-    """The layout of a model as it would be loaded.
+    """The layout of a model as it would be loaded. A GPU need not be there.
 
-    quantize: "none" (as it is stored), a dtype (dense), a format or a mix of checkpoint/formats.py. stored: a
-    checkpoint's quantised matrices by name; the others are dense. dtype: "auto" is what the weights are computed
-    with by default. kv_cache_dtype: "auto", a dtype, or a format of kernels/pages/. Raises RequestError."""
-    if quantize in DTYPES:
-        if dtype not in ("auto", quantize):
-            raise RequestError(f"quantize is {shown(quantize)} and dtype {shown(dtype)}; expected one of the two")
-        quantize, dtype, stored = "none", quantize, None
-    is_quantised = quantize != "none" or bool(stored)
-    chosen = _dtype(dtype, config, is_quantised, on_gpu)
-    if quantize == "none":
-        matrices = formats_of(config, None, chosen) | dict(stored or {})
-    else:
-        matrices = formats_of(config, quantize, chosen)
-    pages, cache_dtype = pages_of(kv_cache_dtype, chosen, is_quantised and not on_gpu)
-    return Layout(config, matrices, chosen, on_gpu, pages, cache_dtype)
-
-
-def _dtype(name: str, config: Config, is_quantised: bool, on_gpu: bool) -> torch.dtype:
-    if name == "auto":
-        name = "float32" if is_quantised and not on_gpu else config.dtype.removeprefix("torch.")
-        if name not in DTYPES:  # float64, say: loading asks for one of the three
-            name = "bfloat16"
-    if name not in DTYPES:
-        raise RequestError(f"dtype is {shown(name)}; expected 'auto' or one of {', '.join(map(repr, DTYPES))}")
-    return DTYPES[name]
-
-
-def pages_of(name: str, dtype: torch.dtype, in_half: bool = False) -> tuple[type[Pages], torch.dtype]:
-    """The format of the cache's pages, and the dtype that they are allocated with. ``in_half``: "auto" is float16."""
-    if name == "auto":
-        return DensePages, torch.float16 if in_half else dtype
-    if name in DTYPES:
-        return DensePages, DTYPES[name]
-    if name not in PAGES or name == DensePages.format:
-        others = [each for each in PAGES if each != DensePages.format]
-        expected = ", ".join(map(repr, ("auto", *DTYPES, *others)))
-        raise RequestError(f"kv_cache_dtype is {shown(name)}; expected one of {expected}")
-    return PAGES[name], dtype
+    quantize: None (matrices are as they are stored), one of NONE, a format, or a mix of checkpoint/mixes.py. stored: a
+    checkpoint's quantised matrices by name, without memory; None: those that the configuration says. dtype and
+    kv_cache_dtype as in Model.from_pretrained. Raises as it does."""
+    on_gpu = device.type == "cuda"
+    plain = dtype
+    if dtype == "auto" and on_gpu and not torch.cuda.is_available():
+        plain = config.dtype  # as on a GPU that has it
+    if stored is None:
+        stored = stored_formats(config, torch.float32)
+    is_quantised = bool(stored) if quantize is None else quantize not in NONE
+    chosen = torch.float32 if dtype == "auto" and is_quantised and not on_gpu else choose_dtype(plain, config, device)
+    matrices = formats_of(config, None if quantize in NONE else quantize, chosen)
+    if quantize is None:
+        matrices |= stored
+    return Layout(config, matrices, chosen, on_gpu, choose_pages(kv_cache_dtype, chosen, device, is_quantised))

@@ -22,10 +22,9 @@ from ..kernels import Pages, Weight
 from ..kernels.pages import DensePages
 from ..kernels.weights import Dense
 
-MIB = 1 << 20
-# Allowances, in bytes. On a CPU: Python, torch and a tokenizer, 320 MB in one measurement (2026-11, Linux). On a GPU:
-# CUDA's context, the code of the libraries and their workspaces.
-OF_A_CPU_PROCESS, OF_A_GPU_PROCESS = 400 * MIB, 512 * MIB
+# Allowances, in bytes. On a CPU: Python, torch and a tokenizer. On a GPU: CUDA's context, the code of the libraries and
+# their workspaces.
+OF_A_PROCESS = 512 << 20
 _LAUNCH = 32 << 10  # of a launch in a captured CUDA graph
 _LAUNCHES_OF_A_STEP, _LAUNCHES_OF_A_PROMPT, _PROMPT_LENGTHS = 6, 10, 9  # a layer has so many; engine/capture.py
 _PACKED = 2  # matrices that are multiplied by as one: gate and up
@@ -51,15 +50,13 @@ class Footprint:
 class Layout:
     """A model's numbers, and in what formats its weights and its cache are kept.
 
-    matrices: by Hugging Face's name, without memory. dtype: of activations, norms and biases. cache_dtype: what the
-    pages are allocated with; None: ``dtype``."""
+    matrices: by Hugging Face's name, without memory. dtype: of activations, norms, biases and dense matrices."""
 
     config: Config
     matrices: Mapping[str, Weight]
     dtype: torch.dtype
     on_gpu: bool
     pages: type[Pages] = DensePages
-    cache_dtype: torch.dtype | None = None
 
     @functools.cached_property
     def weights(self) -> int:
@@ -81,16 +78,14 @@ class Layout:
 
     def cache(self, num_pages: int) -> int:
         """Bytes of so many pages of all layers, and the spare one."""
-        config, dtype = self.config, self.cache_dtype or self.dtype
+        config = self.config
         shape = num_pages + 1, PAGE_SIZE, config.num_key_value_heads, config.head_dim
-        return config.num_hidden_layers * self.pages.allocate(*shape, dtype, torch.device("meta")).nbytes
+        return config.num_hidden_layers * self.pages.allocate(*shape, self.dtype, torch.device("meta")).nbytes
 
     @property
     def cache_name(self) -> str:
         """The dtype of dense pages, or the format of others."""
-        if self.pages is not DensePages:
-            return self.pages.format
-        return _name(self.cache_dtype or self.dtype)
+        return _name(self.dtype) if self.pages is DensePages else self.pages.format
 
     @property
     def token(self) -> int:
@@ -138,7 +133,7 @@ class Layout:
             cache=self.cache(pages),
             activations=self.activations(tokens, _LOGITS_OF_A_SEQUENCE * sequences, pages * PAGE_SIZE),
             graphs=self.graphs(sequences),
-            process=OF_A_GPU_PROCESS if self.on_gpu else OF_A_CPU_PROCESS,
+            process=OF_A_PROCESS,
         )
 
     def least(self) -> Footprint:

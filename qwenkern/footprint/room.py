@@ -4,15 +4,28 @@ from __future__ import annotations
 
 import torch
 
+from ..arguments import whole
 from ..cache import PAGE_SIZE
-from ..errors import RequestError
-from .layout import OF_A_CPU_PROCESS, Layout
+from ..errors import RequestError, shown
+from .layout import OF_A_PROCESS, Layout
 from .memory import main_memory, memory_of
 
 _CONTEXTS_ON_A_GPU, _CONTEXTS_ON_A_CPU = 64, 4  # the most that a default cache holds
 
 
-def default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, weights: int) -> int:
+def cache_room(layout: Layout, device: torch.device, asked: int | None, prefill_chunk: int, weights: int) -> int:
+    """The number of tokens in the key-value cache: the requested one, else a default. ``weights``: their bytes, which
+    lie on the device already. Raises RequestError if the device's memory does not hold it."""
+    asked = whole("cache_tokens", asked, 1, optional=True)
+    if asked is None:
+        return _default_tokens(layout, device, prefill_chunk, weights)
+    # On a CPU of main memory and swap space, because memory is taken only when it is used.
+    if (most := _tokens(layout, memory_of(device).available)) < asked:
+        raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
+    return asked
+
+
+def _default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, weights: int) -> int:
     """On a GPU, where the weights lie already, the tokens that its free memory holds, less a reserve. The reserve is a
     tenth of the memory, or more: a twentieth and what a chunk of a prompt takes with all of its logits, if that is at
     most a quarter of the free memory. On a CPU, where memory is taken only when it is used, four contexts, but at most
@@ -26,7 +39,7 @@ def default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, wei
         size, contexts = memory.free - reserve, _CONTEXTS_ON_A_GPU
     else:
         whole = main_memory()
-        size = max(min(whole // 2, whole - weights - OF_A_CPU_PROCESS), layout.cache(1))
+        size = max(min(whole // 2, whole - weights - OF_A_PROCESS), layout.cache(1))
         contexts = _CONTEXTS_ON_A_CPU
     if size < layout.cache(1):
         raise RequestError(
@@ -34,12 +47,6 @@ def default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, wei
             f"takes {layout.cache(1) / 1e9:.2f} GB; expected a smaller model"
         )
     return min(_tokens(layout, size), contexts * layout.config.context_length)
-
-
-def most_tokens(layout: Layout, device: torch.device) -> int:
-    """The tokens of a cache that takes all memory that can be had now. On a CPU that is the main memory and the swap
-    space, because memory is taken only when it is used."""
-    return _tokens(layout, memory_of(device).available)
 
 
 def _tokens(layout: Layout, size: int) -> int:

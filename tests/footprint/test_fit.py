@@ -11,12 +11,11 @@ from support.models import TINY, save_checkpoint, tiny_model
 from qwenkern import Config, Model, RequestError, loading
 from qwenkern.footprint import (
     Memory,
-    default_tokens,
+    cache_room,
     fit,
     layout_of,
     memory,
     memory_of,
-    most_tokens,
     refuse_too_large,
     room,
 )
@@ -32,19 +31,18 @@ GIB = 1 << 30
 def test_all_numbers_are_in_the_refusal(monkeypatch):
     monkeypatch.setattr(fit, "memory_of", lambda device: Memory(80 * GIB, 79 * GIB))
     with pytest.raises(RequestError) as refused:
-        refuse_too_large(layout_of(LARGE, on_gpu=True), GPU, "Qwen2.5-72B")
+        refuse_too_large(layout_of(LARGE, GPU), GPU, "Qwen2.5-72B")
     assert str(refused.value) == (
         "Qwen2.5-72B: does not fit on cuda: weights 145.41 GB, a cache of 64 tokens 0.04 GB, activations 0.00 GB: "
         "145.46 GB, and 84.83 GB of 85.90 GB are free; expected a smaller model or cache, or quantised weights"
     )
-    refuse_too_large(layout_of(LARGE, on_gpu=True, quantize="int4"), GPU, "Qwen2.5-72B")
+    refuse_too_large(layout_of(LARGE, GPU, quantize="int4"), GPU, "Qwen2.5-72B")
 
 
-@pytest.mark.parametrize("on_gpu", [True, False])
-def test_what_fits_to_the_byte_is_not_refused(monkeypatch, on_gpu):
-    layout = layout_of(SMALL, on_gpu=on_gpu)
+@pytest.mark.parametrize("device", [GPU, CPU])
+def test_what_fits_to_the_byte_is_not_refused(monkeypatch, device):
+    layout = layout_of(SMALL, device)
     needed = layout.least().total
-    device = GPU if on_gpu else CPU
     monkeypatch.setattr(fit, "memory_of", lambda device: Memory(needed, needed - 100, kept=100))
     refuse_too_large(layout, device, "it")
     monkeypatch.setattr(fit, "memory_of", lambda device: Memory(needed, needed - 100, kept=99))
@@ -56,15 +54,15 @@ def test_what_fits_to_the_byte_is_not_refused(monkeypatch, on_gpu):
 def test_a_requested_cache_counts_on_a_gpu(monkeypatch):
     """On a CPU its memory is taken page by page."""
     monkeypatch.setattr(fit, "memory_of", lambda device: Memory(8 * GIB, 8 * GIB))
-    refuse_too_large(layout_of(SMALL, on_gpu=False), CPU, "it", cache_tokens=65536)
-    refuse_too_large(layout_of(SMALL, on_gpu=True), GPU, "it", cache_tokens=32768)
+    refuse_too_large(layout_of(SMALL, CPU), CPU, "it", cache_tokens=65536)
+    refuse_too_large(layout_of(SMALL, GPU), GPU, "it", cache_tokens=32768)
     with pytest.raises(RequestError, match=r"a cache of 65536 tokens 2.42 GB"):
-        refuse_too_large(layout_of(SMALL, on_gpu=True), GPU, "it", cache_tokens=65535)
+        refuse_too_large(layout_of(SMALL, GPU), GPU, "it", cache_tokens=65535)
 
 
 def test_no_weight_is_read_of_a_checkpoint_that_does_not_fit(monkeypatch, tmp_path):
     save_checkpoint(tiny_model(), tmp_path / "tiny")
-    least = layout_of(TINY, on_gpu=False, dtype="float32").least().total
+    least = layout_of(TINY, CPU, dtype="float32").least().total
     monkeypatch.setattr(fit, "memory_of", lambda device: Memory(least, least))
     assert Model.from_pretrained(tmp_path / "tiny", device="cpu").dtype == torch.float32
     monkeypatch.setattr(fit, "memory_of", lambda device: Memory(least - 1, least - 1))
@@ -145,25 +143,27 @@ def test_a_gpus_memory_is_what_is_free_and_what_torch_keeps(monkeypatch):
     [
         (64 * GIB, 6 * GIB, 4 * 32768),  # four contexts
         (8 * GIB, GIB, (4 * GIB // (64 * 36864) - 1) * 64),  # half of the memory
-        (8 * GIB, 6 * GIB, ((2 * GIB - (400 << 20)) // (64 * 36864) - 1) * 64),  # what the weights leave
+        (8 * GIB, 6 * GIB, ((2 * GIB - (512 << 20)) // (64 * 36864) - 1) * 64),  # what the weights leave
         (8 * GIB, 9 * GIB, 64),
     ],
 )
 def test_the_default_cache_of_a_cpu(monkeypatch, whole, weights, expected):
     monkeypatch.setattr(room, "main_memory", lambda: whole)
-    assert default_tokens(layout_of(SMALL, on_gpu=False), CPU, 512, weights) == expected
+    assert cache_room(layout_of(SMALL, CPU), CPU, None, 512, weights) == expected
 
 
 def test_a_gpu_without_room_for_a_page(monkeypatch):
     monkeypatch.setattr(room, "memory_of", lambda device: Memory(8 * GIB, GIB // 2))
     with pytest.raises(RequestError, match=r"cuda has no memory left for a key-value cache: -0.\d\d GB without a res"):
-        default_tokens(layout_of(SMALL, on_gpu=True), GPU, 4096, 0)
+        cache_room(layout_of(SMALL, GPU), GPU, None, 4096, 0)
 
 
 def test_the_largest_cache_is_that_of_all_memory(monkeypatch):
     layout = SimpleNamespace(page=100)
     monkeypatch.setattr(room, "memory_of", lambda device: Memory(5000, 400, kept=120))
-    assert most_tokens(layout, GPU) == 4 * 64, "five pages, and one of them is the spare one"
+    assert cache_room(layout, GPU, 256, 512, 0) == 256, "five pages, and one of them is the spare one"
+    with pytest.raises(RequestError, match="cache_tokens is 257; all memory of cuda would hold 256"):
+        cache_room(layout, GPU, 257, 512, 0)
 
 
 @pytest.mark.parametrize("name", ["RTX 4090", "rtx4090", "NVIDIA GeForce RTX 4090"])
