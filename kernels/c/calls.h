@@ -33,7 +33,8 @@ typedef bf16 real;
     OP(rope_and_cache)    \
     OP(decode_attention)  \
     OP(prefill_attention) \
-    OP(repack)
+    OP(repack)            \
+    OP(repack_words)
 /* clang-format on */
 
 /* A format of weights or pages has a file of its name (dense_weight.h, dense_pages.h), and its name is listed here. */
@@ -169,6 +170,15 @@ typedef struct {           /* a matrix [N, K] in blocks of a GGUF file, as the t
     long rows, columns;
     long format; /* its place in EACH_BLOCK_FORMAT */
 } repack_args;
+
+typedef struct {           /* the codes of a matrix [N, K] in words of GPTQ, AWQ or compressed-tensors */
+    uint32_t *codes;       /* [N / 16, K / 32, bits, 16] */
+    const uint32_t *words; /* order 0: [N, K bits / 32], 1: [K bits / 32, N], 2: AWQ's [K, N / 8] */
+    long rows, columns;
+    long bits; /* 4 or 8 */
+    long order;
+    long flip; /* bits of each word that are turned */
+} repack_words_args;
 
 typedef struct {         /* what the ops take, and the sizes that determine their scratch; limits.c has the values */
     long max_few_tokens; /* most tokens of a linear that reads its weights once, row by row */

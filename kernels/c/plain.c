@@ -190,6 +190,23 @@ static void plain_repack(const repack_args *a) {
     }
 }
 
+static void plain_repack_words(const repack_words_args *a) {
+    const long tiles = a->columns / 32, each = 32 / a->bits;
+    const int awq_place[8] = {0, 4, 1, 5, 2, 6, 3, 7}; /* of a row's code in a word of eight rows */
+    uint8_t *codes = (uint8_t *)a->codes;
+    for (long n = 0; n < a->rows; n++)
+        for (long k = 0; k < a->columns; k++) {
+            const long in_row = n * (a->columns / each) + k / each, in_column = k / each * a->rows + n;
+            const long in_eight = k * (a->rows / 8) + n / 8;
+            const uint32_t word = a->words[a->order == 0 ? in_row : a->order == 1 ? in_column : in_eight];
+            const long place = a->order == 2 ? awq_place[n % 8] : k % each;
+            const int code = (word ^ (uint32_t)a->flip) >> place * a->bits & ((1 << a->bits) - 1);
+            const long to = n / 16 * tiles + k / 32, b = k % 32 / 16 * 4 + k % 4, byte = n % 16 * 4 + k % 16 / 4;
+            uint8_t *low = codes + (to * a->bits + b % a->bits) * 64 + byte;
+            *low = b < a->bits ? code : *low | code << 4;
+        }
+}
+
 #ifdef FLOAT_ACTIVATIONS
 #define plain_op plain_float_op
 #endif
