@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TypeVar
-
 import torch
 
 from .arguments import whole
 from .config import Config
 from .errors import ConfigError, RequestError, shown
-from .kernels import Pages, Weight
+from .kernels import Pages
 from .kernels import c as c_backend
 from .kernels.pages import FORMATS as PAGES
 from .kernels.pages import DensePages
@@ -36,9 +33,14 @@ def choose_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
-    """The requested dtype; "auto" is the checkpoint's. Raises RequestError, or ConfigError for a wrong checkpoint's."""
+def choose_dtype(
+    dtype: str | torch.dtype, config: Config, device: torch.device, quantised: bool = False
+) -> torch.dtype:
+    """The requested dtype. "auto" is the checkpoint's, or float32 on a CPU if the weights are quantised: they are read
+    as they are, so x in float32 costs nothing there. Raises RequestError, or ConfigError for a wrong checkpoint's."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
+    if name == "auto" and quantised and device.type == "cpu":
+        return torch.float32
     if name == "auto":
         name = config.dtype.removeprefix("torch.")
         if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -51,16 +53,6 @@ def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device)
     if name not in _DTYPES:
         raise RequestError(f"dtype is {shown(dtype)} ({name:.80}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[name]
-
-
-Format = TypeVar("Format", type[Pages], type[Weight])
-
-
-def choose_format(argument: str, name: str, formats: Mapping[str, Format]) -> Format:
-    """The format of this name. Raises RequestError, which names the argument."""
-    if not isinstance(name, str) or name not in formats:
-        raise RequestError(f"{argument} is {shown(name)}; expected one of {', '.join(map(repr, formats))}")
-    return formats[name]
 
 
 def check_cache_dtype(kv_cache_dtype: str | torch.dtype) -> str:

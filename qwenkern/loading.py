@@ -19,7 +19,7 @@ from .footprint import layout_of, refuse_too_large
 from .generation import Generation
 from .hub.names import resolve
 from .kernels import Weight, prepare
-from .kernels.weights import Dense
+from .quantise import choose_quantisation
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
 
@@ -41,7 +41,7 @@ def load(
     device: torch.device,
     dtype: str | torch.dtype,
     progress: Progress | None,
-    weights: type[Weight] = Dense,
+    quantize: str | None = None,
     kv_cache_dtype: str | torch.dtype = "auto",
     cache_tokens: int | None = None,
 ) -> Loaded:
@@ -50,27 +50,26 @@ def load(
     kv_cache_dtype and cache_tokens: of its cache, which must fit beside the weights."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
-
+    choose_quantisation(quantize)
     cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
 
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
-        layout = layout_of(
-            config, device, quantize=weights.format, stored=stored, dtype=dtype, kv_cache_dtype=kv_cache_dtype
-        )
+        layout = layout_of(config, device, quantize=quantize, stored=stored, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         refuse_too_large(layout, device, str(model), cache_tokens)
 
     path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()
+    quantisation = choose_quantisation(quantize, checkpoint)
     refuse(checkpoint.config, checkpoint.formats)
-    dtype = choose_dtype(dtype, checkpoint.config, device)
+    dtype = choose_dtype(dtype, checkpoint.config, device, quantisation.is_quantised)
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
-    module = Qwen2(checkpoint.config, dtype, device, weights)
+    module = Qwen2(checkpoint.config, dtype, device, allocated=False)
     total = checkpoint.num_bytes(dtype) if progress else 0
     load_weights(
         module,
         checkpoint.config,
-        checkpoint.tensors(dtype),
+        quantisation.of(checkpoint.tensors(dtype), dtype),
         source=str(path),
         progress=progress and (lambda done: progress("load", done, total)),
     )

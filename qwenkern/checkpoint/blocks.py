@@ -15,7 +15,7 @@ Eight codes are separated at a time, as the bytes of an int64, so a shift and a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -57,7 +57,7 @@ _BITS_OF_BYTE = (_BYTES[:, None] >> _PLACES & 1).to(torch.uint8).view(torch.int6
 
 def format_of(kind: GGMLQuantizationType) -> type[Grouped] | None:
     """The format that has the values of a block format; None for floats, and for block formats without one."""
-    return FORMATS[kind.name.lower()] if kind in _LAYOUTS else None
+    return cast("type[Grouped]", FORMATS[kind.name.lower()]) if kind in _LAYOUTS else None
 
 
 def read(rows: np.ndarray, kind: GGMLQuantizationType) -> Blocks:

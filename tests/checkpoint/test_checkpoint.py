@@ -63,6 +63,8 @@ def random_weights(config: Config = TINY, dtype: torch.dtype = torch.float32) ->
 class Weights(nn.Module):
     """Parameters full of NaN."""
 
+    is_allocated = True
+
     def __init__(self, dtype: torch.dtype, **shapes: tuple[int, ...]) -> None:
         super().__init__()
         for name, shape in shapes.items():
