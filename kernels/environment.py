@@ -87,8 +87,8 @@ CPU_ACTIVATIONS = Variable(
 )
 CPU_TARGET = Variable(
     "QWENKERN_CPU_TARGET",
-    "The target of the C functions: `x86-64-v3`, `x86-64-v4`, `x86-64-v4-bf16`, `armv8.2-dotprod`, `armv8.6-bf16` or "
-    "`native`",
+    "The target of the C functions: `x86-64-v3`, `x86-64-v3-vnni`, `x86-64-v4`, `x86-64-v4-vnni`, `x86-64-v4-bf16`, "
+    "`armv8.2-dotprod`, `armv8.6-bf16` or `native`",
     "the best one for the processor",
     _text,  # the C backend checks whether this processor has the target
 )

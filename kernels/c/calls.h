@@ -24,20 +24,29 @@ typedef bf16 real;
 #endif
 
 /* clang-format off */
-#define EACH_OP(OP)      \
-    OP(embedding)        \
-    OP(add_rms_norm)     \
-    OP(linear)           \
-    OP(silu_mul)         \
-    OP(apply_rope)       \
-    OP(rope_and_cache)   \
-    OP(decode_attention) \
-    OP(prefill_attention)
+#define EACH_OP(OP)       \
+    OP(embedding)         \
+    OP(add_rms_norm)      \
+    OP(linear)            \
+    OP(silu_mul)          \
+    OP(apply_rope)        \
+    OP(rope_and_cache)    \
+    OP(decode_attention)  \
+    OP(prefill_attention) \
+    OP(repack)            \
+    OP(repack_words)
 /* clang-format on */
 
 /* A format of weights or pages has a file of its name (dense_weight.h, dense_pages.h), and its name is listed here. */
 #define EACH_WEIGHT_FORMAT(FORMAT) FORMAT(dense)
 #define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense)
+
+/* The block formats of GGUF files (blocks.h) */
+/* clang-format off */
+#define EACH_BLOCK_FORMAT(FORMAT) \
+    FORMAT(q4_0) FORMAT(q4_1) FORMAT(q5_0) FORMAT(q5_1) FORMAT(q8_0) \
+    FORMAT(q2_k) FORMAT(q3_k) FORMAT(q4_k) FORMAT(q5_k) FORMAT(q6_k)
+/* clang-format on */
 
 /* Formats of weights that are codes with a scale for each group (grouped_weight.h) */
 /* clang-format off */
@@ -148,6 +157,28 @@ typedef struct {    /* causal attention of the last tokens of each sequence */
     long num_sequences, num_kv_heads, group, head_dim, q_stride, block_table_stride;
     double scale;
 } prefill_attention_args;
+
+typedef struct {           /* a matrix [N, K] in blocks of a GGUF file, as the tensors of kernels/weights/grouped.py */
+    uint32_t *codes;       /* [N / 16, K / 32, words, 16] */
+    uint32_t *high;        /* the same, of the bits above four; null: there are none */
+    uint16_t *scales;      /* [N / 16, blocks of a row, 16] */
+    uint16_t *minima;      /* the same, or null */
+    uint8_t *sub_scales;   /* [N / 16, groups of a row, 16], or null */
+    uint8_t *sub_minima;   /* the same, or null */
+    uint8_t *finite;       /* [N / 16]: whether the scales and minima of 16 rows are finite numbers */
+    const uint8_t *blocks; /* [N, blocks of a row], as the file has them */
+    long rows, columns;
+    long format; /* its place in EACH_BLOCK_FORMAT */
+} repack_args;
+
+typedef struct {           /* the codes of a matrix [N, K] in words of GPTQ, AWQ or compressed-tensors */
+    uint32_t *codes;       /* [N / 16, K / 32, bits, 16] */
+    const uint32_t *words; /* order 0: [N, K bits / 32], 1: [K bits / 32, N], 2: AWQ's [K, N / 8] */
+    long rows, columns;
+    long bits; /* 4 or 8 */
+    long order;
+    long flip; /* bits of each word that are turned */
+} repack_words_args;
 
 typedef struct {         /* what the ops take, and the sizes that determine their scratch; limits.c has the values */
     long max_few_tokens; /* most tokens of a linear that reads its weights once, row by row */

@@ -15,7 +15,11 @@
 #define DOTS_H
 #include "vectors.h"
 
+#define TILE_ROWS 16
+#define PARTS (TILE_ROWS / LANES) /* registers of 16 rows */
+
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));   /* a row a lane */
+typedef int16_t words __attribute__((vector_size(4 * LANES)));  /* two of each row */
 typedef uint32_t quads __attribute__((vector_size(4 * LANES))); /* four codes of a row in each lane */
 
 #if LANES == 16
@@ -57,94 +61,90 @@ ALWAYS whole four_of(const int8_t *x) {
     memcpy(&four, x, sizeof four);
     return X86(set1_epi32)(four);
 }
+
+/* The sums of two adjacent words, times a number */
+ALWAYS ints add_words(words sums, const int times) {
+    return (ints)X86(madd_epi16)((whole)sums, X86(set1_epi16)((short)times));
+}
 #endif
 
-/* start + for each row the products of its codes with x, over b < count and t < 4: code(b, t) * X(4 b + t)
+#ifdef HAS_SDOT
+ALWAYS ints add_sdots(ints sums, quads code, const int8_t *x, const int b) {
+    int8x16_t four = vld1q_s8(x + b / 4 * 16);
+    switch (b % 4) { /* the instruction has the number in it */
+        case 0:
+            return (ints)vdotq_laneq_s32((int32x4_t)sums, (int8x16_t)code, four, 0);
+        case 1:
+            return (ints)vdotq_laneq_s32((int32x4_t)sums, (int8x16_t)code, four, 1);
+        case 2:
+            return (ints)vdotq_laneq_s32((int32x4_t)sums, (int8x16_t)code, four, 2);
+        default:
+            return (ints)vdotq_laneq_s32((int32x4_t)sums, (int8x16_t)code, four, 3);
+    }
+}
+#endif
+
+/* In which order the dwords b of a group's `count` codes are added: two that share a word of nibbles (grouped_weight.h) one
+ * after the other */
+#define CODE_AT(COUNT, I) ((COUNT) == 8 ? (I) % 2 * 4 + (I) / 2 : (I))
+
+/* The sum of the products of a group of values, while they are added */
+typedef struct {
+    ints total;        /* what is added already; from the beginning what the caller adds to the products */
+    ints high;         /* VNNI, sdot: products with hi; AS_WORDS: products of odd bytes */
+    words highs, lows; /* maddubs: products with hi, and with lo */
+} running;
+
+/* Adds the products of four codes of each row with x: code(t) * X(4 b + t), where b = CODE_AT(count, i)
  *
  *     planes == 2:  X(i) = 128 * hi[i] + lo[i],  hi = x,  lo = x + 32        |hi| <= 127, |lo| <= 64
  *     planes == 1:  X(i) = hi[i]
  *     AS_WORDS:      x is int16, X of t = 0, 2, 1, 3 of b = 0, then of b = 1, ...
  *
- * Codes are unsigned and have `bits` bits (see SIGNED_BYTES). bits, planes and count are constants in every caller. */
+ * After i = 0, 1, ... count - 1 the total is complete. Codes are unsigned and have `bits` bits (see SIGNED_BYTES). bits,
+ * planes, count and i are constants in every caller. x is loaded for each part of the rows, so that compilers keep it in
+ * a register for adjacent ones only. */
+ALWAYS void add_code(const int bits, const int planes, const int count, const int i, running *sum, quads code,
+                     const int8_t *x) {
+    const int b = CODE_AT(count, i), is_last = i + 1 == count;
 #if defined(DPBUSD)
-ALWAYS ints dots(const int bits, const int planes, const int count, ints start, const quads *codes, const int8_t *x) {
     (void)bits;
-    whole low = (whole)start, high = (whole)(ints){0};
-#pragma GCC unroll 8
-    for (int b = 0; b < count; b++) {
-        if (planes == 2) high = DPBUSD(high, (whole)codes[b], four_of(x + 4 * b));
-        low = DPBUSD(low, (whole)codes[b], four_of(x + 32 * (planes - 1) + 4 * b));
-    }
-    return planes == 1 ? (ints)low : (ints)low + ((ints)high << 7);
-}
-#elif defined(HAS_MADD)
-typedef int16_t words __attribute__((vector_size(4 * LANES))); /* two of each row */
-
-ALWAYS ints add_words(words sums, const int times) {
-    return (ints)X86(madd_epi16)((whole)sums, X86(set1_epi16)((short)times));
-}
-
-ALWAYS ints wide_dots(const int count, ints start, const quads *codes, const int8_t *x) {
-    ints other = {0};
-#pragma GCC unroll 8
-    for (int b = 0; b < count; b++) {
-        whole even = (whole)(codes[b] & 0x00FF00FF), odd = X86(srli_epi16)((whole)codes[b], 8);
-        start += (ints)X86(madd_epi16)(even, four_of(x + 8 * b));
-        KEEP(start); /* added now: else the products of all b are in registers at once */
-        other += (ints)X86(madd_epi16)(odd, four_of(x + 8 * b + 4));
-        KEEP(other);
-    }
-    return start + other;
-}
-
-ALWAYS ints dots(const int bits, const int planes, const int count, ints start, const quads *codes, const int8_t *x) {
-    if (AS_WORDS(bits, planes)) return wide_dots(count, start, codes, x);
-    const int fit = bits == 4 ? 8 : bits == 5 ? 4 : 2; /* products that 16 bits can add */
-#pragma GCC unroll 4
-    for (int from = 0; from < count; from += fit) {
-        words high = {0}, low = {0};
-#pragma GCC unroll 8
-        for (int b = from; b < from + fit && b < count; b++) {
-            words product = (words)X86(maddubs_epi16)((whole)codes[b], four_of(x + 4 * b));
-            high = b == from ? product : high + product;
-            KEEP(high);
-            if (planes == 1) continue;
-            product = (words)X86(maddubs_epi16)((whole)codes[b], four_of(x + 32 + 4 * b));
-            low = b == from ? product : low + product;
-            KEEP(low);
-        }
-        start += add_words(high, planes == 1 ? 1 : 128);
-        if (planes == 2) start += add_words(low, 1);
-    }
-    return start;
-}
+    if (planes == 2) sum->high = (ints)DPBUSD(i ? (whole)sum->high : (whole)(ints){0}, (whole)code, four_of(x + 4 * b));
+    sum->total = (ints)DPBUSD((whole)sum->total, (whole)code, four_of(x + 32 * (planes - 1) + 4 * b));
+    if (planes == 2 && is_last) sum->total += sum->high << 7;
 #elif defined(HAS_SDOT)
-ALWAYS int32x4_t four_sdots(int32x4_t sums, const quads *codes, int8x16_t x) {
-    sums = vdotq_laneq_s32(sums, (int8x16_t)codes[0], x, 0);
-    sums = vdotq_laneq_s32(sums, (int8x16_t)codes[1], x, 1);
-    sums = vdotq_laneq_s32(sums, (int8x16_t)codes[2], x, 2);
-    return vdotq_laneq_s32(sums, (int8x16_t)codes[3], x, 3);
-}
-
-ALWAYS ints dots(const int bits, const int planes, const int count, ints start, const quads *codes, const int8_t *x) {
     (void)bits;
-    int32x4_t low = (int32x4_t)start, high = vdupq_n_s32(0);
-#pragma GCC unroll 2
-    for (int b = 0; b < count; b += 4) {
-        if (planes == 2) high = four_sdots(high, codes + b, vld1q_s8(x + 4 * b));
-        low = four_sdots(low, codes + b, vld1q_s8(x + 32 * (planes - 1) + 4 * b));
+    if (planes == 2) sum->high = add_sdots(i ? sum->high : (ints){0}, code, x, b);
+    sum->total = add_sdots(sum->total, code, x + 32 * (planes - 1), b);
+    if (planes == 2 && is_last) sum->total += sum->high << 7;
+#elif defined(HAS_MADD)
+    if (AS_WORDS(bits, planes)) {
+        sum->total += (ints)X86(madd_epi16)((whole)(code & 0x00FF00FF), four_of(x + 8 * b));
+        KEEP(sum->total); /* added now: else the compiler has the products of all b in registers at once */
+        ints odd = (ints)X86(madd_epi16)(X86(srli_epi16)((whole)code, 8), four_of(x + 8 * b + 4));
+        sum->high = i ? sum->high + odd : odd;
+        KEEP(sum->high);
+        if (is_last) sum->total += sum->high;
+        return;
     }
-    return planes == 1 ? (ints)low : (ints)vaddq_s32(low, vshlq_n_s32(high, 7));
-}
+    const int fit = bits == 4 ? 8 : bits == 5 ? 4 : 2; /* products that 16 bits can add */
+    words products = (words)X86(maddubs_epi16)((whole)code, four_of(x + 4 * b));
+    sum->highs = i % fit ? sum->highs + products : products;
+    KEEP(sum->highs);
+    if (planes == 2) {
+        products = (words)X86(maddubs_epi16)((whole)code, four_of(x + 32 + 4 * b));
+        sum->lows = i % fit ? sum->lows + products : products;
+        KEEP(sum->lows);
+    }
+    if ((i + 1) % fit && !is_last) return;
+    sum->total += add_words(sum->highs, planes == 1 ? 1 : 128);
+    if (planes == 2) sum->total += add_words(sum->lows, 1);
 #else
-ALWAYS ints dots(const int bits, const int planes, const int count, ints start, const quads *codes, const int8_t *x) {
-    (void)bits;
-    for (int b = 0; b < count; b++)
-        for (int t = 0; t < 4; t++) {
-            int32_t value = planes == 1 ? x[4 * b + t] : 128 * x[4 * b + t] + x[32 + 4 * b + t];
-            start += (ints)(codes[b] >> 8 * t & 255) * value;
-        }
-    return start;
-}
+    (void)bits, (void)is_last;
+    for (int t = 0; t < 4; t++) {
+        int32_t value = planes == 1 ? x[4 * b + t] : 128 * x[4 * b + t] + x[32 + 4 * b + t];
+        sum->total += (ints)(code >> 8 * t & 255) * value;
+    }
 #endif
+}
 #endif

@@ -10,6 +10,8 @@
 #include "ops.c"
 #include "plain.c"
 #include "prefill_attention.c"
+#include "repack.c"
+#include "repack_words.c"
 #include "rms_norm.c"
 #include "rope.c"
 #include "swiglu.c"

@@ -25,39 +25,79 @@ ALWAYS span_facts facts_of(const grouped_kind kind, const tile_row *w, long span
     return facts;
 }
 
-/* Adds the products of a part of a tile with all tokens. `fixed` is their number, or 0 if the compiler need not know. */
-ALWAYS void add_tile(const grouped_kind kind, const int planes, const int fixed, floats *sums, const int part,
-                     const tile_row *w, long tile, const span_facts *span, const token_block *x) {
-    const long tokens = fixed ? fixed : x->tokens;
+/* The scale and the offset of a group */
+ALWAYS span_facts group_facts(const grouped_kind kind, const tile_row *w, long group, const int part,
+                              span_facts facts) {
+    const long at = group * TILE_ROWS + part * LANES;
+    if (kind.sub_scales) facts.scale *= byte_floats(w->sub_scales + at, kind.sub_scales == 2);
+    if (kind.sub_scales && kind.has_minima) facts.offset *= byte_floats(w->sub_minima + at, 0);
+    return facts;
+}
+
+ALWAYS ints first_total(const grouped_kind kind, const group_term *term) {
+    ints total = {0};
+    return kind.zero > ZERO_OF_BYTES(kind) ? total + term->start : total;
+}
+
+/* Adds the sum of a group's products to a token's sum */
+ALWAYS floats add_group(const grouped_kind kind, floats sum, ints total, span_facts facts, float factor,
+                        const group_term *term) {
+    floats product = __builtin_convertvector(total, floats);
+    if (kind.zero < 0) product -= facts.zero * term->sum;
+    sum += product * (facts.scale * factor);
+    return kind.has_minima ? sum + facts.offset * term->sum : sum;
+}
+
+/* Adds the products of a part of a tile with all tokens. The codes stay in registers. */
+ALWAYS void add_tile(const grouped_kind kind, const int planes, floats *sums, const int part, const tile_row *w,
+                     long tile, const span_facts *span, const token_block *x) {
+    const int groups = kind.per_tile, count = 8 / groups, bytes = X_BYTES(kind.bits, planes);
+    const int8_t *values = x->planes + tile * x->tokens * bytes;
+    const float *factors = x->factors + tile * x->tokens;
+    const group_term *terms = x->terms + tile * x->tokens * groups;
     quads codes[8];
-    tile_codes(kind, codes, w, tile, part);
-    floats scales[2], offsets[2];
-    const int bytes = X_BYTES(kind.bits, planes);
-    const int8_t *values = x->planes + tile * tokens * bytes;
-    const float *factors = x->factors + tile * tokens;
-    const group_term *terms = x->terms + tile * tokens * kind.per_tile;
+#pragma GCC unroll 8
+    for (int b = 0; b < 8; b++) codes[b] = tile_code(kind, w, tile, part, b);
+    span_facts facts[2];
+    for (int g = 0; g < groups; g++) facts[g] = group_facts(kind, w, tile * groups + g, part, *span);
+    for (long t = 0; t < x->tokens; t++) {
+        floats sum = sums[t * PARTS + part];
 #pragma GCC unroll 2
-    for (int g = 0; g < kind.per_tile; g++) {
-        long at = (tile * kind.per_tile + g) * TILE_ROWS + part * LANES;
-        scales[g] = span->scale, offsets[g] = span->offset;
-        if (kind.sub_scales) scales[g] *= byte_floats(w->sub_scales + at, kind.sub_scales == 2);
-        if (kind.sub_scales && kind.has_minima) offsets[g] *= byte_floats(w->sub_minima + at, 0);
-    }
-    for (long t = 0; t < tokens; t++) {
-        floats total = sums[t * PARTS];
-#pragma GCC unroll 2
-        for (int g = 0; g < kind.per_tile; g++) {
-            const group_term *term = terms + t * kind.per_tile + g;
-            ints start = {0};
-            if (kind.zero > ZERO_OF_BYTES(kind)) start += term->start;
-            ints dot = dots(kind.bits, planes, 8 / kind.per_tile, start, codes + 4 * g,
-                            values + t * bytes + g * X_GROUP(kind.bits, planes));
-            floats product = __builtin_convertvector(dot, floats);
-            if (kind.zero < 0) product -= span->zero * term->sum;
-            total += product * (scales[g] * factors[t]);
-            if (kind.has_minima) total += offsets[g] * term->sum;
+        for (int g = 0; g < groups; g++) {
+            const group_term *term = terms + t * groups + g;
+            running products = {.total = first_total(kind, term)};
+#pragma GCC unroll 8
+            for (int i = 0; i < count; i++)
+                add_code(kind.bits, planes, count, i, &products, codes[4 * g + CODE_AT(count, i)],
+                         values + t * bytes + g * X_GROUP(kind.bits, planes));
+            sum = add_group(kind, sum, products.total, facts[g], factors[t], term);
         }
-        sums[t * PARTS] = total;
+        sums[t * PARTS + part] = sum;
+    }
+}
+
+/* The same for one token and all parts of a tile. Codes are unpacked when they are multiplied, and x is loaded once. */
+ALWAYS void add_tile_once(const grouped_kind kind, const int planes, floats *sums, const tile_row *w, long tile,
+                          const span_facts *span, const token_block *x) {
+    const int groups = kind.per_tile, count = 8 / groups;
+    const int8_t *values = x->planes + tile * X_BYTES(kind.bits, planes);
+#pragma GCC unroll 2
+    for (int g = 0; g < groups; g++) {
+        const group_term *term = x->terms + tile * groups + g;
+        running products[PARTS];
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++) products[part].total = first_total(kind, term);
+#pragma GCC unroll 8
+        for (int i = 0; i < count; i++)
+#pragma GCC unroll 4
+            for (int part = 0; part < PARTS; part++)
+                add_code(kind.bits, planes, count, i, &products[part],
+                         tile_code(kind, w, tile, part, 4 * g + CODE_AT(count, i)),
+                         values + g * X_GROUP(kind.bits, planes));
+#pragma GCC unroll 4
+        for (int part = 0; part < PARTS; part++)
+            sums[part] = add_group(kind, sums[part], products[part].total,
+                                   group_facts(kind, w, tile * groups + g, part, span[part]), x->factors[tile], term);
     }
 }
 
@@ -83,9 +123,10 @@ ALWAYS void multiply(const int format, const int planes, const int fixed, float 
                 for (int i = 0; i < HIGH_WORDS(kind); i++)
                     __builtin_prefetch(high + distance * HIGH_WORDS(kind) / CODE_WORDS(kind) + 64 * i, 0, 2);
             }
+            if (fixed) add_tile_once(kind, planes, sums, w, tile, facts, x);
+            else
 #pragma GCC unroll 4
-            for (int part = 0; part < PARTS; part++)
-                add_tile(kind, planes, fixed, sums + part, part, w, tile, &facts[part], x);
+                for (int part = 0; part < PARTS; part++) add_tile(kind, planes, sums, part, w, tile, &facts[part], x);
         }
     }
 #pragma GCC unroll 16

@@ -20,9 +20,6 @@
 #include "planes.h"
 #include "weight_formats.h"
 
-#define TILE_ROWS 16
-#define PARTS (TILE_ROWS / LANES) /* registers of 16 rows */
-
 typedef struct {
     int bits;       /* of a code: 4, 5, 6 or 8 */
     int per_tile;   /* groups of a row in a tile: 1, or 2 where a group has 16 values */
@@ -165,32 +162,16 @@ ALWAYS tile_row tile_row_of(const int format, const weight *w, long row, long K)
     };
 }
 
-/* The codes of a part of a tile */
-ALWAYS void tile_codes(const grouped_kind kind, quads *codes, const tile_row *w, long tile, const int part) {
+/* The codes of dword b of a part of a tile */
+ALWAYS quads tile_code(const grouped_kind kind, const tile_row *w, long tile, const int part, const int b) {
     const uint32_t *from = w->codes + tile * CODE_WORDS(kind) * TILE_ROWS + part * LANES;
-    if (kind.bits == 8) {
-#pragma GCC unroll 8
-        for (int b = 0; b < 8; b++) {
-            codes[b] = load_quads(from + b * TILE_ROWS);
-            if (ZERO_OF_BYTES(kind)) codes[b] ^= 0x80808080;
-        }
-        return;
-    }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        quads both = load_quads(from + j * TILE_ROWS);
-        codes[j] = both & 0x0F0F0F0F;
-        codes[j + 4] = both >> 4 & 0x0F0F0F0F;
-    }
-    if (kind.bits == 4) return;
-    from = w->high + tile * HIGH_WORDS(kind) * TILE_ROWS + part * LANES;
-#pragma GCC unroll 8
-    for (int b = 0; b < 8; b++) {
-        const int shift = kind.bits == 5 ? 4 - b : 4 - 2 * (b % 4);
-        const uint32_t mask = kind.bits == 5 ? 0x10101010 : 0x30303030;
-        quads high = load_quads(from + (kind.bits == 5 ? 0 : b / 4) * TILE_ROWS);
-        codes[b] |= (shift > 0 ? high << (shift > 0 ? shift : 0) : high >> (shift < 0 ? -shift : 0)) & mask;
-    }
+    if (kind.bits == 8) return load_quads(from + b * TILE_ROWS) ^ (ZERO_OF_BYTES(kind) ? 0x80808080 : 0);
+    quads code = load_quads(from + b % 4 * TILE_ROWS) >> (b < 4 ? 0 : 4) & 0x0F0F0F0F;
+    if (kind.bits == 4) return code;
+    const int words = HIGH_WORDS(kind), shift = kind.bits == 5 ? 4 - b : 4 - 2 * (b % 4);
+    quads high = load_quads(w->high + (tile * words + (words == 2 ? b / 4 : 0)) * TILE_ROWS + part * LANES);
+    high = shift > 0 ? high << (shift > 0 ? shift : 0) : high >> (shift < 0 ? -shift : 0);
+    return code | (high & (kind.bits == 5 ? 0x10101010 : 0x30303030));
 }
 
 ALWAYS floats span_scale(const tile_row *w, long span, const int part) {

@@ -20,7 +20,8 @@ COMPILERS = {"this machine's": compiler.command()[0], "Arm's": emulated.ARM[0]}
 def assertions(structs: dict[str, tuple[Field, ...]]) -> str:
     """A C file that compiles only where every field lies where Python puts it, and is as large."""
     word = struct.calcsize("P")
-    lines = ['#include "weights.h"', '#include "pages.h"', '#include "team.h"', "#include <stddef.h>"]
+    headers = ('"weights.h"', '"pages.h"', '"blocks.h"', '"team.h"', "<stddef.h>")
+    lines = [f"#include {header}" for header in headers]
     for name, fields in structs.items():
         lines.append(f"_Static_assert(sizeof({name}) == {word * len(fields)}, {{}});")
         for place, field in enumerate(fields):
@@ -29,8 +30,9 @@ def assertions(structs: dict[str, tuple[Field, ...]]) -> str:
             pointer = {"P": "sizeof(void *)", "l": "sizeof(long)", "d": "sizeof(double)"}[field.code]
             lines.append(f"_Static_assert(sizeof((({name} *)0)->{field.name}) == {pointer}, {{}});")
     lines.append(f"_Static_assert(sizeof(call) == {CALL_BYTES} && offsetof(call, {OPS[0]}) == {FIRST_FIELD}, {{}});")
-    weights = LAYOUT.lists["WEIGHT_FORMAT"] + LAYOUT.lists["GROUPED_FORMAT"]
-    for names, suffix in ((OPS, "op"), (weights, "weight"), (LAYOUT.lists["PAGES_FORMAT"], "pages")):
+    lists = {"op": OPS, "weight": LAYOUT.lists["WEIGHT_FORMAT"] + LAYOUT.lists["GROUPED_FORMAT"]}
+    lists |= {"pages": LAYOUT.lists["PAGES_FORMAT"], "blocks": LAYOUT.lists["BLOCK_FORMAT"]}
+    for suffix, names in lists.items():
         lines += [f"_Static_assert({n}_{suffix} == {i}, {{}});" for i, n in enumerate(names)]
     return "\n".join(line.replace("{}", f'"{line.partition("(")[2].partition(",")[0]}"') for line in lines)
 

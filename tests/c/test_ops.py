@@ -9,20 +9,22 @@ from collections.abc import Callable
 from itertools import pairwise
 from types import ModuleType
 
+import gguf
 import pytest
 import torch
 from c import emulated
 from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
+from qwenkern.checkpoint.repack import _in_torch
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import reference, weights
-from qwenkern.kernels.c import build, choose, ops, recorded_calls, targets
+from qwenkern.kernels.c import build, choose, ops, recorded_calls, repack, targets
 from qwenkern.kernels.c.backend import C
 from qwenkern.kernels.environment import CPU_TARGET
 from qwenkern.kernels.pages import FORMATS as pages_formats
 from qwenkern.kernels.pages import DensePages
-from qwenkern.kernels.weights import Dense
+from qwenkern.kernels.weights import FORMATS, Dense
 
 EPS = 1e-6
 
@@ -624,6 +626,20 @@ def test_recorded_calls_of_the_other_ops_match_them() -> None:
     assert torch.equal(rotated, fast.rope_and_cache(qkv, positions, cos_sin, *again, slots))
     assert torch.equal(pages, again[0])
     assert torch.equal(others, again[1])
+
+
+@pytest.mark.parametrize("form", repack.FORMATS)
+def test_blocks_of_a_file_are_repacked(form: str) -> None:
+    """In every byte as torch does it, whose values are compared with the gguf library's elsewhere."""
+    kind = gguf.GGMLQuantizationType[form.upper()]
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = torch.randint(0, 256, (48, 512 // values * size), generator=torch.Generator().manual_seed(0)).byte()
+    made, expected = (
+        FORMATS[form].allocate(48, 512, torch.float32, lambda shape, dtype: torch.full(shape, 77).to(dtype))
+        for _ in range(2)
+    )
+    assert repack.repack(blocks, made) == _in_torch(blocks.numpy(), kind, expected)
+    assert all(map(torch.equal, made.tensors, expected.tensors))
 
 
 @pytest.mark.parametrize("dtype", build.DTYPES, ids=str)

@@ -20,6 +20,12 @@ DIFFERING = 0.01  # share of elements, at most, where float32 sums in another or
 FLOAT64_RELATIVE = 64 * torch.finfo(torch.float64).eps  # one formula in float64, its terms in another order
 BATCH_TIE = 0.25  # nats between two tokens that our own bfloat16 may swap in another batch or in chunks
 COARSEST = 1 / 8  # of the largest value: what any format of cache pages may lose of one
+FP8_RELATIVE = 2 * torch.finfo(torch.float32).eps  # a scale and a quotient, each rounded to float32
+FLOAT16_RELATIVE = 2.0**-11  # of a value that float16 pages store, unless it is subnormal or too large
+# Pages of one byte a value: the error of a value in steps of int8 codes; of e4m3, as a share of what is no smaller than
+# its least normal value; and of a scale, one quotient in float32. A little more than half a step, since scales round.
+CODE_STEPS = {"int8": 0.50002, "fp8": 0.0626, "scale": 2e-7}
+CACHE_KL = {"float16": 1e-5, "int8": 2e-3, "fp8": 5e-2}  # nats a token, of the demo with such a cache, in float32
 ROOT_KL_RATIO = 1.05  # a bfloat16 run's distance from the truth, at most, over transformers' own: its square is 1.1
 
 
