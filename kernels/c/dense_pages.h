@@ -1,4 +1,4 @@
-/* The cache format `dense`: the keys and values of a layer, in bfloat16.
+/* The cache format `dense`: the keys and values of a layer, in the type of activations.
  *
  *     k ──► page 0: token 0 | head 0: D values | head 1: D values | ...      token_bytes from here
  *                   token 1 | head 0: D values | ...                      ◄─ to here
@@ -11,20 +11,17 @@
 #include "panels.h"
 
 /* The D values of a head of the token in a slot, in k or in v */
-ALWAYS bf16 *dense_head(void *k_or_v, const pages *p, long slot, long head, long D) {
-    return (bf16 *)((char *)k_or_v + slot * p->token_bytes) + head * D;
+ALWAYS real *dense_head(void *k_or_v, const pages *p, long slot, long head, long D) {
+    return (real *)((char *)k_or_v + slot * p->token_bytes) + head * D;
 }
 
 /* One value of k or of v. It specifies what the faster functions below read. */
 static inline float dense_cached(void *k_or_v, const pages *p, long slot, long head, long D, long d) {
-    uint32_t bits = (uint32_t)dense_head(k_or_v, p, slot, head, D)[d] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
+    return to_float(dense_head(k_or_v, p, slot, head, D)[d]);
 }
 
 /* Stores a head's key [D] and value [D] */
-static inline void dense_store(const pages *p, long slot, long head, const bf16 *key, const bf16 *value, long D) {
+static inline void dense_store(const pages *p, long slot, long head, const real *key, const real *value, long D) {
     memcpy(dense_head(p->k, p, slot, head, D), key, D * sizeof *key);
     memcpy(dense_head(p->v, p, slot, head, D), value, D * sizeof *value);
 }
@@ -34,8 +31,8 @@ static inline void dense_store(const pages *p, long slot, long head, const bf16 
  * the next_count tokens of the next block are prefetched. */
 static inline void dense_block(operands *keys, operands *values, const pages *p, const long *slots, long count,
                                const long *next_slots, long next_count, long head, long D) {
-    static const bf16 zeros[MAX_HEAD_DIM];
-    const bf16 *k_rows[BLOCK], *v_rows[BLOCK];
+    static const real zeros[MAX_HEAD_DIM];
+    const real *k_rows[BLOCK], *v_rows[BLOCK];
     for (long i = 0; i < BLOCK; i++) {
         k_rows[i] = i < count ? dense_head(p->k, p, slots[i], head, D) : zeros;
         v_rows[i] = i < count ? dense_head(p->v, p, slots[i], head, D) : zeros;
@@ -51,9 +48,9 @@ static inline void dense_block(operands *keys, operands *values, const pages *p,
         for (long d = 0; d < D; d += LANES) {
             operands *to = values + (i / PER * D + d) / LANES;
 #ifdef PAIRS
-            *to = (pairs)load_wide(v_rows[i] + d) >> 16 | (pairs)load_wide(v_rows[i + 1] + d);
+            *to = (pairs)load_reals(v_rows[i] + d) >> 16 | (pairs)load_reals(v_rows[i + 1] + d);
 #else
-            *to = load_wide(v_rows[i] + d);
+            *to = load_reals(v_rows[i] + d);
 #endif
         }
     }

@@ -28,7 +28,7 @@ static inline float pages_value(void *k_or_v, const pages *p, long slot, long he
     return value;
 }
 
-static inline void pages_store(const pages *p, long slot, long head, const bf16 *key, const bf16 *value, long D) {
+static inline void pages_store(const pages *p, long slot, long head, const real *key, const real *value, long D) {
     switch (p->format) {
 #define CALL(FORMAT) FORMAT##_store(p, slot, head, key, value, D)
         EACH_PAGES_FORMAT(CALL_FORMAT)

@@ -11,12 +11,11 @@ from .calls import LAYOUT
 
 PagesStruct = tuple[Tensor, Tensor, int, int, int]
 _NUMBERS = {name: number for number, name in enumerate(LAYOUT.lists["PAGES_FORMAT"])}
-BYTES = 2  # of a bfloat16
 
 
 def _dense(pages: DensePages) -> PagesStruct:
     _, page_size, num_kv_heads, head_dim = pages.k.shape
-    return pages.k, pages.v, page_size, BYTES * num_kv_heads * head_dim, _NUMBERS["dense"]
+    return pages.k, pages.v, page_size, pages.k.element_size() * num_kv_heads * head_dim, _NUMBERS["dense"]
 
 
 STRUCTS: dict[str, Callable[..., PagesStruct]] = {"dense": _dense}

@@ -1,6 +1,6 @@
 """Quantised matrices of AWQ in AutoAWQ's gemm layout.
 
-qweight  int32 [K, N / 8]         codes of 4 bits along N, the columns of a word in the order _ORDER
+qweight  int32 [K, N / 8]         codes of 4 bits along N, those of a word in the order 0, 2, 4, 6, 1, 3, 5, 7
 qzeros   int32 [groups, N / 8]    zero points in the same order
 scales   [groups, N]
 """
@@ -8,16 +8,14 @@ scales   [groups, N]
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from qwenkern.kernels import Weight
+from qwenkern.kernels.c import repack_words
 
 from . import integers
 from .parts import FLOATS, Read, Stored
 
 PARTS = ("qweight", "qzeros", "scales")
-_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # the column that bits 4 i to 4 i + 3 of a word are of
-_PLACE = [_ORDER.index(column) for column in range(8)]
 
 
 def plan(stored: Stored, read: Read) -> Weight | None:
@@ -33,11 +31,7 @@ def plan(stored: Stored, read: Read) -> Weight | None:
 
 def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
     """The matrix. Raises CheckpointError for values that it cannot have."""
-    codes, zeros = (_unpacked(read(part)) for part in ("qweight", "qzeros"))
+    words = integers.Words(read("qweight"), repack_words.AWQ, 4)
+    zeros = integers.awq_rows(integers.unpacked(read("qzeros"), 4))
     scales = integers.checked_scales(stored, "scales", read("scales"))
-    return integers.matrix(stored, codes.T.contiguous(), scales.T, zeros.T, dtype)
-
-
-def _unpacked(words: Tensor) -> Tensor:
-    """[R, N / 8] words -> [R, N] codes, uint8."""
-    return integers.unpacked(words, 4).unflatten(1, (-1, 8))[..., _PLACE].flatten(1)
+    return integers.matrix(stored, words, scales.T, zeros.T, dtype)

@@ -63,19 +63,20 @@ def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
         if codes.isnan().any():
             raise stored.wrong("weight", "has values that are NaN", "finite weights")
         return Fp8.from_codes(codes, scales[:, 0].float().contiguous(), dtype)
-    middle = 1 << what.bits - 1
-    if what.storage == "pack-quantized":
-        codes = integers.unpacked(read("weight_packed"), what.bits).flatten(1)[:, : stored.columns]
-    else:
-        signed = read("weight")
-        low, high = int(signed.min()), int(signed.max())
-        if low < -middle or high >= middle:
-            raise stored.wrong(
-                "weight", f"has codes {low} to {high}", f"{-middle} to {middle - 1}, of {what.bits} bits"
-            )
-        codes = (signed.to(torch.int16) + middle).to(torch.uint8)
     zeros = _zeros(stored, read).expand(scales.shape)
-    return integers.matrix(stored, codes.contiguous(), scales, zeros, dtype, _groups(stored, read))
+    return integers.matrix(stored, _words(stored, read), scales, zeros, dtype, _groups(stored, read))
+
+
+def _words(stored: Stored, read: Read) -> integers.Words:
+    """The codes, whether they are stored as words or as bytes."""
+    bits = stored.quantization.bits
+    if stored.quantization.storage == "pack-quantized":
+        return integers.Words(read("weight_packed"), integers.ROWS, bits)
+    signed, middle = read("weight"), 1 << bits - 1
+    low, high = int(signed.min()), int(signed.max())
+    if low < -middle or high >= middle:
+        raise stored.wrong("weight", f"has codes {low} to {high}", f"{-middle} to {middle - 1}, of {bits} bits")
+    return integers.words_of_bytes(signed, bits)
 
 
 def _zeros(stored: Stored, read: Read) -> Tensor:
@@ -85,8 +86,8 @@ def _zeros(stored: Stored, read: Read) -> Tensor:
     if "weight_zero_point" not in stored.parts:
         return torch.full((1, 1), middle, dtype=torch.int16)
     if stored.parts["weight_zero_point"].dtype == "I32":
-        packed = integers.unpacked(read("weight_zero_point"), what.bits)  # [words, groups, 32 / bits]
-        zeros = packed.transpose(1, 2).flatten(0, 1)[: stored.rows].to(torch.int16)
+        along_rows = read("weight_zero_point").T
+        zeros = integers.unpacked(along_rows, what.bits).T[: stored.rows].to(torch.int16)
     else:
         zeros = read("weight_zero_point").reshape(-1, stored.groups()).to(torch.int16) + middle
     return integers.checked_zeros(stored, "weight_zero_point", zeros)

@@ -38,11 +38,10 @@ def plan(stored: Stored, read: Read) -> Weight | None:
 
 def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
     """The matrix. Raises CheckpointError for values that it cannot have."""
-    bits = stored.quantization.bits
-    codes = integers.unpacked(read("qweight"), bits).permute(1, 0, 2).reshape(stored.rows, stored.columns)
+    words = integers.Words(read("qweight"), integers.COLUMNS, stored.quantization.bits)
     scales = integers.checked_scales(stored, "scales", read("scales"))
     zeros = integers.checked_zeros(stored, "qzeros", _zeros(stored, read("qzeros")))
-    return integers.matrix(stored, codes, scales.T, zeros.T, dtype, _groups(stored, read))
+    return integers.matrix(stored, words, scales.T, zeros.T, dtype, _groups(stored, read))
 
 
 def _groups(stored: Stored, read: Read) -> Tensor | None:
@@ -57,5 +56,5 @@ def _zeros(stored: Stored, words: Tensor) -> Tensor:
     bits = stored.quantization.bits
     if stored.quantization.carries:
         words = words + _ONES[bits]
-    zeros = integers.unpacked(words, bits).flatten(1).to(torch.int16)
+    zeros = integers.unpacked(words, bits).to(torch.int16)
     return zeros if stored.quantization.carries or stored.quantization.storage == "gptq_v2" else zeros + 1

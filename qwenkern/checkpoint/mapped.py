@@ -1,12 +1,11 @@
-"""Files of weights mapped into memory: their tensors are views, and views of one file that follow each other can be
-joined without a copy."""
+"""Files of weights mapped into memory: their tensors are views, and those that follow each other can be joined without
+a copy (kernels/weights/stack.py)."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -62,17 +61,3 @@ def _map(file: Path) -> Tensor:
         return torch.from_file(str(file), shared=False, size=os.path.getsize(file), dtype=torch.uint8)
     except (OSError, RuntimeError) as error:
         raise CheckpointError(f"{file}: cannot be mapped: {error}") from error
-
-
-def joined(tensors: Sequence[Tensor]) -> Tensor:
-    """As torch.cat along the first dimension: a view if the tensors follow each other in one memory, else a copy."""
-    first = tensors[0]
-    like = (first.dtype, first.shape[1:], first.untyped_storage().data_ptr())
-    for a, b in pairwise(tensors):
-        adjacent = b.storage_offset() == a.storage_offset() + a.numel()
-        if not adjacent or not b.is_contiguous() or (b.dtype, b.shape[1:], b.untyped_storage().data_ptr()) != like:
-            return torch.cat(tuple(tensors))
-    if not first.is_contiguous():
-        return torch.cat(tuple(tensors))
-    rows = sum(len(each) for each in tensors)
-    return first.as_strided((rows, *first.shape[1:]), first.stride(), first.storage_offset())

@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from qwenkern.kernels.c import build, compiler, targets
-from qwenkern.kernels.c.calls import CALL_BYTES, FIELDS, OPS, make
+from qwenkern.kernels.c.calls import CALL_BYTES, FIELDS, FIRST_FIELD, OPS, make
 from qwenkern.kernels.c.limits import NAMES
 
 
@@ -202,8 +202,9 @@ class Emulated:
         start = DATA + PAGE
         for at in range(0, len(calls), CALL_BYTES):
             op = OPS[struct.unpack_from("@l", calls, at)[0]]
-            for place, field in enumerate(FIELDS[op], 1):
-                [pointer] = struct.unpack_from("@P", calls, at + place * WORD)
+            for place, field in enumerate(FIELDS[op]):
+                where = at + FIRST_FIELD + place * WORD
+                [pointer] = struct.unpack_from("@P", calls, where)
                 if field.code != "P" or not pointer:
                     continue
                 address, size, is_whole = self._storages[pointer]
@@ -217,8 +218,8 @@ class Emulated:
                         ctypes.memmove(self._base + block.at, address, size)
                     start = block.end + PAGE
                 blocks[address].is_written |= writes
-                struct.pack_into("@P", calls, at + place * WORD, blocks[address].at + pointer - address)
-                pointers.append(at + place * WORD)
+                struct.pack_into("@P", calls, where, blocks[address].at + pointer - address)
+                pointers.append(where)
         return list(blocks.values()), pointers
 
     def _take_back(self, block: Block) -> None:
