@@ -3,6 +3,7 @@ they take."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -137,3 +138,16 @@ def test_our_own_files_stay_mapped(tmp_path, monkeypatch):
 def test_groups_of_other_sizes_than_a_formats_own():
     small, large = (without_memory(64, 256, "int4", torch.float32, group) for group in (32, 256))
     assert small.nbytes - large.nbytes == 64 * (256 // 32 - 1) * 3, "a scale and a zero point"
+
+
+@pytest.mark.demo
+def test_the_demos_file_in_memory(demo_path):
+    """Its blocks as they are, but for the scales of Q4_K, which take four bytes more for 256 values. By llama.cpp's
+    rules its mix, Q4_K_M, has as many bytes; other layers have the larger types."""
+    checkpoint = open_checkpoint(demo_path)
+    layout = layout_of(checkpoint.config, CPU, stored=checkpoint.formats)
+    infos = [info for _, info in checkpoint.places.values()]
+    blocks = sum(info.num_bytes for info in infos)  # norms and biases are float32 in the file, too
+    widened = sum(4 * math.prod(info.shape) // 256 for info in infos if info.kind.name == "Q4_K")
+    assert layout.weights == blocks + widened == 486_269_440
+    assert layout_of(checkpoint.config, CPU, quantize="q4_k_m").weights == layout.weights
