@@ -104,6 +104,48 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def block_of(BLOCK_K: tl.constexpr, SLICES: tl.constexpr):
+    """The places along K of a block, [SLICES, 1, BLOCK_K / SLICES]."""
+    width: tl.constexpr = BLOCK_K // SLICES
+    return tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
+
+
+@triton.jit
+def masked_or(x, MASK: tl.constexpr, bits):
+    """x & MASK | bits, of int32. For two constants PTX's and, or become two instructions, and lop3 one."""
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return x & MASK | bits
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xEA;", "=r,r,r,r", [x, MASK, bits], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def masked_xor(x, MASK: tl.constexpr, bits):
+    """(x & MASK) ^ bits, of int32."""
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return x & MASK ^ bits
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0x6A;", "=r,r,r,r", [x, MASK, bits], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def subtract_bf16x2(a, b):
+    """a - b of pairs of bfloat16 in int32, where the differences are bfloat16, too."""
+    if INTERPRETED or not tl.target_info.is_cuda():
+        low = (a << 16).to(tl.float32, bitcast=True) - (b << 16).to(tl.float32, bitcast=True)
+        high = (a & -65536).to(tl.float32, bitcast=True) - (b & -65536).to(tl.float32, bitcast=True)
+        return ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | high.to(tl.int32, bitcast=True)
+    else:
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $2, $3, $1;", "=r,r,r,r", [a, b, -0x40804080], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def silu(x):
     return x / (1.0 + tl.exp(-x))
 

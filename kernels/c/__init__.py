@@ -12,6 +12,8 @@ take them, or None. A refusal compiles, allocates and measures nothing: ``prepar
     linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c
     attention                                        attention.h, decode_attention.c, prefill_attention.c
     rms_norm, rope, swiglu, embedding                norm.h, rms_norm.c, rope.c, swiglu.c, embedding.c
+    repack            blocks of GGUF files           repack.c, blocks.h
+    repack_words      words of GPTQ, AWQ and others  repack_words.c
     backend.py, ops.py: the backend, its list of ops ops.c: enters an op
                                                      float_activations.c: all of these files again, for float32
 

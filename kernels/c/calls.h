@@ -24,25 +24,45 @@ typedef bf16 real;
 #endif
 
 /* clang-format off */
-#define EACH_OP(OP)      \
-    OP(embedding)        \
-    OP(add_rms_norm)     \
-    OP(linear)           \
-    OP(silu_mul)         \
-    OP(apply_rope)       \
-    OP(rope_and_cache)   \
-    OP(decode_attention) \
-    OP(prefill_attention)
+#define EACH_OP(OP)       \
+    OP(embedding)         \
+    OP(add_rms_norm)      \
+    OP(linear)            \
+    OP(silu_mul)          \
+    OP(apply_rope)        \
+    OP(rope_and_cache)    \
+    OP(decode_attention)  \
+    OP(prefill_attention) \
+    OP(repack)            \
+    OP(repack_words)
 /* clang-format on */
 
 /* A format of weights or pages has a file of its name (dense_weight.h, dense_pages.h), and its name is listed here. */
 #define EACH_WEIGHT_FORMAT(FORMAT) FORMAT(dense)
 #define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense) FORMAT(float16) FORMAT(int8) FORMAT(fp8)
 
-typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h */
+/* The block formats of GGUF files (blocks.h) */
+/* clang-format off */
+#define EACH_BLOCK_FORMAT(FORMAT) \
+    FORMAT(q4_0) FORMAT(q4_1) FORMAT(q5_0) FORMAT(q5_1) FORMAT(q8_0) \
+    FORMAT(q2_k) FORMAT(q3_k) FORMAT(q4_k) FORMAT(q5_k) FORMAT(q6_k)
+/* clang-format on */
+
+/* Formats of weights that are codes with a scale for each group (grouped_weight.h) */
+/* clang-format off */
+#define EACH_GROUPED_FORMAT(FORMAT)                                    \
+    FORMAT(q4_0) FORMAT(q4_1) FORMAT(q5_0) FORMAT(q5_1) FORMAT(q8_0)   \
+    FORMAT(q4_k) FORMAT(q5_k) FORMAT(q6_k) FORMAT(q2_k) FORMAT(q3_k)   \
+    FORMAT(int4) FORMAT(int8)
+/* clang-format on */
+
+typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h or grouped_weight.h */
     const void *values; /* null: there is no weight */
-    long row_bytes;     /* from a row to the next one */
-    long format;        /* its place in EACH_WEIGHT_FORMAT */
+    long row_bytes;     /* from a row to the next one; of dense weights */
+    long format;        /* its place in EACH_WEIGHT_FORMAT, and behind those in EACH_GROUPED_FORMAT */
+    const void *high, *scales, *minima, *sub_scales, *sub_minima, *zeros; /* of grouped weights; values are the codes */
+    long group;                                                           /* columns that share an entry of scales */
+    long scales_are_floats;                                               /* or 16-bit floats */
 } weight;
 
 typedef struct {          /* the keys and values that a layer has cached, in one of the formats of pages.h */
@@ -58,9 +78,9 @@ typedef struct {          /* the keys and values that a layer has cached, in one
 
 typedef struct {        /* out = the rows of table with the numbers ids */
     real *out;          /* [T, K], dense */
-    const real *table;  /* [V, K] */
+    weight table;       /* [V, K] */
     const int64_t *ids; /* [T] */
-    long num_tokens, row_size, table_stride;
+    long num_tokens, row_size;
 } embedding_args;
 
 typedef struct {             /* new_residual = residual + x; out = rms_norm(new_residual) * norm_weight */
@@ -74,7 +94,7 @@ typedef struct {             /* new_residual = residual + x; out = rms_norm(new_
 } add_rms_norm_args;
 
 typedef struct {             /* out = (norm of) x times weight transposed, with an epilogue (linear.h) */
-    void *out;               /* [T, N], dense: real, or float where out_is_float */
+    void *out;               /* [T, N]: real, or float where out_is_float */
     float *scratch;          /* [T, K]; for many tokens also the memory that linear_many_tokens.c describes */
     const real *x;           /* [T, K] */
     const real *norm_weight; /* [K]; null: x is multiplied as it is */
@@ -82,8 +102,9 @@ typedef struct {             /* out = (norm of) x times weight transposed, with 
     weight up;               /* [N, K], or none; with it out = silu(x weight') * (x up') */
     const real *bias;        /* [N], or null */
     const real *addend;      /* [T, N], or null */
-    long num_tokens, out_features, in_features, x_stride, addend_stride;
+    long num_tokens, out_features, in_features, x_stride, addend_stride, out_stride;
     long out_is_float;
+    long planes;            /* of int8 that stand for x, where the weight is grouped: 2, or 1 */
     long prefetch_distance; /* bytes in advance that weights are prefetched; 0: no prefetch */
     double eps;
 } linear_args;
@@ -139,6 +160,28 @@ typedef struct {    /* causal attention of the last tokens of each sequence */
     long num_sequences, num_kv_heads, group, head_dim, q_stride, block_table_stride;
     double scale;
 } prefill_attention_args;
+
+typedef struct {           /* a matrix [N, K] in blocks of a GGUF file, as the tensors of kernels/weights/grouped.py */
+    uint32_t *codes;       /* [N / 16, K / 32, words, 16] */
+    uint32_t *high;        /* the same, of the bits above four; null: there are none */
+    uint16_t *scales;      /* [N / 16, blocks of a row, 16] */
+    uint16_t *minima;      /* the same, or null */
+    uint8_t *sub_scales;   /* [N / 16, groups of a row, 16], or null */
+    uint8_t *sub_minima;   /* the same, or null */
+    uint8_t *finite;       /* [N / 16]: whether the scales and minima of 16 rows are finite numbers */
+    const uint8_t *blocks; /* [N, blocks of a row], as the file has them */
+    long rows, columns;
+    long format; /* its place in EACH_BLOCK_FORMAT */
+} repack_args;
+
+typedef struct {           /* the codes of a matrix [N, K] in words of GPTQ, AWQ or compressed-tensors */
+    uint32_t *codes;       /* [N / 16, K / 32, bits, 16] */
+    const uint32_t *words; /* order 0: [N, K bits / 32], 1: [K bits / 32, N], 2: AWQ's [K, N / 8] */
+    long rows, columns;
+    long bits; /* 4 or 8 */
+    long order;
+    long flip; /* bits of each word that are turned */
+} repack_words_args;
 
 typedef struct {         /* what the ops take, and the sizes that determine their scratch; limits.c has the values */
     long max_few_tokens; /* most tokens of a linear that reads its weights once, row by row */

@@ -87,7 +87,8 @@ def _maker(op: str) -> Callable[..., Call]:
     fields would take as long as a small op."""
     fields = FIELDS[op]
     places = [_place(field.name, fields) for field in fields]
-    real = next(field.name for field in fields if field.is_real)  # an op's activations have one dtype
+    real = next((field.name for field in fields if field.is_real), "")  # an op's activations have one dtype
+    is_float = f"{real}.dtype is float32" if real else "False"
     arguments = dict.fromkeys(field.name.partition(".")[0] for field in fields)
     values, tensors = [], []
     for place, field in zip(places, fields, strict=True):
@@ -98,7 +99,7 @@ def _maker(op: str) -> Callable[..., Call]:
             values.append(place)
     text = (
         f"def {op}(*, {', '.join(arguments)}):\n"
-        f"    packed = pack({OPS.index(op)}, {real}.dtype is float32, {', '.join(values)})\n"
+        f"    packed = pack({OPS.index(op)}, {is_float}, {', '.join(values)})\n"
         f"    return {op!r}, packed, ({', '.join(tensors)},)"
     )
     missing = CALL_BYTES - FIRST_FIELD - _WORD * len(fields)

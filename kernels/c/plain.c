@@ -3,6 +3,7 @@
  *
  * Values are rounded to activations where the fast ops round them. Sums are double, so the last bits of the results
  * differ from those of the fast ops. */
+#include "blocks.h"
 #include "pages.h"
 #include "team.h"
 #include "weights.h"
@@ -13,8 +14,9 @@ static float to_activation(float x) { return to_float(to_real(x)); }
 static float plain_silu(float x) { return x / (1 + expf(-x)); }
 
 static void plain_embedding(const embedding_args *a) {
+    const long K = a->row_size;
     for (long t = 0; t < a->num_tokens; t++)
-        for (long i = 0; i < a->row_size; i++) a->out[t * a->row_size + i] = a->table[a->ids[t] * a->table_stride + i];
+        for (long i = 0; i < K; i++) a->out[t * K + i] = to_real(weight_value(&a->table, a->ids[t], i, K));
 }
 
 /* The scale of a row. Writes the sum to new_residual, unless that is null. */
@@ -52,14 +54,14 @@ static void plain_linear(const linear_args *a) {
             double value = 0, up = 0;
             for (long k = 0; k < K; k++) {
                 float row = a->norm_weight ? plain_normed(x[k], scale, a->norm_weight[k]) : to_float(x[k]);
-                value += row * weight_value(&a->weight, n, k);
-                if (a->up.values) up += row * weight_value(&a->up, n, k);
+                value += row * weight_value(&a->weight, n, k, K);
+                if (a->up.values) up += row * weight_value(&a->up, n, k, K);
             }
             if (a->bias) value += to_float(a->bias[n]);
             if (a->up.values) value = to_activation(plain_silu(to_activation(value))) * to_activation(up);
             if (a->addend) value = to_activation(value) + to_float(a->addend[t * a->addend_stride + n]);
-            if (a->out_is_float) ((float *)a->out)[t * N + n] = value;
-            else ((real *)a->out)[t * N + n] = to_real(value);
+            if (a->out_is_float) ((float *)a->out)[t * a->out_stride + n] = value;
+            else ((real *)a->out)[t * a->out_stride + n] = to_real(value);
         }
     }
 }
@@ -144,6 +146,65 @@ static void plain_prefill_attention(const prefill_attention_args *a) {
                 plain_attention(a->out + (row * Hq + h) * D, a->q + row * a->q_stride + h * D, &a->cache,
                                 a->block_tables + s * a->block_table_stride,
                                 a->lengths[s] - (a->query_starts[s + 1] - row) + 1, h / a->group, D, a->scale);
+}
+
+/* Value k of a row goes to byte t of word 4 (k % 32 / 16) + k % 4 of the row in its tile, t = k % 16 / 4. */
+static void plain_repack(const repack_args *a) {
+    const block_form form = BLOCK_FORMS[a->format];
+    const long blocks = a->columns / form.values, tiles = a->columns / 32, groups = form.groups;
+    uint8_t *codes = (uint8_t *)a->codes, *high = (uint8_t *)a->high, scales[16], minima[16], read[32];
+    for (long n = 0; n < a->rows; n++) {
+        const uint8_t *from = a->blocks + n * blocks * form.bytes;
+        for (long b = 0; b < blocks; b++) {
+            long place = (n / 16 * blocks + b) * 16 + n % 16;
+            memcpy(a->scales + place, from + b * form.bytes + form.scale, 2);
+            if (a->minima) memcpy(a->minima + place, from + b * form.bytes + form.minimum, 2);
+            if (n % 16 == 0 && b == 0) a->finite[n / 16] = 1;
+            a->finite[n / 16] &= (a->scales[place] & 0x7C00) != 0x7C00; /* infinite, or no number */
+            a->finite[n / 16] &= !a->minima || (a->minima[place] & 0x7C00) != 0x7C00;
+            block_sub_scales(scales, minima, a->format, from + b * form.bytes);
+            for (long g = 0; g < groups; g++) {
+                place = (n / 16 * blocks * groups + b * groups + g) * 16 + n % 16;
+                a->sub_scales[place] = scales[g];
+                if (a->sub_minima) a->sub_minima[place] = minima[g];
+            }
+        }
+        for (long k = 0; k < a->columns; k++) {
+            long tile = n / 16 * tiles + k / 32, word = k % 32 / 16 * 4 + k % 4, byte = n % 16 * 4 + k % 16 / 4;
+            const uint8_t *block = from + k / form.values * form.bytes;
+            block_codes(read, a->format, block, k % form.values / 32);
+            int fifth = block_fifth_bits(a->format, block, k % form.values / 32) >> k % 32 & 1;
+            int code = read[k % 32] | fifth << 4, upper = code >> 4;
+            if (form.bits == 8) {
+                codes[(tile * 8 + word) * 64 + byte] = code;
+                continue;
+            }
+            uint8_t *low = codes + (tile * 4 + word % 4) * 64 + byte;
+            *low = word < 4 ? code & 15 : *low | (code & 15) << 4;
+            if (form.bits == 5) high[tile * 64 + byte] = (word ? high[tile * 64 + byte] : 0) | upper << word;
+            if (form.bits == 6) {
+                uint8_t *pair = high + (tile * 2 + word / 4) * 64 + byte;
+                *pair = (word % 4 ? *pair : 0) | upper << 2 * (word % 4);
+            }
+        }
+    }
+}
+
+static void plain_repack_words(const repack_words_args *a) {
+    const long tiles = a->columns / 32, each = 32 / a->bits;
+    const int awq_place[8] = {0, 4, 1, 5, 2, 6, 3, 7}; /* of a row's code in a word of eight rows */
+    uint8_t *codes = (uint8_t *)a->codes;
+    for (long n = 0; n < a->rows; n++)
+        for (long k = 0; k < a->columns; k++) {
+            const long in_row = n * (a->columns / each) + k / each, in_column = k / each * a->rows + n;
+            const long in_eight = k * (a->rows / 8) + n / 8;
+            const uint32_t word = a->words[a->order == 0 ? in_row : a->order == 1 ? in_column : in_eight];
+            const long place = a->order == 2 ? awq_place[n % 8] : k % each;
+            const int code = (word ^ (uint32_t)a->flip) >> place * a->bits & ((1 << a->bits) - 1);
+            const long to = n / 16 * tiles + k / 32, b = k % 32 / 16 * 4 + k % 4, byte = n % 16 * 4 + k % 16 / 4;
+            uint8_t *low = codes + (to * a->bits + b % a->bits) * 64 + byte;
+            *low = b < a->bits ? code : *low | code << 4;
+        }
 }
 
 #ifdef FLOAT_ACTIVATIONS

@@ -29,7 +29,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..language import cast, dot, launch_dependents, round_to, wait
+from ..language import block_of, cast, launch_dependents, round_to, wait
 
 MAX_TOKENS = 16  # with more tokens, torch's matrix product is as fast
 MAX_HIDDEN = 32768  # the norm keeps a row in a program's registers
@@ -79,9 +79,12 @@ def multiply(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format
+    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    OPERAND: tl.constexpr,
+    MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
-    ROWS: tl.constexpr,  # (args, tile, BLOCK_N) -> the rows of a tile, [BLOCK_N] int64, all within the weight
+    FORM: tl.constexpr,
+    ROWS: tl.constexpr,  # (args, tile, places in the tile, BLOCK_N) -> their rows, int64, all within the weight
     BEFORE: tl.constexpr,  # (args, tile, tokens, num_tokens, BLOCK_N) -> what the epilogue reads from memory
     EPILOGUE: tl.constexpr,  # (args, tile, products [BLOCK_N, BLOCK_T], what BEFORE returned, tokens, num_tokens)
     BLOCK_T: tl.constexpr,
@@ -95,6 +98,7 @@ def multiply(
     RESIDENT: tl.constexpr,
     LOOPS: tl.constexpr,  # a program has several tiles
     PREFETCH_LINES: tl.constexpr,
+    STAGES: tl.constexpr,  # None: num_stages, for the operands of products only; else for all that a loop loads
     PDL: tl.constexpr,
 ):
     """Multiplies the rows of the program's tiles with all tokens, and runs the epilogue of each tile. Columns of the
@@ -102,58 +106,57 @@ def multiply(
     launch_dependents(PDL)
     first = tl.program_id(0)
     tokens = tl.arange(0, BLOCK_T)
-    rows = ROWS(args, first, BLOCK_N)
+    zeros = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
     if RESIDENT:
         tl.static_assert(SPLIT_K == 1)
         step = tl.num_programs(0)
-        k = _block_of(BLOCK_K, SLICES)
-        mask = None if EVEN_K else k < k_size
-        other = None if EVEN_K else 0.0
         if AHEAD > 0:
-            early = LOAD(weight, rows[None, :, None], k, mask, other)
+            early = LOAD(weight, ROWS, args, first, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
         if LOOPS and PREFETCH_LINES > 0 and first + step < num_tiles:
-            PREFETCH(weight, ROWS(args, first + step, BLOCK_N), 0, k_size, PREFETCH_LINES)
+            PREFETCH(weight, ROWS, args, first + step, 0, k_size, FORM, BLOCK_N, PREFETCH_LINES)
         wait(PDL)
         if AHEAD > 0:
             inputs = BEFORE(args, first, tokens, num_tokens, BLOCK_N)
         x = _resident_x(
             x_ptr, norm_weight_ptr, tokens, num_tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_K, SLICES, EVEN_K
         )
+        x = OPERAND(x, FORM)
         if LOOPS or AHEAD == 0:
-            for tile in range(first + (step if AHEAD > 0 else 0), num_tiles, step):
-                values = LOAD(weight, ROWS(args, tile, BLOCK_N)[None, :, None], k, mask, other)
-                products = tl.sum(dot(values, x, tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)), axis=0)
+            for tile in tl.range(first + (step if AHEAD > 0 else 0), num_tiles, step, num_stages=STAGES):
+                piece = LOAD(weight, ROWS, args, tile, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
+                products = tl.sum(MULTIPLY(piece, x, zeros, FORM), axis=0)
                 EPILOGUE(args, tile, products, BEFORE(args, tile, tokens, num_tokens, BLOCK_N), tokens, num_tokens)
         if AHEAD > 0:
-            products = tl.sum(dot(early, x, tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)), axis=0)
-            EPILOGUE(args, first, products, inputs, tokens, num_tokens)
+            EPILOGUE(args, first, tl.sum(MULTIPLY(early, x, zeros, FORM), axis=0), inputs, tokens, num_tokens)
     else:
         split = tl.program_id(1)
         k_per_split = tl.cdiv(tl.cdiv(k_size, BLOCK_K), SPLIT_K) * BLOCK_K
         k_start = split * k_per_split
         k_end = tl.minimum(k_size, k_start + k_per_split)
         if AHEAD > 0:
-            early_k = k_start + _block_of(AHEAD, SLICES)
-            early = LOAD(weight, rows[None, :, None], early_k, None, None)
-        PREFETCH(weight, rows, k_start + AHEAD, k_end, PREFETCH_LINES)
+            early = LOAD(weight, ROWS, args, first, k_start, k_end, FORM, BLOCK_N, AHEAD, SLICES, True)
+        PREFETCH(weight, ROWS, args, first, k_start + AHEAD, k_end, FORM, BLOCK_N, PREFETCH_LINES)
         wait(PDL)
         inputs = BEFORE(args, first, tokens, num_tokens, BLOCK_N)
         scales = tl.zeros([BLOCK_T], tl.float32)
         if norm_weight_ptr is not None:
             scales = _scales(x_ptr, num_tokens, tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_ROW)
-        acc = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+        acc = zeros
         # Columns beyond the last token read the last token again.
         x_rows = x_ptr + tl.minimum(tokens, num_tokens - 1)[None, :, None] * x_stride
-        for start in range(k_start + AHEAD, k_end, BLOCK_K):
-            k = start + _block_of(BLOCK_K, SLICES)
+        for start in tl.range(k_start + AHEAD, k_end, BLOCK_K, num_stages=STAGES):
+            k = start + block_of(BLOCK_K, SLICES)
             mask = None if EVEN_K else k < k_end
             other = None if EVEN_K else 0.0
-            values = LOAD(weight, rows[None, :, None], k, mask, other)
+            piece = LOAD(weight, ROWS, args, first, start, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
             x = tl.load(x_rows + k, mask=mask, other=other)
-            acc = dot(values, _streamed_x(x, norm_weight_ptr, scales, k, mask, other), acc)
+            x = OPERAND(_streamed_x(x, norm_weight_ptr, scales, k, mask, other), FORM)
+            acc = MULTIPLY(piece, x, acc, FORM)
         if AHEAD > 0:
-            x = tl.load(x_rows + early_k)
-            acc = dot(early, _streamed_x(x, norm_weight_ptr, scales, early_k, None, None), acc)
+            k = k_start + block_of(AHEAD, SLICES)
+            x = tl.load(x_rows + k)
+            x = OPERAND(_streamed_x(x, norm_weight_ptr, scales, k, None, None), FORM)
+            acc = MULTIPLY(early, x, acc, FORM)
         products = tl.sum(acc, axis=0)
         last = True
         if SPLIT_K > 1:
@@ -173,13 +176,6 @@ def multiply(
 
 
 @triton.jit
-def _block_of(BLOCK_K: tl.constexpr, SLICES: tl.constexpr):
-    """The places along K of a block, [SLICES, 1, BLOCK_K / SLICES]."""
-    width: tl.constexpr = BLOCK_K // SLICES
-    return tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
-
-
-@triton.jit
 def _resident_x(
     x_ptr,
     norm_weight_ptr,
@@ -193,7 +189,7 @@ def _resident_x(
     SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """The (normalised) tokens as the right operand of the products, [SLICES, BLOCK_K / SLICES, BLOCK_T]. All threads
+    """The (normalised) tokens, [SLICES, BLOCK_T, BLOCK_K / SLICES]. All threads
     lie along a row, so the order of its sum does not depend on the number of tokens."""
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = None if EVEN_K else k < k_size
@@ -204,13 +200,13 @@ def _resident_x(
         h = x.to(tl.float32)
         scales = tl.rsqrt(tl.sum(h * h, axis=1) / k_size + eps)
         x = _normalised(h, scales[:, None], norm_weight)
-    return tl.permute(tl.reshape(x, [BLOCK_T, SLICES, BLOCK_K // SLICES]), [1, 2, 0])
+    return tl.permute(tl.reshape(x, [BLOCK_T, SLICES, BLOCK_K // SLICES]), [1, 0, 2])
 
 
 @triton.jit
 def _streamed_x(x, norm_weight_ptr, scales, k, mask, other):
-    """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES], (normalised) as the right operand of the products."""
+    """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES], (normalised)."""
     if norm_weight_ptr is not None:
         norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other)
         x = _normalised(x.to(tl.float32), scales[None, :, None], norm_weight)
-    return tl.permute(x, [0, 2, 1])
+    return x

@@ -14,6 +14,7 @@ arrive adds the partial sums in a fixed order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from ..language import cast, round_to, silu
 from ..rms_norm import rms_norm
 from ..swiglu import swiglu
-from ..weights import Weight
+from ..weights import Stack, Weight
 from .arrivals import arrivals
 from .backend import TRITON, refuses_format
 from .few_tokens import MAX_HIDDEN, MAX_TOKENS, multiply, reads_nothing
@@ -42,14 +43,14 @@ class LinearArguments(NamedTuple):
 
 
 @triton.jit
-def _rows(args, tile, BLOCK_N: tl.constexpr):
+def _rows(args, tile, places, BLOCK_N: tl.constexpr):
     # Rows beyond the last read the last row again; their results are not stored.
-    return tl.minimum(tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), args.n_size - 1)
+    return tl.minimum(tl.cast(tile, tl.int64) * BLOCK_N + places, args.n_size - 1)
 
 
 @triton.jit
 def _bias_and_addend(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
-    rows = _rows(args, tile, BLOCK_N)[:, None]
+    rows = _rows(args, tile, tl.arange(0, BLOCK_N), BLOCK_N)[:, None]
     bias = tl.zeros([BLOCK_N, 1], tl.float32)
     if args.bias is not None:
         bias = tl.load(args.bias + rows).to(tl.float32)
@@ -78,11 +79,10 @@ def _finish_linear(args, tile, products, inputs, tokens, num_tokens):
 
 
 @triton.jit
-def _gate_and_up_rows(args, tile, BLOCK_N: tl.constexpr):
+def _gate_and_up_rows(args, tile, places, BLOCK_N: tl.constexpr):
     half: tl.constexpr = BLOCK_N // 2
-    local = tl.arange(0, BLOCK_N)
-    row = tl.minimum(tl.cast(tile, tl.int64) * half + local % half, args.n_size - 1)
-    return row + local // half * args.n_size
+    row = tl.minimum(tl.cast(tile, tl.int64) * half + places % half, args.n_size - 1)
+    return row + places // half * args.n_size
 
 
 @triton.jit
@@ -106,8 +106,11 @@ def _linear_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format
+    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    OPERAND: tl.constexpr,
+    MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
+    FORM: tl.constexpr,
     GATED: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
@@ -120,6 +123,7 @@ def _linear_kernel(
     RESIDENT: tl.constexpr,
     LOOPS: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     rows: tl.constexpr = _gate_and_up_rows if GATED else _rows
@@ -127,8 +131,8 @@ def _linear_kernel(
     epilogue: tl.constexpr = _finish_gated if GATED else _finish_linear
     multiply(
         args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
-        LOAD, PREFETCH, rows, before, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K,
-        RESIDENT, LOOPS, PREFETCH_LINES, PDL,
+        LOAD, OPERAND, MULTIPLY, PREFETCH, FORM, rows, before, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
+        SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES, PDL,
     )  # fmt: skip
 
 
@@ -166,7 +170,15 @@ def _launch_linear(
 
 
 def refuses_weight(weight: Weight) -> str | None:
-    return refuses_format("weights", weight, weight.triton_load)
+    for part in parts_of(weight):
+        if reason := refuses_format("weights", part, part.triton_load):
+            return reason
+    return None
+
+
+def parts_of(weight: Weight) -> tuple[Weight, ...]:
+    """The weights of one format that a weight consists of, one below the other."""
+    return weight.parts if isinstance(weight, Stack) else (weight,)
 
 
 def refuses_norm(x: Tensor, weight: Weight) -> str | None:
@@ -178,6 +190,9 @@ def refuses_norm(x: Tensor, weight: Weight) -> str | None:
 
 @TRITON.implements(lambda x, weight, *rest, **keywords: refuses_weight(weight))
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+    if isinstance(weight, Stack):
+        out = _by_parts(lambda part, bias: linear(x, part, bias), weight, bias)
+        return out if addend is None else addend + out
     if len(x) > MAX_TOKENS:
         if addend is None or bias is not None:
             out = F.linear(x, weight.dequantise(), bias)
@@ -190,6 +205,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor
 
 @TRITON.implements(lambda x, norm_weight, eps, weight, bias=None: refuses_norm(x, weight))
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    if isinstance(weight, Stack):
+        return _by_parts(lambda part, bias: norm_linear(x, norm_weight, eps, part, bias), weight, bias)
     if len(x) > MAX_TOKENS:
         return F.linear(rms_norm(x, norm_weight, eps), weight.dequantise(), bias)
     out = x.new_empty(len(x), len(weight))
@@ -197,8 +214,17 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias
     return out
 
 
+def _by_parts(run: Callable[[Weight, Tensor | None], Tensor], weight: Stack, bias: Tensor | None) -> Tensor:
+    """The results of the parts of a weight beside each other."""
+    sizes = [len(part) for part in weight.parts]
+    biases = [None] * len(sizes) if bias is None else bias.split(sizes)
+    return torch.cat([run(part, each) for part, each in zip(weight.parts, biases, strict=True)], dim=1)
+
+
 @TRITON.implements(lambda x, norm_weight, eps, weight: refuses_norm(x, weight))
 def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
+    if isinstance(weight, Stack) or len(weight) // 2 % weight.row_tile:
+        return swiglu(norm_linear(x, norm_weight, eps, weight))
     if len(x) > MAX_TOKENS:
         return swiglu(F.linear(rms_norm(x, norm_weight, eps), weight.dequantise()))
     out = x.new_empty(len(x), len(weight) // 2)

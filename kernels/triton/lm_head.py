@@ -23,7 +23,7 @@ from torch import Tensor
 
 from ..language import wait_for_inputs
 from ..rms_norm import rms_norm
-from ..weights import Weight
+from ..weights import Stack, Weight
 from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, multiply, reads_nothing
 from .launching import cdiv, next_power_of_2, planned
@@ -45,8 +45,8 @@ class HeadArguments(NamedTuple):
 
 
 @triton.jit
-def _rows(args, tile, BLOCK_N: tl.constexpr):
-    return tl.minimum(tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N), args[0].vocabulary - 1)
+def _rows(args, tile, places, BLOCK_N: tl.constexpr):
+    return tl.minimum(tl.cast(tile, tl.int64) * BLOCK_N + places, args[0].vocabulary - 1)
 
 
 @triton.jit
@@ -88,8 +88,11 @@ def _lm_head_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format
+    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    OPERAND: tl.constexpr,
+    MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
+    FORM: tl.constexpr,
     TOP_K: tl.constexpr,  # 0: all logits
     BLOCK_T: tl.constexpr,
     BLOCK_ROW: tl.constexpr,
@@ -102,14 +105,15 @@ def _lm_head_kernel(
     RESIDENT: tl.constexpr,
     LOOPS: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tl.static_assert(SPLIT_K == 1)
     epilogue: tl.constexpr = _store_candidates if TOP_K > 0 else _store_logits
     multiply(
         (args, TOP_K), x_ptr, norm_weight_ptr, weight, None, None, num_tokens, num_tiles, k_size, x_stride, eps, LOAD,
-        PREFETCH, _rows, reads_nothing, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K,
-        RESIDENT, LOOPS, PREFETCH_LINES, PDL,
+        OPERAND, MULTIPLY, PREFETCH, FORM, _rows, reads_nothing, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
+        SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES, PDL,
     )  # fmt: skip
 
 
@@ -189,6 +193,8 @@ def _launch_top_k(values: Tensor, ids: Tensor, candidates: Tensor, candidate_ids
 
 @TRITON.implements(lambda x, norm_weight, eps, weight: refuses_norm(x, weight))
 def lm_head(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
+    if isinstance(weight, Stack):
+        return torch.cat([lm_head(x, norm_weight, eps, part) for part in weight.parts], dim=1)
     if len(x) > MAX_TOKENS:
         return F.linear(rms_norm(x, norm_weight, eps), weight.dequantise()).float()
     logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
@@ -201,7 +207,7 @@ def lm_head_top_k(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, k:
     if len(x) > MAX_TOKENS and k == 1:
         values, ids = lm_head(x, norm_weight, eps, weight).max(dim=-1, keepdim=True)
         return values, ids
-    if len(x) > MAX_TOKENS or k > MAX_TOP_K:
+    if len(x) > MAX_TOKENS or k > MAX_TOP_K or isinstance(weight, Stack):
         values, ids = lm_head(x, norm_weight, eps, weight).sort(dim=-1, descending=True, stable=True)
         return values[:, :k], ids[:, :k]
     values = x.new_empty(len(x), k, dtype=torch.float32)

@@ -24,7 +24,7 @@ from ..language import cast, round_to
 from ..linear import norm_linear
 from ..pages import Pages
 from ..rope import rope_and_cache
-from ..weights import Weight
+from ..weights import Stack, Weight
 from .backend import TRITON
 from .few_tokens import MAX_TOKENS, multiply
 from .launching import planned
@@ -55,12 +55,11 @@ def _place(tile, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _rows(args, tile, BLOCK_N: tl.constexpr):
+def _rows(args, tile, places, BLOCK_N: tl.constexpr):
     head_dim: tl.constexpr = args[1]
     half: tl.constexpr = BLOCK_N // 2
     head, first = _place(tile, BLOCK_N, head_dim)
-    local = tl.arange(0, BLOCK_N)
-    return tl.cast(head, tl.int64) * head_dim + first + local % half + local // half * (head_dim // 2)
+    return tl.cast(head, tl.int64) * head_dim + first + places % half + places // half * (head_dim // 2)
 
 
 @triton.jit
@@ -72,7 +71,7 @@ def _bias_angles_and_slots(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr
     slot = tl.load(rope.slots + token).to(tl.int64)
     bias = tl.zeros([BLOCK_N], tl.float32)
     if rope.bias is not None:
-        bias = tl.load(rope.bias + _rows(args, tile, BLOCK_N)).to(tl.float32)
+        bias = tl.load(rope.bias + _rows(args, tile, tl.arange(0, BLOCK_N), BLOCK_N)).to(tl.float32)
     _, first = _place(tile, BLOCK_N, head_dim)
     column = first + tl.arange(0, BLOCK_N // 2)[:, None]
     angle = rope.cos_sin + position.to(tl.int64)[None, :] * head_dim + column
@@ -127,8 +126,11 @@ def _norm_qkv_rope_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format
+    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    OPERAND: tl.constexpr,
+    MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
+    FORM: tl.constexpr,
     STORE_K: tl.constexpr,  # of the pages' format
     STORE_V: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -143,13 +145,15 @@ def _norm_qkv_rope_kernel(
     RESIDENT: tl.constexpr,
     LOOPS: tl.constexpr,
     PREFETCH_LINES: tl.constexpr,
+    STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
     tl.static_assert(SPLIT_K == 1)
     multiply(
         (args, HEAD_DIM, STORE_K, STORE_V), x_ptr, norm_weight_ptr, weight, None, None, num_tokens, num_tiles, k_size,
-        x_stride, eps, LOAD, PREFETCH, _rows, _bias_angles_and_slots, _rotate_and_store, BLOCK_T, BLOCK_ROW, BLOCK_N,
-        BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, PDL,
+        x_stride, eps, LOAD, OPERAND, MULTIPLY, PREFETCH, FORM, _rows, _bias_angles_and_slots, _rotate_and_store,
+        BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES,
+        PDL,
     )  # fmt: skip
 
 
@@ -200,7 +204,8 @@ def norm_qkv_rope(
 ) -> Tensor:
     """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache. A tile of the one kernel is a
     part of a head, so it does not take pages whose scales depend on a whole head."""
-    if len(x) > MAX_TOKENS or pages.triton_whole_heads or refuses_norm(x, weight) or refuses_pages(pages):
+    fits = not isinstance(weight, Stack) and pages.head_dim // 2 % weight.row_tile == 0 and not pages.triton_whole_heads
+    if len(x) > MAX_TOKENS or not fits or refuses_norm(x, weight) or refuses_pages(pages):
         qkv = norm_linear(x, norm_weight, eps, weight, bias)
         return rope_and_cache(qkv, positions, cos_sin, pages, slots)
     q_out = x.new_empty(len(x), len(weight) // pages.head_dim - 2 * pages.num_kv_heads, pages.head_dim)

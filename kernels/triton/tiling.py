@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..triton_if_any import INTERPRETED
-from ..weights import Weight
+from ..weights import Grouped, Weight
 from . import tuning
 from .backend import pdl_options
 from .few_tokens import MAX_TOKENS
@@ -27,6 +27,9 @@ for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_
         "num_warps": (2, 4, 8),
         "num_stages": (2, 3, 4, 5, 6, 8),
     } | ({"SPLIT_K": (1, 2, 4, 8)} if _op in ("linear", "norm_linear") else {})
+
+
+PAIRED = ("norm_qkv_rope", "norm_swiglu_linear")  # ops whose tiles have rows of two places of the weight
 
 
 @tuning.remember
@@ -114,6 +117,48 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
     }
 
 
+@tuning.remember
+def grouped_config(
+    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, bits: int
+) -> dict[str, Any]:
+    """The configuration of a linear kernel over a weight [N, K] of tiles of 16 rows. ``bits`` are those of a value, and
+    ``itemsize`` is that of x. What determines the order of summation does not depend on the number of tokens."""
+    paired, ahead = op in PAIRED, device.backend == "cuda" and device.capability >= 90
+    memory = device.shared_memory - 16384
+    block_n = 32 if paired or n >= 64 * device.num_sms else 16
+    if k * itemsize <= RESIDENT:
+        block_k = max(32, next_power_of_2(k))
+        tile, x = block_n * block_k * bits // 7, block_k * tokens * itemsize
+        stages = 4 if 3 * tile + x <= memory else 3
+        programs = max(1, min(2, memory // ((stages - 1) * tile + x)))
+        return {
+            "BLOCK_N": block_n,
+            "BLOCK_K": block_k,
+            "AHEAD": block_k if ahead else 0,
+            "SPLIT_K": 1,
+            "PROGRAMS": programs,
+            "PREFETCH_LINES": 0,
+            "num_warps": max(1, min(8, block_k // 256)),
+            "num_stages": stages,
+        }
+    block_k = 1024
+    while 2 * block_k * (block_n * bits // 7 + MAX_TOKENS * itemsize) > memory or block_k >= 2 * k:
+        block_k //= 2
+    split_k = 1 if paired or op == "lm_head" else max(1, min(round(device.num_sms * block_n / n), 8, k // 2048))
+    stages = memory // (block_k * (block_n * bits // 7 + tokens * itemsize))
+    early = 2 * block_k if ahead and k // split_k >= 4 * block_k else 0
+    return {
+        "BLOCK_N": block_n,
+        "BLOCK_K": block_k,
+        "AHEAD": early,
+        "SPLIT_K": split_k,
+        "PROGRAMS": 0,
+        "PREFETCH_LINES": 0,
+        "num_warps": max(1, min(8, block_k // 128)),
+        "num_stages": 1 + max(1, min(5, stages - 1)),
+    }
+
+
 def padded(tokens: int, device: tuning.Device) -> int:
     """The number of columns of the products. AMD's matrix instructions need at least 16."""
     return next_power_of_2(tokens) if device.backend == "cuda" else MAX_TOKENS
@@ -125,19 +170,27 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
     num_tokens, k_size = x.shape
     device = tuning.device_of(x)
     block_t = padded(num_tokens, device)
-    chosen = dict(config(op, device, len(weight), k_size, block_t, x.element_size()))
+    if isinstance(weight, Grouped):
+        found = grouped_config(op, device, len(weight), k_size, block_t, x.element_size(), weight.bits)
+    else:
+        found = config(op, device, len(weight), k_size, block_t, x.element_size())
+    chosen = dict(found)
     programs = chosen.pop("PROGRAMS") * device.num_sms  # 0: x is streamed, and each tile has a program
     chosen["BLOCK_N"] = min(chosen["BLOCK_N"], most_rows)
     tiles = cdiv(len(weight), chosen["BLOCK_N"])
     grid = min(tiles, programs) if programs else tiles
     constants = chosen | {
         "LOAD": weight.triton_load,
+        "OPERAND": weight.triton_operand,
+        "MULTIPLY": weight.triton_multiply,
         "PREFETCH": weight.triton_prefetch,
+        "FORM": weight.triton_numbers(),
         "BLOCK_T": block_t,
         "BLOCK_ROW": next_power_of_2(k_size),
         "SLICES": chosen["num_warps"],
         "EVEN_K": k_size % chosen["BLOCK_K"] == 0,
         "RESIDENT": programs > 0,
+        "STAGES": chosen["num_stages"] if isinstance(weight, Grouped) else None,
         "LOOPS": grid < tiles,
         **pdl_options(x),
     }

@@ -20,11 +20,24 @@ class Weight:
     ``names`` are the names of the tensors as parameters of a layer. The dense format has one tensor, "weight".
 
     For Triton: ``triton_arguments`` returns the named tuple of tensors and numbers that a kernel gets (a field may not
-    be called values, because Triton uses that name). ``triton_load(weight, rows, k, mask, other)`` loads a tile in x's
-    dtype. ``triton_prefetch(weight, rows, k_start, k_end, LINES)`` prefetches the first LINES cache lines of each row
-    into the L2 cache. These two are @triton.jit functions, which a kernel takes as constants. Triton's ops refuse a
-    format that lacks them, and on a CUDA device of a lower compute capability than ``triton_capability`` (major * 10 +
-    minor).
+    be called values, because Triton uses that name), and ``triton_numbers`` the numbers that it is compiled for. A
+    kernel takes these @triton.jit functions as constants (FORM is ``triton_numbers``, ROWS(args, tile, places, BLOCK_N)
+    returns the rows at these places of a tile):
+
+        triton_load(weight, ROWS, args, tile, start, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
+            loads BLOCK_K columns from ``start`` on, of a tile. Those from ``k_end`` on count as zero; EVEN_K says that
+            there are none.
+        triton_operand(x, FORM)
+            of tokens x [SLICES, BLOCK_T, BLOCK_K / SLICES], zero from k_end on: what triton_multiply takes.
+        triton_multiply(piece, x, acc, FORM)
+            what was loaded times the operand, added to acc [SLICES, BLOCK_N, BLOCK_T] float32. The sum over SLICES
+            is the result. Each token's bits are the same whatever tokens are beside it.
+        triton_prefetch(weight, ROWS, args, tile, k_start, k_end, FORM, BLOCK_N, LINES)
+            prefetches the first LINES cache lines of each row, or of each tile of rows, into the L2 cache
+
+    Triton's ops refuse a format that lacks them, and on a CUDA device of a lower compute capability than
+    ``triton_capability`` (major * 10 + minor). ``row_tile`` is the number of rows that a format keeps together: a
+    tile of a kernel begins at a multiple of it.
 
     For C: kernels/c/weights.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
@@ -32,7 +45,10 @@ class Weight:
     format: ClassVar[str]
     names: ClassVar[tuple[str, ...]]
     triton_capability: ClassVar[int] = 0
+    row_tile: ClassVar[int] = 1
     triton_load: ClassVar[Callable | None] = None
+    triton_operand: ClassVar[Callable | None] = None
+    triton_multiply: ClassVar[Callable | None] = None
     triton_prefetch: ClassVar[Callable | None] = None
 
     def __init_subclass__(cls, is_format: bool = True, **keywords: Any) -> None:
@@ -88,6 +104,9 @@ class Weight:
     def triton_arguments(self) -> tuple[Any, ...]:
         raise NotImplementedError(f"weights of the format {self.format} have no Triton kernels")
 
+    def triton_numbers(self) -> Any:
+        return None
+
     @property
     def device(self) -> torch.device:
         return self.tensors[0].device
@@ -113,4 +132,4 @@ REQUIRED = (
     "take",
     "copy_",
 )
-TRITON = ("triton_load", "triton_prefetch", "triton_arguments")
+TRITON = ("triton_load", "triton_operand", "triton_multiply", "triton_prefetch", "triton_arguments")

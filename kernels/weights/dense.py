@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
-from ..language import prefetch
+from ..language import block_of, dot, prefetch
 from ..triton_if_any import tl, triton
 from .base import Weight
 
@@ -20,14 +20,34 @@ class DenseArguments(NamedTuple):
 
 
 @triton.jit
-def _load(weight, rows, k, mask, other):
-    return tl.load(weight.data + rows * weight.stride + k, mask=mask, other=other)
+def _load(
+    weight, ROWS: tl.constexpr, args, tile, start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    rows = ROWS(args, tile, tl.arange(0, BLOCK_N), BLOCK_N)[None, :, None]
+    k = start + block_of(BLOCK_K, SLICES)
+    mask = None if EVEN_K else k < k_end
+    return tl.load(weight.data + rows * weight.stride + k, mask=mask, other=None if EVEN_K else 0.0)
 
 
 @triton.jit
-def _prefetch(weight, rows, k_start, k_end, LINES: tl.constexpr):
+def _operand(x, FORM: tl.constexpr):
+    return tl.permute(x, [0, 2, 1])
+
+
+@triton.jit
+def _multiply(piece, x, acc, FORM: tl.constexpr):
+    return dot(piece, x, acc)
+
+
+@triton.jit
+def _prefetch(
+    weight, ROWS: tl.constexpr, args, tile, k_start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
+    LINES: tl.constexpr,
+):  # fmt: skip
     if LINES > 0:
         line: tl.constexpr = 1024 // weight.data.dtype.element_ty.primitive_bitwidth  # elements
+        rows = ROWS(args, tile, tl.arange(0, BLOCK_N), BLOCK_N)
         k = k_start + tl.arange(0, LINES)[None, :] * line
         prefetch(weight.data + rows[:, None] * weight.stride + k, (rows[:, None] >= 0) & (k < k_end))
 
@@ -38,6 +58,8 @@ class Dense(Weight):
     format = "dense"
     names = ("weight",)
     triton_load = _load
+    triton_operand = _operand
+    triton_multiply = _multiply
     triton_prefetch = _prefetch
     __slots__ = ("tensor",)
 

@@ -30,7 +30,9 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
+from . import group_products
 from .base import Weight
+from .group_products import GroupArguments, GroupNumbers
 from .rounding import Rounded, nearest
 
 ROWS = 16  # rows of a tile
@@ -55,6 +57,12 @@ class Grouped(Weight, is_format=False):
     super_scales: ClassVar[bool] = False
     signed_sub_scales: ClassVar[bool] = False
     levels: ClassVar[int]  # the number of codes in use; 2 ** bits unless the format says otherwise
+
+    row_tile = ROWS
+    triton_load = group_products.load
+    triton_operand = group_products.operand
+    triton_multiply = group_products.multiply
+    triton_prefetch = group_products.prefetch
 
     codes: Tensor
     scales: Tensor
@@ -231,6 +239,20 @@ class Grouped(Weight, is_format=False):
             for to, value in zip(mine.tensors[:-1], other.tensors[:-1], strict=True):
                 to.copy_(value)
 
+    def triton_arguments(self) -> GroupArguments:
+        groups = self.scales if self.sub_scales is None else self.sub_scales
+        return GroupArguments(
+            self.codes, self.high, self.scales, self.minima, self.sub_scales, self.sub_minima, self.zeros,
+            self.codes.shape[1], groups.shape[1],
+        )  # fmt: skip
+
+    def triton_numbers(self) -> GroupNumbers:
+        group = self.values_of_group
+        middle = 1 << self.bits - 1 if self.zero is None else self.zero
+        return GroupNumbers(
+            self.bits, group, group & -group, self.has_minima, self.zero is None, self.zero or 0, middle
+        )
+
     def unpacked(self) -> Tensor:
         """The codes [N, K], uint8."""
         return _rows(_unpack(self.codes, self.high))
@@ -240,6 +262,11 @@ class Grouped(Weight, is_format=False):
         parts = {name: getattr(self, name) for name in self.names if name not in ("codes", "high", "like")}
         floats = {name: part.view(_BITS[part.dtype]) if part.dtype in _BITS else part for name, part in parts.items()}
         return {name: part.transpose(1, 2).flatten(0, 1) for name, part in floats.items()}
+
+    def is_finite(self) -> bool:
+        """Whether all scales and minima are finite numbers, and so all values."""
+        floats = [part for part in (self.scales, self.minima) if part is not None]
+        return all(bool(part.view(_BITS[part.dtype]).isfinite().all()) for part in floats)
 
     def _matrix(self) -> Tensor:
         """The values [N, K] in the dtype of the matrix. With sub-scales every product is exact in float32."""

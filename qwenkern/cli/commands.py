@@ -14,14 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import FAMILY, Config
+from ..config import FAMILY
+from ..device import choose_device
 from ..engine import Completion, Stream
 from ..errors import Error
+from ..footprint import Layout, layout_of
 from ..hub import names
 from ..loading import find, tokenizer_of
 from ..Model import Model
 from . import info as facts
 from . import terminal
+from .footprint import footprint
 from .terminal import note, stderr
 
 app = typer.Typer(
@@ -181,32 +184,11 @@ def info(
         for name, value in facts.renewed().items():
             Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
         return
-    config, warnings = _facts(model)
-    table = Table(title=f"{model}: {config.num_parameters:,} parameters", title_justify="left")
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    for name, count in facts.layout(config).items():
-        table.add_row(name, f"{count:,}")
-    sizes = Table(title="Memory in bfloat16", title_justify="left")
-    for column in ("context", "weights + cache of one sequence"):
-        sizes.add_column(column, justify="right")
-    for length, size in facts.memory(config).items():
-        sizes.add_row(f"{length:,}", f"{size / 1e9:,.2f} GB")
-    out = Console(highlight=False)
-    out.print(
-        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, FFN {config.intermediate_size}, "
-        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads of {config.head_dim}, "
-        f"vocabulary {config.vocab_size:,}{', tied' if config.tie_word_embeddings else ''}, "
-        f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
-    )
-    out.print(table, sizes, f"cache: {config.kv_bytes_per_token():,} bytes a token")
-    if licence := names.licence(model):
-        out.print(f"licence: {licence}")
-    for name, value in facts.processor().items():
-        out.print(f"{name}: {value}")
-    for warning in warnings:
-        out.print(f"[yellow]contradiction:[/] {warning}")
+    layout, warnings = _facts(model)
+    facts.show(model, layout, names.licence(model), warnings)
 
+
+app.command()(footprint)
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
@@ -291,13 +273,16 @@ def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dic
     return ([{"role": "system", "content": system}] if system else []) + messages
 
 
-def _facts(model: str) -> tuple[Config, list[str]]:
-    """The configuration of a checkpoint, or of a size of the family by its bare name, and its contradictions."""
+def _facts(model: str) -> tuple[Layout, list[str]]:
+    """The configuration of a checkpoint, or of a size of the family by its bare name, as it would be loaded here, and
+    its contradictions."""
+    device = choose_device("auto")
     if model.lower() in FAMILY and not Path(model).exists():
-        return FAMILY[model.lower()], []
+        return layout_of(FAMILY[model.lower()], device), []
     with _progress() as progress:
         path, checkpoint = find(model, progress)
-    return checkpoint.config, facts.contradictions(
+    layout = layout_of(checkpoint.config, device, stored=checkpoint.formats)
+    return layout, facts.contradictions(
         checkpoint.config,
         path.stem if path.is_file() else path.name,
         checkpoint.shapes,

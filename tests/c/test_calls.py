@@ -20,7 +20,8 @@ COMPILERS = {"this machine's": compiler.command()[0], "Arm's": emulated.ARM[0]}
 def assertions(structs: dict[str, tuple[Field, ...]]) -> str:
     """A C file that compiles only where every field lies where Python puts it, and is as large."""
     word = struct.calcsize("P")
-    lines = ['#include "weights.h"', '#include "pages.h"', '#include "team.h"', "#include <stddef.h>"]
+    headers = ('"weights.h"', '"pages.h"', '"blocks.h"', '"team.h"', "<stddef.h>")
+    lines = [f"#include {header}" for header in headers]
     for name, fields in structs.items():
         lines.append(f"_Static_assert(sizeof({name}) == {word * len(fields)}, {{}});")
         for place, field in enumerate(fields):
@@ -29,8 +30,10 @@ def assertions(structs: dict[str, tuple[Field, ...]]) -> str:
             pointer = {"P": "sizeof(void *)", "l": "sizeof(long)", "d": "sizeof(double)"}[field.code]
             lines.append(f"_Static_assert(sizeof((({name} *)0)->{field.name}) == {pointer}, {{}});")
     lines.append(f"_Static_assert(sizeof(call) == {CALL_BYTES} && offsetof(call, {OPS[0]}) == {FIRST_FIELD}, {{}});")
-    for kind, suffix in (("OP", "op"), ("WEIGHT_FORMAT", "weight"), ("PAGES_FORMAT", "pages")):
-        lines += [f"_Static_assert({n}_{suffix} == {i}, {{}});" for i, n in enumerate(LAYOUT.lists[kind])]
+    lists = {"op": OPS, "weight": LAYOUT.lists["WEIGHT_FORMAT"] + LAYOUT.lists["GROUPED_FORMAT"]}
+    lists |= {"pages": LAYOUT.lists["PAGES_FORMAT"], "blocks": LAYOUT.lists["BLOCK_FORMAT"]}
+    for suffix, names in lists.items():
+        lines += [f"_Static_assert({n}_{suffix} == {i}, {{}});" for i, n in enumerate(names)]
     return "\n".join(line.replace("{}", f'"{line.partition("(")[2].partition(",")[0]}"') for line in lines)
 
 
@@ -79,8 +82,9 @@ def test_a_call_says_the_type_of_its_activations() -> None:
 
 def test_a_struct_within_a_struct_is_a_tuple_of_its_fields() -> None:
     x, w, out = (torch.ones(1, 32).bfloat16() for _ in range(3))
+    nothing = weights.NO_WEIGHT[3:]
     given = {field.name.partition(".")[0]: None if field.code == "P" else 0 for field in FIELDS["linear"]}
-    given |= {"out": out, "x": x, "weight": (w, 64, 0), "up": (None, 0, 0), "eps": 0.5}
+    given |= {"out": out, "x": x, "weight": (w, 64, 0, *nothing), "up": (None, 0, 0, *nothing), "eps": 0.5}
     _, packed, tensors = make.linear(**given)
     values = dict(zip((field.name for field in FIELDS["linear"]), _values(packed, FIELDS["linear"]), strict=True))
     assert values["weight.values"] == w.data_ptr()
@@ -136,5 +140,5 @@ def test_what_is_const_is_read_only() -> None:
 
 def test_every_format_in_c_has_its_struct() -> None:
     """One that calls.h has and Python does not would be refused without a word."""
-    assert list(weights.STRUCTS) == list(LAYOUT.lists["WEIGHT_FORMAT"])
+    assert list(weights.STRUCTS) == [*LAYOUT.lists["WEIGHT_FORMAT"], *LAYOUT.lists["GROUPED_FORMAT"]]
     assert list(pages.STRUCTS) == list(LAYOUT.lists["PAGES_FORMAT"])

@@ -238,7 +238,7 @@ MUTATIONS = [
     Mutation(
         "the same tile again",
         "triton/few_tokens.py",
-        "for tile in range(first + (step if AHEAD > 0 else 0), num_tiles, step)",
+        "for tile in tl.range(first + (step if AHEAD > 0 else 0), num_tiles, step, num_stages=STAGES)",
         "for tile in range(first, num_tiles - step, step)",
         test_programs_take_several_tiles,
         {"tokens": 5, "ahead": {}},
@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "what was loaded early is forgotten",
         "triton/few_tokens.py",
-        "            acc = dot(early, _streamed_x(x, norm_weight_ptr, scales, early_k, None, None), acc)",
+        "            acc = MULTIPLY(early, x, acc, FORM)",
         "            pass",
         test_programs_share_a_tile,
         {"tokens": 1},
@@ -254,7 +254,7 @@ MUTATIONS = [
     Mutation(
         "up rows of gate",
         "triton/linear.py",
-        "row + local // half * args.n_size",
+        "row + places // half * args.n_size",
         "row",
         test_norm_swiglu_linear,
         {"tokens": 5, "dtype": torch.bfloat16},

@@ -137,7 +137,7 @@ MUTATIONS = [
     Mutation(
         "rows of one half only",
         "triton/qkv_rope.py",
-        "local // half * (head_dim // 2)",
+        "places // half * (head_dim // 2)",
         "local // half * half",
         test_norm_qkv_rope,
         _FEW,

@@ -1,0 +1,235 @@
+"""Triton functions over the layout of grouped.py, for the few-token linear kernels.
+
+Codes are multiplied as they are: a bfloat16 holds 128 + code exactly. What a group has in common, its scale, its zero
+point and its offset, is applied once to its sum, in float32:
+
+    out[n, t] = sum over groups of  scale[n, g] (dot(code + BASE, x) - (zero[n, g] + BASE) sum(x)) + offset[n, g] sum(x)
+
+The products of DEPTH values of k, which one group has, are a matrix product of their own; all of a block are a batch of
+products, whose members the warps share. A batch's values of k are in the order in which codes leave the packed words:
+
+    16 values of k       0  8  4 12 | 1  9  5 13 | 2 10  6 14 | 3 11  7 15        word j holds the j-th quarter
+
+A word has values k and k + 8 at the same place of its two halves. So one instruction with a mask, and a shift before
+it, makes a pair of bfloat16, and a thread unpacks its own operands of the matrix instruction from whole words.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..language import dot, masked_or, masked_xor, subtract_bf16x2
+from ..language import prefetch as into_l2
+from ..triton_if_any import tl, triton
+
+
+class GroupArguments(NamedTuple):
+    codes: Any  # int32 [N / 16, K / 32, words, 16]
+    high: Any  # int32 [N / 16, K / 32, words, 16], or None
+    scales: Any  # int16 or int32, the bits of floats: [N / 16, groups, 16], or with sub_scales [N / 16, K / 256, 16]
+    minima: Any  # int16, shape of scales; or None
+    sub_scales: Any  # int8 or uint8 [N / 16, groups, 16], or None
+    sub_minima: Any  # uint8, shape of sub_scales; or None
+    zeros: Any  # uint8 [N / 16, groups, 16], or None
+    tiles: Any  # K / 32
+    groups: Any  # of a row
+
+
+class GroupNumbers(NamedTuple):
+    """What a kernel is compiled for."""
+
+    bits: int
+    group: int  # values of a group
+    step: int  # the largest power of two that divides it
+    has_offset: bool
+    has_zeros: bool
+    zero: int  # if there are no zeros
+    middle: int  # of the codes: what float16 and float32 values are taken from, for small numbers
+
+
+@triton.jit
+def load(
+    weight, ROWS: tl.constexpr, args, tile, start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """The packed words of a tile, and the numbers of its groups. A tuple holds no None in Triton: what a format lacks
+    is something else there, which nothing reads."""
+    DEPTH: tl.constexpr = min(FORM.step, BLOCK_K // SLICES)
+    STEP: tl.constexpr = max(DEPTH, 32)  # values of k of whole words
+    WORDS: tl.constexpr = 8 if FORM.bits == 8 else 4
+    codes = _words(weight.codes, weight.tiles, ROWS, args, tile, start, k_end, WORDS, STEP, BLOCK_N, BLOCK_K, EVEN_K)
+    high = codes
+    if weight.high is not None:
+        high = _words(
+            weight.high, weight.tiles, ROWS, args, tile, start, k_end, FORM.bits - 4, STEP, BLOCK_N, BLOCK_K, EVEN_K
+        )  # fmt: skip
+    local = tl.arange(0, BLOCK_N)
+    row_tile = ROWS(args, tile, local // 16 * 16, BLOCK_N) // 16
+    k = (start + tl.arange(0, BLOCK_K // DEPTH) * DEPTH)[:, None]
+    mask = None if EVEN_K else tl.broadcast_to(k < k_end, [BLOCK_K // DEPTH, BLOCK_N])
+    of_group = (row_tile * (weight.groups * 16))[None, :] + k // FORM.group * 16 + (local % 16)[None, :]
+    of_scale = of_group
+    if weight.sub_scales is not None:
+        of_scale = (row_tile * (weight.tiles // 8 * 16))[None, :] + k // 256 * 16 + (local % 16)[None, :]
+    scale = _floats(weight.scales, of_scale, mask, EVEN_K)
+    offset = scale
+    if weight.minima is not None:
+        offset = _floats(weight.minima, of_scale, mask, EVEN_K)
+    if weight.sub_scales is not None:
+        scale *= _integers(weight.sub_scales, of_group, mask, EVEN_K)
+    if weight.sub_minima is not None:
+        offset *= -_integers(weight.sub_minima, of_group, mask, EVEN_K)
+    zero = scale
+    if weight.zeros is not None:
+        zero = _integers(weight.zeros, of_group, mask, EVEN_K)
+    return codes, high, scale, offset, zero
+
+
+@triton.jit
+def _floats(ptr, at, mask, EVEN_K: tl.constexpr):
+    FLOAT: tl.constexpr = tl.float16 if ptr.dtype.element_ty == tl.int16 else tl.float32
+    return tl.load(ptr + at, mask=mask, other=None if EVEN_K else 0).to(FLOAT, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _integers(ptr, at, mask, EVEN_K: tl.constexpr):
+    return tl.load(ptr + at, mask=mask, other=None if EVEN_K else 0).to(tl.float32)
+
+
+@triton.jit
+def _words(
+    ptr, tiles, ROWS: tl.constexpr, args, tile, start, k_end, WORDS: tl.constexpr, STEP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """Packed words [BLOCK_K / STEP, BLOCK_N, STEP / 32, WORDS]. They are loaded as they lie in memory, tile row by tile
+    row, so that a copy has 16 bytes."""
+    SIZE: tl.constexpr = STEP // 32 * WORDS * 16  # words of a tile row
+    at = tl.arange(0, BLOCK_N // 16 * SIZE)
+    row_tile = ROWS(args, tile, at // SIZE * 16, BLOCK_N) // 16
+    k = (start + tl.arange(0, BLOCK_K // STEP) * STEP)[:, None]
+    offset = (row_tile * (tiles * (WORDS * 16)))[None, :] + k // 32 * (WORDS * 16) + (at % SIZE)[None, :]
+    mask = None if EVEN_K else tl.broadcast_to(k < k_end, [BLOCK_K // STEP, BLOCK_N // 16 * SIZE])
+    words = tl.load(ptr + offset, mask=mask, other=None if EVEN_K else 0)
+    words = tl.reshape(words, [BLOCK_K // STEP, BLOCK_N // 16, STEP // 32, WORDS, 16])
+    return tl.reshape(tl.permute(words, [0, 1, 4, 2, 3]), [BLOCK_K // STEP, BLOCK_N, STEP // 32, WORDS])
+
+
+@triton.jit
+def operand(x, FORM: tl.constexpr):
+    """The tokens x [SLICES, BLOCK_T, width] as the right operand of the products, [batch, DEPTH, BLOCK_T], and the sum
+    of each token's values in each product, [batch, 1, BLOCK_T]."""
+    SLICES: tl.constexpr = x.shape[0]
+    BLOCK_T: tl.constexpr = x.shape[1]
+    DEPTH: tl.constexpr = min(FORM.step, x.shape[2])
+    BATCH: tl.constexpr = SLICES * (x.shape[2] // DEPTH)
+    x = tl.reshape(x, [SLICES, BLOCK_T, BATCH // SLICES, DEPTH // 16, 2, 2, 4])
+    x = tl.reshape(tl.permute(x, [0, 2, 3, 6, 5, 4, 1]), [BATCH, DEPTH, BLOCK_T])
+    # As a matrix product, because its order of summation does not depend on the number of tokens.
+    ones = tl.full([BATCH, 16, DEPTH], 1.0, tl.float32).to(x.dtype)
+    sums = tl.max(dot(ones, x, tl.zeros([BATCH, 16, BLOCK_T], tl.float32)), axis=1)
+    return x, sums[:, None, :]
+
+
+@triton.jit
+def multiply(piece, x, acc, FORM: tl.constexpr):
+    """The products of a tile with x, added to acc [SLICES, BLOCK_N, BLOCK_T] float32."""
+    codes, high, scale, offset, zero = piece
+    values, sums = x
+    BATCH: tl.constexpr = values.shape[0]
+    SLICES: tl.constexpr = acc.shape[0]
+    BLOCK_N: tl.constexpr = acc.shape[1]
+    BLOCK_T: tl.constexpr = acc.shape[2]
+    BASE: tl.constexpr = -128 if FORM.bits == 8 else 128 if values.dtype == tl.bfloat16 else -FORM.middle
+    if FORM.bits == 8:
+        weights = _unpack_bytes(codes, values.dtype)
+    else:
+        weights = _unpack_nibbles(codes, high, values.dtype, FORM.bits, FORM.middle)
+    if values.shape[1] == 16:  # the two groups of a word
+        shape: tl.constexpr = [BATCH // 2, BLOCK_N, 2, 16]
+        weights = tl.permute(tl.reshape(weights, shape), [0, 2, 1, 3])
+    weights = tl.reshape(weights, [BATCH, BLOCK_N, values.shape[1]])
+    if FORM.has_zeros:
+        products = tl.broadcast_to(-(zero[:, :, None] + BASE) * sums, [BATCH, BLOCK_N, BLOCK_T])
+    elif FORM.zero + BASE != 0:
+        products = tl.broadcast_to(sums * -(FORM.zero + BASE), [BATCH, BLOCK_N, BLOCK_T])
+    else:
+        products = tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32)
+    products = dot(weights, values, products) * scale[:, :, None]
+    if FORM.has_offset:
+        products += offset[:, :, None] * sums
+    # The warps share a batch member by member, so a thread has all that it adds here.
+    return acc + tl.sum(tl.reshape(products, [BATCH // SLICES, SLICES, BLOCK_N, BLOCK_T]), axis=0)
+
+
+@triton.jit
+def _unpack_nibbles(codes, high, dtype: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
+    """Codes [batch, rows, K / 32, 4] of up to 6 bits, in the order of ``operand``: in bfloat16 with 128 added, in other
+    dtypes less MIDDLE."""
+    first = tl.join(_pair(codes, high, 0, 0, dtype, BITS), _pair(codes, high, 0, 1, dtype, BITS))
+    second = tl.join(_pair(codes, high, 1, 0, dtype, BITS), _pair(codes, high, 1, 1, dtype, BITS))
+    # [batch, rows, tile, j, place, half] -> [batch, rows, tile, half, j, place]
+    pairs = tl.permute(tl.join(first, second), [0, 1, 2, 5, 3, 4])
+    return _split(pairs if dtype == tl.bfloat16 else pairs - MIDDLE * 0x00010001, dtype)
+
+
+@triton.jit
+def _pair(codes, high, HALF: tl.constexpr, PLACE: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr):
+    """Values k = 16 HALF + 4 PLACE + j and k + 8 of the words j, in 16 bits each."""
+    pair = masked_or(codes >> (8 * PLACE + 4 * HALF), 0x000F000F, 0x43004300 if dtype == tl.bfloat16 else 0)
+    if BITS == 5:
+        bits = high >> tl.arange(0, 4)[None, None, None, :]
+        pair = masked_or(_right(bits, 8 * PLACE + 4 * HALF - 4), 0x00100010, pair)
+    if BITS == 6:
+        low, up = tl.split(high)
+        bits = (up if HALF else low)[:, :, :, None] >> (2 * tl.arange(0, 4))[None, None, None, :]
+        pair = masked_or(_right(bits, 8 * PLACE - 4), 0x00300030, pair)
+    return pair
+
+
+@triton.jit
+def _right(bits, PLACES: tl.constexpr):
+    if PLACES < 0:
+        return bits << -PLACES
+    else:
+        return bits >> PLACES
+
+
+@triton.jit
+def _unpack_bytes(codes, dtype: tl.constexpr):
+    """Codes [batch, rows, K / 32, 8] of 8 bits, in the order of ``operand``, less 128."""
+    return _split(tl.join(_byte_pair(codes, 0, dtype), _byte_pair(codes, 1, dtype)), dtype)
+
+
+@triton.jit
+def _byte_pair(codes, PLACE: tl.constexpr, dtype: tl.constexpr):
+    pair = codes >> (8 * PLACE)
+    if dtype == tl.bfloat16:
+        # 128 + the low seven bits, less 128 or 256
+        return subtract_bf16x2(masked_or(pair, 0x007F007F, 0x43004300), masked_xor(pair, 0x00800080, 0x43804380))
+    else:
+        return (pair & 0x00FF00FF) - 0x00800080
+
+
+@triton.jit
+def _split(pairs, dtype: tl.constexpr):
+    """[...] of pairs -> [..., 2]"""
+    if dtype == tl.bfloat16:
+        low = pairs.to(tl.int16).to(dtype, bitcast=True)
+        return tl.join(low, (pairs >> 16).to(tl.int16).to(dtype, bitcast=True))
+    else:
+        low = (pairs << 16) >> 16
+        return tl.join(low.to(dtype), ((pairs - low) >> 16).to(dtype))
+
+
+@triton.jit
+def prefetch(
+    weight, ROWS: tl.constexpr, args, tile, k_start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
+    LINES: tl.constexpr,
+):  # fmt: skip
+    """Of each tile of 16 rows the first LINES cache lines of codes."""
+    if LINES > 0:
+        WORDS: tl.constexpr = 8 if FORM.bits == 8 else 4
+        row_tile = ROWS(args, tile, tl.arange(0, BLOCK_N // 16) * 16, BLOCK_N) // 16
+        word = k_start // 32 * (WORDS * 16) + tl.arange(0, LINES)[None, :] * 32
+        at = row_tile[:, None] * (weight.tiles * (WORDS * 16)) + word
+        into_l2(weight.codes + at, (row_tile[:, None] >= 0) & (word < k_end // 32 * (WORDS * 16)))
