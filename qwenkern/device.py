@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
 from .arguments import whole
@@ -55,13 +53,6 @@ def choose_dtype(
     if name not in _DTYPES:
         raise RequestError(f"dtype is {shown(dtype)} ({name:.80}); expected 'auto', {', '.join(map(repr, _DTYPES))}")
     return _DTYPES[name]
-
-
-def choose_format(argument: str, name: str, formats: Mapping[str, type[Pages]]) -> type[Pages]:
-    """The format of this name. Raises RequestError, which names the argument."""
-    if not isinstance(name, str) or name not in formats:
-        raise RequestError(f"{argument} is {shown(name)}; expected one of {', '.join(map(repr, formats))}")
-    return formats[name]
 
 
 def check_cache_dtype(kv_cache_dtype: str | torch.dtype) -> str:

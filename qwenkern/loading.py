@@ -50,7 +50,7 @@ def load(
     kv_cache_dtype and cache_tokens: of its cache, which must fit beside the weights."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
-
+    choose_quantisation(quantize)
     cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
 
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
@@ -59,8 +59,8 @@ def load(
 
     path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()
-    refuse(checkpoint.config, checkpoint.formats)
     quantisation = choose_quantisation(quantize, checkpoint)
+    refuse(checkpoint.config, checkpoint.formats)
     dtype = choose_dtype(dtype, checkpoint.config, device, quantisation.is_quantised)
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)

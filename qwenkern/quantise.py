@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .allocation import allocate
 from .checkpoint import Checkpoint
+from .checkpoint.formats import form_of
 from .errors import RequestError, shown
 from .kernels import Weight
 from .kernels.weights import FORMATS
@@ -19,8 +20,6 @@ logger = logging.getLogger(__name__)
 
 NONE = ("none", "dense")
 CHOICES = tuple(name for name in ("int8", "int4", "fp8") if name in FORMATS)
-_ENDS = ("model.embed_tokens", "lm_head")  # embedding and output
-_OF_ENDS = {"int4": "int8"}  # rounded to 4 bits they cost more quality than all layers together
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ class Quantisation:
     def format_of(self, name: str) -> type[Weight]:
         """The format of a matrix; ``name`` begins with the name of its module."""
         assert self.name is not None
-        return FORMATS[_OF_ENDS.get(self.name, self.name) if name.startswith(_ENDS) else self.name]
+        return FORMATS[form_of(name, self.name)]
 
 
 def choose_quantisation(quantize: str | None, checkpoint: Checkpoint | None = None) -> Quantisation:

@@ -75,9 +75,9 @@ typedef struct { /* the keys and values that a layer has cached, in one of the f
 
 typedef struct {        /* out = the rows of table with the numbers ids */
     real *out;          /* [T, K], dense */
-    const real *table;  /* [V, K] */
+    weight table;       /* [V, K] */
     const int64_t *ids; /* [T] */
-    long num_tokens, row_size, table_stride;
+    long num_tokens, row_size;
 } embedding_args;
 
 typedef struct {             /* new_residual = residual + x; out = rms_norm(new_residual) * norm_weight */
@@ -91,7 +91,7 @@ typedef struct {             /* new_residual = residual + x; out = rms_norm(new_
 } add_rms_norm_args;
 
 typedef struct {             /* out = (norm of) x times weight transposed, with an epilogue (linear.h) */
-    void *out;               /* [T, N], dense: real, or float where out_is_float */
+    void *out;               /* [T, N]: real, or float where out_is_float */
     float *scratch;          /* [T, K]; for many tokens also the memory that linear_many_tokens.c describes */
     const real *x;           /* [T, K] */
     const real *norm_weight; /* [K]; null: x is multiplied as it is */
@@ -99,8 +99,9 @@ typedef struct {             /* out = (norm of) x times weight transposed, with 
     weight up;               /* [N, K], or none; with it out = silu(x weight') * (x up') */
     const real *bias;        /* [N], or null */
     const real *addend;      /* [T, N], or null */
-    long num_tokens, out_features, in_features, x_stride, addend_stride;
+    long num_tokens, out_features, in_features, x_stride, addend_stride, out_stride;
     long out_is_float;
+    long planes;            /* of int8 that stand for x, where the weight is grouped: 2, or 1 */
     long prefetch_distance; /* bytes in advance that weights are prefetched; 0: no prefetch */
     double eps;
 } linear_args;
@@ -164,6 +165,7 @@ typedef struct {           /* a matrix [N, K] in blocks of a GGUF file, as the t
     uint16_t *minima;      /* the same, or null */
     uint8_t *sub_scales;   /* [N / 16, groups of a row, 16], or null */
     uint8_t *sub_minima;   /* the same, or null */
+    uint8_t *finite;       /* [N / 16]: whether the scales and minima of 16 rows are finite numbers */
     const uint8_t *blocks; /* [N, blocks of a row], as the file has them */
     long rows, columns;
     long format; /* its place in EACH_BLOCK_FORMAT */

@@ -6,6 +6,7 @@
 #include "embedding.c"
 #include "linear.c"
 #include "linear_few_tokens.c"
+#include "linear_grouped.c"
 #include "ops.c"
 #include "plain.c"
 #include "prefill_attention.c"

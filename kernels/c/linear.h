@@ -2,7 +2,8 @@
  *
  *     x ──► RMSNorm ──► rows [T, K] of operands                      prologue:  normed_rows
  *                                          │
- *         weight [N, K], up [N, K] ──► product [T, N]                linear_few_tokens.c, linear_many_tokens.c
+ *         weight [N, K], up [N, K] ──► product [T, N]                linear_few_tokens.c, linear_many_tokens.c, or for
+ *                                          │                         quantised weights linear_grouped.c
  *                                          │
  *              SwiGLU, + bias, + addend ──► out [T, N]               epilogue:  finish
  *
@@ -24,7 +25,10 @@
 #define NORMED 4096            /* values of a row that are normalised at a time */
 
 ACROSS_FILES void linear_few_tokens(const linear_args *args, worker *me);
-ACROSS_FILES void linear_many_tokens(const linear_args *args, worker *me);
+ACROSS_FILES void linear_grouped(const linear_args *args, worker *me);
+#ifndef FLOAT_ACTIVATIONS
+void linear_many_tokens(const linear_args *args, worker *me);
+#endif
 
 /* x as rows [T, K] of operands, normalised if there is a norm. The rows lie at the start of scratch. */
 static const operand *normed_rows(const linear_args *args, worker *me) {
@@ -54,7 +58,7 @@ static inline void finish(const linear_args *args, floats value, const float *up
     if (args->bias) value += load_some(args->bias + row, some);
     if (up) value = rounded(silu(rounded(value))) * rounded(load(up));
     if (args->addend) value = rounded(value) + load_some(args->addend + token * args->addend_stride + row, some);
-    long at = token * args->out_features + row;
+    long at = token * args->out_stride + row;
     if (args->out_is_float) store_some_floats((float *)args->out + at, value, some);
     else store_some((real *)args->out + at, value, some);
 }

@@ -14,8 +14,9 @@ static float to_activation(float x) { return to_float(to_real(x)); }
 static float plain_silu(float x) { return x / (1 + expf(-x)); }
 
 static void plain_embedding(const embedding_args *a) {
+    const long K = a->row_size;
     for (long t = 0; t < a->num_tokens; t++)
-        for (long i = 0; i < a->row_size; i++) a->out[t * a->row_size + i] = a->table[a->ids[t] * a->table_stride + i];
+        for (long i = 0; i < K; i++) a->out[t * K + i] = to_real(weight_value(&a->table, a->ids[t], i, K));
 }
 
 /* The scale of a row. Writes the sum to new_residual, unless that is null. */
@@ -59,8 +60,8 @@ static void plain_linear(const linear_args *a) {
             if (a->bias) value += to_float(a->bias[n]);
             if (a->up.values) value = to_activation(plain_silu(to_activation(value))) * to_activation(up);
             if (a->addend) value = to_activation(value) + to_float(a->addend[t * a->addend_stride + n]);
-            if (a->out_is_float) ((float *)a->out)[t * N + n] = value;
-            else ((real *)a->out)[t * N + n] = to_real(value);
+            if (a->out_is_float) ((float *)a->out)[t * a->out_stride + n] = value;
+            else ((real *)a->out)[t * a->out_stride + n] = to_real(value);
         }
     }
 }
@@ -158,6 +159,9 @@ static void plain_repack(const repack_args *a) {
             long place = (n / 16 * blocks + b) * 16 + n % 16;
             memcpy(a->scales + place, from + b * form.bytes + form.scale, 2);
             if (a->minima) memcpy(a->minima + place, from + b * form.bytes + form.minimum, 2);
+            if (n % 16 == 0 && b == 0) a->finite[n / 16] = 1;
+            a->finite[n / 16] &= (a->scales[place] & 0x7C00) != 0x7C00; /* infinite, or no number */
+            a->finite[n / 16] &= !a->minima || (a->minima[place] & 0x7C00) != 0x7C00;
             block_sub_scales(scales, minima, a->format, from + b * form.bytes);
             for (long g = 0; g < groups; g++) {
                 place = (n / 16 * blocks * groups + b * groups + g) * 16 + n % 16;

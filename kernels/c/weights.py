@@ -31,8 +31,8 @@ STRUCTS: dict[str, Callable[..., WeightStruct]] = {"dense": _dense} | dict.fromk
 
 
 def refuses_weight(weight: Weight) -> str | None:
-    if weight.format not in DENSE:
-        return f"weights of the format {weight.format} (C has {', '.join(DENSE)})"
+    if weight.format not in STRUCTS:
+        return f"weights of the format {weight.format} (C has {', '.join(STRUCTS)})"
     return None
 
 

@@ -17,7 +17,9 @@ from ..triton_if_any import tl, triton
 from . import dense
 from .base import Pages
 
-LARGEST = tl.constexpr(65504.0)
+LARGEST = 65504.0
+_BITS_OF_LARGEST = tl.constexpr(0x477FE000)
+_BITS_OF_INFINITY = tl.constexpr(0x7F800000)
 
 
 class Float16PagesArguments(NamedTuple):
@@ -37,10 +39,11 @@ def _floats(bits, dtype: tl.constexpr):
 
 @triton.jit
 def _bits(x):
-    x = x.to(tl.float32)
-    most = tl.where(x < 0, -LARGEST, LARGEST)
-    x = tl.where((tl.abs(x) > LARGEST) & (tl.abs(x) < float("inf")), most, x)
-    return x.to(tl.float16).to(tl.int16, bitcast=True)
+    bits = x.to(tl.float32).to(tl.int32, bitcast=True)
+    size = bits & 0x7FFFFFFF
+    too_large = (size > _BITS_OF_LARGEST) & (size < _BITS_OF_INFINITY)
+    bits = tl.where(too_large, (bits & -0x80000000) | _BITS_OF_LARGEST, bits)
+    return bits.to(tl.float32, bitcast=True).to(tl.float16).to(tl.int16, bitcast=True)
 
 
 @triton.jit
@@ -106,7 +109,7 @@ class Float16Pages(Pages):
 
     def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
         for paged, values in ((self.k, k), (self.v, v)):
-            values = torch.where(values.isfinite(), wide(values).clamp(-LARGEST.value, LARGEST.value), values)
+            values = torch.where(values.isfinite(), wide(values).clamp(-LARGEST, LARGEST), values)
             paged.view(-1, *paged.shape[-2:])[slots] = values.half().view(torch.int16)
 
     def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:

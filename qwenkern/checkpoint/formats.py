@@ -17,8 +17,13 @@ from qwenkern.quantization import MATRIX, ROW, Quantization
 from .mixes import MIXES, mixed
 from .packing import EMBEDDING, HEAD, slots
 
-# What embedding and head get where the layers get this format: their rounding costs more quality than that of others.
-_OF_EMBEDDINGS = {"int4": "int8"}
+_OF_EMBEDDINGS = {"int4": "int8"}  # rounded to 4 bits they cost more quality than all layers together
+
+
+def form_of(name: str, quantize: str) -> str:
+    """The format that ``quantize=`` means for a matrix, whose name begins with that of its module."""
+    is_embedding = name.startswith((EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")))
+    return _OF_EMBEDDINGS.get(quantize, quantize) if is_embedding else quantize
 
 
 def formats_of(config: Config, quantize: str | None, dtype: torch.dtype) -> dict[str, Weight]:
@@ -34,10 +39,7 @@ def formats_of(config: Config, quantize: str | None, dtype: torch.dtype) -> dict
     if quantize in MIXES:
         wanted: Mapping[str, str] = mixed(quantize, shapes, config.num_hidden_layers)
     else:
-        form = quantize or Dense.format
-        wanted = dict.fromkeys(shapes, form)
-        for name in {EMBEDDING, HEAD} & shapes.keys():
-            wanted[name] = _OF_EMBEDDINGS.get(form, form)
+        wanted = {name: form_of(name, quantize or Dense.format) for name in shapes}
     return {name: without_memory(*shapes[name], wanted[name], dtype) for name in shapes}
 
 

@@ -66,10 +66,7 @@ class GgufCheckpoint(Checkpoint):
             if name in self.formats:
                 weight = _allocate(info, dtype, "cpu")
                 assert weight is not None
-                repack(blocks, info.kind, weight)
-                if not weight.is_finite():
-                    raise CheckpointError(f"{self.path}: tensor {info.name} has scales that are not finite numbers")
-                yield name, weight
+                yield name, repack(blocks, info.kind, weight, f"{self.path}: tensor {info.name}")
             else:
                 yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"))
 

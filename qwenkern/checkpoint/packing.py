@@ -115,8 +115,7 @@ def load_weights(
     seen: set[str] = set()
     tied_head: torch.Tensor | Weight | None = None
     done = 0
-    for name, value in tensors:
-        tensor = value.dequantise() if isinstance(value, Weight) else value
+    for name, tensor in tensors:
         if name in seen:
             raise CheckpointError(f"{source}: tensor {name} is given twice")
         seen.add(name)

@@ -19,26 +19,30 @@ from .blocks import read
 _CHUNK = 1 << 19  # weights that torch moves at a time
 
 
-def repack(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped) -> Grouped:
+def repack(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped, name: str) -> Grouped:
     """Sets the values of a weight [N, K], of the format of ``kind``, to those of its blocks, and returns it.
 
-    blocks: uint8, contiguous (a memory-mapped, read-only view is fine). The weight lies on the CPU.
-    Raises CheckpointError if the number of bytes does not fit the shape."""
+    blocks: uint8, contiguous (a memory-mapped, read-only view is fine). The weight lies on the CPU. name: the tensor's
+    in messages. Raises CheckpointError if the number of bytes does not fit the shape, and if a scale is not finite."""
     rows, columns = weight.shape
     values, size = GGML_QUANT_SIZES[kind]
     if blocks.dtype != np.uint8 or blocks.size * values != rows * columns * size:
         raise CheckpointError(
-            f"{blocks.size} {blocks.dtype} of {kind.name} for a matrix {list(weight.shape)}; "
+            f"{name}: {blocks.size} {blocks.dtype} of {kind.name} for a matrix {list(weight.shape)}; "
             f"expected {rows * columns // values * size} uint8: {size} for each {values} values"
         )
     if build.prepare() is None:
-        in_c.repack(_as_tensor(blocks), weight)
+        is_finite = in_c.repack(_as_tensor(blocks), weight)
     else:
-        _in_torch(blocks.reshape(rows, -1), kind, weight)
+        is_finite = _in_torch(blocks.reshape(rows, -1), kind, weight)
+    if not is_finite:
+        raise CheckpointError(
+            f"{name}: {kind.name} blocks with scales that are NaN or infinite; expected finite numbers"
+        )
     return weight
 
 
-def _in_torch(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped) -> None:
+def _in_torch(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped) -> bool:
     rows, columns = weight.shape
     step = max(16, _CHUNK // columns // 16 * 16)
     with torch.no_grad(), threads.one_in_torch():
@@ -49,6 +53,7 @@ def _in_torch(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped) -
             made = weight.from_codes(by_row.pop("codes"), weight.dtype, **by_row)
             for to, value in zip(weight.rows(start, start + len(some)).tensors, made.tensors, strict=True):
                 to.copy_(value)
+    return weight.is_finite()
 
 
 def _as_tensor(blocks: np.ndarray) -> torch.Tensor:

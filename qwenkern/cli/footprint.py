@@ -32,13 +32,18 @@ IN_CACHE = dict.fromkeys([*DTYPES, *(name for name in PAGES if name != "dense")]
 
 @dataclass(frozen=True)
 class Case:
-    """A combination of what was asked for."""
+    """A combination of what was asked for. ``quantize`` is a word of the option of that name."""
 
     quantize: str
     kv_cache_dtype: str
     context: int
     sequences: int
     layout: Layout
+
+    @property
+    def argument(self) -> str | None:
+        """As quantize= of a model."""
+        return None if self.quantize == STORED else "none" if self.quantize in DTYPES else self.quantize
 
     @property
     def footprint(self) -> Footprint:

@@ -59,6 +59,7 @@ def _load(model: str, case: Case, device: str) -> Model:
     options: dict[str, Any] = {
         "device": device,
         "dtype": str(layout.dtype).removeprefix("torch."),
+        "quantize": case.argument,
         "kv_cache_dtype": case.kv_cache_dtype,
         "cache_tokens": case.sequences * case.context,
     }

@@ -31,13 +31,12 @@ def layout_of(
     checkpoint's quantised matrices by name, without memory; None: those that the configuration says. dtype and
     kv_cache_dtype as in Model.from_pretrained. Raises as it does."""
     on_gpu = device.type == "cuda"
-    plain = dtype
     if dtype == "auto" and on_gpu and not torch.cuda.is_available():
-        plain = config.dtype  # as on a GPU that has it
+        dtype = config.dtype  # as on a GPU that has it
     if stored is None:
         stored = stored_formats(config, torch.float32)
     is_quantised = bool(stored) if quantize is None else quantize not in NONE
-    chosen = torch.float32 if dtype == "auto" and is_quantised and not on_gpu else choose_dtype(plain, config, device)
+    chosen = choose_dtype(dtype, config, device, is_quantised)
     matrices = formats_of(config, None if quantize in NONE else quantize, chosen)
     if quantize is None:
         matrices |= stored

@@ -377,7 +377,7 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
     content[at : at + 2] = np.array([np.nan], np.float16).tobytes()
     (tmp_path / "bad.gguf").write_bytes(content)
     with pytest.raises(
-        CheckpointError, match=r"bad\.gguf: tensor blk\.0\.ffn_up\.weight has scales that are not finite"
+        CheckpointError, match=r"bad\.gguf: tensor blk\.0\.ffn_up\.weight: Q5_0 blocks with scales that"
     ):
         list(open_checkpoint(tmp_path / "bad.gguf").tensors(torch.float32))
 
