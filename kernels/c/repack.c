@@ -11,7 +11,7 @@
 #define TILE 16 /* rows of a tile */
 
 /* Sixteen bytes to four words: byte t of word j is byte 4 t + j. The words go to the same row of a tile. */
-ALWAYS void store_transposed(uint32_t *words, const uint8_t *bytes) {
+ALWAYS void store_row(uint32_t *words, const uint8_t *bytes) {
     const uint32_t even = 0x00FF00FF, half = 0xFFFF;
     uint32_t w[4];
     memcpy(w, bytes, sizeof w);
@@ -42,13 +42,13 @@ ALWAYS uint32_t upper_bits(const uint8_t *codes) {
 /* The codes of 32 values of a row, at that row of a tile. `fifth` are their fifth bits, where `bits` is 5. */
 ALWAYS void pack_codes(uint32_t *codes, uint32_t *high, const uint8_t *from, uint32_t fifth, const int bits) {
     if (bits == 8) {
-        store_transposed(codes, from);
-        store_transposed(codes + 4 * TILE, from + 16);
+        store_row(codes, from);
+        store_row(codes + 4 * TILE, from + 16);
         return;
     }
     uint8_t low[16];
     for (int i = 0; i < 16; i++) low[i] = (from[i] & 15) | from[16 + i] << 4;
-    store_transposed(codes, low);
+    store_row(codes, low);
     if (bits == 5) *high = spread(fifth) | spread(fifth >> 16) << 4;
     if (bits == 6) {
         high[0] = upper_bits(from);
@@ -56,25 +56,18 @@ ALWAYS void pack_codes(uint32_t *codes, uint32_t *high, const uint8_t *from, uin
     }
 }
 
-ALWAYS int is_finite(uint16_t half) { return (half & 0x7C00) != 0x7C00; }
-
 /* One task */
 ALWAYS void repack_tiles(const repack_args *args, const int format, long tile_row) {
     const block_form form = BLOCK_FORMS[format];
     const long blocks = args->columns / form.values, tiles = args->columns / PART, parts = form.values / PART;
     const long code_words = form.bits == 8 ? 8 : 4, high_words = form.bits - 4;
-    int finite = 1;
     const uint8_t *from = args->blocks + tile_row * TILE * blocks * form.bytes;
     for (long b = 0; b < blocks; b++)
         for (long row = 0; row < TILE; row++) {
             const uint8_t *block = from + (row * blocks + b) * form.bytes;
             const long at = (tile_row * blocks + b) * TILE + row;
             memcpy(args->scales + at, block + form.scale, sizeof *args->scales);
-            finite &= is_finite(args->scales[at]);
-            if (form.minimum >= 0) {
-                memcpy(args->minima + at, block + form.minimum, sizeof *args->minima);
-                finite &= is_finite(args->minima[at]);
-            }
+            if (form.minimum >= 0) memcpy(args->minima + at, block + form.minimum, sizeof *args->minima);
             if (form.groups) {
                 uint8_t scales[16], minima[16];
                 block_sub_scales(scales, minima, format, block);
@@ -93,7 +86,6 @@ ALWAYS void repack_tiles(const repack_args *args, const int format, long tile_ro
                            codes, block_fifth_bits(format, block, part), form.bits);
             }
         }
-    args->finite[tile_row] = finite;
 }
 
 void repack(const repack_args *args, worker *me) {
