@@ -19,7 +19,8 @@ take them, or None. A refusal compiles, allocates and measures nothing: ``prepar
 
     calls.py          calls, read from calls.h       calls.h       the arguments of every op
     weights.py        weights as structs             weights.h, and a file for each format: dense_weight.h
-    pages.py          cache pages as structs         pages.h, and a file for each format: dense_pages.h
+    pages.py          cache pages as structs         pages.h, and a file for each format: dense_pages.h;
+                                                     pages_block.h reads blocks, pages_store.h stores
     limits.py         what the ops take              limits.c
     recorded_calls.py calls recorded and replayed    team.h, team.c  the threads that run the calls
     threads.py        how many threads               plain.c       every op as simple loops: read this first
