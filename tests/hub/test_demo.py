@@ -52,7 +52,7 @@ def as_for_anybody():
 
 @pytest.fixture(scope="module")
 def bfloat16(demo_path):
-    return Model.from_pretrained(demo_path, device="cpu", dtype="bfloat16")
+    return Model.from_pretrained(demo_path, device="cpu", dtype="bfloat16", quantize="none")
 
 
 @pytest.fixture(scope="module")

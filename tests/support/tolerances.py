@@ -12,6 +12,8 @@ YARN_RELATIVE = 2 * torch.finfo(torch.float32).eps  # two roundings: the same pr
 MEAN_KL_FLOAT32 = 1e-8  # nats a token, between two float32 runs of the same weights
 MEAN_KL_PLANES = 1e-6  # likewise, of quantised weights times x as two planes of int8; 5e-8 in the demo
 PLANE_SLACK = 1.02  # of half a unit of a plane: the quotients are rounded before they are
+MEAN_KL_QUANTISED = 1e-5  # likewise, of quantised weights on a CPU: the planes, and a float16 cache (4e-6 in the demo)
+QUANTISED_TIE = 0.05  # nats between two tokens that it may then swap
 MARGIN_FLOAT32 = 1e-3  # nats between two tokens that float32 may swap: logits near 20 step by 2e-6, behind 24 layers
 NEAR_TIE = (
     0.75  # likewise bfloat16: transformers' own run errs by 0.09 (root mean square), at most 0.66 in 1,024 tokens
