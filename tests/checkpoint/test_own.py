@@ -11,8 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.packers import LAYER
+from support.toy_tokenizer import byte_library
 from torch import Tensor
 
+from qwenkern import Model
 from qwenkern.checkpoint import open_checkpoint, shards
 from qwenkern.checkpoint.own import write_checkpoint
 from qwenkern.errors import CheckpointError
@@ -21,7 +23,13 @@ from qwenkern.kernels.weights import FORMATS, joined
 
 QUANTISED = [name for name in FORMATS if name != "dense"]
 FIELDS = {"model_type": "qwen2", "torch_dtype": "bfloat16", "vocab_size": 503, "hidden_size": 256, "head_dim": 32}
-FIELDS |= {"intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 4}
+FIELDS |= {
+    "intermediate_size": 256,
+    "max_position_embeddings": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+}
 SHAPES = {
     "self_attn.q_proj": (256, 256),
     "self_attn.k_proj": (128, 256),
@@ -124,6 +132,23 @@ def test_q_k_and_v_are_joined_without_a_copy(form, tmp_path):
     other_order = joined(parts[::-1])
     assert torch.equal(other_order.dequantise(), torch.cat([part.dequantise() for part in parts[::-1]]))
     assert other_order.tensors[0].data_ptr() not in [part.tensors[0].data_ptr() for part in parts]
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not say what is mapped")
+@pytest.mark.parametrize("form", ["int4", "q4_k", "fp8"])
+def test_a_loaded_model_keeps_the_file_mapped(form, tmp_path):
+    byte_library().save(str(tmp_path / "tokenizer.json"))
+    files = {"tokenizer.json": tmp_path / "tokenizer.json"}
+    write_checkpoint(tmp_path / "out", FIELDS, files, values([form]).items())
+    model = Model.from_pretrained(tmp_path / "out", device="cpu", cache_tokens=64)
+    lines = [line.split() for line in Path("/proc/self/maps").read_text().splitlines()]
+    ours = [line[0].split("-") for line in lines if line[-1] == str(tmp_path / "out" / "model.safetensors")]
+    [layer] = model.module.model.layers
+    for name in ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+        for tensor in layer.get_submodule(name).value.tensors:
+            place = tensor.data_ptr()
+            assert not tensor.numel() or any(int(start, 16) <= place < int(end, 16) for start, end in ours)
+    assert model.forward([1, 2, 3]).isfinite().all()
 
 
 def test_several_files(tmp_path, monkeypatch):
