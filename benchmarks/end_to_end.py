@@ -3,20 +3,24 @@
     python benchmarks/end_to_end.py                                   the demo model on a CPU
     python benchmarks/end_to_end.py --model qwen2.5-3b                random weights; on a GPU if there is one
     python benchmarks/end_to_end.py --batch 1,8 --prompt-tokens 128,512 --threads 2 --json FILE
+    python benchmarks/end_to_end.py --quantize stored --peers "llama.cpp file"      the quantised file in both engines
+    python benchmarks/end_to_end.py --model qwen2.5-3b --quantize int4 --peers bfloat16
     python benchmarks/end_to_end.py --busy 2                          decoding with two busy processes
     python benchmarks/end_to_end.py --twice                           two processes that decode at once
 
-The engines take turns; the compiled one comes last, with qwenkern alone. transformers runs on the memory of qwenkern's
-weights: unchanged, with qwenkern's or Liger's kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made
-of these weights, or (`llama.cpp file`) the quantised GGUF file that the model came from. Each round measures the
-roofline and takes one reading of every engine. Speed-ups and shares are those within a round. A decode step must read
-every weight and the cached keys and values, so its limit is the bandwidth of a loop that only reads. The limit of a
-prompt is the multiply-add peak.
+The engines take turns; the compiled one comes last, with qwenkern alone. qwenkern runs in bfloat16, or with --quantize
+on quantised weights; the others run in bfloat16. transformers runs on the memory of qwenkern's bfloat16 weights:
+unchanged, with qwenkern's or Liger's kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made of these
+weights, or (`llama.cpp file`) the quantised GGUF file that the model came from. Each round measures the roofline and
+takes one reading of every engine. Speed-ups and shares are those within a round. A decode step must read every weight
+and the cached keys and values, so its limit is the bandwidth of a loop that only reads. The limit of a prompt is the
+multiply-add peak.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import os
 import statistics
@@ -44,7 +48,8 @@ from qwenkern.hub.names import resolve
 from qwenkern.kernels.c import build
 from qwenkern.kernels.environment import THREADS
 
-PEERS = ("transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
+PEERS = ("bfloat16", "transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
+STORED = "stored"  # of --quantize: the file's own formats
 MISSING = (ImportError, FileNotFoundError)  # raised if a peer is not installed
 
 
@@ -111,36 +116,44 @@ def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
     return torch.randint(0, config.vocab_size, (batch, length), generator=generator).tolist()
 
 
-def load(model: str, device: torch.device, layers: int, room: int) -> Model:
-    """The model in bfloat16. The name of a size of the family gives random weights, with ``layers`` layers if not 0."""
+def load(model: str, device: torch.device, layers: int, room: int, quantize: str = "") -> Model:
+    """The model in bfloat16, or with ``quantize`` on quantised weights with the default dtypes. The name of a size of
+    the family gives random weights, with ``layers`` layers if not 0."""
+    how = {"quantize": None if quantize == STORED else quantize} if quantize else {"dtype": "bfloat16"}
     if model.lower() not in FAMILY:
-        return Model.from_pretrained(model, device=device, dtype="bfloat16", cache_tokens=room)
+        how |= {} if quantize else {"quantize": "none"}
+        return Model.from_pretrained(model, device=device, cache_tokens=room, **how)
     config = Config.from_name(model)
     if layers:
         fields = {name: getattr(config, name) for name in config.__dataclass_fields__}
         config = Config(**fields | {"num_hidden_layers": layers})
-    return Model.from_config(config, device=device, dtype="bfloat16", cache_tokens=room)
+    return Model.from_config(config, device=device, cache_tokens=room, **how)
 
 
-def make(name: str, loaded: Model, file: Path | None, folder: Path, threads: int) -> peers.Engine:
-    """The engine of a name. Writes llama.cpp's bfloat16 file to ``folder``. Raises one of MISSING."""
+def make(
+    name: str, loaded: Model, dense: Callable[[], Model], file: Path | None, folder: Path, threads: int
+) -> peers.Engine:
+    """The engine of a name. ``dense`` returns the model in bfloat16. Writes llama.cpp's bfloat16 file to ``folder``.
+    Raises one of MISSING."""
     if name == "qwenkern":
         return peers.qwenkern(loaded)
+    if name == "bfloat16":
+        return peers.qwenkern(dense())
     if name.startswith("llama.cpp"):
         llama_cpp.find("llama-bench")  # before it writes a file of gigabytes for nothing
         if name == "llama.cpp":
-            peers.write_gguf(loaded, file := folder / "model.gguf")
+            peers.write_gguf(dense(), file := folder / "model.gguf")
         assert file
         return peers.llama_cpp(file, threads)
     changes = {"patched": peers.patched, "liger": peers.with_liger}
-    return peers.transformers(loaded, name == "compiled", changes.get(name, lambda peer: peer))
+    return peers.transformers(dense(), name == "compiled", changes.get(name, lambda peer: peer))
 
 
-def decoder(name: str, model: str, layers: int, threads: int, prompt: int, new: int) -> contention.Rate:
+def decoder(name: str, model: str, layers: int, threads: int, prompt: int, new: int, quantize: str) -> contention.Rate:
     """Measures the decode rate of one sequence on a CPU, in a process with nothing else."""
     use(threads)
-    loaded = load(model, torch.device("cpu"), layers, prompt + new + 64)
-    return rate(make(name, loaded, None, Path(), threads), loaded.config, prompt, new)
+    loaded = load(model, torch.device("cpu"), layers, prompt + new + 64, quantize if name == "qwenkern" else "")
+    return rate(make(name, loaded, lambda: loaded, None, Path(), threads), loaded.config, prompt, new)
 
 
 def rate(engine: peers.Engine, config: Config, prompt: int, new: int) -> contention.Rate:
@@ -166,6 +179,9 @@ def main(
     layers: Annotated[int, typer.Option(help="Number of layers, with random weights; 0: those of the size.")] = 0,
     threads: Annotated[int, typer.Option(min=0, help="Threads of each engine on a CPU; 0: as many as torch uses.")] = 0,
     beside: Annotated[str, typer.Option("--peers", help=f"Of {', '.join(PEERS)}, with commas.")] = "",
+    quantize: Annotated[
+        str, typer.Option(help="Run qwenkern on quantised weights: stored (as the file is), int8, int4 or fp8.")
+    ] = "",
     busy: Annotated[int, typer.Option(min=0, help="Decode on the idle machine, then with so many busy processes.")] = 0,
     twice: Annotated[bool, typer.Option("--twice", help="Decode in one process, then in two at once.")] = False,
     note: Annotated[str, typer.Option(help="Stored with the result, for example how llama.cpp was built.")] = "",
@@ -187,20 +203,23 @@ def main(
         )
     threads = threads or torch.get_num_threads()
     use(threads)
-    facts: dict[str, Any] = circumstances(place) | {"model": model, "new_tokens": new_tokens, "note": note}
+    facts: dict[str, Any] = circumstances(place) | {"model": Path(model).name, "new_tokens": new_tokens, "note": note}
     if place.type == "cpu":
         facts |= {"threads": threads, "target": build.target() or "none", "load_before": os.getloadavg()[0]}
     room = max(batches) * (max(prompts) + new_tokens + 64)
     started = time.perf_counter()
-    loaded = load(model, place, layers, room)
+    loaded = load(model, place, layers, room, quantize)
+    dense = functools.cache(lambda: load(model, place, layers, room) if quantize else loaded)
     facts |= {"load_seconds": time.perf_counter() - started, "layers": loaded.config.num_hidden_layers}
-    facts["predicted_gb"] = (2 * loaded.config.num_parameters + room * loaded.config.kv_bytes_per_token(2)) / 1e9
+    facts |= {"quantize": quantize, "dtype": str(loaded.dtype).removeprefix("torch.")}
+    parameters = sum(each.nbytes for each in loaded.module.parameters())
+    facts["predicted_gb"] = (parameters + room * loaded.config.kv_bytes_per_token(2)) / 1e9
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         engines: dict[str, peers.Engine] = {}
         for name in ["qwenkern", *names]:
             try:
-                engines[name] = make(name, loaded, file, folder, threads)
+                engines[name] = make(name, loaded, dense, file, folder, threads)
             except MISSING as error:
                 console.print(f"[yellow]left out[/yellow] {name}: {error}", soft_wrap=True)
         facts["programs"] = {name: each.facts for name, each in engines.items() if each.facts}
@@ -210,7 +229,7 @@ def main(
         elif twice:
             pairs: dict[str, tuple[contention.Rate, contention.Rate]] = {}
             for name, read in rates.items():
-                given = (decoder, name, model, layers, threads, prompts[0], new_tokens)
+                given = (decoder, name, model, layers, threads, prompts[0], new_tokens, quantize)
                 if name.startswith("llama.cpp"):  # each of its readings is a process anyway
                     pairs[name] = (read, read)
                 else:

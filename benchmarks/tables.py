@@ -120,6 +120,7 @@ PROVIDERS = {
     "library": "the matrix product only",
 }
 ENGINES = {
+    "bfloat16": "qwenkern, bfloat16",
     "patched": "transformers with qwenkern's kernels",
     "liger": "transformers with Liger's kernels",
     "compiled": "transformers, torch.compile",
@@ -154,6 +155,19 @@ def end_to_end(document: dict[str, Any]) -> Shown:
     return said, headings, rows
 
 
+def quality(document: dict[str, Any]) -> Shown:
+    """What the rounding of weights, activations and cache costs, for each case of quality.py."""
+    headings = ["weights", "activations", "cache", "mean KL, arithmetic", "same token", "mean KL, whole", "same token"]
+    rows = []
+    for row in document["rows"]:
+        cells = [{"stored": "as the file is"}.get(row["weights"], row["weights"]), row["dtype"], row["cache"]]
+        for part in (row["arithmetic"], row["whole"]):
+            cells += [f"{part['kl']:.1e}", f"{part['same']:.1%}"]
+        rows.append(cells)
+    layers = f", {document['layers']} layers" if document.get("layers") else ""
+    return f"{document['model']}{layers}, {document['tokens']} tokens. {_when(document)}", headings, rows
+
+
 # The engines of the summary. "patched" is not among them: it runs qwenkern's own kernels.
 IN_SUMMARY = ("transformers", "compiled", "llama.cpp", "llama.cpp file")
 
@@ -165,7 +179,8 @@ def summary(devices: list[list[dict[str, Any]]]) -> str:
     rows = []
     for first, *others in devices:
         target = f", {first['target']}" if first.get("target") else ""
-        device = f"{first['model']}, {first['device']}{target}, {first['date']}"
+        weights = f", {_weights(first)}" if first.get("quantize") else ""
+        device = f"{first['model']}{weights}, {first['device']}{target}, {first['date']}"
         for mine in first["rows"]:
             if mine["engine"] == "qwenkern" and "error" not in mine:
                 size = (mine["batch"], mine["prompt"])
@@ -207,7 +222,7 @@ def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: in
 
 
 def _whole_model(document: dict[str, Any]) -> str:
-    said = f"{document['model']}, bfloat16. {_when(document)}"
+    said = f"{document['model']}, {_weights(document)}. {_when(document)}"
     if document.get("target"):
         said += f" C backend compiled for {document['target']}."
     programs = document.get("programs", {}).values()
@@ -218,6 +233,12 @@ def _whole_model(document: dict[str, Any]) -> str:
     if "load_before" in document:
         said += f" Load average before the run: {document['load_before']:.1f}."
     return said
+
+
+def _weights(document: dict[str, Any]) -> str:
+    """What qwenkern's weights are, in words."""
+    form = document.get("quantize", "")
+    return {"": "bfloat16", "stored": "quantised as its file is"}.get(form, form)
 
 
 def shown(make: Callable[[dict[str, Any]], Shown]) -> Callable[[dict[str, Any]], str]:
@@ -241,6 +262,8 @@ MAKERS = {
     "kernels": (kernels, "*/kernels*.json"),
     "end_to_end": (shown(end_to_end), "*/end_to_end.json"),
     "end_to_end_more": (shown(end_to_end), "*/end_to_end_*.json"),
+    "quantised": (shown(end_to_end), "*/quantised*.json"),
+    "quality": (shown(quality), "*/quality*.json"),
     "contention": (shown(contention), "*/contention*.json"),
 }
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -253,7 +276,8 @@ def blocks() -> Iterator[tuple[str, str]]:
         yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
         yield "plan", planned(plan.load())
     folders = sorted(file.parent for file in RESULTS.glob("*/end_to_end.json"))
-    files = [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]
+    files = [[file] for file in sorted(RESULTS.glob("*/quantised*.json"))]  # first, because most people run these
+    files += [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]
     yield "summary", summary([[json.loads(file.read_text(encoding="utf-8")) for file in each] for each in files])
     for name, (make, pattern) in MAKERS.items():
         parts = [make(json.loads(file.read_text(encoding="utf-8"))) for file in sorted(RESULTS.glob(pattern))]

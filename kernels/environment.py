@@ -58,6 +58,12 @@ def _kernels(name: str, text: str) -> str:
     return text
 
 
+def _activations(name: str, text: str) -> str:
+    if text not in ("exact", "int8"):
+        raise ValueError(f"{name} is {text!r}; expected exact or int8, or unset")
+    return text
+
+
 CACHE = Variable(
     "QWENKERN_CACHE",
     "The folder for downloads (`models/`) and for what was compiled and measured for a CPU (`compiled/`). It may begin "
@@ -72,10 +78,17 @@ THREADS = Variable(
     "up) or `torch.get_num_threads()`",
     _threads,
 )
+CPU_ACTIVATIONS = Variable(
+    "QWENKERN_CPU_ACTIVATIONS",
+    "What a CPU multiplies quantised weights by: `exact` keeps activations finer than bfloat16, as two planes of int8. "
+    "`int8` rounds them to one plane: faster for many tokens, and less exact",
+    "`exact`",
+    _activations,
+)
 CPU_TARGET = Variable(
     "QWENKERN_CPU_TARGET",
-    "The target of the C functions: `x86-64-v3`, `x86-64-v4`, `x86-64-v4-bf16`, `armv8.2-dotprod`, `armv8.6-bf16` or "
-    "`native`",
+    "The target of the C functions: `x86-64-v3`, `x86-64-v3-vnni`, `x86-64-v4`, `x86-64-v4-vnni`, `x86-64-v4-bf16`, "
+    "`armv8.2-dotprod`, `armv8.6-bf16` or `native`",
     "the best one for the processor",
     _text,  # the C backend checks whether this processor has the target
 )
@@ -120,6 +133,7 @@ COMMIT = Variable(
 VARIABLES: tuple[Variable, ...] = (
     CACHE,
     THREADS,
+    CPU_ACTIVATIONS,
     CPU_TARGET,
     KERNELS,
     CONFIG_DIR,

@@ -14,17 +14,16 @@ from torch import Tensor
 from .arguments import flag, whole
 from .cache import PagedCache
 from .config import Config
-from .device import cache_room, choose_device, choose_dtype, choose_format, use_threads
+from .device import check_cache_dtype, choose_device, choose_dtype, choose_pages, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
 from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
+from .footprint import Layout, cache_room, default_chunk, layout_of, refuse_too_large
 from .generation import Generation
-from .kernels import Pages, invariant_tokens, prepare
-from .kernels.pages import FORMATS as PAGES
-from .kernels.pages import DensePages
-from .kernels.weights import FORMATS as WEIGHTS
+from .kernels import invariant_tokens, prepare
 from .loading import load
 from .prompts import Prompt, Prompts, is_ids, is_one_prompt, rows_of_ids, sampling_params
+from .quantise import choose_quantisation
 from .qwen2 import Qwen2, initialise
 from .sampling import Drawing, SamplingParams
 from .text.tokenizer import Tokenizer
@@ -46,7 +45,7 @@ class Model:
         cache_tokens: int | None = None,
         prefill_chunk: int | None = None,
         deterministic: bool = False,
-        pages: type[Pages] = DensePages,
+        kv_cache_dtype: str | torch.dtype = "auto",
     ) -> None:
         self.module = module
         self.config = module.config
@@ -55,9 +54,14 @@ class Model:
         self.dtype = module.model.norm.weight.dtype
         self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
-        self.prefill_chunk = chunk or (512 if self.device.type == "cpu" else 4096)
-        room = cache_room(cache_tokens, self.config, self.dtype, self.device, self.prefill_chunk, pages)
+        self.prefill_chunk = chunk or default_chunk(self.device.type == "cuda")
+        pages = choose_pages(kv_cache_dtype, self.dtype, self.device, module.is_quantised)
+        weights = sum(parameter.nbytes for parameter in module.parameters())
+        layout = Layout(self.config, {}, self.dtype, self.device.type == "cuda", pages)
+        room = cache_room(layout, self.device, cache_tokens, self.prefill_chunk, weights)
         self.cache = PagedCache(self.config, room, self.dtype, self.device, pages=pages)
+        for of_layer, bias in zip(self.cache.pages, module.k_biases(), strict=True):
+            of_layer.adapt(bias)
         self.deterministic = flag("deterministic", deterministic)
         self._runner: Runner | None = None
 
@@ -73,16 +77,19 @@ class Model:
         deterministic: bool = False,
         threads: int | None = None,
         progress: Callable[[str, int, int], None] | None = None,
-        weights: str = "dense",
-        pages: str = "dense",
+        quantize: str | None = None,
+        kv_cache_dtype: str | torch.dtype = "auto",
     ) -> Model:
         """Loads a checkpoint.
 
         model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
-            safetensors, or a .gguf file, whose weights are dequantised.
+            safetensors, or a .gguf file. Quantised weights stay as they are.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1".
-        dtype: "auto" (that of config.json, else of the first weight; bfloat16 for GGUF), "bfloat16", "float16",
-            "float32".
+        dtype: of activations and of weights that are not quantised: "auto" (that of config.json, else of the first
+            weight; bfloat16 for GGUF; float32 if weights are quantised and the device is a CPU), "bfloat16",
+            "float16", "float32".
+        quantize: None (weights stay as the checkpoint has them); "int8", "int4" or "fp8" rounds dense matrices as they
+            load (with "int4", embedding and output to int8); "none" dequantises quantised ones.
         cache_tokens: tokens that the key-value cache holds. All calls share it and wait while it is full.
         prefill_chunk: prompt tokens per pass.
         deterministic: a prompt gives the same bits in every batch. Without it, only decode steps of up to 16 sequences
@@ -91,13 +98,16 @@ class Model:
             starts only when the cache has room for its prompt and its max_tokens.
         threads: CPU threads of this process, torch's included. None: QWENKERN_THREADS, else one for each physical core
             that the process may run on, but not more than its cgroup's quota and torch allow.
+        kv_cache_dtype: how the cache stores keys and values: "auto" (in dtype; in float16 on a CPU if weights are
+            quantised and dtype is float32), "float16", "int8", "fp8", or the name of dtype. docs/generation.md has the
+            bytes and the errors of each.
         progress: called with the task ("download from <origin>", "load"), the bytes so far, and all bytes.
 
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
         use_threads(threads)
-        weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
-        loaded = load(model, choose_device(device), dtype, progress, weight_format)
-        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, page_format)
+        check_cache_dtype(kv_cache_dtype)
+        loaded = load(model, choose_device(device), dtype, progress, quantize, kv_cache_dtype, cache_tokens)
+        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype)
 
     @classmethod
     def from_config(
@@ -112,8 +122,8 @@ class Model:
         prefill_chunk: int | None = None,
         deterministic: bool = False,
         threads: int | None = None,
-        weights: str = "dense",
-        pages: str = "dense",
+        quantize: str | None = None,
+        kv_cache_dtype: str | torch.dtype = "auto",
     ) -> Model:
         """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
 
@@ -125,11 +135,16 @@ class Model:
         if not isinstance(tokenizer, Tokenizer | None):
             raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
         seed = whole("seed", seed, -(2**63), 2**64 - 1)
-        weight_format, page_format = choose_format("weights", weights, WEIGHTS), choose_format("pages", pages, PAGES)
+        quantisation = choose_quantisation(quantize)
+        check_cache_dtype(kv_cache_dtype)
         device = choose_device(device)
-        module = Qwen2(config, choose_dtype(dtype, config, device), device, weight_format)
-        initialise(module, seed)
-        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, page_format)
+        dtype = choose_dtype(dtype, config, device, quantisation.is_quantised)
+        cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
+        layout = layout_of(config, device, quantize=quantize, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+        refuse_too_large(layout, device, config.source, cache_tokens)
+        module = Qwen2(config, dtype, device, allocated=False)
+        initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
+        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype)
 
     @classmethod
     def from_transformers(
@@ -141,6 +156,7 @@ class Model:
         prefill_chunk: int | None = None,
         deterministic: bool = False,
         threads: int | None = None,
+        kv_cache_dtype: str | torch.dtype = "auto",
     ) -> Model:
         """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
 
@@ -161,7 +177,8 @@ class Model:
         use_threads(threads)
         module = shared_module(model)
         ours = as_tokenizer(tokenizer, model)
-        return cls(module, ours, generation_defaults(model), cache_tokens, prefill_chunk, deterministic)
+        defaults = generation_defaults(model)
+        return cls(module, ours, defaults, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype)
 
     def _engine(self) -> Engine:
         """An engine for one call. All of them share the cache and the captured steps."""

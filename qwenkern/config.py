@@ -12,6 +12,7 @@ from typing import Any
 from . import config_fields as check
 from .config_fields import YarnScaling
 from .errors import ConfigError, shown
+from .quantization import Quantization, quantization
 from .reading import read_json
 
 _COUNTS = (
@@ -28,7 +29,9 @@ _COUNTS = (
 
 @dataclass(frozen=True)
 class Config:
-    """The numbers of a dense Qwen2.5 model. Raises ConfigError if they cannot describe one."""
+    """The numbers of a dense Qwen2.5 model. Raises ConfigError if they cannot describe one.
+
+    quantization: how a folder's weights are stored, if they are quantised."""
 
     vocab_size: int
     hidden_size: int
@@ -44,6 +47,7 @@ class Config:
     tie_word_embeddings: bool = False
     dtype: str = "bfloat16"  # of the checkpoint's weights
     source: str = "config"  # the file or table that these numbers come from, for messages
+    quantization: Quantization | None = None
 
     def __post_init__(self) -> None:
         for name in _COUNTS:
@@ -77,13 +81,13 @@ class Config:
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config", dtype: str = "bfloat16") -> Config:
         """From the fields of a config.json. ``source`` names them in messages. ``dtype`` is that of the weights if the
-        fields name none."""
+        fields name none. Raises CheckpointError for quantised weights of a kind that qwenkern does not read."""
         if fields.get("model_type") != "qwen2":
             raise ConfigError(
                 f"{source}: model_type is {shown(fields.get('model_type'))}; qwenkern runs 'qwen2', the dense Qwen2.5 "
                 "models"
             )
-        check.refuse_quantised(fields, source)
+        stored = quantization(fields, source)
         if fields.get("hidden_act", "silu") not in ("silu", "swish"):  # two names of one function
             raise ConfigError(f"{source}: hidden_act is {shown(fields['hidden_act'])}; expected 'silu'")
         layers = check.required(fields, "num_hidden_layers", source)
@@ -107,6 +111,7 @@ class Config:
             tie_word_embeddings=check.flag(fields, "tie_word_embeddings", False, source),
             dtype=str(check.given_or(fields.get("dtype"), check.given_or(fields.get("torch_dtype"), dtype))),
             source=source,
+            quantization=stored,
         )
         check.refuse_windows(fields, config.num_hidden_layers, config.context_length, source)
         return config

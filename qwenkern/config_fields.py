@@ -39,25 +39,6 @@ class YarnScaling:
         return 0.1 * math.log(self.factor) + 1.0 if self.factor > 1 else 1.0
 
 
-def refuse_quantised(fields: Mapping[str, Any], source: str) -> None:
-    """Raises ConfigError for quantised weights."""
-    # compression_config: earlier files of compressed-tensors. quantization: MLX, which also writes quantization_config.
-    for name in ("quantization_config", "compression_config", "quantization"):
-        found = fields.get(name)
-        if found in (None, {}):
-            continue
-        if not isinstance(found, Mapping):
-            raise ConfigError(f"{source}: {name} is {shown(found)}; expected an object")
-        loads_bits = found.get("load_in_4bit") or found.get("load_in_8bit")
-        method = found.get("quant_method") or (
-            "bitsandbytes" if loads_bits else "MLX" if "group_size" in found else None
-        )
-        raise ConfigError(
-            f"{source}: {name} says that the weights are quantised by {shown(method)}, which is not supported; "
-            "expected bfloat16, float16 or float32: use the model that this one was made from, or a GGUF file of it"
-        )
-
-
 def refuse_windows(fields: Mapping[str, Any], layers: int, context: int, source: str) -> None:
     """Raises ConfigError if transformers' Qwen2 would give a layer a window shorter than the context.
 

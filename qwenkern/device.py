@@ -1,18 +1,15 @@
-"""Chooses a model's device, its dtype, the CPU threads, and the size of its cache."""
+"""Chooses a model's device, its dtype, its formats and the CPU threads."""
 
 from __future__ import annotations
-
-import os
-from collections.abc import Mapping
-from typing import TypeVar
 
 import torch
 
 from .arguments import whole
 from .config import Config
 from .errors import ConfigError, RequestError, shown
-from .kernels import Pages, Weight
+from .kernels import Pages
 from .kernels import c as c_backend
+from .kernels.pages import FORMATS as PAGES
 from .kernels.pages import DensePages
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -36,9 +33,14 @@ def choose_device(device: str | torch.device) -> torch.device:
     return found
 
 
-def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device) -> torch.dtype:
-    """The requested dtype; "auto" is the checkpoint's. Raises RequestError, or ConfigError for a wrong checkpoint's."""
+def choose_dtype(
+    dtype: str | torch.dtype, config: Config, device: torch.device, quantised: bool = False
+) -> torch.dtype:
+    """The requested dtype. "auto" is the checkpoint's, or float32 on a CPU if the weights are quantised: they are read
+    as they are, so x in float32 costs nothing there. Raises RequestError, or ConfigError for a wrong checkpoint's."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
+    if name == "auto" and quantised and device.type == "cpu":
+        return torch.float32
     if name == "auto":
         name = config.dtype.removeprefix("torch.")
         if name == "bfloat16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -53,14 +55,40 @@ def choose_dtype(dtype: str | torch.dtype, config: Config, device: torch.device)
     return _DTYPES[name]
 
 
-Format = TypeVar("Format", type[Pages], type[Weight])
+def check_cache_dtype(kv_cache_dtype: str | torch.dtype) -> str:
+    """The name of a dtype of the key-value cache, or "auto". Raises RequestError if no model has it."""
+    name = str(kv_cache_dtype).removeprefix("torch.") if isinstance(kv_cache_dtype, (str, torch.dtype)) else ""
+    names = ["auto", *_DTYPES, *(each for each in PAGES if each not in (DensePages.format, *_DTYPES))]
+    if name not in names:
+        raise RequestError(f"kv_cache_dtype is {shown(kv_cache_dtype)}; expected one of {', '.join(map(repr, names))}")
+    return name
 
 
-def choose_format(argument: str, name: str, formats: Mapping[str, Format]) -> Format:
-    """The format of this name. Raises RequestError, which names the argument."""
-    if not isinstance(name, str) or name not in formats:
-        raise RequestError(f"{argument} is {shown(name)}; expected one of {', '.join(map(repr, formats))}")
-    return formats[name]
+def choose_pages(
+    kv_cache_dtype: str | torch.dtype, dtype: torch.dtype, device: torch.device, quantised: bool = False
+) -> type[Pages]:
+    """The format of the key-value cache of a model that computes in ``dtype``. ``quantised`` says whether its weights
+    are. Raises RequestError."""
+    name, own = check_cache_dtype(kv_cache_dtype), str(dtype).removeprefix("torch.")
+    if name == "auto":
+        return default_pages(dtype, device, quantised)
+    if name == own:
+        return DensePages
+    stored = {each: found for each, found in PAGES.items() if found is not DensePages}
+    if name not in stored:
+        raise RequestError(
+            f"kv_cache_dtype is {name!r}, and the model computes in {own}; expected one of "
+            f"{', '.join(map(repr, dict.fromkeys(('auto', own, *stored))))}"
+        )
+    return stored[name]
+
+
+def default_pages(dtype: torch.dtype, device: torch.device, quantised: bool) -> type[Pages]:
+    """The format of "auto": the model's dtype; float16 for quantised weights with float32 activations on a CPU, which
+    costs a mean KL divergence of 4e-6 and halves the cache."""
+    if quantised and dtype == torch.float32 and device.type == "cpu":
+        return PAGES["float16"]
+    return DensePages
 
 
 def use_threads(threads: int | None) -> None:
@@ -73,46 +101,3 @@ def use_threads(threads: int | None) -> None:
         c_backend.check_environment()
     except ValueError as error:
         raise RequestError(str(error)) from None
-
-
-def cache_room(
-    asked: int | None,
-    config: Config,
-    dtype: torch.dtype,
-    device: torch.device,
-    prefill_chunk: int,
-    pages: type[Pages] = DensePages,
-) -> int:
-    """The number of tokens in the key-value cache: the requested one, else a default. Raises RequestError if the whole
-    memory of the device would not hold it."""
-    asked = whole("cache_tokens", asked, 1, optional=True)
-    heads, layers = config.num_key_value_heads, config.num_hidden_layers
-    per_token = layers * pages.bytes_per_token(heads, config.head_dim, dtype)
-    if asked is None:
-        per_chunk = prefill_chunk * (4 * config.vocab_size + 4 * config.intermediate_size * dtype.itemsize)
-        return _default_cache_tokens(config, per_token, per_chunk, device)
-    on_gpu = device.type == "cuda"
-    memory = torch.cuda.mem_get_info(device)[1] if on_gpu else _machine_memory()
-    if (most := memory // per_token) < asked:
-        raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
-    return asked
-
-
-def _default_cache_tokens(config: Config, per_token: int, per_chunk: int, device: torch.device) -> int:
-    """On a GPU, the tokens that its free memory holds, less a reserve. The reserve is a tenth of the memory, or more: a
-    twentieth and the ``per_chunk`` bytes that a chunk of a prompt takes with all of its logits, if that is at most a
-    quarter of the free memory. On a CPU, where memory is taken only when it is used, four contexts, but at most half of
-    the machine's memory."""
-    if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        reserve = max(total // 10, min(total // 20 + per_chunk, free // 4))
-        tokens, most = (free - reserve) // per_token, 64 * config.context_length
-    else:
-        tokens, most = _machine_memory() // 2 // per_token, 4 * config.context_length
-    if tokens < 1:
-        raise RequestError(f"{device} has no memory left for a key-value cache; expected a smaller model")
-    return min(tokens, most)
-
-
-def _machine_memory() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .arguments import whole
 from .checkpoint import Checkpoint, load_weights, open_checkpoint
+from .config import Config
 from .device import choose_dtype
 from .errors import RequestError, shown
+from .footprint import layout_of, refuse_too_large
 from .generation import Generation
 from .hub.names import resolve
 from .kernels import Weight, prepare
 from .kernels.weights import Dense
+from .quantise import choose_quantisation
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
 
@@ -38,22 +42,37 @@ def load(
     device: torch.device,
     dtype: str | torch.dtype,
     progress: Progress | None,
-    weights: type[Weight] = Dense,
+    quantize: str | None = None,
+    kv_cache_dtype: str | torch.dtype = "auto",
+    cache_tokens: int | None = None,
 ) -> Loaded:
-    """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does."""
+    """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does.
+
+    kv_cache_dtype and cache_tokens: of its cache, which must fit beside the weights."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
-    path, checkpoint = find(model, progress)
+    choose_quantisation(quantize)
+    cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
+
+    def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
+        layout = layout_of(config, device, quantize=quantize, stored=stored, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
+        is_ours = config.quantization is not None and config.quantization.method == "qwenkern"
+        mapped = sum(weight.nbytes for weight in layout.matrices.values() if weight.format != Dense.format)
+        refuse_too_large(layout, device, str(model), cache_tokens, mapped if is_ours and not layout.on_gpu else 0)
+
+    path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()
-    dtype = choose_dtype(dtype, checkpoint.config, device)
+    quantisation = choose_quantisation(quantize, checkpoint)
+    refuse(checkpoint.config, checkpoint.formats)
+    dtype = choose_dtype(dtype, checkpoint.config, device, quantisation.is_quantised)
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
-    module = Qwen2(checkpoint.config, dtype, device, weights)
+    module = Qwen2(checkpoint.config, dtype, device, allocated=False)
     total = checkpoint.num_bytes(dtype) if progress else 0
     load_weights(
         module,
         checkpoint.config,
-        checkpoint.tensors(dtype),
+        quantisation.of(checkpoint.tensors(dtype), dtype),
         source=str(path),
         progress=progress and (lambda done: progress("load", done, total)),
     )
@@ -61,9 +80,13 @@ def load(
     return Loaded(module, tokenizer, checkpoint.generation)
 
 
-def find(model: str | Path, progress: Progress | None = None) -> tuple[Path, Checkpoint]:
-    """The path of a model, which is downloaded if necessary, and its checkpoint, without reading a weight."""
-    path = resolve(model, progress and (lambda origin, done, total: progress(f"download from {origin}", done, total)))
+def find(
+    model: str | Path, progress: Progress | None = None, accept: Callable[[Config], None] | None = None
+) -> tuple[Path, Checkpoint]:
+    """The path of a model, which is downloaded if necessary, and its checkpoint, without reading a weight. ``accept``
+    may refuse a configuration before its weights are downloaded."""
+    report = progress and (lambda origin, done, total: progress(f"download from {origin}", done, total))
+    path = resolve(model, report, accept)
     return path, open_checkpoint(path)
 
 

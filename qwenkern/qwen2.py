@@ -6,7 +6,9 @@ that adds x to its product. Parameters have the names of the checkpoint, with q,
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,26 +17,33 @@ from . import kernels as ops
 from .allocation import allocate
 from .cache import Batch, PagedCache
 from .config import Config
-from .errors import RequestError
 from .kernels import Pages, Weight
-from .kernels.weights import Dense
+from .kernels.weights import Dense, as_weight
 
 
 class Qwen2(nn.Module):
     """The language model: tokens in, logits out."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, weights: type[Weight] = Dense) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, allocated: bool = True) -> None:
         """Allocates the parameters and leaves their values undefined: load or initialise them next.
 
-        ``weights`` is the format of the layers' linear weights; embedding and output are dense."""
+        ``dtype`` is that of x. Matrices are dense. With ``allocated`` False they are not there yet, and whoever loads
+        them sets the ``value`` of each Linear, in any format."""
         super().__init__()
         self.config = config
-        self.model = Decoder(config, dtype, device, weights)
+        self.model = Decoder(config, dtype, device)
         self.lm_head = (
             self.model.embed_tokens
             if config.tie_word_embeddings
             else Linear(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         )
+        if allocated:
+            for linear in self.linears().values():
+                linear.allocate()
+
+    def linears(self) -> dict[str, Linear]:
+        """All matrices by name. The output is not among them if it is the embedding."""
+        return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
 
     def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
         """Runs the T tokens of a batch and writes their keys and values into the cache.
@@ -55,23 +64,32 @@ class Qwen2(nn.Module):
         values, ids = ops.lm_head_top_k(x, norm_weight, eps, self.lm_head.value, 1)
         return values[:, 0], ids[:, 0]
 
-    def untie(self) -> None:
-        """Gives the output weights of its own where they were the embedding's. Their values are undefined."""
-        weight = self.model.embed_tokens.get_parameter("weight")
-        rows, columns = weight.shape
+    @property
+    def is_quantised(self) -> bool:
+        """Whether any of its matrices is."""
+        return any(not isinstance(each.value, Dense) for each in self.modules() if isinstance(each, Linear))
+
+    def k_biases(self) -> list[Tensor]:
+        """What each layer adds to k before it is rotated: [Hkv, D]."""
+        sizes = [self.config.q_size, self.config.kv_size, self.config.kv_size]
+        layers = [cast(DecoderLayer, layer).self_attn.qkv_proj.bias for layer in self.model.layers]
+        return [bias.detach().split(sizes)[1].unflatten(0, (-1, self.config.head_dim)) for bias in layers]
+
+    def untie(self, head: Weight) -> None:
+        """Gives the output weights of its own where they were the embedding's."""
+        norm = self.model.norm.weight
         self.config = replace(self.config, tie_word_embeddings=False)
-        self.lm_head = Linear(rows, columns, dtype=weight.dtype, device=weight.device)
+        self.lm_head = Linear(*head.shape, dtype=norm.dtype, device=norm.device)
+        self.lm_head.value = head
 
 
 class Decoder(nn.Module):
     """The stack of layers, between embedding and last norm."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, weights: type[Weight] = Dense) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.embed_tokens = Linear(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(
-            DecoderLayer(config, dtype, device, weights) for _ in range(config.num_hidden_layers)
-        )
+        self.layers = nn.ModuleList(DecoderLayer(config, dtype, device) for _ in range(config.num_hidden_layers))
         self.norm = Norm(config.hidden_size, dtype, device)
 
     def forward(self, batch: Batch, cache: PagedCache) -> Tensor:
@@ -83,12 +101,12 @@ class Decoder(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, weights: type[Weight] = Dense) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.input_layernorm = Norm(config.hidden_size, dtype, device)
-        self.self_attn = Attention(config, dtype, device, weights)
+        self.self_attn = Attention(config, dtype, device)
         self.post_attention_layernorm = Norm(config.hidden_size, dtype, device)
-        self.mlp = MLP(config, dtype, device, weights)
+        self.mlp = MLP(config, dtype, device)
 
     def forward(self, x: Tensor, batch: Batch, pages: Pages, cos_sin: Tensor) -> Tensor:
         x = self.self_attn(x, self.input_layernorm.weight, batch, pages, cos_sin)
@@ -98,14 +116,12 @@ class DecoderLayer(nn.Module):
 class Attention(nn.Module):
     """Norm, q, k and v, rotary embedding, cache, grouped-query attention, output projection, sum with x."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, weights: type[Weight] = Dense) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
         self.scale = config.head_dim**-0.5
-        self.qkv_proj = Linear(
-            config.qkv_size, config.hidden_size, bias=True, dtype=dtype, device=device, weights=weights
-        )
-        self.o_proj = Linear(config.hidden_size, config.q_size, dtype=dtype, device=device, weights=weights)
+        self.qkv_proj = Linear(config.qkv_size, config.hidden_size, bias=True, dtype=dtype, device=device)
+        self.o_proj = Linear(config.hidden_size, config.q_size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, norm_weight: Tensor, batch: Batch, pages: Pages, cos_sin: Tensor) -> Tensor:
         weight, bias = self.qkv_proj.value, self.qkv_proj.bias
@@ -120,15 +136,11 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Norm, gate and up, SwiGLU, down projection, sum with x."""
 
-    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, weights: type[Weight] = Dense) -> None:
+    def __init__(self, config: Config, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.gate_up_proj = Linear(
-            2 * config.intermediate_size, config.hidden_size, dtype=dtype, device=device, weights=weights
-        )
-        self.down_proj = Linear(
-            config.hidden_size, config.intermediate_size, dtype=dtype, device=device, weights=weights
-        )
+        self.gate_up_proj = Linear(2 * config.intermediate_size, config.hidden_size, dtype=dtype, device=device)
+        self.down_proj = Linear(config.hidden_size, config.intermediate_size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor, norm_weight: Tensor) -> Tensor:
         y = ops.norm_swiglu_linear(x, norm_weight, self.eps, self.gate_up_proj.value)
@@ -138,35 +150,43 @@ class MLP(nn.Module):
 class Linear(nn.Module):
     """The matrix of a linear layer, of any format of kernels/weights/, and its bias if asked for.
 
-    Its parameters have the names that the format gives its tensors: ``weight`` for the dense one. ``value`` is what the
-    ops take."""
+    ``value`` is the weight that the ops take. Its tensors are parameters of the names that the format gives them:
+    ``weight`` for the dense one. There are none until ``allocate`` is called or ``value`` is set."""
 
     def __init__(
-        self,
-        rows: int,
-        columns: int,
-        bias: bool = False,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
-        weights: type[Weight] = Dense,
+        self, rows: int, columns: int, bias: bool = False, *, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.format = weights
-        try:
-            value = weights.allocate(rows, columns, dtype, lambda shape, dtype: allocate(shape, dtype, device))
-        except RequestError:
-            raise
-        except ValueError as error:  # sizes that the format does not have
-            raise RequestError(f"weights is {weights.format!r}: {error}") from error
-        for name, tensor in zip(weights.names, value.tensors, strict=True):
-            setattr(self, name, nn.Parameter(tensor, requires_grad=False))
+        self.rows, self.columns, self.dtype, self.device = rows, columns, dtype, device
+        self.format: str = Dense.format
+        self.names: tuple[str, ...] = Dense.names
         if bias:
             self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False)
 
+    def allocate(self, form: type[Weight] = Dense) -> Weight:
+        """Sets the weight to one with undefined values, and returns it. Raises ValueError for sizes that the format
+        does not have."""
+        self.value = form.allocate(
+            self.rows, self.columns, self.dtype, lambda shape, dtype: allocate(shape, dtype, self.device)
+        )
+        return self.value
+
+    @property
+    def is_allocated(self) -> bool:
+        return all(name in self._parameters for name in self.names)
+
     @property
     def value(self) -> Weight:
-        return self.format(*[self._parameters[name] for name in self.format.names])
+        weight: Weight = as_weight([self._parameters[name] for name in self.names], self.format)
+        return weight
+
+    @value.setter
+    def value(self, weight: Weight) -> None:
+        for name in self.names:
+            self._parameters.pop(name, None)
+        self.format, self.names = weight.format, weight.names
+        for name, tensor in zip(weight.names, weight.tensors, strict=True):
+            self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
 class Norm(nn.Module):
@@ -178,14 +198,19 @@ class Norm(nn.Module):
 
 
 @torch.no_grad()
-def initialise(model: Qwen2, seed: int) -> None:
-    """Fills the parameters with random numbers in place: what a benchmark needs where no checkpoint is at hand."""
+def initialise(
+    model: Qwen2, seed: int, quantised: Callable[[str, Tensor, torch.dtype], Weight | None] | None = None
+) -> None:
+    """Fills the parameters with random numbers: what a benchmark needs where no checkpoint is at hand.
+
+    ``quantised`` makes a weight of the matrix of a linear with this name (quantise.py); None: matrices are dense."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
-    for module in model.modules():
+    for name, module in model.named_modules():
         if isinstance(module, Norm):
             module.weight.fill_(1.0)
         elif isinstance(module, Linear):
-            matrix = module.value.dequantise().normal_(0.0, 0.02, generator=generator)
-            module.value.copy_(matrix)  # of a dense weight onto itself
+            matrix = module.allocate().dequantise().normal_(0.0, 0.02, generator=generator)
+            if quantised and (weight := quantised(name, matrix, module.dtype)):
+                module.value = weight
             if hasattr(module, "bias"):
                 module.bias.normal_(0.0, 0.02, generator=generator)

@@ -57,14 +57,14 @@ def qwenkern(model: Model) -> Engine:
     def generate(prompts: list[list[int]], count: int) -> Any:
         return model.generate(prompts, max_tokens=count, temperature=0, ignore_eos=True)
 
-    return Engine(timed(generate), step_weights(model))
+    return Engine(timed(generate), step_weights(model), model.dtype == torch.bfloat16)
 
 
 def step_weights(model: Model) -> int:
     """Bytes of weights that a decode step reads: all, except an embedding that is not also the head."""
-    config = model.config
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    return 2 * (config.num_parameters - embedding)
+    module = model.module
+    embedding = 0 if model.config.tie_word_embeddings else module.model.embed_tokens.value.nbytes
+    return sum(each.nbytes for each in module.parameters()) - embedding
 
 
 def patched(peer: Any) -> Any:

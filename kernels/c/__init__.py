@@ -1,5 +1,5 @@
-"""The C backend: the ops of the graph on a CPU in bfloat16. The library is compiled with the package, or else at the
-first use.
+"""The C backend: the ops of the graph on a CPU, in bfloat16 and float32. The library is compiled with the package, or
+else at the first use.
 
 For one token, torch reads bfloat16 weights at half of the memory's bandwidth. C reads them at the full bandwidth, and
 keeps no second copy of them. It multiplies many tokens near the processor's peak. choose.py measures once which
@@ -12,11 +12,15 @@ take them, or None. A refusal compiles, allocates and measures nothing: ``prepar
     linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c
     attention                                        attention.h, decode_attention.c, prefill_attention.c
     rms_norm, rope, swiglu, embedding                norm.h, rms_norm.c, rope.c, swiglu.c, embedding.c
-    backend.py, ops.py: the backend, and its list of ops
+    repack            blocks of GGUF files           repack.c, blocks.h
+    repack_words      words of GPTQ, AWQ and others  repack_words.c
+    backend.py, ops.py: the backend, its list of ops ops.c: enters an op
+                                                     float_activations.c: all of these files again, for float32
 
     calls.py          calls, read from calls.h       calls.h       the arguments of every op
     weights.py        weights as structs             weights.h, and a file for each format: dense_weight.h
-    pages.py          cache pages as structs         pages.h, and a file for each format: dense_pages.h
+    pages.py          cache pages as structs         pages.h, and a file for each format: dense_pages.h;
+                                                     pages_block.h reads blocks, pages_store.h stores
     limits.py         what the ops take              limits.c
     recorded_calls.py calls recorded and replayed    team.h, team.c  the threads that run the calls
     threads.py        how many threads               plain.c       every op as simple loops: read this first

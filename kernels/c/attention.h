@@ -69,7 +69,7 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
     for (long i = 0; i < BLOCK; i += LANES) {
         floats weight = exponential(load(scores + i) - base);
 #ifdef PAIRS
-        store_narrow(weights + i, weight);
+        store_reals(weights + i, weight);
 #else
         store(weights + i, weight);
 #endif

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..dispatch import Backend
 from . import build
 
-FLOATS = (torch.float32, torch.float16, torch.float64)
-
 
 def _refuses(x: Tensor) -> str | None:
     """The reason why no op takes this first tensor, or None. The tensor may be of integers."""
-    return build.refuses_dtype(x.dtype) if x.dtype in FLOATS else None
+    return build.refuses_dtype(x.dtype) if x.is_floating_point() and x.dtype not in build.DTYPES else None
 
 
 def _invariant_tokens() -> int:

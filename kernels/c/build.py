@@ -18,11 +18,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..environment import CPU_ACTIVATIONS
 from . import choose, compiler, kept, limits, targets, threads
 from .targets import Target
 
 logger = logging.getLogger(__name__)
 PROBLEMS = (compiler.CompilerError, compiler.Refused, OSError)
+DTYPES = (torch.bfloat16, torch.float32)  # of activations
 BUILT = Path(__file__).parent / "built"  # the folder that setup.py puts into a wheel; a source checkout has none
 NOT_PREPARED = "anything before it is prepared"
 LONG = 1.0  # seconds of measuring after which a progress line is logged
@@ -47,6 +49,7 @@ class Prepared(NamedTuple):
     limits: Any
     multiplies: bool  # C multiplies many tokens, because it is about as fast as torch or faster
     prefetch_distance: int  # how many bytes in advance weights are prefetched
+    prefetch_of_codes: dict[int, int]  # the same of quantised weights, by the bits of a word: 4 or 8
 
 
 def prepare() -> str | None:
@@ -80,9 +83,9 @@ def refuses() -> str | None:
 
 
 def refuses_dtype(dtype: torch.dtype) -> str | None:
-    """The reason why no C op takes floats of this dtype, or None."""
-    if dtype != torch.bfloat16:
-        return f"{str(dtype).removeprefix('torch.')} (C computes in bfloat16)"
+    """The reason why no C op takes activations of this dtype, or None."""
+    if dtype not in DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} (C takes bfloat16 and float32)"
     return refuses()
 
 
@@ -111,7 +114,8 @@ def _prepared() -> Prepared | str:
     with _said_if_long("qwenkern: measuring which C kernels are fastest here (some seconds, once)"):
         if len(rivals) > 1:
             found = rivals[choose.products(rivals)]
-        return Prepared(*found, choose.multiplies(found), choose.prefetch(found))
+        of_codes = {bits: choose.prefetch_of_codes(found, bits) for bits in (4, 8)}
+        return Prepared(*found, choose.multiplies(found), choose.prefetch(found), of_codes)
 
 
 @contextlib.contextmanager
@@ -126,9 +130,11 @@ def _said_if_long(message: str) -> Iterator[None]:
 
 
 def check_environment() -> None:
-    """Raises ValueError if QWENKERN_CPU_TARGET or QWENKERN_THREADS is invalid. Loads nothing."""
+    """Raises ValueError if QWENKERN_CPU_TARGET, QWENKERN_THREADS or QWENKERN_CPU_ACTIVATIONS is invalid. Loads
+    nothing."""
     targets.usable()
     threads.count()
+    CPU_ACTIVATIONS.get()
 
 
 def forget() -> None:
@@ -159,17 +165,19 @@ def _described() -> dict[str, tuple[str, str]]:
     if prepare():
         return {"CPU": ("no C, so torch runs", ""), "threads": (str(threads.count()), "")}
     here = prepared()
-    distance = here.prefetch_distance
     when = {question: choose.measured.get(question, "") for question in choose.QUESTIONS}
     return {
         "CPU": (f"C for {here.target.name}, {here.origin}", when["products"]),
         "threads": (str(threads.count()), ""),
         "many tokens": ("multiplied in C" if here.multiplies else "multiplied by torch", when["many tokens"]),
-        "weights": (
-            f"prefetched {distance} bytes in advance" if distance else "not prefetched",
-            when["prefetch"],
-        ),
+        "weights": (_prefetched(here.prefetch_distance), when["prefetch"]),
+        "4-bit weights": (_prefetched(here.prefetch_of_codes[4]), when["prefetch 4 bits"]),
+        "8-bit weights": (_prefetched(here.prefetch_of_codes[8]), when["prefetch 8 bits"]),
     }
+
+
+def _prefetched(distance: int) -> str:
+    return f"prefetched {distance} bytes in advance" if distance else "not prefetched"
 
 
 def _first(candidates: list[Target]) -> tuple[Loaded | None, str]:

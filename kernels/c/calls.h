@@ -15,80 +15,112 @@
 
 typedef uint16_t bf16;
 
+/* The type of activations: of x, q, k, v, the residual stream, norms and biases. The ops are compiled for both types
+ * (float_activations.c). */
+#ifdef FLOAT_ACTIVATIONS
+typedef float real;
+#else
+typedef bf16 real;
+#endif
+
 /* clang-format off */
-#define EACH_OP(OP)      \
-    OP(embedding)        \
-    OP(add_rms_norm)     \
-    OP(linear)           \
-    OP(silu_mul)         \
-    OP(apply_rope)       \
-    OP(rope_and_cache)   \
-    OP(decode_attention) \
-    OP(prefill_attention)
+#define EACH_OP(OP)       \
+    OP(embedding)         \
+    OP(add_rms_norm)      \
+    OP(linear)            \
+    OP(silu_mul)          \
+    OP(apply_rope)        \
+    OP(rope_and_cache)    \
+    OP(decode_attention)  \
+    OP(prefill_attention) \
+    OP(repack)            \
+    OP(repack_words)
 /* clang-format on */
 
 /* A format of weights or pages has a file of its name (dense_weight.h, dense_pages.h), and its name is listed here. */
 #define EACH_WEIGHT_FORMAT(FORMAT) FORMAT(dense)
-#define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense)
+#define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense) FORMAT(float16) FORMAT(int8) FORMAT(fp8)
 
-typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h */
+/* The block formats of GGUF files (blocks.h) */
+/* clang-format off */
+#define EACH_BLOCK_FORMAT(FORMAT) \
+    FORMAT(q4_0) FORMAT(q4_1) FORMAT(q5_0) FORMAT(q5_1) FORMAT(q8_0) \
+    FORMAT(q2_k) FORMAT(q3_k) FORMAT(q4_k) FORMAT(q5_k) FORMAT(q6_k)
+/* clang-format on */
+
+/* Formats of weights that are codes with a scale for each group (grouped_weight.h) */
+/* clang-format off */
+#define EACH_GROUPED_FORMAT(FORMAT)                                    \
+    FORMAT(q4_0) FORMAT(q4_1) FORMAT(q5_0) FORMAT(q5_1) FORMAT(q8_0)   \
+    FORMAT(q4_k) FORMAT(q5_k) FORMAT(q6_k) FORMAT(q2_k) FORMAT(q3_k)   \
+    FORMAT(int4) FORMAT(int8)
+/* clang-format on */
+
+typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h or grouped_weight.h */
     const void *values; /* null: there is no weight */
-    long row_bytes;     /* from a row to the next one */
-    long format;        /* its place in EACH_WEIGHT_FORMAT */
+    long row_bytes;     /* from a row to the next one; of dense weights */
+    long format;        /* its place in EACH_WEIGHT_FORMAT, and behind those in EACH_GROUPED_FORMAT */
+    const void *high, *scales, *minima, *sub_scales, *sub_minima, *zeros; /* of grouped weights; values are the codes */
+    long group;                                                           /* columns that share an entry of scales */
+    long scales_are_floats;                                               /* or 16-bit floats */
 } weight;
 
-typedef struct { /* the keys and values that a layer has cached, in one of the formats of pages.h */
-    void *k;     /* [pages, page_size, Hkv, D] */
-    void *v;
-    long page_size;   /* tokens of a page */
-    long token_bytes; /* from a token to the next one; pages lie one after the other */
-    long format;      /* its place in EACH_PAGES_FORMAT */
+typedef struct {          /* the keys and values that a layer has cached, in one of the formats of pages.h */
+    void *k;              /* [pages, page_size, Hkv, D] */
+    void *v;              /* likewise */
+    float *k_scales;      /* [pages, page_size, Hkv], or null */
+    float *v_scales;      /* likewise */
+    const real *channels; /* [Hkv, D], or null */
+    long page_size;       /* tokens of a page */
+    long num_heads;       /* Hkv */
+    long format;          /* its place in EACH_PAGES_FORMAT */
 } pages;
 
 typedef struct {        /* out = the rows of table with the numbers ids */
-    bf16 *out;          /* [T, K], dense */
-    const bf16 *table;  /* [V, K] */
+    real *out;          /* [T, K], dense */
+    weight table;       /* [V, K] */
     const int64_t *ids; /* [T] */
-    long num_tokens, row_size, table_stride;
+    long num_tokens, row_size;
 } embedding_args;
 
 typedef struct {             /* new_residual = residual + x; out = rms_norm(new_residual) * norm_weight */
-    bf16 *out;               /* [T, K], dense */
-    bf16 *new_residual;      /* [T, K], dense; null: there is no residual, and x is normalised */
-    const bf16 *x;           /* [T, K] */
-    const bf16 *residual;    /* [T, K], or null */
-    const bf16 *norm_weight; /* [K] */
+    real *out;               /* [T, K], dense */
+    real *new_residual;      /* [T, K], dense; null: there is no residual, and x is normalised */
+    const real *x;           /* [T, K] */
+    const real *residual;    /* [T, K], or null */
+    const real *norm_weight; /* [K] */
     long num_tokens, row_size, x_stride, residual_stride;
     double eps;
 } add_rms_norm_args;
 
 typedef struct {             /* out = (norm of) x times weight transposed, with an epilogue (linear.h) */
-    void *out;               /* [T, N], dense: bf16, or float where out_is_float */
+    void *out;               /* [T, N]: real, or float where out_is_float */
     float *scratch;          /* [T, K]; for many tokens also the memory that linear_many_tokens.c describes */
-    const bf16 *x;           /* [T, K] */
-    const bf16 *norm_weight; /* [K]; null: x is multiplied as it is */
+    const real *x;           /* [T, K] */
+    const real *norm_weight; /* [K]; null: x is multiplied as it is */
     weight weight;           /* [N, K] */
     weight up;               /* [N, K], or none; with it out = silu(x weight') * (x up') */
-    const bf16 *bias;        /* [N], or null */
-    const bf16 *addend;      /* [T, N], or null */
-    long num_tokens, out_features, in_features, x_stride, addend_stride;
+    const real *bias;        /* [N], or null */
+    const real *addend;      /* [T, N], or null */
+    long num_tokens, out_features, in_features, x_stride, addend_stride, out_stride;
     long out_is_float;
+    long planes;            /* of int8 that stand for x, where the weight is grouped: 2, or 1 */
     long prefetch_distance; /* bytes in advance that weights are prefetched; 0: no prefetch */
     double eps;
 } linear_args;
 
 typedef struct {      /* out = silu(gate) * up */
-    bf16 *out;        /* [T, F], dense */
-    const bf16 *gate; /* [T, F] */
-    const bf16 *up;   /* [T, F] */
+    real *out;        /* [T, F], dense */
+    const real *gate; /* [T, F] */
+    const real *up;   /* [T, F] */
     long num_tokens, row_size, gate_stride, up_stride;
 } silu_mul_args;
 
 typedef struct {              /* q and k, rotated */
-    bf16 *q_out;              /* [T, Hq, D], dense */
-    bf16 *k_out;              /* [T, Hkv, D], dense */
-    const bf16 *q;            /* [T, Hq, D], heads dense */
-    const bf16 *k;            /* [T, Hkv, D], heads dense */
+    real *q_out;              /* [T, Hq, D], dense */
+    real *k_out;              /* [T, Hkv, D], dense */
+    const real *q;            /* [T, Hq, D], heads dense */
+    const real *k;            /* [T, Hkv, D], heads dense */
     const int64_t *positions; /* [T] */
     const float *cos_sin;     /* [positions, D]: cosines in the first half of a row, sines in the second */
     long num_tokens, num_q_heads, num_kv_heads, head_dim, q_stride, k_stride;
@@ -96,9 +128,9 @@ typedef struct {              /* q and k, rotated */
 } apply_rope_args;
 
 typedef struct { /* q_out = q, rotated; k, rotated, and v go to their slots */
-    bf16 *q_out; /* [T, Hq, D], dense */
+    real *q_out; /* [T, Hq, D], dense */
     pages cache;
-    const bf16 *qkv;          /* [T, Hq + 2 Hkv, D], heads dense */
+    const real *qkv;          /* [T, Hq + 2 Hkv, D], heads dense */
     const int64_t *positions; /* [T] */
     const int64_t *slots;     /* [T]: page * page_size + place in the page */
     const float *cos_sin;     /* as above */
@@ -106,9 +138,9 @@ typedef struct { /* q_out = q, rotated; k, rotated, and v go to their slots */
 } rope_and_cache_args;
 
 typedef struct {    /* attention of one query token a sequence */
-    bf16 *out;      /* [S, Hq, D], dense */
+    real *out;      /* [S, Hq, D], dense */
     float *scratch; /* [S, Hkv, splits, Hq / Hkv, D + 2] */
-    const bf16 *q;  /* [S, Hq, D], heads dense */
+    const real *q;  /* [S, Hq, D], heads dense */
     const pages cache;
     const int32_t *block_tables; /* [S, pages]: the numbers of a sequence's pages */
     const int32_t *lengths;      /* [S]: cached tokens, the query's own included */
@@ -118,9 +150,9 @@ typedef struct {    /* attention of one query token a sequence */
 } decode_attention_args;
 
 typedef struct {    /* causal attention of the last tokens of each sequence */
-    bf16 *out;      /* [T, Hq, D], dense */
+    real *out;      /* [T, Hq, D], dense */
     float *scratch; /* as prefill_attention.c says */
-    const bf16 *q;  /* [T, Hq, D], heads dense */
+    const real *q;  /* [T, Hq, D], heads dense */
     const pages cache;
     const int32_t *block_tables; /* [S, pages] */
     const int32_t *lengths;      /* [S] */
@@ -128,6 +160,28 @@ typedef struct {    /* causal attention of the last tokens of each sequence */
     long num_sequences, num_kv_heads, group, head_dim, q_stride, block_table_stride;
     double scale;
 } prefill_attention_args;
+
+typedef struct {           /* a matrix [N, K] in blocks of a GGUF file, as the tensors of kernels/weights/grouped.py */
+    uint32_t *codes;       /* [N / 16, K / 32, words, 16] */
+    uint32_t *high;        /* the same, of the bits above four; null: there are none */
+    uint16_t *scales;      /* [N / 16, blocks of a row, 16] */
+    uint16_t *minima;      /* the same, or null */
+    uint8_t *sub_scales;   /* [N / 16, groups of a row, 16], or null */
+    uint8_t *sub_minima;   /* the same, or null */
+    uint8_t *finite;       /* [N / 16]: whether the scales and minima of 16 rows are finite numbers */
+    const uint8_t *blocks; /* [N, blocks of a row], as the file has them */
+    long rows, columns;
+    long format; /* its place in EACH_BLOCK_FORMAT */
+} repack_args;
+
+typedef struct {           /* the codes of a matrix [N, K] in words of GPTQ, AWQ or compressed-tensors */
+    uint32_t *codes;       /* [N / 16, K / 32, bits, 16] */
+    const uint32_t *words; /* order 0: [N, K bits / 32], 1: [K bits / 32, N], 2: AWQ's [K, N / 8] */
+    long rows, columns;
+    long bits; /* 4 or 8 */
+    long order;
+    long flip; /* bits of each word that are turned */
+} repack_words_args;
 
 typedef struct {         /* what the ops take, and the sizes that determine their scratch; limits.c has the values */
     long max_few_tokens; /* most tokens of a linear that reads its weights once, row by row */

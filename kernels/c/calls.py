@@ -13,6 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 HEADER = Path(__file__).with_name("calls.h")
@@ -32,6 +33,7 @@ class Field(NamedTuple):
     name: str
     code: str  # as the module struct has it: P, l or d
     is_const: bool  # C only reads what the pointer points to
+    is_real: bool = False  # the pointer points to activations
 
 
 class Layout(NamedTuple):
@@ -59,11 +61,14 @@ def _fields(declaration: str, structs: dict[str, tuple[Field, ...]]) -> list[Fie
     fields = []
     for name in (each.strip() for each in names.split(",")):
         if name[:1] == "*" and name[1:].isidentifier():
-            fields.append(Field(name[1:], "P", bool(const)))
+            fields.append(Field(name[1:], "P", bool(const), kind == "real"))
         elif kind in _CODES and name.isidentifier():
             fields.append(Field(name, _CODES[kind], True))
         elif kind in structs and name.isidentifier():
-            fields += [Field(f"{name}.{each}", code, bool(const) or own) for each, code, own in structs[kind]]
+            inner = structs[kind]
+            fields += [
+                each._replace(name=f"{name}.{each.name}", is_const=bool(const) or each.is_const) for each in inner
+            ]
         else:
             raise ValueError(f"{HEADER.name}: {declaration!r} is no pointer, long, double, or struct of those")
     return fields
@@ -73,7 +78,8 @@ LAYOUT = read(HEADER.read_text(encoding="utf-8"))
 OPS = LAYOUT.lists["OP"]
 FIELDS = {op: LAYOUT.structs[f"{op}_args"] for op in OPS}
 _WORD = struct.calcsize("P")  # bytes of a pointer, a long and a double; a test compares with the compiler
-CALL_BYTES = _WORD * (1 + max(map(len, FIELDS.values())))
+FIRST_FIELD = 2 * _WORD  # bytes of a call before its op's struct: op and is_float
+CALL_BYTES = FIRST_FIELD + _WORD * max(map(len, FIELDS.values()))
 
 
 def _maker(op: str) -> Callable[..., Call]:
@@ -81,6 +87,8 @@ def _maker(op: str) -> Callable[..., Call]:
     fields would take as long as a small op."""
     fields = FIELDS[op]
     places = [_place(field.name, fields) for field in fields]
+    real = next((field.name for field in fields if field.is_real), "")  # an op's activations have one dtype
+    is_float = f"{real}.dtype is float32" if real else "False"
     arguments = dict.fromkeys(field.name.partition(".")[0] for field in fields)
     values, tensors = [], []
     for place, field in zip(places, fields, strict=True):
@@ -91,11 +99,16 @@ def _maker(op: str) -> Callable[..., Call]:
             values.append(place)
     text = (
         f"def {op}(*, {', '.join(arguments)}):\n"
-        f"    return {op!r}, pack({OPS.index(op)}, {', '.join(values)}), ({', '.join(tensors)},)"
+        f"    packed = pack({OPS.index(op)}, {is_float}, {', '.join(values)})\n"
+        f"    return {op!r}, packed, ({', '.join(tensors)},)"
     )
-    missing = CALL_BYTES - _WORD * (1 + len(fields))
-    layout = struct.Struct(f"@l{''.join(field.code for field in fields)}{missing}x")
-    scope: dict[str, Any] = {"pack": layout.pack, "no_address": lambda name, tensor: _no_address(op, name, tensor)}
+    missing = CALL_BYTES - FIRST_FIELD - _WORD * len(fields)
+    layout = struct.Struct(f"@2l{''.join(field.code for field in fields)}{missing}x")
+    scope: dict[str, Any] = {
+        "pack": layout.pack,
+        "float32": torch.float32,
+        "no_address": lambda name, tensor: _no_address(op, name, tensor),
+    }
     exec(compile(text, f"<{op} of {HEADER.name}>", "exec"), scope)
     return scope[op]
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import _disable_current_modes
 
-from ..weights import Dense
+from ..weights import FORMATS, Dense, Weight
 from . import kept, threads
 from .calls import Call, make
 from .compiler import digest
@@ -39,6 +39,7 @@ SECONDS = 0.15  # the time for more readings after the first ROUNDS
 ROUNDS = 4  # the least number of rounds: two in each half
 TOKENS = 128
 DISTANCES = (0, 4096, 16384)  # bytes in advance that weights are prefetched
+GROUPED_DISTANCES = (0, 1024, 8192)  # the same of quantised weights, whose codes are one stream of memory
 WEIGHTS = 128 << 20  # bytes, more than the caches of most processors
 CLEARLY = 1.1  # torch multiplies many tokens if it is more than so many times as fast as C
 NEARLY = 0.97  # a shorter distance is preferred if it reaches this share of the best speed
@@ -48,6 +49,8 @@ QUESTIONS = {
     "products": "which library multiplies faster",
     "many tokens": "what multiplies many tokens",
     "prefetch": "how many bytes in advance weights are prefetched",
+    "prefetch 4 bits": "how many bytes in advance codes of 4 to 6 bits are prefetched",
+    "prefetch 8 bits": "how many bytes in advance codes of 8 bits are prefetched",
 }
 
 
@@ -56,7 +59,7 @@ def products(rivals: Mapping[str, Loaded]) -> str:
 
     def ways() -> dict[str, Callable[[], object]]:
         x, w = _ones(TOKENS, 1024), _ones(2048, 1024)
-        return {name: _linear(each, x, w) for name, each in rivals.items()}
+        return {name: _linear(each, x, Dense(w)) for name, each in rivals.items()}
 
     return _choice("products", list(rivals), ways, _fastest)
 
@@ -67,7 +70,7 @@ def multiplies(loaded: Loaded) -> bool:
 
     def ways() -> dict[str, Callable[[], object]]:
         x, w = _ones(TOKENS, 1024), _ones(2048, 1024)
-        return {target: _linear(loaded, x, w), "torch": lambda: F.linear(x, w)}
+        return {target: _linear(loaded, x, Dense(w)), "torch": lambda: F.linear(x, w)}
 
     def rule(seconds: Mapping[str, float]) -> str:
         return target if seconds[target] <= CLEARLY * seconds["torch"] else "torch"
@@ -79,23 +82,38 @@ def prefetch(loaded: Loaded) -> int:
     """How many bytes in advance weights are best prefetched."""
 
     def ways() -> dict[int, Callable[[], object]]:
-        x, w = _ones(1, 1024), _ones(WEIGHTS // 2048, 1024)
+        x, w = _ones(1, 1024), Dense(_ones(WEIGHTS // 2048, 1024))
         return {distance: _linear(loaded, x, w, distance) for distance in DISTANCES}
 
-    def rule(seconds: Mapping[int, float]) -> int:
-        best = min(seconds.values())
-        return next(distance for distance in DISTANCES if NEARLY * seconds[distance] <= best)
+    return _choice("prefetch", list(DISTANCES), ways, _shortest, loaded.target.name)
 
-    return _choice("prefetch", list(DISTANCES), ways, rule, loaded.target.name)
+
+def prefetch_of_codes(loaded: Loaded, bits: int) -> int:
+    """How many bytes in advance the codes of quantised weights are best prefetched. ``bits`` is 4 or 8; formats of 5
+    and 6 bits have the codes of 4."""
+
+    def ways() -> dict[int, Callable[[], object]]:
+        kind, rows = FORMATS[{4: "q4_0", 8: "q8_0"}[bits]], WEIGHTS // (1024 * bits // 8)
+        # Written with ones: memory of zeros that nobody wrote is one page
+        weight = kind.allocate(rows, 1024, torch.bfloat16, lambda shape, dtype: torch.ones(shape, dtype=dtype))
+        return {distance: _linear(loaded, _ones(1, 1024), weight, distance) for distance in GROUPED_DISTANCES}
+
+    return _choice(f"prefetch {bits} bits", list(GROUPED_DISTANCES), ways, _shortest, loaded.target.name)
+
+
+def _shortest(seconds: Mapping[int, float]) -> int:
+    """The shortest of the distances that are nearly as fast as the fastest."""
+    best = min(seconds.values())
+    return next(distance for distance in sorted(seconds) if NEARLY * seconds[distance] <= best)
 
 
 def _ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.bfloat16, device="cpu")
 
 
-def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0) -> Callable[[], object]:
-    """A function that multiplies x by w transposed. It keeps its tensors alive."""
-    (tokens, k), n = x.shape, len(w)
+def _linear(loaded: Loaded, x: torch.Tensor, weight: Weight, distance: int = 0) -> Callable[[], object]:
+    """A function that multiplies x by a weight transposed. It keeps its tensors alive."""
+    (tokens, k), n = x.shape, len(weight)
     scratch = torch.empty(linear_scratch(loaded.limits, tokens, k, 1), dtype=torch.float32, device="cpu")
     nothing = dict.fromkeys(("norm_weight", "bias", "addend"))
     call = make.linear(
@@ -103,14 +121,16 @@ def _linear(loaded: Loaded, x: torch.Tensor, w: torch.Tensor, distance: int = 0)
         out=x.new_empty(tokens, n),
         scratch=scratch,
         x=x,
-        weight=weight_struct(Dense(w)),
+        weight=weight_struct(weight),
         up=NO_WEIGHT,
         num_tokens=tokens,
         out_features=n,
         in_features=k,
         x_stride=k,
         addend_stride=0,
+        out_stride=n,
         out_is_float=False,
+        planes=2,
         prefetch_distance=distance,
         eps=0.0,
     )

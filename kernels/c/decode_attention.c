@@ -47,7 +47,7 @@ static void attend_split(const decode_attention_args *args, long sequence, long 
 }
 
 /* Computes out [D] of one query head from the parts [D + 2] of its splits, which are `stride` floats apart */
-static void combine(bf16 *out, const float *parts, long splits, long stride, long D) {
+static void combine(real *out, const float *parts, long splits, long stride, long D) {
     float maximum = -INFINITY, total = 0, sums[MAX_HEAD_DIM] = {0};
     for (long i = 0; i < splits; i++)
         if (parts[i * stride + D + 1] > maximum) maximum = parts[i * stride + D + 1];
@@ -58,7 +58,7 @@ static void combine(bf16 *out, const float *parts, long splits, long stride, lon
         total += weight * part[D];
         for (long d = 0; d < D; d += LANES) store(sums + d, load(sums + d) + load(part + d) * weight);
     }
-    for (long d = 0; d < D; d += LANES) store_narrow(out + d, load(sums + d) / total);
+    for (long d = 0; d < D; d += LANES) store_reals(out + d, load(sums + d) / total);
 }
 
 void decode_attention(const decode_attention_args *args, worker *me) {

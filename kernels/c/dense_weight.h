@@ -1,4 +1,4 @@
-/* The weight format `dense`: bfloat16 values. The values of a row are adjacent.
+/* The weight format `dense`: values of the type of activations. The values of a row are adjacent.
  *
  *     values ──► row 0   | k = 0 | 1 | 2 | ...        row_bytes from here
  *                row 1   | k = 0 | 1 | 2 | ...     ◄─ to here
@@ -8,17 +8,12 @@
 #define DENSE_WEIGHT_H
 #include "panels.h"
 
-ALWAYS const bf16 *dense_row(const weight *w, long row) {
-    return (const bf16 *)((const char *)w->values + row * w->row_bytes);
+ALWAYS const real *dense_row(const weight *w, long row) {
+    return (const real *)((const char *)w->values + row * w->row_bytes);
 }
 
 /* One value. It specifies what the faster functions below read. */
-static inline float dense_value(const weight *w, long row, long k) {
-    uint32_t bits = (uint32_t)dense_row(w, row)[k] << 16;
-    float value;
-    memcpy(&value, &bits, sizeof value);
-    return value;
-}
+static inline float dense_value(const weight *w, long row, long k) { return to_float(dense_row(w, row)[k]); }
 
 /* The part of the weight that begins at this row and at value k, a multiple of LINE */
 ALWAYS weight dense_from(const weight *w, long row, long k) {
@@ -37,7 +32,7 @@ ALWAYS operands dense_operands(const weight *w, long row, long k) { return opera
 
 /* For many tokens: packs the first rows of WIDE weights, K values of each, as a panel. K is a multiple of STEP. */
 static inline void dense_panel(operands *panel, const weight *first_rows, long K) {
-    const bf16 *rows[WIDE];
+    const real *rows[WIDE];
     for (long i = 0; i < WIDE; i++) rows[i] = dense_row(first_rows + i, 0);
     pack_transposed(panel, rows, K);
 }

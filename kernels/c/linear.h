@@ -2,7 +2,8 @@
  *
  *     x ──► RMSNorm ──► rows [T, K] of operands                      prologue:  normed_rows
  *                                          │
- *         weight [N, K], up [N, K] ──► product [T, N]                linear_few_tokens.c, linear_many_tokens.c
+ *         weight [N, K], up [N, K] ──► product [T, N]                linear_few_tokens.c, linear_many_tokens.c, or for
+ *                                          │                         quantised weights linear_grouped.c
  *                                          │
  *              SwiGLU, + bias, + addend ──► out [T, N]               epilogue:  finish
  *
@@ -23,20 +24,23 @@
     (PANELS == 1 ? 1024 : 512) /* values of a row that are packed at a time; the panels fit the L2 cache */
 #define NORMED 4096            /* values of a row that are normalised at a time */
 
-void linear_few_tokens(const linear_args *args, worker *me);
+ACROSS_FILES void linear_few_tokens(const linear_args *args, worker *me);
+ACROSS_FILES void linear_grouped(const linear_args *args, worker *me);
+#ifndef FLOAT_ACTIVATIONS
 void linear_many_tokens(const linear_args *args, worker *me);
+#endif
 
 /* x as rows [T, K] of operands, normalised if there is a norm. The rows lie at the start of scratch. */
 static const operand *normed_rows(const linear_args *args, worker *me) {
     operand *rows = (operand *)args->scratch;
     const long K = args->in_features;
     for (long token = first_task(me, args->num_tokens); token >= 0; token = next_task(me)) {
-        const bf16 *x = args->x + token * args->x_stride;
+        const real *x = args->x + token * args->x_stride;
         if (!args->norm_weight) {
             to_operands(rows + token * K, x, K);
             continue;
         }
-        bf16 normed[NORMED];
+        real normed[NORMED];
         float scale = norm_scale(0, x, 0, args->eps, K);
         for (long k = 0; k < K; k += NORMED) {
             long some = least(K - k, NORMED);
@@ -54,9 +58,8 @@ static inline void finish(const linear_args *args, floats value, const float *up
     if (args->bias) value += load_some(args->bias + row, some);
     if (up) value = rounded(silu(rounded(value))) * rounded(load(up));
     if (args->addend) value = rounded(value) + load_some(args->addend + token * args->addend_stride + row, some);
-    long at = token * args->out_features + row;
-    halves near = narrow_floats(value);
-    if (args->out_is_float) store_some((float *)args->out + at, &value, some, sizeof(float));
-    else store_some((bf16 *)args->out + at, &near, some, sizeof(bf16));
+    long at = token * args->out_stride + row;
+    if (args->out_is_float) store_some_floats((float *)args->out + at, value, some);
+    else store_some((real *)args->out + at, value, some);
 }
 #endif

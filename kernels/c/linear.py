@@ -1,18 +1,21 @@
 """Linear layers in C, with their prologue (the norm) and their epilogue. kernels/linear.py says what each op computes.
 
-linear.h has the picture. linear_few_tokens.c and linear_many_tokens.c have the two forms of the product."""
+linear.h has the picture. linear_few_tokens.c and linear_many_tokens.c have the two forms of the product with a dense
+weight, and linear_grouped.c the one with a quantised weight."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..weights import Weight
+from ..environment import CPU_ACTIVATIONS
+from ..weights import Grouped, Stack, Weight
 from . import build, threads
 from .backend import C
 from .calls import make
 from .limits import linear_scratch
 from .recorded_calls import run, scratch
+from .swiglu import silu_mul
 from .weights import NO_WEIGHT, refuses_weight, weight_struct
 
 
@@ -43,19 +46,29 @@ def refuses_norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weigh
 @C.implements(refuses_norm_swiglu_linear)
 def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
     middle = len(weight) // 2
+    if isinstance(weight, Stack) or (isinstance(weight, Grouped) and middle % TILE_ROWS):
+        return silu_mul(*product(x, norm_weight, eps, weight).chunk(2, dim=-1))
     gate, up = weight.rows(0, middle), weight.rows(middle, len(weight))
     return product(x, norm_weight, eps, gate, up=up)
 
 
+TILE_ROWS = 16  # of a quantised weight, which can be cut between tiles only
+
+
 def refuses_product(x: Tensor, weight: Weight) -> str | None:
     """The reason why C does not multiply x [T, K] by this weight, or None."""
+    if isinstance(weight, Stack):
+        return next(filter(None, (refuses_product(x, part) for part in weight.parts)), None)
     if reason := refuses_weight(weight) or build.refuses_dtype(x.dtype):
         return reason
+    if isinstance(weight, Grouped):
+        return None
     here = build.prepared()
     if x.shape[1] % here.limits.in_features_multiple:
         return f"rows of {x.shape[1]} values (a multiple of {here.limits.in_features_multiple})"
-    if len(x) > here.limits.max_few_tokens and not here.multiplies:
-        return f"{len(x)} tokens, which torch multiplies faster on this processor"
+    if len(x) > here.limits.max_few_tokens and not (here.multiplies and x.dtype == torch.bfloat16):
+        dtype = str(x.dtype).removeprefix("torch.")
+        return f"{len(x)} tokens of {dtype}, which torch multiplies faster on this processor"
     return None
 
 
@@ -68,14 +81,40 @@ def product(
     up: Weight | None = None,
     bias: Tensor | None = None,
     addend: Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]: a new tensor [T, N].
+    """x [T, K] times weight [N, K] transposed, plus bias [N], plus addend [T, N]: a new tensor [T, N] of x's dtype or
+    ``out_dtype``.
 
     With ``norm_weight`` [K], x is first normalised. With ``up`` [N, K], out is silu(x weight^T) * (x up^T)."""
-    (num_tokens, in_features), out_features = x.shape, len(weight)
+    out = x.new_empty(len(x), len(weight), dtype=out_dtype)
+    if not isinstance(weight, Stack):
+        _multiply(out, x, norm_weight, eps, weight, up, bias, addend)
+        return out
+    start = 0
+    for part in weight.parts:
+        columns = slice(start, start := start + len(part))
+        beside = None if bias is None else bias[columns], None if addend is None else addend[:, columns]
+        _multiply(out[:, columns], x, norm_weight, eps, part, up, *beside)
+    return out
+
+
+def _multiply(
+    out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor | None,
+    eps: float,
+    weight: Weight,
+    up: Weight | None,
+    bias: Tensor | None,
+    addend: Tensor | None,
+) -> None:
+    """``product`` with a weight of one format, into out [T, N], whose rows may have any stride."""
+    num_tokens, in_features = x.shape
     here = build.prepared()
-    out = x.new_empty(num_tokens, out_features, dtype=out_dtype)
+    distance = here.prefetch_distance
+    if isinstance(weight, Grouped):
+        distance = here.prefetch_of_codes[8 if weight.bits == 8 else 4]
     run(
         make.linear(
             out=out,
@@ -87,13 +126,14 @@ def product(
             bias=bias,
             addend=addend,
             num_tokens=num_tokens,
-            out_features=out_features,
+            out_features=out.shape[1],
             in_features=in_features,
             x_stride=x.stride(0),
             addend_stride=0 if addend is None else addend.stride(0),
-            out_is_float=out_dtype == torch.float32,
-            prefetch_distance=here.prefetch_distance,
+            out_stride=out.stride(0),
+            out_is_float=out.dtype == torch.float32,
+            planes=1 if CPU_ACTIVATIONS.get() == "int8" else 2,
+            prefetch_distance=distance,
             eps=eps,
         )
     )
-    return out

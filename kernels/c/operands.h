@@ -3,6 +3,7 @@
  *     a row of bf16             | 0 1 2 3 ... STEP-1 | ...
  *     operands, without PAIRS   | 0 2 4 ... | 1 3 5 ... |      widened to float: even places of a STEP, then odd ones
  *     operands, with PAIRS      | 0 1 | 2 3 | ...              in the order of the row
+ *     of a row of float         | 0 1 2 ... |                  in the order of the row
  *
  * targets.py sets PAIRS if the processor multiplies pairs of bfloat16 and adds both products to a float. Both factors
  * of a product have the order of operands, so the order does not change a sum of products. */
@@ -10,7 +11,7 @@
 #define OPERANDS_H
 #include "vectors.h"
 
-#define LINE 32 /* bf16 in a cache line; the length of a multiplied row is a multiple of it */
+#define LINE 32 /* the length of a multiplied row is a multiple of it; as many bf16 are in a cache line */
 
 #ifdef PAIRS
 typedef bf16 operand;
@@ -28,10 +29,10 @@ ALWAYS operands load_operands(const operand *from) {
     return values;
 }
 
-/* The operands at place `at` of a row of bf16 */
-ALWAYS operands operands_at(const bf16 *row, long at) {
-#ifdef PAIRS
-    return load_pairs(row + at);
+/* The operands at place `at` of a row */
+ALWAYS operands operands_at(const real *row, long at) {
+#if defined(PAIRS) || defined(FLOAT_ACTIVATIONS)
+    return load_operands(row + at);
 #else
     pairs both = load_pairs(row + at / STEP * STEP);
     return at % STEP ? high(both) : low(both);
@@ -49,9 +50,9 @@ ALWAYS floats add_products(floats sums, operands a, operands b) {
 #endif
 }
 
-/* Converts a row [K] of bf16 to operands; K is a multiple of STEP */
-ALWAYS void to_operands(operand *to, const bf16 *from, long K) {
-#ifdef PAIRS
+/* Converts a row [K] to operands; K is a multiple of STEP */
+ALWAYS void to_operands(operand *to, const real *from, long K) {
+#if defined(PAIRS) || defined(FLOAT_ACTIVATIONS)
     memcpy(to, from, K * sizeof *from);
 #else
     for (long k = 0; k < K; k += STEP) {

@@ -40,8 +40,8 @@ static void attend_task(const prefill_attention_args *args, const operands *keys
     for (long start = 0; start < seen + count - 1; start += BLOCK, keys += 2 * size)
         attend(&so_far, 0, q, keys, keys + size, count * group, seen - start, group, D, args->scale);
     for (long r = 0; r < count * group; r++) {
-        bf16 *out = args->out + (((first + r / group) * Hkv + head) * group + r % group) * D;
-        for (long d = 0; d < D; d += LANES) store_narrow(out + d, load(so_far.sums[r] + d) / so_far.totals[r]);
+        real *out = args->out + (((first + r / group) * Hkv + head) * group + r % group) * D;
+        for (long d = 0; d < D; d += LANES) store_reals(out + d, load(so_far.sums[r] + d) / so_far.totals[r]);
     }
 }
 

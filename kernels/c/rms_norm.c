@@ -5,9 +5,9 @@
 void add_rms_norm(const add_rms_norm_args *args, worker *me) {
     const long K = args->row_size;
     for (long token = first_task(me, args->num_tokens); token >= 0; token = next_task(me)) {
-        const bf16 *x = args->x + token * args->x_stride;
-        const bf16 *residual = args->residual ? args->residual + token * args->residual_stride : 0;
-        bf16 *sum = residual ? args->new_residual + token * K : 0;
+        const real *x = args->x + token * args->x_stride;
+        const real *residual = args->residual ? args->residual + token * args->residual_stride : 0;
+        real *sum = residual ? args->new_residual + token * K : 0;
         float scale = norm_scale(sum, x, residual, args->eps, K);
         apply_norm(args->out + token * K, sum ? sum : x, args->norm_weight, scale, K);
     }

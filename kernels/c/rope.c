@@ -7,12 +7,12 @@
 #include "pages.h"
 #include "team.h"
 
-static inline void rotate(bf16 *out, const bf16 *head, const float *angles, float sign, long D) {
+static inline void rotate(real *out, const real *head, const float *angles, float sign, long D) {
     for (long i = 0; i < D / 2; i += LANES) {
-        floats first = load_wide(head + i), second = load_wide(head + D / 2 + i);
+        floats first = load_reals(head + i), second = load_reals(head + D / 2 + i);
         floats cosines = load(angles + i), sines = load(angles + D / 2 + i) * sign;
-        store_narrow(out + i, first * cosines - second * sines);
-        store_narrow(out + D / 2 + i, second * cosines + first * sines);
+        store_reals(out + i, first * cosines - second * sines);
+        store_reals(out + D / 2 + i, second * cosines + first * sines);
     }
 }
 
@@ -20,7 +20,7 @@ void apply_rope(const apply_rope_args *args, worker *me) {
     const long Hq = args->num_q_heads, Hkv = args->num_kv_heads, D = args->head_dim;
     for (long token = first_task(me, args->num_tokens); token >= 0; token = next_task(me)) {
         const float *angles = args->cos_sin + args->positions[token] * D;
-        const bf16 *q = args->q + token * args->q_stride, *k = args->k + token * args->k_stride;
+        const real *q = args->q + token * args->q_stride, *k = args->k + token * args->k_stride;
         for (long head = 0; head < Hq; head++)
             rotate(args->q_out + (token * Hq + head) * D, q + head * D, angles, args->sign, D);
         for (long head = 0; head < Hkv; head++)
@@ -33,11 +33,11 @@ void rope_and_cache(const rope_and_cache_args *args, worker *me) {
     const long Hq = args->num_q_heads, Hkv = args->num_kv_heads, D = args->head_dim;
     for (long token = first_task(me, args->num_tokens); token >= 0; token = next_task(me)) {
         const float *angles = args->cos_sin + args->positions[token] * D;
-        const bf16 *q = args->qkv + token * args->qkv_stride, *k = q + Hq * D, *v = k + Hkv * D;
+        const real *q = args->qkv + token * args->qkv_stride, *k = q + Hq * D, *v = k + Hkv * D;
         for (long head = 0; head < Hq; head++)
             rotate(args->q_out + (token * Hq + head) * D, q + head * D, angles, 1, D);
         for (long head = 0; head < Hkv; head++) {
-            bf16 key[MAX_HEAD_DIM];
+            real key[MAX_HEAD_DIM];
             rotate(key, k + head * D, angles, 1, D);
             pages_store(&args->cache, args->slots[token], head, key, v + head * D, D);
         }

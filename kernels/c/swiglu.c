@@ -12,14 +12,13 @@ void silu_mul(const silu_mul_args *args, worker *me) {
     const long parts = ceil_div(args->row_size, PART);
     for (long task = first_task(me, args->num_tokens * parts); task >= 0; task = next_task(me)) {
         long token = task / parts, i = task % parts * PART, end = least(i + PART, args->row_size);
-        bf16 *out = args->out + token * args->row_size;
-        const bf16 *gate = args->gate + token * args->gate_stride, *up = args->up + token * args->up_stride;
+        real *out = args->out + token * args->row_size;
+        const real *gate = args->gate + token * args->gate_stride, *up = args->up + token * args->up_stride;
         for (; i + LANES <= end; i += LANES)
-            store_narrow(out + i, rounded(silu(load_wide(gate + i))) * load_wide(up + i));
+            store_reals(out + i, rounded(silu(load_reals(gate + i))) * load_reals(up + i));
         if (i < end) {
             floats last = rounded(silu(load_some(gate + i, end - i))) * load_some(up + i, end - i);
-            halves near = narrow_floats(last);
-            store_some(out + i, &near, end - i, sizeof *out);
+            store_some(out + i, last, end - i);
         }
     }
     barrier(me);

@@ -43,9 +43,11 @@ TARGETS = (
         "x86_64",
         ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", _WHOLE, "-DPAIRS"),
         _V4 | {"avx512_vnni", "avx512_bf16"},
-        floats="x86-64-v4",
+        floats="x86-64-v4-vnni",
     ),
+    Target("x86-64-v4-vnni", "x86_64", ("-march=x86-64-v4", "-mavx512vnni", _WHOLE), _V4 | {"avx512_vnni"}),
     Target("x86-64-v4", "x86_64", ("-march=x86-64-v4", _WHOLE), _V4),
+    Target("x86-64-v3-vnni", "x86_64", ("-march=x86-64-v3", "-mavxvnni"), _V3 | {"avx_vnni"}),
     Target("x86-64-v3", "x86_64", ("-march=x86-64-v3",), _V3),
     Target(
         "armv8.6-bf16",

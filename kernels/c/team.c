@@ -141,14 +141,7 @@ long next_task(worker *me) {
 
 /* Each thread of a team runs this: it enters the op of every call */
 static void run_calls(const call *calls, long count, worker *me) {
-    for (long i = 0; i < count; i++) switch (calls[i].op) {
-#define RUN_CALL(OP)          \
-    case OP##_op:             \
-        OP(&calls[i].OP, me); \
-        break;
-            EACH_OP(RUN_CALL)
-#undef RUN_CALL
-        }
+    for (long i = 0; i < count; i++) (calls[i].is_float ? run_float_op : run_op)(&calls[i], me);
 }
 
 static void work(team *team, int index, int threads) {

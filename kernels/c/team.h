@@ -14,7 +14,8 @@
 #define EXPORTED __attribute__((visibility("default"))) /* for Python; the rest is hidden: others use such names */
 
 typedef struct {
-    long op; /* its place in EACH_OP */
+    long op;       /* its place in EACH_OP */
+    long is_float; /* 1: activations are float, 0: bf16 */
     union {
 #define ARGUMENTS(OP) OP##_args OP;
         EACH_OP(ARGUMENTS)
@@ -43,9 +44,20 @@ long first_task(worker *me, long num_tasks); /* this thread's first task of a lo
 long next_task(worker *me);
 void barrier(worker *me); /* returns when all threads have called it */
 
-#define PROTOTYPE(OP) void OP(const OP##_args *args, worker *me);
+/* float_activations.c compiles all files of ops together, so there their functions are static. */
+#ifdef FLOAT_ACTIVATIONS
+#define ACROSS_FILES __attribute__((noinline)) static
+#else
+#define ACROSS_FILES
+#endif
+
+#define PROTOTYPE(OP) ACROSS_FILES void OP(const OP##_args *args, worker *me);
 EACH_OP(PROTOTYPE)
 #undef PROTOTYPE
+
+/* Enter the op of a call (ops.c). Each is for one type of activations. */
+void run_op(const call *call, worker *me);
+void run_float_op(const call *call, worker *me);
 
 static inline long least(long a, long b) { return a < b ? a : b; }
 

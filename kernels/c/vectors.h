@@ -1,10 +1,10 @@
 /* Vectors as wide as the machine's registers, and elementwise functions of them.
  *
- *     in memory     bf16    | 0 | 1 | 2 | ...          two bytes each
+ *     in memory     real    | 0 | 1 | 2 | ...          activations: bf16 (two bytes each) or float
  *     in a register floats  |   0   |   1   | ...      LANES float32: 16 with AVX-512, 8 with AVX2, else 4 (NEON)
- *                   pairs   | 0 | 1 | 2 | 3 | ...      STEP = 2 LANES bf16, two in each lane, the first in the low half
+ *                   pairs   | 0 | 1 | 2 | 3 | ...      2 LANES bf16, two in each lane, the first in the low half
  *
- * Values are rounded to bfloat16 where kernels/reference.py rounds them. A sum over a row has LANES partial sums, so
+ * Values are rounded to `real` where kernels/reference.py rounds them to activations. A sum over a row has LANES partial sums, so
  * its last bits differ between vector widths. On one machine they depend on the row only. */
 #ifndef VECTORS_H
 #define VECTORS_H
@@ -26,9 +26,10 @@
 #define LANES 4
 #endif
 
-#define STEP (2 * LANES) /* bfloat16 in a register */
+#define STEP (4 * LANES / (long)sizeof(real)) /* activations in a register */
 #define ALWAYS static inline __attribute__((always_inline))
 
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -44,7 +45,7 @@ typedef float float4 __attribute__((vector_size(16)));
 #define KEEP(VECTOR)
 #endif
 
-ALWAYS pairs load_pairs(const bf16 *from) {
+ALWAYS pairs load_pairs(const void *from) {
     pairs values;
     memcpy(&values, from, sizeof values);
     return values;
@@ -90,31 +91,104 @@ ALWAYS halves narrow_floats(floats x) {
 #endif
 }
 
-ALWAYS floats rounded(floats x) { return (floats)(nearest(x) << 16); }
-
-ALWAYS floats load_wide(const bf16 *from) {
-    halves values;
-    memcpy(&values, from, sizeof values);
-    return widen_halves(values);
+/* Half precision, in 16 bits, as floats */
+ALWAYS floats widen_float16(halves x) {
+#if LANES == 16
+    return (floats)_mm512_cvtph_ps((__m256i)x);
+#elif LANES == 8
+    return (floats)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+    return (floats)vcvt_f32_f16((float16x4_t)x);
+#else
+    pairs bits = __builtin_convertvector(x, pairs), size = (bits & 0x7FFF) << 13;
+    pairs is_large = (pairs)(size >= 0x0F800000); /* infinity or NaN */
+    floats value = (floats)size * 0x1p112f;       /* also if subnormal: the biases of the exponents differ by 112 */
+    return (floats)((is_large & (size | 0x7F800000)) | (~is_large & (pairs)value) | (bits & 0x8000) << 16);
+#endif
 }
 
-ALWAYS void store_narrow(bf16 *to, floats values) {
-    halves near = narrow_floats(values);
+/* Rounds to nearest, ties to even; NaN stays NaN */
+ALWAYS halves narrow_to_float16(floats x) {
+#if LANES == 16
+    return (halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif LANES == 8
+    return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    return (halves)vcvt_f16_f32((float32x4_t)x);
+#else
+    pairs size = (pairs)x & 0x7FFFFFFF, is_small = (pairs)(size < 0x38800000), is_large = (pairs)(size >= 0x47800000);
+    pairs small = (pairs)((floats)size + 0.5f) - 0x3F000000; /* floats from 0.5 on have the spacing 2^-24 */
+    pairs normal = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13;
+    pairs large = 0x7C00 | ((pairs)(size > 0x7F800000) & 0x200); /* infinity or NaN */
+    pairs near = (is_small & small) | (is_large & large) | (~(is_small | is_large) & normal);
+    return __builtin_convertvector(near | ((pairs)x >> 16 & 0x8000), halves);
+#endif
+}
+
+/* Activations in memory, as floats, and rounded to what activations hold */
+#ifdef FLOAT_ACTIVATIONS
+typedef floats reals;
+ALWAYS floats widen_reals(reals values) { return values; }
+ALWAYS reals narrow_to_reals(floats x) { return x; }
+ALWAYS floats rounded(floats x) { return x; }
+#else
+typedef halves reals;
+ALWAYS floats widen_reals(reals values) { return widen_halves(values); }
+ALWAYS reals narrow_to_reals(floats x) { return narrow_floats(x); }
+ALWAYS floats rounded(floats x) { return (floats)(nearest(x) << 16); }
+#endif
+
+/* One activation. Rounds to nearest, ties to even; NaN stays NaN. */
+static inline float to_float(real x) {
+#ifdef FLOAT_ACTIVATIONS
+    return x;
+#else
+    uint32_t bits = (uint32_t)x << 16;
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+#endif
+}
+
+static inline real to_real(float x) {
+#ifdef FLOAT_ACTIVATIONS
+    return x;
+#else
+    if (isnan(x)) return 0x7FC0;
+    uint32_t bits;
+    memcpy(&bits, &x, sizeof bits);
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+#endif
+}
+
+ALWAYS floats load_reals(const real *from) {
+    reals values;
+    memcpy(&values, from, sizeof values);
+    return widen_reals(values);
+}
+
+ALWAYS void store_reals(real *to, floats values) {
+    reals near = narrow_to_reals(values);
     memcpy(to, &near, sizeof near);
 }
 
 /* The first `count` of LANES values. memcpy of an unknown size is a call, so count == LANES has its own branch. */
-ALWAYS floats load_some(const bf16 *from, long count) {
-    if (count == LANES) return load_wide(from);
-    halves values = {0};
+ALWAYS floats load_some(const real *from, long count) {
+    if (count == LANES) return load_reals(from);
+    reals values = {0};
     memcpy(&values, from, count * sizeof *from);
-    return widen_halves(values);
+    return widen_reals(values);
 }
 
-ALWAYS void store_some(void *to, const void *values, long count, long size) {
-    if (count < LANES) memcpy(to, values, count * size);
-    else if (size == sizeof(bf16)) memcpy(to, values, LANES * sizeof(bf16));
-    else memcpy(to, values, LANES * sizeof(float));
+ALWAYS void store_some(real *to, floats values, long count) {
+    reals near = narrow_to_reals(values);
+    if (count < LANES) memcpy(to, &near, count * sizeof *to);
+    else memcpy(to, &near, sizeof near);
+}
+
+ALWAYS void store_some_floats(float *to, floats values, long count) {
+    if (count < LANES) memcpy(to, &values, count * sizeof *to);
+    else memcpy(to, &values, sizeof values);
 }
 
 ALWAYS float sum(floats x) { /* by halves, which keeps it in vector registers */

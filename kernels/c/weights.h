@@ -5,12 +5,7 @@
 #ifndef WEIGHTS_H
 #define WEIGHTS_H
 #include "dense_weight.h"
-
-enum {
-#define NUMBER(FORMAT) FORMAT##_weight,
-    EACH_WEIGHT_FORMAT(NUMBER) WEIGHT_FORMATS
-#undef NUMBER
-};
+#include "grouped_weight.h"
 
 /* One case of a switch: CALL for the format */
 #define CALL_FORMAT(FORMAT) \
@@ -18,7 +13,8 @@ enum {
         CALL(FORMAT);       \
         break;
 
-static inline float weight_value(const weight *w, long row, long k) {
+static inline float weight_value(const weight *w, long row, long k, long K) {
+    if (w->format >= WEIGHT_FORMATS) return grouped_value(w, row, k, K);
     float value = 0;
     switch (w->format) {
 #define CALL(FORMAT) value = FORMAT##_value(w, row, k)

@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+import torch
 
-from ..weights import Dense, Weight
+from ..weights import Dense, Grouped, Weight
 from .calls import LAYOUT
 
-WeightStruct = tuple["Tensor | None", int, int]
-_NUMBERS = {name: number for number, name in enumerate(LAYOUT.lists["WEIGHT_FORMAT"])}
-NO_WEIGHT: WeightStruct = (None, 0, 0)
-BYTES = 2  # of a bfloat16
+WeightStruct = tuple[Any, ...]  # tensors or None for pointers, and numbers
+DENSE, GROUPED = LAYOUT.lists["WEIGHT_FORMAT"], LAYOUT.lists["GROUPED_FORMAT"]
+_NUMBERS = {name: number for number, name in enumerate((*DENSE, *GROUPED))}
+_NOTHING = (None, None, None, None, None, None, 0, 0)
+NO_WEIGHT: WeightStruct = (None, 0, 0, *_NOTHING)
 
 
 def _dense(weight: Dense) -> WeightStruct:
-    return weight.tensor, BYTES * weight.tensor.stride(0), _NUMBERS["dense"]
+    return weight.tensor, weight.tensor.element_size() * weight.tensor.stride(0), _NUMBERS["dense"], *_NOTHING
 
 
-STRUCTS: dict[str, Callable[..., WeightStruct]] = {"dense": _dense}
+def _grouped(weight: Grouped) -> WeightStruct:
+    group = weight.shape[1] // weight.scales.shape[1]
+    beside = weight.high, weight.scales, weight.minima, weight.sub_scales, weight.sub_minima, weight.zeros
+    return weight.codes, 0, _NUMBERS[weight.format], *beside, group, weight.scales.dtype == torch.int32
+
+
+STRUCTS: dict[str, Callable[..., WeightStruct]] = {"dense": _dense} | dict.fromkeys(GROUPED, _grouped)
 
 
 def refuses_weight(weight: Weight) -> str | None:

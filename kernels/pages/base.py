@@ -20,10 +20,18 @@ class Pages:
 
     For Triton: ``triton_arguments`` returns the named tuple that a kernel gets. The @triton.jit functions
     ``triton_load_k`` and ``triton_load_v`` (pages, kv_head, page, token, column, mask) load a tile in q's dtype.
-    ``triton_store_k`` and ``triton_store_v`` (pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM) store
-    a tile. Triton's ops refuse a format that lacks them, and on a CUDA device of a lower compute capability than
-    ``triton_capability`` (major * 10 + minor). A format may do without ``triton_prefetch`` (pages, kv_head, page,
-    token, mask, HEAD_DIM), which prefetches a tile of keys and one of values into the L2 cache.
+    ``triton_store_k`` and ``triton_store_v`` (pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_DIM)
+    store a tile of the first halves of heads, and one of the second halves: ``column`` is that of ``low``. Triton's ops
+    refuse a format that lacks them, and on a CUDA device of a lower compute capability than ``triton_capability``
+    (major * 10 + minor). A format may do without these:
+
+    - ``triton_prefetch`` (pages, kv_head, page, token, mask, HEAD_DIM) prefetches a tile of keys and one of values into
+      the L2 cache.
+    - ``triton_scale_k`` and ``triton_scale_v`` (pages, kv_head, page, token, mask), both or neither: the factors
+      [tokens] in float32 of the tiles that are loaded. A kernel multiplies scores and softmax weights by them.
+    - ``triton_query`` (pages, kv_head, q, column) returns the tile q in q's dtype, as these keys need it.
+    - ``triton_whole_heads`` says that a store gets tiles [heads, D / 2] of whole heads, because a scale depends on all
+      values of a head.
 
     For C: kernels/c/pages.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
@@ -36,10 +44,16 @@ class Pages:
     triton_store_k: ClassVar[Callable | None] = None
     triton_store_v: ClassVar[Callable | None] = None
     triton_prefetch: ClassVar[Callable | None] = None
+    triton_scale_k: ClassVar[Callable | None] = None
+    triton_scale_v: ClassVar[Callable | None] = None
+    triton_query: ClassVar[Callable | None] = None
+    triton_whole_heads: ClassVar[bool] = False
 
-    def __init_subclass__(cls, **keywords: Any) -> None:
+    def __init_subclass__(cls, is_format: bool = True, **keywords: Any) -> None:
+        """``is_format`` is False for a base class of formats."""
         super().__init_subclass__(**keywords)
-        register_format(cls, Pages, FORMATS, REQUIRED, TRITON)
+        if is_format:
+            register_format(cls, Pages, FORMATS, REQUIRED, TRITON)
 
     @classmethod
     def allocate(
@@ -81,14 +95,19 @@ class Pages:
         """Copies one page over another."""
         raise NotImplementedError
 
+    def adapt(self, bias: Tensor) -> None:
+        """Prepares empty pages for keys with this bias [Hkv, D], which is added before they are rotated. A format may
+        do without it."""
+
     def triton_arguments(self) -> tuple[Any, ...]:
         raise NotImplementedError(f"pages of the format {self.format} have no Triton kernels")
 
     @classmethod
     def bytes_per_token(cls, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """The bytes of one token's keys and values in one layer, rounded up."""
-        page = 1024
-        return -(-cls.allocate(1, page, num_kv_heads, head_dim, dtype, torch.device("meta")).nbytes // page)
+        """The bytes of one token's keys and values in one layer, rounded up, without what belongs to no token."""
+        page, meta = 1024, torch.device("meta")
+        two, one = (cls.allocate(count, page, num_kv_heads, head_dim, dtype, meta).nbytes for count in (2, 1))
+        return -(-(two - one) // page)
 
     @property
     def device(self) -> torch.device:

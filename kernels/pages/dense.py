@@ -60,13 +60,17 @@ def _prefetch(pages, kv_head, page, token, mask, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def _store_k(pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM: tl.constexpr):
-    tl.store(pages.k + (slot * num_kv_heads + kv_head) * HEAD_DIM + column, value, mask=mask)
+def _store_k(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_DIM: tl.constexpr):
+    to = pages.k + (slot * num_kv_heads + kv_head) * HEAD_DIM + column
+    tl.store(to, low, mask=mask)
+    tl.store(to + HEAD_DIM // 2, high, mask=mask)
 
 
 @triton.jit
-def _store_v(pages, slot, kv_head, num_kv_heads, column, value, mask, HEAD_DIM: tl.constexpr):
-    tl.store(pages.v + (slot * num_kv_heads + kv_head) * HEAD_DIM + column, value, mask=mask)
+def _store_v(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_DIM: tl.constexpr):
+    to = pages.v + (slot * num_kv_heads + kv_head) * HEAD_DIM + column
+    tl.store(to, low, mask=mask)
+    tl.store(to + HEAD_DIM // 2, high, mask=mask)
 
 
 class DensePages(Pages):

@@ -20,7 +20,8 @@ tokens, and where the caller promises that lengths and block tables are settled 
 reads them and prefetches its first tiles while the kernel before still runs.
 
 Bytes moved: 2 Hkv D elements for each cached token, q and out, and 8 D bytes for the partial result of each head and
-split. The pages' format converts a tile of k or v to q's dtype where it loads it.
+split. The pages' format converts a tile of k or v to q's dtype where it loads it. If the tokens of a format have
+scales, those of k multiply the scores and those of v the weights, which are fewer values than k and v.
 """
 
 from __future__ import annotations
@@ -115,6 +116,9 @@ def _decode_attention_kernel(
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
     PREFETCH: tl.constexpr,
+    SCALE_K: tl.constexpr,  # these three, too, or None
+    SCALE_V: tl.constexpr,
+    QUERY: tl.constexpr,
     PAGE_SIZE: tl.constexpr,  # None: sequence s is page s
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -159,6 +163,8 @@ def _decode_attention_kernel(
     q_heads = kv_head * GROUP + group
     head = sequence * num_kv_heads * GROUP + q_heads
     q = tl.load(q_ptr + sequence * q_stride + q_heads * HEAD_DIM + column, mask=group < GROUP, other=0.0)
+    if QUERY is not None:
+        q = QUERY(pages, kv_head, q, column)
 
     for split in range(tl.program_id(0), used, tl.num_programs(0)):
         start, end = split * tokens, tl.minimum(length, (split + 1) * tokens)
@@ -175,11 +181,17 @@ def _decode_attention_kernel(
             k = LOAD_K(pages, kv_head, this_page, token, column, tile + row < end)
             v = LOAD_V(pages, kv_head, this_page, token, column, tile + row < end)
             scores = precise_dot(q, k.T, tl.zeros([BLOCK_G, BLOCK_N], tl.float32)) * (scale * LOG2_E)
+            if SCALE_K is not None:
+                its = (_offset_in_page(tile, BLOCK_N, PAGE_SIZE) + tl.arange(0, BLOCK_N)).to(tl.int64)
+                seen = tile + tl.arange(0, BLOCK_N) < end
+                scores *= SCALE_K(pages, kv_head, this_page, its, seen)[None, :]
             scores = tl.where(tile + tl.arange(0, BLOCK_N)[None, :] < end, scores, float("-inf"))
             new_best = tl.maximum(best, tl.max(scores, axis=1))
             weights = exp2(scores - new_best[:, None], dtype)
             shrink = exp2(best - new_best, dtype)
             total = total * shrink + tl.sum(weights, axis=1)
+            if SCALE_V is not None:
+                weights *= SCALE_V(pages, kv_head, this_page, its, seen)[None, :]
             acc = precise_dot(cast(weights, dtype), v, acc * shrink[:, None])
             best = new_best
 
@@ -229,6 +241,9 @@ def _launch_decode_attention(
         LOAD_K=pages.triton_load_k,
         LOAD_V=pages.triton_load_v,
         PREFETCH=pages.triton_prefetch,
+        SCALE_K=pages.triton_scale_k,
+        SCALE_V=pages.triton_scale_v,
+        QUERY=pages.triton_query,
         PAGE_SIZE=None if block_tables is None else pages.page_size,
         GROUP=group,
         HEAD_DIM=head_dim,

@@ -127,6 +127,8 @@ def _attend(
     factor,
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
+    SCALE_K: tl.constexpr,  # these two, too, or None
+    SCALE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PAGE_SIZE: tl.constexpr,  # None: a sequence is one page
@@ -144,11 +146,16 @@ def _attend(
         offset = row % SIZE if BLOCK_N >= SIZE else tile % SIZE + row
         token = offset.to(tl.int64)[:, None]
         this_page = tl.where(row < SIZE, page, second)[:, None] if BLOCK_N > SIZE else page
+        first, next_one = page, second
         # Load the next page numbers early, to hide their latency.
         page, second = _pages_of(table, tile + BLOCK_N, last, BLOCK_N, SIZE)
         mask = (row < end - tile)[:, None] if MASKED else None
         k = LOAD_K(pages, kv_head, this_page, token, column, mask)
         scores = dot(q, k.T, tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        if SCALE_K is not None:
+            its_page = tl.where(row < SIZE, first, next_one) if BLOCK_N > SIZE else this_page
+            seen = row < end - tile if MASKED else None
+            scores *= SCALE_K(pages, kv_head, its_page, offset.to(tl.int64), seen)[None, :]
         if ONE_LOOP:
             if tile >= seen_by_all:
                 scores = _causal(scores, tile + row, positions)
@@ -159,6 +166,8 @@ def _attend(
         shrink = tl.exp2(best - new_best)  # exactly 1 where the maximum stays
         total = total * shrink + tl.sum(weights, axis=1)
         v = LOAD_V(pages, kv_head, this_page, token, column, mask)
+        if SCALE_V is not None:
+            weights *= SCALE_V(pages, kv_head, its_page, offset.to(tl.int64), seen)[None, :]
         acc = dot(cast(weights, q.dtype), v, acc * shrink[:, None])
         best = new_best
     return acc, total, best
@@ -179,6 +188,9 @@ def _prefill_attention_kernel(
     factor,  # of the scores, positive: the softmax is one of powers of 2
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
+    SCALE_K: tl.constexpr,  # these three, too, or None
+    SCALE_V: tl.constexpr,
+    QUERY: tl.constexpr,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -205,6 +217,8 @@ def _prefill_attention_kernel(
     column = tl.arange(0, HEAD_DIM)[None, :]
     at = tl.minimum(rows, query_end - 1).to(tl.int64)[:, None]
     q = tl.load(q_ptr + at * q_stride + head * HEAD_DIM + column)
+    if QUERY is not None:
+        q = QUERY(pages, head // GROUP, q, column)
 
     acc = tl.zeros([BLOCK_M, HEAD_DIM], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -216,16 +230,16 @@ def _prefill_attention_kernel(
     if ONE_LOOP:
         acc, total, best = _attend(
             acc, total, best, q, positions, pages, kv_head, table, 0, seen_by_last, seen_by_all, factor,
-            LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, True,
+            LOAD_K, LOAD_V, SCALE_K, SCALE_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, True,
         )  # fmt: skip
     else:
         acc, total, best = _attend(
             acc, total, best, q, positions, pages, kv_head, table, 0, seen_by_all, seen_by_all, factor,
-            LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, False,
+            LOAD_K, LOAD_V, SCALE_K, SCALE_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, False,
         )  # fmt: skip
         acc, total, best = _attend(
             acc, total, best, q, positions, pages, kv_head, table, seen_by_all, seen_by_last, seen_by_all, factor,
-            LOAD_K, LOAD_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, True,
+            LOAD_K, LOAD_V, SCALE_K, SCALE_V, BLOCK_M, BLOCK_N, PAGE_SIZE, ONE_LOOP, True,
         )  # fmt: skip
 
     out = cast(acc / total[:, None], out_ptr.dtype.element_ty)
@@ -275,6 +289,9 @@ def attend(
         max(scale, 1e-30) * LOG2_E.value,  # a masked score, -inf, times 0 would be NaN
         LOAD_K=pages.triton_load_k,
         LOAD_V=pages.triton_load_v,
+        SCALE_K=pages.triton_scale_k,
+        SCALE_V=pages.triton_scale_v,
+        QUERY=pages.triton_query,
         GROUP=num_q_heads // num_kv_heads,
         HEAD_DIM=head_dim,
         PAGE_SIZE=page_size,

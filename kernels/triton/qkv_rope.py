@@ -108,13 +108,11 @@ def _rotate_and_store(args, tile, products, inputs, tokens, num_tokens):
         tl.store(to + head_dim // 2, second_half, mask=mask)
     elif k_head < rope.num_kv_heads:
         heads = rope.num_kv_heads
-        STORE_K(rope.pages, slot, k_head, heads, column, first_half, mask, head_dim)
-        STORE_K(rope.pages, slot, k_head, heads, column + head_dim // 2, second_half, mask, head_dim)
+        STORE_K(rope.pages, slot, k_head, heads, column, first_half, second_half, mask, head_dim)
     else:
         heads = rope.num_kv_heads
         v_head = k_head - heads
-        STORE_V(rope.pages, slot, v_head, heads, column, first_half, mask, head_dim)
-        STORE_V(rope.pages, slot, v_head, heads, column + head_dim // 2, second_half, mask, head_dim)
+        STORE_V(rope.pages, slot, v_head, heads, column, first_half, second_half, mask, head_dim)
 
 
 @planned
@@ -206,9 +204,10 @@ def norm_qkv_rope(
     pages: Pages,
     slots: Tensor,
 ) -> Tensor:
-    """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache."""
-    whole = not isinstance(weight, Stack) and pages.head_dim // 2 % weight.row_tile == 0
-    if len(x) > MAX_TOKENS or not whole or refuses_norm(x, weight) or refuses_pages(pages):
+    """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache. A tile of the one kernel is a
+    part of a head, so it does not take pages whose scales depend on a whole head."""
+    fits = not isinstance(weight, Stack) and pages.head_dim // 2 % weight.row_tile == 0 and not pages.triton_whole_heads
+    if len(x) > MAX_TOKENS or not fits or refuses_norm(x, weight) or refuses_pages(pages):
         qkv = norm_linear(x, norm_weight, eps, weight, bias)
         return rope_and_cache(qkv, positions, cos_sin, pages, slots)
     q_out = x.new_empty(len(x), len(weight) // pages.head_dim - 2 * pages.num_kv_heads, pages.head_dim)

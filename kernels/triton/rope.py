@@ -101,11 +101,9 @@ def _rope_kernel(
     q_to = q_out_ptr + (token * num_q_heads + heads) * HEAD_DIM + column
     tl.store(q_to, low, mask=is_q)
     tl.store(q_to + HALF, high, mask=is_q)
-    STORE_K(pages, slot, k_heads, num_kv_heads, column, low, is_k, HEAD_DIM)
-    STORE_K(pages, slot, k_heads, num_kv_heads, column + HALF, high, is_k, HEAD_DIM)
+    STORE_K(pages, slot, k_heads, num_kv_heads, column, low, high, is_k, HEAD_DIM)
     if v_ptr is not None:
-        STORE_V(pages, slot, v_heads, num_kv_heads, column, v_first, is_v, HEAD_DIM)
-        STORE_V(pages, slot, v_heads, num_kv_heads, column + HALF, v_second, is_v, HEAD_DIM)
+        STORE_V(pages, slot, v_heads, num_kv_heads, column, v_first, v_second, is_v, HEAD_DIM)
 
 
 def _launch_rope(

@@ -271,6 +271,11 @@ class Grouped(Weight, is_format=False):
         floats = {name: part.view(_BITS[part.dtype]) if part.dtype in _BITS else part for name, part in parts.items()}
         return {name: part.transpose(1, 2).flatten(0, 1) for name, part in floats.items()}
 
+    def is_finite(self) -> bool:
+        """Whether all scales and minima are finite numbers, and so all values."""
+        floats = [part for part in (self.scales, self.minima) if part is not None]
+        return all(bool(part.view(_BITS[part.dtype]).isfinite().all()) for part in floats)
+
     def _matrix(self) -> Tensor:
         """The values [N, K] in the dtype of the matrix. With sub-scales every product is exact in float32."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32

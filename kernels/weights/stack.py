@@ -95,7 +95,8 @@ class Stack(Weight, is_format=False):
 
 def joined(parts: Sequence[Weight]) -> Weight:
     """Weights of the same number of columns as one, one below the other: of one format where neighbours have the same
-    format and the same groups, and otherwise a Stack. Copies the tensors that it joins."""
+    format and the same groups, and otherwise a Stack. Copies the tensors that it joins, unless they follow each other
+    in one memory, as in a mapped file."""
     runs: list[list[Weight]] = []
     for part in parts:
         if runs and _are_alike(runs[-1][0], part):
@@ -114,4 +115,16 @@ def _are_alike(one: Weight, other: Weight) -> bool:
 
 def _one_below_the_other(parts: Sequence[Weight]) -> Weight:
     tensors = zip(*[part.tensors for part in parts], strict=True)
-    return FORMATS[parts[0].format](*[each[0] if not each[0].numel() else torch.cat(each) for each in tensors])
+    return FORMATS[parts[0].format](*[each[0] if not each[0].numel() else _cat(each) for each in tensors])
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """As torch.cat of tensors that differ in their first sizes only: a view if they follow each other in one memory."""
+    first, end = tensors[0], tensors[0].storage_offset()
+    memory = first.untyped_storage().data_ptr()
+    for each in tensors:
+        follows = each.storage_offset() == end and each.untyped_storage().data_ptr() == memory
+        if not follows or not each.is_contiguous():
+            return torch.cat(list(tensors))
+        end += each.numel()
+    return first.as_strided((end - first.storage_offset(),), (1,)).view(-1, *first.shape[1:])

@@ -13,6 +13,7 @@ import torch
 
 from qwenkern.config import Config
 from qwenkern.generation import Generation
+from qwenkern.kernels import Weight
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Checkpoint(ABC):
     generation: the end tokens, limits and sampling of generation_config.json and config.json, or of GGUF's key-values.
     metadata: GGUF's key-values, the vocabulary included; {} for safetensors.
     shapes: those of the tensors that `tensors` yields, by Hugging Face's names.
+    formats: for each of them that is a quantised weight, a weight of its format and sizes on the meta device.
     """
 
     path: Path
@@ -29,14 +31,16 @@ class Checkpoint(ABC):
     generation: Generation
     metadata: Mapping[str, Any] = field(repr=False)
     shapes: Mapping[str, tuple[int, ...]] = field(repr=False)
+    formats: Mapping[str, Weight] = field(repr=False, default_factory=dict, kw_only=True)
 
     @abstractmethod
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each weight once, as `(name, tensor)` on the CPU, in the order of the file.
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Weight]]:
+        """Each weight once, as `(name, tensor)` on the CPU, in the order of the file: a Weight for a quantised matrix.
 
         Weights stored as bfloat16, float16, float32 or GGML blocks are converted to `dtype`. Others keep their dtype,
         and `load_weights` refuses them. A tensor may be a view of the mapped file, so do not write to it."""
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all tensors in `dtype`: the last value that `load_weights` passes to `progress`."""
-        return sum(map(math.prod, self.shapes.values())) * dtype.itemsize
+        """Bytes of all tensors, dense ones in `dtype`: the last value that `load_weights` passes to `progress`."""
+        dense = sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.formats)
+        return dense * dtype.itemsize + sum(weight.nbytes for weight in self.formats.values())

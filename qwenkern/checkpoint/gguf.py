@@ -1,4 +1,5 @@
-"""Opens GGUF files of Qwen2.5: converts names to Hugging Face's, key-values to a Config, and blocks to tensors.
+"""Opens GGUF files of Qwen2.5: converts names to Hugging Face's, key-values to a Config, and blocks to tensors or
+quantised weights.
 
 Names: the standardized tensor names of the GGUF specification,
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. Rows of q and k are in Hugging Face's order: llama.cpp
@@ -7,6 +8,8 @@ permutes them for Llama, not for Qwen2.
 
 from __future__ import annotations
 
+import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,14 +17,21 @@ from pathlib import Path
 
 import torch
 
+from qwenkern.allocation import allocate
 from qwenkern.config import Config
-from qwenkern.errors import CheckpointError, shown
+from qwenkern.errors import CheckpointError, RequestError, shown
 from qwenkern.generation import Generation
+from qwenkern.kernels import Weight
+from qwenkern.kernels.weights import Grouped
 
 from .base import Checkpoint
-from .dequantize import SUPPORTED, dequantize
+from .blocks import format_of
+from .dequantize import dequantize, is_float, is_supported, supported
 from .gguf_container import Container, TensorInfo
 from .gguf_parts import read_parts
+from .repack import repack
+
+logger = logging.getLogger(__name__)
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -47,11 +57,49 @@ class GgufCheckpoint(Checkpoint):
 
     places: Mapping[str, tuple[Container, TensorInfo]] = field(repr=False)
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Checkpoint.tensors. Every tensor is dequantized into new memory."""
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Weight]]:
+        """See Checkpoint.tensors. Every tensor is in new memory: floats and what `formats` lacks are converted, and
+        blocks repacked."""
+        self._warn(dtype)
         for name, (container, info) in self.places.items():
-            weights = torch.empty(info.shape, dtype=dtype, device="cpu")
-            yield name, dequantize(container.blocks(info), info.kind, weights)
+            blocks = container.blocks(info)
+            if name in self.formats:
+                weight = _allocate(info, dtype, "cpu")
+                assert weight is not None
+                yield name, repack(blocks, info.kind, weight, f"{self.path}: tensor {info.name}")
+            else:
+                yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"))
+
+    def _warn(self, dtype: torch.dtype) -> None:
+        """Says what the blocks that become dense cost."""
+        dense = {
+            name: info
+            for name, (_, info) in self.places.items()
+            if name not in self.formats and len(info.shape) == 2 and not is_float(info.kind)
+        }
+        if dense:
+            logger.warning(
+                "%s: %d quantised matrices (%s of %s and the like) are dequantised to %s, because qwenkern has no "
+                "kernels for their format or size: they take %.0f MB instead of %.0f, and as much longer to read",
+                *(self.path, len(dense), *next((name, info.kind.name) for name, info in dense.items())),
+                dtype,
+                sum(math.prod(info.shape) for info in dense.values()) * dtype.itemsize / 1e6,
+                sum(info.num_bytes for info in dense.values()) / 1e6,
+            )
+
+
+def _allocate(info: TensorInfo, dtype: torch.dtype, device: str) -> Grouped | None:
+    """A weight of a tensor's format and size; None if there is none."""
+    form = format_of(info.kind)
+    if form is None or len(info.shape) != 2:
+        return None
+    place = torch.device(device)
+    try:
+        return form.allocate(*info.shape, dtype, lambda shape, dtype: allocate(shape, dtype, place))
+    except RequestError:
+        raise
+    except ValueError:  # a size that the format does not have
+        return None
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
@@ -65,8 +113,8 @@ def open_gguf(path: Path) -> GgufCheckpoint:
     places: dict[str, tuple[Container, TensorInfo]] = {}
     for file, container in parts.items():
         for info in container.tensors.values():
-            if info.kind not in SUPPORTED:
-                names = ", ".join(kind.name for kind in sorted(SUPPORTED))
+            if not is_supported(info.kind):
+                names = ", ".join(supported())
                 raise CheckpointError(f"{file}: tensor {info.name} has type {info.kind.name}; expected one of {names}")
             places[_hugging_face_name(info.name, file)] = container, info
     if "model.embed_tokens.weight" not in places:
@@ -77,12 +125,14 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         tie_word_embeddings="lm_head.weight" not in places,
         source=str(path),
     )
+    plans = {name: _allocate(info, torch.bfloat16, "meta") for name, (_, info) in places.items()}
     return GgufCheckpoint(
         path=path,
         config=config,
         generation=Generation.from_gguf(metadata, config.vocab_size, str(path)),
         metadata=metadata,
         shapes={name: info.shape for name, (_, info) in places.items()},
+        formats={name: plan for name, plan in plans.items() if plan is not None},
         places=places,
     )
 

@@ -1,4 +1,4 @@
-"""Says which rows of which parameter each tensor of a checkpoint becomes, and copies the tensors.
+"""Says which rows of which parameter each tensor of a checkpoint becomes, and puts the tensors there.
 
 The model multiplies by q, k and v at once, and by gate and up at once. Checkpoints store them separately. `_PACKED` is
 the only difference between the two.
@@ -14,9 +14,11 @@ from typing import Any
 
 import torch
 
+from qwenkern.allocation import allocate
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
 from qwenkern.kernels import Weight
+from qwenkern.kernels.weights import Dense, as_weight, joined
 
 logger = logging.getLogger(__name__)
 
@@ -95,33 +97,34 @@ def check_shapes(shapes: Mapping[str, tuple[int, ...]], config: Config, source: 
 def load_weights(
     module: torch.nn.Module,
     config: Config,
-    tensors: Iterable[tuple[str, torch.Tensor]],
+    tensors: Iterable[tuple[str, torch.Tensor | Weight]],
     source: str,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Copies every tensor into the parameters of `module`. They are allocated, on any device and in any float dtype.
+    """Puts every tensor into the parameters of `module`, on its device. Dense tensors are copied there, in its dtype.
+    Its linears may be allocated (qwen2.Linear) or not. One that gets a Weight takes over the tensors of the Weight.
 
     If the configuration ties the output to the embedding, the tensors may have either of them, as in transformers, or
     both. If both differ in the module's dtype, the output is untied, and a warning says so.
 
-    tensors: (Hugging Face's name, tensor in bfloat16, float16 or float32). source: the checkpoint's name in messages.
-    progress: called after each tensor, with the bytes of all tensors so far.
+    tensors: (Hugging Face's name, tensor in bfloat16, float16 or float32, or a Weight of the module's dtype). source:
+    the checkpoint's name in messages. progress: called after each tensor, with the bytes of all tensors so far.
     Raises CheckpointError for a tensor that is unknown, missing, given twice, or of the wrong shape or dtype."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
     table = slots(config)
+    matrices = _Matrices(module, table)
     seen: set[str] = set()
-    tied_head: torch.Tensor | None = None
+    tied_head: torch.Tensor | Weight | None = None
     done = 0
     for name, tensor in tensors:
         if name in seen:
             raise CheckpointError(f"{source}: tensor {name} is given twice")
         seen.add(name)
         if slot := _slot(name, tuple(tensor.shape), table, source):
-            if tensor.dtype not in _DTYPES:
+            if isinstance(tensor, torch.Tensor) and tensor.dtype not in _DTYPES:
                 expected = ", ".join(map(str, _DTYPES))
                 raise CheckpointError(f"{source}: tensor {name} has dtype {tensor.dtype}; expected one of {expected}")
             if name in table:
-                _part(module, slot).copy_(tensor)
+                matrices.put(slot, tensor)
             else:
                 tied_head = tensor  # compared at the end, because the embedding may come later
         done += tensor.nbytes
@@ -129,18 +132,70 @@ def load_weights(
             progress(done)
     _check_complete(seen, table, source)
     if tied_head is not None:
-        embedding = parameters[EMBEDDING].data
         if EMBEDDING not in seen:
-            embedding.copy_(tied_head)
-        elif not _same_bits(embedding, tied_head):
+            matrices.put(table[EMBEDDING], tied_head)
+        elif not _is_same(matrices.value(EMBEDDING), tied_head):
             logger.warning(
                 "%s: %s differs from %s, although the configuration says tie_word_embeddings; both are used",
                 source,
                 HEAD,
                 EMBEDDING,
             )
-            module.untie()  # type: ignore[operator]  # of qwen2.Qwen2, which is not imported here
-            module.get_parameter(HEAD).data.copy_(tied_head)
+            module.untie(matrices.alone(EMBEDDING, tied_head))  # type: ignore[operator]  # of qwen2.Qwen2
+
+
+class _Matrices:
+    """Puts tensors into a module's parameters. A matrix of several tensors is joined when the last of them comes."""
+
+    def __init__(self, module: torch.nn.Module, table: Mapping[str, Slot]) -> None:
+        self._module = module
+        self._missing: dict[str, int] = {}  # parameter -> rows that are not there yet
+        for slot in table.values():
+            self._missing[slot.parameter] = self._missing.get(slot.parameter, 0) + slot.shape[0]
+        self._parts: dict[str, dict[int, Weight]] = {}  # parameter -> first row -> the part of the rows from there on
+
+    def put(self, slot: Slot, tensor: torch.Tensor | Weight) -> None:
+        holder, kind = self._holder(slot.parameter)
+        end = slot.start + slot.shape[0]
+        if len(slot.shape) == 1:
+            holder.get_parameter(kind).data[slot.start : end].copy_(tensor)
+            return
+        if isinstance(tensor, Weight):
+            part = _on(tensor, holder.device)
+        else:
+            part = self._dense(holder).rows(slot.start, end)
+            part.copy_(tensor)
+        parts = self._parts.setdefault(slot.parameter, {})
+        parts[slot.start] = part
+        self._missing[slot.parameter] -= slot.shape[0]
+        if not self._missing[slot.parameter] and not all(isinstance(each, Dense) for each in parts.values()):
+            holder.value = joined([each for _, each in sorted(parts.items())])
+
+    def value(self, parameter: str) -> Weight:
+        weight: Weight = self._holder(parameter)[0].value
+        return weight
+
+    def alone(self, parameter: str, tensor: torch.Tensor | Weight) -> Weight:
+        """A tensor as a weight for this parameter's device and dtype, in memory of its own."""
+        like = self.value(parameter)
+        if isinstance(tensor, Weight):
+            return _on(tensor, like.device)
+        return Dense(allocate(tuple(tensor.shape), like.dtype, like.device).copy_(tensor))
+
+    def _holder(self, parameter: str) -> tuple[Any, str]:
+        """The module that has a parameter, and the parameter's name there."""
+        owner, _, kind = parameter.rpartition(".")
+        return self._module.get_submodule(owner), kind
+
+    def _dense(self, holder: Any) -> Weight:
+        """The dense weight of a linear, which is allocated if it is not yet."""
+        weight: Weight = holder.value if holder.is_allocated else holder.allocate()
+        return weight
+
+
+def _on(weight: Weight, device: torch.device) -> Weight:
+    moved: Weight = as_weight([tensor.to(device) for tensor in weight.tensors], weight.format)
+    return moved
 
 
 def unpacked(module: torch.nn.Module, config: Config) -> Iterator[tuple[str, torch.Tensor]]:
@@ -183,9 +238,19 @@ def _check_complete(found: Container[str], table: Mapping[str, Slot], source: st
         )
 
 
-def _same_bits(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
-    """Whether `tensor`, in the dtype of `parameter`, has the same bits. Compares a few rows at a time, without a second
+def _is_same(weight: Weight, other: torch.Tensor | Weight) -> bool:
+    """Whether `other`, in the dtype of `weight`, has the same bits. Compares a few rows at a time, without a second
     copy."""
+    if isinstance(weight, Dense) != isinstance(other, torch.Tensor):
+        return False
+    if isinstance(other, Weight):
+        return weight.format == other.format and all(map(_same_bits, weight.tensors, other.tensors))
+    return _same_bits(weight.tensors[0], other)
+
+
+def _same_bits(parameter: torch.Tensor, tensor: torch.Tensor) -> bool:
+    if parameter.shape != tensor.shape or not parameter.numel():
+        return parameter.shape == tensor.shape
     pairs = zip(parameter.split(_COMPARED_ROWS), tensor.split(_COMPARED_ROWS), strict=True)
     return all(torch.equal(a.view(torch.uint8), b.to(a).contiguous().view(torch.uint8)) for a, b in pairs)
 

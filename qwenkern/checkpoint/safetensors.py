@@ -19,34 +19,39 @@ from safetensors import SafetensorError, safe_open
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError, shown
 from qwenkern.generation import Generation
+from qwenkern.kernels import Weight
 from qwenkern.reading import LARGEST, read_json, refuse_pointer, unique
 
 from .base import Checkpoint
 from .links import inside
+from .mapped import Mapped
+from .parts import Part
+from .quantised import Quantised, find
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_DTYPES = {
-    "BF16": "bfloat16",
-    "F16": "float16",
-    "F32": "float32",
-    "F64": "float64",
-}  # the format's name -> torch's name
+_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # the format's -> torch's
 
 
 @dataclass(frozen=True)
 class SafetensorsCheckpoint(Checkpoint):
-    """files: the tensor names of each file, in the file's order."""
+    """parts: all tensors, those of a file in its order. quantised: which of them make a quantised matrix."""
 
-    files: Mapping[Path, tuple[str, ...]] = field(repr=False)
+    parts: Mapping[str, Part] = field(repr=False)
+    quantised: Quantised = field(repr=False)
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
-        """See Checkpoint.tensors. Tensors stored as `dtype` are views of the mapped file, not copies."""
-        for file, names in self.files.items():
-            with _errors(file), safe_open(file, framework="pt") as opened:
-                for name in names:
-                    tensor = opened.get_tensor(name)
-                    yield name, tensor.to(dtype) if tensor.dtype in _FLOATS else tensor
+    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Weight]]:
+        """See Checkpoint.tensors. Tensors stored as `dtype`, and the weights of qwenkern's own checkpoints, are views
+        of the mapped file, not copies."""
+        self.quantised.warn(self.path, dtype)
+        read = Mapped(self.parts)
+        first = {f"{each.module}.{next(iter(each.parts))}": name for name, each in self.quantised.matrices.items()}
+        for name in self.parts:
+            if name in first:
+                yield first[name], self.quantised.load(first[name], read, dtype)
+            elif name in self.quantised.rest:
+                tensor = read(name)
+                yield name, tensor.to(dtype) if tensor.dtype in _FLOATS else tensor
 
 
 def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
@@ -59,23 +64,27 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
     if config is None:
         raise CheckpointError(f"{folder}: has weights but no config.json")
     headers = {file: _header(file) for file in files}
-    for file, expected in files.items():
-        found = headers[file].keys()
+    for each, expected in files.items():
+        found = headers[each].keys()
         if expected is not None and found != expected:
             where, name = min(
                 [("the index", n) for n in expected - found] + [("the file", n) for n in found - expected]
             )
-            raise CheckpointError(f"{file}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
+            raise CheckpointError(f"{each}: tensor {name} is in {where} only; {_INDEX} and the files must agree")
     config = Config.from_json(
-        folder / "config.json", dtype=_stored_dtype(next(iter(files)))
+        file, dtype=_stored_dtype(next(iter(headers.values())))
     )  # again, because the stored dtype is known now
+    parts = {name: part for header in headers.values() for name, part in header.items()}
+    quantised = find(parts, config, Mapped(parts))
     return SafetensorsCheckpoint(
         path=folder,
         config=config,
         generation=Generation.from_folder(folder, config.vocab_size),
         metadata={},
-        shapes={name: shape for header in headers.values() for name, shape in header.items()},
-        files={file: tuple(header) for file, header in headers.items()},
+        shapes=quantised.shapes(),
+        formats=quantised.plans,
+        parts=parts,
+        quantised=quantised,
     )
 
 
@@ -128,8 +137,8 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
     return dict(sorted(files.items()))
 
 
-def _header(file: Path) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in the order of the data, checked by the library. Raises if a name occurs twice."""
+def _header(file: Path) -> dict[str, Part]:
+    """The tensors in the order of the data, checked by the library. Raises if a name occurs twice."""
     with _errors(file):
         refuse_pointer(file)
         with open(file, "rb") as stream:
@@ -141,15 +150,17 @@ def _header(file: Path) -> dict[str, tuple[int, ...]]:
             pass
         entries = json.loads(text, object_pairs_hook=unique)
         entries.pop("__metadata__", None)
-        ordered = sorted(entries, key=lambda name: entries[name]["data_offsets"])
-        return {name: tuple(entries[name]["shape"]) for name in ordered}
+        found = {
+            name: Part(file, entry["dtype"], tuple(entry["shape"]), 8 + length + entry["data_offsets"][0])
+            for name, entry in entries.items()
+        }
+        return dict(sorted(found.items(), key=lambda item: item[1].start))
 
 
-def _stored_dtype(file: Path) -> str:
-    """The dtype of a file's first floating-point weight. transformers uses it if config.json names none."""
-    with _errors(file), safe_open(file, framework="pt") as opened:
-        stored = (opened.get_slice(name).get_dtype() for name in opened.keys())  # noqa: SIM118  (it is no mapping)
-        return next((_DTYPES[kind] for kind in stored if kind in _DTYPES), "bfloat16")
+def _stored_dtype(parts: Mapping[str, Part]) -> str:
+    """The dtype of a file's first floating-point weight, by name. transformers uses it if config.json names none."""
+    stored = (parts[name].dtype for name in sorted(parts))
+    return next((_NAMES[kind] for kind in stored if kind in _NAMES), "bfloat16")
 
 
 @contextmanager

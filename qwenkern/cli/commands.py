@@ -14,14 +14,17 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from ..config import FAMILY, Config
+from ..config import FAMILY
+from ..device import choose_device
 from ..engine import Completion, Stream
 from ..errors import Error
+from ..footprint import Layout, layout_of
 from ..hub import names
 from ..loading import find, tokenizer_of
 from ..Model import Model
 from . import info as facts
 from . import terminal
+from .footprint import footprint
 from .terminal import note, stderr
 
 app = typer.Typer(
@@ -34,6 +37,9 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, folder of safetensors, or .gguf file.")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DtypeOption = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+CacheOption = Annotated[
+    str, typer.Option("--kv-cache-dtype", help="How keys and values are cached: auto, float16, int8, fp8, or dtype's.")
+]
 ThreadsOption = Annotated[int | None, typer.Option(help="Number of CPU threads.", show_default="one per physical core")]
 MaxTokens = Annotated[int | None, typer.Option(help="The most tokens of an answer.", show_default="the checkpoint's")]
 Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the checkpoint's")]
@@ -74,12 +80,13 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.")] = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: CacheOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
     """Complete a text, or with --chat answer a question."""
     if prompt is None:
         prompt = terminal.read_stdin()
-    loaded = _load(model, device, dtype, threads)
+    loaded = _load(model, device, dtype, kv_cache_dtype, threads)
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -107,10 +114,11 @@ def chat(
     seed: Seed = None,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    kv_cache_dtype: CacheOption = "auto",
     threads: ThreadsOption = None,
 ) -> None:
     """Chat with a model. Ctrl-C stops an answer, /reset forgets the conversation, Ctrl-D or /exit leaves."""
-    loaded = _load(model, device, dtype, threads)
+    loaded = _load(model, device, dtype, kv_cache_dtype, threads)
     params: dict[str, Any] = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -176,31 +184,31 @@ def info(
         for name, value in facts.renewed().items():
             Console(highlight=False, soft_wrap=True).print(f"{name}: {value}")
         return
-    config, warnings = _facts(model)
-    table = Table(title=f"{model}: {config.num_parameters:,} parameters", title_justify="left")
-    table.add_column("part")
-    table.add_column("parameters", justify="right")
-    for name, count in facts.layout(config).items():
-        table.add_row(name, f"{count:,}")
-    sizes = Table(title="Memory in bfloat16", title_justify="left")
-    for column in ("context", "weights + cache of one sequence"):
-        sizes.add_column(column, justify="right")
-    for length, size in facts.memory(config).items():
-        sizes.add_row(f"{length:,}", f"{size / 1e9:,.2f} GB")
-    out = Console(highlight=False)
-    out.print(
-        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, FFN {config.intermediate_size}, "
-        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads of {config.head_dim}, "
-        f"vocabulary {config.vocab_size:,}{', tied' if config.tie_word_embeddings else ''}, "
-        f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
+    layout, warnings = _facts(model)
+    facts.show(model, layout, names.licence(model), warnings)
+
+
+app.command()(footprint)
+
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Name, hub id or folder of safetensors, with weights that are dense.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, which is made.")],
+    to: Annotated[str, typer.Option(help="int8, int4 (embedding and output: int8) or fp8.")] = "int4",
+) -> None:
+    """Write a checkpoint with quantised weights, which loads as it is."""
+    from .quantising import quantise
+
+    with _progress() as progress:
+        written = quantise(model, out, to, progress)
+    if written.dense:
+        note(f"{len(written.dense)} matrices (such as {written.dense[0]}) stay dense: {to} has none of their size")
+    note(
+        f"{written.before / 1e9:.2f} GB became {written.after / 1e9:.2f} GB; "
+        f"mean squared error {written.error:.2e} of the mean square of the weights"
     )
-    out.print(table, sizes, f"cache: {config.kv_bytes_per_token():,} bytes a token")
-    if licence := names.licence(model):
-        out.print(f"licence: {licence}")
-    for name, value in facts.processor().items():
-        out.print(f"{name}: {value}")
-    for warning in warnings:
-        out.print(f"[yellow]contradiction:[/] {warning}")
+    typer.echo(os.fsencode(out))
 
 
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
@@ -232,9 +240,11 @@ def main() -> NoReturn:
     terminal.run(app)
 
 
-def _load(model: str, device: str, dtype: str, threads: int | None) -> Model:
+def _load(model: str, device: str, dtype: str, kv_cache_dtype: str, threads: int | None) -> Model:
     with _progress() as progress:
-        return Model.from_pretrained(model, device=device, dtype=dtype, threads=threads, progress=progress)
+        return Model.from_pretrained(
+            model, device=device, dtype=dtype, kv_cache_dtype=kv_cache_dtype, threads=threads, progress=progress
+        )
 
 
 @contextlib.contextmanager
@@ -284,13 +294,16 @@ def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dic
     return ([{"role": "system", "content": system}] if system else []) + messages
 
 
-def _facts(model: str) -> tuple[Config, list[str]]:
-    """The configuration of a checkpoint, or of a size of the family by its bare name, and its contradictions."""
+def _facts(model: str) -> tuple[Layout, list[str]]:
+    """The configuration of a checkpoint, or of a size of the family by its bare name, as it would be loaded here, and
+    its contradictions."""
+    device = choose_device("auto")
     if model.lower() in FAMILY and not Path(model).exists():
-        return FAMILY[model.lower()], []
+        return layout_of(FAMILY[model.lower()], device), []
     with _progress() as progress:
         path, checkpoint = find(model, progress)
-    return checkpoint.config, facts.contradictions(
+    layout = layout_of(checkpoint.config, device, stored=checkpoint.formats)
+    return layout, facts.contradictions(
         checkpoint.config,
         path.stem if path.is_file() else path.name,
         checkpoint.shapes,

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+
+from rich.console import Console
+from rich.table import Table
 
 from ..checkpoint.packing import EMBEDDING, HEAD, slots
 from ..config import FAMILY, Config
 from ..errors import RequestError
+from ..footprint import Layout
 from ..kernels import c as c_backend
 from ..kernels.triton_if_any import triton
 
@@ -20,6 +24,40 @@ _SIZES = (
     "num_key_value_heads",
     "tie_word_embeddings",
 )
+
+
+def show(model: str, kept: Layout, licence: str | None, warnings: Sequence[str]) -> None:
+    """Prints the sizes of a model, its memory as it would be loaded here, this CPU, and contradictions."""
+    config = kept.config
+    table = Table(title=f"{model}: {config.num_parameters:,} parameters", title_justify="left")
+    table.add_column("part")
+    table.add_column("parameters", justify="right")
+    for name, count in layout(config).items():
+        table.add_row(name, f"{count:,}")
+    forms = Table(title="Weights in memory", title_justify="left")
+    forms.add_column("format")
+    forms.add_column("bytes", justify="right")
+    for name, size in kept.weights_by_format.items():
+        forms.add_row(name, f"{size:,}")
+    sizes = Table(title=f"Memory: weights as above, cache in {kept.cache_name}", title_justify="left")
+    for column in ("context", "weights + cache of one sequence"):
+        sizes.add_column(column, justify="right")
+    for length, size in memory(kept).items():
+        sizes.add_row(f"{length:,}", f"{size / 1e9:,.2f} GB")
+    out = Console(highlight=False)
+    out.print(
+        f"{config.num_hidden_layers} layers, hidden {config.hidden_size}, FFN {config.intermediate_size}, "
+        f"{config.num_attention_heads} query and {config.num_key_value_heads} key-value heads of {config.head_dim}, "
+        f"vocabulary {config.vocab_size:,}{', tied' if config.tie_word_embeddings else ''}, "
+        f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
+    )
+    out.print(table, forms, sizes, f"weights: {kept.weights:,} bytes; cache: {kept.token:,} bytes a token")
+    if licence:
+        out.print(f"licence: {licence}")
+    for name, value in processor().items():
+        out.print(f"{name}: {value}")
+    for warning in warnings:
+        out.print(f"[yellow]contradiction:[/] {warning}")
 
 
 def layout(config: Config) -> dict[str, int]:
@@ -38,11 +76,11 @@ def layout(config: Config) -> dict[str, int]:
     return parts
 
 
-def memory(config: Config, bytes_per_element: int = 2) -> dict[int, int]:
+def memory(layout: Layout) -> dict[int, int]:
     """Bytes of the weights and of one sequence's cache, by context length: powers of two, up to the model's own."""
-    lengths = [1 << n for n in range(10, 24) if 1 << n < config.context_length] + [config.context_length]
-    weights = config.num_parameters * bytes_per_element
-    return {length: weights + length * config.kv_bytes_per_token(bytes_per_element) for length in lengths}
+    longest = layout.config.context_length
+    lengths = [1 << n for n in range(10, 24) if 1 << n < longest] + [longest]
+    return {length: layout.weights + layout.cache(layout.pages_for(length)) for length in lengths}
 
 
 def processor() -> dict[str, str]:

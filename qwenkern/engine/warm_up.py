@@ -3,8 +3,8 @@
     sizes ─► child processes compile the kernels into Triton's cache ─► rehearsals: requests that nobody reads
              (on a GPU, once on a machine)                             load them, and capture the steps
 
-A child runs the layers on meta tensors, so it needs neither the GPU nor the weights. Two layers launch all kernels that
-more layers do.
+A child runs the layers on meta tensors, so it needs neither the GPU nor the weights. Two layers of the same formats
+launch all kernels that more layers do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import base64
 import hashlib
 import os
 import pickle
+import re
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,8 @@ from ..kernels import dependent_launches
 from ..kernels.dispatch import is_served
 from ..kernels.environment import CONFIG_DIR, KERNELS
 from ..kernels.pages import FORMATS as PAGES
-from ..kernels.weights import FORMATS as WEIGHTS
-from ..qwen2 import DecoderLayer, Qwen2
+from ..kernels.weights import as_weight
+from ..qwen2 import Qwen2
 from ..sampling import Drawing, SamplingParams
 from .capture import CallCapture, Capture, Replay
 from .captured_prefill import MOST_PROMPTS
@@ -50,6 +51,30 @@ class Prompts(NamedTuple):
     tokens: int
     sequences: int
     rows: int  # of logits
+
+
+class Layout(NamedTuple):
+    """The weight of a linear, without its values."""
+
+    name: str  # of the linear
+    format: str
+    tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+def layouts(model: Qwen2) -> tuple[Layout, ...]:
+    """The linears of a model with the same kernels, in as few layers as possible: two of each kind."""
+    of_layers: dict[str, list[Layout]] = {}  # by the layer's number; "" for embedding and output
+    for name, linear in model.linears().items():
+        in_layer = re.fullmatch(r"model\.layers\.(\d+)\.(.*)", name)
+        layer, rest = in_layer.groups() if in_layer else ("", name)
+        tensors = tuple((tuple(tensor.shape), tensor.dtype) for tensor in linear.value.tensors)
+        of_layers.setdefault(layer, []).append(Layout(rest, linear.format, tensors))
+    ends = of_layers.pop("", [])
+    kinds = list(dict.fromkeys(map(tuple, of_layers.values())))
+    layers = [
+        layout._replace(name=f"model.layers.{i}.{layout.name}") for i, kind in enumerate(2 * kinds) for layout in kind
+    ]
+    return (*ends, *layers)
 
 
 class RunOnce(CallCapture):
@@ -71,7 +96,7 @@ class Task:
 
     config: Config
     dtype: torch.dtype
-    weights: str
+    weights: tuple[Layout, ...]
     pages: str
     page_size: int
     device: Any  # kernels.triton.tuning.Device
@@ -82,7 +107,11 @@ class Task:
     def run(self) -> None:
         """Runs the passes on meta tensors. Within kernels.triton.offline.compiling this compiles their kernels."""
         meta, context = torch.device("meta"), self.config.context_length
-        model = Qwen2(replace(self.config, num_hidden_layers=2), self.dtype, meta, WEIGHTS[self.weights])
+        layers = {layout.name.split(".")[2] for layout in self.weights if layout.name.startswith("model.layers.")}
+        model = Qwen2(replace(self.config, num_hidden_layers=len(layers)), self.dtype, meta, allocated=False)
+        for layout in self.weights:
+            tensors = [torch.empty(shape, dtype=dtype, device=meta) for shape, dtype in layout.tensors]
+            model.get_submodule(layout.name).value = as_weight(tensors, layout.format)
         cache = PagedCache(model.config, context, self.dtype, meta, self.page_size, PAGES[self.pages])
         for size, drawing in product(self.sizes, self.drawings):
             CapturedStep(model, cache, size, drawing, RunOnce())
@@ -125,18 +154,17 @@ def compile_kernels(
         return
     from ..kernels.triton import tuning
 
-    first = next(model.parameters())
-    layer = cast(DecoderLayer, model.model.layers[0])
+    norm = model.model.norm.weight
     prompts = [Prompts(length, MOST_PROMPTS + 1, MOST_PROMPTS) for length in lengths]
     if not lengths or most > lengths[-1]:
         prompts.append(Prompts(most, 1, 1))
     task = Task(
         model.config,
-        first.dtype,
-        layer.self_attn.qkv_proj.format.format,
+        norm.dtype,
+        layouts(model),
         cache.pages[0].format,
         cache.page_size,
-        tuning.device_of(first),
+        tuning.device_of(norm),
         tuple(sizes),
         tuple(drawings),
         tuple(prompts),

@@ -24,6 +24,7 @@ STALL, SLOWEST = 10.0, 10_000  # a download has stalled if it averages less than
 
 _FILES = ["*.safetensors", "*.json", "*.jinja", "merges.txt", "LICENSE*"]  # no pickle files: loading one runs its code
 _CHUNK = 1 << 20
+Accept = Callable[[Config], None]
 _TRUE = ("1", "ON", "YES", "TRUE")
 
 
@@ -128,11 +129,12 @@ class HubFile:
         return CheckpointError(f"{self.name}: {what}")
 
 
-def snapshot(hub_id: str) -> Path:
+def snapshot(hub_id: str, accept: Accept | None = None) -> Path:
     """The folder of a model's repository in huggingface_hub's own cache. huggingface_hub shows its own progress bars.
 
-    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model; config.json is
-    downloaded first to find out."""
+    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model, and
+    CheckpointError if it cannot read its quantised weights; config.json is downloaded first to find out.
+    ``accept`` gets it then, and may raise, too."""
     folder = _download(hub_id, ["config.json"])
     if not (folder / "config.json").is_file():
         raise CheckpointError(
@@ -140,9 +142,11 @@ def snapshot(hub_id: str) -> Path:
             "(all parts of a split one), and give its path"
         )
     try:
-        Config.from_json(folder / "config.json")  # before gigabytes of weights are downloaded
-    except ConfigError as error:
-        raise ConfigError(f"{hub_id}: {error}") from error
+        config = Config.from_json(folder / "config.json")  # before gigabytes of weights are downloaded
+    except (ConfigError, CheckpointError) as error:
+        raise type(error)(f"{hub_id}: {error}") from error
+    if accept is not None:
+        accept(config)
     folder = _download(hub_id, _FILES)
     if not any(folder.glob("*.safetensors")):
         raise CheckpointError(f"{hub_id}: found no .safetensors file in {folder}, expected the model's weights")

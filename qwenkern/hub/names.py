@@ -20,7 +20,7 @@ from ..errors import CheckpointError, RequestError, shown
 from ..reading import is_gguf
 from .demo import DEMO, LICENCE
 from .download import Download, Progress, fetch
-from .huggingface import snapshot
+from .huggingface import Accept, snapshot
 
 DOWNLOADS: dict[str, Download] = {"demo": DEMO, "qwen2.5-coder-0.5b-instruct": DEMO}
 _APACHE, _RESEARCH, _QWEN = "Apache-2.0", "Qwen Research License (non-commercial)", "Qwen License"
@@ -39,7 +39,7 @@ def _family() -> Iterator[tuple[str, str]]:
 
 
 _HUB = {hub_id.lower().removeprefix("qwen/"): (hub_id, licence) for hub_id, licence in _family()}
-_QUANTISED = re.compile(r"(.+-instruct)-(awq|gptq-int[48])")  # quantised variants, which the hub has for most models
+_QUANTISED = ("AWQ", "GPTQ-Int4", "GPTQ-Int8")  # variants that the hub has of most of the models
 
 
 def licence(model: str) -> str | None:
@@ -47,10 +47,20 @@ def licence(model: str) -> str | None:
     if _local(model):
         return None
     key = model.lower()
-    return LICENCE if key in DOWNLOADS else _HUB.get(key.removeprefix("qwen/"), (None, None))[1]
+    return LICENCE if key in DOWNLOADS else (_published(key) or (None, None))[1]
 
 
-def resolve(model: str | Path, progress: Progress | None = None) -> Path:
+def _published(key: str) -> tuple[str, str] | None:
+    """(hub id, licence) of a model that Qwen published, or of a quantised variant of one, by its name in lower case."""
+    key = key.removeprefix("qwen/")
+    for variant in _QUANTISED:
+        base = _HUB.get(key.removesuffix(f"-{variant.lower()}"))
+        if base and key.endswith(f"-instruct-{variant.lower()}"):
+            return f"{base[0]}-{variant}", base[1]
+    return _HUB.get(key)
+
+
+def resolve(model: str | Path, progress: Progress | None = None, accept: Accept | None = None) -> Path:
     """The local path of a model. A path is returned as it is; a named model is downloaded unless it is cached. Raises
     RequestError or CheckpointError."""
     if not isinstance(model, (str, Path)):
@@ -65,28 +75,23 @@ def resolve(model: str | Path, progress: Progress | None = None) -> Path:
     path_like = text.startswith((".", "/", "~")) or text.lower().endswith(".gguf") or text.count("/") > 1
     if isinstance(model, Path) or path_like or os.path.isabs(text) or "\\" in text:
         raise CheckpointError(f"{text}: no such file or folder; expected a checkpoint's folder or a .gguf file")
-    return pull(text, progress)
+    return pull(text, progress, accept)
 
 
-def pull(name: str, progress: Progress | None = None) -> Path:
+def pull(name: str, progress: Progress | None = None, accept: Accept | None = None) -> Path:
     """Downloads a model by its name or hub id, unless it is cached, and returns its path.
 
     progress: called during the download of one of DOWNLOADS, with the origin's name, the bytes downloaded and the bytes
     in all. huggingface_hub shows its own progress bars.
+    accept: called with the configuration of a model of the hub before its weights are downloaded. It may raise.
     """
     key = name.lower()
     if key in DOWNLOADS:
         return fetch(DOWNLOADS[key], progress)
-    if known := _HUB.get(key.removeprefix("qwen/")):
-        return snapshot(known[0])
-    quantised = _QUANTISED.fullmatch(key.removeprefix("qwen/"))
-    if quantised and quantised[1] in _HUB:
-        raise RequestError(
-            f"model: {shown(name)} has weights quantised by {quantised[2].split('-')[0].upper()}, which is not "
-            f"supported; expected {quantised[1]}, or a GGUF file of it"
-        )
+    if known := _published(key):
+        return snapshot(known[0], accept)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
-        return snapshot(name)
+        return snapshot(name, accept)
     close = difflib.get_close_matches(key.removeprefix("qwen/"), _names(), n=4, cutoff=0.6)
     hint = f"did you mean {', '.join(close)}?" if close else "known names: demo, qwen2.5-3b-instruct and the like"
     raise RequestError(

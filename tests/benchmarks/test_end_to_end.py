@@ -262,7 +262,7 @@ def test_unknown_peers_are_named():
     done = CliRunner().invoke(app, ["--model", "qwen2.5-0.5b", "--layers", "1", "--peers", "vllm"])
     assert done.exit_code == 2
     said = " ".join(done.output.replace("│", " ").split())
-    assert "vllm: not among transformers, patched, liger, compiled, llama.cpp" in said
+    assert "vllm: not among bfloat16, transformers, patched, liger, compiled, llama.cpp" in said
 
 
 SMALL = ["--model", "qwen2.5-0.5b", "--layers", "1", "--prompt-tokens", "8", "--new-tokens", "2", "--repeats", "1"]

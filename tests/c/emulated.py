@@ -8,9 +8,9 @@ all views, and copies back what the op may write. It finds more errors than a na
 - outputs and scratch memory are NaN before the op, so what it leaves out is seen;
 - what an op only reads, which calls.h has as const, must not have changed.
 
-qemu-user runs Arm's targets and AVX2. It has no AVX-512: where the processor lacks that, the tests of those targets
-would need Intel's SDE (`sde64 -spr -- program`), and are skipped; test_inner_loops.py still compiles them and reads
-their machine code.
+qemu-user runs Arm's targets and AVX2. It has neither AVX-512 nor AVX-VNNI: where the processor lacks one of them, the
+tests of those targets would need Intel's SDE (`sde64 -spr -- program`), and are skipped; test_inner_loops.py still
+compiles them and reads their machine code.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from qwenkern.kernels.c import build, compiler, targets
-from qwenkern.kernels.c.calls import CALL_BYTES, FIELDS, OPS, make
+from qwenkern.kernels.c.calls import CALL_BYTES, FIELDS, FIRST_FIELD, OPS, make
 from qwenkern.kernels.c.limits import NAMES
 
 
@@ -87,7 +87,7 @@ def emulated(target: targets.Target) -> Emulated | str:
     """The library of a target in EMULATORS, started once and kept, or why there is none here."""
     if target.name not in EMULATORS:
         lacks = ", ".join(sorted(target.needs - targets.features()))
-        return f"this processor lacks {lacks}, and qemu-user has no AVX-512: Intel's SDE would be needed"
+        return f"this processor lacks {lacks}, and so does qemu-user: Intel's SDE would be needed"
     found = EMULATORS[target.name]
     programs = (compiler_for(target), found.program)
     missing = [program for program in programs if not shutil.which(program)]
@@ -202,8 +202,9 @@ class Emulated:
         start = DATA + PAGE
         for at in range(0, len(calls), CALL_BYTES):
             op = OPS[struct.unpack_from("@l", calls, at)[0]]
-            for place, field in enumerate(FIELDS[op], 1):
-                [pointer] = struct.unpack_from("@P", calls, at + place * WORD)
+            for place, field in enumerate(FIELDS[op]):
+                where = at + FIRST_FIELD + place * WORD
+                [pointer] = struct.unpack_from("@P", calls, where)
                 if field.code != "P" or not pointer:
                     continue
                 address, size, is_whole = self._storages[pointer]
@@ -217,8 +218,8 @@ class Emulated:
                         ctypes.memmove(self._base + block.at, address, size)
                     start = block.end + PAGE
                 blocks[address].is_written |= writes
-                struct.pack_into("@P", calls, at + place * WORD, blocks[address].at + pointer - address)
-                pointers.append(at + place * WORD)
+                struct.pack_into("@P", calls, where, blocks[address].at + pointer - address)
+                pointers.append(where)
         return list(blocks.values()), pointers
 
     def _take_back(self, block: Block) -> None:

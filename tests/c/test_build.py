@@ -60,8 +60,9 @@ ZEN4 = targets._V4 | {"avx512_vnni", "avx512_bf16"}
 @pytest.mark.parametrize(
     ("machine", "has", "best"),
     [
-        ("x86_64", ZEN4, ["x86-64-v4-bf16", "x86-64-v4", "x86-64-v3", "native"]),
+        ("x86_64", ZEN4, ["x86-64-v4-bf16", "x86-64-v4-vnni", "x86-64-v4", "x86-64-v3", "native"]),
         ("x86_64", targets._V4, ["x86-64-v4", "x86-64-v3", "native"]),
+        ("x86_64", HASWELL | {"avx_vnni"}, ["x86-64-v3-vnni", "x86-64-v3", "native"]),
         ("AMD64", HASWELL | {"avx512f"}, ["x86-64-v3", "native"]),
         ("x86_64", HASWELL - {"abm"}, ["native"]),
         ("aarch64", targets._ARM | {"bf16", "i8mm", "sve"}, ["armv8.6-bf16", "armv8.2-dotprod", "native"]),
@@ -86,7 +87,7 @@ def test_a_processor_gets_the_best_that_it_has(monkeypatch, machine, has, best):
             "x86-64-v4-bf16",
             r"is 'x86-64-v4-bf16'.*lacks avx512_bf16, avx512_vnni, avx512f; expected another of.*native",
         ),
-        ("armv8.2-dotprod", r"is 'armv8.2-dotprod'; expected one of x86-64-v4-bf16, x86-64-v4, x86-64-v3, native"),
+        ("armv8.2-dotprod", r"is 'armv8.2-dotprod'; expected one of x86-64-v4-bf16, x86-64-v4-vnni, .*native"),
         ("v3", r"is 'v3'; expected one of"),
     ],
 )

@@ -9,20 +9,23 @@ from collections.abc import Callable
 from itertools import pairwise
 from types import ModuleType
 
+import gguf
 import pytest
 import torch
 from c import emulated
 from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
+from qwenkern.checkpoint.integers import Words
+from qwenkern.checkpoint.repack import _in_torch
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import reference, weights
-from qwenkern.kernels.c import build, choose, ops, recorded_calls, targets
+from qwenkern.kernels.c import build, choose, ops, recorded_calls, repack, repack_words, targets
 from qwenkern.kernels.c.backend import C
 from qwenkern.kernels.environment import CPU_TARGET
 from qwenkern.kernels.pages import FORMATS as pages_formats
 from qwenkern.kernels.pages import DensePages
-from qwenkern.kernels.weights import Dense
+from qwenkern.kernels.weights import FORMATS, Dense
 
 EPS = 1e-6
 
@@ -98,16 +101,26 @@ def refusal(name: str, *args: object) -> str | None:
     return C.refuses(args[0]) or C.implementations[name].refuses(*args)
 
 
-def tensor(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).bfloat16()
+def tensor(*shape: int, seed: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
 
 
 @pytest.mark.parametrize("tokens", [*range(1, FEW + 1), 17, 18, 21, 64, 100])
 @pytest.mark.parametrize(("n", "k"), [(1, 32), (7, 64), (1152, 896), (130, 4864), (131, 2048)])
 def test_every_form_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
-    x, norm = tensor(tokens, k, seed=0), tensor(k, seed=2)
-    w, up = tensor(n, k, seed=3, scale=k**-0.5), tensor(n, k, seed=4, scale=k**-0.5)
-    bias, addend = tensor(n, seed=5), tensor(tokens, n, seed=6)
+    assert_every_form_is_close(torch.bfloat16, tokens, n, k)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 7, FEW])
+@pytest.mark.parametrize(("n", "k"), [(7, 64), (131, 2048)])
+def test_every_form_of_float32_is_as_close_to_float64_as_torch(tokens: int, n: int, k: int) -> None:
+    assert_every_form_is_close(torch.float32, tokens, n, k)
+
+
+def assert_every_form_is_close(dtype: torch.dtype, tokens: int, n: int, k: int) -> None:
+    x, norm = tensor(tokens, k, seed=0, dtype=dtype), tensor(k, seed=2, dtype=dtype)
+    w, up = (tensor(n, k, seed=seed, scale=k**-0.5, dtype=dtype) for seed in (3, 4))
+    bias, addend = tensor(n, seed=5, dtype=dtype), tensor(tokens, n, seed=6, dtype=dtype)
 
     def compare(call, expected, *args):
         out = call()
@@ -152,22 +165,24 @@ def test_rows_may_have_any_stride() -> None:
     assert torch.equal(fast.linear(x, w), fast.linear(x.contiguous(), w.contiguous()))
 
 
-def cached(lengths: list[int], heads: int, kv_heads: int, dim: int) -> tuple:
+def cached(lengths: list[int], heads: int, kv_heads: int, dim: int, dtype: torch.dtype = torch.bfloat16) -> tuple:
     """q, pages in a shuffled order with NaN in every token that may not be read, block tables, lengths."""
     pages_of = [-(-length // 16) for length in lengths]
     order = torch.randperm(sum(pages_of), generator=torch.Generator().manual_seed(1)).int().split(pages_of)
     tables = torch.zeros(len(lengths), max(pages_of), dtype=torch.int32)
-    k, v = (tensor(sum(pages_of), 16, kv_heads, dim, seed=seed) for seed in (2, 3))
+    k, v = (tensor(sum(pages_of), 16, kv_heads, dim, seed=seed, dtype=dtype) for seed in (2, 3))
     for row, (length, pages) in enumerate(zip(lengths, order, strict=True)):
         tables[row, : len(pages)] = pages
         k[pages[-1], (length - 1) % 16 + 1 :] = v[pages[-1], (length - 1) % 16 + 1 :] = torch.nan
-    return tensor(len(lengths), heads, dim, seed=4, scale=2.0), k, v, tables, torch.tensor(lengths, dtype=torch.int32)
+    q = tensor(len(lengths), heads, dim, seed=4, scale=2.0, dtype=dtype)
+    return q, k, v, tables, torch.tensor(lengths, dtype=torch.int32)
 
 
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32), (16, 1, 96)])
-def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+def test_decode_attention_is_as_close_to_float64_as_torch(heads, kv_heads, dim, dtype) -> None:
     lengths = [1, 15, 16, 17, 255, 256, 257, 1000]
-    q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim)
+    q, k, v, tables, counts = cached(lengths, heads, kv_heads, dim, dtype)
     given = (q, k, v, tables, counts, dim**-0.5)
     assert refusal("decode_attention", *given) is None
     out = fast.decode_attention(*given)
@@ -181,13 +196,14 @@ def test_decode_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: 
         assert torch.equal(single[0], out[row])
 
 
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (3, 3, 64), (16, 1, 128)])
-def test_prefill_attention_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
+def test_prefill_attention_is_as_close_to_float64_as_torch(heads, kv_heads, dim, dtype) -> None:
     """Whole prompts, chunks behind a cached prefix, single tokens, and a sequence without a query."""
     lengths, counts = [1, 63, 64, 65, 300, 700, 200, 130], [1, 63, 64, 65, 300, 37, 1, 0]
-    _, k, v, tables, ends = cached(lengths, heads, kv_heads, dim)
+    _, k, v, tables, ends = cached(lengths, heads, kv_heads, dim, dtype)
     starts = torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32)
-    q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0)[:, :-8].unflatten(1, (heads, dim))
+    q = tensor(sum(counts), heads * dim + 8, seed=5, scale=2.0, dtype=dtype)[:, :-8].unflatten(1, (heads, dim))
     given = (q, k, v, tables, ends, starts, dim**-0.5)
     assert refusal("prefill_attention", *given) is None
     out = fast.prefill_attention(*given)
@@ -241,12 +257,13 @@ def softmax_attention(q, k, v, tables, counts, scale: float) -> torch.Tensor:
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("where", ["q", "k", "v"])
-def test_attention_is_as_finite_as_its_formula(where: str, value: float) -> None:
+def test_attention_is_as_finite_as_its_formula(where: str, value: float, dtype: torch.dtype) -> None:
     """One such number among those that are seen, in a first block of tokens and in a later one."""
     for token in (3, 150):
-        q, k, v, tables, counts = cached([40, 200], 14, 2, 64)
+        q, k, v, tables, counts = cached([40, 200], 14, 2, 64, dtype)
         if where == "q":
             q[1, 9, 5] = value
         else:
@@ -285,18 +302,14 @@ def assert_same_where_not_finite(out: torch.Tensor, truth: torch.Tensor) -> None
     assert_as_close_as(out[finite].bfloat16(), truth[finite].bfloat16(), truth[finite])
 
 
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("tokens", [3, 21])
-def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float) -> None:
+def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float, dtype: torch.dtype) -> None:
     """One such number in each argument of each op."""
     monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
-    x, residual, norm, w = (
-        tensor(tokens, 96, seed=0),
-        tensor(tokens, 96, seed=1),
-        tensor(96, seed=2),
-        tensor(14, 96, seed=3),
-    )
-    bias, addend, heads = tensor(14, seed=4), tensor(tokens, 14, seed=5), tensor(tokens, 3, 32, seed=6)
+    shapes = (tokens, 96), (tokens, 96), (96,), (14, 96), (14,), (tokens, 14), (tokens, 3, 32)
+    x, residual, norm, w, bias, addend, heads = (tensor(*s, seed=at, dtype=dtype) for at, s in enumerate(shapes))
     calls = {
         "linear": (x, w, bias, addend),
         "norm_linear": (x, norm, EPS, w, bias),
@@ -322,10 +335,11 @@ def test_what_is_not_finite_stays_so(monkeypatch, tokens: int, value: float) -> 
                     assert torch.equal(kind(out), kind(peer)), (name, place, kind.__name__)
 
 
-def test_zeros_keep_their_sign() -> None:
-    x = tensor(3, 64, seed=0)
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
+def test_zeros_keep_their_sign(dtype) -> None:
+    x = tensor(3, 64, seed=0, dtype=dtype)
     x[:, ::2] = -0.0
-    weight, tiny = tensor(64, seed=1), torch.full((3, 64), 1e-39).bfloat16()  # subnormal
+    weight, tiny = tensor(64, seed=1, dtype=dtype), torch.full((3, 64), 1e-39, dtype=dtype)  # subnormal
     for name, args in {"rms_norm": (x, weight, EPS), "silu_mul": (x, tiny + 1)}.items():
         out, expected = getattr(fast, name)(*args), getattr(torchs, name)(*args)
         assert torch.equal(out.signbit(), expected.signbit())
@@ -341,12 +355,13 @@ def test_scores_far_apart_do_not_overflow() -> None:
     assert_as_close_as(out, torchs.decode_attention(q, k, v, tables, counts, 1.0), truth)
 
 
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32)])
-def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int) -> None:
-    qkv = tensor(5, (heads + 2 * kv_heads) * dim + 8, seed=0)[:, :-8]
+def test_rope_and_cache_is_as_close_to_float64_as_torch(heads: int, kv_heads: int, dim: int, dtype) -> None:
+    qkv = tensor(5, (heads + 2 * kv_heads) * dim + 8, seed=0, dtype=dtype)[:, :-8]
     cos_sin = angles(64, dim)
     positions, slots = torch.tensor([3, 0, 63, 9, 9]), torch.tensor([31, 2, 0, 17, 5])
-    pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=torch.bfloat16)
+    pages = torch.zeros(2, 2, 16, kv_heads, dim, dtype=dtype)
     out = fast.rope_and_cache(qkv, positions, cos_sin, *pages, slots)
     same, wide = torch.zeros_like(pages), torch.zeros_like(pages, dtype=torch.float64)
     expected = torchs.rope_and_cache(qkv, positions, cos_sin, *same, slots)
@@ -387,9 +402,11 @@ def as_close_as_torch(name: str, *args, threads: int = 2):
     return outs
 
 
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 16), (3, 896), (2, 5, 2048), (300, 896), (896,)], ids=str)
-def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
-    x, residual, weight = tensor(*shape, seed=0), tensor(*shape, seed=1, scale=3.0), tensor(shape[-1], seed=2)
+def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    x, residual = tensor(*shape, seed=0, dtype=dtype), tensor(*shape, seed=1, scale=3.0, dtype=dtype)
+    weight = tensor(shape[-1], seed=2, dtype=dtype)
     assert refusal("rms_norm", x, weight, EPS) is None
     as_close_as_torch("rms_norm", x, weight, EPS)
     _, new_residual = as_close_as_torch("add_rms_norm", x, residual, weight, EPS)
@@ -398,9 +415,10 @@ def test_norms_are_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
     as_close_as_torch("rms_norm", tiny, weight, 1e-5)
 
 
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1), (1, 4864), (5, 77), (2, 3, 2049), (100, 896), (33,)], ids=str)
-def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...]) -> None:
-    gate_up = tensor(*shape[:-1], 2 * shape[-1], seed=0, scale=4.0)
+def test_swiglu_is_as_close_to_float64_as_torch(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    gate_up = tensor(*shape[:-1], 2 * shape[-1], seed=0, scale=4.0, dtype=dtype)
     assert refusal("swiglu", gate_up) is None
     out = as_close_as_torch("swiglu", gate_up)
     gate, up = (half.contiguous() for half in gate_up.chunk(2, dim=-1))
@@ -437,8 +455,9 @@ def angles(context: int, dim: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(14, 2, 64), (16, 2, 128), (5, 5, 32), (3, 1, 96)])
 @pytest.mark.parametrize("tokens", [1, 5, 64])
-def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_heads: int, dim: int) -> None:
-    packed = tensor(tokens, (heads + kv_heads) * dim + 8, seed=0)[:, :-8].unflatten(1, (-1, dim))
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
+def test_apply_rope_is_as_close_to_float64_as_torch(dtype, tokens: int, heads: int, kv_heads: int, dim: int) -> None:
+    packed = tensor(tokens, (heads + kv_heads) * dim + 8, seed=0, dtype=dtype)[:, :-8].unflatten(1, (-1, dim))
     q, k = packed.split((heads, kv_heads), dim=1)
     cos_sin, positions = angles(100, dim), torch.arange(tokens).flip(0) + 20
     assert refusal("apply_rope", q, k, cos_sin, positions) is None
@@ -455,10 +474,11 @@ def test_apply_rope_is_as_close_to_float64_as_torch(tokens: int, heads: int, kv_
         assert torch.equal(mine, peer)
 
 
-def test_the_public_ops_run_in_c(monkeypatch) -> None:
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
+def test_the_public_ops_run_in_c(monkeypatch, dtype) -> None:
     """Nothing else can be recorded."""
     monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
-    x, weight, heads = tensor(3, 64, seed=0), tensor(64, seed=1), tensor(3, 2, 32, seed=2)
+    x, weight, heads = (tensor(*s, seed=0, dtype=dtype) for s in ((3, 64), (64,), (3, 2, 32)))
     calls = {
         "rms_norm": (x, weight, EPS),
         "add_rms_norm": (x, x, weight, EPS),
@@ -490,12 +510,11 @@ def test_a_refusal_says_why() -> None:
         (refusal("norm_linear", odd, odd[0], EPS, odd), f"rows of 24 values ({of} 32)"),
         (refusal("norm_swiglu_linear", odd, odd[0], EPS, odd), f"rows of 24 values ({of} 32)"),
         (refusal("lm_head", odd, odd[0], EPS, odd), f"rows of 24 values ({of} 32)"),
-        (refusal("linear", x.float(), w.float()), "float32 (C computes in bfloat16)"),
-        (refusal("linear", x.half(), w.half()), "float16 (C computes in bfloat16)"),
+        (refusal("linear", x.half(), w.half()), "float16 (C takes bfloat16 and float32)"),
         (refusal("rms_norm", odd, odd[0], EPS), f"rows of 24 values ({of} 16)"),
         (refusal("add_rms_norm", odd, odd, odd[0], EPS), f"rows of 24 values ({of} 16)"),
-        (refusal("silu_mul", norm.float(), norm.float()), "float32 (C computes in bfloat16)"),
-        (refusal("swiglu", norm.double()), "float64 (C computes in bfloat16)"),
+        (refusal("silu_mul", norm.half(), norm.half()), "float16 (C takes bfloat16 and float32)"),
+        (refusal("swiglu", norm.double()), "float64 (C takes bfloat16 and float32)"),
         (refusal("apply_rope", heads, heads, cos_sin, first), f"heads of 48 values ({of} 32 up to 128)"),
         (
             refusal("rope_and_cache", heads.flatten(1), first, cos_sin, pages, pages, first),
@@ -525,12 +544,18 @@ def test_what_torch_multiplies_faster_is_refused(monkeypatch) -> None:
     assert said == "several tokens a sequence, which torch multiplies faster here"
 
 
+def test_many_tokens_of_float32_are_left_to_torch() -> None:
+    x = tensor(FEW + 1, 32, seed=0, dtype=torch.float32)
+    assert refusal("linear", x[:FEW], x) is None
+    assert refusal("linear", x, x) == "17 tokens, which torch multiplies faster on this processor"
+
+
 def test_a_refusal_prepares_nothing(monkeypatch) -> None:
     build.forget()
     monkeypatch.setattr(build, "_prepared", None)
     x = tensor(2, 32, seed=0)
     assert refusal("linear", x, x) == build.NOT_PREPARED
-    assert refusal("linear", x.float(), x.float()) == "float32 (C computes in bfloat16)"
+    assert refusal("linear", x.half(), x.half()) == "float16 (C takes bfloat16 and float32)"
 
 
 def test_what_has_no_backend_of_its_own_here_is_refused_by_its_format() -> None:
@@ -547,7 +572,7 @@ def test_what_has_no_backend_of_its_own_here_is_refused_by_its_format() -> None:
     del pages_formats[OtherPages.format]
     q, k, v, tables, counts = cached([40], 14, 2, 64)
     said = refusal("decode_attention", q, OtherPages(k, v), tables, counts, 0.125)
-    assert said == "pages of the format other of test_ops (C has dense)"
+    assert said == "pages of the format other of test_ops (C has dense, float16, int8, fp8)"
 
 
 def test_recorded_calls_run_on_new_values() -> None:
@@ -604,17 +629,59 @@ def test_recorded_calls_of_the_other_ops_match_them() -> None:
     assert torch.equal(others, again[1])
 
 
-def test_plain_loops_compute_the_same(request) -> None:
+@pytest.mark.parametrize("form", repack.FORMATS)
+def test_blocks_of_a_file_are_repacked(form: str) -> None:
+    """In every byte as torch does it, whose values are compared with the gguf library's elsewhere."""
+    kind = gguf.GGMLQuantizationType[form.upper()]
+    values, size = gguf.GGML_QUANT_SIZES[kind]
+    blocks = torch.randint(0, 256, (48, 512 // values * size), generator=torch.Generator().manual_seed(0)).byte()
+    made, expected = (
+        FORMATS[form].allocate(48, 512, torch.float32, lambda shape, dtype: torch.full(shape, 77).to(dtype))
+        for _ in range(2)
+    )
+    assert repack.repack(blocks, made) == _in_torch(blocks.numpy(), kind, expected)
+    assert all(map(torch.equal, made.tensors, expected.tensors))
+
+
+@pytest.mark.parametrize(
+    ("order", "bits"),
+    [
+        (repack_words.ROWS, 4),
+        (repack_words.ROWS, 8),
+        (repack_words.COLUMNS, 4),
+        (repack_words.COLUMNS, 8),
+        (repack_words.AWQ, 4),
+    ],
+)
+def test_words_of_codes_are_repacked(order: int, bits: int) -> None:
+    """In every byte as torch does it, whose values are compared with the formats' specifications elsewhere."""
+    rows, columns, each = 48, 160, 32 // bits
+    shape = {
+        repack_words.ROWS: (rows, columns // each),
+        repack_words.COLUMNS: (columns // each, rows),
+        repack_words.AWQ: (columns, rows // 8),
+    }[order]
+    words = torch.randint(-(1 << 31), 1 << 31, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    of_groups = {"scales": torch.ones(rows, 1).half(), "zeros": torch.zeros(rows, 1)}
+    for flip in (0, -0x7F7F7F80):
+        made = torch.full((rows // 16, columns // 32, bits, 16), 77, dtype=torch.int32)
+        repack_words.repack_words(words, order, made, bits, flip)
+        codes = Words(words, order, bits, flip).codes()
+        assert torch.equal(made, FORMATS[f"int{bits}"].from_codes(codes, torch.float32, **of_groups).codes)
+
+
+@pytest.mark.parametrize("dtype", build.DTYPES, ids=str)
+def test_plain_loops_compute_the_same(request, dtype) -> None:
     """Each op by both: they differ by the order of their sums, which is a rounding here and there."""
     if isinstance(c_backend.library(), Plain) or emulated.is_emulated():
         pytest.skip("needs a library with both")
-    x, residual, norm = tensor(5, 96, seed=0), tensor(5, 96, seed=1), tensor(96, seed=2)
-    w, bias = tensor(14, 96, seed=3, scale=0.1), tensor(14, seed=4)
-    heads, cos_sin, positions = tensor(5, 3, 32, seed=5), angles(9, 32), torch.tensor([8, 0, 3, 3, 1])
-    q, k, v, tables, lengths = cached([70, 300], 14, 2, 64)
+    shapes = (5, 96), (5, 96), (96,), (14, 96), (14,), (5, 14), (5, 3, 32)
+    x, residual, norm, w, bias, addend, heads = (tensor(*s, seed=at, dtype=dtype) for at, s in enumerate(shapes))
+    cos_sin, positions = angles(9, 32), torch.tensor([8, 0, 3, 3, 1])
+    q, k, v, tables, lengths = cached([70, 300], 14, 2, 64, dtype)
     starts = torch.tensor([0, 1, 2])
     calls = {
-        "linear": (x, w, bias, tensor(5, 14, seed=6)),
+        "linear": (x, w, bias, addend),
         "norm_linear": (x, norm, EPS, w, bias),
         "norm_swiglu_linear": (x, norm, EPS, w),
         "lm_head": (x, norm, EPS, w),
@@ -632,12 +699,12 @@ def test_plain_loops_compute_the_same(request) -> None:
         build._found = here._replace(library=Plain(here.library))
         plain = op(*args)
         build._found = here
-        exact = truth(*(each.double() if _is_real(each) else each for each in args))
-        for one, other, right in zip(
-            *(each if isinstance(each, tuple) else (each,) for each in (outs, plain, exact)), strict=True
+        peers, exact = truth(*args), truth(*(each.double() if _is_real(each) else each for each in args))
+        for one, other, peer, right in zip(
+            *(each if isinstance(each, tuple) else (each,) for each in (outs, plain, peers, exact)), strict=True
         ):
-            assert_as_close_as(one, other, right)
-            assert_as_close_as(other, one, right)
+            assert_as_close_as(one, [other, peer], right)
+            assert_as_close_as(other, [one, peer], right)
 
 
 def _is_real(x: object) -> bool:

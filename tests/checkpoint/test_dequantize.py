@@ -11,7 +11,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize as oracle
 
 from qwenkern.checkpoint import dequantize as room
-from qwenkern.checkpoint.dequantize import SUPPORTED, dequantize
+from qwenkern.checkpoint.blocks import format_of
+from qwenkern.checkpoint.dequantize import dequantize, is_float, is_supported
 from qwenkern.errors import CheckpointError
 
 Q = GGMLQuantizationType
@@ -48,7 +49,7 @@ def random_blocks(kind: Q, count: int, seed: int = 0) -> np.ndarray:
 
 
 def test_every_supported_type_is_tested():
-    assert set(KINDS) == SUPPORTED
+    assert set(KINDS) == {kind for kind in Q if is_float(kind) or format_of(kind)}
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
@@ -113,9 +114,19 @@ def test_torchs_threads_are_given_back():
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.parametrize("kind", [Q.IQ4_NL, Q.IQ4_XS, Q.IQ2_XXS, Q.TQ1_0, Q.MXFP4], ids=lambda kind: kind.name)
+def test_the_library_converts_the_others(kind):
+    assert format_of(kind) is None
+    blocks = np.random.default_rng(3).integers(0, 60, (20, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
+    out = torch.full((20, GGML_QUANT_SIZES[kind][0]), torch.nan)
+    dequantize(blocks, kind, out)
+    assert np.array_equal(out.numpy(), oracle(blocks, kind))
+
+
 def test_unsupported_type_is_refused():
-    with pytest.raises(CheckpointError, match=r"IQ4_NL is not supported; expected one of BF16, F16.*Q8_0"):
-        dequantize(np.zeros(18, np.uint8), Q.IQ4_NL, torch.empty(32))
+    assert not is_supported(Q.Q8_K)
+    with pytest.raises(CheckpointError, match=r"Q8_K is not supported; expected one of BF16, F16.*Q8_0"):
+        dequantize(np.zeros(292, np.uint8), Q.Q8_K, torch.empty(256))
 
 
 @pytest.mark.parametrize("num_bytes", [0, 21, 23, 44])

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 
 from qwenkern import YarnScaling
 from qwenkern.checkpoint.packing import slots
 from qwenkern.cli.info import contradictions, layout, memory
 from qwenkern.config import FAMILY
+from qwenkern.footprint import layout_of
 
 SMALL = FAMILY["qwen2.5-3b"]
 
@@ -20,10 +22,10 @@ def test_the_layout_adds_up(name):
 
 
 def test_memory_is_weights_and_cache():
-    sizes = memory(SMALL)
-    assert sizes[32768] == 2 * 3_085_938_688 + 32768 * 36864
+    sizes = memory(layout_of(SMALL, torch.device("cuda")))
+    assert sizes[32768] == 2 * 3_085_938_688 + (32768 + 64) * 36864, "with a spare page"
     assert list(sizes) == sorted(sizes)
-    assert 131072 in memory(replace(SMALL, rope_scaling=YarnScaling(4.0, 32768)))
+    assert 131072 in memory(layout_of(replace(SMALL, rope_scaling=YarnScaling(4.0, 32768)), torch.device("cuda")))
 
 
 @pytest.mark.parametrize("name", FAMILY)

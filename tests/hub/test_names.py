@@ -583,6 +583,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[tuple[str, list
         ("Qwen2.5-0.5B", "Qwen/Qwen2.5-0.5B"),
         ("Qwen/Qwen2.5-Coder-0.5B-Instruct", "Qwen/Qwen2.5-Coder-0.5B-Instruct"),  # the short name is the demo
         ("qwen2.5-math-72b-instruct", "Qwen/Qwen2.5-Math-72B-Instruct"),
+        ("qwen2.5-72b-instruct-gptq-int4", "Qwen/Qwen2.5-72B-Instruct-GPTQ-Int4"),
+        ("Qwen/Qwen2.5-Coder-32B-Instruct-AWQ", "Qwen/Qwen2.5-Coder-32B-Instruct-AWQ"),
+        ("qwen/qwen2.5-3b-instruct-GPTQ-Int8", "Qwen/Qwen2.5-3B-Instruct-GPTQ-Int8"),
         ("somebody/My_Finetune-3B.v2", "somebody/My_Finetune-3B.v2"),
     ],
 )
@@ -605,24 +608,10 @@ def test_the_table_is_the_dense_family():
 
 
 @pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("qwen2.5-72b-instruct-gptq-int4", "quantised by GPTQ, .* expected qwen2.5-72b-instruct, or a GGUF file of it"),
-        ("Qwen/Qwen2.5-Coder-32B-Instruct-AWQ", "quantised by AWQ, .* expected qwen2.5-coder-32b-instruct, or a GGUF"),
-        ("Qwen/Qwen2.5-3B-Instruct-GPTQ-Int8", "quantised by GPTQ"),
-    ],
-)
-def test_quantised_names_are_refused_before_anything_is_asked_for(hub, name, message):
-    with pytest.raises(RequestError, match=message):
-        names.resolve(name)
-    assert not hub
-
-
-@pytest.mark.parametrize(
     ("name", "error", "message"),
     [
         ("somebody/llama", ConfigError, "somebody/llama: .*model_type is 'llama'; qwenkern runs 'qwen2'"),
-        ("somebody/Qwen2.5-3B-4bit", ConfigError, "quantised by 'bitsandbytes', which is not supported"),
+        ("somebody/Qwen2.5-3B-4bit", CheckpointError, "3B-4bit: .*quantised by 'bitsandbytes', which is not supported"),
         ("Qwen/Qwen2.5-3B-Instruct-GGUF", CheckpointError, "has no config.json.* of one of GGUF files, download one"),
     ],
 )
@@ -653,6 +642,9 @@ def test_the_demo_has_two_names_and_one_file(name, monkeypatch):
         ("qwen2.5-72b-instruct", "Qwen License"),
         ("qwen2.5-math-72b", "Qwen License"),
         ("qwen2.5-math-7b-instruct", "Apache-2.0"),
+        ("qwen2.5-3b-instruct-awq", "Qwen Research License (non-commercial)"),
+        ("Qwen/Qwen2.5-7B-Instruct-GPTQ-Int4", "Apache-2.0"),
+        ("qwen2.5-7b-awq", None),
         ("somebody/finetune", None),
         ("no-such-name", None),
     ],

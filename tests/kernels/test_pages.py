@@ -38,6 +38,11 @@ def filled(form: str, dtype: torch.dtype, device: torch.device) -> tuple[Pages, 
     return pages, stored
 
 
+def named(form: str) -> str:
+    """As kv_cache_dtype names it for a model that computes in float32."""
+    return "float32" if form == "dense" else form
+
+
 def allocated(form: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Pages:
     return FORMATS[form].allocate(10, PAGE, HEADS, DIM, dtype, torch.device(device))
 
@@ -136,19 +141,19 @@ def test_pages_that_do_not_fit_are_refused(ops, form, name):
 def test_a_model_decodes_over_them(form):
     """The same text whether tokens were cached one by one or by chunks, in two completions that share a page, and where
     a full cache takes pages away and gives them back."""
-    model = tiny_model(pages=form)
+    model = tiny_model(kv_cache_dtype=named(form))
     assert type(model.cache.pages[0]) is FORMATS[form]
     prompt = [n * 7 % 503 for n in range(70)]
     once = model.generate(prompt, max_tokens=4, temperature=0)
     both = model.generate(prompt, max_tokens=4, temperature=0, n=2)
     assert [each.token_ids for each in both] == [once.token_ids] * 2
-    other = tiny_model(pages=form, prefill_chunk=33, cache_tokens=128)
+    other = tiny_model(kv_cache_dtype=named(form), prefill_chunk=33, cache_tokens=128)
     together = other.generate([prompt, prompt[:66]], max_tokens=4, temperature=0)
     assert together[0].token_ids == once.token_ids
 
 
 def test_a_model_decodes_through_the_kernels(ops, form):
-    prompt, model = [7, 3, 300, 41], tiny_model(pages=form)
+    prompt, model = [7, 3, 300, 41], tiny_model(kv_cache_dtype=named(form))
     token_ids = model.generate(prompt, max_tokens=3, temperature=0).token_ids
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("QWENKERN_KERNELS", "reference")
@@ -157,18 +162,18 @@ def test_a_model_decodes_through_the_kernels(ops, form):
 
 def test_a_model_of_these_pages_is_near_a_dense_one(form):
     prompt = [n * 7 % 503 for n in range(70)]
-    dense, other = (tiny_model(pages=each).forward(prompt) for each in ("dense", form))
+    dense, other = (tiny_model(kv_cache_dtype=named(each)).forward(prompt) for each in ("dense", form))
     allowed = MEAN_KL_FLOAT32 if form == "dense" else COARSEST
     assert divergences(dense.double(), other).mean() <= allowed
-    with pytest.raises(RequestError, match=r"pages is 'int5'; expected one of 'dense'"):
-        Model.from_config(TINY, device="cpu", pages="int5")
+    with pytest.raises(RequestError, match=rf"kv_cache_dtype is 'int5'; expected one of 'auto', .*'{named(form)}'"):
+        Model.from_config(TINY, device="cpu", kv_cache_dtype="int5")
 
 
 def members(form: str, but: str) -> dict[str, object]:
-    return {name: value for name, value in vars(FORMATS[form]).items() if name not in (but, "__slots__", *SLOTS)}
-
-
-SLOTS = ("k", "v")  # which a class without __slots__ must not have twice
+    bases = [each for each in FORMATS[form].__mro__[::-1] if issubclass(each, Pages) and each is not Pages]
+    slots = {name for each in bases for name in each.__slots__}  # which a class without them must not have twice
+    found = {name: value for each in bases for name, value in vars(each).items()}
+    return {name: value for name, value in found.items() if name not in (but, "__slots__", *slots)}
 
 
 @pytest.mark.parametrize(

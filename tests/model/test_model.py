@@ -18,7 +18,7 @@ from tokenizers import processors
 
 import qwenkern
 from qwenkern import Completion, Config, ConfigError, Model, RequestError, SamplingParams
-from qwenkern.device import cache_room
+from qwenkern.footprint import cache_room, layout_of
 from qwenkern.text.chat_template import ChatTemplate
 from qwenkern.text.tokenizer import Tokenizer
 
@@ -168,7 +168,7 @@ def test_the_default_cache_leaves_room_for_the_logits_of_a_chunk(monkeypatch, to
     free = int(total - weights - GB // 2)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, total))
     config = Config.from_name("qwen2.5-3b")
-    tokens = cache_room(None, config, torch.bfloat16, torch.device("cuda"), 4096)
+    tokens = cache_room(layout_of(config, torch.device("cuda")), torch.device("cuda"), None, 4096, 0)
     cache = tokens * 36 * 2 * 2 * 128 * 2  # layers, keys and values, heads, their size, bytes
     assert free - cache >= room + total // 20 * (room == NEEDS)
     assert cache >= min(least, 64 * 32768 * 36 * 2 * 2 * 128 * 2)

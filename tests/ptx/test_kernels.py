@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import test_decode_attention
 import test_draw
+import test_float16_pages
 import test_linear
 import test_lm_head
 import test_penalise
@@ -23,6 +24,7 @@ import test_qkv_rope
 import test_rms_norm
 import test_rms_norm_backward
 import test_rope
+import test_scaled_pages
 import test_swiglu
 import test_swiglu_backward
 import torch
@@ -74,6 +76,13 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_prefill_attention.test_cached_prefixes, {"page_size": 16, "prefix": 1, "dtype": F32}),
     (NOT_HOPPER, test_prefill_attention.test_heads_of_the_family, {"heads": (3, 3, 32)}),
     (HOPPER, test_prefill_attention.test_loops, {"one_loop": 0}),
+    (ALL, test_float16_pages.test_the_bits_are_those_of_numpy, {"name": "kernels", "dtype": BF16}),
+    (ALL, test_scaled_pages.test_codes_are_nearest_and_scales_of_the_largest, {"form": "int8", "dtype": BF16}),
+    (ALL, test_scaled_pages.test_codes_are_nearest_and_scales_of_the_largest, {"form": "fp8", "dtype": BF16}),
+    (HOPPER, test_scaled_pages.test_what_is_not_finite_or_tiny, {"form": "int8", "by": "kernels"}),
+    (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "int8", "dtype": BF16, "size": 64}),
+    (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "fp8", "dtype": BF16, "size": 16}),
+    (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "int8", "dtype": F16, "size": 16}),
 ]
 
 

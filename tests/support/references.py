@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from qwenkern.kernels import Pages, Weight, reference
+from qwenkern.kernels.weights import Stack
 
 GUARD = 4096  # elements on each side of a buffer
 CANARY = 77
@@ -74,6 +75,8 @@ def mapped(function: Callable[[Tensor], Tensor], arg: Any) -> Any:
     """An argument of an op, ``function`` applied to it or to each tensor of a weight, of pages, or of a pair."""
     if isinstance(arg, Tensor):
         return function(arg)
+    if isinstance(arg, Stack):
+        return Stack.of_tensors([function(each) for each in arg.tensors], arg.format)
     if isinstance(arg, (Weight, Pages)):
         return type(arg)(*map(function, arg.tensors))
     return type(arg)(map(function, arg)) if isinstance(arg, (list, tuple)) else arg

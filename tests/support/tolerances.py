@@ -10,6 +10,8 @@ from torch import Tensor
 RMS_RATIO = 1.5  # a result's root-mean-square error, at most, over that of torch in the same dtype
 YARN_RELATIVE = 2 * torch.finfo(torch.float32).eps  # two roundings: the same products, summed in another order
 MEAN_KL_FLOAT32 = 1e-8  # nats a token, between two float32 runs of the same weights
+MEAN_KL_PLANES = 1e-6  # likewise, of quantised weights times x as two planes of int8; 5e-8 in the demo
+PLANE_SLACK = 1.02  # of half a unit of a plane: the quotients are rounded before they are
 MARGIN_FLOAT32 = 1e-3  # nats between two tokens that float32 may swap: logits near 20 step by 2e-6, behind 24 layers
 NEAR_TIE = (
     0.75  # likewise bfloat16: transformers' own run errs by 0.09 (root mean square), at most 0.66 in 1,024 tokens
@@ -18,6 +20,12 @@ DIFFERING = 0.01  # share of elements, at most, where float32 sums in another or
 FLOAT64_RELATIVE = 64 * torch.finfo(torch.float64).eps  # one formula in float64, its terms in another order
 BATCH_TIE = 0.25  # nats between two tokens that our own bfloat16 may swap in another batch or in chunks
 COARSEST = 1 / 8  # of the largest value: what any format of cache pages may lose of one
+FP8_RELATIVE = 2 * torch.finfo(torch.float32).eps  # a scale and a quotient, each rounded to float32
+FLOAT16_RELATIVE = 2.0**-11  # of a value that float16 pages store, unless it is subnormal or too large
+# Pages of one byte a value: the error of a value in steps of int8 codes; of e4m3, as a share of what is no smaller than
+# its least normal value; and of a scale, one quotient in float32. A little more than half a step, since scales round.
+CODE_STEPS = {"int8": 0.50002, "fp8": 0.0626, "scale": 2e-7}
+CACHE_KL = {"float16": 1e-5, "int8": 2e-3, "fp8": 5e-2}  # nats a token, of the demo with such a cache, in float32
 ROOT_KL_RATIO = 1.05  # a bfloat16 run's distance from the truth, at most, over transformers' own: its square is 1.1
 
 
@@ -37,6 +45,33 @@ def assert_as_close_as(out: Tensor, peer: Tensor | Sequence[Tensor], truth: Tens
     allowed = 2 * theirs.max().item() + 2 * rounding
     assert ours.max().item() <= allowed, f"largest error {ours.max():.3g}, allowed {allowed:.3g}"
     rms, allowed = ours.square().mean().sqrt().item(), RMS_RATIO * theirs.square().mean().sqrt().item() + rounding / 2
+    assert rms <= allowed, f"root-mean-square error {rms:.3g}, allowed {allowed:.3g}"
+
+
+def plane_errors(x: Tensor, weight: Tensor, planes: int) -> tuple[Tensor, Tensor]:
+    """How far x [T, K] times weight [N, K] transposed (float64) may be off, and about how far it is on average (root
+    mean square): two tensors [T, N].
+
+    32 values of x are multiples of a unit, which is 1/127 of the largest with one plane of int8, and 128 times finer
+    with two. A value is off by at most half a unit, and is equally often off by any part of that. Products of whole
+    numbers are exact; the scaled sums of each 16 or 32 are added in float32."""
+    units = x.unflatten(1, (-1, 32)).abs().amax(2) / (127 * 128 ** (planes - 1))
+    groups = weight.unflatten(1, (-1, 32))
+    worst = units / 2 @ groups.abs().sum(2).T * PLANE_SLACK
+    expected = (units.square() / 12 @ groups.square().sum(2).T).sqrt()
+    floats = 4 * torch.finfo(torch.float32).eps * (x.abs() @ weight.abs().T)
+    return worst + floats, expected + floats
+
+
+def assert_within_planes(out: Tensor, truth: Tensor, worst: Tensor, expected: Tensor) -> None:
+    """``out`` is off by no more than ``plane_errors`` says, and its own rounding: no element by more than ``worst``,
+    and their root mean square by RMS_RATIO times ``expected``."""
+    assert truth.dtype == torch.float64
+    assert out.shape == truth.shape
+    assert torch.isfinite(out).all()
+    error, rounding = (out.double() - truth).abs(), torch.finfo(out.dtype).eps * truth.abs()
+    assert (error <= worst + rounding).all(), f"an error is {(error - worst - rounding).max():.3g} larger than allowed"
+    rms, allowed = error.square().mean().sqrt().item(), RMS_RATIO * (expected + rounding).square().mean().sqrt().item()
     assert rms <= allowed, f"root-mean-square error {rms:.3g}, allowed {allowed:.3g}"
 
 

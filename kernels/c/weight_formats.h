@@ -1,0 +1,13 @@
+/* The numbers of the formats of weights: dense_weight, WEIGHT_FORMATS (how many are not grouped), q4_0_weight, ... */
+#ifndef WEIGHT_FORMATS_H
+#define WEIGHT_FORMATS_H
+#include "calls.h"
+
+enum {
+#define NUMBER(FORMAT) FORMAT##_weight,
+    EACH_WEIGHT_FORMAT(NUMBER) WEIGHT_FORMATS,
+    BEFORE_GROUPED = WEIGHT_FORMATS - 1, /* so that the next one is WEIGHT_FORMATS */
+    EACH_GROUPED_FORMAT(NUMBER)
+#undef NUMBER
+};
+#endif

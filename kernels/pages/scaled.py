@@ -1,0 +1,188 @@
+"""Keys and values in one byte, with a scale for each token and head. int8.py and fp8.py are the formats.
+
+    k[t, h, d] = code(k_pages[t, h, d]) * k_scales[t, h]       and v likewise
+    scale      = (largest absolute value of the head) / LARGEST
+
+A head that has a NaN or an infinity is NaN throughout, so that the model reports it. A head whose values are all below
+2 ** -100 is zero.
+
+Attention multiplies scores by the scales of k, and softmax weights by the scales of v: there is one for D codes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device, check_tensor, wide
+from ..triton_if_any import tl, triton
+from . import dense
+from .base import Pages
+
+SMALLEST = 2.0**-100
+UNIT = tl.constexpr(128.0)  # float16 has few exponents: a softmax weight times a scale could become subnormal
+_BITS_OF_SMALLEST = tl.constexpr(27 << 23)
+_BITS_OF_INFINITY = tl.constexpr(0x7F800000)
+
+
+class ScaledPagesArguments(NamedTuple):
+    k: Any  # [num_pages, page_size, Hkv, D], and its strides
+    k_page_stride: Any
+    k_token_stride: Any
+    k_head_stride: Any
+    v: Any  # likewise, with the strides of k
+    k_scales: Any  # [num_pages, page_size, Hkv] float32
+    v_scales: Any
+    scales_page_stride: Any
+    scales_token_stride: Any
+    like: Any  # of q's dtype; what else it is, the format says
+    v_page_stride: Any = None
+
+
+@triton.jit
+def scale_k(pages, kv_head, page, token, mask):
+    at = page * pages.scales_page_stride + token * pages.scales_token_stride + kv_head
+    return tl.load(pages.k_scales + at, mask=mask, other=None if mask is None else 0.0)
+
+
+@triton.jit
+def scale_v(pages, kv_head, page, token, mask):
+    at = page * pages.scales_page_stride + token * pages.scales_token_stride + kv_head
+    scale = tl.load(pages.v_scales + at, mask=mask, other=None if mask is None else 0.0)
+    return scale * UNIT if pages.like.dtype.element_ty == tl.float16 else scale
+
+
+@triton.jit
+def values_of_v(v, dtype: tl.constexpr):
+    """Decoded codes of v, in float32, as a tile in q's dtype."""
+    return (v / UNIT if dtype == tl.float16 else v).to(dtype)
+
+
+@triton.jit
+def store_heads(
+    codes,  # [num_pages, page_size, Hkv, D]
+    scales,  # [num_pages, page_size, Hkv]
+    slot,
+    kv_head,  # [heads, 1]
+    num_kv_heads,
+    column,  # [heads, D / 2]
+    low,  # [heads, D / 2] float32
+    high,
+    mask,  # [heads, 1]
+    ENCODE: tl.constexpr,  # from values of at most LARGEST to codes
+    LARGEST: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    head = slot * num_kv_heads + kv_head
+    # Compared as whole numbers, infinity and NaN are the largest.
+    of_low, of_high = low.to(tl.int32, bitcast=True) & 0x7FFFFFFF, high.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    bits = tl.max(tl.maximum(of_low, of_high), axis=1)[:, None]
+    finite, counts = bits < _BITS_OF_INFINITY, bits >= _BITS_OF_SMALLEST
+    most = tl.where(counts, bits, _BITS_OF_SMALLEST).to(tl.float32, bitcast=True)
+    largest = tl.full(most.shape, LARGEST, tl.float32)
+    inverse = tl.where(counts, tl.div_rn(largest, most), 0.0)
+    scale = tl.where(finite, tl.where(counts, tl.div_rn(most, largest), 0.0), float("nan"))
+    to = codes + head * HEAD_DIM + column
+    tl.store(to, ENCODE(tl.where(finite, low, 0.0) * inverse), mask=mask)
+    tl.store(to + HEAD_DIM // 2, ENCODE(tl.where(finite, high, 0.0) * inverse), mask=mask)
+    tl.store(scales + head, scale, mask=mask)
+
+
+class ScaledPages(Pages, is_format=False):
+    """Codes [num_pages, page_size, Hkv, D] of k and of v, their scales [num_pages, page_size, Hkv] in float32, and a
+    tensor of q's dtype. A subclass is a format: it says what a code is."""
+
+    __slots__ = ("k", "k_scales", "like", "v", "v_scales")
+    code: ClassVar[torch.dtype]
+    largest: ClassVar[float]  # of the codes
+    triton_scale_k, triton_scale_v = scale_k, scale_v
+    triton_prefetch = dense._prefetch
+    triton_whole_heads = True
+
+    def __init__(self, k: Tensor, v: Tensor, k_scales: Tensor, v_scales: Tensor, like: Tensor) -> None:
+        self.k, self.v, self.k_scales, self.v_scales, self.like = k, v, k_scales, v_scales, like
+
+    @classmethod
+    def allocate(
+        cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> ScaledPages:
+        shape = num_pages, page_size, num_kv_heads, head_dim
+        k, v = (torch.empty(shape, dtype=cls.code, device=device) for _ in range(2))
+        k_scales, v_scales = (torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(2))
+        return cls(k, v, k_scales, v_scales, cls._like(num_kv_heads, head_dim, dtype, device))
+
+    @staticmethod
+    def _like(num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(0, dtype=dtype, device=device)
+
+    def _like_shape(self) -> tuple[int, ...]:
+        return (0,)
+
+    @staticmethod
+    def _encode(x: Tensor) -> Tensor:
+        """The codes of values from -largest to largest."""
+        raise NotImplementedError
+
+    @staticmethod
+    def _decode(codes: Tensor, dtype: torch.dtype) -> Tensor:
+        return codes.to(dtype)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.k, self.v, self.k_scales, self.v_scales, self.like
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        num_pages, page_size, num_kv_heads, head_dim = self.k.shape
+        return num_pages, page_size, num_kv_heads, head_dim
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
+        shape, codes = ("pages", "page size", "Hkv", head_dim), (self.code,)
+        floats = (torch.float32, torch.float64)  # float64 in comparisons only
+        check_tensor(op, self.names[0], self.k, shape, dtypes=codes, dense=True)
+        check_tensor(op, self.names[1], self.v, tuple(self.k.shape), dtypes=codes, dense=True)
+        check_tensor(op, self.names[2], self.k_scales, tuple(self.k.shape[:3]), dtypes=floats, dense=True)
+        check_tensor(op, self.names[3], self.v_scales, tuple(self.k.shape[:3]), dtypes=floats, dense=True)
+        check_tensor(op, self.names[4], self.like, self._like_shape(), like=like, dense=True)
+        check_device(op, **dict(zip(self.names, self.tensors, strict=True)))
+
+    def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        for paged, scales, x in ((self.k, self.k_scales, wide(k)), (self.v, self.v_scales, wide(v))):
+            num_kv_heads, head_dim = paged.shape[-2:]
+            most = x.abs().amax(-1)
+            finite, counts = most.isfinite(), most >= SMALLEST
+            its = torch.where(counts, most / self.largest, 0.0)
+            inverse = torch.where(finite & counts, self.largest / most, 0.0)[..., None]
+            codes = self._encode(torch.where(finite[..., None], x, 0.0) * inverse)
+            paged.view(-1, num_kv_heads, head_dim)[slots] = codes
+            scales.view(-1, num_kv_heads)[slots] = torch.where(finite, its, math.nan).to(scales.dtype)
+
+    def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        k, v = self._gathered(block_table, length)
+        return k.to(self.dtype), v.to(self.dtype)
+
+    def _gathered(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
+        """k and v [Hkv, length, D] in the dtype of the scales."""
+        numbers = block_table[: -(-length // self.page_size)].long()
+        found = []
+        for paged, scales in ((self.k, self.k_scales), (self.v, self.v_scales)):
+            codes, its = (each[numbers].flatten(0, 1)[:length].transpose(0, 1) for each in (paged, scales))
+            found.append(self._decode(codes, its.dtype) * its[..., None])
+        return found[0], found[1]
+
+    def copy_page(self, to: int, source: int) -> None:
+        for tensor in (self.k, self.v, self.k_scales, self.v_scales):
+            tensor[to] = tensor[source]
+
+    def triton_arguments(self) -> ScaledPagesArguments:
+        page, token, head = self.k.stride()[:3]
+        scales_page, scales_token = self.k_scales.stride()[:2]
+        scales = self.k_scales, self.v_scales, scales_page, scales_token
+        return ScaledPagesArguments(self.k, page, token, head, self.v, *scales, self.like)

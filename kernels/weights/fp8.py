@@ -1,0 +1,100 @@
+"""The fp8 format: codes in e4m3 (a sign, four exponent and three mantissa bits, as torch.float8_e4m3fn), and a float32
+scale for each row.
+
+    w[n, k] = scale[n] * code[n, k]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..checks import check_tensor
+from .base import Weight
+
+LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
+_CHUNK = 1 << 22  # values that are converted at a time
+
+
+class Fp8(Weight):
+    """``codes`` [N, K] and ``scales`` [N] have the bits of their floats as integers, because the tests convert every
+    float tensor to float64. ``like`` is an empty tensor whose dtype is that of the matrix."""
+
+    format = "fp8"
+    names = ("codes", "scales", "like")
+    __slots__ = names
+
+    def __init__(self, codes: Tensor, scales: Tensor, like: Tensor) -> None:
+        self.codes, self.scales, self.like = codes, scales, like
+
+    @classmethod
+    def allocate(
+        cls, rows: int, columns: int, dtype: torch.dtype, empty: Callable[[tuple[int, ...], torch.dtype], Tensor]
+    ) -> Fp8:
+        return cls(empty((rows, columns), torch.uint8), empty((rows,), torch.int32), empty((0,), dtype))
+
+    @classmethod
+    def from_codes(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Fp8:
+        """Of codes [N, K] (float8_e4m3fn) and scales [N] (float32). ``dtype`` is that of the matrix. Shares the memory
+        of both."""
+        empty = torch.empty(0, dtype=dtype, device=codes.device)
+        return cls(codes.view(torch.uint8), scales.view(torch.int32), empty)
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return self.codes, self.scales, self.like
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.codes.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def check(self, op: str, name: str, shape: tuple[int | str, int | str], like: Tensor | None = None) -> None:
+        check_tensor(op, name, self.codes, shape, dtypes=(torch.uint8,))
+        check_tensor(op, f"{name}.scales", self.scales, (len(self.codes),), dtypes=(torch.int32,), dense=True)
+        if like is not None and self.like.dtype != like.dtype:
+            wanted, found = (str(each.dtype).removeprefix("torch.") for each in (like, self.like))
+            raise TypeError(f"{op}: {name} must be {wanted}, and is {found}")
+
+    def dequantise(self) -> Tensor:
+        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        step = max(1, _CHUNK // out.shape[1])
+        for start in range(0, len(out), step):
+            out[start : start + step] = self.rows(start, start + step)._matrix()
+        return out
+
+    def rows(self, start: int, stop: int) -> Fp8:
+        return Fp8(self.codes[start:stop], self.scales[start:stop], self.like)
+
+    def take(self, ids: Tensor) -> Tensor:
+        return Fp8(self.codes[ids], self.scales[ids], self.like)._matrix()
+
+    def copy_(self, matrix: Tensor) -> None:
+        """Rounds every row to the nearest codes, with the scale that makes its largest value the largest code."""
+        step = max(1, _CHUNK // matrix.shape[1])
+        for start in range(0, len(matrix), step):
+            values = matrix[start : start + step].to(torch.float32)
+            scales = values.abs().amax(1).div_(LARGEST)
+            scales[scales == 0] = 1
+            # the clamp is for quotients that round to more than LARGEST, which float8_e4m3fn has as NaN
+            codes = (values / scales[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
+            self.codes[start : start + step] = codes.view(torch.uint8)
+            self.scales[start : start + step] = scales.view(torch.int32)
+
+    def _matrix(self) -> Tensor:
+        """The values [N, K] in the dtype of the matrix."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        values = self.codes.view(torch.float8_e4m3fn).to(wide)
+        return values.mul_(self.scales.view(torch.float32).to(wide)[:, None]).to(self.dtype)

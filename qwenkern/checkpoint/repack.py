@@ -1,0 +1,62 @@
+"""Moves the blocks of a GGUF file to the layout of quantised weights (kernels/weights/grouped.py), without a change of
+any value: in C, or in torch where C cannot run."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from qwenkern.errors import CheckpointError
+from qwenkern.kernels.c import build, threads
+from qwenkern.kernels.c import repack as in_c
+from qwenkern.kernels.weights import Grouped
+
+from .blocks import read
+
+_CHUNK = 1 << 19  # weights that torch moves at a time
+
+
+def repack(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped, name: str) -> Grouped:
+    """Sets the values of a weight [N, K], of the format of ``kind``, to those of its blocks, and returns it.
+
+    blocks: uint8, contiguous (a memory-mapped, read-only view is fine). The weight lies on the CPU. name: the tensor's
+    in messages. Raises CheckpointError if the number of bytes does not fit the shape, and if a scale is not finite."""
+    rows, columns = weight.shape
+    values, size = GGML_QUANT_SIZES[kind]
+    if blocks.dtype != np.uint8 or blocks.size * values != rows * columns * size:
+        raise CheckpointError(
+            f"{name}: {blocks.size} {blocks.dtype} of {kind.name} for a matrix {list(weight.shape)}; "
+            f"expected {rows * columns // values * size} uint8: {size} for each {values} values"
+        )
+    if build.prepare() is None:
+        is_finite = in_c.repack(_as_tensor(blocks), weight)
+    else:
+        is_finite = _in_torch(blocks.reshape(rows, -1), kind, weight)
+    if not is_finite:
+        raise CheckpointError(
+            f"{name}: {kind.name} blocks with scales that are NaN or infinite; expected finite numbers"
+        )
+    return weight
+
+
+def _in_torch(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped) -> bool:
+    rows, columns = weight.shape
+    step = max(16, _CHUNK // columns // 16 * 16)
+    with torch.no_grad(), threads.one_in_torch():
+        for start in range(0, rows, step):
+            some = blocks[start : start + step]
+            parts = read(some.reshape(-1, GGML_QUANT_SIZES[kind][1]), kind)._asdict()
+            by_row = {name: part.view(len(some), -1) for name, part in parts.items() if part is not None}
+            made = weight.from_codes(by_row.pop("codes"), weight.dtype, **by_row)
+            for to, value in zip(weight.rows(start, start + len(some)).tensors, made.tensors, strict=True):
+                to.copy_(value)
+    return weight.is_finite()
+
+
+def _as_tensor(blocks: np.ndarray) -> torch.Tensor:
+    """The same memory, for as long as the array lives. torch.from_numpy warns of memory that cannot be written, such as
+    a mapped file."""
+    return torch.frombuffer((ctypes.c_uint8 * blocks.nbytes).from_address(blocks.ctypes.data), dtype=torch.uint8)

@@ -1,0 +1,171 @@
+"""The bytes of a model in use: weights and cache exactly, the rest as an allowance.
+
+Weights and pages are allocated without memory (on torch's device `meta`) by their formats' own `allocate`, and their
+bytes counted. So a new format needs no line here.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from ..cache import PAGE_SIZE
+from ..checkpoint.formats import num_vector_values
+from ..checkpoint.packing import EMBEDDING, HEAD
+from ..config import Config
+from ..kernels import Pages, Weight
+from ..kernels.pages import DensePages
+from ..kernels.weights import Dense
+
+# Allowances, in bytes. On a CPU: Python, torch and a tokenizer. On a GPU: CUDA's context, the code of the libraries and
+# their workspaces.
+OF_A_PROCESS = 512 << 20
+_LAUNCH = 32 << 10  # of a launch in a captured CUDA graph
+_LAUNCHES_OF_A_STEP, _LAUNCHES_OF_A_PROMPT, _PROMPT_LENGTHS = 6, 10, 9  # a layer has so many; engine/capture.py
+_PACKED = 2  # matrices that are multiplied by as one: gate and up
+_LOGITS_OF_A_SEQUENCE = 4  # rows of 4-byte numbers: logits, their probabilities, history and bias
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes of a model in use. ``weights`` and ``cache`` are exact, the others allowances (docs/footprint.md)."""
+
+    weights: int
+    cache: int
+    activations: int
+    graphs: int
+    process: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations + self.graphs + self.process
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A model's numbers, and in what formats its weights and its cache are kept.
+
+    matrices: by Hugging Face's name, without memory. dtype: of activations, norms, biases and dense matrices."""
+
+    config: Config
+    matrices: Mapping[str, Weight]
+    dtype: torch.dtype
+    on_gpu: bool
+    pages: type[Pages] = DensePages
+
+    @functools.cached_property
+    def weights(self) -> int:
+        """Bytes of all weights."""
+        return self.vectors + sum(self.weights_by_format.values())
+
+    @functools.cached_property
+    def weights_by_format(self) -> dict[str, int]:
+        """Bytes of the matrices in each format. Dense ones stand under their dtype."""
+        found: Counter[str] = Counter()
+        for weight in self.matrices.values():
+            found[_name(weight.dtype) if isinstance(weight, Dense) else weight.format] += weight.nbytes
+        return dict(found.most_common())
+
+    @property
+    def vectors(self) -> int:
+        """Bytes of the norms and biases."""
+        return num_vector_values(self.config) * self.dtype.itemsize
+
+    def cache(self, num_pages: int) -> int:
+        """Bytes of so many pages of all layers, and the spare one."""
+        config = self.config
+        shape = num_pages + 1, PAGE_SIZE, config.num_key_value_heads, config.head_dim
+        return config.num_hidden_layers * self.pages.allocate(*shape, self.dtype, torch.device("meta")).nbytes
+
+    @property
+    def cache_name(self) -> str:
+        """The dtype of dense pages, or the format of others."""
+        return _name(self.dtype) if self.pages is DensePages else self.pages.format
+
+    @property
+    def token(self) -> int:
+        """Bytes of a token in the cache, rounded down."""
+        return self.page // PAGE_SIZE
+
+    @staticmethod
+    def pages_for(tokens: int) -> int:
+        return -(-tokens // PAGE_SIZE)
+
+    @property
+    def page(self) -> int:
+        """Bytes of a page of all layers."""
+        return self.cache(1) - self.cache(0)
+
+    def activations(self, tokens: int, rows: int, positions: int) -> int:
+        """Bytes for a pass of so many tokens, with ``rows`` rows of logits, in a cache that reaches ``positions``."""
+        config, size = self.config, self.dtype.itemsize
+        # at the most, in the MLP: gate and up, their product, the residual stream, its norm, q and the output
+        hidden = tokens * (3 * config.intermediate_size + 4 * config.hidden_size) * size
+        angles = min(positions, config.context_length) * config.head_dim * 4
+        return hidden + rows * config.vocab_size * 4 + angles + self.scratch(tokens)
+
+    def scratch(self, tokens: int) -> int:
+        """Bytes of the largest matrix of a layer, dequantised: for its product with many tokens."""
+        if tokens <= FEW_TOKENS:
+            return 0
+        layers = [weight for name, weight in self.matrices.items() if name not in (EMBEDDING, HEAD)]
+        sizes = [math.prod(weight.shape) for weight in layers if not isinstance(weight, Dense)]
+        return _PACKED * max(sizes, default=0) * self.dtype.itemsize
+
+    def graphs(self, sequences: int) -> int:
+        """Bytes of the captured decode steps of up to so many sequences, and of the captured passes over prompts."""
+        if not self.on_gpu:
+            return 0
+        launches = _LAUNCHES_OF_A_STEP * captured_steps(sequences) + _LAUNCHES_OF_A_PROMPT * _PROMPT_LENGTHS
+        return self.config.num_hidden_layers * launches * _LAUNCH
+
+    def footprint(self, context: int, sequences: int = 1, prefill_chunk: int | None = None) -> Footprint:
+        """Of so many sequences of ``context`` tokens at once. ``prefill_chunk`` as in Model.from_pretrained."""
+        pages = sequences * self.pages_for(context)
+        tokens = min(prefill_chunk or default_chunk(self.on_gpu), sequences * context)
+        return Footprint(
+            weights=self.weights,
+            cache=self.cache(pages),
+            activations=self.activations(tokens, _LOGITS_OF_A_SEQUENCE * sequences, pages * PAGE_SIZE),
+            graphs=self.graphs(sequences),
+            process=OF_A_PROCESS,
+        )
+
+    def least(self) -> Footprint:
+        """What it takes to run at all: one page of the cache, a pass of one token, nothing captured. The process is
+        there already."""
+        return Footprint(self.weights, self.cache(1), self.activations(1, 1, PAGE_SIZE), graphs=0, process=0)
+
+    def longest_context(self, memory: int, sequences: int = 1, prefill_chunk: int | None = None) -> int:
+        """The most tokens, in whole pages, that so many sequences can have each in so many bytes; at most the model's
+        own context. 0 if nothing fits."""
+        low, high = 0, self.pages_for(self.config.context_length)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self.footprint(middle * PAGE_SIZE, sequences, prefill_chunk).total <= memory:
+                low = middle
+            else:
+                high = middle - 1
+        return min(low * PAGE_SIZE, self.config.context_length)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+FEW_TOKENS = 16  # up to so many a matrix is multiplied by as it is
+
+
+def default_chunk(on_gpu: bool) -> int:
+    """Prompt tokens in a pass, where a model is loaded without prefill_chunk."""
+    return 4096 if on_gpu else 512
+
+
+def captured_steps(sequences: int) -> int:
+    """The number of captured decode steps on a GPU: for 1, 2, 4 and 8 sequences, then for multiples of 8."""
+    return (min(sequences, 8) - 1).bit_length() + 1 + max(0, -(-sequences // 8) - 1)

@@ -1,0 +1,86 @@
+"""What ``quantize=`` asks for: dense matrices are quantised as they load, or quantised ones dequantised."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .allocation import allocate
+from .checkpoint import Checkpoint
+from .checkpoint.formats import form_of
+from .errors import RequestError, shown
+from .kernels import Weight
+from .kernels.weights import FORMATS
+
+logger = logging.getLogger(__name__)
+
+NONE = ("none", "dense")
+CHOICES = tuple(name for name in ("int8", "int4", "fp8") if name in FORMATS)
+
+
+@dataclass(frozen=True)
+class Quantisation:
+    """How the matrices of a model are stored. ``name`` is None (as the checkpoint has them), "none", or one of CHOICES.
+
+    is_quantised: whether a matrix is quantised."""
+
+    name: str | None
+    is_quantised: bool
+
+    def of(
+        self, tensors: Iterable[tuple[str, Tensor | Weight]], dtype: torch.dtype
+    ) -> Iterator[tuple[str, Tensor | Weight]]:
+        """The tensors of a checkpoint, by Hugging Face's names, stored so."""
+        dense: list[str] = []
+        for name, tensor in tensors:
+            if self.name in NONE and isinstance(tensor, Weight):
+                yield name, tensor.dequantise()
+            elif self.name in CHOICES and isinstance(tensor, Tensor) and tensor.dim() == 2:
+                weight = self.quantised(name, tensor, dtype)
+                dense += [name] if weight is None else []
+                yield name, tensor if weight is None else weight
+            else:
+                yield name, tensor
+        if dense:
+            logger.warning(
+                "%d matrices (such as %s) stay dense, because %s has no matrices of their size",
+                *(len(dense), dense[0], self.name),
+            )
+
+    def quantised(self, name: str, matrix: Tensor, dtype: torch.dtype) -> Weight | None:
+        """A matrix as a weight of the format that this quantisation has for it, in new memory on the matrix's device.
+        None if the format does not have its size. ``dtype`` is that of x."""
+        form = self.format_of(name)
+        rows, columns = matrix.shape
+        try:
+            weight = form.allocate(rows, columns, dtype, lambda shape, dtype: allocate(shape, dtype, matrix.device))
+        except RequestError:
+            raise
+        except ValueError:
+            return None
+        weight.copy_(matrix)
+        return weight
+
+    def format_of(self, name: str) -> type[Weight]:
+        """The format of a matrix; ``name`` begins with the name of its module."""
+        assert self.name is not None
+        return FORMATS[form_of(name, self.name)]
+
+
+def choose_quantisation(quantize: str | None, checkpoint: Checkpoint | None = None) -> Quantisation:
+    """What ``quantize=`` says, for a checkpoint or for random weights. Raises RequestError for another value, and for
+    one of CHOICES if the checkpoint is quantised already."""
+    if quantize is not None and (not isinstance(quantize, str) or quantize not in (*CHOICES, *NONE)):
+        names = ", ".join(map(repr, (*CHOICES, NONE[0])))
+        raise RequestError(f"quantize is {shown(quantize)}; expected None or one of {names}")
+    formats = sorted({weight.format for weight in checkpoint.formats.values()}) if checkpoint else []
+    if checkpoint and formats and quantize in CHOICES:
+        raise RequestError(
+            f"quantize is {quantize!r}, and the weights of {checkpoint.path} are quantised already "
+            f"({', '.join(formats)}); expected None, or 'none', which dequantises them"
+        )
+    return Quantisation(quantize, quantize in CHOICES or (bool(formats) and quantize is None))
