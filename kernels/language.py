@@ -141,7 +141,7 @@ def subtract_bf16x2(a, b):
         return ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | high.to(tl.int32, bitcast=True)
     else:
         return tl.inline_asm_elementwise(
-            "fma.rn.bf16x2 $0, $2, $3, $1;", "=r,r,r,r", [a, b, -0x40804080], dtype=tl.int32, is_pure=True, pack=1
+            "fma.rn.bf16x2 $0, $2, $3, $1;", "=r,r,r,r", [a, b, -0x407F4080], dtype=tl.int32, is_pure=True, pack=1
         )
 
 

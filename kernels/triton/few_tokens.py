@@ -79,7 +79,8 @@ def multiply(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -107,11 +108,16 @@ def multiply(
     first = tl.program_id(0)
     tokens = tl.arange(0, BLOCK_T)
     zeros = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
+    # What groups have in common is loaded a turn earlier, into registers, where it is too small to be copied ahead.
+    CARRIED: tl.constexpr = FORM is not None and not FORM.has_sub_scales
     if RESIDENT:
         tl.static_assert(SPLIT_K == 1)
         step = tl.num_programs(0)
         if AHEAD > 0:
             early = LOAD(weight, ROWS, args, first, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
+            early_groups = LOAD_GROUPS(weight, ROWS, args, first, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
+        elif FORM is not None:  # packed weights: in the L2 cache, because their first tile would take registers
+            PREFETCH(weight, ROWS, args, first, 0, k_size, FORM, BLOCK_N, PREFETCH_LINES)
         if LOOPS and PREFETCH_LINES > 0 and first + step < num_tiles:
             PREFETCH(weight, ROWS, args, first + step, 0, k_size, FORM, BLOCK_N, PREFETCH_LINES)
         wait(PDL)
@@ -122,12 +128,19 @@ def multiply(
         )
         x = OPERAND(x, FORM)
         if LOOPS or AHEAD == 0:
+            second = tl.minimum(first + (step if AHEAD > 0 else 0), num_tiles - 1)
+            groups = LOAD_GROUPS(weight, ROWS, args, second, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
             for tile in tl.range(first + (step if AHEAD > 0 else 0), num_tiles, step, num_stages=STAGES):
+                after = tl.minimum(tile + step, num_tiles - 1)
+                now = after if CARRIED else tile
+                next_groups = LOAD_GROUPS(weight, ROWS, args, now, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
                 piece = LOAD(weight, ROWS, args, tile, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
-                products = tl.sum(MULTIPLY(piece, x, zeros, FORM), axis=0)
+                products = tl.sum(MULTIPLY(piece, groups if CARRIED else next_groups, x, zeros, FORM), axis=0)
+                groups = next_groups
                 EPILOGUE(args, tile, products, BEFORE(args, tile, tokens, num_tokens, BLOCK_N), tokens, num_tokens)
         if AHEAD > 0:
-            EPILOGUE(args, first, tl.sum(MULTIPLY(early, x, zeros, FORM), axis=0), inputs, tokens, num_tokens)
+            products = tl.sum(MULTIPLY(early, early_groups, x, zeros, FORM), axis=0)
+            EPILOGUE(args, first, products, inputs, tokens, num_tokens)
     else:
         split = tl.program_id(1)
         k_per_split = tl.cdiv(tl.cdiv(k_size, BLOCK_K), SPLIT_K) * BLOCK_K
@@ -135,6 +148,9 @@ def multiply(
         k_end = tl.minimum(k_size, k_start + k_per_split)
         if AHEAD > 0:
             early = LOAD(weight, ROWS, args, first, k_start, k_end, FORM, BLOCK_N, AHEAD, SLICES, True)
+            early_groups = LOAD_GROUPS(weight, ROWS, args, first, k_start, k_end, FORM, BLOCK_N, AHEAD, SLICES, True)
+        at = k_start + AHEAD
+        groups = LOAD_GROUPS(weight, ROWS, args, first, at, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
         PREFETCH(weight, ROWS, args, first, k_start + AHEAD, k_end, FORM, BLOCK_N, PREFETCH_LINES)
         wait(PDL)
         inputs = BEFORE(args, first, tokens, num_tokens, BLOCK_N)
@@ -148,15 +164,18 @@ def multiply(
             k = start + block_of(BLOCK_K, SLICES)
             mask = None if EVEN_K else k < k_end
             other = None if EVEN_K else 0.0
+            after = tl.minimum(start + BLOCK_K, k_end - BLOCK_K) if EVEN_K else start + BLOCK_K
+            next_groups = LOAD_GROUPS(weight, ROWS, args, first, after, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
             piece = LOAD(weight, ROWS, args, first, start, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
             x = tl.load(x_rows + k, mask=mask, other=other)
             x = OPERAND(_streamed_x(x, norm_weight_ptr, scales, k, mask, other), FORM)
-            acc = MULTIPLY(piece, x, acc, FORM)
+            acc = MULTIPLY(piece, groups, x, acc, FORM)
+            groups = next_groups
         if AHEAD > 0:
             k = k_start + block_of(AHEAD, SLICES)
             x = tl.load(x_rows + k)
             x = OPERAND(_streamed_x(x, norm_weight_ptr, scales, k, None, None), FORM)
-            acc = MULTIPLY(early, x, acc, FORM)
+            acc = MULTIPLY(early, early_groups, x, acc, FORM)
         products = tl.sum(acc, axis=0)
         last = True
         if SPLIT_K > 1:

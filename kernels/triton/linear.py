@@ -106,7 +106,8 @@ def _linear_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -131,8 +132,8 @@ def _linear_kernel(
     epilogue: tl.constexpr = _finish_gated if GATED else _finish_linear
     multiply(
         args, x_ptr, norm_weight_ptr, weight, parts_ptr, arrivals_ptr, num_tokens, num_tiles, k_size, x_stride, eps,
-        LOAD, OPERAND, MULTIPLY, PREFETCH, FORM, rows, before, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
-        SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES, PDL,
+        LOAD, LOAD_GROUPS, OPERAND, MULTIPLY, PREFETCH, FORM, rows, before, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N,
+        BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES, PDL,
     )  # fmt: skip
 
 

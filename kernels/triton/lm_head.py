@@ -88,7 +88,8 @@ def _lm_head_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -112,8 +113,8 @@ def _lm_head_kernel(
     epilogue: tl.constexpr = _store_candidates if TOP_K > 0 else _store_logits
     multiply(
         (args, TOP_K), x_ptr, norm_weight_ptr, weight, None, None, num_tokens, num_tiles, k_size, x_stride, eps, LOAD,
-        OPERAND, MULTIPLY, PREFETCH, FORM, _rows, reads_nothing, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD,
-        SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES, PDL,
+        LOAD_GROUPS, OPERAND, MULTIPLY, PREFETCH, FORM, _rows, reads_nothing, epilogue, BLOCK_T, BLOCK_ROW, BLOCK_N,
+        BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES, PDL,
     )  # fmt: skip
 
 

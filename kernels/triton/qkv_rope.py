@@ -48,6 +48,7 @@ class RopeArguments(NamedTuple):
 def _place(tile, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The head of a tile, and the tile's first element in each half of that head."""
     tiles: tl.constexpr = HEAD_DIM // BLOCK_N
+    tile = tl.cast(tile, tl.int32)  # under the interpreter the variable of a loop is a plain number
     return tile // tiles, tile % tiles * (BLOCK_N // 2)
 
 
@@ -126,7 +127,8 @@ def _norm_qkv_rope_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the four after it
+    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
     PREFETCH: tl.constexpr,
@@ -151,9 +153,9 @@ def _norm_qkv_rope_kernel(
     tl.static_assert(SPLIT_K == 1)
     multiply(
         (args, HEAD_DIM, STORE_K, STORE_V), x_ptr, norm_weight_ptr, weight, None, None, num_tokens, num_tiles, k_size,
-        x_stride, eps, LOAD, OPERAND, MULTIPLY, PREFETCH, FORM, _rows, _bias_angles_and_slots, _rotate_and_store,
-        BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS, PREFETCH_LINES, STAGES,
-        PDL,
+        x_stride, eps, LOAD, LOAD_GROUPS, OPERAND, MULTIPLY, PREFETCH, FORM, _rows, _bias_angles_and_slots,
+        _rotate_and_store, BLOCK_T, BLOCK_ROW, BLOCK_N, BLOCK_K, AHEAD, SPLIT_K, SLICES, EVEN_K, RESIDENT, LOOPS,
+        PREFETCH_LINES, STAGES, PDL,
     )  # fmt: skip
 
 

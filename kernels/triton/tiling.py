@@ -119,41 +119,42 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
 
 @tuning.remember
 def grouped_config(
-    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, bits: int
+    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, group: int
 ) -> dict[str, Any]:
-    """The configuration of a linear kernel over a weight [N, K] of tiles of 16 rows. ``bits`` are those of a value, and
+    """The configuration of a linear kernel over a weight [N, K] of tiles of 16 rows, whose rows take ``row`` bytes.
     ``itemsize`` is that of x. What determines the order of summation does not depend on the number of tokens."""
-    paired, ahead = op in PAIRED, device.backend == "cuda" and device.capability >= 90
-    memory = device.shared_memory - 16384
-    block_n = 32 if paired or n >= 64 * device.num_sms else 16
-    if k * itemsize <= RESIDENT:
-        block_k = max(32, next_power_of_2(k))
-        tile, x = block_n * block_k * bits // 7, block_k * tokens * itemsize
-        stages = 4 if 3 * tile + x <= memory else 3
-        programs = max(1, min(2, memory // ((stages - 1) * tile + x)))
+    paired, on_cuda = op in PAIRED, device.backend == "cuda" and not INTERPRETED
+    block_n = 32 if n % 32 == 0 or paired else 16
+    memory = device.shared_memory - 8192 - 512 * block_n  # partial sums of the warps
+    block_k = max(32, next_power_of_2(k))
+    tile = block_n * row * block_k // k
+    # Groups of 16 values have so many products that those of a whole row do not fit the registers.
+    if k * itemsize <= RESIDENT and group >= 32 and tile + 2 * MAX_TOKENS * block_k * itemsize <= memory:
+        x = tokens * block_k * itemsize
+        stages = max(2, min(3, 1 + (memory - x) // tile))
         return {
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
-            "AHEAD": block_k if ahead else 0,
+            "AHEAD": 0,
             "SPLIT_K": 1,
-            "PROGRAMS": programs,
-            "PREFETCH_LINES": 0,
-            "num_warps": max(1, min(8, block_k // 256)),
+            "PROGRAMS": max(1, min(2, (memory + 8192) // ((stages - 1) * tile + x))),
+            "PREFETCH_LINES": next_power_of_2(row * 16 // 256) if on_cuda else 0,
+            "num_warps": max(1, min(8, block_k // 128)),
             "num_stages": stages,
         }
-    block_k = 1024
-    while 2 * block_k * (block_n * bits // 7 + MAX_TOKENS * itemsize) > memory or block_k >= 2 * k:
+    block_k = 1024 if group >= 32 else 512
+    while 2 * block_k * (block_n * row // k + 1 + MAX_TOKENS * itemsize) > memory or block_k >= 2 * k:
         block_k //= 2
-    split_k = 1 if paired or op == "lm_head" else max(1, min(round(device.num_sms * block_n / n), 8, k // 2048))
-    stages = memory // (block_k * (block_n * bits // 7 + tokens * itemsize))
-    early = 2 * block_k if ahead and k // split_k >= 4 * block_k else 0
+    split_k = 1 if paired or op == "lm_head" else max(1, min(round(2 * device.num_sms * block_n / n), 8, k // 1024))
+    neighbours = 1 if n * split_k <= device.num_sms * block_n else 2  # programs on one multiprocessor
+    stages = memory // neighbours // (block_k * (block_n * row // k + 1 + tokens * itemsize))
     return {
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "AHEAD": early,
+        "AHEAD": 0,
         "SPLIT_K": split_k,
         "PROGRAMS": 0,
-        "PREFETCH_LINES": 0,
+        "PREFETCH_LINES": next_power_of_2(row * block_k // k * 16 // 64) if on_cuda else 0,
         "num_warps": max(1, min(8, block_k // 128)),
         "num_stages": 1 + max(1, min(5, stages - 1)),
     }
@@ -171,7 +172,12 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
     device = tuning.device_of(x)
     block_t = padded(num_tokens, device)
     if isinstance(weight, Grouped):
-        found = grouped_config(op, device, len(weight), k_size, block_t, x.element_size(), weight.bits)
+        # With one column, Triton 3.7 exchanges the halves of a tile of 32 rows in every other product of a batch.
+        block_t = max(2, block_t)
+    if isinstance(weight, Grouped):
+        row = weight.nbytes // len(weight)
+        group = weight.values_of_group
+        found = grouped_config(op, device, len(weight), k_size, block_t, x.element_size(), row, group & -group)
     else:
         found = config(op, device, len(weight), k_size, block_t, x.element_size())
     chosen = dict(found)
@@ -181,6 +187,7 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
     grid = min(tiles, programs) if programs else tiles
     constants = chosen | {
         "LOAD": weight.triton_load,
+        "LOAD_GROUPS": weight.triton_load_groups,
         "OPERAND": weight.triton_operand,
         "MULTIPLY": weight.triton_multiply,
         "PREFETCH": weight.triton_prefetch,

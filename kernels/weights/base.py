@@ -27,9 +27,11 @@ class Weight:
         triton_load(weight, ROWS, args, tile, start, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
             loads BLOCK_K columns from ``start`` on, of a tile. Those from ``k_end`` on count as zero; EVEN_K says that
             there are none.
+        triton_load_groups(the same arguments)
+            what groups of those values have in common. A kernel loads it one tile or block earlier.
         triton_operand(x, FORM)
             of tokens x [SLICES, BLOCK_T, BLOCK_K / SLICES], zero from k_end on: what triton_multiply takes.
-        triton_multiply(piece, x, acc, FORM)
+        triton_multiply(piece, groups, x, acc, FORM)
             what was loaded times the operand, added to acc [SLICES, BLOCK_N, BLOCK_T] float32. The sum over SLICES
             is the result. Each token's bits are the same whatever tokens are beside it.
         triton_prefetch(weight, ROWS, args, tile, k_start, k_end, FORM, BLOCK_N, LINES)
@@ -47,6 +49,7 @@ class Weight:
     triton_capability: ClassVar[int] = 0
     row_tile: ClassVar[int] = 1
     triton_load: ClassVar[Callable | None] = None
+    triton_load_groups: ClassVar[Callable | None] = None
     triton_operand: ClassVar[Callable | None] = None
     triton_multiply: ClassVar[Callable | None] = None
     triton_prefetch: ClassVar[Callable | None] = None
@@ -132,4 +135,11 @@ REQUIRED = (
     "take",
     "copy_",
 )
-TRITON = ("triton_load", "triton_operand", "triton_multiply", "triton_prefetch", "triton_arguments")
+TRITON = (
+    "triton_load",
+    "triton_load_groups",
+    "triton_operand",
+    "triton_multiply",
+    "triton_prefetch",
+    "triton_arguments",
+)

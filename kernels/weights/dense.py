@@ -31,12 +31,20 @@ def _load(
 
 
 @triton.jit
+def _load_groups(
+    weight, ROWS: tl.constexpr, args, tile, start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    return 0
+
+
+@triton.jit
 def _operand(x, FORM: tl.constexpr):
     return tl.permute(x, [0, 2, 1])
 
 
 @triton.jit
-def _multiply(piece, x, acc, FORM: tl.constexpr):
+def _multiply(piece, groups, x, acc, FORM: tl.constexpr):
     return dot(piece, x, acc)
 
 
@@ -58,6 +66,7 @@ class Dense(Weight):
     format = "dense"
     names = ("weight",)
     triton_load = _load
+    triton_load_groups = _load_groups
     triton_operand = _operand
     triton_multiply = _multiply
     triton_prefetch = _prefetch

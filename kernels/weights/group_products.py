@@ -6,7 +6,8 @@ point and its offset, is applied once to its sum, in float32:
     out[n, t] = sum over groups of  scale[n, g] (dot(code + BASE, x) - (zero[n, g] + BASE) sum(x)) + offset[n, g] sum(x)
 
 The products of DEPTH values of k, which one group has, are a matrix product of their own; all of a block are a batch of
-products, whose members the warps share. A batch's values of k are in the order in which codes leave the packed words:
+products, whose members the warps share. (If a group has 16 values, the first halves of all words come before the
+second halves.) A product's values of k are in the order in which codes leave the packed words:
 
     16 values of k       0  8  4 12 | 1  9  5 13 | 2 10  6 14 | 3 11  7 15        word j holds the j-th quarter
 
@@ -31,6 +32,7 @@ class GroupArguments(NamedTuple):
     sub_scales: Any  # int8 or uint8 [N / 16, groups, 16], or None
     sub_minima: Any  # uint8, shape of sub_scales; or None
     zeros: Any  # uint8 [N / 16, groups, 16], or None
+    places: Any  # int32 [4], the numbers 0 to 3; or None
     tiles: Any  # K / 32
     groups: Any  # of a row
 
@@ -42,6 +44,7 @@ class GroupNumbers(NamedTuple):
     group: int  # values of a group
     step: int  # the largest power of two that divides it
     has_offset: bool
+    has_sub_scales: bool
     has_zeros: bool
     zero: int  # if there are no zeros
     middle: int  # of the codes: what float16 and float32 values are taken from, for small numbers
@@ -52,48 +55,61 @@ def load(
     weight, ROWS: tl.constexpr, args, tile, start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """The packed words of a tile, and the numbers of its groups. A tuple holds no None in Triton: what a format lacks
-    is something else there, which nothing reads."""
-    DEPTH: tl.constexpr = min(FORM.step, BLOCK_K // SLICES)
-    STEP: tl.constexpr = max(DEPTH, 32)  # values of k of whole words
+    """The packed words of a tile. A tuple holds no None in Triton: what a format lacks is something else there, which
+    nothing reads."""
+    STEP: tl.constexpr = max(min(FORM.step, BLOCK_K // SLICES), 32)  # values of k of whole words
     WORDS: tl.constexpr = 8 if FORM.bits == 8 else 4
     codes = _words(weight.codes, weight.tiles, ROWS, args, tile, start, k_end, WORDS, STEP, BLOCK_N, BLOCK_K, EVEN_K)
     high = codes
+    places = codes
     if weight.high is not None:
+        # Of what is loaded, and not of tl.arange, Triton makes the operands in the registers where they are needed.
+        places = tl.load(weight.places + tl.arange(0, 4))
         high = _words(
             weight.high, weight.tiles, ROWS, args, tile, start, k_end, FORM.bits - 4, STEP, BLOCK_N, BLOCK_K, EVEN_K
         )  # fmt: skip
+    return codes, high, places
+
+
+@triton.jit
+def load_groups(
+    weight, ROWS: tl.constexpr, args, tile, start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EVEN_K: tl.constexpr,
+):  # fmt: skip
+    """What the groups of a tile have: [batch, BLOCK_N] of each tensor, as it lies in memory."""
+    DEPTH: tl.constexpr = min(FORM.step, BLOCK_K // SLICES)
     local = tl.arange(0, BLOCK_N)
     row_tile = ROWS(args, tile, local // 16 * 16, BLOCK_N) // 16
-    k = (start + tl.arange(0, BLOCK_K // DEPTH) * DEPTH)[:, None]
+    HALVES: tl.constexpr = max(1, 32 // DEPTH)
+    member = tl.arange(0, BLOCK_K // DEPTH)
+    TILES: tl.constexpr = BLOCK_K // DEPTH // HALVES
+    k = (start + member % TILES * (HALVES * DEPTH) + member // TILES * DEPTH)[:, None]
     mask = None if EVEN_K else tl.broadcast_to(k < k_end, [BLOCK_K // DEPTH, BLOCK_N])
+    other = None if EVEN_K else 0
     of_group = (row_tile * (weight.groups * 16))[None, :] + k // FORM.group * 16 + (local % 16)[None, :]
     of_scale = of_group
     if weight.sub_scales is not None:
         of_scale = (row_tile * (weight.tiles // 8 * 16))[None, :] + k // 256 * 16 + (local % 16)[None, :]
-    scale = _floats(weight.scales, of_scale, mask, EVEN_K)
-    offset = scale
+    scales = tl.load(weight.scales + of_scale, mask=mask, other=other)
+    minima = scales
     if weight.minima is not None:
-        offset = _floats(weight.minima, of_scale, mask, EVEN_K)
+        minima = tl.load(weight.minima + of_scale, mask=mask, other=other)
+    sub_scales = scales
     if weight.sub_scales is not None:
-        scale *= _integers(weight.sub_scales, of_group, mask, EVEN_K)
+        sub_scales = tl.load(weight.sub_scales + of_group, mask=mask, other=other)
+    sub_minima = scales
     if weight.sub_minima is not None:
-        offset *= -_integers(weight.sub_minima, of_group, mask, EVEN_K)
-    zero = scale
+        sub_minima = tl.load(weight.sub_minima + of_group, mask=mask, other=other)
+    zeros = scales
     if weight.zeros is not None:
-        zero = _integers(weight.zeros, of_group, mask, EVEN_K)
-    return codes, high, scale, offset, zero
+        zeros = tl.load(weight.zeros + of_group, mask=mask, other=other)
+    return scales, minima, sub_scales, sub_minima, zeros
 
 
 @triton.jit
-def _floats(ptr, at, mask, EVEN_K: tl.constexpr):
-    FLOAT: tl.constexpr = tl.float16 if ptr.dtype.element_ty == tl.int16 else tl.float32
-    return tl.load(ptr + at, mask=mask, other=None if EVEN_K else 0).to(FLOAT, bitcast=True).to(tl.float32)
-
-
-@triton.jit
-def _integers(ptr, at, mask, EVEN_K: tl.constexpr):
-    return tl.load(ptr + at, mask=mask, other=None if EVEN_K else 0).to(tl.float32)
+def _floats(bits):
+    FLOAT: tl.constexpr = tl.float16 if bits.dtype == tl.int16 else tl.float32
+    return bits.to(FLOAT, bitcast=True).to(tl.float32)
 
 
 @triton.jit
@@ -122,8 +138,9 @@ def operand(x, FORM: tl.constexpr):
     BLOCK_T: tl.constexpr = x.shape[1]
     DEPTH: tl.constexpr = min(FORM.step, x.shape[2])
     BATCH: tl.constexpr = SLICES * (x.shape[2] // DEPTH)
-    x = tl.reshape(x, [SLICES, BLOCK_T, BATCH // SLICES, DEPTH // 16, 2, 2, 4])
-    x = tl.reshape(tl.permute(x, [0, 2, 3, 6, 5, 4, 1]), [BATCH, DEPTH, BLOCK_T])
+    HALVES: tl.constexpr = max(1, 32 // DEPTH)
+    x = tl.reshape(x, [SLICES, BLOCK_T, BATCH // SLICES // HALVES, HALVES, DEPTH // 16, 2, 2, 4])
+    x = tl.reshape(tl.permute(x, [3, 0, 2, 4, 7, 6, 5, 1]), [BATCH, DEPTH, BLOCK_T])
     # As a matrix product, because its order of summation does not depend on the number of tokens.
     ones = tl.full([BATCH, 16, DEPTH], 1.0, tl.float32).to(x.dtype)
     sums = tl.max(dot(ones, x, tl.zeros([BATCH, 16, BLOCK_T], tl.float32)), axis=1)
@@ -131,9 +148,10 @@ def operand(x, FORM: tl.constexpr):
 
 
 @triton.jit
-def multiply(piece, x, acc, FORM: tl.constexpr):
+def multiply(piece, groups, x, acc, FORM: tl.constexpr):
     """The products of a tile with x, added to acc [SLICES, BLOCK_N, BLOCK_T] float32."""
-    codes, high, scale, offset, zero = piece
+    codes, high, places = piece
+    scales, minima, sub_scales, sub_minima, zeros = groups
     values, sums = x
     BATCH: tl.constexpr = values.shape[0]
     SLICES: tl.constexpr = acc.shape[0]
@@ -143,45 +161,52 @@ def multiply(piece, x, acc, FORM: tl.constexpr):
     if FORM.bits == 8:
         weights = _unpack_bytes(codes, values.dtype)
     else:
-        weights = _unpack_nibbles(codes, high, values.dtype, FORM.bits, FORM.middle)
+        weights = _unpack_nibbles(codes, high, places, values.dtype, FORM.bits, FORM.middle)
     if values.shape[1] == 16:  # the two groups of a word
         shape: tl.constexpr = [BATCH // 2, BLOCK_N, 2, 16]
-        weights = tl.permute(tl.reshape(weights, shape), [0, 2, 1, 3])
+        weights = tl.permute(tl.reshape(weights, shape), [2, 0, 1, 3])
     weights = tl.reshape(weights, [BATCH, BLOCK_N, values.shape[1]])
     if FORM.has_zeros:
-        products = tl.broadcast_to(-(zero[:, :, None] + BASE) * sums, [BATCH, BLOCK_N, BLOCK_T])
+        zero = zeros.to(tl.float32)[:, :, None]
+        products = tl.broadcast_to(-(zero + BASE) * sums, [BATCH, BLOCK_N, BLOCK_T])
     elif FORM.zero + BASE != 0:
         products = tl.broadcast_to(sums * -(FORM.zero + BASE), [BATCH, BLOCK_N, BLOCK_T])
     else:
         products = tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32)
+    scale = _floats(scales)
+    if FORM.has_sub_scales:
+        scale *= sub_scales.to(tl.float32)
     products = dot(weights, values, products) * scale[:, :, None]
     if FORM.has_offset:
+        offset = _floats(minima)
+        if FORM.has_sub_scales:
+            offset *= -sub_minima.to(tl.float32)
         products += offset[:, :, None] * sums
     # The warps share a batch member by member, so a thread has all that it adds here.
     return acc + tl.sum(tl.reshape(products, [BATCH // SLICES, SLICES, BLOCK_N, BLOCK_T]), axis=0)
 
 
 @triton.jit
-def _unpack_nibbles(codes, high, dtype: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
+def _unpack_nibbles(codes, high, places, dtype: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
     """Codes [batch, rows, K / 32, 4] of up to 6 bits, in the order of ``operand``: in bfloat16 with 128 added, in other
     dtypes less MIDDLE."""
-    first = tl.join(_pair(codes, high, 0, 0, dtype, BITS), _pair(codes, high, 0, 1, dtype, BITS))
-    second = tl.join(_pair(codes, high, 1, 0, dtype, BITS), _pair(codes, high, 1, 1, dtype, BITS))
+    first = tl.join(_pair(codes, high, places, 0, 0, dtype, BITS), _pair(codes, high, places, 0, 1, dtype, BITS))
+    second = tl.join(_pair(codes, high, places, 1, 0, dtype, BITS), _pair(codes, high, places, 1, 1, dtype, BITS))
     # [batch, rows, tile, j, place, half] -> [batch, rows, tile, half, j, place]
     pairs = tl.permute(tl.join(first, second), [0, 1, 2, 5, 3, 4])
     return _split(pairs if dtype == tl.bfloat16 else pairs - MIDDLE * 0x00010001, dtype)
 
 
 @triton.jit
-def _pair(codes, high, HALF: tl.constexpr, PLACE: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr):
+def _pair(codes, high, places, HALF: tl.constexpr, PLACE: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr):
     """Values k = 16 HALF + 4 PLACE + j and k + 8 of the words j, in 16 bits each."""
     pair = masked_or(codes >> (8 * PLACE + 4 * HALF), 0x000F000F, 0x43004300 if dtype == tl.bfloat16 else 0)
     if BITS == 5:
-        bits = high >> tl.arange(0, 4)[None, None, None, :]
+        bits = high >> places[None, None, None, :]
         pair = masked_or(_right(bits, 8 * PLACE + 4 * HALF - 4), 0x00100010, pair)
     if BITS == 6:
         low, up = tl.split(high)
-        bits = (up if HALF else low)[:, :, :, None] >> (2 * tl.arange(0, 4))[None, None, None, :]
+        bits = (up if HALF else low)[:, :, :, None] >> (2 * places)[None, None, None, :]
         pair = masked_or(_right(bits, 8 * PLACE - 4), 0x00300030, pair)
     return pair
 

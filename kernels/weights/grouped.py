@@ -23,6 +23,7 @@ GPU finds the codes of a nibble at the same place in every word, so it unpacks w
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -60,6 +61,7 @@ class Grouped(Weight, is_format=False):
 
     row_tile = ROWS
     triton_load = group_products.load
+    triton_load_groups = group_products.load_groups
     triton_operand = group_products.operand
     triton_multiply = group_products.multiply
     triton_prefetch = group_products.prefetch
@@ -243,14 +245,20 @@ class Grouped(Weight, is_format=False):
         groups = self.scales if self.sub_scales is None else self.sub_scales
         return GroupArguments(
             self.codes, self.high, self.scales, self.minima, self.sub_scales, self.sub_minima, self.zeros,
-            self.codes.shape[1], groups.shape[1],
+            None if self.high is None else _places(self.device), self.codes.shape[1], groups.shape[1],
         )  # fmt: skip
 
     def triton_numbers(self) -> GroupNumbers:
         group = self.values_of_group
-        middle = 1 << self.bits - 1 if self.zero is None else self.zero
         return GroupNumbers(
-            self.bits, group, group & -group, self.has_minima, self.zero is None, self.zero or 0, middle
+            bits=self.bits,
+            group=group,
+            step=group & -group,
+            has_offset=self.has_minima,
+            has_sub_scales=self.super_scales,
+            has_zeros=self.zero is None,
+            zero=self.zero or 0,
+            middle=1 << self.bits - 1 if self.zero is None else self.zero,
         )
 
     def unpacked(self) -> Tensor:
@@ -286,6 +294,11 @@ class Grouped(Weight, is_format=False):
         if offset is not None:
             values += offset[..., None]
         return values.view(codes.shape).to(self.dtype)
+
+
+@functools.cache
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(4, dtype=torch.int32, device=device)
 
 
 def _group(columns: int, zeros: Tensor) -> int:

@@ -246,7 +246,7 @@ MUTATIONS = [
     Mutation(
         "what was loaded early is forgotten",
         "triton/few_tokens.py",
-        "            acc = MULTIPLY(early, x, acc, FORM)",
+        "            acc = MULTIPLY(early, early_groups, x, acc, FORM)",
         "            pass",
         test_programs_share_a_tile,
         {"tokens": 1},

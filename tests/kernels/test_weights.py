@@ -152,13 +152,13 @@ def test_a_member_that_is_missing_is_named(form, but):
 
 
 @pytest.mark.parametrize(
-    "but", ["triton_load", "triton_operand", "triton_multiply", "triton_prefetch", "triton_arguments"]
+    "but", ["load", "load_groups", "operand", "multiply", "prefetch", "arguments"], ids=lambda but: f"triton_{but}"
 )
 def test_a_piece_for_triton_that_is_missing_is_named(form, but):
     if FORMATS[form].triton_load is None:
         pytest.skip("has none of them")
-    with pytest.raises(TypeError, match=f"does not define {but}; expected all of triton_load, .* or none"):
-        type("Partial", (Weight,), members(form, but) | {"format": "partial"})
+    with pytest.raises(TypeError, match=f"does not define triton_{but}; expected all of triton_load, .* or none"):
+        type("Partial", (Weight,), members(form, f"triton_{but}") | {"format": "partial"})
 
 
 def test_a_name_belongs_to_one_format(form):

@@ -138,6 +138,23 @@ def test_permuted_bytes():
         assert compute("prmt.b32", "u32", ("u32", x), ("u32", y), ("u32", selector)).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("table", "of"),
+    [
+        (0xEA, lambda a, b, c: a & b | c),
+        (0x6A, lambda a, b, c: (a & b) ^ c),
+        (0xCA, lambda a, b, c: a & b | ~a & c),
+        (0x01, lambda a, b, c: ~(a | b | c)),
+    ],
+)
+def test_three_bits_at_a_time(table, of):
+    for seed in range(TIMES):
+        a, b, c = (integers("u32", seed + 100 * i) for i in range(3))
+        expected = [of(*each) & 0xFFFFFFFF for each in zip(a, b, c, strict=True)]
+        given = ("u32", [table] * len(a))
+        assert compute("lop3.b32", "u32", ("u32", a), ("u32", b), ("u32", c), given).tolist() == expected
+
+
 @pytest.mark.parametrize("t", ["s32", "u32"])
 def test_bit_fields(t):
     """Bit by bit, as the specification has it."""

@@ -91,6 +91,15 @@ def prmt(x: Array, y: Array, selector: Array) -> Array:
     return result
 
 
+def lop3(x: Array, y: Array, z: Array, table: Array) -> Array:
+    """9.7.8.6: each bit of the result is that of the table whose number the bits of x, y and z are."""
+    result = np.zeros_like(x)
+    for number in range(8):
+        chosen = [each if number >> 2 - place & 1 else ~each for place, each in enumerate((x, y, z))]
+        result |= chosen[0] & chosen[1] & chosen[2] & -(table >> U32(number) & U32(1))
+    return result
+
+
 for t in (*SIGNED, *UNSIGNED):
     define(f"add.{t}", operator.add, t, t, t)
     define(f"sub.{t}", operator.sub, t, t, t)
@@ -110,6 +119,7 @@ for t in SIGNED:
 for t in ("s32", "u32"):
     define(f"bfe.{t}", bfe, t, t, "u32", "u32")
 define("prmt.b32", prmt, "u32", "u32", "u32", "u32")
+define("lop3.b32", lop3, "u32", "u32", "u32", "u32", "u32")
 
 for t in ("b32", "b64"):
     define(
