@@ -46,7 +46,7 @@ def nearest(matrix: Tensor, form: type[Grouped], group: int) -> Rounded:
     step = low = error = None
     for shrink in SHRINK:
         found = _range(form, width * shrink, least * shrink)
-        missed = (_values(_codes(values, form, found), found) - values).square_().sum(-1, keepdim=True)
+        missed = _squared_error(values, form, found)
         if error is None or step is None or low is None:
             step, low, error = found.step, least * shrink, missed
         else:
@@ -72,8 +72,13 @@ def _codes(values: Tensor, form: type[Grouped], found: Range) -> Tensor:
     return ((values - found.low) / step + found.zero).round_().clamp_(0, form.levels - 1)
 
 
-def _values(codes: Tensor, found: Range) -> Tensor:
-    return (codes - found.zero) * found.step + found.low
+def _squared_error(values: Tensor, form: type[Grouped], found: Range) -> Tensor:
+    """The squared error of each group, [N, groups, 1]: few passes over the values, since it is computed for many
+    ranges."""
+    inverse = torch.where(found.step == 0, 0.0, 1 / found.step)
+    exact = torch.addcmul(found.zero - found.low * inverse, values, inverse)  # codes before they are rounded
+    missed = exact.round().clamp_(0, form.levels - 1).sub_(exact).square_().sum(-1, keepdim=True)
+    return torch.where(found.step == 0, (values - found.low).square().sum(-1, keepdim=True), missed * found.step**2)
 
 
 def _stored(form: type[Grouped], step: Tensor, low: Tensor) -> tuple[Range, dict[str, Tensor]]:
