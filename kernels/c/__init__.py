@@ -30,7 +30,8 @@ take them, or None. A refusal compiles, allocates and measures nothing: ``prepar
     compiler.py       how it is compiled             operands.h    the operands of products
     targets.py        for which processors           panels.h      products of many rows
     choose.py         what is fastest                ceilings.c    loops that measure the processor's limits
-    kept.py           the folder of compiled libraries and measurements
+    kept.py           the folder of measurements     codes.h       8 and 16 bits as floats
+                      and compiled libraries
 """
 
 from . import threads

@@ -5,7 +5,7 @@
  * NaN has a code, which is never stored. pages.h says what the functions of a format are. */
 #ifndef FP8_PAGES_H
 #define FP8_PAGES_H
-#include "vectors.h"
+#include "codes.h"
 
 typedef uint8_t fp8_code;
 enum { fp8_largest = 448, fp8_channels = 0 };
@@ -21,7 +21,7 @@ ALWAYS floats fp8_load(const uint8_t *codes) {
     bytes values;
     memcpy(&values, codes, sizeof values);
     halves wide = __builtin_convertvector(values, halves);
-    return widen_float16((wide & 0x80) << 8 | (wide & 0x7F) << 7) * 256;
+    return half_to_float((wide & 0x80) << 8 | (wide & 0x7F) << 7) * 256;
 }
 
 /* Rounds to nearest, ties to even */

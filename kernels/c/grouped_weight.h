@@ -17,6 +17,7 @@
  * sums of rows need no other order. The formats differ in the facts below, which the compiler knows in every loop. */
 #ifndef GROUPED_WEIGHT_H
 #define GROUPED_WEIGHT_H
+#include "codes.h"
 #include "planes.h"
 #include "weight_formats.h"
 
@@ -55,55 +56,10 @@ ALWAYS grouped_kind kind_of(const int format) {
 #define CODE_WORDS(KIND) ((KIND).bits == 8 ? 8 : 4) /* words of a row in a tile */
 #define HIGH_WORDS(KIND) ((KIND).bits == 5 ? 1 : (KIND).bits == 6 ? 2 : 0)
 
-/* 16-bit floats as floats */
-ALWAYS floats half_floats(const uint16_t *from) {
-#if LANES == 16
-    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-#elif LANES == 8
-    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-#elif defined(__aarch64__)
-    return (floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
-#else
-    pairs bits;
-    for (int i = 0; i < LANES; i++) bits[i] = from[i];
-    pairs size = (bits & 0x7FFF) << 13, is_large = (pairs)((ints)size >= 0x0F800000); /* infinity or NaN */
-    floats value = (floats)size * 0x1p112f; /* also of subnormals: the exponents' biases differ by 112 */
-    return (floats)((is_large & (size | 0x7F800000)) | (~is_large & (pairs)value) | (bits & 0x8000) << 16);
-#endif
-}
-
-/* Bytes as floats */
-ALWAYS floats byte_floats(const uint8_t *from, const int are_signed) {
-#if LANES == 16
-    __m128i bytes = _mm_loadu_si128((const __m128i *)from);
-    return (floats)_mm512_cvtepi32_ps(are_signed ? _mm512_cvtepi8_epi32(bytes) : _mm512_cvtepu8_epi32(bytes));
-#elif LANES == 8
-    __m128i bytes = _mm_loadl_epi64((const __m128i *)from);
-    return (floats)_mm256_cvtepi32_ps(are_signed ? _mm256_cvtepi8_epi32(bytes) : _mm256_cvtepu8_epi32(bytes));
-#else
-    ints values;
-    for (int i = 0; i < LANES; i++) values[i] = are_signed ? (int8_t)from[i] : from[i];
-    return __builtin_convertvector(values, floats);
-#endif
-}
-
 ALWAYS quads load_quads(const uint32_t *from) {
     quads values;
     memcpy(&values, from, sizeof values);
     return values;
-}
-
-/* A 16-bit float as a float */
-static inline float half_float(uint16_t bits) {
-    uint32_t size = (uint32_t)(bits & 0x7FFF) << 13, whole;
-    float value;
-    memcpy(&value, &size, sizeof value);
-    value *= 0x1p112f; /* the exponents' biases differ by 112 */
-    memcpy(&whole, &value, sizeof whole);
-    if (size >= 0x0F800000) whole = size | 0x7F800000; /* infinity or NaN */
-    whole |= (uint32_t)(bits & 0x8000) << 16;
-    memcpy(&value, &whole, sizeof value);
-    return value;
 }
 
 /* One value of a matrix whose rows have K values. It specifies what the faster functions below read. */

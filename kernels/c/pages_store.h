@@ -4,11 +4,11 @@
  *     scale = m / largest
  *     code  = the code nearest to x * (largest / m)
  *
- * A head with a NaN or an infinity gets the scale NaN, so that the model reports it. If all values are below SMALLEST,
+ * A head with a NaN or an infinity gets the scale NaN, so that the model reports it. If all values are below LEAST_VALUE,
  * the scale is 0. */
 #ifndef PAGES_STORE_H
 #define PAGES_STORE_H
-#define SMALLEST 0x1p-100f
+#define LEAST_VALUE 0x1p-100f
 
 ALWAYS floats to_store(const real *x, const real *channels, long d) {
     floats value = load_reals(x + d);
@@ -43,8 +43,8 @@ ALWAYS void store_head(const int format, void *codes, float *scale, const real *
             memset(codes, 0, D * code_size(format));
             return;
         }
-        *scale = most < SMALLEST ? 0 : most / largest;
-        inverse = most < SMALLEST ? 0 : largest / most;
+        *scale = most < LEAST_VALUE ? 0 : most / largest;
+        inverse = most < LEAST_VALUE ? 0 : largest / most;
     }
     for (long d = 0; d < D; d += LANES) encode(format, codes, d, to_store(x, channels, d) * inverse);
 }

@@ -2,16 +2,16 @@
  *
  *     for each value i:   out[i] = round(gate[i] / (1 + exp(-gate[i]))) * up[i]
  *
- * A task is PART values of a row, so a single long row keeps several threads busy. */
+ * A task is RUN_OF_ROW values of a row, so a single long row keeps several threads busy. */
 #include "team.h"
 #include "vectors.h"
 
-#define PART 2048
+#define RUN_OF_ROW 2048
 
 void silu_mul(const silu_mul_args *args, worker *me) {
-    const long parts = ceil_div(args->row_size, PART);
+    const long parts = ceil_div(args->row_size, RUN_OF_ROW);
     for (long task = first_task(me, args->num_tokens * parts); task >= 0; task = next_task(me)) {
-        long token = task / parts, i = task % parts * PART, end = least(i + PART, args->row_size);
+        long token = task / parts, i = task % parts * RUN_OF_ROW, end = least(i + RUN_OF_ROW, args->row_size);
         real *out = args->out + token * args->row_size;
         const real *gate = args->gate + token * args->gate_stride, *up = args->up + token * args->up_stride;
         for (; i + LANES <= end; i += LANES)
