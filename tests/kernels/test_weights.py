@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.models import TINY, tiny_model
+from support.mutations import Mutation
 from support.planes import assert_product_of_planes
 from support.references import assert_matches_reference, random
 from support.tolerances import MEAN_KL_FLOAT32, MEAN_KL_PLANES, divergences
@@ -111,6 +112,15 @@ def test_the_linears(ops, device, form, tokens, dtype):
     assert torch.equal(out, ops.lm_head(x, norm, EPS, weight).gather(1, ids))
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_tile_of_gate_and_up(ops, device, form, tokens):
+    """Two programs, and a batch of products in each: with one token, and with several."""
+    weight = made(form, rows=64, device=device)
+    x = random(tokens, COLUMNS, dtype=torch.bfloat16, device=device, seed=2)
+    norm = 1 + random(COLUMNS, dtype=torch.bfloat16, device=device, seed=4, scale=0.1)
+    assert_matches_reference(ops, "norm_swiglu_linear", x, norm, EPS, weight)
+
+
 def test_q_k_and_v(ops, device, form):
     x = random(3, COLUMNS, dtype=torch.bfloat16, device=device, seed=2)
     norm = 1 + random(COLUMNS, dtype=torch.bfloat16, device=device, seed=4, scale=0.1)
@@ -171,3 +181,56 @@ def test_a_name_belongs_to_one_format(form):
 def test_a_format_that_there_is_not(form):
     with pytest.raises(ValueError, match=f"weights have no format 'int5'; expected one of .*{form}"):
         as_weight(list(made(form).tensors), "int5")
+
+
+_F32 = {"tokens": 1, "dtype": torch.float32}
+MUTATIONS = [
+    Mutation(
+        "the zero point of a group forgotten",
+        "weights/group_products.py",
+        "-(zero + BASE) * sums",
+        "-BASE * sums",
+        test_the_linears,
+        {"form": "int4"} | _F32,
+    ),
+    Mutation(
+        "minima subtracted",
+        "weights/group_products.py",
+        "products += offset[:, :, None] * sums",
+        "products -= offset[:, :, None] * sums",
+        test_the_linears,
+        {"form": "q4_1"} | _F32,
+    ),
+    Mutation(
+        "x in another order than the codes",
+        "weights/group_products.py",
+        "[3, 0, 2, 4, 7, 6, 5, 1]",
+        "[3, 0, 2, 4, 7, 5, 6, 1]",
+        test_the_linears,
+        {"form": "q8_0"} | _F32,
+    ),
+    Mutation(
+        "the first group's scale for all",
+        "weights/group_products.py",
+        "k // FORM.group * 16 + (local",
+        "k * 0 + (local",
+        test_the_linears,
+        {"form": "q4_0"} | _F32,
+    ),
+    Mutation(
+        "fifth bits of the first half for both",
+        "weights/group_products.py",
+        "_right(bits, 8 * PLACE + 4 * HALF - 4)",
+        "_right(bits, 8 * PLACE - 4)",
+        test_the_linears,
+        {"form": "q5_0"} | _F32,
+    ),
+    Mutation(
+        "upper bits of the wrong half",
+        "weights/group_products.py",
+        "(up if HALF else low)",
+        "(low if HALF else up)",
+        test_the_linears,
+        {"form": "q6_k"} | _F32,
+    ),
+]

@@ -27,6 +27,7 @@ import test_rope
 import test_scaled_pages
 import test_swiglu
 import test_swiglu_backward
+import test_weights
 import torch
 from ptx import on_ptx
 from ptx.compiling import compiling_process
@@ -50,6 +51,10 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_linear.test_linear_with_bias_and_addend, {"tokens": 16, "dtype": F16}),
     (ALL, test_linear.test_norm_swiglu_linear, {"tokens": 5, "dtype": BF16}),
     (HOPPER, test_linear.test_strided_rows, {}),
+    (ALL, test_weights.test_a_tile_of_gate_and_up, {"form": "int4", "tokens": 1}),
+    (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q6_k", "tokens": 5}),
+    (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q5_1", "tokens": 1}),
+    (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q8_0", "tokens": 1}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (16, 2, 128)}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (14, 2, 64)}),
     (HOPPER, test_decode_attention.test_several_splits_a_program, {}),
