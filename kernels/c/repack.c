@@ -56,18 +56,25 @@ ALWAYS void pack_codes(uint32_t *codes, uint32_t *high, const uint8_t *from, uin
     }
 }
 
+ALWAYS int is_finite(uint16_t half) { return (half & 0x7C00) != 0x7C00; }
+
 /* One task */
 ALWAYS void repack_tiles(const repack_args *args, const int format, long tile_row) {
     const block_form form = BLOCK_FORMS[format];
     const long blocks = args->columns / form.values, tiles = args->columns / PART, parts = form.values / PART;
     const long code_words = form.bits == 8 ? 8 : 4, high_words = form.bits - 4;
+    int finite = 1;
     const uint8_t *from = args->blocks + tile_row * TILE * blocks * form.bytes;
     for (long b = 0; b < blocks; b++)
         for (long row = 0; row < TILE; row++) {
             const uint8_t *block = from + (row * blocks + b) * form.bytes;
             const long at = (tile_row * blocks + b) * TILE + row;
             memcpy(args->scales + at, block + form.scale, sizeof *args->scales);
-            if (form.minimum >= 0) memcpy(args->minima + at, block + form.minimum, sizeof *args->minima);
+            finite &= is_finite(args->scales[at]);
+            if (form.minimum >= 0) {
+                memcpy(args->minima + at, block + form.minimum, sizeof *args->minima);
+                finite &= is_finite(args->minima[at]);
+            }
             if (form.groups) {
                 uint8_t scales[16], minima[16];
                 block_sub_scales(scales, minima, format, block);
@@ -86,6 +93,7 @@ ALWAYS void repack_tiles(const repack_args *args, const int format, long tile_ro
                            codes, block_fifth_bits(format, block, part), form.bits);
             }
         }
+    args->finite[tile_row] = finite;
 }
 
 void repack(const repack_args *args, worker *me) {

@@ -572,7 +572,7 @@ def test_what_has_no_backend_of_its_own_here_is_refused_by_its_format() -> None:
     del pages_formats[OtherPages.format]
     q, k, v, tables, counts = cached([40], 14, 2, 64)
     said = refusal("decode_attention", q, OtherPages(k, v), tables, counts, 0.125)
-    assert said == "pages of the format other of test_ops (C has dense)"
+    assert said == "pages of the format other of test_ops (C has dense, float16, int8, fp8)"
 
 
 def test_recorded_calls_run_on_new_values() -> None:

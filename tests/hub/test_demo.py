@@ -15,6 +15,7 @@ import torch
 from support.models import reference_model
 from support.tolerances import (
     BATCH_TIE,
+    CACHE_KL,
     MARGIN_FLOAT32,
     MEAN_KL_FLOAT32,
     NEAR_TIE,
@@ -149,6 +150,16 @@ def test_float32_is_transformers_float32(agreements):
     ours = agreements["ours float32"]
     assert ours.kl.mean() <= MEAN_KL_FLOAT32
     assert ours.margin.max() <= MARGIN_FLOAT32  # so the greedy token can differ only between two so close
+
+
+@pytest.mark.parametrize("form", CACHE_KL)
+def test_a_cache_of_fewer_bits_loses_what_the_page_says(float32, windows, form):
+    """docs/generation.md has the figures. An int8 cache without the factors of its channels would lose ten times as
+    much."""
+    cached = Model(float32.module, float32.tokenizer, cache_tokens=2 * WINDOW, kv_cache_dtype=form)
+    found = torch.cat([divergences(float32.forward(ids), cached.forward(ids)) for ids in windows[:2]])
+    print(f"{form} cache: mean KL {found.mean():.3e} nats of {len(found)} tokens, at most {found.max():.3g}")
+    assert 0 < found.mean() <= CACHE_KL[form]
 
 
 @pytest.mark.processor
