@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +15,12 @@ from .checkpoint import Checkpoint
 from .checkpoint.formats import form_of
 from .errors import RequestError, shown
 from .kernels import Weight
+from .kernels.c import threads
 from .kernels.weights import FORMATS
 
 logger = logging.getLogger(__name__)
+
+_AT_ONCE = 1 << 20  # values that a thread rounds before it takes others
 
 NONE = ("none", "dense")
 CHOICES = tuple(name for name in ("int8", "int4", "fp8") if name in FORMATS)
@@ -62,13 +66,28 @@ class Quantisation:
             raise
         except ValueError:
             return None
-        weight.copy_(matrix)
+        _round(matrix, weight)
         return weight
 
     def format_of(self, name: str) -> type[Weight]:
         """The format of a matrix; ``name`` begins with the name of its module."""
         assert self.name is not None
         return FORMATS[form_of(name, self.name)]
+
+
+def _round(matrix: Tensor, weight: Weight) -> None:
+    """Sets a weight to a matrix. On a CPU each thread rounds some rows at a time; torch's own threads would wait at a
+    barrier behind each of many short operations."""
+    if matrix.device.type != "cpu":
+        weight.copy_(matrix)
+        return
+    team, rows = threads.count(), max(16, _AT_ONCE // matrix.shape[1] // 16 * 16)
+    with threads.one_in_torch(), ThreadPoolExecutor(team) as pool:
+        for done in [
+            pool.submit(weight.rows(start, min(start + rows, len(matrix))).copy_, matrix[start : start + rows])
+            for start in range(0, len(matrix), rows)
+        ]:
+            done.result()
 
 
 def choose_quantisation(quantize: str | None, checkpoint: Checkpoint | None = None) -> Quantisation:

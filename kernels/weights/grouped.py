@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, ClassVar
 
 import torch
@@ -42,7 +41,7 @@ DEPTH = 32  # values of k of a tile
 SUPER = 256  # values that share a scale of sub-scales
 GROUPS = (128, 64, 32)  # values of a group, where the format does not say how many: the first that divides K
 _CHUNK = 1 << 22  # values that are converted at a time
-_IN_CACHE = 1 << 18  # values that are rounded at a time by a thread: 1 MiB as float32
+_IN_CACHE = 1 << 18  # the same on a CPU, where a chunk is rounded in many passes: 1 MiB as float32
 _BITS = {torch.int16: torch.float16, torch.int32: torch.float32}  # of a tensor of scales -> its floats
 
 
@@ -232,27 +231,13 @@ class Grouped(Weight, is_format=False):
 
     def copy_(self, matrix: Tensor) -> None:
         """Rounds the matrix to the nearest codes, with the scales of the least squared error (rounding.py)."""
-        from ..c import threads  # not above, because c imports this package
-
         rows, columns = matrix.shape
-        if matrix.device.type != "cpu":
-            step = max(1, _CHUNK // (ROWS * columns))
-            for start in range(0, rows, ROWS * step):
-                self._round(matrix, start, start + ROWS * step)
-            return
-        # Parts that fit in the cache, a thread each: in parts of this size torch's own threads would wait at barriers.
-        step, team = ROWS * max(1, _IN_CACHE // (ROWS * columns)), threads.count()
-        with threads.one_in_torch(), ThreadPoolExecutor(team) as pool:
-            done = [pool.submit(self._round, matrix, start, start + step) for start in range(0, rows, step)]
-            for each in done:
-                each.result()
-
-    def _round(self, matrix: Tensor, start: int, stop: int) -> None:
-        """Sets some rows to those of a matrix [N, K]."""
-        part = matrix[start:stop]
-        mine = self.rows(start, start + len(part))
-        with torch.no_grad():
+        at_once = _IN_CACHE if matrix.device.type == "cpu" else _CHUNK
+        step = ROWS * max(1, at_once // (ROWS * columns))
+        for start in range(0, rows, step):
+            part = matrix[start : start + step]
             made: Rounded = nearest(part.to(torch.float32), type(self), self.values_of_group)
+            mine = self.rows(start, start + len(part))
             scales = made.of_groups["scales"].to(_BITS[self.scales.dtype])
             other = self.from_codes(made.codes, self.dtype, **made.of_groups | {"scales": scales})
             for to, value in zip(mine.tensors[:-1], other.tensors[:-1], strict=True):
