@@ -19,6 +19,7 @@ from .footprint import layout_of, refuse_too_large
 from .generation import Generation
 from .hub.names import resolve
 from .kernels import Weight, prepare
+from .kernels.weights import Dense
 from .quantise import choose_quantisation
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
@@ -55,7 +56,9 @@ def load(
 
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
         layout = layout_of(config, device, quantize=quantize, stored=stored, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
-        refuse_too_large(layout, device, str(model), cache_tokens)
+        is_ours = config.quantization is not None and config.quantization.method == "qwenkern"
+        mapped = sum(weight.nbytes for weight in layout.matrices.values() if weight.format != Dense.format)
+        refuse_too_large(layout, device, str(model), cache_tokens, mapped if is_ours and not layout.on_gpu else 0)
 
     path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()

@@ -17,6 +17,7 @@ SUPPORTED = (
 )
 _INSTEAD = "use the model that this one was made from, or a GGUF file of it"
 FIELDS = ("quantization_config", "compression_config", "quantization")  # the last two: early compressed-tensors, MLX
+LARGEST_GROUP = 1 << 24  # values; no row is longer
 VERSION = 1  # of qwenkern's own checkpoints
 
 
@@ -107,7 +108,7 @@ class _Config:
 
     def group_size(self, name: str = "group_size") -> int:
         found = self.fields.get(name)
-        if type(found) is not int or (found < 1 and found != ROW):
+        if type(found) is not int or not (found == ROW or 1 <= found <= LARGEST_GROUP):
             raise self.refused(f"has {name} {shown(found)}", "a positive number of values, or -1 for a whole row")
         return found
 

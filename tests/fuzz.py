@@ -37,6 +37,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from safetensors.torch import save
+from support import packers
 from text.test_tokenizer import toy_folder, toy_metadata
 
 from qwenkern import Config, Model
@@ -385,6 +386,34 @@ def safetensors(folder: Path) -> Target:
         file.unlink()  # a file that is mapped must not change
         file.write_bytes(changed)
         use(folder)
+
+    return one
+
+
+@target
+def quantised(folder: Path) -> Target:
+    """A GPTQ checkpoint whose configuration or whose file is damaged."""
+    config = {"quant_method": "gptq", "bits": 4, "group_size": 32, "sym": False, "checkpoint_format": "gptq_v2"}
+    packers.write_checkpoint(
+        folder, config, lambda name, shape: packers.gptq(packers.integers(shape, 4, 32), 4, "gptq_v2")
+    )
+    file = folder / "model.safetensors"
+    data, fields = file.read_bytes(), json.loads((folder / "config.json").read_text())
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+
+    def one(chance: random.Random) -> None:
+        place = chance.random()
+        changed = dict(fields)
+        if place < 0.4:
+            changed["quantization_config"] = damaged(chance, config)
+        (folder / "config.json").write_bytes(as_json(changed))
+        text = as_json(damaged(chance, header)) if 0.4 <= place < 0.8 else data[8 : 8 + size]
+        rest = damaged_bytes(chance, data[8 + size :]) if place >= 0.8 else data[8 + size :]
+        file.unlink()  # a file that is mapped must not change
+        file.write_bytes(len(text).to_bytes(8, "little") + text + rest)
+        for _ in open_checkpoint(folder).tensors(torch.bfloat16):
+            pass
 
     return one
 

@@ -9,7 +9,8 @@ An op has the signature of its contract. ``refuses_<op>`` has the same arguments
 take them, or None. A refusal compiles, allocates and measures nothing: ``prepare`` does that.
 
     Python, named like the contracts                 C
-    linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c
+    linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c;
+                                                     of quantised weights linear_grouped.c, grouped_products.c
     attention                                        attention.h, decode_attention.c, prefill_attention.c
     rms_norm, rope, swiglu, embedding                norm.h, rms_norm.c, rope.c, swiglu.c, embedding.c
     repack            blocks of GGUF files           repack.c, blocks.h
@@ -18,8 +19,10 @@ take them, or None. A refusal compiles, allocates and measures nothing: ``prepar
                                                      float_activations.c: all of these files again, for float32
 
     calls.py          calls, read from calls.h       calls.h       the arguments of every op
-    weights.py        weights as structs             weights.h, and a file for each format: dense_weight.h
-    pages.py          cache pages as structs         pages.h, and a file for each format: dense_pages.h
+    weights.py        weights as structs             weights.h; dense_weight.h; all quantised formats: grouped_weight.h
+                                                     planes.h: x as int8, dots.h: the instructions of each processor
+    pages.py          cache pages as structs         pages.h, and a file for each format: dense_pages.h;
+                                                     pages_block.h reads blocks, pages_store.h stores
     limits.py         what the ops take              limits.c
     recorded_calls.py calls recorded and replayed    team.h, team.c  the threads that run the calls
     threads.py        how many threads               plain.c       every op as simple loops: read this first

@@ -39,7 +39,7 @@ typedef bf16 real;
 
 /* A format of weights or pages has a file of its name (dense_weight.h, dense_pages.h), and its name is listed here. */
 #define EACH_WEIGHT_FORMAT(FORMAT) FORMAT(dense)
-#define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense)
+#define EACH_PAGES_FORMAT(FORMAT) FORMAT(dense) FORMAT(float16) FORMAT(int8) FORMAT(fp8)
 
 /* The block formats of GGUF files (blocks.h) */
 /* clang-format off */
@@ -65,12 +65,15 @@ typedef struct {        /* a matrix [rows, columns] in one of the formats of wei
     long scales_are_floats;                                               /* or 16-bit floats */
 } weight;
 
-typedef struct { /* the keys and values that a layer has cached, in one of the formats of pages.h */
-    void *k;     /* [pages, page_size, Hkv, D] */
-    void *v;
-    long page_size;   /* tokens of a page */
-    long token_bytes; /* from a token to the next one; pages lie one after the other */
-    long format;      /* its place in EACH_PAGES_FORMAT */
+typedef struct {          /* the keys and values that a layer has cached, in one of the formats of pages.h */
+    void *k;              /* [pages, page_size, Hkv, D] */
+    void *v;              /* likewise */
+    float *k_scales;      /* [pages, page_size, Hkv], or null */
+    float *v_scales;      /* likewise */
+    const real *channels; /* [Hkv, D], or null */
+    long page_size;       /* tokens of a page */
+    long num_heads;       /* Hkv */
+    long format;          /* its place in EACH_PAGES_FORMAT */
 } pages;
 
 typedef struct {        /* out = the rows of table with the numbers ids */

@@ -25,22 +25,27 @@
 #define BLOCK 64 /* columns that are packed at a time */
 #define PANELS (BLOCK / WIDE)
 
+/* Writes LANES rows of STEP activations as columns of a panel, in the order of operands. The columns are VECTORS
+ * operands apart. */
+ALWAYS void pack_square(operands *to, pairs *square) {
+    transpose(square);
+    for (int i = 0; i < LANES; i++) {
+#if defined(PAIRS) || defined(FLOAT_ACTIVATIONS)
+        to[i * VECTORS] = (operands)square[i];
+#else
+        to[i * VECTORS] = low(square[i]);
+        to[(LANES + i) * VECTORS] = high(square[i]);
+#endif
+    }
+}
+
 /* Packs WIDE rows [K] as a panel, in the order of operands; K is a multiple of STEP */
 ALWAYS void pack_transposed(operands *panel, const real *const *rows, long K) {
     for (int vector = 0; vector < VECTORS; vector++)
         for (long k = 0; k < K; k += STEP) {
-            operands *to = panel + k / PER * VECTORS + vector;
             pairs square[LANES];
             for (int i = 0; i < LANES; i++) square[i] = load_pairs(rows[vector * LANES + i] + k);
-            transpose(square);
-            for (int i = 0; i < LANES; i++) {
-#if defined(PAIRS) || defined(FLOAT_ACTIVATIONS)
-                to[i * VECTORS] = (operands)square[i];
-#else
-                to[i * VECTORS] = low(square[i]);
-                to[(LANES + i) * VECTORS] = high(square[i]);
-#endif
-            }
+            pack_square(panel + k / PER * VECTORS + vector, square);
         }
 }
 

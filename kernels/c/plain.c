@@ -117,7 +117,7 @@ static void plain_attention(real *out, const real *q, const pages *cache, const 
         for (long t = 0; t < length; t++) {
             long slot = block_table[t / cache->page_size] * cache->page_size + t % cache->page_size;
             double score = 0;
-            for (long d = 0; d < D; d++) score += to_float(q[d]) * pages_value(cache->k, cache, slot, head, D, d);
+            for (long d = 0; d < D; d++) score += to_float(q[d]) * pages_value(cache, 0, slot, head, D, d);
             score *= scale;
             if (pass == 0) {
                 if (score > maximum) maximum = score;
@@ -125,7 +125,7 @@ static void plain_attention(real *out, const real *q, const pages *cache, const 
             }
             float weight = expf(score - maximum);
             total += weight;
-            for (long d = 0; d < D; d++) sums[d] += weight * pages_value(cache->v, cache, slot, head, D, d);
+            for (long d = 0; d < D; d++) sums[d] += weight * pages_value(cache, 1, slot, head, D, d);
         }
     for (long d = 0; d < D; d++) out[d] = to_real(sums[d] / total);
 }

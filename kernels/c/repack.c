@@ -11,7 +11,7 @@
 #define TILE 16 /* rows of a tile */
 
 /* Sixteen bytes to four words: byte t of word j is byte 4 t + j. The words go to the same row of a tile. */
-ALWAYS void store_transposed(uint32_t *words, const uint8_t *bytes) {
+ALWAYS void store_row(uint32_t *words, const uint8_t *bytes) {
     const uint32_t even = 0x00FF00FF, half = 0xFFFF;
     uint32_t w[4];
     memcpy(w, bytes, sizeof w);
@@ -42,13 +42,13 @@ ALWAYS uint32_t upper_bits(const uint8_t *codes) {
 /* The codes of 32 values of a row, at that row of a tile. `fifth` are their fifth bits, where `bits` is 5. */
 ALWAYS void pack_codes(uint32_t *codes, uint32_t *high, const uint8_t *from, uint32_t fifth, const int bits) {
     if (bits == 8) {
-        store_transposed(codes, from);
-        store_transposed(codes + 4 * TILE, from + 16);
+        store_row(codes, from);
+        store_row(codes + 4 * TILE, from + 16);
         return;
     }
     uint8_t low[16];
     for (int i = 0; i < 16; i++) low[i] = (from[i] & 15) | from[16 + i] << 4;
-    store_transposed(codes, low);
+    store_row(codes, low);
     if (bits == 5) *high = spread(fifth) | spread(fifth >> 16) << 4;
     if (bits == 6) {
         high[0] = upper_bits(from);

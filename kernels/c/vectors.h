@@ -29,6 +29,7 @@
 #define STEP (4 * LANES / (long)sizeof(real)) /* activations in a register */
 #define ALWAYS static inline __attribute__((always_inline))
 
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
 typedef float floats __attribute__((vector_size(4 * LANES)));
@@ -87,6 +88,40 @@ ALWAYS halves narrow_floats(floats x) {
     return (halves)_mm_packus_epi32(_mm256_castsi256_si128(near), _mm256_extracti128_si256(near, 1));
 #else
     return __builtin_convertvector(nearest(x), halves);
+#endif
+}
+
+/* Half precision, in 16 bits, as floats */
+ALWAYS floats widen_float16(halves x) {
+#if LANES == 16
+    return (floats)_mm512_cvtph_ps((__m256i)x);
+#elif LANES == 8
+    return (floats)_mm256_cvtph_ps((__m128i)x);
+#elif defined(__aarch64__)
+    return (floats)vcvt_f32_f16((float16x4_t)x);
+#else
+    pairs bits = __builtin_convertvector(x, pairs), size = (bits & 0x7FFF) << 13;
+    pairs is_large = (pairs)(size >= 0x0F800000); /* infinity or NaN */
+    floats value = (floats)size * 0x1p112f;       /* also if subnormal: the biases of the exponents differ by 112 */
+    return (floats)((is_large & (size | 0x7F800000)) | (~is_large & (pairs)value) | (bits & 0x8000) << 16);
+#endif
+}
+
+/* Rounds to nearest, ties to even; NaN stays NaN */
+ALWAYS halves narrow_to_float16(floats x) {
+#if LANES == 16
+    return (halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif LANES == 8
+    return (halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__aarch64__)
+    return (halves)vcvt_f16_f32((float32x4_t)x);
+#else
+    pairs size = (pairs)x & 0x7FFFFFFF, is_small = (pairs)(size < 0x38800000), is_large = (pairs)(size >= 0x47800000);
+    pairs small = (pairs)((floats)size + 0.5f) - 0x3F000000; /* floats from 0.5 on have the spacing 2^-24 */
+    pairs normal = (size - 0x38000000 + 0xFFF + (size >> 13 & 1)) >> 13;
+    pairs large = 0x7C00 | ((pairs)(size > 0x7F800000) & 0x200); /* infinity or NaN */
+    pairs near = (is_small & small) | (is_large & large) | (~(is_small | is_large) & normal);
+    return __builtin_convertvector(near | ((pairs)x >> 16 & 0x8000), halves);
 #endif
 }
 

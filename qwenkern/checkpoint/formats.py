@@ -12,6 +12,7 @@ from qwenkern.config import Config
 from qwenkern.errors import RequestError, shown
 from qwenkern.kernels import Weight
 from qwenkern.kernels.weights import FORMATS, Dense, Grouped
+from qwenkern.kernels.weights.grouped import DEPTH
 from qwenkern.quantization import MATRIX, ROW, Quantization
 
 from .mixes import MIXES, mixed
@@ -67,7 +68,7 @@ def stored_formats(config: Config, dtype: torch.dtype) -> dict[str, Weight]:
             form = "fp8" if what.kind == "float" else f"int{what.bits}"
             group = columns if what.group_size in (ROW, MATRIX) else what.group_size
         weight = without_memory(rows, columns, form, dtype, group)
-        if not isinstance(weight, Dense):
+        if not isinstance(weight, Dense) and (group or DEPTH) % DEPTH == 0:
             found[name] = weight
     return found
 

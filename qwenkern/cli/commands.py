@@ -190,6 +190,27 @@ def info(
 
 app.command()(footprint)
 
+
+@app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="Name, hub id or folder of safetensors, with weights that are dense.")],
+    out: Annotated[Path, typer.Argument(help="The folder to write, which is made.")],
+    to: Annotated[str, typer.Option(help="int8, int4 (embedding and output: int8) or fp8.")] = "int4",
+) -> None:
+    """Write a checkpoint with quantised weights, which loads as it is."""
+    from .quantising import quantise
+
+    with _progress() as progress:
+        written = quantise(model, out, to, progress)
+    if written.dense:
+        note(f"{len(written.dense)} matrices (such as {written.dense[0]}) stay dense: {to} has none of their size")
+    note(
+        f"{written.before / 1e9:.2f} GB became {written.after / 1e9:.2f} GB; "
+        f"mean squared error {written.error:.2e} of the mean square of the weights"
+    )
+    typer.echo(os.fsencode(out))
+
+
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 

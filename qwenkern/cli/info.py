@@ -34,8 +34,12 @@ def show(model: str, kept: Layout, licence: str | None, warnings: Sequence[str])
     table.add_column("parameters", justify="right")
     for name, count in layout(config).items():
         table.add_row(name, f"{count:,}")
-    forms = " and ".join(kept.weights_by_format)
-    sizes = Table(title=f"Memory: weights in {forms}, cache in {kept.cache_name}", title_justify="left")
+    forms = Table(title="Weights in memory", title_justify="left")
+    forms.add_column("format")
+    forms.add_column("bytes", justify="right")
+    for name, size in kept.weights_by_format.items():
+        forms.add_row(name, f"{size:,}")
+    sizes = Table(title=f"Memory: weights as above, cache in {kept.cache_name}", title_justify="left")
     for column in ("context", "weights + cache of one sequence"):
         sizes.add_column(column, justify="right")
     for length, size in memory(kept).items():
@@ -47,7 +51,7 @@ def show(model: str, kept: Layout, licence: str | None, warnings: Sequence[str])
         f"vocabulary {config.vocab_size:,}{', tied' if config.tie_word_embeddings else ''}, "
         f"context {config.context_length:,}{', YaRN' if config.rope_scaling else ''}"
     )
-    out.print(table, sizes, f"weights: {kept.weights:,} bytes; cache: {kept.token:,} bytes a token")
+    out.print(table, forms, sizes, f"weights: {kept.weights:,} bytes; cache: {kept.token:,} bytes a token")
     if licence:
         out.print(f"licence: {licence}")
     for name, value in processor().items():

@@ -10,6 +10,7 @@ import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -131,18 +132,13 @@ class Tokenizer:
                 raise CheckpointError(f"{source}: tokenizer.ggml.{key} is {shown(found)}; expected {names}")
         tokens = _list_of(str, metadata, "tokenizer.ggml.tokens", source)
         types = _list_of(int, metadata, "tokenizer.ggml.token_type", source)
-        merges = [merge.split(" ") for merge in _list_of(str, metadata, "tokenizer.ggml.merges", source)]
+        merges = _pairs(_list_of(str, metadata, "tokenizer.ggml.merges", source), source)
         if len(types) != len(tokens):
             raise CheckpointError(
                 f"{source}: tokenizer.ggml.token_type has {len(types)} entries; expected {len(tokens)}"
             )
         if odd := set(types) - {_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED}:
             raise CheckpointError(f"{source}: tokenizer.ggml.token_type holds {min(odd)}; expected 1, 3, 4 or 5")
-        for n, merge in enumerate(merges):
-            if len(merge) != 2:
-                raise CheckpointError(
-                    f"{source}: tokenizer.ggml.merges[{n}] is {shown(' '.join(merge))}; expected two tokens and a space"
-                )
         # Unused entries ([PAD151665]) pad the embedding to a round size. They must not match text.
         vocab = {token: n for n, (token, kind) in enumerate(zip(tokens, types, strict=True)) if kind != _UNUSED}
         if len(vocab) != len(types) - types.count(_UNUSED):
@@ -151,7 +147,7 @@ class Tokenizer:
         with guard(CheckpointError, f"{source}: tokenizer.ggml.merges do not fit tokenizer.ggml.tokens"):
             # A GGUF file does not name the steps. transformers 5.23 omits the normalizer, so text in NFD gets other
             # ids.
-            library = qwen2_library(vocab, [tuple(merge) for merge in merges])
+            library = qwen2_library(vocab, merges)
         # In a GGUF file <|fim_prefix|> and similar tokens are control tokens. In the official tokenizer.json they are
         # text that decode shows. Each file is followed, because the ids are the same.
         library.add_tokens(
@@ -333,7 +329,19 @@ def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> 
         raise CheckpointError(f"{source}: {key} is missing; expected a list of {kind.__name__}")
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise CheckpointError(f"{source}: {key} is a {type(values).__name__}; expected a list of {kind.__name__}")
-    for n, value in enumerate(values):
-        if not isinstance(value, kind):
-            raise CheckpointError(f"{source}: {key}[{n}] is {shown(value, 40)}; expected {kind.__name__}")
+    if not {*map(type, values)} <= {kind}:  # a vocabulary has 150,000: a loop would take as long as all other checks
+        for n, value in enumerate(values):
+            if not isinstance(value, kind):
+                raise CheckpointError(f"{source}: {key}[{n}] is {shown(value, 40)}; expected {kind.__name__}")
     return list(values)
+
+
+def _pairs(merges: list[str], source: str) -> list[tuple[str, str]]:
+    """The two tokens of each merge, which a space separates."""
+    if not {*map(str.count, merges, repeat(" "))} <= {1}:
+        n, wrong = next((n, merge) for n, merge in enumerate(merges) if merge.count(" ") != 1)
+        raise CheckpointError(
+            f"{source}: tokenizer.ggml.merges[{n}] is {shown(wrong)}; expected two tokens and a space"
+        )
+    tokens = " ".join(merges).split(" ") if merges else []
+    return list(zip(tokens[::2], tokens[1::2], strict=True))

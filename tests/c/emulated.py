@@ -8,9 +8,9 @@ all views, and copies back what the op may write. It finds more errors than a na
 - outputs and scratch memory are NaN before the op, so what it leaves out is seen;
 - what an op only reads, which calls.h has as const, must not have changed.
 
-qemu-user runs Arm's targets and AVX2. It has no AVX-512: where the processor lacks that, the tests of those targets
-would need Intel's SDE (`sde64 -spr -- program`), and are skipped; test_inner_loops.py still compiles them and reads
-their machine code.
+qemu-user runs Arm's targets and AVX2. It has neither AVX-512 nor AVX-VNNI: where the processor lacks one of them, the
+tests of those targets would need Intel's SDE (`sde64 -spr -- program`), and are skipped; test_inner_loops.py still
+compiles them and reads their machine code.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def emulated(target: targets.Target) -> Emulated | str:
     """The library of a target in EMULATORS, started once and kept, or why there is none here."""
     if target.name not in EMULATORS:
         lacks = ", ".join(sorted(target.needs - targets.features()))
-        return f"this processor lacks {lacks}, and qemu-user has no AVX-512: Intel's SDE would be needed"
+        return f"this processor lacks {lacks}, and so does qemu-user: Intel's SDE would be needed"
     found = EMULATORS[target.name]
     programs = (compiler_for(target), found.program)
     missing = [program for program in programs if not shutil.which(program)]

@@ -7,10 +7,10 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-LINE = re.compile(r"\s+([0-9a-f]+):\s+(?:(?:rep|lock|bnd|notrack) )?([\w.]+)\s*(.*)")
+LINE = re.compile(r"\s+([0-9a-f]+):\s+(?:(?:rep|lock|bnd|notrack|\{vex\}) )?([\w.]+)\s*(.*)")
 FUNCTION = re.compile(r"[0-9a-f]+ <(.+)>:")
 TARGET = re.compile(r"\b([0-9a-f]+) <")
-MULTIPLY_ADD = re.compile(r"vf(n?)m(add|sub)|vdpbf16ps|fml[as]|bfdot|bfmmla")
+MULTIPLY_ADD = re.compile(r"vf(n?)m(add|sub)|vdpbf16ps|fml[as]|bfdot|bfmmla|vpmadd|vpdpbusd|sdot")
 VECTOR = re.compile(r"%[xyz]mm\d|\b[qdsv]\d+\b")  # of x86-64, of Arm
 FRAME = re.compile(r"mov\s+%rsp,%rbp|(?:mov|add)\s+x29, sp")  # sets up a frame pointer; else it is one of many
 SLOT = re.compile(r"\(%(rsp|rbp)\)|\[(sp|x29)(?:\]|, #[^\]]*\])")  # a place on the stack that no index moves

@@ -5,6 +5,7 @@ planes of int8 leave out."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -26,8 +27,9 @@ ROWS = 48
 BIASED = ("linear", "norm_linear")
 
 
+@functools.cache  # rounding takes long, and no test changes one
 def made(
-    form: str, rows: int = ROWS, columns: int = 512, dtype=torch.float32, seed: int = 3, group: int | None = None
+    form: str, rows: int = ROWS, columns: int = 256, dtype=torch.float32, seed: int = 3, group: int | None = None
 ) -> Grouped:
     """A weight of the format whose values have about the size that a layer's have."""
     weight = FORMATS[form].allocate(rows, columns, dtype, lambda shape, dtype: torch.empty(shape, dtype=dtype), group)
@@ -73,7 +75,7 @@ def test_in_bfloat16_it_is_as_close_to_float64_as_torch(form: str) -> None:
         assert_as_close_as(run(name, *args), getattr(torchs, name)(*args), getattr(torchs, name)(*exact))
 
 
-@pytest.mark.parametrize(("n", "k"), [(16, 32), (1152, 896), (896, 4864), (160, 11008)])
+@pytest.mark.parametrize(("n", "k"), [(16, 32), (160, 896), (32, 4864)])
 @pytest.mark.parametrize("tokens", [1, 40])
 def test_every_size(tokens: int, n: int, k: int) -> None:
     for form in ("q5_0", "q8_0"):
@@ -85,9 +87,10 @@ def test_every_size(tokens: int, n: int, k: int) -> None:
 @pytest.mark.parametrize("form", ["int4", "int8"])
 def test_a_group_may_have_any_multiple_of_32_values(form: str, scales: torch.dtype) -> None:
     for group in (32, 96, 128, 384):
-        weight = made(form, columns=384, group=group)
+        tensors = list(made(form, columns=384, group=group).tensors)
         if scales == torch.int32:  # the same values
-            weight.scales = weight.scales.view(torch.float16).float().view(torch.int32)
+            tensors[1] = tensors[1].view(torch.float16).float().view(torch.int32)
+        weight = FORMATS[form](*tensors)
         args = calls(weight, 3)["linear"]
         assert_product_of_planes(run("linear", *args), "linear", *args)
 
@@ -169,7 +172,7 @@ def test_embedding_dequantises_rows(dtype: torch.dtype) -> None:
 
 def test_the_largest_logits() -> None:
     weight = made("q8_0")
-    x, norm = tensor(3, 512, seed=0).float(), torch.ones(512)
+    x, norm = tensor(3, 256, seed=0).float(), torch.ones(256)
     assert C.implementations["lm_head_top_k"].refuses(x, norm, EPS, weight, 4) is None
     values, ids = fast.lm_head_top_k(x, norm, EPS, weight, 4)
     logits = run("lm_head", x, norm, EPS, weight)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -21,10 +22,15 @@ EXCEPTIONS = {
 }
 
 
+# Products with codes. A narrow register has half of a tile's rows or a quarter, so the factors of a tile and some of
+# its codes of 8 bits are on the stack. A sum there would add two moves for each product.
+GROUPED = re.compile(r"multiply_\w+_[12]_[01](\.|$)")
+
+
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
 def test_sums_stay_in_registers(target: targets.Target, tmp_path: Path) -> None:
     loops = inner_loops.loops(*_built(target, compiler.FLAGS, [*compiler.SOURCES.glob("*.c")], tmp_path))
-    spilled = [loop for loop in loops if loop.stack_moves and not _excepted(loop.function)]
+    spilled = [loop for loop in loops if len(loop.stack_moves) > _allowed(loop, target)]
     assert not spilled, "; ".join(map(str, spilled))
     for hot in ("dots_", "multiply_"):  # under these names, so that they are what was looked at
         assert any(loop.function.startswith(hot) for loop in loops), f"no function is called {hot}..."
@@ -74,8 +80,11 @@ def _is_gcc(target: targets.Target) -> bool:
     return "Free Software Foundation" in said
 
 
-def _excepted(function: str) -> bool:
-    return any(re.match(rf"({names})(\.|$)", function) for names in EXCEPTIONS)
+def _allowed(loop: inner_loops.Loop, target: targets.Target) -> float:
+    if any(re.match(rf"({names})(\.|$)", loop.function) for names in EXCEPTIONS):
+        return math.inf
+    is_narrow = "v4" not in target.name
+    return loop.multiply_adds / 2 if is_narrow and GROUPED.match(loop.function) else 0
 
 
 def _built(target: targets.Target, flags: tuple[str, ...], sources: list[Path], folder: Path) -> tuple[Path, str]:

@@ -16,10 +16,11 @@ from c import emulated
 from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
+from qwenkern.checkpoint.integers import Words
 from qwenkern.checkpoint.repack import _in_torch
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import reference, weights
-from qwenkern.kernels.c import build, choose, ops, recorded_calls, repack, targets
+from qwenkern.kernels.c import build, choose, ops, recorded_calls, repack, repack_words, targets
 from qwenkern.kernels.c.backend import C
 from qwenkern.kernels.environment import CPU_TARGET
 from qwenkern.kernels.pages import FORMATS as pages_formats
@@ -571,7 +572,7 @@ def test_what_has_no_backend_of_its_own_here_is_refused_by_its_format() -> None:
     del pages_formats[OtherPages.format]
     q, k, v, tables, counts = cached([40], 14, 2, 64)
     said = refusal("decode_attention", q, OtherPages(k, v), tables, counts, 0.125)
-    assert said == "pages of the format other of test_ops (C has dense)"
+    assert said == "pages of the format other of test_ops (C has dense, float16, int8, fp8)"
 
 
 def test_recorded_calls_run_on_new_values() -> None:
@@ -640,6 +641,33 @@ def test_blocks_of_a_file_are_repacked(form: str) -> None:
     )
     assert repack.repack(blocks, made) == _in_torch(blocks.numpy(), kind, expected)
     assert all(map(torch.equal, made.tensors, expected.tensors))
+
+
+@pytest.mark.parametrize(
+    ("order", "bits"),
+    [
+        (repack_words.ROWS, 4),
+        (repack_words.ROWS, 8),
+        (repack_words.COLUMNS, 4),
+        (repack_words.COLUMNS, 8),
+        (repack_words.AWQ, 4),
+    ],
+)
+def test_words_of_codes_are_repacked(order: int, bits: int) -> None:
+    """In every byte as torch does it, whose values are compared with the formats' specifications elsewhere."""
+    rows, columns, each = 48, 160, 32 // bits
+    shape = {
+        repack_words.ROWS: (rows, columns // each),
+        repack_words.COLUMNS: (columns // each, rows),
+        repack_words.AWQ: (columns, rows // 8),
+    }[order]
+    words = torch.randint(-(1 << 31), 1 << 31, shape, generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    of_groups = {"scales": torch.ones(rows, 1).half(), "zeros": torch.zeros(rows, 1)}
+    for flip in (0, -0x7F7F7F80):
+        made = torch.full((rows // 16, columns // 32, bits, 16), 77, dtype=torch.int32)
+        repack_words.repack_words(words, order, made, bits, flip)
+        codes = Words(words, order, bits, flip).codes()
+        assert torch.equal(made, FORMATS[f"int{bits}"].from_codes(codes, torch.float32, **of_groups).codes)
 
 
 @pytest.mark.parametrize("dtype", build.DTYPES, ids=str)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support import packers
 from support.packers import (
     CONFIG,
     LAYER,
@@ -32,6 +33,7 @@ from qwenkern import Model
 from qwenkern.checkpoint import Checkpoint, open_checkpoint
 from qwenkern.errors import CheckpointError
 from qwenkern.kernels import Weight
+from qwenkern.kernels.c import build
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "GEMM", "zero_point": True}
@@ -48,7 +50,7 @@ def write(
     **fields: Any,
 ) -> tuple[dict[str, Tensor], dict[str, Integers]]:
     """Writes a checkpoint. Returns its dense tensors, and its matrices by the names of dense ones."""
-    matrices = {f"{LAYER}{name}.weight": made(shape) for name, shape in MATRICES.items()}
+    matrices = {f"{LAYER}{name}.weight": made(shape) for name, shape in packers.MATRICES.items()}
     dense = write_checkpoint(
         folder, quantization, lambda name, shape: pack(matrices[f"{LAYER}{name}.weight"]), change, **fields
     )
@@ -332,6 +334,52 @@ def test_fp8(strategy, dtype, tmp_path, caplog):
         assert torch.equal(found[name].dequantise(), matrix)
     assert caplog.text.count("quantises input activations; they stay as they are") == 1
     assert caplog.text.count("quantises the key-value cache; its scales are not used") == 1
+
+
+# --- sizes, and C or torch --------------------------------------------------------------------------------------------
+
+STORED = {
+    "gptq": (4, GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1}, lambda matrix: gptq(matrix, 4, "gptq_v2")),
+    "gptq of 8 bits": (
+        8,
+        GPTQ | {"checkpoint_format": "gptq_v2", "group_size": -1, "bits": 8},
+        lambda matrix: gptq(matrix, 8, "gptq_v2"),
+    ),
+    "awq": (4, AWQ | {"group_size": -1}, awq),
+    "packed": (
+        4,
+        scheme(4, "channel", "pack-quantized", symmetric=False),
+        lambda matrix: pack_quantized(matrix, 4, symmetric=False),
+    ),
+    "bytes": (
+        8,
+        scheme(8, "channel", "int-quantized", symmetric=False),
+        lambda matrix: int_quantized(matrix, 8, symmetric=False),
+    ),
+    "bytes of 4 bits": (
+        4,
+        scheme(4, "channel", "int-quantized", symmetric=False),
+        lambda matrix: int_quantized(matrix, 4, symmetric=False),
+    ),
+}
+
+
+@pytest.mark.parametrize("where", ["C", "torch"])
+@pytest.mark.parametrize("stored", STORED)
+def test_sizes_that_our_formats_do_not_have(stored, where, tmp_path, monkeypatch, caplog):
+    """Those matrices become dense, the others do not."""
+    if where == "torch":
+        monkeypatch.setattr(build, "prepare", lambda: "no C")
+    odd = {"mlp.gate_proj": (248, 128), "mlp.up_proj": (248, 128), "mlp.down_proj": (128, 248)}
+    monkeypatch.setattr(packers, "MATRICES", MATRICES | odd)
+    bits, config, pack = STORED[stored]
+    _, matrices = write(tmp_path, config, pack, lambda shape: integers(shape, bits, -1), intermediate_size=248)
+    _, found = loaded(tmp_path)
+    for name, matrix in matrices.items():
+        value = found[name]
+        assert isinstance(value, Weight) == (".mlp." not in name)
+        assert torch.equal(value.dequantise() if isinstance(value, Weight) else value, matrix.matrix()), name
+    assert "3 of 7 quantised matrices (such as model.layers.0.mlp.down_proj)" in caplog.text
 
 
 # --- whole models -----------------------------------------------------------------------------------------------------

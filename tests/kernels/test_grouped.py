@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.planes import assert_product_of_planes
 from support.tolerances import ROUNDING_ERRORS
 
 from qwenkern.kernels.weights import FORMATS, Dense, Grouped, Stack, as_weight, joined
@@ -131,7 +132,7 @@ def test_a_stack_is_its_parts_one_below_the_other(ops):
     ids = torch.tensor([70, 3, 63, 64])
     assert torch.equal(stack.take(ids), matrix[ids])
     x = torch.randn(3, COLUMNS)
-    torch.testing.assert_close(ops.linear(x, stack), x @ matrix.T)
+    assert_product_of_planes(ops.linear(x, stack), "linear", x, stack)
     with pytest.raises(ValueError, match="linear: weight"):
         ops.linear(x[:, 1:], stack)
     with pytest.raises(ValueError, match="expected one number of columns"):

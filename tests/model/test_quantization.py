@@ -156,6 +156,10 @@ REFUSALS = {
         "has group_size True, which is not supported; expected a positive",
     ),
     "gptq without groups": ({"quant_method": "gptq", "bits": 4}, "has group_size None"),
+    "gptq with groups of 5,000 digits": (
+        GPTQ | {"group_size": 10**5000},
+        "has group_size a int that cannot be written",
+    ),
     "gptq with groups of 0": (GPTQ | {"group_size": 0}, "has group_size 0"),
     "marlin": (GPTQ | {"checkpoint_format": "marlin"}, "has checkpoint_format 'marlin', .*'gptq' or 'gptq_v2'"),
     "marlin, newer": (GPTQ | {"format": "marlin"}, "has format 'marlin'"),

@@ -74,7 +74,7 @@ def test_tied_embeddings_are_one_tensor():
 @pytest.mark.parametrize("hidden", [1 << 23, 1 << 24])
 def test_weights_that_no_memory_holds(hidden):
     config = replace(TINY, vocab_size=1 << 24, hidden_size=hidden)
-    with pytest.raises(RequestError, match=rf"device cpu gives no memory for weights of shape \[16777216, {hidden}\]"):
+    with pytest.raises(RequestError, match=r"does not fit on cpu: weights \d+\.\d+ GB"):
         tiny_model(config)
 
 

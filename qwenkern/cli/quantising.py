@@ -1,0 +1,116 @@
+"""What `qwenkern quantize IN OUT` does: writes a checkpoint with quantised weights, which loads as it is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Checkpoint
+from ..checkpoint.own import write_checkpoint
+from ..checkpoint.packing import slots
+from ..config import Config
+from ..device import choose_dtype
+from ..errors import RequestError
+from ..kernels import Weight
+from ..loading import find, tokenizer_of
+from ..quantise import CHOICES, Quantisation, choose_quantisation
+from ..reading import read_json
+
+Progress = Callable[[str, int, int], None]  # (task, bytes so far, all bytes)
+_COPIED = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+_ROWS = 4096  # compared at a time: a multiple of the 16 rows that a quantised weight can be cut at
+
+
+@dataclass
+class Written:
+    """What a checkpoint lost, and its bytes before and after."""
+
+    before: int = 0
+    after: int = 0
+    lost: float = 0.0  # the sum of the squared errors of the quantised values
+    squares: float = 0.0  # the sum of the squares of the same values
+    dense: list[str] = field(default_factory=list)  # the matrices that stayed dense
+
+    @property
+    def error(self) -> float:
+        """The mean squared error over the mean square of the values."""
+        return self.lost / self.squares if self.squares else 0.0
+
+    def compare(self, matrix: Tensor, weight: Weight) -> None:
+        for start in range(0, len(matrix), _ROWS):
+            stop = min(start + _ROWS, len(matrix))
+            exact = matrix[start:stop].float()
+            self.lost += float((weight.rows(start, stop).dequantise() - exact).square_().sum())
+            self.squares += float(exact.square_().sum())
+
+
+def quantise(model: str, out: Path, to: str, progress: Progress | None = None) -> Written:
+    """Writes the checkpoint of a model, with its matrices quantised, to the folder ``out``, which is made.
+
+    Raises RequestError if ``out`` is there already, or if the weights are quantised already; and as
+    Model.from_pretrained does."""
+    if to not in CHOICES:
+        raise RequestError(f"--to is {to!r}; expected one of {', '.join(map(repr, CHOICES))}")
+    if out.exists() or out.is_symlink():
+        raise RequestError(f"{out}: exists; expected the name of a folder that there is not, to write to")
+    path, checkpoint = find(model, progress)
+    if checkpoint.metadata:
+        raise RequestError(f"{path}: is a GGUF file; expected a folder of safetensors (llama.cpp quantises GGUF files)")
+    quantisation = choose_quantisation(to, checkpoint)
+    tokenizer_of(checkpoint, path)  # raises if a file is missing
+    written = Written()
+    write_checkpoint(
+        out,
+        read_json(path / "config.json"),
+        {name: path / name for name in _COPIED if (path / name).is_file()},
+        in_order(_quantised(checkpoint, quantisation, written, progress), checkpoint.config),
+    )
+    return written
+
+
+def _quantised(
+    checkpoint: Checkpoint, quantisation: Quantisation, written: Written, progress: Progress | None
+) -> Iterator[tuple[str, Tensor | Weight]]:
+    dtype = choose_dtype("auto", checkpoint.config, torch.device("cpu"))
+    total = checkpoint.num_bytes(dtype)
+    for name, tensor in checkpoint.tensors(dtype):
+        assert isinstance(tensor, Tensor)  # choose_quantisation refuses a quantised checkpoint
+        weight = quantisation.quantised(name, tensor, torch.float32) if tensor.dim() == 2 else None
+        if weight is not None:
+            written.compare(tensor, weight)
+        elif tensor.dim() == 2:
+            written.dense.append(name)
+        written.before += tensor.nbytes
+        written.after += tensor.nbytes if weight is None else weight.nbytes
+        yield name, tensor if weight is None else weight
+        if progress is not None:
+            progress("quantize", written.before, total)
+
+
+def in_order(tensors: Iterable[tuple[str, Tensor | Weight]], config: Config) -> Iterator[tuple[str, Tensor | Weight]]:
+    """The same, those of a layer in the order of the model: q, k and v are then stored one after the other. Files order
+    them by name, layer by layer."""
+    places = {name: place for place, name in enumerate(slots(config))}
+    layer, held = None, list[tuple[str, Tensor | Weight]]()
+    for name, tensor in tensors:
+        found = re.match(r"model\.layers\.\d+\.", name)
+        if (found and found[0]) != layer:
+            yield from sorted(held, key=lambda item: places.get(item[0], -1))
+            layer, held = found and found[0], []
+        held.append((name, tensor))
+    yield from sorted(held, key=lambda item: places.get(item[0], -1))

@@ -1,0 +1,96 @@
+"""`qwenkern quantize`: what it writes loads as the same model that quantize= makes, and it overwrites nothing."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import TINY, save_checkpoint, tiny_model
+from typer.testing import CliRunner
+
+from qwenkern import Model, RequestError
+from qwenkern.checkpoint import open_checkpoint
+from qwenkern.cli.commands import app
+from qwenkern.cli.quantising import quantise
+from qwenkern.kernels import Weight
+from qwenkern.quantise import CHOICES
+
+CONFIG = replace(TINY, vocab_size=512, hidden_size=256, intermediate_size=256, num_attention_heads=8)
+PROMPT = [7, 3, 300, 41]
+
+
+@pytest.fixture(scope="module")
+def dense(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("dense")
+    save_checkpoint(tiny_model(CONFIG, torch.bfloat16), path)
+    return path
+
+
+@pytest.mark.parametrize("to", CHOICES)
+def test_it_writes_what_quantize_makes(to, dense, tmp_path):
+    seen: list[tuple[int, int]] = []
+    written = quantise(str(dense), tmp_path / "out", to, lambda what, done, total: seen.append((done, total)))
+    checkpoint = open_checkpoint(tmp_path / "out")
+    assert {weight.format for weight in checkpoint.formats.values()} == {to, "int8" if to == "int4" else to}
+    assert len(checkpoint.formats) == 2 + 7 * CONFIG.num_hidden_layers
+    assert seen[-1] == (written.before, written.before)
+    assert written.after == checkpoint.num_bytes(torch.bfloat16)
+    assert not written.dense
+    ours, expected = (
+        Model.from_pretrained(path, device="cpu", cache_tokens=512, quantize=quantize)
+        for path, quantize in ((tmp_path / "out", None), (dense, to))
+    )
+    state = expected.module.state_dict()
+    assert ours.module.state_dict().keys() == state.keys()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in ours.module.state_dict().items())
+    assert ours.tokenizer.encode("Hello") == expected.tokenizer.encode("Hello")
+
+
+def test_the_error_is_that_of_the_values(dense, tmp_path):
+    written = quantise(str(dense), tmp_path / "out", "int4")
+    exact = dict(open_checkpoint(dense).tensors(torch.float32))
+    rounded = open_checkpoint(tmp_path / "out").tensors(torch.float32)
+    pairs = [(exact[name], each.dequantise()) for name, each in rounded if isinstance(each, Weight)]
+    lost = sum(float((a - b).square().sum()) for a, b in pairs)
+    assert written.error == pytest.approx(lost / sum(float(a.square().sum()) for a, _ in pairs), rel=1e-4)
+    assert 0.001 < written.error < 0.05
+
+
+def test_q_k_and_v_lie_one_after_the_other(dense, tmp_path):
+    quantise(str(dense), tmp_path / "out", "int4")
+    with open(tmp_path / "out" / "model.safetensors", "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    for layer in range(CONFIG.num_hidden_layers):
+        starts = [header[f"model.layers.{layer}.self_attn.{part}_proj.codes"]["data_offsets"] for part in "qkv"]
+        assert starts[0][1] == starts[1][0]
+        assert starts[1][1] == starts[2][0]
+
+
+def test_what_is_there_is_not_overwritten(dense, tmp_path):
+    for taken in ("file", "folder", "link"):
+        out = tmp_path / taken
+        {"file": out.touch, "folder": out.mkdir, "link": lambda: out.symlink_to("nowhere")}[taken]()  # noqa: B023
+        with pytest.raises(RequestError, match=rf"{taken}: exists; expected the name of a folder that there is not"):
+            quantise(str(dense), out, "int8")
+
+
+def test_what_is_quantised_already_is_refused(dense, tmp_path):
+    quantise(str(dense), tmp_path / "out", "int8")
+    with pytest.raises(
+        RequestError, match=r"quantize is 'int4', and the weights of .*out are quantised already \(int8\)"
+    ):
+        quantise(str(tmp_path / "out"), tmp_path / "again", "int4")
+    assert not (tmp_path / "again").exists()
+    with pytest.raises(RequestError, match="--to is 'q4_0'; expected one of 'int8'"):
+        quantise(str(dense), tmp_path / "again", "q4_0")
+
+
+def test_the_command(dense, tmp_path):
+    done = CliRunner().invoke(app, ["quantize", str(dense), str(tmp_path / "out"), "--to", "int8"])
+    assert done.exit_code == 0, done.output
+    assert done.stdout.strip().endswith("out")
+    assert (tmp_path / "out" / "config.json").is_file()
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
