@@ -113,6 +113,7 @@ def test_a_conversation_too_long_is_no_end(run, folder):
         (["generate", "-m", "{folder}", ""], "error: the prompt is empty", 1),
         (["generate", "-m", "/nowhere/model.gguf", "x"], "/nowhere/model.gguf", 1),
         (["generate", "-m", "{folder}", "--device", "tpu", "x"], "device is 'tpu'", 1),
+        (["generate", "-m", "{folder}", "--kv-cache-dtype", "int5", "x"], "kv_cache_dtype is 'int5'; expected one", 1),
         (["generate", "-m", "{folder}", "--threads", "0", "x"], "error: threads is 0; expected a whole number", 1),
         (["generate", "--bogus"], "No such option: --bogus", 2),
         (["dance"], "No such command 'dance'", 2),
