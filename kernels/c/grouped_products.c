@@ -104,7 +104,7 @@ ALWAYS void add_tile_once(const grouped_kind kind, const int planes, floats *sum
 ALWAYS void multiply(const int format, const int planes, const int fixed, float *out, const tile_row *w,
                      const token_block *x, long distance) {
     const grouped_kind kind = kind_of(format);
-    floats few[4 * PARTS], many[fixed ? 1 : MAX_BLOCK_TOKENS * PARTS], *sums = fixed ? few : many;
+    floats few[4 * PARTS], many[MAX_BLOCK_TOKENS * PARTS], *sums = fixed ? few : many;
     const long tokens = fixed ? fixed : x->tokens;
 #pragma GCC unroll 16
     for (long i = 0; i < tokens * PARTS; i++) sums[i] = (floats){0};

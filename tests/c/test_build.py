@@ -703,7 +703,12 @@ def test_an_installed_wheel_needs_no_compiler(installed, tmp_path):
     assert Path(file).is_relative_to(installed)
     assert "built with the package" in said
     assert not list(tmp_path.rglob("*.so"))
-    assert not done.stderr
+    assert not _warnings(done)
+
+
+def _warnings(done: subprocess.CompletedProcess[str]) -> list[str]:
+    """The lines on stderr, but for the one that a busy machine prints because it takes long to measure."""
+    return [line for line in done.stderr.splitlines() if "measuring which C kernels are fastest" not in line]
 
 
 @pytest.mark.slow
@@ -724,7 +729,7 @@ def test_a_built_library_that_is_not_what_it_was_is_compiled_here(installed, tmp
     reasons = {"library": "is damaged", "sources": "from other sources", "manifest": "is missing or damaged"}
     done = _in_c(place, tmp_path, QWENKERN_CPU_TARGET=name)
     assert f"{name}, compiled on this machine" in done.stdout
-    first, second = done.stderr.splitlines()
+    first, second = _warnings(done)
     assert reasons[damage] in first
     assert "compiling the C kernels" in second
 
