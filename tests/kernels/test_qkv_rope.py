@@ -138,7 +138,7 @@ MUTATIONS = [
         "rows of one half only",
         "triton/qkv_rope.py",
         "places // half * (head_dim // 2)",
-        "local // half * half",
+        "places // half * half",
         test_norm_qkv_rope,
         _FEW,
     ),
