@@ -55,7 +55,7 @@ class Model:
         self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
         self.prefill_chunk = chunk or default_chunk(self.device.type == "cuda")
-        pages = choose_pages(kv_cache_dtype, self.dtype, self.device, module.is_quantised)
+        pages = choose_pages(kv_cache_dtype, self.dtype)
         weights = sum(parameter.nbytes for parameter in module.parameters())
         layout = Layout(self.config, {}, self.dtype, self.device.type == "cuda", pages)
         room = cache_room(layout, self.device, cache_tokens, self.prefill_chunk, weights)
@@ -98,9 +98,8 @@ class Model:
             starts only when the cache has room for its prompt and its max_tokens.
         threads: CPU threads of this process, torch's included. None: QWENKERN_THREADS, else one for each physical core
             that the process may run on, but not more than its cgroup's quota and torch allow.
-        kv_cache_dtype: how the cache stores keys and values: "auto" (in dtype; in float16 on a CPU if weights are
-            quantised and dtype is float32), "float16", "int8", "fp8", or the name of dtype. docs/generation.md has the
-            bytes and the errors of each.
+        kv_cache_dtype: how the cache stores keys and values: "auto" (in dtype), "float16", "int8", "fp8", or the
+            name of dtype. docs/generation.md has the bytes and the errors of each.
         progress: called with the task ("download from <origin>", "load"), the bytes so far, and all bytes.
 
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""

@@ -64,15 +64,11 @@ def check_cache_dtype(kv_cache_dtype: str | torch.dtype) -> str:
     return name
 
 
-def choose_pages(
-    kv_cache_dtype: str | torch.dtype, dtype: torch.dtype, device: torch.device, quantised: bool = False
-) -> type[Pages]:
-    """The format of the key-value cache of a model that computes in ``dtype``. ``quantised`` says whether its weights
-    are. Raises RequestError."""
+def choose_pages(kv_cache_dtype: str | torch.dtype, dtype: torch.dtype) -> type[Pages]:
+    """The format of the key-value cache of a model that computes in ``dtype``, which is what "auto" is. Raises
+    RequestError."""
     name, own = check_cache_dtype(kv_cache_dtype), str(dtype).removeprefix("torch.")
-    if name == "auto":
-        return default_pages(dtype, device, quantised)
-    if name == own:
+    if name in ("auto", own):
         return DensePages
     stored = {each: found for each, found in PAGES.items() if found is not DensePages}
     if name not in stored:
@@ -81,14 +77,6 @@ def choose_pages(
             f"{', '.join(map(repr, dict.fromkeys(('auto', own, *stored))))}"
         )
     return stored[name]
-
-
-def default_pages(dtype: torch.dtype, device: torch.device, quantised: bool) -> type[Pages]:
-    """The format of "auto": the model's dtype; float16 for quantised weights with float32 activations on a CPU, which
-    costs a mean KL divergence of 4e-6 and halves the cache."""
-    if quantised and dtype == torch.float32 and device.type == "cpu":
-        return PAGES["float16"]
-    return DensePages
 
 
 def use_threads(threads: int | None) -> None:

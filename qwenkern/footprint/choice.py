@@ -40,4 +40,4 @@ def layout_of(
     matrices = formats_of(config, None if quantize in NONE else quantize, chosen)
     if quantize is None:
         matrices |= stored
-    return Layout(config, matrices, chosen, on_gpu, choose_pages(kv_cache_dtype, chosen, device, is_quantised))
+    return Layout(config, matrices, chosen, on_gpu, choose_pages(kv_cache_dtype, chosen))

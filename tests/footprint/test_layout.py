@@ -69,9 +69,9 @@ def test_a_matrix_whose_shape_a_format_lacks_is_dense():
     assert {each.format for name, each in found.items() if "down_proj" not in name} == {"dense"}
 
 
-def test_on_a_cpu_quantised_weights_run_in_float32_and_keep_keys_in_float16():
+def test_on_a_cpu_quantised_weights_run_in_float32():
     layout = layout_of(SMALL, CPU, quantize="q8_0")
-    assert (layout.dtype, layout.cache_name) == (torch.float32, "float16")
+    assert (layout.dtype, layout.cache_name) == (torch.float32, "float32")
     assert layout.weights == (LAYERS + EMBEDDING) * 34 // 32 + 4 * VECTORS
     assert layout_of(SMALL, CPU).dtype == torch.bfloat16
     assert layout_of(SMALL, GPU, quantize="q8_0").cache_name == "bfloat16"
