@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ from .text.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[str, int, int], None]  # (task, bytes so far, all bytes)
+Tensors = Iterator[tuple[str, torch.Tensor | Weight]]
 
 
 class Loaded(NamedTuple):
@@ -68,16 +69,21 @@ def load(
     prepare(device, dtype)
     tokenizer = tokenizer_of(checkpoint, path)
     module = Qwen2(checkpoint.config, dtype, device, allocated=False)
-    total = checkpoint.num_bytes(dtype) if progress else 0
-    load_weights(
-        module,
-        checkpoint.config,
-        quantisation.of(checkpoint.tensors(dtype), dtype),
-        source=str(path),
-        progress=progress and (lambda done: progress("load", done, total)),
-    )
+    tensors = checkpoint.tensors(dtype)
+    if progress:
+        tensors = _reported(tensors, progress, checkpoint.num_bytes(dtype))
+    load_weights(module, checkpoint.config, quantisation.of(tensors, dtype), source=str(path))
     logger.info("loaded %s as %s on %s in %.1f s", path, dtype, device, time.perf_counter() - started)
     return Loaded(module, tokenizer, checkpoint.generation)
+
+
+def _reported(tensors: Tensors, progress: Progress, total: int) -> Tensors:
+    """The tensors; after each of them ``progress`` gets the bytes so far, as the checkpoint has them."""
+    done = 0
+    for name, tensor in tensors:
+        yield name, tensor
+        done += tensor.nbytes
+        progress("load", done, total)
 
 
 def find(

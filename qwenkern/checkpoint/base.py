@@ -41,6 +41,6 @@ class Checkpoint(ABC):
         and `load_weights` refuses them. A tensor may be a view of the mapped file, so do not write to it."""
 
     def num_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of all tensors, dense ones in `dtype`: the last value that `load_weights` passes to `progress`."""
+        """Bytes of all tensors, dense ones in `dtype`: those of all that `tensors` yields."""
         dense = sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.formats)
         return dense * dtype.itemsize + sum(weight.nbytes for weight in self.formats.values())

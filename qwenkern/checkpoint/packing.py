@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,6 @@ def load_weights(
     config: Config,
     tensors: Iterable[tuple[str, torch.Tensor | Weight]],
     source: str,
-    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Puts every tensor into the parameters of `module`, on its device. Dense tensors are copied there, in its dtype.
     Its linears may be allocated (qwen2.Linear) or not. One that gets a Weight takes over the tensors of the Weight.
@@ -108,13 +107,12 @@ def load_weights(
     both. If both differ in the module's dtype, the output is untied, and a warning says so.
 
     tensors: (Hugging Face's name, tensor in bfloat16, float16 or float32, or a Weight of the module's dtype). source:
-    the checkpoint's name in messages. progress: called after each tensor, with the bytes of all tensors so far.
+    the checkpoint's name in messages.
     Raises CheckpointError for a tensor that is unknown, missing, given twice, or of the wrong shape or dtype."""
     table = slots(config)
     matrices = _Matrices(module, table)
     seen: set[str] = set()
     tied_head: torch.Tensor | Weight | None = None
-    done = 0
     for name, tensor in tensors:
         if name in seen:
             raise CheckpointError(f"{source}: tensor {name} is given twice")
@@ -127,9 +125,6 @@ def load_weights(
                 matrices.put(slot, tensor)
             else:
                 tied_head = tensor  # compared at the end, because the embedding may come later
-        done += tensor.nbytes
-        if progress is not None:
-            progress(done)
     _check_complete(seen, table, source)
     if tied_head is not None:
         if EMBEDDING not in seen:

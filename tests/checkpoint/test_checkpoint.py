@@ -173,15 +173,6 @@ def test_rotary_frequencies_are_skipped():
     assert_holds(load(weights | extra), expected_state(weights))
 
 
-def test_progress_counts_every_byte():
-    calls: list[int] = []
-    weights = random_weights()
-    load_weights(fake_module(), TINY, weights.items(), "here", calls.append)
-    assert len(calls) == len(weights)
-    assert calls == sorted(calls)
-    assert calls[-1] == sum(tensor.nbytes for tensor in weights.values())
-
-
 @pytest.mark.parametrize("head_first", [True, False])
 def test_a_superfluous_lm_head_is_accepted_when_it_repeats_the_embedding(head_first):
     weights = random_weights(TIED)

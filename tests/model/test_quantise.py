@@ -63,6 +63,16 @@ def test_a_checkpoint_is_quantised_as_it_loads(quantize, folder):
     assert model.generate(PROMPT, max_tokens=8, temperature=0).token_ids == expected.token_ids
 
 
+@pytest.mark.parametrize("quantize", [None, "none", "int4"])
+def test_progress_counts_the_bytes_of_the_checkpoint(quantize, folder):
+    calls = []
+    load(folder, quantize=quantize, progress=lambda *said: calls.append(said))
+    tasks, done, totals = zip(*calls, strict=True)
+    assert set(tasks) == {"load"}
+    assert list(done) == sorted(done)
+    assert done[-1] == totals[0] == totals[-1] > 0
+
+
 def test_the_dtype_is_that_of_activations(folder):
     model = load(folder, quantize="int8", dtype="bfloat16")
     assert model.dtype == torch.bfloat16
