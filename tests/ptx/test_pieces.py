@@ -37,7 +37,7 @@ MUTATED = {
 HARMLESS = {
     "k = LOAD_K(pages, kv_head, this_page, token": "a tile lies within a page; scores beyond the end are replaced",
     "v = LOAD_V(pages, kv_head, this_page, token": "behind the last tile comes a page of the sequence; nobody reads it",
-    "early = LOAD(weight, rows": "behind a row lies the next one, times zeros of x; behind the last row, it shows",
+    "early = LOAD(weight, ROWS": "behind a row lies the next one, times zeros of x; behind the last row, it shows",
     "return sequence if PAGE_SIZE is None else tl.load(table": "the index is clamped to the sequence's pages",
     "page = tl.load(table + tl.minimum(tile // PAGE_SIZE, last))": "the index is clamped to the sequence's pages",
     "tl.store(arrivals_ptr + ": "all threads store a zero there",
