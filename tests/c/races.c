@@ -2,6 +2,7 @@
  * test_races.py. Every op takes part, and reads what others have written. Ends with 1 where a team of several threads
  * gives other bits than one thread. */
 #include "team.h"
+#include "grouped_weight.h"
 
 #include <math.h>
 #include <pthread.h>
@@ -14,12 +15,13 @@ void run(const call *calls, long count, int threads);
 
 enum { D = 32, HKV = 2, G = 2, HQ = HKV * G, H = HQ * D, QKV = (HQ + 2 * HKV) * D, F = 320, VOCABULARY = 50 };
 enum { S = 3, PAGE = 16, PAGES = 20, CACHED = S * PAGES * PAGE * HKV * D, SPLITS = 3, LONGEST = 300, BLOCKS = 9 };
-enum { TOKENS = 61, TEAM = 4, STEPS = 2, OPS = 10 }; /* TOKENS of the larger batch */
+enum { TOKENS = 61, TEAM = 4, STEPS = 2, OPS = 11 }; /* TOKENS of the larger batch */
 
 /* What all callers read */
 static bf16 table[VOCABULARY * H], w_qkv[QKV * H], w_o[H * H], w_gate[F * H], w_up[F * H], w_down[H * F];
 static bf16 bias[QKV], norm[H];
 static bf16 old_keys[CACHED], old_values[CACHED];
+static uint16_t half_scales[H * H / 32]; /* 16-bit floats */
 static float cos_sin[LONGEST * D];
 static int32_t pages_of[S * PAGES], lengths[S] = {300, 17, 140};
 
@@ -34,7 +36,7 @@ typedef struct {
     float logits[TOKENS * H];
     bf16 x[TOKENS * H], qkv[TOKENS * QKV], q[TOKENS * H], attended[TOKENS * H], projected[TOKENS * H];
     bf16 rotated_q[TOKENS * H], rotated_k[TOKENS * HKV * D], last_sum[TOKENS * H], normed[TOKENS * H];
-    bf16 gated[TOKENS * F], gated_again[TOKENS * F];
+    bf16 gated[TOKENS * F], gated_again[TOKENS * F], of_codes[TOKENS * H];
     bf16 keys[CACHED], values[CACHED];
 } results;
 
@@ -75,6 +77,7 @@ static void fill_all(void) {
     bf16 *weights[] = {table, w_qkv, w_o, w_gate, w_up, w_down, bias, norm, old_keys, old_values};
     long counts[] = {VOCABULARY * H, QKV * H, H * H, F * H, F * H, H * F, QKV, H, CACHED, CACHED};
     for (int i = 0; i < 10; i++) fill(weights[i], counts[i], i ? 0.2f : 1);
+    for (long i = 0; i < H * H / 32; i++) half_scales[i] = 0x2000 + i % 512; /* about 0.01 */
     for (long position = 0; position < LONGEST; position++)
         for (long i = 0; i < D / 2; i++) {
             cos_sin[position * D + i] = cosf(position / (1.0f + i));
@@ -87,9 +90,14 @@ static void fill_all(void) {
 
 static weight dense(const bf16 *values, long row_size) { return (weight){values, row_size * sizeof *values, 0}; }
 
+/* The same memory as codes of q4_0, with scales that are finite */
+static weight quantised(const bf16 *values) {
+    return (weight){.values = values, .format = q4_0_weight, .scales = half_scales, .group = 32};
+}
+
 /* The ops of a step, in an order in which one reads what another has written */
 static void make_calls(call *calls, results *to, float *scratch, batch *b) {
-    const pages cache = {to->keys, to->values, PAGE, HKV * D * sizeof *to->keys, 0};
+    const pages cache = {.k = to->keys, .v = to->values, .page_size = PAGE, .num_heads = HKV};
     const double eps = 1e-6, scale = 1 / sqrt(D);
     const long T = b->tokens;
     const call decode = {.op = decode_attention_op,
@@ -124,7 +132,7 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                                                 .scale = scale}};
     const call made[OPS] = {
         {.op = embedding_op,
-         .embedding = {.out = to->x, .table = table, .ids = b->ids, .num_tokens = T, .row_size = H, .table_stride = H}},
+         .embedding = {.out = to->x, .table = dense(table, H), .ids = b->ids, .num_tokens = T, .row_size = H}},
         {.op = linear_op,
          .linear = {.out = to->qkv,
                     .scratch = scratch,
@@ -134,6 +142,7 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                     .bias = bias,
                     .num_tokens = T,
                     .out_features = QKV,
+                    .out_stride = QKV,
                     .in_features = H,
                     .x_stride = H,
                     .eps = eps}},
@@ -172,6 +181,7 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                     .addend = to->x,
                     .num_tokens = T,
                     .out_features = H,
+                    .out_stride = H,
                     .in_features = H,
                     .x_stride = H,
                     .addend_stride = H}},
@@ -184,8 +194,24 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                     .up = dense(w_up, H),
                     .num_tokens = T,
                     .out_features = F,
+                    .out_stride = F,
                     .in_features = H,
                     .x_stride = H,
+                    .eps = eps}},
+        {.op = linear_op,
+         .linear = {.out = to->of_codes,
+                    .scratch = scratch,
+                    .x = to->projected,
+                    .norm_weight = norm,
+                    .weight = quantised(w_o),
+                    .addend = to->x,
+                    .num_tokens = T,
+                    .out_features = H,
+                    .out_stride = H,
+                    .in_features = H,
+                    .x_stride = H,
+                    .addend_stride = H,
+                    .planes = 2,
                     .eps = eps}},
         {.op = silu_mul_op,
          .silu_mul = {.out = to->gated_again,
@@ -214,6 +240,7 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                     .addend = to->last_sum,
                     .num_tokens = T,
                     .out_features = H,
+                    .out_stride = H,
                     .in_features = F,
                     .x_stride = F,
                     .addend_stride = H,
