@@ -9,7 +9,6 @@ from collections.abc import Callable
 from itertools import pairwise
 from types import ModuleType
 
-import gguf
 import pytest
 import torch
 from c import emulated
@@ -17,7 +16,6 @@ from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
 from qwenkern.checkpoint.integers import Words
-from qwenkern.checkpoint.repack import _in_torch
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import reference, weights
 from qwenkern.kernels.c import build, choose, ops, recorded_calls, repack, repack_words, targets
@@ -632,6 +630,9 @@ def test_recorded_calls_of_the_other_ops_match_them() -> None:
 @pytest.mark.parametrize("form", repack.FORMATS)
 def test_blocks_of_a_file_are_repacked(form: str) -> None:
     """In every byte as torch does it, whose values are compared with the gguf library's elsewhere."""
+    gguf = pytest.importorskip("gguf")
+    from qwenkern.checkpoint.repack import _in_torch
+
     kind = gguf.GGMLQuantizationType[form.upper()]
     values, size = gguf.GGML_QUANT_SIZES[kind]
     blocks = torch.randint(0, 256, (48, 512 // values * size), generator=torch.Generator().manual_seed(0)).byte()

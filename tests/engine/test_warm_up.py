@@ -225,7 +225,7 @@ stamp, other = warm_up._stamp(task), warm_up._stamp(replace(task, page_size=32))
 print(stamp.parent == folder, stamp != other)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
-    print(warm_up._compiled(replace(task, weights=(weights[0]._replace(format="feathers"),))))
+    print(warm_up._compiled(replace(task, weights=(weights[0]._replace(format="feathers"), *weights[1:]))))
 print(caught[0].message)
 """
 
