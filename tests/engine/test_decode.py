@@ -521,7 +521,7 @@ def _assert_captured_text(config, how, sequences):
 
 def test_what_waits_for_the_host_is_not_captured(monkeypatch):
     def waits(page_size: int = 64, head_dim: int = 64) -> bool:
-        pages = torch.empty(4, page_size, 2, head_dim)  # of float32, which C does not take in Triton's place
+        pages = torch.empty(4, page_size, 2, head_dim, dtype=torch.float16)  # which C does not take in Triton's place
         return waits_for_host(4, DensePages(pages, pages))
 
     monkeypatch.setenv("QWENKERN_KERNELS", "triton")
