@@ -16,7 +16,7 @@ from qwenkern.kernels.c import compiler, targets
 
 # Functions whose inner loops may use the stack, and why that costs little. All others may not.
 EXCEPTIONS = {
-    "linear_(few_tokens|many_tokens|grouped)": "behind the product: a row may end in a register, and then goes through memory",
+    "linear_(few_tokens|many_tokens|grouped)": "behind the product: what ends in a register goes through memory",
     "plain_.*|run_plain": "loops to be read, not to be fast",
     "silu_mul": "AVX2 has 16 registers, fewer than the constants of exp and of rounding: they are read from the stack",
 }
