@@ -26,6 +26,7 @@ from qwenkern.kernels.pages import DensePages
 from qwenkern.kernels.weights import FORMATS, Dense
 
 EPS = 1e-6
+C_WEIGHTS = "dense, q4_0, q4_1, q5_0, q5_1, q8_0, q4_k, q5_k, q6_k, q2_k, q3_k, int4, int8"
 
 
 # The fixed targets that this processor has or that can be emulated, vectors of 4 floats, the narrowest, and the plain
@@ -535,7 +536,7 @@ def test_what_torch_multiplies_faster_is_refused(monkeypatch) -> None:
     assert c_backend.prepared().limits.max_few_tokens == FEW
     x = tensor(FEW + 1, 32, seed=0)
     assert refusal("linear", x[:FEW], x) is None
-    assert refusal("linear", x, x) == "17 tokens, which torch multiplies faster on this processor"
+    assert refusal("linear", x, x) == "17 tokens of bfloat16, which torch multiplies faster on this processor"
     q, k, v, tables, counts = cached([40], 14, 2, 64)
     assert refusal("decode_attention", q, k, v, tables, counts, 0.125) is None
     said = refusal("prefill_attention", q, k, v, tables, counts, torch.tensor([0, 1]), 0.125)
@@ -545,7 +546,7 @@ def test_what_torch_multiplies_faster_is_refused(monkeypatch) -> None:
 def test_many_tokens_of_float32_are_left_to_torch() -> None:
     x = tensor(FEW + 1, 32, seed=0, dtype=torch.float32)
     assert refusal("linear", x[:FEW], x) is None
-    assert refusal("linear", x, x) == "17 tokens, which torch multiplies faster on this processor"
+    assert refusal("linear", x, x) == "17 tokens of float32, which torch multiplies faster on this processor"
 
 
 def test_a_refusal_prepares_nothing(monkeypatch) -> None:
@@ -562,7 +563,7 @@ def test_what_has_no_backend_of_its_own_here_is_refused_by_its_format() -> None:
 
     del weights.FORMATS[Other.format]
     x = tensor(1, 32, seed=0)
-    assert refusal("linear", x, Other(x)) == "weights of the format other of test_ops (C has dense)"
+    assert refusal("linear", x, Other(x)) == f"weights of the format other of test_ops (C has {C_WEIGHTS})"
 
     class OtherPages(DensePages):
         format = "other of test_ops"
