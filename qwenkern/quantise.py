@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .allocation import allocate
 from .checkpoint import Checkpoint
-from .checkpoint.formats import form_of
+from .checkpoint.formats import NONE, form_of
 from .errors import RequestError, shown
 from .kernels import Weight
 from .kernels.c import threads
@@ -22,8 +22,7 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 1 << 20  # values that a thread rounds before it takes others
 
-NONE = ("none", "dense")
-CHOICES = tuple(name for name in ("int8", "int4", "fp8") if name in FORMATS)
+CHOICES = ("int8", "int4", "fp8")
 
 
 @dataclass(frozen=True)

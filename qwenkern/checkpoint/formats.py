@@ -19,6 +19,7 @@ from .mixes import MIXES, mixed
 from .packing import EMBEDDING, HEAD, slots
 
 _OF_EMBEDDINGS = {"int4": "int8"}  # rounded to 4 bits they cost more quality than all layers together
+NONE = ("none", Dense.format)  # as quantize=: all matrices are dense
 
 
 def form_of(name: str, quantize: str) -> str:

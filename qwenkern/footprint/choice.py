@@ -6,14 +6,11 @@ from collections.abc import Mapping
 
 import torch
 
-from ..checkpoint.formats import formats_of, stored_formats
+from ..checkpoint.formats import NONE, formats_of, stored_formats
 from ..config import Config
 from ..device import choose_dtype, choose_pages
 from ..kernels import Weight
-from ..kernels.weights import Dense
 from .layout import Layout
-
-NONE = ("none", Dense.format)  # as quantize=: all matrices are dense
 
 
 def layout_of(

@@ -257,7 +257,7 @@ FAULTS = {
         r"q_proj\.minima has values that are NaN or infinite; expected finite scales",
     ),
     "another format": (change_config, lambda formats: formats.update({Q: "q6_k"}), "expected codes, high, scales, "),
-    "a format of nobody": (
+    "an unknown format": (
         change_config,
         lambda formats: formats.update({Q: "q9"}),
         "the format 'q9'; expected one of fp8",
