@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import chain
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, overload
 
@@ -15,7 +17,19 @@ from .arguments import flag, whole
 from .cache import PagedCache
 from .config import Config
 from .device import check_cache_dtype, choose_device, choose_dtype, choose_pages, use_threads
-from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
+from .engine import (
+    AsyncCall,
+    AsyncStream,
+    Call,
+    Completion,
+    Engine,
+    Limits,
+    Loop,
+    Request,
+    Runner,
+    Score,
+    Stream,
+)
 from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
 from .footprint import Layout, cache_room, default_chunk, layout_of, refuse_too_large
@@ -35,7 +49,8 @@ class Model:
     >>> model = Model.from_pretrained("Qwen/Qwen2.5-3B-Instruct")
     >>> model.chat([{"role": "user", "content": "Hello!"}]).text
 
-    Several threads may use it: forward passes take turns, and calls wait while the key-value cache is full."""
+    Any number of threads and coroutines may use it at once. Their requests run together on one engine, in a background
+    thread, and wait while the key-value cache is full. ``close``, or the end of a with statement, stops the thread."""
 
     def __init__(
         self,
@@ -46,6 +61,7 @@ class Model:
         prefill_chunk: int | None = None,
         deterministic: bool = False,
         kv_cache_dtype: str | torch.dtype = "auto",
+        prefix_cache: bool = True,
     ) -> None:
         self.module = module
         self.config = module.config
@@ -63,7 +79,10 @@ class Model:
         for of_layer, bias in zip(self.cache.pages, module.k_biases(), strict=True):
             of_layer.adapt(bias)
         self.deterministic = flag("deterministic", deterministic)
+        self.prefix_cache = flag("prefix_cache", prefix_cache)
         self._runner: Runner | None = None
+        self._engines: Loop | None = None
+        self._starting = threading.Lock()
 
     @classmethod
     def from_pretrained(
@@ -79,6 +98,7 @@ class Model:
         progress: Callable[[str, int, int], None] | None = None,
         quantize: str | None = None,
         kv_cache_dtype: str | torch.dtype = "auto",
+        prefix_cache: bool = True,
     ) -> Model:
         """Loads a checkpoint.
 
@@ -100,13 +120,15 @@ class Model:
             that the process may run on, but not more than its cgroup's quota and torch allow.
         kv_cache_dtype: how the cache stores keys and values: "auto" (in dtype), "float16", "int8", "fp8", or the
             name of dtype. docs/generation.md has the bytes and the errors of each.
+        prefix_cache: pages of earlier texts stay in the cache until another text needs the room. A prompt that begins
+            like one of them starts there. With ``deterministic``, it gets the same bits as without.
         progress: called with the task ("download from <origin>", "load"), the bytes so far, and all bytes.
 
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
         use_threads(threads)
         check_cache_dtype(kv_cache_dtype)
         loaded = load(model, choose_device(device), dtype, progress, quantize, kv_cache_dtype, cache_tokens)
-        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype)
+        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache)
 
     @classmethod
     def from_config(
@@ -123,6 +145,7 @@ class Model:
         threads: int | None = None,
         quantize: str | None = None,
         kv_cache_dtype: str | torch.dtype = "auto",
+        prefix_cache: bool = True,
     ) -> Model:
         """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
 
@@ -143,7 +166,7 @@ class Model:
         refuse_too_large(layout, device, config.source, cache_tokens)
         module = Qwen2(config, dtype, device, allocated=False)
         initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
-        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype)
+        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache)
 
     @classmethod
     def from_transformers(
@@ -156,6 +179,7 @@ class Model:
         deterministic: bool = False,
         threads: int | None = None,
         kv_cache_dtype: str | torch.dtype = "auto",
+        prefix_cache: bool = True,
     ) -> Model:
         """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
 
@@ -177,16 +201,33 @@ class Model:
         module = shared_module(model)
         ours = as_tokenizer(tokenizer, model)
         defaults = generation_defaults(model)
-        return cls(module, ours, defaults, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype)
+        return cls(module, ours, defaults, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache)
 
-    def _engine(self) -> Engine:
-        """An engine for one call. All of them share the cache and the captured steps."""
-        if self._runner is None or self._runner.cache is not self.cache:
-            self._runner = Runner(self.module, self.cache)
-        limits = Limits(self.prefill_chunk)
-        if self.deterministic:
-            limits = Limits(self.prefill_chunk, invariant_tokens(self.module.model.norm.weight), batch_invariant=True)
-        return Engine(self._runner, limits)
+    @property
+    def _loop(self) -> Loop:
+        """The engine that all calls share, made by the first of them."""
+        with self._starting:
+            if self._runner is None or self._runner.cache is not self.cache:
+                self._runner = Runner(self.module, self.cache)
+                self._engines = None
+            if self._engines is None:
+                limits = Limits(self.prefill_chunk, finds_prefixes=self.prefix_cache)
+                if self.deterministic:
+                    most = invariant_tokens(self.module.model.norm.weight)
+                    limits = replace(limits, max_batch=most, batch_invariant=True)
+                self._engines = Loop(Engine(self._runner, limits))
+            return self._engines
+
+    def close(self) -> None:
+        """Ends all calls with an EngineError, and stops the background thread. The weights stay until the model is
+        dropped."""
+        self._loop.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def warm_up(self, max_sequences: int = 1, max_prompt: int = 512, sampled: bool = True) -> None:
         """Compiles and captures what later calls will need, so that none of them waits for it: call it once, before
@@ -203,7 +244,7 @@ class Model:
         whole("max_prompt", max_prompt, 1)
         flag("sampled", sampled)
         prepare(self.device, self.dtype)
-        engine = self._engine()
+        engine = self._loop.engine
         capture, cache = engine.runner.captured.capture, self.cache
         together = min(max_sequences, engine.scheduler.limits.max_batch, cache.num_pages)
         most = min(max_prompt, self.prefill_chunk, self.config.context_length, cache.num_tokens)
@@ -262,9 +303,9 @@ class Model:
         return completions[0] if single and params.n == 1 else completions
 
     def _complete(self, requests: list[Request]) -> list[Completion]:
-        first = [request for request in requests if request.sample_index == 0]  # the others fork from these
-        for _ in self._engine().run(first):
-            pass
+        with Call(self._loop, _first_of_each(requests)) as call:
+            for _ in call:
+                pass
         return [Completion.of(request) for request in requests]
 
     def stream(
@@ -278,11 +319,46 @@ class Model:
         """Completes one prompt and yields its text as it comes, never half a character.
 
         A model without a tokenizer yields nothing; its ``completion`` has the ids."""
-        params = sampling_params(params, keywords)
+        request = self._streamed(prompt, sampling_params(params, keywords), tools)
+        return Stream(Call(self._loop, [request]), request)
+
+    def _streamed(self, prompt: Prompt, params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None) -> Request:
         if params.n != 1:
             raise RequestError(f"n is {params.n}; a stream has one completion: expected 1")
         [request] = self._requests([prompt], params, tools)
-        return Stream(self._engine().run([request]), request)
+        request.is_streamed = True
+        return request
+
+    async def agenerate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
+    ) -> Completion | list[Completion]:
+        """`generate` for coroutines. A cancelled task ends its requests."""
+        params = sampling_params(params, keywords)
+        single = is_one_prompt(prompts)
+        listed = cast("Sequence[Prompt]", [prompts] if single else prompts)
+        requests = self._requests(listed, params, tools)
+        async with AsyncCall(self._loop, _first_of_each(requests)) as call:
+            async for _ in call:
+                pass
+        completions = [Completion.of(request) for request in requests]
+        return completions[0] if single and params.n == 1 else completions
+
+    def astream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **keywords: Any,
+    ) -> AsyncStream:
+        """`stream` for coroutines: ``async for piece in model.astream(prompt)``."""
+        request = self._streamed(prompt, sampling_params(params, keywords), tools)
+        return AsyncStream(AsyncCall(self._loop, [request]), request)
 
     @overload
     def chat(
@@ -323,14 +399,14 @@ class Model:
         completions = self._complete(self._requests([messages], params, tools))
         return completions[0] if params.n == 1 else completions
 
-    @torch.inference_mode()
     def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T].
 
         Raises RequestError if a GPU has no memory left for them (`score` needs little). The default cache leaves room
         for those of one ``prefill_chunk`` if 17 GB are free beside the weights."""
         rows, is_batch = rows_of_ids(ids)
-        parts = [self._logits(row) for row in rows]
+        for row in rows:
+            self._prompts.check(row)
         shape = len(rows), len(rows[0]), self.config.vocab_size
         try:
             logits = torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -339,34 +415,44 @@ class Model:
                 f"ids has {len(rows)} x {len(rows[0])} tokens, whose logits take {4e-9 * math.prod(shape):.1f} GB, "
                 f"more than {self.device} has left: expected fewer tokens, or a smaller cache_tokens of the model"
             ) from error
-        for row, its_parts in zip(logits, parts, strict=True):
-            start = 0
-            for part in its_parts:
-                row[start : start + len(part)] = part
-                start += len(part)
+        ends = [0] * len(rows)
+
+        def keep(index: int, part: Tensor) -> None:
+            start, ends[index] = ends[index], ends[index] + len(part)
+            logits[index, start : ends[index]] = part
+
+        self._read(rows, keep)
         return logits if is_batch else logits[0]
 
-    @torch.inference_mode()
     def score(self, text: str | Sequence[int]) -> Score:
         """The log-probability of every token of a text, or of token ids, given the tokens before it.
 
         Raises NonFiniteError if one of them is not finite."""
         ids = self._prompts.encode(text)
+        self._prompts.check(ids)
         logprobs: list[float] = []
-        for logits in self._logits(ids):
+
+        def add(_: int, logits: Tensor) -> None:
             targets = torch.tensor(ids[len(logprobs) + 1 :][: len(logits)], device=logits.device)
             logits = logits[: len(targets)]
             chosen = logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
-            logprobs += chosen.tolist()
+            logprobs.extend(chosen.tolist())
+
+        self._read([ids], add)
         if wrong := [position for position, value in enumerate(logprobs) if not math.isfinite(value)]:
             raise NonFiniteError.at(wrong[0], self.dtype, "score")
         return Score(ids, logprobs)
 
-    def _logits(self, ids: list[int]) -> Iterator[Tensor]:
-        """Logits of a sequence, some tokens at a time."""
-        self._prompts.check(ids)
-        request = Request(ids, SamplingParams(), frozenset(), max_tokens=0, wants_logits=True)
-        return chain.from_iterable(output.logits or () for output in self._engine().run([request]))
+    def _read(self, rows: list[list[int]], take: Callable[[int, Tensor], None]) -> None:
+        """Has ``take`` called with the index of each row and the next of its logits, in inference mode."""
+        requests = []
+        for index, ids in enumerate(rows):
+            request = Request(ids, SamplingParams(), frozenset(), max_tokens=0)
+            request.on_logits = torch.inference_mode()(partial(take, index))
+            requests.append(request)
+        with Call(self._loop, requests) as call:
+            for _ in call:
+                pass
 
     @property
     def _prompts(self) -> Prompts:
@@ -376,3 +462,8 @@ class Model:
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
     ) -> list[Request]:
         return self._prompts.requests(prompts, params, tools)
+
+
+def _first_of_each(requests: list[Request]) -> list[Request]:
+    """The first completion of each prompt, from which the others fork."""
+    return [request for request in requests if request.sample_index == 0]

@@ -32,6 +32,10 @@ class NonFiniteError(Error, ArithmeticError):
         )
 
 
+class EngineError(Error, RuntimeError):
+    """A forward pass failed, or the engine has stopped: the message has the reason."""
+
+
 class RequestError(Error, ValueError):
     """An argument of a call is out of range: a prompt, a sampling parameter, a device."""
 

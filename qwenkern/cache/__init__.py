@@ -1,4 +1,4 @@
-"""The paged key-value cache: the allocation of pages to sequences, the pages' memory, and the batch of one pass."""
+"""The paged key-value cache: pages for sequences, texts found again, the pages' memory, and the batch of one pass."""
 
 from .allocator import BlockTable, PageAllocator
 from .batch import Batch

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, deque
+from collections.abc import Sequence
+
 from ..errors import RequestError
+from .prefix import Entry, Parent, PrefixIndex
 
 
 class BlockTable:
     """The pages of one sequence, and the number of its tokens in them."""
 
-    def __init__(self) -> None:
+    def __init__(self, salt: str = "") -> None:
         self.pages: list[int] = []
         self.length = 0
+        self.salt = salt  # only texts of the same salt share pages
+        self.num_indexed = 0  # pages that the prefix index has been told of
+        self.last: Parent = salt  # the entry of the last of these
 
 
 class PageAllocator:
     """Gives pages to sequences and takes them back.
 
-    A page belongs to one sequence, or it is full and shared by sequences with the same beginning. Only the block tables
-    say which pages are in use: a page is free if no listed table contains it. The list of free pages is computed from
-    the tables, and computed again after a table was released. So if an exception interrupts any line (such as a
-    KeyboardInterrupt), no page stays in use longer than its sequence lives."""
+    A page is in use while a table has it. Several tables may share a full page. When no table has a page any more, its
+    tokens stay findable (`find`) until another sequence needs the room; the page that was used longest ago goes first.
+
+    One thread at a time may use an allocator, except for ``give_back``."""
 
     def __init__(self, num_pages: int, page_size: int) -> None:
         self.num_pages = num_pages
         self.page_size = page_size  # tokens
-        self._tables: set[BlockTable] = set()  # the tables that have pages
-        self._free: list[int] = []  # free pages; incomplete after a release
-        self._released = True  # whether _free may be incomplete
+        self.reset()
+
+    def reset(self) -> None:
+        """Makes all pages free, and forgets what they hold. The tables of sequences are not valid any more."""
+        self._users = [0] * self.num_pages  # how many tables have each page
+        self._free = list(range(self.num_pages - 1, -1, -1))
+        self._kept: OrderedDict[int, None] = OrderedDict()  # pages of no table that can be found, the oldest first
+        self._index = PrefixIndex()
+        self._given_back: deque[BlockTable] = deque()
+        self._version = 0  # of the weights that computed what can be found
 
     @property
     def num_tokens(self) -> int:
@@ -38,23 +52,44 @@ class PageAllocator:
 
     @property
     def num_free_pages(self) -> int:
-        return self.num_pages - len(self._used())
+        """Pages that no table has. Some of them may hold a text that can be found."""
+        self._take_back()
+        return len(self._free) + len(self._kept)
+
+    @property
+    def num_kept_pages(self) -> int:
+        """Free pages whose text can be found."""
+        self._take_back()
+        return len(self._kept)
 
     def has_room(self, num_pages: int) -> bool:
         """Whether so many pages are free."""
-        if num_pages > len(self._free) and self._released:
-            self._released = False  # before reading the tables, because a page released meanwhile may be missed
-            used = self._used()
-            self._free = [page for page in range(self.num_pages - 1, -1, -1) if page not in used]
-        return num_pages <= len(self._free)
-
-    def holds(self, table: BlockTable) -> bool:
-        """Whether a table has pages."""
-        return table in self._tables
+        return num_pages <= self.num_free_pages
 
     def missing_pages(self, table: BlockTable, num_tokens: int) -> int:
         """The number of pages that the sequence lacks for its next ``num_tokens`` tokens."""
         return max(0, -(-(table.length + num_tokens) // self.page_size) - len(table.pages))
+
+    def find(self, ids: Sequence[int], salt: str = "") -> list[Entry]:
+        """The pages that hold the longest beginning of ``ids``, among texts of the same salt."""
+        return self._index.find(salt, ids, self.page_size)
+
+    def begin(self, table: BlockTable, found: Sequence[Entry], num_tokens: int) -> bool:
+        """Gives an empty table the found pages, and room for ``num_tokens`` tokens in all. Returns whether there was
+        room; else nothing is given."""
+        to_come = max(0, num_tokens - len(found) * self.page_size)
+        if -(-to_come // self.page_size) > self.num_free_pages - sum(entry.page in self._kept for entry in found):
+            return False
+        table.pages = [entry.page for entry in found]
+        table.length = len(found) * self.page_size
+        table.num_indexed = len(found)
+        if found:
+            table.last = found[-1].id
+        for page in table.pages:
+            self._kept.pop(page, None)
+            self._users[page] += 1
+        self.extend(table, to_come)
+        return True
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         """Gives the sequence the pages for its next ``num_tokens`` tokens. Raises RequestError, and gives none, if too
@@ -67,29 +102,63 @@ class PageAllocator:
                 f"the key-value cache has room for {self.num_free_tokens} more tokens of its {self.num_tokens}, and a "
                 f"sequence needs {num_tokens} more: pass a larger cache_tokens to Model.from_pretrained"
             )
-        self._tables.add(table)
-        pages = self._free[-missing:]
-        del self._free[-missing:]
-        table.pages += reversed(pages)
+        for _ in range(missing):
+            page = self._free.pop() if self._free else self._evicted()
+            self._users[page] = 1
+            table.pages.append(page)
 
     def fork(self, table: BlockTable, copy: BlockTable) -> None:
         """Makes an empty table a copy of another one. The copy shares the full pages, and gets a page of its own for
         the page that is partly full. Raises RequestError if there is no free page."""
         full, tail = divmod(table.length, self.page_size)
         self.extend(copy, tail)
-        self._tables.add(copy)
         copy.pages[:0] = table.pages[:full]
-        copy.length = table.length
+        for page in table.pages[:full]:
+            self._users[page] += 1
+        copy.length, copy.num_indexed, copy.last = table.length, table.num_indexed, table.last
+
+    def remember(self, table: BlockTable, ids: Sequence[int]) -> None:
+        """Makes the full pages of a table findable. ``ids`` are the tokens in it, as far as they are known."""
+        size = self.page_size
+        for at in range(table.num_indexed, min(table.length, len(ids)) // size):
+            entry = self._index.add(table.last, ids[at * size : (at + 1) * size], table.pages[at])
+            table.num_indexed, table.last = at + 1, entry.id
+
+    def forget_if_changed(self, version: int) -> None:
+        """Forgets all texts if other weights computed them: those of another version."""
+        if version != self._version:
+            self.forget()
+            self._version = version
+
+    def forget(self) -> None:
+        """Makes no page findable any more."""
+        self._free += self._kept
+        self._kept.clear()
+        self._index = PrefixIndex()
 
     def release(self, table: BlockTable) -> None:
         """Empties the table. Its pages are free, except those that another sequence shares."""
-        self._tables.discard(table)
-        self._released = True
-        table.pages, table.length = [], 0
+        pages, table.pages = table.pages, []
+        table.length, table.num_indexed, table.last = 0, 0, table.salt
+        for page in reversed(pages):  # the end of a text is of less use than its beginning, so it is older
+            self._users[page] -= 1
+            if self._users[page]:
+                continue
+            if page in self._index:
+                self._kept[page] = None
+            else:
+                self._free.append(page)
 
-    def recount(self) -> None:
-        """Computes the free pages again when they are next needed."""
-        self._released = True
+    def give_back(self, table: BlockTable) -> None:
+        """Has the table released by the thread that uses the allocator next. Any thread may call this at any time, the
+        garbage collector included."""
+        self._given_back.append(table)
 
-    def _used(self) -> set[int]:
-        return set().union(*[table.pages for table in list(self._tables)])
+    def _take_back(self) -> None:
+        while self._given_back:
+            self.release(self._given_back.popleft())
+
+    def _evicted(self) -> int:
+        page, _ = self._kept.popitem(last=False)
+        self._index.forget(page)
+        return page

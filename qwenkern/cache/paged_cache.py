@@ -1,11 +1,8 @@
-"""The key-value cache: the pages' memory, and the lock of the threads that share it."""
+"""The key-value cache: the pages, their memory, and the angles of their positions."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 
@@ -15,7 +12,6 @@ from ..kernels.pages import DensePages
 from ..rope import RopeTable
 from .allocator import BlockTable, PageAllocator
 from .batch import Batch
-from .stream_order import StreamOrder
 
 PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 
@@ -25,8 +21,7 @@ class PagedCache(PageAllocator):
 
     The memory is not cleared. On a CPU the operating system provides it only as pages are first written.
 
-    A thread must hold ``lock`` while it takes pages or runs a pass, and enter ``order`` before it launches anything
-    there. Freeing pages needs no lock, because the garbage collector may do it at any time."""
+    One engine uses a cache at a time, and only the thread that steps it."""
 
     def __init__(
         self,
@@ -44,10 +39,6 @@ class PagedCache(PageAllocator):
         self.pages = [pages.allocate(*shape, dtype, device) for _ in range(config.num_hidden_layers)]
         self.device = self.pages[0].device
         self.rope = RopeTable(config, self.num_tokens, device)  # angles for the positions that sequences have reached
-        self.lock = threading.Lock()  # one forward pass at a time on this cache
-        on_gpu = self.device.type == "cuda"
-        self.order: AbstractContextManager[None] = StreamOrder(self.device) if on_gpu else nullcontext()
-        self.shares: dict[Any, None] = {}  # an engine.sharing.Share for each engine that uses the cache
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
         missing = self.missing_pages(table, num_tokens)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import RequestError
 from ..sampling import TokenLogprob
 from .engine import Output
+from .loop import AsyncCall, Call
 from .request import Request
 
 
@@ -25,6 +24,7 @@ class Completion:
     num_prompt_tokens: int
     prompt_index: int = 0  # the index of the prompt in the list
     sample_index: int = 0  # the index among the prompt's n completions
+    num_cached_tokens: int = 0  # tokens of the prompt that were still in the cache, and not computed again
 
     @property
     def num_tokens(self) -> int:
@@ -41,33 +41,59 @@ class Completion:
             num_prompt_tokens=len(request.prompt_ids),
             prompt_index=request.prompt_index,
             sample_index=request.sample_index,
+            num_cached_tokens=request.num_found,
         )
 
 
-class Stream:
+class _Pieces:
+    """What a caller has read of a text so far."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._finish_reason: str | None = None
+
+    @property
+    def completion(self) -> Completion:
+        """The completion as far as it has been read."""
+        whole = Completion.of(self._request)
+        if self._finish_reason:
+            return whole
+        logprobs = None if whole.logprobs is None else whole.logprobs[: len(self._ids)]
+        return replace(
+            whole,
+            text="".join(self._text),
+            token_ids=list(self._ids),
+            logprobs=logprobs,
+            finish_reason=None,
+            stop_reason=None,
+        )
+
+    def _take(self, output: Output) -> str:
+        self._text.append(output.text)
+        self._ids += output.token_ids
+        self._finish_reason = output.finish_reason
+        return output.text
+
+
+class Stream(_Pieces):
     """Text as it is generated. Iterate over the pieces, then read ``completion``. ``close`` stops the generation.
 
-    An open stream that is not read keeps its pages of the key-value cache until another call needs them. When it is
-    read again, its tokens are computed again as soon as there is room."""
+    The text is generated whether or not somebody reads it, up to its end. A stream that nobody refers to any more is
+    closed."""
 
-    def __init__(self, outputs: Generator[Output, None, None], request: Request) -> None:
-        self._outputs = outputs
-        self._request = request
+    def __init__(self, call: Call, request: Request) -> None:
+        super().__init__(request)
+        self._call = call
 
     def __iter__(self) -> Stream:
         return self
 
     def __next__(self) -> str:
-        try:
-            for output in self._outputs:
-                if self._request.aborted:  # another thread closed the stream during this step
-                    self._outputs.close()
-                elif output.text:
-                    return output.text
-        except ValueError as error:
-            if not _is_being_read(error):
-                raise
-            raise RequestError("another thread is reading this stream; expected one reader at a time") from None
+        for output in self._call:
+            if text := self._take(output):
+                return text
         raise StopIteration
 
     def __enter__(self) -> Stream:
@@ -77,23 +103,36 @@ class Stream:
         self.close()
 
     def close(self) -> None:
-        """Stops the generation. The text so far stays in ``completion``. If another thread is reading, its iteration
-        ends after the step in progress; if that thread waits for room in the cache, it ends shortly after."""
-        self._request.aborted = True
-        try:
-            self._outputs.close()
-        except ValueError as error:
-            if not _is_being_read(error):
-                raise
-
-    @property
-    def completion(self) -> Completion:
-        """The completion so far."""
-        return Completion.of(self._request)
+        """Stops the generation. What was read stays in ``completion``. If another thread is reading, its iteration
+        ends."""
+        self._call.close()
 
 
-def _is_being_read(error: ValueError) -> bool:
-    return error.args == ("generator already executing",)
+class AsyncStream(_Pieces):
+    """A Stream for coroutines: ``async for`` over the pieces."""
+
+    def __init__(self, call: AsyncCall, request: Request) -> None:
+        super().__init__(request)
+        self._call = call
+
+    def __aiter__(self) -> AsyncStream:
+        return self
+
+    async def __anext__(self) -> str:
+        async for output in self._call:
+            if text := self._take(output):
+                return text
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> AsyncStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Stops the generation. What was read stays in ``completion``."""
+        self._call.close()
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
-from torch import Tensor
+import torch
 
-from ..errors import Error, NonFiniteError, RequestError
+from ..cache import PagedCache
+from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .pipeline import DecodePipeline
 from .request import Request
 from .runner import Runner
 from .scheduler import MAX_BATCH, Limits, Scheduled, Scheduler
+
+MOST_FAULTS = 3  # passes that may fail one after the other before the engine stops
 
 
 class Output(NamedTuple):
@@ -26,7 +29,10 @@ class Output(NamedTuple):
     text: str  # new text that no later token can change
     finish_reason: str | None = None  # "stop" or "length" if the request has ended
     error: Error | None = None  # the error that ended the request, if any
-    logits: Iterator[Tensor] | None = None  # if it wants its prompt's: next rows, float32 [<= 64, V] each
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
 
 
 class Engine:
@@ -38,19 +44,23 @@ class Engine:
     ...         for output in engine.step():
     ...             print(output.text, end="")
 
-    Any thread may call ``add`` and ``abort`` at any time. Only one thread at a time may call ``step``. Several engines
-    may use one runner. They share its cache by the rules of sharing.py; the requests of different engines are never in
-    one batch.
+    Any thread may call ``add`` and ``abort`` at any time. Only one thread at a time may call ``step``. An engine has the
+    cache for itself while it has requests.
 
-    If a request's logits are not finite or its sampling fails, that request ends with an error. An exception in a step,
-    such as a KeyboardInterrupt, ends all requests of this engine and frees their pages. Other engines continue."""
+    What fails ends as little as possible. If a request's logits are not finite or its sampling fails, that request ends
+    with an error. If a pass fails, for example because the memory is full, the requests in it end. If passes keep
+    failing, or the device is lost, all requests end, and ``fault`` says why: the engine then takes no more. An interrupt
+    such as KeyboardInterrupt ends all requests, frees their pages, and is raised."""
 
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self.runner = runner
-        self.scheduler = Scheduler(runner.cache, limits)
+        self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
+        self.fault: EngineError | None = None
         self._pipeline: DecodePipeline | None = None
+        self._in_pass: list[Request] = []  # the requests of the pass that runs
+        self._faults = 0  # passes that failed since one succeeded
         self._stepping = threading.Lock()
-        self._finalizer = weakref.finalize(self, self.scheduler.close)  # for an engine that nobody closes
+        weakref.finalize(self, _give_back, runner.cache, self.scheduler.running)  # for an engine that nobody closes
 
     @property
     def has_requests(self) -> bool:
@@ -60,7 +70,10 @@ class Engine:
     def add(self, request: Request) -> None:
         """Adds a request and its siblings, from any thread. They start in a later step, when the cache has room.
 
-        Raises RequestError if the request does not fit even an empty cache."""
+        Raises RequestError if the request does not fit even an empty cache, and EngineError if the engine has stopped.
+        """
+        if self.fault:
+            raise self.fault
         cache, num_tokens = self.runner.cache, len(request.prompt_ids) + max(0, request.max_tokens - 1)
         if num_tokens > cache.num_tokens:  # the last token is never cached
             raise RequestError(
@@ -71,54 +84,41 @@ class Engine:
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """Ends a request, from any thread. This call waits for the forward pass in progress. When it returns, the
-        request's pages are free, and no later step has an output for it. Other completions of its prompt continue. A
-        request that has already ended is left as it is."""
-        request.aborted = True
-        with self.runner.cache.lock:
-            self.scheduler.abort(request)
+        """Ends a request, from any thread. The next step frees its pages, and has no output for it. Other completions of
+        its prompt continue. A request that has already ended is left as it is."""
+        self.scheduler.abort(request)
 
     def step(self) -> list[Output]:
-        """Runs one forward pass. If the cache has no room for any request, waits for up to 0.1 s instead.
+        """Runs one forward pass.
 
         Returns the outputs of the pass. The list is empty if the pass read a part of a prompt, or if there are no
-        requests. The error of an output is a NonFiniteError if the logits are not finite, or a RequestError if biases
-        and penalties forbid every token."""
+        requests. The error of an output is a NonFiniteError if the logits are not finite, a RequestError if biases
+        and penalties forbid every token, or an EngineError if the pass failed."""
         if not self._stepping.acquire(blocking=False):
             raise RequestError("another thread is in a step of this engine; expected one at a time")
         try:
-            self.scheduler.share.begin_step()
             outputs = self._step()
-            self.scheduler.share.end_step()
+            self._faults = 0
             return outputs
+        except Exception as error:
+            return self._after_fault(error)
         except BaseException:
-            self.close()
+            self._forget_all()
             raise
         finally:
             self._stepping.release()
 
-    def run(self, requests: Iterable[Request]) -> Generator[Output, None, None]:
-        """Adds requests and runs steps until all of them have ended. When the iteration ends, for whatever reason, the
-        pages are freed. Raises the error of the first request that fails."""
-        try:
-            try:
-                for request in requests:
-                    self.add(request)
-                while self.has_requests:
-                    for output in self.step():
-                        if output.error:
-                            raise output.error
-                        yield output
-            finally:
-                self.close()
-        finally:
-            self.close()  # a second KeyboardInterrupt may have interrupted the first close
-
     def close(self) -> None:
         """Ends all requests and frees their pages. No other thread may be in a step."""
-        self.scheduler.close()
+        for request in self.scheduler.drop_all():
+            request.aborted = True
         self._pipeline = None
-        self._finalizer.detach()
+
+    def stop(self, error: EngineError) -> list[Output]:
+        """Ends all requests with an error, and takes no more. No other thread may be in a step."""
+        self.fault = error
+        self._pipeline = None
+        return [self._failed(request, error) for request in self.scheduler.drop_all()]
 
     def __enter__(self) -> Engine:
         return self
@@ -127,28 +127,25 @@ class Engine:
         self.close()
 
     def _step(self) -> list[Output]:
+        self._in_pass = []
         if self._pipeline:
+            self._in_pass = self._pipeline.requests
             if tokens := self._pipeline.tokens():
                 return self._accept(tokens)
             self._pipeline = None
-        if not self.scheduler.has_requests:
+        scheduled = self.scheduler.schedule()
+        self._in_pass = [request for request, _ in scheduled]
+        if not scheduled:
             return []
-        with self.runner.cache.lock, self.runner.cache.order:
-            scheduled = self.scheduler.schedule()
-            if scheduled and scheduled[0].request.wants_logits:
-                return self._score(*scheduled[0])
-            self._pipeline = self._new_pipeline(scheduled)
-            sampled = self._decode(scheduled) if scheduled and not self._pipeline else []
-        if self._pipeline:
-            return self._accept(self._pipeline.tokens())
-        if not scheduled and self.scheduler.has_requests:
-            self.scheduler.share.wait()
-        return self._accept(sampled)
+        if scheduled[0].request.on_logits:
+            return self._score(*scheduled[0])
+        self._pipeline = self._new_pipeline()
+        return self._accept(self._pipeline.tokens() if self._pipeline else self._decode(scheduled))
 
-    def _new_pipeline(self, scheduled: list[Scheduled]) -> DecodePipeline | None:
+    def _new_pipeline(self) -> DecodePipeline | None:
         """A pipeline of the scheduled requests. None unless the device draws the tokens."""
-        captured, requests = self.runner.captured, [request for request, _ in scheduled]
-        if not requests or not captured.in_flight or not all(map(_may_be_pipelined, requests)):
+        captured, requests = self.runner.captured, self._in_pass
+        if not captured.in_flight or not all(map(_may_be_pipelined, requests)):
             return None
         drawing = Drawing.of(requests, self.runner.model.config.vocab_size)
         if captured.get(len(requests), drawing) is None:
@@ -160,57 +157,94 @@ class Engine:
         siblings, which start there."""
         last_rows = [end - 1 for end in accumulate(len(ids) for _, ids in scheduled)]
         may_replay = all(request.output_ids for request, _ in scheduled)  # False for a prompt, even of one token
+        if not may_replay:
+            self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
         logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
-        requests, rows = [], []
+        requests: list[Request] = []
+        rows: list[int] = []
         for row, (request, _) in enumerate(scheduled):
-            if not request.pending_ids:
-                started = self.scheduler.fork(request)
+            self.scheduler.remember(request)
+            if not request.num_pending:
+                started = self.scheduler.fork(request) if request.siblings else [request]
+                self._in_pass += started[1:]
                 requests += started
                 rows += [row] * len(started)
-        return list(zip(requests, sample(logits[rows], requests), strict=True)) if requests else []
+        if not requests:
+            return []
+        chosen = logits if rows == list(range(len(logits))) else logits[rows]
+        tokens = list(zip(requests, sample(chosen, requests), strict=True))
+        self.scheduler.pace.read()
+        return tokens
 
     def _accept(self, tokens: Iterable[tuple[Request, Sampled]]) -> list[Output]:
         return [self._accept_one(request, token) for request, token in tokens if not request.has_ended]
 
     def _accept_one(self, request: Request, token: Sampled) -> Output:
         if isinstance(token, RequestError):
-            return self._fail(request, token)
+            return self._failed(request, token)
         if token == NOT_FINITE:
             where = f"prompt_index {request.prompt_index}, sample_index {request.sample_index}"
             position = len(request.prompt_ids) + len(request.output_ids) - 1
-            return self._fail(request, NonFiniteError.at(position, self.runner.cache.dtype, where))
+            return self._failed(request, NonFiniteError.at(position, self.runner.cache.dtype, where))
         text = request.accept(token)
         if request.finish_reason:
             self.scheduler.end(request)
         return Output(request, request.output_ids[-1:], text, request.finish_reason)
 
-    def _fail(self, request: Request, error: Error) -> Output:
+    def _failed(self, request: Request, error: Error) -> Output:
         request.error = error
         self.scheduler.end(request)
         return Output(request, [], "", error=error)
 
     def _score(self, request: Request, ids: list[int]) -> list[Output]:
-        """Runs a pass over a part of a prompt whose logits are all requested. If the request lost its pages, the logits
-        that were already returned are not returned again. The caller holds the cache's lock."""
-        start = request.num_cached
+        """Runs a pass over a part of a prompt whose logits are all requested."""
+        assert request.on_logits
         x = self.runner.hidden([(request.table, ids)])
-        if start != request.num_scored:
-            return []
-        request.num_scored += len(ids)
-        if request.num_scored == len(request.prompt_ids):
-            request.finish_reason = "length"
-            self.scheduler.end(request)
-        return [Output(request, [], "", request.finish_reason, logits=self._logits(x))]
-
-    def _logits(self, x: Tensor) -> Iterator[Tensor]:
+        self.scheduler.remember(request)
         for rows in x.split(MAX_BATCH):
-            self.scheduler.share.begin_step()
-            with self.runner.cache.lock, self.runner.cache.order:
-                logits = self.runner.logits_of(rows)
-            self.scheduler.share.end_step()
-            yield logits
+            request.on_logits(self.runner.logits_of(rows))
+        if request.num_pending:
+            return []
+        if x.is_cuda:
+            torch.cuda.current_stream(x.device).synchronize()  # the reader may use another stream
+        request.finish_reason = "length"
+        self.scheduler.end(request)
+        return [Output(request, [], "", request.finish_reason)]
+
+    def _after_fault(self, error: Exception) -> list[Output]:
+        """Ends the requests of a pass that failed, or all of them if there is no hope for others."""
+        self._pipeline = None
+        self._faults += 1
+        reason = f"{type(error).__name__}: {error}"
+        is_lost = _is_lost(error) or not self._in_pass
+        if is_lost or self._faults >= MOST_FAULTS:
+            often = "" if is_lost else f"{self._faults} passes failed one after the other, the last one with "
+            fault = EngineError(f"the engine has stopped, load the model again: {often}{reason}")
+            fault.__cause__ = error
+            return self.stop(fault)
+        failed = EngineError(f"the pass that computed this request failed: {reason}")
+        failed.__cause__ = error
+        with_siblings = [each for request in self._in_pass for each in (request, *request.siblings)]
+        return [self._failed(request, failed) for request in with_siblings if not request.has_ended]
+
+    def _forget_all(self) -> None:
+        """Ends all requests, in whatever state an interrupt has left them."""
+        self._pipeline = None
+        self.scheduler.reset()
+        self.runner.cache.reset()
 
 
 def _may_be_pipelined(request: Request) -> bool:
     """Whether the captured step can compute and draw the next token: one pending token, after the prompt's pass."""
-    return bool(request.output_ids) and len(request.pending_ids) == 1
+    return bool(request.output_ids) and request.num_pending == 1
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether a GPU that raises this error will fail every later pass too."""
+    kinds = getattr(torch, "AcceleratorError", ())
+    return not isinstance(error, torch.OutOfMemoryError) and (isinstance(error, kinds) or "CUDA error" in str(error))
+
+
+def _give_back(cache: PagedCache, running: dict[Request, None]) -> None:
+    for request in list(running):
+        cache.give_back(request.table)

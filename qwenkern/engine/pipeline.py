@@ -20,7 +20,8 @@ class DecodePipeline:
 
     def __init__(self, runner: Runner, scheduler: Scheduler, requests: list[Request], drawing: Drawing) -> None:
         self._cache, self._captured, self._scheduler = runner.cache, runner.captured, scheduler
-        self._requests, self._drawing = requests, drawing
+        self.requests, self._drawing = requests, drawing
+        self._has_begun = False  # the scheduler has chosen the first step
         self._key = object()  # marks the captured step as loaded for this pipeline
         self._unread: deque[Read] = deque()  # the tokens of the steps in flight
         self._launches_left = min(request.max_tokens - len(request.output_ids) for request in requests)
@@ -32,23 +33,23 @@ class DecodePipeline:
             pass
         if not self._unread:
             return []
-        rows = self._unread.popleft()()[: len(self._requests)]
-        return [(request, sampled(row, request)) for request, row in zip(self._requests, rows, strict=True)]
+        rows = self._unread.popleft()()[: len(self.requests)]
+        return [(request, sampled(row, request)) for request, row in zip(self.requests, rows, strict=True)]
 
     def _launch_next(self) -> bool:
         if not self._launches_left:
             return False
-        with self._cache.lock, self._cache.order:
-            step = self._captured.get(len(self._requests), self._drawing)
-            assert step is not None, "the engine makes a pipeline only where steps can be captured"
-            is_loaded = step.owner is self._key  # False at first, and after another pipeline used the step
-            if not self._scheduler.goes_on(self._requests) or (self._unread and not is_loaded):
-                return False
-            step.owner = None  # set again below, once the launch has succeeded
-            self._launch(step, is_loaded)
-            step.owner = self._key
-            self._unread.append(step.tokens())
-            self._launches_left -= 1
+        step = self._captured.get(len(self.requests), self._drawing)
+        assert step is not None, "the engine makes a pipeline only where steps can be captured"
+        is_loaded = step.owner is self._key  # False at first, and after another pipeline used the step
+        if (self._has_begun and not self._scheduler.goes_on(self.requests)) or (self._unread and not is_loaded):
+            return False
+        self._has_begun = True
+        step.owner = None  # set again below, once the launch has succeeded
+        self._launch(step, is_loaded)
+        step.owner = self._key
+        self._unread.append(step.tokens())
+        self._launches_left -= 1
         return True
 
     @torch.inference_mode()
@@ -58,14 +59,14 @@ class DecodePipeline:
         if is_loaded:
             self._add_pages(step)
         else:
-            step.load(self._cache.batch([(request.table, request.pending_ids) for request in self._requests]))
-            step.load_sampling(self._requests)
-        step.launch(self._requests)
-        for request in self._requests:
+            step.load(self._cache.batch([(request.table, request.pending_ids(1)) for request in self.requests]))
+            step.load_sampling(self.requests)
+        step.launch(self.requests)
+        for request in self.requests:
             request.table.length += 1
 
     def _add_pages(self, step: CapturedStep) -> None:
-        for row, request in enumerate(self._requests):
+        for row, request in enumerate(self.requests):
             table = request.table
             if self._cache.missing_pages(table, 1):
                 self._cache.extend(table, 1)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from ..cache import BlockTable
 from ..errors import Error
@@ -14,7 +17,9 @@ from .stop_strings import StopStrings
 
 @dataclass(eq=False)
 class Request:
-    """One completion of a prompt. With ``wants_logits``, the logits after each token of the prompt instead."""
+    """One completion of a prompt. With ``on_logits``, the logits after each token of the prompt instead.
+
+    Only the thread that steps the engine changes it, except for ``aborted``."""
 
     prompt_ids: list[int]
     params: SamplingParams  # with all defaults filled in
@@ -24,11 +29,14 @@ class Request:
     prompt_index: int = 0
     sample_index: int = 0
     siblings: list[Request] = field(default_factory=list)  # other completions of the same prompt, not started yet
-    wants_logits: bool = False  # the logits of the prompt are returned, and no token is sampled
+    is_streamed: bool = False  # somebody reads the text while it is generated
+    # Called with the next rows of the prompt's logits, float32 [<= 64, V], by the thread that steps; no token is drawn.
+    on_logits: Callable[[Tensor], None] | None = None
 
     def __post_init__(self) -> None:
-        self.table = BlockTable()
-        self.started = 0  # the order of the latest start, over all requests
+        self.table = BlockTable(self.params.cache_salt or "")
+        self.arrived = 0.0  # time.monotonic() when it was added to an engine
+        self.num_found = 0  # tokens of the prompt that the cache still had when the request started
         self.output_ids: list[int] = []
         self.history = TokenHistory()
         self.logprobs: list[TokenLogprob] = []
@@ -37,7 +45,6 @@ class Request:
         self.stop_reason: int | str | None = None  # the token id or stop string that ended the text
         self.aborted = False
         self.error: Error | None = None  # the error that ended the request
-        self.num_scored = 0  # tokens of the prompt whose logits were returned
         self._stops = StopStrings(self.params.stop)
         seed = self.params.seed
         self._random = random.Random() if seed is None else random.Random(f"{seed}/{self.sample_index}")
@@ -51,12 +58,16 @@ class Request:
         return self.table.length
 
     @property
-    def pending_ids(self) -> list[int]:
-        """The tokens of the prompt and the output that are not in the cache yet."""
-        cached = self.table.length
-        if cached >= len(self.prompt_ids):
-            return self.output_ids[cached - len(self.prompt_ids) :]
-        return self.prompt_ids[cached:] + self.output_ids
+    def num_pending(self) -> int:
+        """The number of tokens of the prompt and the output that are not in the cache yet."""
+        return len(self.prompt_ids) + len(self.output_ids) - self.table.length
+
+    def pending_ids(self, count: int) -> list[int]:
+        """The next ``count`` of these tokens, or all if they are fewer."""
+        cached, prompt = self.table.length, len(self.prompt_ids)
+        if cached >= prompt:
+            return self.output_ids[cached - prompt : cached - prompt + count]
+        return self.prompt_ids[cached : cached + count] + self.output_ids[: max(0, cached + count - prompt)]
 
     def uniform(self) -> float:
         return min(self._random.random(), BELOW_ONE)

@@ -17,14 +17,18 @@ Part = tuple[BlockTable, Sequence[int]]  # a sequence, and the token ids that th
 
 
 class Runner:
-    """A model and its cache. A thread must hold the cache's lock and enter its ``order`` while it runs a
-    pass."""
+    """A model and its cache. One thread at a time may run a pass."""
 
     def __init__(self, model: Qwen2, cache: PagedCache, capture: Capture | None = None) -> None:
         self.model = model
         self.cache = cache
         self.captured = CapturedSteps(model, cache, capture)
+        self._parameters = list(model.parameters())
         self.prefills = CapturedPrefills(model, cache, self.captured.capture)
+
+    def weights_version(self) -> int:
+        """A number that changes when a weight is changed in place. What the cache holds is then out of date."""
+        return sum(parameter._version for parameter in self._parameters)
 
     @torch.inference_mode()
     def logits(self, parts: Sequence[Part], rows: list[int] | None = None, captured: bool = False) -> Tensor:

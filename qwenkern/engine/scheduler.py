@@ -1,35 +1,47 @@
 """Decides which requests run in the next pass, and with which tokens.
 
-Prompts come first, one chunk in each pass. Then every running request decodes one token. Requests start in their order,
-each when the cache has room for its tokens. A request that loses its pages to another one (sharing.py) waits in front
-of the others. When it starts again, all its tokens are computed again.
+    arrivals ─► waiting, in order ─► running ─┬─ a chunk of prompts ─┐  in turns
+                    ▲                         └─ the next tokens ◄───┘
+                    └── preempted: the cache was full ──┘
+
+A request starts in its order, when the cache has room for its tokens. If the running requests grow and the cache is
+full, the last one in order is preempted: it loses its pages and waits again. When it starts again, its tokens are
+computed again, except those whose pages are still found. The first one in order always continues.
 """
 
 from __future__ import annotations
 
+import heapq
+import itertools
+import math
+import time
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cache import PagedCache
+from .pace import Pace
 from .request import Request
-from .sharing import Share
 
 MAX_BATCH = 64  # sequences that decode together
+PRIORITY = 10.0  # seconds that a request of one higher priority may come later and still start first
 
 
 @dataclass(frozen=True)
 class Limits:
     """The limits of one pass.
 
-    ``batch_invariant`` promises that the other requests of a batch do not change a bit of a request's results. Prompts
-    are then read one at a time. A request starts when the cache has room for all the tokens that it may get, so it
-    keeps its pages. It can lose them only while nobody steps its engine; its decoded tokens are then computed again one
-    by one, which gives the same bits. The ops keep this promise for up to ``max_batch`` sequences."""
+    ``batch_invariant`` promises that neither the other requests of a batch nor what the cache still holds change a bit
+    of a request's results. Prompts are then read one at a time, in chunks that start at multiples of the chunk's
+    length, and only whole chunks are found again. A request starts when the cache has room for all the tokens that it
+    may get, so it is never preempted. The ops keep this promise for up to ``max_batch`` sequences."""
 
     prefill_chunk: int  # prompt tokens
     max_batch: int = MAX_BATCH  # rows of logits; the siblings of a prompt count too
     batch_invariant: bool = False
+    finds_prefixes: bool = True  # whether pages of earlier texts are used again
+    stream_gap: float = 0.25  # seconds of prompts between two tokens of a stream (pace.py)
 
 
 class Scheduled(NamedTuple):
@@ -40,135 +52,201 @@ class Scheduled(NamedTuple):
 
 
 class Scheduler:
-    """The requests of one engine, waiting and running."""
+    """The requests of an engine, waiting and running."""
 
-    def __init__(self, cache: PagedCache, limits: Limits) -> None:
+    def __init__(self, cache: PagedCache, limits: Limits, weights_version: Callable[[], int]) -> None:
+        self.cache = cache
         self.limits = limits
-        self.share = Share(cache)
-        self.waiting: deque[Request] = deque()
-        self._arrivals: deque[Request] = deque()  # added since the last pass, by any thread
+        self._weights_version = weights_version
+        self.pace = Pace(limits.prefill_chunk, limits.stream_gap)
+        self._count = itertools.count()  # orders requests of the same moment
+        # In batch-invariant mode pages are found again in whole chunks, which begin at a page.
+        self._unit = math.lcm(limits.prefill_chunk, cache.page_size) if limits.batch_invariant else cache.page_size
+        self.running: dict[Request, None] = {}  # those that have pages, in the order of their start
+        self.reset()
 
-    @property
-    def running(self) -> list[Request]:
-        """The requests that have pages, in the order of their start."""
-        return list(self.share.running)
+    def reset(self) -> None:
+        """Forgets all requests. Their pages are not freed."""
+        self.running.clear()
+        self._waiting: list[tuple[float, int, Request]] = []  # a heap
+        self._arrivals: deque[Request] = deque()  # added since the last pass, by any thread
+        self._aborted: deque[Request] = deque()  # likewise
+        self._read_a_prompt = False  # in the last pass
+        self._refused: tuple[Request, int] | None = None  # the first that waits, and the free pages that were too few
 
     @property
     def has_requests(self) -> bool:
-        return bool(self._arrivals or self.waiting or self.share.running)
+        return bool(self._arrivals or self._waiting or self.running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have not started, or were preempted. Aborted ones count until their turn comes."""
+        return len(self._arrivals) + len(self._waiting)
 
     def add(self, request: Request) -> None:
         """Adds a request. Any thread may call this."""
+        request.arrived = time.monotonic()
         self._arrivals.append(request)
 
-    def schedule(self) -> list[Scheduled]:
-        """The tokens that the next pass computes. Empty if all requests wait for room. The caller holds the cache's
-        lock."""
-        self._sort()
-        self._admit()
-        return self._to_score() or self._prompts() or self._next_tokens()
+    def abort(self, request: Request) -> None:
+        """Ends a request before the next pass. Any thread may call this. Completions of its prompt that have not started
+        continue without it."""
+        request.aborted = True
+        self._aborted.append(request)
 
-    def goes_on(self, requests: list[Request]) -> bool:
-        """Whether the next pass computes one more token of exactly these requests, without a new decision. The caller
-        holds the cache's lock."""
-        if self._arrivals or any(request.has_ended for request in requests):
+    def schedule(self) -> list[Scheduled]:
+        """The tokens that the next pass computes. Empty if there are no requests."""
+        self._drop_aborted()
+        while self._arrivals:
+            self._wait(self._arrivals.popleft())
+        self._admit()
+        decoding = [each for each in self.running if each.num_pending == 1 and not each.on_logits]
+        if not (decoding and self._read_a_prompt) and (chosen := self._prompts(decoding)):
+            self._read_a_prompt = True
+            return chosen
+        self._read_a_prompt = False
+        return self._next_tokens(decoding)
+
+    def goes_on(self, requests: Sequence[Request]) -> bool:
+        """Whether the next pass computes one more token of exactly these requests, without a new decision."""
+        if self._arrivals or self._aborted or len(self.running) != len(requests):
             return False
-        share = self.share
-        return all(map(share.cache.holds, (each.table for each in requests))) and share.cache.has_room(share.missing())
+        if any(request.has_ended for request in requests):
+            return False
+        return self.cache.has_room(self._missing(requests))
 
     def fork(self, request: Request) -> list[Request]:
         """Starts the siblings of a request whose prompt is in the cache. Returns the request and the started siblings.
-        Siblings without room wait; the first of them then starts the others. The caller holds the cache's lock."""
+        Siblings without room wait; the first of them then starts the others."""
         siblings, request.siblings = deque(each for each in request.siblings if not each.aborted), []
-        started = [request]
-        while siblings and len(self.share.running) < self.limits.max_batch:
-            to_come = siblings[0].max_tokens - 1 if self.limits.batch_invariant else 0
-            if not self.share.fork(request, siblings[0], to_come):
+        started, cache = [request], self.cache
+        while siblings and len(self.running) < self.limits.max_batch:
+            sibling = siblings[0]
+            to_come = max(1, sibling.max_tokens - 1 if self.limits.batch_invariant else 0)
+            length = request.table.length
+            if not cache.has_room(-(-(length + to_come) // cache.page_size) - length // cache.page_size):
                 break
+            cache.fork(request.table, sibling.table)
+            cache.extend(sibling.table, to_come)
+            self.running[sibling] = None
             started.append(siblings.popleft())
-        self.waiting.extendleft(_led_by_first(siblings))
+        self._wait_together(siblings, request.arrived)
         return started
 
+    def remember(self, request: Request) -> None:
+        """Makes the full pages of a request findable for later ones."""
+        known = len(request.prompt_ids) + (0 if self.limits.batch_invariant else len(request.output_ids))
+        known = min(known, request.table.length) // self._unit * self._unit
+        if self.limits.finds_prefixes and known > request.table.num_indexed * self.cache.page_size:
+            self.cache.remember(request.table, (request.prompt_ids + request.output_ids)[:known])
+
     def end(self, request: Request) -> None:
-        """Frees the pages of a request that has its last token."""
-        self.share.end(request)
+        """Frees the pages of a running request."""
+        if request in self.running:
+            self.remember(request)
+            self.cache.release(request.table)
+            del self.running[request]
 
-    def abort(self, request: Request) -> None:
-        """Drops a running or waiting request and frees its pages. Completions of its prompt that have not started
-        continue without it. The caller holds the cache's lock."""
-        if request in self.share.running:
-            at = 0
-            self.share.end(request)
-        elif request in self.waiting:
-            at = self.waiting.index(request)
-            self.waiting.remove(request)
-        else:  # it has just arrived, or is another request's sibling: it is dropped at its turn
-            return
-        for heir in _led_by_first(request.siblings):
-            self.waiting.insert(at, heir)
-        request.siblings = []
+    def drop_all(self) -> list[Request]:
+        """Drops all requests. Returns those that had not ended."""
+        self._drop_aborted()
+        running, waiting = list(self.running), [request for _, _, request in sorted(self._waiting)]
+        dropped = [each for first in [*running, *waiting, *self._arrivals] for each in (first, *first.siblings)]
+        for request in running:
+            self.cache.release(request.table)
+        self.reset()
+        return [request for request in dropped if not request.has_ended]
 
-    def close(self) -> None:
-        """Drops all requests. Takes no lock, because the garbage collector may call it at any time."""
-        self.share.give_all_back()
-        self._arrivals.clear()
-        self.waiting.clear()
+    def _wait(self, request: Request) -> None:
+        at = request.arrived - PRIORITY * request.params.priority
+        heapq.heappush(self._waiting, (at, next(self._count), request))
 
-    def _sort(self) -> None:
-        """Queues new requests, drops aborted ones, and queues again those that lost their pages."""
-        while self._arrivals:
-            self.waiting.append(self._arrivals.popleft())
-        for request in [each for each in [*self.waiting, *self.share.running] if each.aborted]:
-            self.abort(request)
-        self.waiting.extendleft(reversed(self.share.lost()))
+    def _wait_together(self, siblings: Sequence[Request], arrived: float) -> None:
+        """Queues completions of one prompt: the first one, with the others as its siblings."""
+        if siblings:
+            first, *first.siblings = siblings
+            first.arrived = arrived
+            self._wait(first)
+
+    def _drop_aborted(self) -> None:
+        """Frees the pages of aborted requests. One that waits is dropped at its turn."""
+        while self._aborted:
+            request = self._aborted.popleft()
+            if request in self.running:
+                self.end(request)
+                self._leave_siblings(request)
+
+    def _leave_siblings(self, request: Request) -> None:
+        siblings, request.siblings = [each for each in request.siblings if not each.aborted], []
+        self._wait_together(siblings, request.arrived)
 
     def _admit(self) -> None:
         """Starts waiting requests in order, while the cache has room for all of their tokens."""
-        while self.waiting:
-            request = self.waiting[0]
-            rows = sum(1 + len(each.siblings) for each in [*self.share.running, request])
-            if self.share.running and rows > self.limits.max_batch:
-                self.share.leave_line()
+        while self._waiting:
+            _, _, request = self._waiting[0]
+            if request.aborted:
+                heapq.heappop(self._waiting)
+                self._leave_siblings(request)
+                continue
+            rows = sum(1 + len(each.siblings) for each in (*self.running, request))
+            if (self.running and rows > self.limits.max_batch) or not self._start(request):
                 return
-            to_come = 0
-            if self.limits.batch_invariant and not request.wants_logits:
-                to_come = request.max_tokens - len(request.output_ids) - 1  # the last token is never cached
-            if not self.share.start(request, len(request.pending_ids) + to_come):
-                return
-            self.waiting.popleft()
+            heapq.heappop(self._waiting)
+            self.running[request] = None
+            self._refused = None
 
-    def _to_score(self) -> list[Scheduled]:
-        """A chunk of a prompt whose logits are all requested. It runs by itself, because it has many rows of logits."""
-        for request in self.share.running:
-            if request.wants_logits:
-                return [Scheduled(request, request.pending_ids[: self.limits.prefill_chunk])]
-        return []
+    def _start(self, request: Request) -> bool:
+        """Gives a request pages: those that hold the beginning of its tokens already, and others for the rest."""
+        free = self.cache.num_free_pages
+        if self._refused and self._refused[0] is request and self._refused[1] >= free:
+            return False
+        ids = request.prompt_ids + request.output_ids
+        to_come = 0
+        if self.limits.batch_invariant and not request.on_logits:
+            to_come = request.max_tokens - len(request.output_ids) - 1  # the last token is never cached
+        found = []
+        if self.limits.finds_prefixes and not request.on_logits:
+            self.cache.forget_if_changed(self._weights_version())
+            found = self.cache.find(ids[: len(ids) - 1], request.table.salt)  # one token at least is computed
+            del found[len(found) * self.cache.page_size // self._unit * self._unit // self.cache.page_size :]
+        if not self.cache.begin(request.table, found, len(ids) + to_come):
+            assert self.running, f"a request of {len(ids) + to_come} tokens does not fit the empty cache"
+            self._refused = request, free
+            return False
+        if not request.output_ids:
+            request.num_found = request.table.length
+        return True
 
-    def _prompts(self) -> list[Scheduled]:
-        """A chunk of the prompts that are not computed yet."""
+    def _prompts(self, decoding: list[Request]) -> list[Scheduled]:
+        """A chunk of the prompts that are not computed yet. A prompt whose logits are all requested is read by itself,
+        because it has many rows of logits, and so is any prompt in batch-invariant mode."""
         scheduled: list[Scheduled] = []
-        budget = self.limits.prefill_chunk
-        for request in self.share.running:
-            pending = request.pending_ids
-            if self.limits.batch_invariant and len(pending) > 1:  # decoded tokens are decoded again, not prefilled
-                pending = pending[: max(1, len(request.prompt_ids) - request.num_cached)]
-            if len(pending) > 1 and budget and not (self.limits.batch_invariant and scheduled):
-                scheduled.append(Scheduled(request, pending[:budget]))
+        is_invariant = self.limits.batch_invariant
+        watched = not is_invariant and any(request.is_streamed for request in decoding)
+        budget = self.pace.chunk() if watched else self.limits.prefill_chunk
+        for request in self.running:
+            if request.num_pending > 1 or request.on_logits:
+                if scheduled and request.on_logits:
+                    continue
+                scheduled.append(Scheduled(request, request.pending_ids(budget)))
                 budget -= len(scheduled[-1].ids)
+                if not budget or request.on_logits or is_invariant:
+                    break
         return scheduled
 
-    def _next_tokens(self) -> list[Scheduled]:
-        """The next token of every running request. If the cache is full, requests are preempted until the others have
+    def _next_tokens(self, decoding: list[Request]) -> list[Scheduled]:
+        """The next token of every request that decodes. If the cache is full, others are preempted until they have
         room."""
-        while not self.share.find(self.share.missing()):
-            self.share.preempt_latest()
-            self.waiting.extendleft(reversed(self.share.lost()))
-        return [Scheduled(request, request.pending_ids[:1]) for request in self.share.running]
+        while not self.cache.has_room(self._missing(decoding)):
+            last = max(self.running, key=lambda each: each.arrived - PRIORITY * each.params.priority)
+            self._preempt(last)
+            decoding = [request for request in decoding if request is not last]
+        return [Scheduled(request, request.pending_ids(1)) for request in decoding]
 
+    def _missing(self, requests: Sequence[Request]) -> int:
+        """The number of pages that the next tokens of the requests need."""
+        return sum(self.cache.missing_pages(request.table, 1) for request in requests)
 
-def _led_by_first(siblings: deque[Request] | list[Request]) -> list[Request]:
-    """The first of some completions of a prompt, with the others as its siblings. Empty if there are none."""
-    if not siblings:
-        return []
-    first, *first.siblings = siblings
-    return [first]
+    def _preempt(self, request: Request) -> None:
+        self.end(request)
+        self._wait(request)

@@ -15,7 +15,7 @@ from .history import TokenHistory
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
 MAX_STOPS = 128  # strings; each is searched for after every token
-MAX_STOP_LENGTH = 1024  # characters
+MAX_STOP_LENGTH = 1024  # characters; likewise of a salt
 MAX_IDS = 2**18  # more than the vocabulary of any Qwen2.5 model
 _NEUTRAL = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 _GREEDY_BELOW = 1e-6  # smaller temperatures act like 0 in float32
@@ -46,6 +46,8 @@ class SamplingParams:
     n: int = 1  # completions of each prompt
     logprobs: int | None = None  # log-probabilities of the chosen token (0), and of so many most likely ones
     skip_special_tokens: bool = True  # leave special tokens such as <|im_end|> out of the text
+    priority: int = 0  # among waiting requests, one of higher priority starts first; docs/requests.md
+    cache_salt: str | None = None  # only prompts with the same salt share cached pages; docs/requests.md
 
     def __post_init__(self) -> None:
         def put(name: str, check: Callable[..., Any], *limits: Any, **options: Any) -> None:
@@ -68,6 +70,8 @@ class SamplingParams:
         put("n", whole, 1, MAX_COMPLETIONS)
         put("logprobs", whole, 0, MAX_LOGPROBS, optional=True)
         put("skip_special_tokens", flag)
+        put("priority", whole, -1000, 1000)
+        put("cache_salt", _salt)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.max_tokens}")
 
@@ -120,6 +124,12 @@ def _stop_strings(name: str, value: Any) -> tuple[str, ...]:
         if len(text) > MAX_STOP_LENGTH:
             raise RequestError(f"{name} contains one of {len(text)} characters; expected {MAX_STOP_LENGTH} at most")
     return tuple(dict.fromkeys(strings))
+
+
+def _salt(name: str, value: Any) -> str | None:
+    if value is not None and (not isinstance(value, str) or not 0 < len(value) <= MAX_STOP_LENGTH):
+        raise RequestError(f"{name} is {shown(value)}; expected a text of 1 to {MAX_STOP_LENGTH} characters, or None")
+    return value
 
 
 def _token_ids(name: str, value: Any) -> tuple[int, ...]:

@@ -1,0 +1,226 @@
+"""Steps an engine in a background thread, for callers in any thread or coroutine.
+
+    caller ─► call: add ───────────────► engine ─► step ─► step ─► ...      (background thread)
+       ▲                                             │
+       └──── outputs ◄── inbox of the call ◄─────────┘
+
+The thread starts with the first request, sleeps while there are none, and stops with the loop. Signals such as Ctrl-C
+reach callers only, never the thread that steps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from queue import SimpleQueue
+
+from ..errors import EngineError, RequestError
+from .engine import Engine, Output
+from .request import Request
+
+Sink = Callable[[Output], object]  # takes the outputs of a request; called by the thread that steps
+PATIENCE = 10.0  # seconds that `close` waits for the pass in progress
+
+
+class Loop:
+    """Runs the requests of many callers on one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._sinks: dict[Request, Sink] = {}  # of the requests that have not ended
+        self._lock = threading.Lock()  # of the thread's start and stop
+        self._wake = threading.Event()
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []  # the one that steps
+        # also when the interpreter exits, because a daemon thread must not run then
+        self._finalizer = weakref.finalize(self, _stop_thread, self._stop, self._wake, self._threads)
+
+    def add(self, request: Request, sink: Sink) -> None:
+        """Adds a request and its siblings. ``sink`` gets their outputs, each until its last one, or until it is aborted.
+
+        Raises RequestError or EngineError as Engine.add."""
+        if self._stop.is_set():
+            raise EngineError("this model is closed; load it again")
+        group = [request, *request.siblings]
+        for each in group:
+            self._sinks[each] = sink
+        try:
+            self.engine.add(request)
+        except BaseException:
+            for each in group:
+                self._sinks.pop(each, None)
+            raise
+        self._run()
+
+    def abort(self, request: Request) -> None:
+        """Ends a request. The pages are free after the pass in progress."""
+        if self._sinks.pop(request, None) and not request.has_ended:
+            self.engine.abort(request)
+            self._wake.set()
+
+    def close(self) -> None:
+        """Ends all requests with an error, and stops the thread after the pass in progress."""
+        self._finalizer()
+        self._end_all(EngineError("this model was closed before the request had ended"))
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.engine.has_requests
+
+    def _run(self) -> None:
+        """Wakes the thread. Starts it if there is none, as in a process that was forked."""
+        self._wake.set()
+        if any(thread.is_alive() for thread in self._threads):
+            return
+        with self._lock:
+            if not any(thread.is_alive() for thread in self._threads):
+                arguments = weakref.ref(self), self._wake, self._stop
+                self._threads[:] = [threading.Thread(target=_steps, args=arguments, name="qwenkern", daemon=True)]
+                self._threads[0].start()
+
+    def _step(self) -> None:
+        for output in self.engine.step():
+            sink = self._sinks.get(output.request)
+            if sink is None:  # aborted meanwhile
+                continue
+            if output.is_last:
+                self._sinks.pop(output.request, None)
+            try:
+                sink(output)
+            except RuntimeError:  # the caller's event loop is closed
+                self.engine.abort(output.request)
+                self._sinks.pop(output.request, None)
+
+    def _end_all(self, error: EngineError) -> None:
+        self.engine.stop(error)
+        for request, sink in list(self._sinks.items()):
+            self._sinks.pop(request, None)
+            sink(Output(request, [], "", error=error))
+
+
+def _steps(loop_of: weakref.ref[Loop], wake: threading.Event, stop: threading.Event) -> None:
+    """What the thread runs. It keeps the loop alive only while there are requests."""
+    while wake.wait() and not stop.is_set():
+        wake.clear()
+        loop = loop_of()
+        if loop is None:
+            return
+        try:
+            while loop.engine.has_requests and not stop.is_set():
+                loop._step()
+        except BaseException as error:  # callers must not wait for ever
+            fault = EngineError(f"the engine has stopped, load the model again: {type(error).__name__}: {error}")
+            fault.__cause__ = error
+            loop._end_all(fault)
+        del loop
+
+
+def _stop_thread(stop: threading.Event, wake: threading.Event, threads: list[threading.Thread]) -> None:
+    stop.set()
+    wake.set()
+    for thread in threads:
+        if thread is not threading.current_thread():
+            thread.join(PATIENCE)
+
+
+class _Call:
+    """The requests of one caller in a loop."""
+
+    def __init__(self, loop: Loop, requests: Iterable[Request], sink: Sink) -> None:
+        self._loop = loop
+        self._left: set[Request] = set()  # those that have not ended
+        try:
+            for request in requests:
+                self._left.update((request, *request.siblings))
+                loop.add(request, sink)
+        except BaseException:
+            self._abort()
+            raise
+
+    def _seen(self, output: Output) -> Output:
+        if output.is_last:
+            self._left.discard(output.request)
+        if output.error:
+            raise output.error
+        return output
+
+    def _abort(self) -> None:
+        left, self._left = self._left, set()
+        for request in left:
+            self._loop.abort(request)
+
+    __del__ = _abort
+
+
+class Call(_Call):
+    """The requests of one caller: an iterator of their outputs, which raises the first error.
+
+    ``close``, the end of a with statement, an exception or the garbage collector abort what has not ended."""
+
+    def __init__(self, loop: Loop, requests: Iterable[Request]) -> None:
+        self._inbox: SimpleQueue[Output | None] = SimpleQueue()
+        self._reading = threading.Lock()
+        super().__init__(loop, requests, self._inbox.put)
+
+    def __iter__(self) -> Call:
+        return self
+
+    def __next__(self) -> Output:
+        if not self._reading.acquire(blocking=False):
+            raise RequestError("another thread is reading this; expected one reader at a time")
+        try:
+            output = self._inbox.get() if self._left else None
+            if output is None:  # all have ended, or another thread has closed the call
+                raise StopIteration
+            return self._seen(output)
+        except BaseException:
+            self.close()
+            raise
+        finally:
+            self._reading.release()
+
+    def __enter__(self) -> Call:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Aborts the requests that have not ended. Any thread may call this; a thread that reads then stops."""
+        self._abort()
+        self._inbox.put(None)
+
+
+class AsyncCall(_Call):
+    """A Call for a coroutine: an asynchronous iterator of the outputs. A cancelled task aborts its requests."""
+
+    def __init__(self, loop: Loop, requests: Iterable[Request]) -> None:
+        self._inbox: asyncio.Queue[Output | None] = asyncio.Queue()
+        put, callers = self._inbox.put_nowait, asyncio.get_running_loop()
+        super().__init__(loop, requests, lambda output: callers.call_soon_threadsafe(put, output))
+
+    def __aiter__(self) -> AsyncCall:
+        return self
+
+    async def __anext__(self) -> Output:
+        try:
+            output = await self._inbox.get() if self._left else None
+            if output is None:
+                raise StopAsyncIteration
+            return self._seen(output)
+        except BaseException:
+            self.close()
+            raise
+
+    async def __aenter__(self) -> AsyncCall:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Aborts the requests that have not ended. A coroutine that reads then stops."""
+        self._abort()
+        self._inbox.put_nowait(None)
