@@ -49,8 +49,8 @@ class PrefixIndex:
         return found
 
     def add(self, parent: Parent, ids: Sequence[int], page: int) -> Entry:
-        """Enters a page that holds ``ids`` after ``parent``. Returns the entry for these tokens, which is another page's
-        if there was one."""
+        """Enters a page that holds ``ids`` after ``parent``. If another page has these tokens there already, its entry
+        stays. Returns the entry."""
         key = parent, _key(ids)
         entry = self._entries.get(key)
         if entry is None:

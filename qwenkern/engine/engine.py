@@ -44,13 +44,13 @@ class Engine:
     ...         for output in engine.step():
     ...             print(output.text, end="")
 
-    Any thread may call ``add`` and ``abort`` at any time. Only one thread at a time may call ``step``. An engine has the
-    cache for itself while it has requests.
+    Any thread may call ``add`` and ``abort`` at any time. Only one thread at a time may call ``step``. An engine has
+    the cache for itself while it has requests.
 
-    What fails ends as little as possible. If a request's logits are not finite or its sampling fails, that request ends
-    with an error. If a pass fails, for example because the memory is full, the requests in it end. If passes keep
-    failing, or the device is lost, all requests end, and ``fault`` says why: the engine then takes no more. An interrupt
-    such as KeyboardInterrupt ends all requests, frees their pages, and is raised."""
+    What fails ends as little as possible. If a request's logits are not finite or its sampling fails, that request
+    ends with an error. If a pass fails, for example because the memory is full, the requests in it end. If passes keep
+    failing, or the device is lost, all requests end, and ``fault`` says why: the engine then takes no more. An
+    interrupt such as KeyboardInterrupt ends all requests, frees their pages, and is raised."""
 
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self.runner = runner
@@ -84,8 +84,8 @@ class Engine:
         self.scheduler.add(request)
 
     def abort(self, request: Request) -> None:
-        """Ends a request, from any thread. The next step frees its pages, and has no output for it. Other completions of
-        its prompt continue. A request that has already ended is left as it is."""
+        """Ends a request, from any thread. The next step frees its pages, and has no output for it. Other completions
+        of its prompt continue. A request that has already ended is left as it is."""
         self.scheduler.abort(request)
 
     def step(self) -> list[Output]:

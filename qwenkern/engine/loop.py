@@ -38,7 +38,7 @@ class Loop:
         self._finalizer = weakref.finalize(self, _stop_thread, self._stop, self._wake, self._threads)
 
     def add(self, request: Request, sink: Sink) -> None:
-        """Adds a request and its siblings. ``sink`` gets their outputs, each until its last one, or until it is aborted.
+        """Adds a request and its siblings. ``sink`` gets their outputs, until each has ended or is aborted.
 
         Raises RequestError or EngineError as Engine.add."""
         if self._stop.is_set():

@@ -89,8 +89,8 @@ class Scheduler:
         self._arrivals.append(request)
 
     def abort(self, request: Request) -> None:
-        """Ends a request before the next pass. Any thread may call this. Completions of its prompt that have not started
-        continue without it."""
+        """Ends a request before the next pass. Any thread may call this. Completions of its prompt that have not
+        started continue without it."""
         request.aborted = True
         self._aborted.append(request)
 
