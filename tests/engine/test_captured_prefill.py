@@ -12,10 +12,10 @@ from support.engines import check_pages, with_capture
 from support.models import TINY, tiny_model
 
 from qwenkern import SamplingParams
-from qwenkern.errors import EngineError
 from qwenkern.engine import Engine, Limits
 from qwenkern.engine.capture import PROMPT_LENGTHS, CallCapture, GraphCapture
 from qwenkern.engine.captured_prefill import MOST_PROMPTS
+from qwenkern.errors import EngineError
 from qwenkern.kernels.dispatch import kept_tensors, launches_dependently
 
 
