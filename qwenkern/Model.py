@@ -220,7 +220,7 @@ class Model:
                 self._runner = Runner(self.module, self.cache)
                 self._engines = None
             if self._engines is None:
-                most = invariant_tokens(self.module.model.norm.weight)
+                most = invariant_tokens(self.module.weights())
                 rows = most if self.speculate and self.device.type == "cpu" else 0
                 limits = Limits(self.prefill_chunk, finds_prefixes=self.prefix_cache, speculated_rows=rows)
                 if self.deterministic:
