@@ -16,7 +16,7 @@ import functools
 import inspect
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .environment import KERNELS
 from .recording import CannotRecord, is_recording
+from .weights import Weight
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
@@ -183,13 +184,16 @@ def is_served(kind: str) -> bool:
     return any(backend.serves(kind) for backend in BACKENDS)
 
 
-def invariant_tokens(weight: Tensor) -> int:
-    """In how large a batch linears with this weight are batch-invariant: up to so many tokens in one call, the other
-    tokens do not change a token's bits."""
-    for backend in backends(weight.device.type):
-        if backend.refuses(weight) is None and backend.prepare() is None:
-            return backend.invariant_tokens()
-    return 1
+def invariant_tokens(weights: Iterable[Weight]) -> int:
+    """In how large a batch linears with these weights are batch-invariant: up to so many tokens in one call, the other
+    tokens do not change a token's bits. 1 if torch runs one of them."""
+    different = {(weight.format, weight.dtype, weight.shape): weight for weight in weights}
+    found = []
+    for weight in different.values():
+        x = torch.empty((1, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+        implementation = serving("linear", x, x, weight)
+        found.append(implementation.backend.invariant_tokens() if implementation else 1)
+    return min(found, default=1)
 
 
 def _warn_of_reference(refusal: str | None) -> None:

@@ -62,6 +62,7 @@ class Model:
         deterministic: bool = False,
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
+        speculate: bool = True,
     ) -> None:
         self.module = module
         self.config = module.config
@@ -80,6 +81,7 @@ class Model:
             of_layer.adapt(bias)
         self.deterministic = flag("deterministic", deterministic)
         self.prefix_cache = flag("prefix_cache", prefix_cache)
+        self.speculate = flag("speculate", speculate)
         self._runner: Runner | None = None
         self._engines: Loop | None = None
         self._starting = threading.Lock()
@@ -99,6 +101,7 @@ class Model:
         quantize: str | None = None,
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
+        speculate: bool = True,
     ) -> Model:
         """Loads a checkpoint.
 
@@ -128,7 +131,7 @@ class Model:
         use_threads(threads)
         check_cache_dtype(kv_cache_dtype)
         loaded = load(model, choose_device(device), dtype, progress, quantize, kv_cache_dtype, cache_tokens)
-        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache)
+        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate)
 
     @classmethod
     def from_config(
@@ -146,6 +149,7 @@ class Model:
         quantize: str | None = None,
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
+        speculate: bool = True,
     ) -> Model:
         """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
 
@@ -166,7 +170,9 @@ class Model:
         refuse_too_large(layout, device, config.source, cache_tokens)
         module = Qwen2(config, dtype, device, allocated=False)
         initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
-        return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache)
+        return cls(
+            module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate
+        )
 
     @classmethod
     def from_transformers(
@@ -180,6 +186,7 @@ class Model:
         threads: int | None = None,
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
+        speculate: bool = True,
     ) -> Model:
         """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
 
@@ -201,7 +208,9 @@ class Model:
         module = shared_module(model)
         ours = as_tokenizer(tokenizer, model)
         defaults = generation_defaults(model)
-        return cls(module, ours, defaults, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache)
+        return cls(
+            module, ours, defaults, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate
+        )
 
     @property
     def _loop(self) -> Loop:
@@ -211,9 +220,10 @@ class Model:
                 self._runner = Runner(self.module, self.cache)
                 self._engines = None
             if self._engines is None:
-                limits = Limits(self.prefill_chunk, finds_prefixes=self.prefix_cache)
+                most = invariant_tokens(self.module.weights())
+                rows = most if self.speculate and self.device.type == "cpu" else 0
+                limits = Limits(self.prefill_chunk, finds_prefixes=self.prefix_cache, speculated_rows=rows)
                 if self.deterministic:
-                    most = invariant_tokens(self.module.model.norm.weight)
                     limits = replace(limits, max_batch=most, batch_invariant=True)
                 self._engines = Loop(Engine(self._runner, limits))
             return self._engines

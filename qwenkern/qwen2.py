@@ -6,7 +6,7 @@ that adds x to its product. Parameters have the names of the checkpoint, with q,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -67,7 +67,11 @@ class Qwen2(nn.Module):
     @property
     def is_quantised(self) -> bool:
         """Whether any of its matrices is."""
-        return any(not isinstance(each.value, Dense) for each in self.modules() if isinstance(each, Linear))
+        return any(not isinstance(weight, Dense) for weight in self.weights())
+
+    def weights(self) -> Iterator[Weight]:
+        """The matrices of all linears, the embedding included."""
+        return (each.value for each in self.modules() if isinstance(each, Linear))
 
     def k_biases(self) -> list[Tensor]:
         """What each layer adds to k before it is rotated: [Hkv, D]."""

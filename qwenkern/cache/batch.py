@@ -24,7 +24,7 @@ class Batch:
     block_tables: Tensor  # [S, P] int32
     lengths: Tensor  # [S] int32
     query_starts: Tensor  # [S + 1] int32
-    is_decode: bool  # one token a sequence
+    is_decode: bool  # one token a sequence; with `one_by_one`, rows of one sequence count as several
 
     @classmethod
     def of(cls, parts: Sequence[tuple[BlockTable, Sequence[int]]], page_size: int, device: torch.device) -> Batch:
@@ -50,3 +50,21 @@ class Batch:
             query_starts=torch.tensor(query_starts, dtype=torch.int32, device=device),
             is_decode=len(ids) == len(parts),
         )
+
+    @classmethod
+    def one_by_one(
+        cls, parts: Sequence[tuple[BlockTable, Sequence[int]]], page_size: int, device: torch.device
+    ) -> Batch:
+        """The same tokens as rows of a decode pass: each sees those before it, and counts as a sequence of its own. It
+        has the bits that it would have in a pass by itself."""
+        rows = [
+            (_at(table, position), [token]) for table, ids in parts for position, token in enumerate(ids, table.length)
+        ]
+        return cls.of(rows, page_size, device)
+
+
+def _at(table: BlockTable, length: int) -> BlockTable:
+    """The table with another number of tokens."""
+    row = BlockTable()
+    row.pages, row.length = table.pages, length
+    return row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 import weakref
 from collections.abc import Iterable
 from itertools import accumulate
@@ -17,6 +18,7 @@ from .pipeline import DecodePipeline
 from .request import Request
 from .runner import Runner
 from .scheduler import MAX_BATCH, Limits, Scheduled, Scheduler
+from .speculation import Speculation
 
 MOST_FAULTS = 3  # passes that may fail one after the other before the engine stops
 
@@ -55,6 +57,7 @@ class Engine:
     def __init__(self, runner: Runner, limits: Limits) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
+        self.speculation = Speculation(limits.speculated_rows) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
@@ -142,13 +145,15 @@ class Engine:
             return []
         if scheduled[0].request.on_logits:
             return self._score(*scheduled[0])
+        if drafts := self._drafts():
+            return self._verify(scheduled, drafts)
         self._pipeline = self._new_pipeline()
         return self._accept(self._pipeline.tokens() if self._pipeline else self._decode(scheduled))
 
     def _new_pipeline(self) -> DecodePipeline | None:
         """A pipeline of the scheduled requests. None unless the device draws the tokens."""
         captured, requests = self.runner.captured, self._in_pass
-        if not captured.in_flight or not all(map(_may_be_pipelined, requests)):
+        if not captured.in_flight or not all(map(_decodes, requests)):
             return None
         drawing = Drawing.of(requests, self.runner.model.config.vocab_size)
         if captured.get(len(requests), drawing) is None:
@@ -160,6 +165,7 @@ class Engine:
         siblings, which start there."""
         last_rows = [end - 1 for end in accumulate(len(ids) for _, ids in scheduled)]
         may_replay = all(request.output_ids for request, _ in scheduled)  # False for a prompt, even of one token
+        begin = time.monotonic()
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
         logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
@@ -177,7 +183,38 @@ class Engine:
         chosen = logits if rows == list(range(len(logits))) else logits[rows]
         tokens = list(zip(requests, sample(chosen, requests), strict=True))
         self.scheduler.pace.read()
+        if self.speculation and may_replay and len(scheduled) <= self.speculation.most_rows:
+            self.speculation.costs.read(len(scheduled), time.monotonic() - begin)
         return tokens
+
+    def _drafts(self) -> dict[Request, list[int]]:
+        """What may follow the last token of each request in the pass. Empty if the pass is no place for drafts."""
+        requests, cache = self._in_pass, self.runner.cache
+        if not self.speculation or not all(map(_decodes, requests)):
+            return {}
+        drafts = self.speculation.drafts(requests)
+        missing = sum(cache.missing_pages(each.table, 1 + len(drafts.get(each, ()))) for each in requests)
+        return drafts if cache.has_room(missing) else {}
+
+    def _verify(self, scheduled: list[Scheduled], drafts: dict[Request, list[int]]) -> list[Output]:
+        """Runs a decode pass over the next token of each request and its draft. Draws tokens as long as they are those
+        of the draft, and one more."""
+        assert self.speculation
+        begin, outputs, row = time.monotonic(), [], 0
+        parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
+        logits = self.runner.each_logits(parts)
+        for request, (table, ids) in zip(self._in_pass, parts, strict=True):
+            drawn = 0
+            while not request.has_ended and drawn < len(ids) and (not drawn or request.output_ids[-1] == ids[drawn]):
+                table.length += 1
+                [token] = sample(logits[row + drawn : row + drawn + 1], [request])
+                outputs.append(self._accept_one(request, token))
+                drawn += 1
+            if request in drafts:
+                self.speculation.read(request, drafts[request], max(0, drawn - 1))
+            row += len(ids)
+        self.speculation.costs.read(row, time.monotonic() - begin)
+        return outputs
 
     def _accept(self, tokens: Iterable[tuple[Request, Sampled]]) -> list[Output]:
         return [self._accept_one(request, token) for request, token in tokens if not request.has_ended]
@@ -237,8 +274,8 @@ class Engine:
         self.runner.cache.reset()
 
 
-def _may_be_pipelined(request: Request) -> bool:
-    """Whether the captured step can compute and draw the next token: one pending token, after the prompt's pass."""
+def _decodes(request: Request) -> bool:
+    """Whether one token is pending, after the prompt's pass: a captured step can compute the next one."""
     return bool(request.output_ids) and request.num_pending == 1
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -13,6 +14,9 @@ from ..errors import Error
 from ..sampling import BELOW_ONE, SamplingParams, TokenHistory, TokenLogprob
 from ..text.detokenizer import Detokenizer
 from .stop_strings import StopStrings
+
+if TYPE_CHECKING:
+    from .speculation import State
 
 
 @dataclass(eq=False)
@@ -45,6 +49,7 @@ class Request:
         self.stop_reason: int | str | None = None  # the token id or stop string that ended the text
         self.aborted = False
         self.error: Error | None = None  # the error that ended the request
+        self.speculated: State | None = None  # what speculation keeps for it
         self._stops = StopStrings(self.params.stop)
         seed = self.params.seed
         self._random = random.Random() if seed is None else random.Random(f"{seed}/{self.sample_index}")

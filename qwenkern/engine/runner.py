@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..cache import BlockTable, PagedCache
+from ..cache import Batch, BlockTable, PagedCache
 from ..qwen2 import Qwen2
 from .capture import Capture
 from .captured_prefill import CapturedPrefills
@@ -48,6 +48,16 @@ class Runner:
             logits = self.model(batch, self.cache, chosen)
         self.cache.advance(parts)
         return logits
+
+    @torch.inference_mode()
+    def each_logits(self, parts: Sequence[Part]) -> Tensor:
+        """The logits after each token of a pass [T, V], with the bits that decoding the tokens one by one would give.
+        Valid until the next pass. The tokens do not count as cached: the caller decides how many of them stay."""
+        for table, ids in parts:
+            self.cache.extend(table, len(ids))
+        batch = Batch.one_by_one(parts, self.cache.page_size, self.cache.device)
+        logits = self.captured.logits(batch)
+        return self.model(batch, self.cache, None) if logits is None else logits
 
     @torch.inference_mode()
     def hidden(self, parts: Sequence[Part]) -> Tensor:

@@ -42,6 +42,7 @@ class Limits:
     batch_invariant: bool = False
     finds_prefixes: bool = True  # whether pages of earlier texts are used again
     stream_gap: float = 0.25  # seconds of prompts between two tokens of a stream (pace.py)
+    speculated_rows: int = 0  # of a decode pass, drafts included (speculation.py); 0: no speculation
 
 
 class Scheduled(NamedTuple):

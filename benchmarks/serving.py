@@ -1,0 +1,169 @@
+"""Measures many callers at once: how much all of them get, and how long each waits, with other engines in one run.
+
+    python benchmarks/serving.py                                                     the demo model on a CPU
+    python benchmarks/serving.py --peers "llama.cpp server,transformers" --callers 16 --requests 3 --json FILE
+
+Each caller sends a request, reads its tokens as they come, and then sends the next one. The callers begin one after the
+other. Prompts and answers have random lengths, the same for every engine, and random tokens, so that no engine finds a
+prompt again. The engines take turns. llama.cpp's server reads the quantised file over HTTP on loopback; transformers
+runs its continuous batching on the same weights in bfloat16.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from qwenkern import Model
+from qwenkern.benchmarks.end_to_end import MISSING, use
+from qwenkern.benchmarks.models import services
+from qwenkern.benchmarks.ops.timing import circumstances
+from qwenkern.benchmarks.reports import results
+from qwenkern.cli import terminal
+from qwenkern.hub.names import resolve
+
+PEERS = ("llama.cpp server", "transformers")
+PROMPTS, ANSWERS = (64, 1024), (16, 256)  # tokens, the least and the most
+STAGGER = 0.25  # seconds between the first requests of two callers
+
+
+@dataclass(frozen=True)
+class Ask:
+    prompt: list[int]
+    new: int  # tokens of the answer
+
+
+@dataclass(frozen=True)
+class Timed:
+    """When a request was sent and when its tokens came, in seconds."""
+
+    sent: float
+    tokens: list[float]
+
+
+def workload(callers: int, requests: int, vocabulary: int, seed: int = 0) -> list[list[Ask]]:
+    """The requests of each caller."""
+    choose = random.Random(seed)
+
+    def ask() -> Ask:
+        length, new = choose.randint(*PROMPTS), choose.randint(*ANSWERS)
+        return Ask([choose.randrange(vocabulary) for _ in range(length)], new)
+
+    return [[ask() for _ in range(requests)] for _ in range(callers)]
+
+
+def serve(service: services.Service, work: list[list[Ask]], stagger: float = STAGGER) -> list[Timed]:
+    """Runs all callers, each in a thread. Raises the first error."""
+    found: list[Timed] = []
+    errors: list[BaseException] = []
+    started = time.perf_counter()
+
+    def caller(index: int) -> None:
+        try:
+            time.sleep(max(0.0, index * stagger - (time.perf_counter() - started)))
+            for ask in work[index]:
+                timed = Timed(time.perf_counter() - started, [])
+                for count in service.stream(ask.prompt, ask.new):
+                    timed.tokens.extend([time.perf_counter() - started] * count)
+                if len(timed.tokens) != ask.new:
+                    raise RuntimeError(f"a request for {ask.new} tokens got {len(timed.tokens)}")
+                found.append(timed)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=caller, args=(index,), daemon=True) for index in range(len(work))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return found
+
+
+def figures(found: list[Timed], work: list[list[Ask]]) -> dict[str, float]:
+    """What a run gave: tokens a second of all callers, and the median and 99th percentile of two waits, in seconds."""
+    seconds = max(each.tokens[-1] for each in found)
+    firsts = [each.tokens[0] - each.sent for each in found]
+    gaps = [after - before for each in found for before, after in zip(each.tokens, each.tokens[1:], strict=False)]
+    prompts = sum(len(ask.prompt) for asks in work for ask in asks)
+    answers = sum(ask.new for asks in work for ask in asks)
+    return {
+        "seconds": seconds,
+        "tokens_per_second": answers / seconds,
+        "all_tokens_per_second": (prompts + answers) / seconds,
+        "first_token_p50": statistics.median(firsts),
+        "first_token_p99": percentile(firsts, 99),
+        "gap_p50": statistics.median(gaps),
+        "gap_p99": percentile(gaps, 99),
+    }
+
+
+def percentile(values: list[float], share: int) -> float:
+    return sorted(values)[min(len(values) - 1, len(values) * share // 100)]
+
+
+def main(
+    model: Annotated[str, typer.Option(help="What `generate` takes.")] = "demo",
+    callers: Annotated[int, typer.Option(min=1, help="Callers at once.")] = 16,
+    requests: Annotated[int, typer.Option(min=1, help="Requests of each caller, one after the other.")] = 2,
+    repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each, every engine runs once.")] = 2,
+    threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0: as many as torch uses.")] = 0,
+    beside: Annotated[str, typer.Option("--peers", help=f"Of {', '.join(PEERS)}, with commas.")] = "",
+    note: Annotated[str, typer.Option(help="Stored with the result.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
+) -> None:
+    """Time many callers at once, and other engines."""
+    console, device = Console(), torch.device("cpu")
+    names = [name for name in beside.split(",") if name]
+    if unknown := set(names) - set(PEERS):
+        raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")
+    threads = threads or torch.get_num_threads()
+    use(threads)
+    room = callers * (PROMPTS[1] + ANSWERS[1])
+    loaded = Model.from_pretrained(model, device=device, cache_tokens=room)
+    work = workload(callers, requests, loaded.config.vocab_size - 1000)
+    makers: dict[str, Callable[[], AbstractContextManager[services.Service]]] = {
+        "qwenkern": lambda: services.qwenkern(loaded)
+    }
+    if "llama.cpp server" in names:
+        file = resolve(model)
+        makers["llama.cpp server"] = lambda: services.llama_server(file, threads, callers, PROMPTS[1] + ANSWERS[1])
+    if "transformers" in names:
+        dense = Model.from_pretrained(model, device=device, quantize="none", dtype="bfloat16", cache_tokens=64)
+        makers["transformers"] = lambda: services.transformers(dense)
+    facts: dict[str, Any] = circumstances(device) | {"model": Path(model).name, "note": note, "threads": threads}
+    facts |= {"callers": callers, "requests": requests, "prompts": PROMPTS, "answers": ANSWERS, "stagger": STAGGER}
+    readings: dict[str, list[dict[str, float]]] = {}
+    for _ in range(repeats):
+        for name, maker in list(makers.items()):
+            try:
+                with maker() as service:
+                    serve(service, [[Ask([7] * 70, 4)]] * 2)  # warms up
+                    readings.setdefault(name, []).append(figures(serve(service, work), work))
+            except MISSING as error:
+                console.print(f"[yellow]left out[/yellow] {name}: {error}", soft_wrap=True)
+                del makers[name]
+                continue
+            console.print(name, {key: round(value, 3) for key, value in readings[name][-1].items()})
+    rows = [
+        {"engine": name} | {key: results.middle_and_ends([each[key] for each in found]) for key in found[0]}
+        for name, found in readings.items()
+    ]
+    if json_file:
+        results.save(json_file, facts | {"rows": rows})
+
+
+if __name__ == "__main__":
+    terminal.run(terminal.command(main))

@@ -1,0 +1,143 @@
+"""Decodes several tokens of a text in one pass, where their guesses are likely to be right.
+
+    the last token and its draft:   t0   d1   d2   d3        rows of one decode pass, over the same pages
+                                     │    │    │    │
+    what the model draws:           d1   d2   x              x differs from d3, so d1, d2 and x are the next tokens
+
+A row of a decode pass has the same bits whatever stands in the other rows, and a token follows from its row's logits
+and the next number of the request's own random stream. So text and log-probabilities are the same as without drafts.
+
+How many tokens are guessed follows from two measurements: what a pass of so many rows takes, and how many guesses were
+right after a match of this length. Leviathan et al., "Fast inference from transformers via speculative decoding", 2023,
+equation 1, has the number of tokens to expect.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+from .drafts import LONGEST, SHORTEST, Drafts
+from .request import Request
+
+READINGS = 4  # of a pass of some size
+OLD = 512  # passes after which a reading is dropped
+SIZES = (2, 3, 4, 6, 8, 12, 16)  # rows of a pass with drafts: each size is captured once, and has logits of its own
+FORGETTING = 1 / 32  # of what is known about guesses, with each new draft
+BELIEF = 4.0  # guesses that the first estimate counts for
+FIRST_RATE = 0.6  # how many of the guesses are right, before any is read
+FIRST_SLOPE = 0.1  # what another row adds to a pass, as a share of the pass of one row, before any is read
+
+
+class Costs:
+    """What a decode pass takes, by its number of rows: the least of the latest readings, since disturbances only add.
+
+    The first pass of a size does not count, because it may compile or record what later ones run. Old readings are
+    dropped, so that a size which once looked slow is tried again."""
+
+    def __init__(self, most_rows: int) -> None:
+        self._passes = 0
+        self._readings: list[deque[tuple[int, float]]] = [deque(maxlen=READINGS) for _ in range(most_rows + 1)]
+        self._has_run = [False] * (most_rows + 1)
+
+    def read(self, rows: int, seconds: float) -> None:
+        """Notes a pass."""
+        self._passes += 1
+        if self._has_run[rows]:
+            self._readings[rows].append((self._passes, seconds))
+        self._has_run[rows] = True
+        for readings in self._readings:
+            if readings and readings[0][0] < self._passes - OLD:
+                readings.popleft()
+
+    def of(self, rows: int) -> float:
+        """Seconds of a pass, between those of the nearest sizes that were measured. Before the first reading, only
+        ratios are of use."""
+        known = [(size, min(seconds for _, seconds in each)) for size, each in enumerate(self._readings) if each]
+        below = max((pair for pair in known if pair[0] <= rows), default=None)
+        above = min((pair for pair in known if pair[0] >= rows), default=None)
+        if below and above:
+            share = (rows - below[0]) / max(1, above[0] - below[0])
+            return below[1] + (above[1] - below[1]) * share
+        size, seconds = below or above or (0, 1.0)
+        return seconds * (1 + FIRST_SLOPE * rows) / (1 + FIRST_SLOPE * size)
+
+
+class Rates:
+    """How many guesses are right, by the length of the match."""
+
+    def __init__(self) -> None:
+        self._right = [FIRST_RATE * BELIEF] * (LONGEST + 1)
+        self._all = [BELIEF] * (LONGEST + 1)
+
+    def of(self, match: int) -> float:
+        return min(0.98, self._right[match] / self._all[match])
+
+    def read(self, match: int, right: int, wrong: int) -> None:
+        """Notes guesses after a match: ``right`` ones, and ``wrong`` ones, of which the first is the only one known to
+        be wrong. Older guesses count less and less."""
+        for counts, new in ((self._right, right), (self._all, right + min(1, wrong))):
+            counts[match] = counts[match] * (1 - FORGETTING) + new
+
+
+class Speculation:
+    """The drafts of the requests that run, and how long they should be. most_rows: of one pass."""
+
+    def __init__(self, most_rows: int) -> None:
+        self.most_rows = most_rows
+        self.costs = Costs(most_rows)
+        self.num_drafted = self.num_accepted = 0  # tokens, since the beginning
+
+    def drafts(self, requests: Sequence[Request]) -> dict[Request, list[int]]:
+        """What may follow each request's last token. Empty where a guess would cost more than it gives."""
+        rows = len(requests)
+        found: dict[Request, list[int]] = {}
+        for request in requests if rows < self.most_rows else ():
+            most = min(self.most_rows - rows, request.max_tokens - len(request.output_ids) - 1)
+            if most <= 0:
+                continue
+            state = self._state(request)
+            draft, match = state.drafts.draft(most)
+            length = self._length(rows, len(requests), len(draft), state.rates.of(match)) if draft else 0
+            if length:
+                found[request], state.match = draft[:length], match
+                rows += length
+        return found
+
+    def read(self, request: Request, draft: list[int], accepted: int) -> None:
+        """Notes how many tokens of a draft were right. None is said of those after the end of the text."""
+        self.num_drafted += len(draft)
+        self.num_accepted += accepted
+        if not request.has_ended:
+            state = self._state(request)
+            state.rates.read(state.match, accepted, len(draft) - accepted)
+
+    def _length(self, rows: int, sequences: int, most: int, rate: float) -> int:
+        """The length of a draft that gives most tokens a second, when ``rows`` are in the pass already."""
+        best, length = sequences / self.costs.of(rows), 0
+        expected = 0.0
+        for count in range(1, most + 1):
+            expected += rate**count
+            if rows + count not in SIZES:
+                continue
+            speed = (sequences + expected) / self.costs.of(rows + count)
+            if speed > best:
+                best, length = speed, count
+        return length
+
+    def _state(self, request: Request) -> State:
+        state = request.speculated
+        if state is None:
+            state = request.speculated = State()
+            state.drafts.add(request.prompt_ids)
+        state.drafts.add(request.output_ids[len(state.drafts) - len(request.prompt_ids) :])
+        return state
+
+
+class State:
+    """What speculation keeps for a request."""
+
+    def __init__(self) -> None:
+        self.drafts = Drafts()
+        self.rates = Rates()
+        self.match = SHORTEST  # of the latest draft
