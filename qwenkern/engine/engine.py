@@ -119,9 +119,13 @@ class Engine:
 
     def close(self) -> None:
         """Ends all requests and frees their pages. No other thread may be in a step."""
-        for request in self.scheduler.drop_all():
-            request.aborted = True
-        self._pipeline = None
+        try:
+            self._pipeline = None
+            for request in self.scheduler.drop_all():
+                request.aborted = True
+        except BaseException:
+            self._forget_all()
+            raise
 
     def stop(self, error: EngineError) -> list[Output]:
         """Ends all requests with an error, and takes no more. No other thread may be in a step."""

@@ -56,14 +56,18 @@ class Loop:
 
     def abort(self, request: Request) -> None:
         """Ends a request. The pages are free after the pass in progress."""
-        if self._sinks.pop(request, None) and not request.has_ended:
-            self.engine.abort(request)
-            self._wake_thread()
+        if request in self._sinks:  # in this order, so that it may be called again after an interrupt
+            if not request.has_ended:
+                self.engine.abort(request)
+                self._wake_thread()
+            self._sinks.pop(request, None)
 
     def close(self) -> None:
         """Ends all requests with an error, and stops the thread after the pass in progress."""
-        self._finalizer()
-        self._end_all(EngineError("this model was closed before the request had ended"))
+        try:
+            self._finalizer()
+        finally:
+            self._end_all(EngineError("this model was closed before the request had ended"))
 
     def _wake_thread(self) -> None:
         if self._wake.empty():
@@ -158,11 +162,13 @@ class _Call:
         return output
 
     def _abort(self) -> None:
-        left, self._left = self._left, set()
-        for request in left:
+        for request in list(self._left):
             self._loop.abort(request)
+            self._left.discard(request)
 
-    __del__ = _abort
+    def __del__(self) -> None:
+        if hasattr(self, "_left"):  # not if an interrupt came first
+            self._abort()
 
 
 class Call(_Call):
@@ -208,7 +214,6 @@ class AsyncCall(_Call):
     """A Call for a coroutine: an asynchronous iterator of the outputs. A cancelled task aborts its requests."""
 
     def __init__(self, loop: Loop, requests: Sequence[Request]) -> None:
-        self._left = set()  # for __del__, should there be no event loop
         self._inbox: asyncio.Queue[Output | None] = asyncio.Queue()
         put, callers = self._inbox.put_nowait, asyncio.get_running_loop()
         super().__init__(loop, requests, lambda output: callers.call_soon_threadsafe(put, output))

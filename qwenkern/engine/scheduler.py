@@ -94,8 +94,8 @@ class Scheduler:
     def abort(self, request: Request) -> None:
         """Ends a request before the next pass. Any thread may call this. Completions of its prompt that have not
         started continue without it."""
+        self._aborted.append(request)  # first, because an interrupt may come in between
         request.aborted = True
-        self._aborted.append(request)
 
     def schedule(self) -> list[Scheduled]:
         """The tokens that the next pass computes. Empty if there are no requests."""
@@ -176,6 +176,7 @@ class Scheduler:
         """Frees the pages of aborted requests. One that waits is dropped at its turn."""
         while self._aborted:
             request = self._aborted.popleft()
+            request.aborted = True
             if request in self.running:
                 self.end(request)
                 self._leave_siblings(request)

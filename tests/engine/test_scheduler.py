@@ -1,21 +1,27 @@
-"""Calls share a cache that does not hold them all. All of them finish, with the same texts as on an idle model."""
+"""Many calls on a cache that does not hold them all: all of them finish, in their order, with the texts that they get
+on an idle model."""
 
 from __future__ import annotations
 
-import itertools
+import random
 import threading
-import time
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
+from engine.test_decode import NotCaptured
+from support.clockwork import clockwork, tokens_of
+from support.engines import PATIENCE, Gate, check_pages, eventually, read, run_all
 from support.models import tiny_model
 
 from qwenkern import RequestError, SamplingParams
-from qwenkern.engine import sharing
+from qwenkern.engine import Engine, Limits
+from qwenkern.engine import pace as pace_module
+from qwenkern.engine.pace import LEAST, Pace
+from qwenkern.engine.scheduler import PRIORITY, Scheduler
 
-PATIENCE = 60  # seconds after which a thread counts as hanging
 PROMPTS = [
     [n * 7 % 503 for n in range(start, start + length)] for start, length in ((5, 70), (9, 130), (3, 20), (8, 64))
 ]
@@ -54,10 +60,6 @@ def at_once(*works: Callable[[], Any]) -> list[Any]:
     return [found[index] for index in range(len(works))]
 
 
-def all_free(model) -> bool:
-    return model.cache.num_free_tokens == model.cache.num_tokens and not model.cache.shares
-
-
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_threads_that_fit_alone_wait_for_each_other(expected, deterministic):
     model = small(deterministic=deterministic)
@@ -66,7 +68,7 @@ def test_threads_that_fit_alone_wait_for_each_other(expected, deterministic):
     )
     texts = at_once(*[lambda prompt=prompt: model.generate(prompt, **HOW).token_ids for prompt in PROMPTS * 2])
     assert texts == expected * 2
-    assert all_free(model)
+    check_pages(model)
 
 
 def test_lists_and_completions_of_one_prompt_wait_too(expected):
@@ -77,7 +79,7 @@ def test_lists_and_completions_of_one_prompt_wait_too(expected):
         lambda: [completion.token_ids for completion in model.generate(PROMPTS[::-1], **HOW)],
     )
     assert texts == [expected, [expected[2]] * 5, expected[::-1]]
-    assert all_free(model)
+    check_pages(model)
 
 
 def test_scores_and_logits_wait_and_are_right(expected):
@@ -95,53 +97,35 @@ def test_scores_and_logits_wait_and_are_right(expected):
     assert found[0] == found[4] == score
     assert torch.equal(found[2], logits)
     assert [found[1], found[3]] == [expected[1], expected[0]]
-    assert all_free(model)
+    check_pages(model)
 
 
-def read(stream, count: int) -> None:
-    for _ in range(count):
-        next(stream._outputs)
-
-
-@pytest.mark.parametrize("deterministic", [False, True])
 @pytest.mark.parametrize("work", ["generate", "score", "forward", "stream"])
-def test_an_open_stream_hinders_nobody(deterministic, work):
-    """Neither the thread that reads it nor another one, and its own text is the same in the end, to the last bit where
-    that is promised."""
-    logprobs = {"logprobs": 0, "temperature": 1.0, "seed": 4}
+def test_an_open_stream_that_nobody_reads_hinders_nobody(work):
+    """Neither the thread that opened it nor another one, and its own text is complete in the end."""
 
-    def begin(model):
-        stream = model.stream(PROMPTS[1], **HOW, **logprobs)
-        read(stream, 40)
-        return stream
+    def streamed(model, prompt):
+        stream = model.stream(prompt, **HOW)
+        read(stream, 100)
+        return stream.completion.token_ids
 
     works = {
         "generate": lambda model: model.generate(PROMPTS[0], **HOW).token_ids,
         "score": lambda model: model.score(list(range(200))).logprobs,
         "forward": lambda model: model.forward(list(range(200))).tolist(),
-        "stream": lambda model: list(model.stream(PROMPTS[0], **HOW)._outputs)[-1].request.output_ids,
+        "stream": lambda model: streamed(model, PROMPTS[0]),
     }
-    calm = small(deterministic=deterministic)
-    single = begin(calm)
-    read(single, 60)
-    theirs = works[work](calm)
-    model = small(deterministic=deterministic)
-    stream = begin(model)
-    started = time.monotonic()
+    calm = small()
+    text, theirs = streamed(calm, PROMPTS[1]), works[work](calm)
+    model = small()
+    stream = model.stream(PROMPTS[1], **HOW)
+    read(stream, 40)
     assert works[work](model) == theirs
-    if work == "score":
-        assert time.monotonic() - started < 10
-    read(stream, 5)
     assert at_once(lambda: works[work](model)) == [theirs]
-    read(stream, 55)
-    tokens, expected = stream.completion.logprobs, single.completion.logprobs
-    assert [token.token_id for token in tokens] == [token.token_id for token in expected]
-    if deterministic:
-        assert tokens == expected
-    else:
-        assert [token.logprob for token in tokens] == pytest.approx([token.logprob for token in expected], abs=1e-4)
+    read(stream, 60)
+    assert stream.completion.token_ids == text
     assert list(stream) == []
-    assert all_free(model)
+    check_pages(model)
 
 
 def test_one_thread_may_read_streams_in_turns_that_do_not_fit(expected):
@@ -152,62 +136,11 @@ def test_one_thread_may_read_streams_in_turns_that_do_not_fit(expected):
             read(stream, 1)
     assert [list(stream) for stream in streams] == [[], [], []]
     assert [stream.completion.token_ids for stream in streams] == expected[:3]
-    assert all_free(model)
-
-
-def test_a_stream_that_is_read_keeps_its_pages(expected, monkeypatch):
-    """Of two readers that do not fit together one waits until the other is through, and nothing is computed twice."""
-    monkeypatch.setattr(sharing, "PATIENCE", 5.0)
-    model, passes = small(), []
-    forward = type(model.module).forward
-    model.module.forward = lambda batch, *args: (passes.append(len(batch.ids)), forward(model.module, batch, *args))[1]
-    model._engine(), setattr(model._runner.captured.capture, "padded", lambda sequences: None)
-
-    def consume(prompt):
-        stream = model.stream(prompt, **HOW)
-        for _ in stream._outputs:
-            time.sleep(0.001)
-        return stream.completion.token_ids
-
-    assert at_once(*[lambda p=p: consume(p) for p in PROMPTS[:2]]) == expected[:2]
-    assert sum(passes) == sum(len(prompt) + 99 for prompt in PROMPTS[:2])
-
-
-def test_who_came_first_is_served_first(monkeypatch):
-    monkeypatch.setattr(sharing, "PATIENCE", 5.0)  # the stream keeps its pages although nobody reads it
-    model, starts, enter = small(), [], sharing.Share._enter
-    stream = model.stream(PROMPTS[0], **HOW)
-    read(stream, 30)
-
-    def note_start(share, request):
-        starts.append(len(request.prompt_ids))
-        enter(share, request)
-
-    monkeypatch.setattr(sharing.Share, "_enter", note_start)
-
-    def when_in_line(count: int, work: Callable[[], Any]) -> None:
-        until = time.monotonic() + PATIENCE
-        while (found := sum(share._ticket is not None for share in list(model.cache.shares))) < count:
-            assert time.monotonic() < until, f"{found} requests wait in line, expected {count}"
-            time.sleep(0.001)
-        work()
-
-    def generate(length: int) -> None:
-        model.generate([1] * length, max_tokens=2, ignore_eos=True)
-
-    at_once(
-        lambda: when_in_line(0, lambda: generate(250)),
-        lambda: when_in_line(1, lambda: generate(20)),
-        lambda: when_in_line(2, lambda: generate(200)),
-        lambda: when_in_line(3, stream.close),
-    )
-    assert starts == [250, 20, 200], "the one of 20 tokens would have found room at once"
+    check_pages(model)
 
 
 def test_streams_come_and_go_at_random(expected):
     """Threads that generate, score, stop in the middle, and leave streams open."""
-    import random
-
     model = small()
 
     def work(seed):
@@ -232,42 +165,271 @@ def test_streams_come_and_go_at_random(expected):
         return kept
 
     kept = at_once(*[lambda seed=seed: work(seed) for seed in range(4)])
-    for index, stream in itertools.chain(*kept):
+    for index, stream in [each for some in kept for each in some]:
         list(stream)
         assert stream.completion.token_ids == expected[index]
-    assert all_free(model)
+    check_pages(model)
 
 
 def test_what_an_empty_cache_cannot_hold_is_refused():
     model = small()
-    model.module.config = model.config
     [request] = model._requests([[1] * 200], SamplingParams(max_tokens=50, ignore_eos=True))
     request.max_tokens = 100
-    with model._engine() as engine, pytest.raises(RequestError, match=r"room for 256 tokens, .* of 200 .*needs 299"):
-        engine.add(request)
-    assert not engine.has_requests
+    with pytest.raises(RequestError, match=r"room for 256 tokens, .* of 200 .*needs 299"):
+        model._loop.engine.add(request)
+    assert not model._loop.engine.has_requests
     request.max_tokens = 57
-    engine = model._engine()
-    engine.add(request)
-    request.max_tokens = 100  # so that it is seen only as it grows
-    with pytest.raises(RequestError, match=r"room for 256 more tokens of its 256.*needs 257 more"):
-        list(engine.run([]))
-    assert not engine.has_requests
-    assert all_free(model)
+    run_all(model, [request])
+    assert len(request.output_ids) == 57
+    check_pages(model)
 
 
-def test_a_stream_that_waits_may_be_closed(monkeypatch):
-    monkeypatch.setattr(sharing.Share, "_is_idle", lambda _: False)  # the first keeps its pages
+def test_a_stream_that_waits_may_be_closed():
     model = small()
-    first, waiting = (model.stream(prompt, **HOW) for prompt in PROMPTS[:2])
-    read(first, 40)
-    reader = threading.Thread(target=lambda: list(waiting), daemon=True)
-    reader.start()
-    while not any(share._ticket is not None for share in list(model.cache.shares)):
-        time.sleep(0.001)
-    waiting.close()
-    reader.join(PATIENCE)
-    assert not reader.is_alive()
-    assert not waiting.completion.token_ids
-    first.close()
-    assert all_free(model)
+    with Gate(model) as gate:
+        first, waiting = (model.stream(prompt, **HOW) for prompt in (PROMPTS[1], PROMPTS[1][::-1]))
+        gate.steps(10)
+        assert model._loop.engine.scheduler.num_waiting == 1
+        reader = threading.Thread(target=lambda: list(waiting), daemon=True)
+        reader.start()
+        eventually(waiting._call._reading.locked)
+        waiting.close()
+        reader.join(PATIENCE)
+        assert not reader.is_alive()
+        assert not waiting.completion.token_ids
+        first.close()
+        gate.steps(1)
+    check_pages(model)
+
+
+# The order and the turns, on a model that computes nothing.
+
+
+def request_of(model, length: int, start: int = 1, **how: Any):
+    prompt = [(start + 5 * at) % model.config.vocab_size for at in range(length)]
+    params = SamplingParams(**{"max_tokens": 4, "ignore_eos": True, "temperature": 0} | how)
+    return model._requests([prompt], params)[0]
+
+
+def engine_of(model, **limits: Any) -> Engine:
+    return Engine(model._runner, Limits(**{"prefill_chunk": 40, "finds_prefixes": False} | limits))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The time, which stands still until a test moves it."""
+    now = [1000.0]
+    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    return now
+
+
+def starts(engine: Engine, requests) -> list:
+    """The requests in the order of their first tokens."""
+    order = []
+    with engine:
+        while engine.has_requests:
+            order += [output.request for output in engine.step() if output.request not in order]
+    assert all(len(request.output_ids) == request.max_tokens for request in requests)
+    return order
+
+
+def test_who_came_first_is_served_first():
+    model = clockwork(NotCaptured(), cache_tokens=256)
+    engine = engine_of(model)
+    requests = [request_of(model, length) for length in (250, 20, 200, 30, 10)]
+    for request in requests:
+        engine.add(request)
+    assert starts(engine, requests) == requests, "those of 20 and 10 tokens would have found room at once"
+
+
+def test_a_higher_priority_starts_earlier_and_no_request_starves(clock):
+    """A request of one higher priority may come PRIORITY seconds later, and still start first."""
+    model = clockwork(NotCaptured(), cache_tokens=256)
+    engine = engine_of(model)
+    engine.add(running := request_of(model, 200))
+    engine.step()
+    low, late = request_of(model, 190), request_of(model, 190, priority=1)
+    engine.add(low)
+    clock[0] += PRIORITY - 0.1
+    engine.add(soon := request_of(model, 190, priority=1))
+    clock[0] += 0.2
+    engine.add(late)
+    engine.add(negative := request_of(model, 190, priority=-1))
+    assert starts(engine, []) == [running, soon, low, late, negative]
+
+
+def test_a_stream_of_urgent_requests_does_not_starve_another(clock):
+    model = clockwork(NotCaptured(), cache_tokens=256)
+    with engine_of(model) as engine:
+        engine.add(patient := request_of(model, 200))
+        before = 0
+        engine.add(request_of(model, 200, priority=2))
+        while not patient.output_ids:
+            clock[0] += 1.0
+            if engine.scheduler.num_waiting < 2:
+                engine.add(request_of(model, 200, priority=2))
+            before += sum(output.is_last for output in engine.step())
+            assert clock[0] < 1000 + 10 * PRIORITY, "it waits for ever"
+        assert before, "nobody came before it, so this shows nothing"
+        assert clock[0] > 1000 + 2 * PRIORITY
+
+
+def test_preemption_takes_the_last_in_order_and_the_first_goes_on(clock):
+    model = clockwork(NotCaptured(), cache_tokens=256)
+    engine = engine_of(model)
+    preempted = []
+    preempt = engine.scheduler._preempt
+    engine.scheduler._preempt = lambda request: preempted.append(request) or preempt(request)
+    first, second, urgent = (
+        request_of(model, length, max_tokens=60, priority=priority) for length, priority in ((60, 0), (61, 0), (62, 3))
+    )
+    for request in (first, second, urgent):
+        engine.add(request)
+        clock[0] += 1.0
+    starts(engine, [first, second, urgent])
+    assert preempted
+    assert set(preempted) <= {first, second}, "the urgent one is first in order"
+    assert preempted[0] is second
+    for request in (first, second, urgent):
+        assert request.output_ids == tokens_of(request)
+
+
+def test_chunks_of_prompts_and_decode_steps_take_turns():
+    """While a prompt of many chunks is read, a stream gets a token after each chunk."""
+    model = clockwork(NotCaptured(), cache_tokens=1024)
+    with engine_of(model) as engine:
+        engine.add(stream := request_of(model, 20, max_tokens=60))
+        engine.step()
+        engine.add(long := request_of(model, 400))
+        reads, gained = [], []
+        while not long.output_ids:
+            cached, count = long.num_cached, len(stream.output_ids)
+            engine.step()
+            reads.append(long.num_cached - cached)
+            gained.append(len(stream.output_ids) - count)
+        assert sum(map(bool, reads)) == 10
+        for (read_now, token), (read_next, next_token) in pairwise(zip(reads, gained, strict=True)):
+            assert bool(read_now) != bool(token), "a pass reads a chunk or gives a token"
+            assert token or next_token, "two chunks, one after the other"
+            assert read_now or read_next
+
+
+def test_all_that_decode_take_part_in_each_turn():
+    model = clockwork(NotCaptured(), cache_tokens=1024)
+    with engine_of(model) as engine:
+        streams = [request_of(model, 20, start, max_tokens=60) for start in range(5)]
+        engine.add(*streams)
+        while not all(request.output_ids for request in streams):
+            engine.step()
+        engine.add(long := request_of(model, 400))
+        while not long.output_ids:
+            assert {output.request for output in engine.step()} in (set(), set(streams), {long})
+
+
+def test_a_chunk_under_a_stream_is_bounded_by_the_time_that_it_takes(clock):
+    """Each prompt token takes 2 ms, so 0.25 s are 125 tokens: a chunk of 64."""
+    model = clockwork(NotCaptured(), cache_tokens=4096, max_position_embeddings=4096)
+    sizes, forward = [], model.module.forward
+
+    def slow(batch, *args):
+        sizes.append(len(batch.ids))
+        clock[0] += 0.002 * len(batch.ids)
+        return forward(batch, *args)
+
+    model.module.forward = slow
+    with engine_of(model, prefill_chunk=512) as engine:
+        engine.add(first := request_of(model, 600))
+        while not first.output_ids:
+            engine.step()
+        assert sizes == [512, 88], "nobody waits for a token, so chunks are long"
+        engine.abort(first)
+        engine.add(stream := request_of(model, 20, max_tokens=200))
+        stream.is_streamed = True
+        while not stream.output_ids:
+            engine.step()
+        sizes.clear()
+        engine.add(long := request_of(model, 1000))
+        latest, gaps = clock[0], []
+        while not long.output_ids:
+            if engine.step():
+                gaps.append(clock[0] - latest)
+                latest = clock[0]
+        assert set(sizes) == {64, 1, 1000 % 64}
+        assert max(gaps) <= 0.25 + 0.002
+        stream.is_streamed = False
+        sizes.clear()
+        engine.add(other := request_of(model, 1024, start=2))
+        while not other.output_ids:
+            engine.step()
+        assert set(sizes) == {512, 2}, "a call that shows nothing before its end does not shorten the chunks"
+
+
+def test_the_pace(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(pace_module.time, "monotonic", lambda: now[0])
+    pace = Pace(2048, 0.25)
+    assert pace.chunk() == 2048, "nothing is known yet"
+
+    def passes(tokens, seconds):
+        pace.begin(tokens)
+        now[0] += seconds
+        pace.read()
+
+    passes(512, 0.512)
+    assert pace.chunk() == 128, "the largest power of two below 250"
+    for _ in range(40):
+        passes(512, 0.0512)
+    assert pace.chunk() == 2048
+    for _ in range(40):
+        passes(512, 51.2)
+    assert pace.chunk() == LEAST
+    pace.read()
+    assert pace.chunk() == LEAST, "without a prompt nothing is read"
+    for _ in range(40):  # the host waits for two passes at once
+        pace.begin(256)
+        now[0] += 0.256
+        passes(256, 0.256)
+    assert pace.chunk() == 128
+    assert Pace(40, 0.25).chunk() == 40
+
+
+def test_waiting_requests_cost_nothing_a_step():
+    """The work of a step does not grow with the line: counted as calls, not as time."""
+    import sys
+
+    def calls(waiting: int) -> int:
+        model = clockwork(NotCaptured(), cache_tokens=256)
+        with engine_of(model) as engine:
+            engine.add(request_of(model, 100, max_tokens=100))
+            for _ in range(3):
+                engine.step()
+            engine.add(*[request_of(model, 200) for _ in range(waiting)])
+            engine.step()
+            count = 0
+
+            def profile(*_: object) -> None:
+                nonlocal count
+                count += 1
+
+            sys.setprofile(profile)
+            for _ in range(5):
+                engine.step()
+            sys.setprofile(None)
+            assert engine.scheduler.num_waiting == waiting
+            return count
+
+    assert calls(3000) == calls(1)
+
+
+def test_an_aborted_request_that_waits_never_starts():
+    model = clockwork(NotCaptured(), cache_tokens=256)
+    with engine_of(model) as engine:
+        engine.add(first := request_of(model, 200))
+        engine.step()
+        second, third = request_of(model, 200), request_of(model, 200)
+        engine.add(second, third)
+        engine.step()
+        engine.abort(second)
+        assert starts(engine, [first, third]) == [first, third]
+    assert not second.num_cached
+    assert isinstance(engine.scheduler, Scheduler)
