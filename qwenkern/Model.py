@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import flag, whole
-from .cache import PagedCache
+from .cache import PagedCache, saved
 from .config import Config
 from .device import check_cache_dtype, choose_device, choose_dtype, choose_pages, use_threads
 from .engine import (
@@ -452,6 +452,38 @@ class Model:
         if wrong := [position for position, value in enumerate(logprobs) if not math.isfinite(value)]:
             raise NonFiniteError.at(wrong[0], self.dtype, "score")
         return Score(ids, logprobs)
+
+    def save_prefix(self, prompt: Prompt, file: str | Path, *, cache_salt: str | None = None) -> int:
+        """Computes a prompt and saves what the cache then holds of it, for `load_prefix`. Returns the number of tokens:
+        those of full pages of 64, or with ``deterministic`` of whole chunks.
+
+        file: about as large as the cache of so many tokens (`qwenkern footprint`). Replaced if it exists."""
+        ids = self._prompts.encode(prompt)
+        self.generate(ids, max_tokens=1, cache_salt=cache_salt)
+        tensors = self._loop.between_passes(lambda: saved.copied(self.cache, ids, cache_salt or ""))
+        saved.write(Path(file), tensors, self._facts_of_pages())
+        return len(tensors[saved.IDS])
+
+    def load_prefix(self, file: str | Path, *, cache_salt: str | None = None) -> int:
+        """Puts a saved prefix into the cache, where prompts that begin so find it. Returns its number of tokens.
+
+        It stays until other texts need the room. Raises CheckpointError if the file was saved by another model, or in
+        another dtype or format of the cache, and RequestError if the cache has no room for it."""
+        facts = self._facts_of_pages()
+        if not self.deterministic:
+            del facts["chunk"]
+        tensors = saved.read(Path(file), facts, self.cache)
+        return self._loop.between_passes(lambda: saved.put_back(self.cache, tensors, cache_salt or ""))
+
+    def _facts_of_pages(self) -> dict[str, str]:
+        """What must be the same where a saved prefix is used."""
+        return {
+            "model": self.module.fingerprint(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "cache": self.cache.pages[0].format,
+            # deterministic mode uses whole chunks only, which are those of one length
+            "chunk": str(self.prefill_chunk) if self.deterministic else "any",
+        }
 
     def _read(self, rows: list[list[int]], take: Callable[[int, Tensor], None]) -> None:
         """Has ``take`` called with the index of each row and the next of its logits, in inference mode."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import time
 import weakref
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -61,14 +62,15 @@ class Engine:
         self.fault: EngineError | None = None
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
+        self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
         self._faults = 0  # passes that failed since one succeeded
         self._stepping = threading.Lock()
         weakref.finalize(self, _give_back, runner.cache, self.scheduler.running)  # for an engine that nobody closes
 
     @property
     def has_requests(self) -> bool:
-        """Whether there are requests that have not ended, or steps whose tokens are not read yet."""
-        return self.scheduler.has_requests or self._pipeline is not None
+        """Whether there are requests that have not ended, steps whose tokens are not read yet, or work to do."""
+        return self.scheduler.has_requests or self._pipeline is not None or bool(self._works)
 
     def add(self, request: Request) -> None:
         """Adds a request and its siblings, from any thread. They start in a later step, when the cache has room.
@@ -90,6 +92,10 @@ class Engine:
         """Ends a request, from any thread. The next step frees its pages, and has no output for it. Other completions
         of its prompt continue. A request that has already ended is left as it is."""
         self.scheduler.abort(request)
+
+    def between_passes(self, work: Callable[[], None]) -> None:
+        """Has the next step call ``work`` before its pass. From any thread."""
+        self._works.append(work)
 
     def step(self) -> list[Output]:
         """Runs one forward pass.
@@ -131,6 +137,9 @@ class Engine:
 
     def _step(self) -> list[Output]:
         self._in_pass = []
+        while self._works:
+            self.runner.cache.forget_if_changed(self.runner.weights_version())
+            self._works.popleft()()
         if self._pipeline:
             self._in_pass = self._pipeline.requests
             if tokens := self._pipeline.tokens():
