@@ -72,21 +72,24 @@ class Engine:
         """Whether there are requests that have not ended, steps whose tokens are not read yet, or work to do."""
         return self.scheduler.has_requests or self._pipeline is not None or bool(self._works)
 
-    def add(self, request: Request) -> None:
-        """Adds a request and its siblings, from any thread. They start in a later step, when the cache has room.
+    def add(self, *requests: Request) -> None:
+        """Adds requests and their siblings, from any thread. They start in a later step, when the cache has room. The
+        same step sees all of them.
 
-        Raises RequestError if the request does not fit even an empty cache, and EngineError if the engine has stopped.
-        """
+        Raises RequestError if one of them does not fit even an empty cache, and EngineError if the engine has stopped;
+        then none is added."""
         if self.fault:
             raise self.fault
-        cache, num_tokens = self.runner.cache, len(request.prompt_ids) + max(0, request.max_tokens - 1)
-        if num_tokens > cache.num_tokens:  # the last token is never cached
-            raise RequestError(
-                f"the key-value cache has room for {cache.num_tokens} tokens, and a request of "
-                f"{len(request.prompt_ids)} and max_tokens {request.max_tokens} needs {num_tokens}: pass a larger "
-                "cache_tokens to Model.from_pretrained"
-            )
-        self.scheduler.add(request)
+        cache = self.runner.cache
+        for request in requests:
+            num_tokens = len(request.prompt_ids) + max(0, request.max_tokens - 1)  # the last one is never cached
+            if num_tokens > cache.num_tokens:
+                raise RequestError(
+                    f"the key-value cache has room for {cache.num_tokens} tokens, and a request of "
+                    f"{len(request.prompt_ids)} and max_tokens {request.max_tokens} needs {num_tokens}: pass a larger "
+                    "cache_tokens to Model.from_pretrained"
+                )
+        self.scheduler.add(*requests)
 
     def abort(self, request: Request) -> None:
         """Ends a request, from any thread. The next step frees its pages, and has no output for it. Other completions

@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
@@ -40,20 +40,20 @@ class Loop:
         # also when the interpreter exits, because a daemon thread must not run then
         self._finalizer = weakref.finalize(self, _stop_thread, self._stop, self._wake, self._threads)
 
-    def add(self, request: Request, sink: Sink) -> None:
-        """Adds a request and its siblings. ``sink`` gets their outputs, until each has ended or is aborted.
+    def add(self, requests: Sequence[Request], sink: Sink) -> None:
+        """Adds requests and their siblings. ``sink`` gets their outputs, until each has ended or is aborted.
 
         Raises RequestError or EngineError as Engine.add."""
         if self._stop.is_set():
             raise EngineError("this model is closed; load it again")
-        group = [request, *request.siblings]
-        for each in group:
-            self._sinks[each] = sink
+        group = _with_siblings(requests)
         try:
-            self.engine.add(request)
-        except BaseException:
             for each in group:
-                self._sinks.pop(each, None)
+                self._sinks[each] = sink
+            self.engine.add(*requests)
+        except BaseException:  # an interrupt may come after the engine has them
+            for each in group:
+                self.abort(each)
             raise
         self._run()
 
@@ -142,16 +142,18 @@ def _stop_thread(stop: threading.Event, wake: threading.Event, threads: list[thr
             thread.join(PATIENCE)
 
 
+def _with_siblings(requests: Sequence[Request]) -> list[Request]:
+    return [each for request in requests for each in (request, *request.siblings)]
+
+
 class _Call:
     """The requests of one caller in a loop."""
 
-    def __init__(self, loop: Loop, requests: Iterable[Request], sink: Sink) -> None:
+    def __init__(self, loop: Loop, requests: Sequence[Request], sink: Sink) -> None:
         self._loop = loop
-        self._left: set[Request] = set()  # those that have not ended
+        self._left = set(_with_siblings(requests))  # those that have not ended
         try:
-            for request in requests:
-                self._left.update((request, *request.siblings))
-                loop.add(request, sink)
+            loop.add(requests, sink)
         except BaseException:
             self._abort()
             raise
@@ -176,7 +178,7 @@ class Call(_Call):
 
     ``close``, the end of a with statement, an exception or the garbage collector abort what has not ended."""
 
-    def __init__(self, loop: Loop, requests: Iterable[Request]) -> None:
+    def __init__(self, loop: Loop, requests: Sequence[Request]) -> None:
         self._inbox: SimpleQueue[Output | None] = SimpleQueue()
         self._reading = threading.Lock()
         super().__init__(loop, requests, self._inbox.put)
@@ -213,7 +215,7 @@ class Call(_Call):
 class AsyncCall(_Call):
     """A Call for a coroutine: an asynchronous iterator of the outputs. A cancelled task aborts its requests."""
 
-    def __init__(self, loop: Loop, requests: Iterable[Request]) -> None:
+    def __init__(self, loop: Loop, requests: Sequence[Request]) -> None:
         self._inbox: asyncio.Queue[Output | None] = asyncio.Queue()
         put, callers = self._inbox.put_nowait, asyncio.get_running_loop()
         super().__init__(loop, requests, lambda output: callers.call_soon_threadsafe(put, output))

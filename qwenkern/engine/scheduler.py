@@ -84,10 +84,12 @@ class Scheduler:
         """Requests that have not started, or were preempted. Aborted ones count until their turn comes."""
         return len(self._arrivals) + len(self._waiting)
 
-    def add(self, request: Request) -> None:
-        """Adds a request. Any thread may call this."""
-        request.arrived = time.monotonic()
-        self._arrivals.append(request)
+    def add(self, *requests: Request) -> None:
+        """Adds requests, which the next pass sees together. Any thread may call this."""
+        now = time.monotonic()
+        for request in requests:
+            request.arrived = now
+        self._arrivals.extend(requests)  # at once, so that what runs together does not depend on the threads' timing
 
     def abort(self, request: Request) -> None:
         """Ends a request before the next pass. Any thread may call this. Completions of its prompt that have not

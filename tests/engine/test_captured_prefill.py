@@ -8,12 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.engines import check_pages, with_capture
 from support.models import TINY, tiny_model
 
 from qwenkern import SamplingParams
-from qwenkern.engine import Engine, Limits, Runner
+from qwenkern.engine import Engine, Limits
 from qwenkern.engine.capture import PROMPT_LENGTHS, CallCapture, GraphCapture
 from qwenkern.engine.captured_prefill import MOST_PROMPTS
+from qwenkern.errors import EngineError
 from qwenkern.kernels.dispatch import kept_tensors, launches_dependently
 
 
@@ -47,11 +49,6 @@ def reference(monkeypatch, request):
     """Triton's interpreter is slow: one test runs the kernels in it."""
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("QWENKERN_KERNELS", "reference")
-
-
-def with_capture(model, capture):
-    model._runner = Runner(model.module, model.cache, capture)
-    return model
 
 
 @pytest.fixture
@@ -88,7 +85,7 @@ def test_the_text_is_that_of_passes_without_padding(captured, plain):
     for _ in range(3):  # op by op, captured, and replayed after others
         assert [texts(captured, batch) for batch in BATCHES] == expected
     assert captured._runner.captured.capture.log.count("capture") == 3
-    assert captured.cache.num_free_tokens == captured.cache.num_tokens
+    check_pages(captured)
 
 
 def test_the_kernels_take_prompts_without_tokens_and_padding(captured, plain, monkeypatch):
@@ -162,9 +159,9 @@ def test_a_capture_that_fails_is_tried_again(captured, plain, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(capture, "capture", fail)
-        with pytest.raises(torch.OutOfMemoryError):
+        with pytest.raises(EngineError, match="OutOfMemoryError: no memory"):
             texts(captured, [prompt(5)])
-    assert captured.cache.num_free_tokens == captured.cache.num_tokens
+    check_pages(captured)
     assert texts(captured, [prompt(5)]) == texts(plain, [prompt(5)])
 
 

@@ -7,14 +7,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support import engines
+from support.engines import check_pages, with_capture
 from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import NonFiniteError, SamplingParams
-from qwenkern.engine import Engine, Limits, Runner
+from qwenkern.engine import Engine, Limits
 from qwenkern.engine.capture import CallCapture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
-from qwenkern.engine.sharing import Share
+from qwenkern.engine.scheduler import Scheduler
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels import waits_for_host
 from qwenkern.kernels.pages import DensePages
@@ -97,13 +99,8 @@ class NotCaptured(CallCapture):
         return None
 
 
-def with_capture(model, capture):
-    model._runner = Runner(model.module, model.cache, capture)
-    return model
-
-
 def run(model, requests):
-    return Engine(model._runner, Limits(512)).run(requests)
+    return engines.run(Engine(model._runner, Limits(512, finds_prefixes=False)), requests)
 
 
 def ids_of(completions):
@@ -142,7 +139,7 @@ def pipelined(monkeypatch):
 def test_the_text_is_that_of_steps_not_captured(pipelined, plain, how):
     expected = plain.generate(PROMPTS, max_tokens=40, ignore_eos=True, **how)
     assert ids_of(pipelined.generate(PROMPTS, max_tokens=40, ignore_eos=True, **how)) == ids_of(expected)
-    assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
+    check_pages(pipelined)
 
 
 DIFFERENT = [
@@ -199,28 +196,11 @@ def test_each_is_drawn_by_its_own_parameters_after_a_preemption(plain):
     expected = drawn(plain)
     small = with_capture(tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size), cache_tokens=256), Fake())
     preempted = []
-    preempt = Share.preempt_latest
+    preempt = Scheduler._preempt
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Share, "preempt_latest", lambda share: preempted.append(1) or preempt(share))
+        patch.setattr(Scheduler, "_preempt", lambda *args: preempted.append(1) or preempt(*args))
         assert_same_outcomes(drawn(small), expected)
     assert preempted
-
-
-def test_two_engines_with_penalties_take_turns(pipelined, plain):
-    """The second one's step is larger, so it brings slots of its own."""
-    how = SamplingParams(max_tokens=14, temperature=0, ignore_eos=True, repetition_penalty=1.4, frequency_penalty=0.2)
-    expected = ids_of(plain.generate(MANY[:11], **vars_of(how)))
-    rows = [pipelined._requests([prompt], how)[0] for prompt in MANY[:11]]
-    one, two = run(pipelined, rows[:1]), run(pipelined, rows[1:])
-    for _ in range(14):
-        next(one)
-        for _ in range(10):
-            next(two)
-    assert [row.output_ids for row in rows] == expected
-
-
-def vars_of(params):
-    return {name: value for name, value in vars(params).items() if value != getattr(SamplingParams(), name)}
 
 
 def test_an_error_of_one_ends_that_one(pipelined, plain):
@@ -285,7 +265,7 @@ def test_stops_are_exact_although_one_token_more_was_decoded(pipelined, plain):
     several = pipelined.generate(PROMPTS, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
     expected = plain.generate(PROMPTS, max_tokens=30, temperature=0, ignore_eos=True, stop_token_ids=[stop])
     assert ids_of(several) == ids_of(expected)
-    assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
+    check_pages(pipelined)
 
 
 def test_rows_without_a_sequence_change_nothing_and_stay_in_place(pipelined):
@@ -317,16 +297,6 @@ def test_a_sequence_that_has_ended_changes_no_other(pipelined, plain, how):
     assert texts(pipelined) == texts(plain)
 
 
-def test_two_engines_share_the_captured_steps(pipelined, plain):
-    expected = ids_of(plain.generate([[5, 6], [7, 8, 9]], max_tokens=12, temperature=0, ignore_eos=True))
-    how = SamplingParams(max_tokens=12, temperature=0, ignore_eos=True)
-    rows = [pipelined._requests([prompt], how)[0] for prompt in ([5, 6], [7, 8, 9])]
-    one, two = (run(pipelined, [row]) for row in rows)
-    for _ in range(12):
-        next(one), next(two)
-    assert [row.output_ids for row in rows] == expected
-
-
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 1}])
 def test_what_is_not_finite_ends_the_pipeline(pipelined, plain, how):
     """The text ends at the same token as without capture, although another step was launched."""
@@ -339,7 +309,7 @@ def test_what_is_not_finite_ends_the_pipeline(pipelined, plain, how):
         with pytest.raises(NonFiniteError, match=f"after position {len(PROMPTS[1]) + at} ") as raised:
             model.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how)
         messages.append(str(raised.value))
-        assert model.cache.num_free_tokens == model.cache.num_tokens
+        check_pages(model)
     assert messages[0] == messages[1]
 
 
@@ -353,7 +323,7 @@ def test_a_closed_stream_gives_its_pages_back(pipelined):
     stream = pipelined.stream(PROMPTS[1], max_tokens=50, ignore_eos=True)
     next(stream), next(stream)
     stream.close()
-    assert pipelined.cache.num_free_tokens == pipelined.cache.num_tokens
+    check_pages(pipelined)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -393,7 +363,7 @@ def test_deterministic_gives_a_prompt_the_same_bits_in_any_batch(in_c):
     assert logprobs_of(single, MANY, n=2) == expected
     small = tiny_model(IN_C, torch.bfloat16, deterministic=True, cache_tokens=384)
     assert logprobs_of(small, MANY, n=2) == expected
-    assert small.cache.num_free_tokens == small.cache.num_tokens
+    check_pages(small)
     usual = tiny_model(IN_C, torch.bfloat16)
     assert logprobs_of(usual, MANY, n=2) != expected, "without it, too, so this shows nothing"
 
@@ -411,39 +381,6 @@ def test_deterministic_on_torch_decodes_one_by_one():
     expected = [pair for prompt in MANY[:4] for pair in logprobs_of(model, [prompt], n=2)]
     assert logprobs_of(model, MANY[:4], n=2) == expected
     assert set(sizes) == {1}
-
-
-@pytest.mark.parametrize("how", [{}, {"repetition_penalty": 1.1}])
-def test_all_that_a_pass_launches_is_in_the_order_of_the_streams(monkeypatch, pipelined, how):
-    """In whatever stream the caller's thread launches."""
-    inside, count = [False], [0]
-
-    class Order:
-        def __enter__(self) -> None:
-            assert pipelined.cache.lock.locked()
-            inside[0] = True
-
-        def __exit__(self, *error) -> None:
-            inside[0] = False
-
-    def watched(actual):
-        def call(*args, **keywords):
-            count[0] += 1
-            assert inside[0] or capture.running  # what the device does is not launched
-            return actual(*args, **keywords)
-
-        return call
-
-    pipelined.cache.order = Order()
-    capture = pipelined._runner.captured.capture
-    for owner, names in ((capture, ("capture", "upload", "download")), (pipelined.module, ("forward", "logits"))):
-        for name in names:
-            monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
-    for name in ("load", "add_page"):
-        monkeypatch.setattr(CapturedStep, name, watched(getattr(CapturedStep, name)))
-    pipelined.generate(PROMPTS, max_tokens=70, ignore_eos=True, temperature=0.5, seed=1, n=2, **how)
-    pipelined.score(PROMPTS[1])
-    assert count[0] > 70
 
 
 def test_threads_take_turns_on_one_recording(in_c):
@@ -511,7 +448,7 @@ def _assert_captured_text(config, how, sequences):
 
     with_capture(model, NotCaptured())
     one_by_one = texts()
-    model._runner = Runner(model.module, model.cache, StepsOnly(torch.device("cuda")))
+    with_capture(model, StepsOnly(torch.device("cuda")))
     captured = texts()
     assert any(step for step in model._runner.captured._steps.values())
     assert texts() == captured

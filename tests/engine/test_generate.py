@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 
 import pytest
 import torch
+from support.engines import Gate, all_free, check_pages, eventually, read, run
 from support.models import TINY, reference_model, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
@@ -73,17 +75,19 @@ def test_a_cache_too_small_for_all_preempts_and_starts_again(model, greedy):
     together = small.generate(PROMPTS, max_tokens=24, ignore_eos=True)
     assert [completion.token_ids for completion in together] == greedy
     assert len(released) > len(PROMPTS), "nothing was preempted, so this shows nothing"
-    assert small.cache.num_free_tokens == small.cache.num_tokens
+    check_pages(small)
 
 
 def test_every_page_comes_back(model):
     model.generate(PROMPTS, max_tokens=5, n=3, temperature=1.0)
-    assert model.cache.num_free_tokens == model.cache.num_tokens
-    with model.stream(PROMPTS[5], max_tokens=50, ignore_eos=True) as stream:
-        for _ in range(3):
-            next(stream._outputs)
-        assert model.cache.num_free_tokens < model.cache.num_tokens
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+    check_pages(model)
+    with Gate(model) as gate:
+        with model.stream(PROMPTS[5], max_tokens=50, ignore_eos=True) as stream:
+            gate.steps(4)
+            read(stream, 3)
+            assert not all_free(model)
+        gate.steps(1)
+        assert all_free(model), "the pages are free after the pass in progress"
 
 
 def test_completions_of_one_prompt_share_it_and_differ(model):
@@ -125,8 +129,8 @@ def test_no_pass_has_more_rows_than_the_limit(model, deterministic):
         patch.setattr(engine_module, "sample", sample_spy)
         patch.setattr(Runner, "logits", forward_spy)
         first = [request for request in requests if not request.sample_index]
-        limits = Limits(512, max_batch=10, batch_invariant=deterministic)
-        for _ in Engine(Runner(model.module, model.cache), limits).run(first):
+        limits = Limits(512, max_batch=10, batch_invariant=deterministic, finds_prefixes=False)
+        for _ in run(Engine(Runner(model.module, model.cache), limits), first):
             pass
     assert [request.output_ids for request in requests] == expected
     assert max(rows) == 10
@@ -140,7 +144,7 @@ def test_more_completions_than_a_pass_holds(model, deterministic):
     requests = model._requests([PROMPTS[3]], SamplingParams(n=7, **how))
     engine = Engine(Runner(model.module, model.cache), Limits(512, max_batch=3, batch_invariant=deterministic))
     sizes = [0]
-    for _ in engine.run(requests[:1]):
+    for _ in run(engine, requests[:1]):
         sizes.append(len(engine.scheduler.running))
     assert [request.output_ids for request in requests] == [each.token_ids for each in expected]
     assert max(sizes) <= 3
@@ -168,12 +172,16 @@ def test_logits_that_are_not_finite_are_an_error(how):
         NonFiniteError, match=r"^prompt_index 1, sample_index 0: .*after position 2 .*float32: the weights"
     ):
         model.generate([[7, 21], DAMAGED, [9]], max_tokens=50, ignore_eos=True, **how)
-    assert model.cache.num_free_tokens == model.cache.num_tokens
-    others = model.stream([7, 21], max_tokens=5, ignore_eos=True, temperature=0)
-    next(others._outputs)
-    with pytest.raises(NonFiniteError), model.stream(DAMAGED, max_tokens=5) as stream:
-        list(stream)
-    assert len(list(others._outputs)) == 4, "another call goes on"
+    check_pages(model)
+    with Gate(model) as gate:
+        others = model.stream([7, 21], max_tokens=5, ignore_eos=True, temperature=0)
+        gate.steps(2)
+        broken = model.stream(DAMAGED, max_tokens=5)
+        gate.steps(2)
+    with pytest.raises(NonFiniteError), broken:
+        list(broken)
+    list(others)
+    assert others.completion.num_tokens == 5, "another call goes on"
 
 
 def test_the_position_is_that_of_the_token_read_last():
@@ -190,7 +198,7 @@ def test_scores_of_what_is_not_finite_are_an_error():
     assert len(model.score([7, 300]).logprobs) == 1, "what comes after 300 is not asked for"
     with pytest.raises(NonFiniteError, match=r"^score: the logits after position 1 .*float32"):
         model.score(DAMAGED)
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+    check_pages(model)
     assert model.forward(DAMAGED).isnan().any(-1).tolist() == [False, True, True]
 
 
@@ -224,7 +232,7 @@ def test_two_streams_may_be_read_in_turns(model, greedy):
     streams = [model.stream(PROMPTS[n], max_tokens=24, ignore_eos=True) for n in (3, 5)]
     for _ in range(24):
         for stream in streams:
-            next(stream._outputs)
+            read(stream, 1)
     assert [stream.completion.token_ids for stream in streams] == [greedy[3], greedy[5]]
     for stream in streams:
         stream.close()
@@ -232,46 +240,40 @@ def test_two_streams_may_be_read_in_turns(model, greedy):
 
 def test_a_stream_may_be_closed_while_another_thread_reads_it(model):
     stream = model.stream([65, 66, 67], max_tokens=400, ignore_eos=True)
-    reading, go_on = threading.Event(), threading.Event()
-    accept = type(stream._request).accept
-
-    def slow(sequence, token):
-        reading.set()
-        go_on.wait(20)
-        return accept(sequence, token)
-
-    stream._request.accept = slow.__get__(stream._request)
-    pieces: list[str] = []
-    reader = threading.Thread(target=lambda: pieces.extend(stream))
-    reader.start()
-    assert reading.wait(20)
-    with pytest.raises(RequestError, match="another thread is reading this stream; expected one reader at a time"):
-        next(stream)
-    stream.close()
-    go_on.set()
-    reader.join(20)
-    assert not reader.is_alive()
-    assert pieces == []
-    assert stream.completion.num_tokens == 1
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+    with Gate(model) as gate:
+        pieces: list[str] = []
+        reader = threading.Thread(target=lambda: pieces.extend(stream), daemon=True)
+        reader.start()
+        eventually(stream._call._reading.locked)
+        with pytest.raises(RequestError, match="another thread is reading this; expected one reader at a time"):
+            next(stream)
+        stream.close()
+        reader.join(20)
+        assert not reader.is_alive(), "it does not wait for the pass in progress"
+        gate.steps(1)
+    assert "".join(pieces) == stream.completion.text
+    assert stream.completion.num_tokens < 400
+    check_pages(model)
 
 
-def test_streams_that_are_forgotten_give_their_pages_back(model):
-    """Also when the collector finds them while another call holds the lock."""
-
-    def forget(in_a_cycle: bool):
-        stream = model.stream(PROMPTS[5], max_tokens=50, ignore_eos=True)
-        next(stream._outputs)
+@pytest.mark.parametrize("in_a_cycle", [False, True])
+def test_streams_that_are_forgotten_give_their_pages_back(model, in_a_cycle):
+    stream = model.stream(PROMPTS[5], max_tokens=380, ignore_eos=True)
+    with Gate(model) as gate:
+        gate.steps(3)
+        read(stream, 1)
         if in_a_cycle:
             stream.itself = stream
-
-    forget(in_a_cycle=False)
-    assert model.cache.num_free_tokens == model.cache.num_tokens
-    forget(in_a_cycle=True)
-    assert model.cache.num_free_tokens < model.cache.num_tokens
-    with model.cache.lock:
-        gc.collect()
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+        alive = weakref.ref(stream)
+        del stream
+        if in_a_cycle:
+            assert alive()
+            gate.steps(1)
+            assert not all_free(model)
+            gc.collect()
+        assert not alive()
+        gate.steps(1)
+        assert all_free(model)
 
 
 def test_an_error_of_the_reader_takes_no_pages(model):
@@ -281,7 +283,7 @@ def test_an_error_of_the_reader_takes_no_pages(model):
 
     with pytest.raises(KeyError, match="theirs"):
         reads()
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+    check_pages(model)
 
     def reads_with():
         with model.stream([65, 66, 67], max_tokens=50, ignore_eos=True) as stream:
@@ -292,7 +294,7 @@ def test_an_error_of_the_reader_takes_no_pages(model):
     kept = []
     with pytest.raises(KeyError, match="theirs"):
         reads_with()
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+    check_pages(model)
 
 
 def test_threads_may_share_a_model(model, greedy):

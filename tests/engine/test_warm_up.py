@@ -7,10 +7,11 @@ import sys
 
 import pytest
 import torch
+from support.engines import check_pages, with_capture
 from support.models import TINY, tiny_model
 
 from qwenkern import RequestError, SamplingParams
-from qwenkern.engine import Runner, warm_up
+from qwenkern.engine import warm_up
 from qwenkern.engine.capture import PROMPT_LENGTHS, CallCapture, GraphCapture
 from qwenkern.generation import Generation
 
@@ -43,8 +44,7 @@ class Fake(CallCapture):
 def model(monkeypatch):
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")
     model = tiny_model()
-    model._runner = Runner(model.module, model.cache, Fake())
-    return model
+    return with_capture(model, Fake())
 
 
 def captured(model) -> list[str]:
@@ -55,7 +55,7 @@ def captured(model) -> list[str]:
 def test_what_is_asked_for_is_captured_and_nothing_later(model):
     model.warm_up(max_sequences=3, max_prompt=20, sampled=False)
     assert captured(model) == ["prompts of 8", "prompts of 16", "prompts of 32", *(f"step of {n}" for n in (4, 2, 1))]
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+    check_pages(model)
     prompts = [[5] * length for length in (3, 9, 8)]
     for batch in (prompts, prompts[:1], prompts[1:]):
         model.generate(batch, max_tokens=9, temperature=0, ignore_eos=True)
@@ -78,16 +78,16 @@ def test_the_sampling_of_the_checkpoint_is_captured_too(model):
 def test_no_more_than_the_cache_has_room_for(monkeypatch, cache_tokens, sizes):
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")
     model = tiny_model(cache_tokens=cache_tokens)
-    model._runner = Runner(model.module, model.cache, Fake())
+    with_capture(model, Fake())
     model.warm_up(max_sequences=64, max_prompt=10**6, sampled=False)
     assert captured(model) == ["prompts of 8", "prompts of 16", "prompts of 32", *sizes]
-    assert model.cache.num_free_tokens == model.cache.num_tokens
+    check_pages(model)
 
 
 def test_deterministic_decodes_no_more_than_it_promises(monkeypatch):
     monkeypatch.setenv("QWENKERN_KERNELS", "reference")
     model = tiny_model(deterministic=True)
-    model._runner = Runner(model.module, model.cache, Fake())
+    with_capture(model, Fake())
     model.warm_up(max_sequences=64, max_prompt=4, sampled=False)
     assert captured(model) == ["prompts of 8", "step of 1"]
 
