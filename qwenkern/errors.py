@@ -35,6 +35,12 @@ class NonFiniteError(Error, ArithmeticError):
 class EngineError(Error, RuntimeError):
     """A forward pass failed, or the engine has stopped: the message has the reason."""
 
+    def again(self) -> EngineError:
+        """The same error for another caller. Raising an error adds to its traceback, so each caller gets one."""
+        copy = EngineError(*self.args)
+        copy.__cause__ = self.__cause__
+        return copy
+
 
 class RequestError(Error, ValueError):
     """An argument of a call is out of range: a prompt, a sampling parameter, a device."""

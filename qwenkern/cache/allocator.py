@@ -16,6 +16,7 @@ class BlockTable:
         self.pages: list[int] = []
         self.length = 0
         self.salt = salt  # only texts of the same salt share pages
+        self.epoch = 0  # of the prefix index, when the sequence began
         self.num_indexed = 0  # pages that the prefix index has been told of
         self.last: Parent = salt  # the entry of the last of these
 
@@ -41,6 +42,7 @@ class PageAllocator:
         self._index = PrefixIndex()
         self._given_back: deque[BlockTable] = deque()
         self._version = 0  # of the weights that computed what can be found
+        self._epoch = 0  # counts how often all was forgotten
 
     @property
     def num_tokens(self) -> int:
@@ -82,7 +84,7 @@ class PageAllocator:
             return False
         table.pages = [entry.page for entry in found]
         table.length = len(found) * self.page_size
-        table.num_indexed = len(found)
+        table.epoch, table.num_indexed = self._epoch, len(found)
         if found:
             table.last = found[-1].id
         for page in table.pages:
@@ -115,10 +117,13 @@ class PageAllocator:
         copy.pages[:0] = table.pages[:full]
         for page in table.pages[:full]:
             self._users[page] += 1
-        copy.length, copy.num_indexed, copy.last = table.length, table.num_indexed, table.last
+        copy.length, copy.epoch, copy.num_indexed, copy.last = table.length, table.epoch, table.num_indexed, table.last
 
     def remember(self, table: BlockTable, ids: Sequence[int]) -> None:
-        """Makes the full pages of a table findable. ``ids`` are the tokens in it, as far as they are known."""
+        """Makes the full pages of a table findable. ``ids`` are the tokens in it, as far as they are known. A sequence
+        that began before all was forgotten stays forgotten."""
+        if table.epoch != self._epoch:
+            return
         size = self.page_size
         for at in range(table.num_indexed, min(table.length, len(ids)) // size):
             entry = self._index.add(table.last, ids[at * size : (at + 1) * size], table.pages[at])
@@ -132,6 +137,7 @@ class PageAllocator:
 
     def forget(self) -> None:
         """Makes no page findable any more."""
+        self._epoch += 1
         self._free += self._kept
         self._kept.clear()
         self._index = PrefixIndex()

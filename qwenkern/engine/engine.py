@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import traceback
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterable
@@ -64,7 +65,7 @@ class Engine:
         self._in_pass: list[Request] = []  # the requests of the pass that runs
         self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
         self._faults = 0  # passes that failed since one succeeded
-        self._stepping = threading.Lock()
+        self._stepping: dict[str, int] = {}  # the thread in a step
         weakref.finalize(self, _give_back, runner.cache, self.scheduler.running)  # for an engine that nobody closes
 
     @property
@@ -79,7 +80,7 @@ class Engine:
         Raises RequestError if one of them does not fit even an empty cache, and EngineError if the engine has stopped;
         then none is added."""
         if self.fault:
-            raise self.fault
+            raise self.fault.again()
         cache = self.runner.cache
         for request in requests:
             num_tokens = len(request.prompt_ids) + max(0, request.max_tokens - 1)  # the last one is never cached
@@ -106,19 +107,21 @@ class Engine:
         Returns the outputs of the pass. The list is empty if the pass read a part of a prompt, or if there are no
         requests. The error of an output is a NonFiniteError if the logits are not finite, a RequestError if biases
         and penalties forbid every token, or an EngineError if the pass failed."""
-        if not self._stepping.acquire(blocking=False):
+        me = threading.get_ident()
+        if self._stepping.setdefault("thread", me) != me:
             raise RequestError("another thread is in a step of this engine; expected one at a time")
         try:
-            outputs = self._step()
+            try:
+                outputs = self._step()
+            except Exception as error:
+                return self._after_fault(error)
             self._faults = 0
             return outputs
-        except Exception as error:
-            return self._after_fault(error)
         except BaseException:
             self._forget_all()
             raise
         finally:
-            self._stepping.release()
+            self._stepping.clear()
 
     def close(self) -> None:
         """Ends all requests and frees their pages. No other thread may be in a step."""
@@ -130,7 +133,7 @@ class Engine:
         """Ends all requests with an error, and takes no more. No other thread may be in a step."""
         self.fault = error
         self._pipeline = None
-        return [self._failed(request, error) for request in self.scheduler.drop_all()]
+        return [self._failed(request, error.again()) for request in self.scheduler.drop_all()]
 
     def __enter__(self) -> Engine:
         return self
@@ -242,16 +245,19 @@ class Engine:
 
     def _failed(self, request: Request, error: Error) -> Output:
         request.error = error
-        self.scheduler.end(request)
+        self.scheduler.end(request, is_sound=False)
         return Output(request, [], "", error=error)
 
     def _score(self, request: Request, ids: list[int]) -> list[Output]:
         """Runs a pass over a part of a prompt whose logits are all requested."""
         assert request.on_logits
+        begin = request.table.length
         x = self.runner.hidden([(request.table, ids)])
         self.scheduler.remember(request)
-        for rows in x.split(MAX_BATCH):
+        for row in range(max(begin, request.num_scored), request.table.length, MAX_BATCH):
+            rows = x[row - begin : row - begin + MAX_BATCH]
             request.on_logits(self.runner.logits_of(rows))
+            request.num_scored += len(rows)  # not given again if the request is preempted
         if request.num_pending:
             return []
         if x.is_cuda:
@@ -265,6 +271,7 @@ class Engine:
         self._pipeline = None
         self._faults += 1
         reason = f"{type(error).__name__}: {error}"
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
         is_lost = _is_lost(error) or not self._in_pass
         if is_lost or self._faults >= MOST_FAULTS:
             often = "" if is_lost else f"{self._faults} passes failed one after the other, the last one with "
@@ -274,7 +281,7 @@ class Engine:
         failed = EngineError(f"the pass that computed this request failed: {reason}")
         failed.__cause__ = error
         with_siblings = [each for request in self._in_pass for each in (request, *request.siblings)]
-        return [self._failed(request, failed) for request in with_siblings if not request.has_ended]
+        return [self._failed(request, failed.again()) for request in with_siblings if not request.has_ended]
 
     def _forget_all(self) -> None:
         """Ends all requests, in whatever state an interrupt has left them."""

@@ -34,7 +34,7 @@ class Loop:
         self.engine = engine
         self._sinks: dict[Request, Sink] = {}  # of the requests that have not ended
         self._lock = threading.Lock()  # of the thread's start and stop
-        self._wake = threading.Event()
+        self._wake: SimpleQueue[None] = SimpleQueue()  # not an Event: the garbage collector may call abort within `put`
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []  # the one that steps
         # also when the interpreter exits, because a daemon thread must not run then
@@ -75,12 +75,16 @@ class Loop:
         """Ends a request. The pages are free after the pass in progress."""
         if self._sinks.pop(request, None) and not request.has_ended:
             self.engine.abort(request)
-            self._wake.set()
+            self._wake_thread()
 
     def close(self) -> None:
         """Ends all requests with an error, and stops the thread after the pass in progress."""
         self._finalizer()
         self._end_all(EngineError("this model was closed before the request had ended"))
+
+    def _wake_thread(self) -> None:
+        if self._wake.empty():
+            self._wake.put(None)
 
     @property
     def is_idle(self) -> bool:
@@ -88,7 +92,7 @@ class Loop:
 
     def _run(self) -> None:
         """Wakes the thread. Starts it if there is none, as in a process that was forked."""
-        self._wake.set()
+        self._wake_thread()
         if any(thread.is_alive() for thread in self._threads):
             return
         with self._lock:
@@ -99,30 +103,35 @@ class Loop:
 
     def _step(self) -> None:
         for output in self.engine.step():
-            sink = self._sinks.get(output.request)
-            if sink is None:  # aborted meanwhile
-                continue
-            if output.is_last:
-                self._sinks.pop(output.request, None)
-            try:
-                sink(output)
-            except RuntimeError:  # the caller's event loop is closed
-                self.engine.abort(output.request)
-                self._sinks.pop(output.request, None)
+            self._tell(output)
+
+    def _tell(self, output: Output) -> None:
+        sink = self._sinks.get(output.request)
+        if sink is None:  # aborted meanwhile
+            return
+        if output.is_last:
+            self._sinks.pop(output.request, None)
+        try:
+            sink(output)
+        except RuntimeError:  # the caller's event loop is closed
+            self._sinks.pop(output.request, None)
+            self.engine.abort(output.request)
 
     def _end_all(self, error: EngineError) -> None:
-        self.engine.stop(error)
-        for request, sink in list(self._sinks.items()):
-            self._sinks.pop(request, None)
-            sink(Output(request, [], "", error=error))
+        if any(thread.is_alive() and thread is not threading.current_thread() for thread in self._threads):
+            self.engine.fault = error  # a pass that takes longer than PATIENCE still uses the engine
+        else:
+            self.engine.stop(error)
+        for request in list(self._sinks):
+            self._tell(Output(request, [], "", error=error.again()))
 
 
-def _steps(loop_of: weakref.ref[Loop], wake: threading.Event, stop: threading.Event) -> None:
+def _steps(loop_of: weakref.ref[Loop], wake: SimpleQueue[None], stop: threading.Event) -> None:
     """What the thread runs. It keeps the loop alive only while there are requests."""
-    while wake.wait() and not stop.is_set():
-        wake.clear()
+    while True:
+        wake.get()
         loop = loop_of()
-        if loop is None:
+        if loop is None or stop.is_set():
             return
         try:
             while loop.engine.has_requests and not stop.is_set():
@@ -134,9 +143,9 @@ def _steps(loop_of: weakref.ref[Loop], wake: threading.Event, stop: threading.Ev
         del loop
 
 
-def _stop_thread(stop: threading.Event, wake: threading.Event, threads: list[threading.Thread]) -> None:
+def _stop_thread(stop: threading.Event, wake: SimpleQueue[None], threads: list[threading.Thread]) -> None:
     stop.set()
-    wake.set()
+    wake.put(None)
     for thread in threads:
         if thread is not threading.current_thread():
             thread.join(PATIENCE)
@@ -216,6 +225,7 @@ class AsyncCall(_Call):
     """A Call for a coroutine: an asynchronous iterator of the outputs. A cancelled task aborts its requests."""
 
     def __init__(self, loop: Loop, requests: Sequence[Request]) -> None:
+        self._left = set()  # for __del__, should there be no event loop
         self._inbox: asyncio.Queue[Output | None] = asyncio.Queue()
         put, callers = self._inbox.put_nowait, asyncio.get_running_loop()
         super().__init__(loop, requests, lambda output: callers.call_soon_threadsafe(put, output))

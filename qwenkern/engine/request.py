@@ -41,6 +41,7 @@ class Request:
         self.table = BlockTable(self.params.cache_salt or "")
         self.arrived = 0.0  # time.monotonic() when it was added to an engine
         self.num_found = 0  # tokens of the prompt that the cache still had when the request started
+        self.num_scored = 0  # tokens of the prompt whose logits on_logits has been given
         self.output_ids: list[int] = []
         self.history = TokenHistory()
         self.logprobs: list[TokenLogprob] = []

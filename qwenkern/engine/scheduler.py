@@ -143,10 +143,11 @@ class Scheduler:
         if self.limits.finds_prefixes and known > request.table.num_indexed * self.cache.page_size:
             self.cache.remember(request.table, (request.prompt_ids + request.output_ids)[:known])
 
-    def end(self, request: Request) -> None:
-        """Frees the pages of a running request."""
+    def end(self, request: Request, is_sound: bool = True) -> None:
+        """Frees the pages of a running request. is_sound: whether they hold what they should, so may be found again."""
         if request in self.running:
-            self.remember(request)
+            if is_sound:
+                self.remember(request)
             self.cache.release(request.table)
             del self.running[request]
 
