@@ -13,6 +13,7 @@ from support.models import TINY, tiny_model
 from qwenkern import RequestError, SamplingParams
 from qwenkern.engine import warm_up
 from qwenkern.engine.capture import PROMPT_LENGTHS, CallCapture, GraphCapture
+from qwenkern.engine.speculation import SIZES
 from qwenkern.generation import Generation
 
 
