@@ -15,7 +15,8 @@ from .cache import PagedCache
 from .config import Config
 from .device import check_cache_dtype, choose_device, choose_dtype, choose_pages, use_threads
 from .engine import Engine, Limits, Loop, Runner
-from .errors import RequestError
+from .engine.draft_model import DraftModel
+from .errors import RequestError, shown
 from .footprint import Layout, cache_room, default_chunk, layout_of, refuse_too_large
 from .generation import Generation
 from .kernels import invariant_tokens
@@ -25,6 +26,7 @@ from .qwen2 import Qwen2, initialise
 from .text.tokenizer import Tokenizer
 
 M = TypeVar("M", bound="Loaded")
+PROBE = "Draft: 你好, été 3.14 <|im_end|>\n\tdef f():"  # two vocabularies that spell it alike are the same here
 
 
 class Loaded:
@@ -41,6 +43,7 @@ class Loaded:
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
+        draft: Loaded | None = None,
     ) -> None:
         self.module = module
         self.config = module.config
@@ -60,6 +63,7 @@ class Loaded:
         self.deterministic = flag("deterministic", deterministic)
         self.prefix_cache = flag("prefix_cache", prefix_cache)
         self.speculate = flag("speculate", speculate)
+        self.draft = self._checked_draft(draft)
         self._runner: Runner | None = None
         self._engines: Loop | None = None
         self._starting = threading.Lock()
@@ -80,6 +84,7 @@ class Loaded:
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
+        draft: str | Path | Loaded | None = None,
     ) -> M:
         """Loads a checkpoint.
 
@@ -103,13 +108,17 @@ class Loaded:
             name of dtype. docs/generation.md has the bytes and the errors of each.
         prefix_cache: pages of earlier texts stay in the cache until another text needs the room. A prompt that begins
             like one of them starts there. With ``deterministic``, it gets the same bits as without.
+        speculate: on a CPU, guesses that follow from the text itself are decoded together. The text stays the same.
+        draft: a smaller model of the family (its name, path or Model) that guesses, too, on any device.
         progress: called with the task ("download from <origin>", "load"), the bytes so far, and all bytes.
 
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
         use_threads(threads)
         check_cache_dtype(kv_cache_dtype)
+        if isinstance(draft, str | Path):
+            draft = cls.from_pretrained(draft, device=device, dtype=dtype, cache_tokens=64, quantize=quantize)
         loaded = load(model, choose_device(device), dtype, progress, quantize, kv_cache_dtype, cache_tokens)
-        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate)
+        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate, draft)
 
     @classmethod
     def from_config(
@@ -128,6 +137,7 @@ class Loaded:
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
+        draft: Loaded | None = None,
     ) -> M:
         """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
 
@@ -149,7 +159,16 @@ class Loaded:
         module = Qwen2(config, dtype, device, allocated=False)
         initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
         return cls(
-            module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate
+            module,
+            tokenizer,
+            None,
+            cache_tokens,
+            prefill_chunk,
+            deterministic,
+            kv_cache_dtype,
+            prefix_cache,
+            speculate,
+            draft,
         )
 
     @classmethod
@@ -165,6 +184,7 @@ class Loaded:
         kv_cache_dtype: str | torch.dtype = "auto",
         prefix_cache: bool = True,
         speculate: bool = True,
+        draft: Loaded | None = None,
     ) -> M:
         """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
 
@@ -187,7 +207,16 @@ class Loaded:
         ours = as_tokenizer(tokenizer, model)
         defaults = generation_defaults(model)
         return cls(
-            module, ours, defaults, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate
+            module,
+            ours,
+            defaults,
+            cache_tokens,
+            prefill_chunk,
+            deterministic,
+            kv_cache_dtype,
+            prefix_cache,
+            speculate,
+            draft,
         )
 
     @property
@@ -199,12 +228,36 @@ class Loaded:
                 self._engines = None
             if self._engines is None:
                 most = invariant_tokens(self.module.weights())
-                rows = most if self.speculate and self.device.type == "cpu" else 0
+                rows = most if self.speculate and (self.device.type == "cpu" or self.draft) else 0
                 limits = Limits(self.prefill_chunk, finds_prefixes=self.prefix_cache, speculated_rows=rows)
                 if self.deterministic:
                     limits = replace(limits, max_batch=most, batch_invariant=True)
-                self._engines = Loop(Engine(self._runner, limits))
+                self._engines = Loop(Engine(self._runner, limits, self._draft_model()))
             return self._engines
+
+    def _checked_draft(self, draft: Loaded | None) -> Loaded | None:
+        if draft is None:
+            return None
+        if not isinstance(draft, Loaded):
+            raise RequestError(f"draft is {shown(draft)}; expected a model's name, path or Model")
+        mine, its = (each.tokenizer and each.tokenizer.encode(PROBE) for each in (self, draft))
+        if mine != its or draft.config.vocab_size > self.config.vocab_size:
+            raise RequestError(
+                f"draft ({draft.config.source}) has another vocabulary than {self.config.source}; expected a smaller "
+                "model of the same family"
+            )
+        return draft
+
+    def _draft_model(self) -> DraftModel | None:
+        """The small model with a cache for as many tokens as the own one has."""
+        small = self.draft
+        if small is None:
+            return None
+        pages = type(small.cache.pages[0])
+        cache = PagedCache(small.config, self.cache.num_tokens, small.dtype, small.device, pages=pages)
+        for of_layer, bias in zip(cache.pages, small.module.k_biases(), strict=True):
+            of_layer.adapt(bias)
+        return DraftModel(Runner(small.module, cache), self.prefill_chunk)
 
     def close(self) -> None:
         """Ends all calls with an EngineError, and stops the background thread. The weights stay until the model is

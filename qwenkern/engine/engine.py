@@ -16,6 +16,7 @@ import torch
 from ..cache import PagedCache
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
+from .draft_model import DraftModel
 from .pipeline import DecodePipeline
 from .request import Request
 from .runner import Runner
@@ -56,10 +57,10 @@ class Engine:
     failing, or the device is lost, all requests end, and ``fault`` says why: the engine then takes no more. An
     interrupt such as KeyboardInterrupt ends all requests, frees their pages, and is raised."""
 
-    def __init__(self, runner: Runner, limits: Limits) -> None:
+    def __init__(self, runner: Runner, limits: Limits, draft_model: DraftModel | None = None) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
-        self.speculation = Speculation(limits.speculated_rows) if limits.speculated_rows > 1 else None
+        self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
