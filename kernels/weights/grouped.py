@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
-from . import group_products
+from . import group_products, group_rows
 from .base import Weight
 from .group_products import GroupArguments, GroupNumbers
 from .rounding import Rounded, nearest
@@ -66,6 +66,7 @@ class Grouped(Weight, is_format=False):
     triton_operand = group_products.operand
     triton_multiply = group_products.multiply
     triton_prefetch = group_products.prefetch
+    triton_dequantise = group_rows.dequantise
 
     codes: Tensor
     scales: Tensor
