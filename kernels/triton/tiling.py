@@ -119,18 +119,20 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
 
 @tuning.remember
 def packed_config(
-    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, row_tile: int, group: int
+    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, row_tile: int, form: Any
 ) -> dict[str, Any]:
     """The configuration of a linear kernel over a packed weight [N, K] whose rows take ``row`` bytes, ``row_tile`` of
-    them together. ``itemsize`` is that of x. What determines the order of summation does not depend on the number of
-    tokens."""
+    them together. ``itemsize`` is that of x, ``form`` the weight's ``triton_numbers``. What determines the order of
+    summation does not depend on the number of tokens."""
     paired, on_cuda = op in PAIRED, device.backend == "cuda" and not INTERPRETED
     block_n = 32 if n % 32 == 0 or paired else 16
     memory = device.shared_memory - 8192 - 512 * block_n  # partial sums of the warps
     block_k = max(32, next_power_of_2(k))
     tile = block_n * row * block_k // k
     # Groups of 16 values have so many products that those of a whole row do not fit the registers.
-    if k * itemsize <= RESIDENT and group >= 32 and tile + 2 * MAX_TOKENS * block_k * itemsize <= memory:
+    if k * itemsize <= RESIDENT and form.step >= 32 and tile + 2 * MAX_TOKENS * block_k * itemsize <= memory:
+        if n < 32 * device.num_sms and not paired:  # with 32 rows there would be too few programs
+            tile, block_n = tile * 16 // block_n, 16
         x = tokens * block_k * itemsize
         stages = max(2, min(3, 1 + (memory - x) // tile))
         return {
@@ -143,7 +145,7 @@ def packed_config(
             "num_warps": max(1, min(8, block_k // 128)),
             "num_stages": stages,
         }
-    block_k = 1024 if group >= 32 else 512
+    block_k = 1024 if form.step >= 32 else 512
     while 2 * block_k * (block_n * row // k + 1 + MAX_TOKENS * itemsize) > memory or block_k >= 2 * k:
         block_k //= 2
     split_k = 1 if paired or op == "lm_head" else max(1, min(round(2 * device.num_sms * block_n / n), 8, k // 1024))
@@ -156,7 +158,8 @@ def packed_config(
         "SPLIT_K": split_k,
         "PROGRAMS": 0,
         "PREFETCH_LINES": next_power_of_2(row * block_k // k * row_tile // 64) if on_cuda else 0,
-        "num_warps": max(1, min(8, block_k // 128)),
+        # Groups of 16 values with an offset would spill registers otherwise.
+        "num_warps": max(1, min(8, block_k // (64 if form.step < 32 and form.has_offset else 128))),
         "num_stages": 1 + max(1, min(5, stages - 1)),
     }
 
@@ -177,7 +180,7 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
         # With one column, Triton 3.7 exchanges the halves of a tile of 32 rows in every other product of a batch.
         block_t = max(2, block_t)
         row, together = weight.nbytes // len(weight), weight.row_tile
-        found = packed_config(op, device, len(weight), k_size, block_t, x.element_size(), row, together, form.step)
+        found = packed_config(op, device, len(weight), k_size, block_t, x.element_size(), row, together, form)
     else:
         found = config(op, device, len(weight), k_size, block_t, x.element_size())
     chosen = dict(found)

@@ -33,9 +33,10 @@ class Fp8Arguments(NamedTuple):
 
 
 class Fp8Numbers(NamedTuple):
-    """What a kernel is compiled for. Both as in group_products.py, where the linear kernels read them."""
+    """What a kernel is compiled for, named as in group_products.py: the linear kernels and their tiles read it."""
 
     has_sub_scales: bool = False
+    has_offset: bool = False
     step: int = 32
 
 
