@@ -94,8 +94,8 @@ class Engine:
         self.scheduler.add(*requests)
 
     def abort(self, request: Request) -> None:
-        """Ends a request, from any thread. The next step frees its pages, and has no output for it. Other completions
-        of its prompt continue. A request that has already ended is left as it is."""
+        """Ends a request, from any thread. No later step has an output for it. Its pages are free once the passes in
+        flight are done. Other completions of its prompt continue. A request that has already ended is left as it is."""
         self.scheduler.abort(request)
 
     def between_passes(self, work: Callable[[], None]) -> None:

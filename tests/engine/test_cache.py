@@ -13,7 +13,6 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 from qwenkern import RequestError, YarnScaling
 from qwenkern.cache import BlockTable, PagedCache
-from qwenkern.cache.stream_order import StreamOrder
 from qwenkern.rope import inverse_frequencies
 
 
@@ -140,50 +139,3 @@ def test_a_context_of_millions_costs_nothing_until_it_is_used():
     cache.extend(BlockTable(), 100)
     assert cache.rope.cos_sin.shape == (1 << 24, 16)  # 1 GiB
     assert psutil.Process().memory_info().rss - before < 1 << 28
-
-
-class FakeStream:
-    """``done``: what has certainly run when the next thing launched here runs."""
-
-    def __init__(self) -> None:
-        self.done, self.waits = set(), 0
-
-    def record_event(self):
-        return frozenset(self.done)
-
-    def wait_event(self, event) -> None:
-        self.done |= event
-        self.waits += 1
-
-    def wait_stream(self, other) -> None:
-        self.wait_event(other.record_event())
-
-
-def test_a_pass_runs_after_the_passes_before_it_in_other_streams():
-    streams, current, launched = [FakeStream() for _ in range(3)], [0], set()
-    order = StreamOrder(torch.device("cuda"), lambda device: streams[current[0]])
-    for at, stream in enumerate([0, 0, 1, 2, 2, 0, 1, 0]):
-        current[0] = stream
-        order.__enter__()
-        assert launched <= streams[stream].done, "this pass may run before another one has ended"
-        launched.add(at)
-        streams[stream].done.add(at)
-        if at % 3:  # the others end by an interrupt
-            order.__exit__()
-    assert [stream.waits for stream in streams] == [2, 2, 1], "a pass waits for its own stream"
-
-
-@pytest.mark.gpu
-def test_a_pass_runs_after_a_pass_in_another_stream_on_a_gpu():
-    device = torch.device("cuda")
-    cache = PagedCache(TINY, 256, torch.float32, device)
-    torch.cuda.synchronize()
-    for value in range(1, 9):
-        writes, reads = torch.cuda.Stream(), torch.cuda.Stream()
-        with torch.cuda.stream(writes), cache.lock, cache.order:
-            torch.cuda._sleep(20_000_000)  # 10 ms or more
-            cache.pages[0].k.fill_(value)
-        with torch.cuda.stream(reads), cache.lock, cache.order:
-            seen = cache.pages[0].k.clone()
-        torch.cuda.synchronize()
-        assert (seen == value).all()
