@@ -213,6 +213,43 @@ def contention(document: dict[str, Any]) -> Shown:
     return _whole_model(document), headings, rows
 
 
+def serving(document: dict[str, Any]) -> Shown:
+    """Many callers at once."""
+    rows = []
+    for row in document["rows"]:
+        waits = [f"{row[f'{what}_p50'][0]:.2f} / {row[f'{what}_p99'][0]:.2f}" for what in ("first_token", "gap")]
+        speed = _spread(row["tokens_per_second"], "", digits=1)
+        rows.append([ENGINES.get(row["engine"], row["engine"]), speed, _spread(row.get("speedup"), ""), *waits])
+    said = (
+        f"{document['model']}, {document['callers']} callers of {document['requests']} requests each. {_when(document)}"
+    )
+    waits_of = [f"{what}, median / 99 % within, s" for what in ("time to first token", "gap between tokens")]
+    return said, ["engine", "tokens/s of all", "speed-up", *waits_of], rows
+
+
+def engine(document: dict[str, Any]) -> Shown:
+    """What the engine saves and costs."""
+    rows = [[f"speculation: {row['case']}", f"{_spread(row['speedup'], '')} x"] for row in document["rows"]]
+    turns, gaps = document["next_turn"], document["gap"]
+    rows.append(
+        [
+            f"first token after {turns['tokens']:,} tokens, then of the next turn",
+            f"{turns['first_turn']:.2f} s, {turns['second_turn']:.2f} s ({turns['share']:.1%})",
+        ]
+    )
+    rows.append(
+        [
+            f"longest gap of a stream while {gaps['prompt']:,} tokens are read for another caller",
+            f"{gaps['longest']:.2f} s",
+        ]
+    )
+    rows += [
+        [f"own work of a step: {case.replace(', 0 wait', '')} sequences", f"{value:.2f} ms"]
+        for case, value in document["own_work"].items()
+    ]
+    return f"{document['model']}. {_when(document)}", ["what", "measured"], rows
+
+
 def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: int = 2) -> str:
     """Median (least to most)."""
     if not values:
@@ -264,6 +301,8 @@ MAKERS = {
     "end_to_end_more": (shown(end_to_end), "*/end_to_end_*.json"),
     "quantised": (shown(end_to_end), "*/quantised*.json"),
     "quality": (shown(quality), "*/quality*.json"),
+    "serving": (shown(serving), "*/serving*.json"),
+    "engine": (shown(engine), "*/engine*.json"),
     "contention": (shown(contention), "*/contention*.json"),
 }
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
