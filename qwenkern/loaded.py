@@ -13,6 +13,7 @@ import torch
 from .arguments import flag, whole
 from .cache import PagedCache
 from .config import Config
+from .conversion import choose_conversion
 from .device import check_cache_dtype, choose_device, choose_dtype, choose_pages, use_threads
 from .engine import Engine, Limits, Loop, Runner
 from .engine.draft_model import DraftModel
@@ -21,7 +22,6 @@ from .footprint import Layout, cache_room, default_chunk, layout_of, refuse_too_
 from .generation import Generation
 from .kernels import invariant_tokens
 from .loading import load
-from .quantise import choose_quantisation
 from .qwen2 import Qwen2, initialise
 from .text.tokenizer import Tokenizer
 
@@ -149,15 +149,15 @@ class Loaded:
         if not isinstance(tokenizer, Tokenizer | None):
             raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
         seed = whole("seed", seed, -(2**63), 2**64 - 1)
-        quantisation = choose_quantisation(quantize)
+        conversion = choose_conversion(quantize)
         check_cache_dtype(kv_cache_dtype)
         device = choose_device(device)
-        dtype = choose_dtype(dtype, config, device, quantisation.is_quantised)
+        dtype = choose_dtype(dtype, config, device, conversion.is_quantised)
         cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
         layout = layout_of(config, device, quantize=quantize, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         refuse_too_large(layout, device, config.source, cache_tokens)
         module = Qwen2(config, dtype, device, allocated=False)
-        initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
+        initialise(module, seed, conversion.quantised if conversion.is_quantised else None)
         return cls(
             module,
             tokenizer,
