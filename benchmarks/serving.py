@@ -110,6 +110,20 @@ def figures(found: list[Timed], work: list[list[Ask]]) -> dict[str, float]:
     }
 
 
+def summary(readings: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
+    """A row for each engine: the median, the least and the most of each figure, and of the speed-up of the first engine
+    over it, round by round."""
+    mine, rows = next(iter(readings)), []
+    for name, found in readings.items():
+        row: dict[str, Any] = {"engine": name}
+        row |= {key: results.middle_and_ends([each[key] for each in found]) for key in found[0]}
+        if name != mine:
+            both = zip(readings[mine], found, strict=True)
+            row["speedup"] = results.middle_and_ends([theirs["seconds"] / ours["seconds"] for ours, theirs in both])
+        rows.append(row)
+    return rows
+
+
 def percentile(values: list[float], share: int) -> float:
     return sorted(values)[min(len(values) - 1, len(values) * share // 100)]
 
@@ -157,12 +171,8 @@ def main(
                 del makers[name]
                 continue
             console.print(name, {key: round(value, 3) for key, value in readings[name][-1].items()})
-    rows = [
-        {"engine": name} | {key: results.middle_and_ends([each[key] for each in found]) for key in found[0]}
-        for name, found in readings.items()
-    ]
     if json_file:
-        results.save(json_file, facts | {"rows": rows})
+        results.save(json_file, facts | {"rows": summary(readings)})
 
 
 if __name__ == "__main__":

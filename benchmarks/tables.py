@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenkern import Config
 from qwenkern.benchmarks.offline import plan
+from qwenkern.benchmarks.ops.inputs import DENSE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,6 +31,8 @@ def predicted(compiled: dict[str, Any]) -> str:
     limits = {(row["case"], row["tokens"]): row for row in compiled["h100_floors"]}
     rows = []
     for row in compiled["kernels"]:
+        if {row.get("weights", DENSE), row.get("pages", DENSE)} != {DENSE}:
+            continue
         code, limit = row["code"], limits[row["case"], row["tokens"]]
         programs = 1
         for side in row["grid"]:
@@ -62,6 +65,38 @@ def planned(compiled: list[dict[str, Any]]) -> str:
         steps.append([*cells, f"{sequences / sum(took.values()):.0f}" if took else "not yet measured"])
     heads = ["sequences", "context", "tokens/s at 3.35 TB/s", "target, tokens/s", "graph nodes", "predicted tokens/s"]
     return "\n\n".join([*tables, markdown([*heads, "measured tokens/s"], steps)])
+
+
+def planned_quantised(compiled: list[dict[str, Any]], quantize: Sequence[str] = plan.WEIGHTS) -> str:
+    """The same step with quantised weights, beside bfloat16's; and the two widest shapes by themselves."""
+    config = Config.from_name("qwen2.5-3b")
+    heads = ["op", "weights", "MB from memory", "MB through L2", "instructions, µs", "latency, µs", "predicted µs"]
+    heads += ["predicted µs in bfloat16", "ratio"]
+    tables, steps = [], []
+    for form in quantize:
+        formats = plan.formats(form) | {"torch's kernels": ""}
+        for sequences, context, _ in plan.TARGETS:
+            parts = plan.step(config, sequences, context, compiled, form)
+            dense = plan.step(config, sequences, context, compiled)
+            rows = [_beside(part, other, formats[part.op]) for part, other in zip(parts, dense, strict=True)]
+            if context == 1024:
+                title = f"{form}, {sequences} sequence{'s' * (sequences > 1)} of {context:,} tokens"
+                tables.append(markdown([title, *heads[1:]], rows))
+            half = plan.step(config, sequences, context, compiled, form, plan.RATE / 2)
+            speeds = [plan.tokens_per_second(each, sequences) for each in (parts, half, dense)]
+            cells = [form, str(sequences), f"{context:,}", f"{plan.on_paper(parts, sequences):.0f}"]
+            steps.append([*cells, *(f"{each:.0f}" for each in speeds), f"{speeds[0] / speeds[-1]:.2f}"])
+    first = ["weights", "sequences", "context", "tokens/s at 3.35 TB/s", "predicted tokens/s"]
+    first += ["at half the rate of instructions", "predicted tokens/s in bfloat16", "ratio"]
+    summary = markdown(first, steps)
+    return "\n\n".join([summary, *tables])
+
+
+def _beside(part: plan.Part, dense: plan.Part, form: str) -> list[str]:
+    moved = [f"{each / 1e6:.1f}" if each else "" for each in (part.bytes, part.loaded)]
+    times = [part.issue, part.latency, part.seconds, dense.seconds]
+    ratio = f"{dense.seconds / part.seconds:.2f}"
+    return [part.op, form, *moved, *(f"{each * 1e6:.1f}" if each else "" for each in times), ratio]
 
 
 def _part(part: plan.Part, took: dict[str, float]) -> list[str]:
@@ -213,6 +248,43 @@ def contention(document: dict[str, Any]) -> Shown:
     return _whole_model(document), headings, rows
 
 
+def serving(document: dict[str, Any]) -> Shown:
+    """Many callers at once."""
+    rows = []
+    for row in document["rows"]:
+        waits = [f"{row[f'{what}_p50'][0]:.2f} / {row[f'{what}_p99'][0]:.2f}" for what in ("first_token", "gap")]
+        speed = _spread(row["tokens_per_second"], "", digits=1)
+        rows.append([ENGINES.get(row["engine"], row["engine"]), speed, _spread(row.get("speedup"), ""), *waits])
+    said = (
+        f"{document['model']}, {document['callers']} callers of {document['requests']} requests each. {_when(document)}"
+    )
+    waits_of = [f"{what}, median / 99 % within, s" for what in ("time to first token", "gap between tokens")]
+    return said, ["engine", "tokens/s of all", "speed-up", *waits_of], rows
+
+
+def engine(document: dict[str, Any]) -> Shown:
+    """What the engine saves and costs."""
+    rows = [[f"speculation: {row['case']}", f"{_spread(row['speedup'], '')} x"] for row in document["rows"]]
+    turns, gaps = document["next_turn"], document["gap"]
+    rows.append(
+        [
+            f"first token after {turns['tokens']:,} tokens, then of the next turn",
+            f"{turns['first_turn']:.2f} s, {turns['second_turn']:.2f} s ({turns['share']:.1%})",
+        ]
+    )
+    rows.append(
+        [
+            f"longest gap of a stream while {gaps['prompt']:,} tokens are read for another caller",
+            f"{gaps['longest']:.2f} s",
+        ]
+    )
+    rows += [
+        [f"own work of a step: {case.replace(', 0 wait', '')} sequences", f"{value:.2f} ms"]
+        for case, value in document["own_work"].items()
+    ]
+    return f"{document['model']}. {_when(document)}", ["what", "measured"], rows
+
+
 def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: int = 2) -> str:
     """Median (least to most)."""
     if not values:
@@ -264,6 +336,8 @@ MAKERS = {
     "end_to_end_more": (shown(end_to_end), "*/end_to_end_*.json"),
     "quantised": (shown(end_to_end), "*/quantised*.json"),
     "quality": (shown(quality), "*/quality*.json"),
+    "serving": (shown(serving), "*/serving*.json"),
+    "engine": (shown(engine), "*/engine*.json"),
     "contention": (shown(contention), "*/contention*.json"),
 }
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -275,6 +349,7 @@ def blocks() -> Iterator[tuple[str, str]]:
     if compiled.exists():
         yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
         yield "plan", planned(plan.load())
+        yield "plan_quantised", planned_quantised(plan.load())
     folders = sorted(file.parent for file in RESULTS.glob("*/end_to_end.json"))
     files = [[file] for file in sorted(RESULTS.glob("*/quantised*.json"))]  # first, because most people run these
     files += [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]

@@ -1,11 +1,9 @@
-"""The facade: loads a model, and computes text, log-probabilities or logits from prompts."""
+"""The facade: text, log-probabilities and logits from prompts. loaded.py loads the model."""
 
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast, overload
@@ -14,36 +12,18 @@ import torch
 from torch import Tensor
 
 from .arguments import flag, whole
-from .cache import PagedCache
-from .config import Config
-from .device import check_cache_dtype, choose_device, choose_dtype, choose_pages, use_threads
-from .engine import (
-    AsyncCall,
-    AsyncStream,
-    Call,
-    Completion,
-    Engine,
-    Limits,
-    Loop,
-    Request,
-    Runner,
-    Score,
-    Stream,
-)
+from .cache import saved
+from .engine import AsyncCall, AsyncStream, Call, Completion, Request, Score, Stream
+from .engine.speculation import SIZES
 from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
 from .errors import NonFiniteError, RequestError, shown
-from .footprint import Layout, cache_room, default_chunk, layout_of, refuse_too_large
-from .generation import Generation
-from .kernels import invariant_tokens, prepare
-from .loading import load
+from .kernels import prepare
+from .loaded import Loaded
 from .prompts import Prompt, Prompts, is_ids, is_one_prompt, rows_of_ids, sampling_params
-from .quantise import choose_quantisation
-from .qwen2 import Qwen2, initialise
 from .sampling import Drawing, SamplingParams
-from .text.tokenizer import Tokenizer
 
 
-class Model:
+class Model(Loaded):
     """A Qwen2.5 model on one device.
 
     >>> model = Model.from_pretrained("Qwen/Qwen2.5-3B-Instruct")
@@ -51,193 +31,6 @@ class Model:
 
     Any number of threads and coroutines may use it at once. Their requests run together on one engine, in a background
     thread, and wait while the key-value cache is full. ``close``, or the end of a with statement, stops the thread."""
-
-    def __init__(
-        self,
-        module: Qwen2,
-        tokenizer: Tokenizer | None,
-        generation: Generation | None = None,
-        cache_tokens: int | None = None,
-        prefill_chunk: int | None = None,
-        deterministic: bool = False,
-        kv_cache_dtype: str | torch.dtype = "auto",
-        prefix_cache: bool = True,
-        speculate: bool = True,
-    ) -> None:
-        self.module = module
-        self.config = module.config
-        self.tokenizer = tokenizer
-        self.generation = generation or Generation()  # what the checkpoint says about it
-        self.dtype = module.model.norm.weight.dtype
-        self.device = module.model.norm.weight.device
-        chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
-        self.prefill_chunk = chunk or default_chunk(self.device.type == "cuda")
-        pages = choose_pages(kv_cache_dtype, self.dtype)
-        weights = sum(parameter.nbytes for parameter in module.parameters())
-        layout = Layout(self.config, {}, self.dtype, self.device.type == "cuda", pages)
-        room = cache_room(layout, self.device, cache_tokens, self.prefill_chunk, weights)
-        self.cache = PagedCache(self.config, room, self.dtype, self.device, pages=pages)
-        for of_layer, bias in zip(self.cache.pages, module.k_biases(), strict=True):
-            of_layer.adapt(bias)
-        self.deterministic = flag("deterministic", deterministic)
-        self.prefix_cache = flag("prefix_cache", prefix_cache)
-        self.speculate = flag("speculate", speculate)
-        self._runner: Runner | None = None
-        self._engines: Loop | None = None
-        self._starting = threading.Lock()
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        model: str | Path,
-        *,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        cache_tokens: int | None = None,
-        prefill_chunk: int | None = None,
-        deterministic: bool = False,
-        threads: int | None = None,
-        progress: Callable[[str, int, int], None] | None = None,
-        quantize: str | None = None,
-        kv_cache_dtype: str | torch.dtype = "auto",
-        prefix_cache: bool = True,
-        speculate: bool = True,
-    ) -> Model:
-        """Loads a checkpoint.
-
-        model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
-            safetensors, or a .gguf file. Quantised weights stay as they are.
-        device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1".
-        dtype: of activations and of weights that are not quantised: "auto" (that of config.json, else of the first
-            weight; bfloat16 for GGUF; float32 if weights are quantised and the device is a CPU), "bfloat16",
-            "float16", "float32".
-        quantize: None (weights stay as the checkpoint has them); "int8", "int4" or "fp8" rounds dense matrices as they
-            load (with "int4", embedding and output to int8); "none" dequantises quantised ones.
-        cache_tokens: tokens that the key-value cache holds. All calls share it and wait while it is full.
-        prefill_chunk: prompt tokens per pass.
-        deterministic: a prompt gives the same bits in every batch. Without it, only decode steps of up to 16 sequences
-            on our kernels are batch-invariant. It costs throughput, not latency: prompts are read one by one, at most
-            16 sequences decode together (one if the linears run in torch, as in float32 on a CPU), and a sequence
-            starts only when the cache has room for its prompt and its max_tokens.
-        threads: CPU threads of this process, torch's included. None: QWENKERN_THREADS, else one for each physical core
-            that the process may run on, but not more than its cgroup's quota and torch allow.
-        kv_cache_dtype: how the cache stores keys and values: "auto" (in dtype), "float16", "int8", "fp8", or the
-            name of dtype. docs/generation.md has the bytes and the errors of each.
-        prefix_cache: pages of earlier texts stay in the cache until another text needs the room. A prompt that begins
-            like one of them starts there. With ``deterministic``, it gets the same bits as without.
-        progress: called with the task ("download from <origin>", "load"), the bytes so far, and all bytes.
-
-        Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
-        use_threads(threads)
-        check_cache_dtype(kv_cache_dtype)
-        loaded = load(model, choose_device(device), dtype, progress, quantize, kv_cache_dtype, cache_tokens)
-        return cls(*loaded, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate)
-
-    @classmethod
-    def from_config(
-        cls,
-        config: Config | str,
-        *,
-        seed: int = 0,
-        device: str | torch.device = "auto",
-        dtype: str | torch.dtype = "auto",
-        tokenizer: Tokenizer | None = None,
-        cache_tokens: int | None = None,
-        prefill_chunk: int | None = None,
-        deterministic: bool = False,
-        threads: int | None = None,
-        quantize: str | None = None,
-        kv_cache_dtype: str | torch.dtype = "auto",
-        prefix_cache: bool = True,
-        speculate: bool = True,
-    ) -> Model:
-        """Makes a model with random weights from a Config, or from a size of the family such as "qwen2.5-3b".
-
-        Without a tokenizer, prompts are token ids and completions have no text."""
-        use_threads(threads)
-        config = Config.from_name(config) if isinstance(config, str) else config
-        if not isinstance(config, Config):
-            raise RequestError(f"config is of type {type(config).__name__}; expected a Config or a name")
-        if not isinstance(tokenizer, Tokenizer | None):
-            raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
-        seed = whole("seed", seed, -(2**63), 2**64 - 1)
-        quantisation = choose_quantisation(quantize)
-        check_cache_dtype(kv_cache_dtype)
-        device = choose_device(device)
-        dtype = choose_dtype(dtype, config, device, quantisation.is_quantised)
-        cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
-        layout = layout_of(config, device, quantize=quantize, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
-        refuse_too_large(layout, device, config.source, cache_tokens)
-        module = Qwen2(config, dtype, device, allocated=False)
-        initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
-        return cls(
-            module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate
-        )
-
-    @classmethod
-    def from_transformers(
-        cls,
-        model: Any,
-        tokenizer: Any = None,
-        *,
-        cache_tokens: int | None = None,
-        prefill_chunk: int | None = None,
-        deterministic: bool = False,
-        threads: int | None = None,
-        kv_cache_dtype: str | torch.dtype = "auto",
-        prefix_cache: bool = True,
-        speculate: bool = True,
-    ) -> Model:
-        """A loaded Qwen2ForCausalLM of transformers, on the same memory, device and dtype.
-
-        Both models work afterwards, and share every weight: q, k, v and gate, up of transformers' model become views of
-        packed tensors, which are made one at a time. So a change to a weight of one model is a change to both. Moving
-        or casting transformers' model ends the sharing. Its generation_config gives the defaults.
-
-        tokenizer: a fast tokenizer of transformers, or a Tokenizer. Without one, prompts are token ids and completions
-            have no text. The other options are those of from_pretrained.
-
-        Raises RequestError or ConfigError if the model is not supported, or if its weights cannot be shared."""
-        from .integrations.transformers.share import (  # only here, because it needs transformers
-            as_tokenizer,
-            generation_defaults,
-            shared_module,
-        )
-
-        use_threads(threads)
-        module = shared_module(model)
-        ours = as_tokenizer(tokenizer, model)
-        defaults = generation_defaults(model)
-        return cls(
-            module, ours, defaults, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype, prefix_cache, speculate
-        )
-
-    @property
-    def _loop(self) -> Loop:
-        """The engine that all calls share, made by the first of them."""
-        with self._starting:
-            if self._runner is None or self._runner.cache is not self.cache:
-                self._runner = Runner(self.module, self.cache)
-                self._engines = None
-            if self._engines is None:
-                most = invariant_tokens(self.module.weights())
-                rows = most if self.speculate and self.device.type == "cpu" else 0
-                limits = Limits(self.prefill_chunk, finds_prefixes=self.prefix_cache, speculated_rows=rows)
-                if self.deterministic:
-                    limits = replace(limits, max_batch=most, batch_invariant=True)
-                self._engines = Loop(Engine(self._runner, limits))
-            return self._engines
-
-    def close(self) -> None:
-        """Ends all calls with an EngineError, and stops the background thread. The weights stay until the model is
-        dropped."""
-        self._loop.close()
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def warm_up(self, max_sequences: int = 1, max_prompt: int = 512, sampled: bool = True) -> None:
         """Compiles and captures what later calls will need, so that none of them waits for it: call it once, before
@@ -254,7 +47,7 @@ class Model:
         whole("max_prompt", max_prompt, 1)
         flag("sampled", sampled)
         prepare(self.device, self.dtype)
-        engine = self._loop.engine
+        loop, engine = self._loop, self._loop.engine
         capture, cache = engine.runner.captured.capture, self.cache
         together = min(max_sequences, engine.scheduler.limits.max_batch, cache.num_pages)
         most = min(max_prompt, self.prefill_chunk, self.config.context_length, cache.num_tokens)
@@ -264,6 +57,9 @@ class Model:
         compile_kernels(self.module, cache, sizes, list(drawings), lengths, most)
         for tokens, params in rehearsals(sizes, together, ways, lengths, most):
             self._complete(self._requests([[0] * min(tokens, most)], params))
+        if engine.speculation:
+            for size in SIZES:
+                loop.between_passes(partial(engine.runner.captured.get, size))
 
     @overload
     def generate(
@@ -452,6 +248,38 @@ class Model:
         if wrong := [position for position, value in enumerate(logprobs) if not math.isfinite(value)]:
             raise NonFiniteError.at(wrong[0], self.dtype, "score")
         return Score(ids, logprobs)
+
+    def save_prefix(self, prompt: Prompt, file: str | Path, *, cache_salt: str | None = None) -> int:
+        """Computes a prompt and saves what the cache then holds of it, for `load_prefix`. Returns the number of tokens:
+        those of full pages of 64, or with ``deterministic`` of whole chunks.
+
+        file: about as large as the cache of so many tokens (`qwenkern footprint`). Replaced if it exists."""
+        ids = self._prompts.encode(prompt)
+        self.generate(ids, max_tokens=1, cache_salt=cache_salt)
+        tensors = self._loop.between_passes(lambda: saved.copied(self.cache, ids, cache_salt or ""))
+        saved.write(Path(file), tensors, self._facts_of_pages())
+        return len(tensors[saved.IDS])
+
+    def load_prefix(self, file: str | Path, *, cache_salt: str | None = None) -> int:
+        """Puts a saved prefix into the cache, where prompts that begin so find it. Returns its number of tokens.
+
+        It stays until other texts need the room. Raises CheckpointError if the file was saved by another model, or in
+        another dtype or format of the cache, and RequestError if the cache has no room for it."""
+        facts = self._facts_of_pages()
+        if not self.deterministic:
+            del facts["chunk"]
+        tensors = saved.read(Path(file), facts, self.cache)
+        return self._loop.between_passes(lambda: saved.put_back(self.cache, tensors, cache_salt or ""))
+
+    def _facts_of_pages(self) -> dict[str, str]:
+        """What must be the same where a saved prefix is used."""
+        return {
+            "model": self.module.fingerprint(),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "cache": self.cache.pages[0].format,
+            # deterministic mode uses whole chunks only, which are those of one length
+            "chunk": str(self.prefill_chunk) if self.deterministic else "any",
+        }
 
     def _read(self, rows: list[list[int]], take: Callable[[int, Tensor], None]) -> None:
         """Has ``take`` called with the index of each row and the next of its logits, in inference mode."""

@@ -11,18 +11,20 @@ if qwenkern_start.is_module_run(__name__):
     qwenkern_start.watch()  # before torch is imported
 
 from .config import Config, YarnScaling
-from .engine import Completion, Score, Stream
-from .errors import CheckpointError, ConfigError, Error, NonFiniteError, RequestError
+from .engine import AsyncStream, Completion, Score, Stream
+from .errors import CheckpointError, ConfigError, EngineError, Error, NonFiniteError, RequestError
 from .Model import Model  # `import qwenkern.Model` works too: this name hides the module behind its class
 from .sampling import SamplingParams, TokenLogprob
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AsyncStream",
     "CheckpointError",
     "Completion",
     "Config",
     "ConfigError",
+    "EngineError",
     "Error",
     "Model",
     "NonFiniteError",

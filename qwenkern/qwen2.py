@@ -6,6 +6,7 @@ that adds x to its product. Parameters have the names of the checkpoint, with q,
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import cast
@@ -72,6 +73,16 @@ class Qwen2(nn.Module):
     def weights(self) -> Iterator[Weight]:
         """The matrices of all linears, the embedding included."""
         return (each.value for each in self.modules() if isinstance(each, Linear))
+
+    def fingerprint(self) -> str:
+        """Differs between models: a digest of the configuration and of some bytes of each weight."""
+        digest = hashlib.sha256(repr(replace(self.config, source="")).encode())
+        for name, parameter in self.named_parameters():
+            values = parameter.detach().flatten()
+            some = values[:: max(1, len(values) // 64)][:64].contiguous()
+            digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+            digest.update(some.view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
     def k_biases(self) -> list[Tensor]:
         """What each layer adds to k before it is rotated: [Hkv, D]."""
@@ -207,7 +218,7 @@ def initialise(
 ) -> None:
     """Fills the parameters with random numbers: what a benchmark needs where no checkpoint is at hand.
 
-    ``quantised`` makes a weight of the matrix of a linear with this name (quantise.py); None: matrices are dense."""
+    ``quantised`` makes a weight of the matrix of a linear with this name (conversion.py); None: matrices are dense."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
     for name, module in model.named_modules():
         if isinstance(module, Norm):

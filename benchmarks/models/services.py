@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -104,13 +106,17 @@ def _is_healthy(port: int) -> bool:
 class Transformers:
     """transformers' continuous batching."""
 
-    def __init__(self, manager: Any) -> None:
-        self._manager = manager
+    def __init__(self, manager: Any, loop: asyncio.AbstractEventLoop) -> None:
+        self._manager, self._loop = manager, loop
 
     def stream(self, prompt: list[int], new: int) -> Iterator[int]:
         results: SimpleQueue[Any] = SimpleQueue()
         name = f"request {id(results)}"
-        self._manager.register_result_handler(name, results.put)
+
+        async def register() -> None:  # results come through the event loop that runs now
+            self._manager.register_result_handler(name, results.put)
+
+        asyncio.run_coroutine_threadsafe(register(), self._loop).result()
         self._manager.add_request(prompt, request_id=name, max_new_tokens=new, streaming=True, eos_token_id=-1)
         seen = 0
         while seen < new:
@@ -129,10 +135,16 @@ def transformers(model: Model) -> Iterator[Transformers]:
     peer = peers.transformers_model(model)
     manager = peer.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0))
     manager.start()
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
     try:
-        yield Transformers(manager)
+        yield Transformers(manager, loop)
     finally:
         manager.stop(block=True)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
 
 
 def qwenkern(model: Model) -> AbstractContextManager[Qwenkern]:

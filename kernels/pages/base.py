@@ -68,6 +68,11 @@ class Pages:
         raise NotImplementedError
 
     @property
+    def tensors_by_page(self) -> tuple[Tensor, ...]:
+        """The first of its tensors, which have a row for each page."""
+        raise NotImplementedError
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         """(number of pages, tokens a page, key-value heads, head size)."""
         raise NotImplementedError
@@ -134,6 +139,7 @@ REQUIRED = (
     "names",
     "allocate",
     "tensors",
+    "tensors_by_page",
     "shape",
     "dtype",
     "check",

@@ -37,6 +37,10 @@ class TokenPages(Pages, is_format=False):
         return (torch.empty(0, dtype=dtype, device=device),)
 
     @property
+    def tensors_by_page(self) -> tuple[Tensor, ...]:
+        return self.tensors[: self.by_token]
+
+    @property
     def shape(self) -> tuple[int, int, int, int]:
         num_pages, page_size, num_kv_heads, head_dim = self.k.shape
         return num_pages, page_size, num_kv_heads, head_dim
@@ -56,7 +60,7 @@ class TokenPages(Pages, is_format=False):
         check_tensor(op, self.names[-1], self.tensors[-1], (0,), like=like)
 
     def copy_page(self, to: int, source: int) -> None:
-        for tensor in self.tensors[: self.by_token]:
+        for tensor in self.tensors_by_page:
             tensor[to] = tensor[source]
 
     def _write(self, slots: Tensor, rows: Sequence[Tensor]) -> None:

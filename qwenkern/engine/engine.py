@@ -6,7 +6,8 @@ import threading
 import time
 import traceback
 import weakref
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ import torch
 from ..cache import PagedCache
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
+from .draft_model import DraftModel
 from .pipeline import DecodePipeline
 from .request import Request
 from .runner import Runner
@@ -55,21 +57,22 @@ class Engine:
     failing, or the device is lost, all requests end, and ``fault`` says why: the engine then takes no more. An
     interrupt such as KeyboardInterrupt ends all requests, frees their pages, and is raised."""
 
-    def __init__(self, runner: Runner, limits: Limits) -> None:
+    def __init__(self, runner: Runner, limits: Limits, draft_model: DraftModel | None = None) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
-        self.speculation = Speculation(limits.speculated_rows) if limits.speculated_rows > 1 else None
+        self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
+        self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
         self._faults = 0  # passes that failed since one succeeded
         self._stepping: dict[str, int] = {}  # the thread in a step
         weakref.finalize(self, _give_back, runner.cache, self.scheduler.running)  # for an engine that nobody closes
 
     @property
     def has_requests(self) -> bool:
-        """Whether there are requests that have not ended, or steps whose tokens are not read yet."""
-        return self.scheduler.has_requests or self._pipeline is not None
+        """Whether there are requests that have not ended, steps whose tokens are not read yet, or work to do."""
+        return self.scheduler.has_requests or self._pipeline is not None or bool(self._works)
 
     def add(self, *requests: Request) -> None:
         """Adds requests and their siblings, from any thread. They start in a later step, when the cache has room. The
@@ -94,6 +97,10 @@ class Engine:
         """Ends a request, from any thread. No later step has an output for it. Its pages are free once the passes in
         flight are done. Other completions of its prompt continue. A request that has already ended is left as it is."""
         self.scheduler.abort(request)
+
+    def between_passes(self, work: Callable[[], None]) -> None:
+        """Has the next step call ``work`` before its pass. From any thread."""
+        self._works.append(work)
 
     def step(self) -> list[Output]:
         """Runs one forward pass.
@@ -141,6 +148,9 @@ class Engine:
 
     def _step(self) -> list[Output]:
         self._in_pass = []
+        while self._works:
+            self.runner.cache.forget_if_changed(self.runner.weights_version())
+            self._works.popleft()()
         if self._pipeline:
             self._in_pass = self._pipeline.requests
             if tokens := self._pipeline.tokens():

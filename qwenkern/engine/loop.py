@@ -14,13 +14,16 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import TypeVar
 
 from ..errors import EngineError, RequestError
 from .engine import Engine, Output
 from .request import Request
 
 Sink = Callable[[Output], object]  # takes the outputs of a request; called by the thread that steps
+T = TypeVar("T")
 PATIENCE = 10.0  # seconds that `close` waits for the pass in progress
 
 
@@ -53,6 +56,20 @@ class Loop:
                 self.abort(each)
             raise
         self._run()
+
+    def between_passes(self, work: Callable[[], T]) -> T:
+        """Has the thread that steps do some work on the cache, and returns its result or raises its error."""
+        result: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                result.set_result(work())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self.engine.between_passes(run)
+        self._run()
+        return result.result()
 
     def abort(self, request: Request) -> None:
         """Ends a request. The pages are free after the pass in progress."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 
+from .draft_model import DraftModel
 from .drafts import LONGEST, SHORTEST, Drafts
 from .request import Request
 
@@ -26,6 +27,7 @@ SIZES = (2, 3, 4, 6, 8, 12, 16)  # rows of a pass with drafts: each size is capt
 FORGETTING = 1 / 32  # of what is known about guesses, with each new draft
 BELIEF = 4.0  # guesses that the first estimate counts for
 FIRST_RATE = 0.6  # how many of the guesses are right, before any is read
+BY_MODEL = 0  # the length of a match that stands for a draft of the small model
 FIRST_SLOPE = 0.1  # what another row adds to a pass, as a share of the pass of one row, before any is read
 
 
@@ -80,28 +82,72 @@ class Rates:
             counts[match] = counts[match] * (1 - FORGETTING) + new
 
 
-class Speculation:
-    """The drafts of the requests that run, and how long they should be. most_rows: of one pass."""
+class Plan:
+    """A pass, as it grows: its rows, the tokens that it is likely to give, and what it takes."""
 
-    def __init__(self, most_rows: int) -> None:
+    def __init__(self, costs: Costs, sequences: int) -> None:
+        self._costs = costs
+        self.rows = sequences
+        self._tokens = float(sequences)  # a row without a draft gives one
+        self._before = 0.0  # seconds that drafts take before the pass
+
+    def length(self, most: int, rate: float, seconds: float = 0.0) -> int:
+        """The length of one more draft that gives most tokens a second, or 0. seconds: what a guess takes."""
+        best, length = self._tokens / (self._costs.of(self.rows) + self._before), 0
+        for count in range(1, most + 1):
+            if self.rows + count in SIZES:
+                takes = self._costs.of(self.rows + count) + self._before + count * seconds
+                speed = (self._tokens + _expected(count, rate)) / takes
+                if speed > best:
+                    best, length = speed, count
+        return length
+
+    def add(self, count: int, rate: float, seconds: float) -> None:
+        self.rows += count
+        self._tokens += _expected(count, rate)
+        self._before += count * seconds
+
+
+def _expected(count: int, rate: float) -> float:
+    """The number of guesses that are right before the first wrong one."""
+    return sum(rate**place for place in range(1, count + 1))
+
+
+class Speculation:
+    """The drafts of the requests that run, and how long they should be. most_rows: of one pass. model: a small model
+    that guesses where the text itself does not."""
+
+    def __init__(self, most_rows: int, model: DraftModel | None = None) -> None:
         self.most_rows = most_rows
         self.costs = Costs(most_rows)
         self.num_drafted = self.num_accepted = 0  # tokens, since the beginning
+        self._model = model
 
     def drafts(self, requests: Sequence[Request]) -> dict[Request, list[int]]:
         """What may follow each request's last token. Empty where a guess would cost more than it gives."""
-        rows = len(requests)
+        plan = Plan(self.costs, len(requests))
         found: dict[Request, list[int]] = {}
-        for request in requests if rows < self.most_rows else ():
-            most = min(self.most_rows - rows, request.max_tokens - len(request.output_ids) - 1)
+        wanted: dict[Request, int] = {}
+        for request in requests if plan.rows < self.most_rows else ():
+            most = min(self.most_rows - plan.rows, request.max_tokens - len(request.output_ids) - 1)
             if most <= 0:
                 continue
             state = self._state(request)
             draft, match = state.drafts.draft(most)
-            length = self._length(rows, len(requests), len(draft), state.rates.of(match)) if draft else 0
+            length = plan.length(len(draft), state.rates.of(match)) if draft else 0
+            seconds = 0.0
+            if not length and self._model:  # its passes serve all requests together
+                draft, match, seconds = [], BY_MODEL, self._model.seconds / len(requests)
+                length = plan.length(most, state.rates.of(match), seconds)
             if length:
-                found[request], state.match = draft[:length], match
-                rows += length
+                plan.add(length, state.rates.of(match), seconds)
+                state.match = match
+                if draft:
+                    found[request] = draft[:length]
+                else:
+                    wanted[request] = length
+        if wanted and self._model:
+            found |= self._model.draft(wanted)
         return found
 
     def read(self, request: Request, draft: list[int], accepted: int) -> None:
@@ -111,19 +157,6 @@ class Speculation:
         if not request.has_ended:
             state = self._state(request)
             state.rates.read(state.match, accepted, len(draft) - accepted)
-
-    def _length(self, rows: int, sequences: int, most: int, rate: float) -> int:
-        """The length of a draft that gives most tokens a second, when ``rows`` are in the pass already."""
-        best, length = sequences / self.costs.of(rows), 0
-        expected = 0.0
-        for count in range(1, most + 1):
-            expected += rate**count
-            if rows + count not in SIZES:
-                continue
-            speed = (sequences + expected) / self.costs.of(rows + count)
-            if speed > best:
-                best, length = speed, count
-        return length
 
     def _state(self, request: Request) -> State:
         state = request.speculated

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from engine.test_decode import IN_C, in_c
 from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
-from qwenkern import SamplingParams
+from qwenkern import RequestError, SamplingParams
+from qwenkern.cache import PagedCache
 from qwenkern.engine.drafts import LONGEST, PLACES, SHORTEST, Drafts
 from qwenkern.engine.engine import Engine
 from qwenkern.engine.speculation import READINGS, SIZES, Costs, Rates
@@ -92,6 +94,48 @@ def test_a_pass_has_no_more_rows_than_are_batch_invariant(make, monkeypatch):
     assert rows
     assert set(rows) <= set(SIZES)
     assert max(rows) == model._loop.engine.speculation.most_rows == 16
+
+
+def test_a_small_model_guesses(make, monkeypatch):
+    """The same model guesses every token of a greedy text, another one few; the outcome is the same."""
+    monkeypatch.setattr(Drafts, "draft", lambda drafts, count: ([], 0))
+    plain, same = make(speculate=False), make(draft=make())
+    other = make(draft=tiny_model(IN_C, torch.bfloat16, seed=7, tokenizer=byte_tokenizer(TINY.vocab_size)))
+    models = same, other
+    for name in ("greedy", "penalties", "stops"):
+        for prompts in (PROMPTS[1:2], PROMPTS):
+            expected = outcome(plain, prompts, **HOWS[name])
+            assert [outcome(model, prompts, **HOWS[name]) for model in models] == [expected] * 2
+        if name == "greedy":
+            counts = [model._loop.engine.speculation for model in models]
+            assert counts[0].num_accepted > 0.9 * counts[0].num_drafted > 50, "all but those after an end"
+            assert counts[1].num_accepted < 0.5 * counts[1].num_drafted
+    for model in (same, other):
+        reader = model._loop.engine.speculation._model
+        reader.draft({})  # those that have ended give their pages back when the next ones guess
+        assert reader._runner.cache.num_free_pages == reader._runner.cache.num_pages
+
+
+def test_a_small_model_without_room_does_not_guess(make, monkeypatch):
+    monkeypatch.setattr(Drafts, "draft", lambda drafts, count: ([], 0))
+    model = make(draft=make())
+    small = model._loop.engine.speculation._model
+    small._runner.cache = PagedCache(IN_C, 128, torch.bfloat16, torch.device("cpu"))
+    small._runner.captured._cache = small._runner.cache
+    assert outcome(model, PROMPTS, temperature=0) == outcome(make(speculate=False), PROMPTS, temperature=0)
+
+
+def test_a_small_model_has_the_same_vocabulary():
+    bytes_alone = byte_tokenizer(TINY.vocab_size)
+    for mine, small in (
+        (bytes_alone, tiny_model()),
+        (None, tiny_model(tokenizer=bytes_alone)),
+        (None, tiny_model(replace(TINY, vocab_size=504))),
+    ):
+        with pytest.raises(RequestError, match="has another vocabulary than"):
+            tiny_model(tokenizer=mine, draft=small)
+    with pytest.raises(RequestError, match="draft is 7; expected a model's name, path or Model"):
+        tiny_model(draft=7)
 
 
 def test_a_device_whose_rows_depend_on_each_other_gets_no_drafts():

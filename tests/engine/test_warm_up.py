@@ -13,6 +13,7 @@ from support.models import TINY, tiny_model
 from qwenkern import RequestError, SamplingParams
 from qwenkern.engine import warm_up
 from qwenkern.engine.capture import PROMPT_LENGTHS, CallCapture, GraphCapture
+from qwenkern.engine.speculation import SIZES
 from qwenkern.generation import Generation
 
 
@@ -102,9 +103,11 @@ def test_wrong_arguments(model, wrong):
 def test_on_a_cpu_the_steps_are_recorded(monkeypatch):
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr("qwenkern.kernels.triton.backend.INTERPRETED", False)
-    model = tiny_model(CONFIG_IN_C, torch.bfloat16)
-    model.warm_up(max_sequences=3, max_prompt=5)
-    assert sorted(size for (size, _), step in model._runner.captured._steps.items() if step) == [1, 2, 3]
+    for speculate in (False, True):
+        model = tiny_model(CONFIG_IN_C, torch.bfloat16, speculate=speculate)
+        model.warm_up(max_sequences=3, max_prompt=5)
+        sizes = {size for (size, _), step in model._runner.captured._steps.items() if step}
+        assert sizes == ({1, 2, 3, *SIZES} if speculate else {1, 2, 3})
 
 
 CONFIG_IN_C = TINY.__class__(**{**vars(TINY), "intermediate_size": 192})  # a multiple of what C reads at once

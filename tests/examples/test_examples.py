@@ -69,6 +69,24 @@ def test_stream_stops_the_model(run: Run):
     assert int(tail.split()[0]) < 200
 
 
+def test_many_callers_answers_each_as_if_alone(run: Run, folder: Path):
+    model = Model.from_pretrained(folder)
+    printed = run("many_callers.py")
+    for question, answer in re.findall(r"^(What.*|Name.*|Write.*)\n    (.*)$", printed, re.M):
+        expected = model.chat([{"role": "user", "content": question}], temperature=0, max_tokens=60).text
+        assert ast.literal_eval(answer) == expected
+    assert printed.endswith("cancelled: True\n")
+
+
+def test_remember_a_prefix_reads_the_document_once(run: Run):
+    printed = run("remember_a_prefix.py")
+    saved = int(re.search(r"saved (\d+) tokens", printed)[1])
+    found = re.findall(r"^\[(\d+) of (\d+) prompt tokens", printed, re.M)
+    assert saved > 500
+    assert [int(count) for count, _ in found] == [saved] * 2
+    assert all(saved <= int(whole) < saved + 128 for _, whole in found)
+
+
 def test_batch_prints_every_sample_of_every_prompt(run: Run):
     rows = re.findall(r"^ *(-\d+\.\d\d)  sample (\d)  (.*)$", run("batch.py"), re.M)
     assert [(int(sample), prompt[:4]) for _, sample, prompt in rows] == [

@@ -120,17 +120,18 @@ def test_forward_gives_the_logits_of_transformers_for_one_and_for_many(model):
 
 def test_forward_keeps_logits_once(monkeypatch, model):
     """In the tensor that it returns; of the passes' own, those of one at a time."""
-    alive, logits_of = [], model._logits
+    alive, read = [], model._read
 
-    def watched(ids):
-        for part in logits_of(ids):
+    def watched(rows, take):
+        def counted(index, part):
             assert sum(each() is not None for each in alive) <= 1
             alive.append(weakref.ref(part))
-            yield part
-            del part
+            take(index, part)
+
+        read(rows, counted)
 
     expected = model.forward([1] * 150)
-    monkeypatch.setattr(model, "_logits", watched)
+    monkeypatch.setattr(model, "_read", watched)
     assert torch.equal(model.forward([1] * 150), expected)
     assert len(alive) == 3
 
@@ -181,8 +182,10 @@ def test_score_is_the_log_softmax_of_forward(model):
     score = small.score(ids)
     assert score.token_ids == ids
     assert score.logprobs == pytest.approx(expected.tolist(), abs=1e-5)
-    assert [len(rows) for rows in small._logits([1] * 7)] == [3, 3, 1]
-    assert [len(rows) for rows in model._logits([1] * 150)] == [64, 64, 22]
+    for reader, length, expected_sizes in ((small, 7, [3, 3, 1]), (model, 150, [64, 64, 22])):
+        sizes = []
+        reader._read([[1] * length], lambda _, rows, sizes=sizes: sizes.append(len(rows)))
+        assert sizes == expected_sizes
     assert score.perplexity == pytest.approx(expected.mean().neg().exp().item(), rel=1e-4)
     assert model.score("abc").token_ids == model.tokenizer.encode("abc")
     assert model.score([5]).logprobs == []

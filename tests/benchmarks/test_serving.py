@@ -1,0 +1,122 @@
+"""Many callers at once: the work is the same for every engine, and the figures are those of what was timed."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+import torch
+from support.models import TINY, tiny_model
+
+from qwenkern import Model
+from qwenkern.benchmarks import engine, serving
+from qwenkern.benchmarks.models import services
+from qwenkern.benchmarks.serving import ANSWERS, PROMPTS, Ask, Timed
+
+
+def test_the_work_is_the_same_each_time_and_within_its_limits():
+    work = serving.workload(5, 3, 1000)
+    assert work == serving.workload(5, 3, 1000)
+    assert [len(asks) for asks in work] == [3] * 5
+    for ask in (ask for asks in work for ask in asks):
+        assert PROMPTS[0] <= len(ask.prompt) <= PROMPTS[1]
+        assert ANSWERS[0] <= ask.new <= ANSWERS[1]
+        assert max(ask.prompt) < 1000
+
+
+def test_figures_of_known_times():
+    work = [[Ask([1] * 10, 3), Ask([1] * 20, 2)]]
+    found = serving.figures([Timed(0.0, [1.0, 1.5, 3.5]), Timed(4.0, [4.5, 5.0])], work)
+    assert found == {
+        "seconds": 5.0,
+        "tokens_per_second": 1.0,
+        "all_tokens_per_second": 7.0,
+        "first_token_p50": 0.75,
+        "first_token_p99": 1.0,
+        "gap_p50": 0.5,
+        "gap_p99": 2.0,
+    }
+    assert [serving.percentile(list(range(200, 0, -1)), share) for share in (50, 99)] == [101, 199]
+
+
+class Counting:
+    def __init__(self) -> None:
+        self.most = self._now = 0
+        self._lock = threading.Lock()
+
+    def stream(self, prompt, new):
+        with self._lock:
+            self._now += 1
+            self.most = max(self.most, self._now)
+        time.sleep(0.05)
+        for _ in range(new - 1):
+            yield 1
+        with self._lock:
+            self._now -= 1
+        yield 1
+
+
+def test_callers_run_at_once_and_each_sends_one_request_after_the_other():
+    service, work = Counting(), [[Ask([1], 3), Ask([2], 2)] for _ in range(4)]
+    found = serving.serve(service, work, stagger=0.0)
+    assert service.most == 4
+    assert sorted(len(each.tokens) for each in found) == [2] * 4 + [3] * 4
+
+    class Short(Counting):
+        def stream(self, prompt, new):
+            yield 1
+
+    with pytest.raises(RuntimeError, match="a request for 3 tokens got 1"):
+        serving.serve(Short(), work, stagger=0.0)
+
+
+def test_qwenkern_gives_the_tokens_of_generate():
+    model = tiny_model()
+    prompt = [5, 6, 7]
+    assert sum(services.Qwenkern(model).stream(prompt, 9)) == 9
+
+
+def test_events_of_llama_cpp_are_counted():
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            self.send_response(200 if asked["prompt"] == [1, 2] else 400)
+            self.end_headers()
+            events = [{"tokens": [4], "stop": False}, {"tokens": [5, 6], "stop": False}, {"tokens": [], "stop": True}]
+            for event in events[: asked["n_predict"]]:
+                self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        service = services.LlamaServer(server.server_address[1])
+        assert list(service.stream([1, 2], 3)) == [1, 2]
+        with pytest.raises(RuntimeError, match="llama-server answered 400"):
+            list(service.stream([9], 3))
+    finally:
+        server.shutdown()
+
+
+def test_transformers_generates_as_many_tokens_as_asked():
+    model = tiny_model(dtype=torch.bfloat16)
+    with services.transformers(model) as service:
+        assert sum(service.stream([5, 6, 7], 6)) == 6
+
+
+def test_the_engines_own_work_is_measured_around_an_empty_model():
+    assert 0 < engine.own_work(2, 5, steps=5) < 1000
+
+
+def test_a_changed_text_is_an_error(monkeypatch):
+    fast, plain = Model.from_config(TINY, seed=1, device="cpu"), Model.from_config(TINY, seed=2, device="cpu")
+    monkeypatch.setattr(engine, "tasks", lambda: {"a": ["b"]})
+    monkeypatch.setattr(engine, "chat", lambda question: [5, 6, 7])
+    with pytest.raises(RuntimeError, match="a, greedy: speculation has changed a text"):
+        engine.speculation(fast, plain, 4, 1)
+    assert [row["case"] for row in engine.speculation(fast, fast, 4, 1)] == ["a, greedy", "a, sampled", engine.TOGETHER]
