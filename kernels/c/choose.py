@@ -109,8 +109,8 @@ def _shortest(seconds: Mapping[int, float]) -> int:
 
 
 def _written(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of ones, in huge pages where the system has them, as weights are. Memory of zeros that nobody wrote would
-    be one page."""
+    """A tensor of ones, in huge pages where the system has them, as weights are. Memory of zeros that nobody wrote
+    would be one page."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     start, end = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
     if hasattr(mmap, "MADV_HUGEPAGE") and start < end:
