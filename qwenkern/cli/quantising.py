@@ -14,11 +14,11 @@ from ..checkpoint import Checkpoint
 from ..checkpoint.own import write_checkpoint
 from ..checkpoint.packing import slots
 from ..config import Config
+from ..conversion import CHOICES, Conversion, choose_conversion
 from ..device import choose_dtype
 from ..errors import RequestError
 from ..kernels import Weight
 from ..loading import find, tokenizer_of
-from ..quantise import CHOICES, Quantisation, choose_quantisation
 from ..reading import read_json
 
 Progress = Callable[[str, int, int], None]  # (task, bytes so far, all bytes)
@@ -71,26 +71,26 @@ def quantise(model: str, out: Path, to: str, progress: Progress | None = None) -
     path, checkpoint = find(model, progress)
     if checkpoint.metadata:
         raise RequestError(f"{path}: is a GGUF file; expected a folder of safetensors (llama.cpp quantises GGUF files)")
-    quantisation = choose_quantisation(to, checkpoint)
+    conversion = choose_conversion(to, checkpoint)
     tokenizer_of(checkpoint, path)  # raises if a file is missing
     written = Written()
     write_checkpoint(
         out,
         read_json(path / "config.json"),
         {name: path / name for name in _COPIED if (path / name).is_file()},
-        in_order(_quantised(checkpoint, quantisation, written, progress), checkpoint.config),
+        in_order(_quantised(checkpoint, conversion, written, progress), checkpoint.config),
     )
     return written
 
 
 def _quantised(
-    checkpoint: Checkpoint, quantisation: Quantisation, written: Written, progress: Progress | None
+    checkpoint: Checkpoint, conversion: Conversion, written: Written, progress: Progress | None
 ) -> Iterator[tuple[str, Tensor | Weight]]:
     dtype = choose_dtype("auto", checkpoint.config, torch.device("cpu"))
     total = checkpoint.num_bytes(dtype)
     for name, tensor in checkpoint.tensors(dtype):
-        assert isinstance(tensor, Tensor)  # choose_quantisation refuses a quantised checkpoint
-        weight = quantisation.quantised(name, tensor, torch.float32) if tensor.dim() == 2 else None
+        assert isinstance(tensor, Tensor)  # choose_conversion refuses a quantised checkpoint
+        weight = conversion.quantised(name, tensor, torch.float32) if tensor.dim() == 2 else None
         if weight is not None:
             written.compare(tensor, weight)
         elif tensor.dim() == 2:

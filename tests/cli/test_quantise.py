@@ -15,8 +15,8 @@ from qwenkern import Model, RequestError
 from qwenkern.checkpoint import open_checkpoint
 from qwenkern.cli.commands import app
 from qwenkern.cli.quantising import quantise
+from qwenkern.conversion import CHOICES
 from qwenkern.kernels import Weight
-from qwenkern.quantise import CHOICES
 
 CONFIG = replace(TINY, vocab_size=512, hidden_size=256, intermediate_size=256, num_attention_heads=8)
 PROMPT = [7, 3, 300, 41]
