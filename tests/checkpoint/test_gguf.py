@@ -120,6 +120,11 @@ def test_a_model_of_each_type_is_what_the_gguf_library_reads(kind, tmp_path, cap
     assert bool(re.search(warning, caplog.text)) == (not is_float(kind))
     assert checkpoint.num_bytes(torch.float32) == sum(tensor.nbytes for tensor in tensors.values())
     assert dict(checkpoint.tensors(torch.bfloat16))["model.norm.weight"].dtype == torch.bfloat16
+    caplog.clear()
+    dense = dict(checkpoint.tensors(torch.float32, dense=True))
+    assert not caplog.text
+    assert all(torch.equal(dense[name], matrix(tensor)) for name, tensor in tensors.items())
+    assert checkpoint.num_bytes(torch.float32, dense=True) == sum(tensor.nbytes for tensor in dense.values())
 
 
 @pytest.mark.parametrize("order", [NAMES, dict(reversed(NAMES.items()))], ids=["in order", "reversed"])
