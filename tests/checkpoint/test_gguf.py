@@ -396,7 +396,8 @@ def test_a_type_without_dequantization_is_refused_at_once(tmp_path):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 
-def test_scales_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("dense", [False, True])
+def test_scales_that_are_not_finite_are_refused(dense, tmp_path):
     write_model(tmp_path / "tiny.gguf", Q.Q5_0)
     container = read_container(tmp_path / "tiny.gguf")
     at = container.tensors["blk.0.ffn_up.weight"].offset + 22 * 1001
@@ -406,7 +407,7 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"bad\.gguf: tensor blk\.0\.ffn_up\.weight: Q5_0 blocks with scales that"
     ):
-        list(open_checkpoint(tmp_path / "bad.gguf").tensors(torch.float32))
+        list(open_checkpoint(tmp_path / "bad.gguf").tensors(torch.float32, dense))
 
 
 # --- files that are wrong: written by hand ----------------------------------------------------------------------------
@@ -562,6 +563,10 @@ BAD = {
     "overlap": (
         container((), [tensor("a", [9]), tensor("b", [8], offset=32)], bytes(64)),
         r"tensors a and b overlap at byte",
+    ),
+    "more blocks than its shape": (
+        container((), [tensor("a", [8]), tensor("b", [8], offset=64)], bytes(128)),
+        r"tensor a \[8\] of F32 takes 32 bytes from \d+ on; expected the next, b, at the next multiple of 32, and",
     ),
     "the same bytes twice": (container((), [A, tensor("b", [8])], bytes(64)), r"tensors a and b overlap"),
     "another architecture": (container([LLAMA]), r"general\.architecture is 'llama'; expected 'qwen2'"),
