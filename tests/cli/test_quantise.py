@@ -15,9 +15,9 @@ from support.toy_gguf import write_gguf
 from support.toy_tokenizer import END
 from typer.testing import CliRunner
 
-from qwenkern import Model, RequestError
+from qwenkern import Config, Model, RequestError, YarnScaling
 from qwenkern.checkpoint import open_checkpoint
-from qwenkern.cli.as_folder import small_files
+from qwenkern.cli.as_folder import config_fields, small_files
 from qwenkern.cli.commands import app
 from qwenkern.cli.quantising import quantise
 from qwenkern.conversion import CHOICES
@@ -110,11 +110,14 @@ def test_a_gguf_file_becomes_a_folder(kind, tmp_path):
 
 def test_sampling_and_ends_of_a_gguf_file_are_kept():
     generation = Generation(frozenset({3, 1}), {"temperature": 0.5, "top_k": 20})
-    fields = json.loads(
-        small_files(SimpleNamespace(generation=generation), SimpleNamespace(files=dict))["generation_config.json"]
-    )
-    found = Generation.from_fields(fields, 8, "x")
+    files = small_files(SimpleNamespace(generation=generation), SimpleNamespace(files=dict))
+    found = Generation.from_fields(json.loads(files["generation_config.json"]), 8, "x")
     assert (found.end_ids, found.sampling) == (generation.end_ids, generation.sampling)
+
+
+def test_the_numbers_of_a_gguf_file_are_kept():
+    scaled = replace(CONFIG, rope_theta=2e6, rope_scaling=YarnScaling(4.0, 512), rms_norm_eps=1e-5)
+    assert Config.from_dict(json.loads(json.dumps(config_fields(scaled)))) == scaled
 
 
 def test_what_is_there_is_not_overwritten(dense, tmp_path):
