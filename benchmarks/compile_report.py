@@ -1,7 +1,8 @@
 """Compiles every kernel at every size for many GPUs, without having one, and checks the machine code.
 
     python benchmarks/compile_report.py                          Qwen2.5-3B, all architectures
-    python benchmarks/compile_report.py --all --json FILE        0.5B, 3B, 7B and 72B
+    python benchmarks/compile_report.py --all --json FILE        0.5B, 3B, 7B and 72B, all formats everywhere
+    python benchmarks/compile_report.py --weights q4_k --pages int8 --arch sm_90
 
 The rules:
 
@@ -10,9 +11,12 @@ The rules:
 - The attention kernels and the few-token linears have matrix instructions.
 - A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks,
   except where that was measured to be faster.
+- A loop that unpacks quantised weights has few instructions for it, and on an H100 it issues its instructions in about
+  the time in which its bytes arrive (offline/unpacking.py has both limits).
 - From sm_90 on, a kernel uses programmatic dependent launch.
 - On an H100, what an op of 3B's decode step loads takes at most 1.3 times as long through the L2 cache as the bytes of
-  the op take from memory (offline/traffic.py).
+  the op take from memory (offline/traffic.py). With quantised weights, what the CTAs read of x again may take longer,
+  but not longer than the same op takes in bfloat16.
 - A kernel of a layer of that step fits on an SM beside the one before, or it requests bytes before it waits for that
   one (offline/neighbours.py).
 
@@ -22,12 +26,11 @@ If a rule is broken, the exit code is 1. The rules do not apply to AMD's code, w
 from __future__ import annotations
 
 import itertools
+import math
 import os
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from datetime import date
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
@@ -39,20 +42,30 @@ from rich.progress import Progress
 from rich.table import Table
 
 from qwenkern import Config
-from qwenkern.benchmarks.offline import neighbours, plan
+from qwenkern.benchmarks.offline import neighbours, plan, unpacking
 from qwenkern.benchmarks.offline.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
 from qwenkern.benchmarks.offline.traffic import traffic
 from qwenkern.benchmarks.ops.cases import CASES, FEW, Case, Size
-from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.ops.inputs import DENSE
+from qwenkern.benchmarks.reports import compiled, results
 from qwenkern.cli import terminal
+from qwenkern.kernels import Weight
+from qwenkern.kernels.dispatch import OPS
 from qwenkern.kernels.environment import KERNELS
+from qwenkern.kernels.pages import FORMATS as PAGE_FORMATS
+from qwenkern.kernels.weights import FORMATS as WEIGHT_FORMATS
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
 COUNTED = "qwen2.5-3b", "sm_90"  # for which traffic is counted and neighbours are judged, on the PTX runner
 MOST_L2 = 1.3  # times as long as from memory
 WARP = 32
-H100_PAPER, H100_COPY = 3.35e12, 3.0e12  # bytes/s: the data sheet, and what a copy reaches
-H100_MATRIX = 790e12  # bf16 operations/s that a large matrix product reaches
+# The formats of weights that are compiled for every architecture, and those for sm_90 besides; and of the cache.
+WEIGHTS, MORE_WEIGHTS, PAGES = (
+    ("int4", "q6_k", "int8"),
+    ("q4_0", "q4_k", "q5_0", "q5_k", "q8_0"),
+    ("float16", "int8", "fp8"),
+)
+ONLY_DENSE = ("qkv", "lm_head")  # of what takes weights: others have the same loops
 ON_TENSOR_CORES: tuple[str, ...] = (
     "_decode_attention_kernel",
     "_prefill_attention_kernel",
@@ -82,6 +95,16 @@ class Row:
     loaded: int | None = None  # bytes from global memory, if they were counted (offline/traffic.py)
     early: int | None = None  # bytes requested before the wait
     prologue: int | None = None  # instructions of a warp from there to the first matrix product
+    weights: str = DENSE  # the format of the matrix
+    pages: str = DENSE  # the format of the cache
+    a_weight: float | None = None  # instructions that unpack it, if it is quantised (offline/unpacking.py)
+    issued: float | None = None  # the time of all instructions of a turn over that of its bytes, on an H100
+    issue_seconds: float | None = None  # of all turns, on an H100's SM that has most of them
+
+    @property
+    def formats(self) -> str:
+        """What is not dense of it, as text."""
+        return " ".join([self.weights] * (self.weights != DENSE) + [f"{self.pages} pages"] * (self.pages != DENSE))
 
 
 def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
@@ -108,45 +131,56 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
     return broken
 
 
-def rooflines(case: Case, config: Config, size: Size) -> tuple[float, float]:
-    """The roofline time on an H100 in microseconds: at the data sheet's bandwidth, and at the measured speed of a copy
-    or a matrix product."""
-    moved, operations = case.bytes_moved(config, size), case.operations(config, size)
-    return moved / H100_PAPER * 1e6, max(moved / H100_COPY, operations / H100_MATRIX) * 1e6
-
-
-def examine(model: str, name: str, tokens: int, key: str) -> list[Row]:
-    """Compiles one case at one size for one architecture."""
+def examine(model: str, name: str, tokens: int, key: str, weights: str = DENSE, pages: str = DENSE) -> list[Row]:
+    """Compiles one case at one size for one architecture. No rows if the format has no matrix of the size."""
     config, case = Config.from_name(model), _case(name)
-    inputs = case.inputs(config, Size(tokens, device="meta"))
+    size = Size(tokens, device="meta", weights=weights, pages=pages)
+    try:
+        inputs = case.inputs(config, size)
+    except ValueError:
+        return []
     rows = []
     for launch in launches(key, lambda: case.run(*inputs)):
         code = read(launch.kernel)
         resident = occupancy(key, code) if key in RESIDENT else None
         broken = broken_rules(key, launch, code)
-        rows.append(Row(model, name, tokens, key, launch.name, launch.grid, code, resident, broken))
-    if (model, key) == COUNTED and name in plan.STEP and tokens in FEW:
-        count_traffic(rows, case, config, inputs)
+        row = Row(
+            model, name, tokens, key, launch.name, launch.grid, code, resident, broken, weights=weights, pages=pages
+        )
+        if key in RESIDENT and launch.tile:
+            matrix = next(each for each in OPS[case.op].wrap(inputs, {})[0] if isinstance(each, Weight))
+            row.issue_seconds = unpacking.seconds_to_issue(launch, code, matrix.shape)
+            if launch.tile.form:
+                a_weight = matrix.nbytes / math.prod(matrix.shape)
+                found = unpacking.unpacking(launch.tile, code, a_weight)
+                row.a_weight, row.issued = found.a_weight, found.issued
+                broken += unpacking.broken_rules(key, found, tokens, a_weight)
+        rows.append(row)
+    planned = name in plan.STEP and pages == DENSE and (weights == DENSE or weights in plan.WEIGHTS)
+    if (model, key) == COUNTED and planned and tokens in FEW:
+        count_traffic(rows, case, config, size, inputs)
     return rows
 
 
-def count_traffic(rows: list[Row], case: Case, config: Config, inputs: tuple[Any, ...]) -> None:
+def count_traffic(rows: list[Row], case: Case, config: Config, size: Size, inputs: tuple[Any, ...]) -> None:
     """Adds their traffic to the kernels of a case, and a broken rule to the first if it is too much."""
-    size = Size(rows[0].tokens)
     fill = {"lengths_ptr": size.context}
     for row, each in zip(rows, traffic(DEVICES[COUNTED[1]], lambda: case.run(*inputs), fill), strict=True):
         row.loaded, row.early, row.prologue = each.loaded, each.early, each.prologue
     through_l2, moved = sum(row.loaded or 0 for row in rows) / plan.L2, case.bytes_moved(config, size) / plan.READ
-    if through_l2 > MOST_L2 * moved:
+    most = MOST_L2 * moved if size.is_dense else case.bytes_moved(config, Size(size.tokens)) / plan.READ
+    if through_l2 > most:
         rows[0].broken.append(f"loads take {through_l2 * 1e6:.1f} us through L2, {moved * 1e6:.1f} us from memory")
 
 
-def judge_neighbours(rows: list[Row], tokens: int) -> Table:
+def judge_neighbours(rows: list[Row], tokens: int, quantize: str = DENSE) -> Table:
     """Says how many programs of each kernel of a step find room beside the kernel before, and adds broken rules."""
     model, key = COUNTED
-    mine = [row for row in rows if (row.model, row.tokens, row.arch) == (model, tokens, key)]
-    kernels = [row for name in plan.STEP for row in mine if row.case == name]
-    table = Table(title=f"a decode step of {model} with {tokens} sequences on {key}", title_justify="left")
+    mine = [row for row in rows if (row.model, row.tokens, row.arch, row.pages) == (model, tokens, key, DENSE)]
+    formats = plan.formats(quantize)
+    kernels = [row for name in plan.STEP for row in mine if (row.case, row.weights) == (name, formats[name])]
+    title = f"a decode step of {model} with {tokens} sequences on {key}, {quantize} weights"
+    table = Table(title=title, title_justify="left")
     for heading in ("kernel", "programs on an SM", "next kernel", "its programs that fit beside", "requests early, MB"):
         table.add_column(heading, justify="left" if "kernel" in heading else "right", no_wrap=True)
     for before, after in neighbours.pairs(kernels, plan.STEP[-1]) if kernels else []:
@@ -166,6 +200,8 @@ def main(
     model: Annotated[list[str], typer.Option(help="Sizes of the family.")] = ["qwen2.5-3b"],  # noqa: B006
     arch: Annotated[list[str], typer.Option(help=f"Of {', '.join(DEVICES)}.")] = list(DEVICES),  # noqa: B006
     everything: Annotated[bool, typer.Option("--all", help=f"{', '.join(MODELS)}, on every architecture.")] = False,
+    weights: Annotated[str, typer.Option(help="Formats of weights, with commas; default: those of the report.")] = "",
+    pages: Annotated[str, typer.Option(help="Formats of the cache's pages, likewise.")] = "",
     verbose: Annotated[bool, typer.Option(help="Print a row for every architecture.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there.")] = None,
 ) -> None:
@@ -176,91 +212,60 @@ def main(
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(DEVICES)}", param_hint="--arch")
     os.environ.pop(KERNELS.name, None)
     models, keys = (list(MODELS), list(DEVICES)) if everything else (model, arch)
+    chosen = _formats(weights, WEIGHT_FORMATS, "--weights"), _formats(pages, PAGE_FORMATS, "--pages")
     tasks = [
-        (each, case.name, tokens, key)
+        (each, case.name, tokens, key, *formats)
         for each, case in itertools.product(models, CASES)
         for tokens, key in itertools.product(case.tokens, keys)
+        for formats in variants(case, tokens, key, *chosen, everything)
     ]
     console = Console(width=None if Console().is_terminal else 170)
     rows: list[Row] = []
     with Progress(console=console, transient=True) as progress, _pool() as pool:
         for found in progress.track(pool.map(examine, *zip(*tasks, strict=True), chunksize=4), total=len(tasks)):
             rows += found
-    steps = [judge_neighbours(rows, tokens) for tokens in FEW if COUNTED[0] in models and COUNTED[1] in keys]
+    steps = [
+        judge_neighbours(rows, tokens, quantize)
+        for quantize, tokens in itertools.product((DENSE, *plan.WEIGHTS), FEW)
+        if COUNTED[0] in models and COUNTED[1] in keys and not weights + pages
+    ]
     for each in models:
-        console.print(_table(each, [row for row in rows if row.model == each], verbose))
+        console.print(compiled.table(each, [row for row in rows if row.model == each], verbose))
     for table in steps:
         console.print(table)
     if json_file:
-        results.save(json_file, _document(models, rows))
+        results.save(json_file, compiled.document(models, rows))
     broken = [(row, rule) for row in rows for rule in row.broken]
     for row, rule in broken:
-        console.print(f"[red]broken[/red] {row.arch} {row.model} {row.case} x{row.tokens} {row.kernel}: {rule}")
+        what = " ".join([row.arch, row.model, row.case, f"x{row.tokens}", row.formats, row.kernel]).replace("  ", " ")
+        console.print(f"[red]broken[/red] {what}: {rule}")
     console.print(f"{len(rows)} kernels on {len(keys)} architectures, {len(broken)} broken rules")
     raise typer.Exit(1 if broken else 0)
 
 
+def variants(
+    case: Case, tokens: int, key: str, weights: Sequence[str], pages: Sequence[str], everything: bool = False
+) -> list[tuple[str, str]]:
+    """The formats of weights and pages in which a case is compiled; first the dense ones. ``weights`` and ``pages`` are
+    what was asked for; if nothing was, the formats of the report."""
+    asked = bool(weights or pages)
+    if not asked:
+        weights, pages = WEIGHTS + MORE_WEIGHTS * (everything or key == COUNTED[1]), PAGES
+    found = [] if asked else [(DENSE, DENSE)]
+    if "weights" in case.takes and case.name not in ONLY_DENSE and tokens in FEW:
+        found += [(each, DENSE) for each in weights]
+    return found + [(DENSE, each) for each in pages if "pages" in case.takes]
+
+
+def _formats(text: str, known: Iterable[str], option: str) -> list[str]:
+    found = [each for each in text.split(",") if each]
+    if unknown := set(found) - set(known):
+        raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(known)}", param_hint=option)
+    return found
+
+
 def _pool() -> ProcessPoolExecutor:
     return ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn"))
-
-
-def _table(model: str, rows: list[Row], verbose: bool) -> Table:
-    """A row for each kernel and size, with the smallest and the largest value over the architectures."""
-    config = Config.from_name(model)
-    table = Table(title=f"{model}, bfloat16, context 8192", title_justify="left")
-    for heading in ("case", "tokens", "kernel", "on"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("registers", "shared KiB", "CTAs/SM", "spills", "least bits", "limit us", "limit us (copy)"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("matrix", no_wrap=True)
-    for key, same in itertools.groupby(rows, lambda row: (row.case, row.tokens)):
-        paper, copy = rooflines(_case(key[0]), config, Size(key[1]))
-        by_kernel: dict[str, list[Row]] = {}
-        for row in same:
-            by_kernel.setdefault(row.kernel + (f" {row.arch}" if verbose else ""), []).append(row)
-        for index, each in enumerate(by_kernel.values()):
-            first = index == 0
-            judged = [row for row in each if row.occupancy is not None]
-            table.add_row(
-                key[0] if first else "",
-                str(key[1]) if first else "",
-                each[0].kernel.strip("_").removesuffix("_kernel"),
-                each[0].arch if len(each) == 1 else f"{len(each)} archs",
-                _span(row.code.registers for row in each),
-                _span(row.code.shared / 1024 for row in each),
-                _span(row.occupancy for row in judged),
-                _span(row.code.spills for row in each),
-                _span(_least_width(row.code) for row in judged),
-                f"{paper:.2f}" if first else "",
-                f"{copy:.2f}" if first else "",
-                " ".join(sorted({re.sub("v_mfma.*", "MFMA", name) for row in each for name in row.code.matrix})),
-            )
-    return table
-
-
-def _least_width(code: Code) -> int | None:
-    """The narrowest access among those that the rule covers."""
-    return min((each.width for each in code.accesses if each.tile >= code.warps * WARP * 16), default=None)
-
-
-def _span(values: Iterable[float | None]) -> str:
-    found = sorted({round(value) for value in values if value is not None})
-    return "" if not found else f"{found[0]}" if len(found) == 1 else f"{found[0]}..{found[-1]}"
-
-
-def _document(models: list[str], rows: list[Row]) -> dict[str, Any]:
-    least = [
-        {"model": model, "case": case.name, "tokens": tokens, "paper_us": paper, "copy_us": copy}
-        for model, case in itertools.product(models, CASES)
-        for tokens in case.tokens
-        for paper, copy in [rooflines(case, Config.from_name(model), Size(tokens))]
-    ]
-    return {
-        "triton": triton.__version__,
-        "date": date.today().isoformat(),
-        "h100_floors": least,
-        "kernels": [asdict(row) for row in rows],
-    }
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
     python benchmarks/run.py --op add_rms_norm --tokens 1,16,512
     python benchmarks/run.py --json now.json --base benchmarks/results/nvidia-h100-80gb-hbm3/kernels.json
     python benchmarks/run.py --where --context 1024
+    python benchmarks/run.py --weights int4,q4_k --op gate_up,down,lm_head --tokens 1,16
+    python benchmarks/run.py --pages int8 --op decode_attention,rope_and_cache
     python benchmarks/run.py --side-a qwenkern --side-b qwenkern:my/tuned/folder
 
 The result of each provider is compared with the float64 reference before it is timed. A wrong result of ours fails the
@@ -13,7 +15,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,13 +30,17 @@ from qwenkern import Config
 from qwenkern.benchmarks.models import where
 from qwenkern.benchmarks.ops.cases import CASES, Case, Size
 from qwenkern.benchmarks.ops.correctness import check, expected
+from qwenkern.benchmarks.ops.inputs import DENSE, dequantised
 from qwenkern.benchmarks.ops.providers import PROVIDERS, Function, Provider
 from qwenkern.benchmarks.ops.timing import Ceilings, Spread, ceilings, circumstances, input_sets, side_by_side
 from qwenkern.benchmarks.reports import results
+from qwenkern.benchmarks.reports.pictures import plot
 from qwenkern.benchmarks.reports.results import Row
 from qwenkern.cli import terminal
 from qwenkern.kernels.environment import CONFIG_DIR
+from qwenkern.kernels.pages import FORMATS as PAGES
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.weights import FORMATS as WEIGHTS
 
 ALL_PROVIDERS = ",".join(provider.name for provider in PROVIDERS)
 
@@ -45,24 +53,29 @@ def measure(
     config, device = Config.from_name(model), torch.device(size.device)
     key = (case.name, model, size.tokens, size.context, str(size.dtype).removeprefix("torch."))
     sets = input_sets(lambda: case.inputs(config, size), device)
+    dense = sets if size.is_dense else [dequantised(inputs) for inputs in sets]
+    given: dict[str, list[tuple[Any, ...]]] = {}
     functions: dict[str, Function] = {}
     rows: list[Row] = []
     truth = expected(case, sets[0])
     for provider in providers:
         try:
-            function = None if provider.gpu_only and device.type != "cuda" else provider.function(case)
+            left_out = (provider.gpu_only and device.type != "cuda") or (provider.only_quantised and size.is_dense)
+            function = None if left_out else provider.function(case)
             if function is None:
                 continue
+            its = given[provider.name] = sets if provider.takes_formats else dense
             if provider.same:
-                check(case, function, sets[0], truth)
+                check(case, function, its[0], truth)
             else:
-                function(*sets[0])
+                function(*its[0])
             functions[provider.name] = function
         except ImportError:
             continue  # not installed
         except Exception as error:  # that a peer fails is a result, not the end of the run
-            rows.append(Row(*key, provider.name, None, error=f"{type(error).__name__}: {error}".splitlines()[0][:200]))
-    calls = {name: [_bound(function, inputs) for inputs in sets] for name, function in functions.items()}
+            said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+            rows.append(Row(*key, provider.name, None, error=said, weights=size.weights, pages=size.pages))
+    calls = {name: [_bound(function, inputs) for inputs in given[name]] for name, function in functions.items()}
     if not calls:
         return rows
     readings = side_by_side(calls, device, seconds)
@@ -77,6 +90,8 @@ def measure(
             provider.name,
             spread,
             same=provider.same,
+            weights=size.weights,
+            pages=size.pages,
             bandwidth=moved / spread.p50,
             rate=operations / spread.p50,
             of_copy=moved / spread.p50 / limits.copy,
@@ -116,7 +131,7 @@ def _with_folder(name: str, provider: Provider, folder: str) -> Provider:
 
         return run
 
-    return Provider(name, function)
+    return replace(provider, name=name, function=function)
 
 
 @contextlib.contextmanager
@@ -142,7 +157,7 @@ def show(console: Console, rows: list[Row], limits: Ceilings) -> None:
         table.add_column(heading, justify="right", no_wrap=True)
     before = None
     for row in rows:
-        head = (row.case, str(row.tokens))
+        head = (row.place, str(row.tokens))
         cells = (*(head if head != before else ("", "")), row.provider + ("" if row.same else " *"))
         before = head
         if row.seconds is None or row.ratio is None:
@@ -163,33 +178,9 @@ def show(console: Console, rows: list[Row], limits: Ceilings) -> None:
     console.print(table)
     for row in rows:
         if row.error:
-            console.print(f"[red]failed[/red] {row.case} x{row.tokens} {row.provider}: {row.error}", soft_wrap=True)
+            console.print(f"[red]failed[/red] {row.place} x{row.tokens} {row.provider}: {row.error}", soft_wrap=True)
     if any(not row.same for row in rows):
         console.print("* work of the same size, not the same op: the matrix product only, or attention without pages")
-
-
-def plot(rows: list[Row], limits: Ceilings, folder: Path) -> list[Path]:
-    """Draws bandwidth over tokens, one picture per case. Needs matplotlib (the extra `bench`)."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for case in dict.fromkeys(row.case for row in rows):
-        figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-        mine = [row for row in rows if row.case == case and row.seconds]
-        for provider in dict.fromkeys(row.provider for row in mine):
-            line = sorted((row.tokens, row.bandwidth / 1e9) for row in mine if row.provider == provider)
-            axes.plot(*zip(*line, strict=True), marker="o", label=provider)
-        axes.axhline(limits.copy / 1e9, color="grey", linestyle="--", label="copy, measured")
-        axes.set(title=f"{case}, {mine[0].model}" if mine else case, xlabel="tokens", ylabel="GB/s", xscale="log")
-        axes.legend(fontsize=8)
-        files.append(folder / f"{case}.png")
-        figure.savefig(files[-1], dpi=120)
-        pyplot.close(figure)
-    return files
 
 
 def numbers(text: str) -> list[int]:
@@ -213,6 +204,22 @@ def _cases(names: str) -> list[Case]:
     return list(dict.fromkeys(chosen)) or CASES
 
 
+def variants(case: Case, weights: list[str], pages: list[str]) -> list[tuple[str, str]]:
+    """The formats of weights and of pages in which a case is timed: those of its arguments. None if another format
+    than the dense one was asked for, and it has no such argument."""
+    of_weights = weights if "weights" in case.takes else [DENSE]
+    of_pages = pages if "pages" in case.takes else [DENSE]
+    is_asked = DENSE in weights and DENSE in pages
+    return [each for each in product(of_weights, of_pages) if is_asked or each != (DENSE, DENSE)]
+
+
+def _formats(text: str, known: Iterable[str], option: str) -> list[str]:
+    found = [each for each in text.split(",") if each]
+    if not found or set(found) - set(known):
+        raise typer.BadParameter(f"{text!r}: expected formats among {', '.join(known)}", param_hint=option)
+    return found
+
+
 def _place(device: str) -> torch.device:
     return torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
 
@@ -223,6 +230,8 @@ def main(
     tokens: Annotated[str, typer.Option(help="Numbers, with commas; default: those of each case.")] = "",
     context: Annotated[str, typer.Option(help="Cached tokens per sequence in decode_attention.")] = "8192",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    weights: Annotated[str, typer.Option(help="Formats of the matrices, with commas between them.")] = DENSE,
+    pages: Annotated[str, typer.Option(help="Formats of the cache's pages, with commas between them.")] = DENSE,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     provider: Annotated[str, typer.Option(help="Providers, with commas between them.")] = ALL_PROVIDERS,
     side_a: Annotated[str, typer.Option(help="Time two providers, A and B; the speed-up is B's time over A's.")] = "",
@@ -248,18 +257,24 @@ def main(
     Config.from_name(model)
     providers = _providers([side_a, side_b] if side_a else [name for name in provider.split(",") if name])
     cases, contexts = _cases(op), numbers(context)
+    of_weights, of_pages = _formats(weights, WEIGHTS, "--weights"), _formats(pages, PAGES, "--pages")
     chosen_tokens = numbers(tokens) if tokens else None
     place = _place(device)
     console, limits, rows = Console(width=None if Console().is_terminal else 160), ceilings(place), []
     with console.status("timing") as status:
-        for case in cases:
-            for count in chosen_tokens or case.tokens:
-                for cached in contexts if case.op == "decode_attention" else contexts[:1]:
-                    status.update(f"timing {case.name}, {count} tokens")
-                    size = Size(count, cached, getattr(torch, dtype), str(place))
-                    rows += measure(case, model, size, providers, limits, seconds)
-                    if json_file:  # after each size, because the run may be interrupted
-                        results.save(json_file, results.document(circumstances(place), limits, rows))
+        for case, count in [(each, count) for each in cases for count in chosen_tokens or each.tokens]:
+            contexts_of_case = contexts if case.op == "decode_attention" else contexts[:1]
+            for cached, formats in product(contexts_of_case, variants(case, of_weights, of_pages)):
+                status.update(f"timing {case.name}, {count} tokens, {' '.join(formats)}")
+                size = Size(count, cached, getattr(torch, dtype), str(place), *formats)
+                try:
+                    case.bytes_moved(Config.from_name(model), size)
+                except ValueError as error:
+                    console.print(f"left out {case.name}: {error}")
+                    continue
+                rows += measure(case, model, size, providers, limits, seconds)
+                if json_file:  # after each size, because the run may be interrupted
+                    results.save(json_file, results.document(circumstances(place), limits, rows))
     show(console, rows, limits)
     if plot_folder:
         for file in plot(rows, limits, plot_folder):

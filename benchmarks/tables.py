@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwenkern import Config
 from qwenkern.benchmarks.offline import plan
+from qwenkern.benchmarks.ops.inputs import DENSE
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -30,6 +31,8 @@ def predicted(compiled: dict[str, Any]) -> str:
     limits = {(row["case"], row["tokens"]): row for row in compiled["h100_floors"]}
     rows = []
     for row in compiled["kernels"]:
+        if {row.get("weights", DENSE), row.get("pages", DENSE)} != {DENSE}:
+            continue
         code, limit = row["code"], limits[row["case"], row["tokens"]]
         programs = 1
         for side in row["grid"]:
@@ -62,6 +65,38 @@ def planned(compiled: list[dict[str, Any]]) -> str:
         steps.append([*cells, f"{sequences / sum(took.values()):.0f}" if took else "not yet measured"])
     heads = ["sequences", "context", "tokens/s at 3.35 TB/s", "target, tokens/s", "graph nodes", "predicted tokens/s"]
     return "\n\n".join([*tables, markdown([*heads, "measured tokens/s"], steps)])
+
+
+def planned_quantised(compiled: list[dict[str, Any]], quantize: Sequence[str] = plan.WEIGHTS) -> str:
+    """The same step with quantised weights, beside bfloat16's; and the two widest shapes by themselves."""
+    config = Config.from_name("qwen2.5-3b")
+    heads = ["op", "weights", "MB from memory", "MB through L2", "instructions, µs", "latency, µs", "predicted µs"]
+    heads += ["predicted µs in bfloat16", "ratio"]
+    tables, steps = [], []
+    for form in quantize:
+        formats = plan.formats(form) | {"torch's kernels": ""}
+        for sequences, context, _ in plan.TARGETS:
+            parts = plan.step(config, sequences, context, compiled, form)
+            dense = plan.step(config, sequences, context, compiled)
+            rows = [_beside(part, other, formats[part.op]) for part, other in zip(parts, dense, strict=True)]
+            if context == 1024:
+                title = f"{form}, {sequences} sequence{'s' * (sequences > 1)} of {context:,} tokens"
+                tables.append(markdown([title, *heads[1:]], rows))
+            half = plan.step(config, sequences, context, compiled, form, plan.RATE / 2)
+            speeds = [plan.tokens_per_second(each, sequences) for each in (parts, half, dense)]
+            cells = [form, str(sequences), f"{context:,}", f"{plan.on_paper(parts, sequences):.0f}"]
+            steps.append([*cells, *(f"{each:.0f}" for each in speeds), f"{speeds[0] / speeds[-1]:.2f}"])
+    first = ["weights", "sequences", "context", "tokens/s at 3.35 TB/s", "predicted tokens/s"]
+    first += ["at half the rate of instructions", "predicted tokens/s in bfloat16", "ratio"]
+    summary = markdown(first, steps)
+    return "\n\n".join([summary, *tables])
+
+
+def _beside(part: plan.Part, dense: plan.Part, form: str) -> list[str]:
+    moved = [f"{each / 1e6:.1f}" if each else "" for each in (part.bytes, part.loaded)]
+    times = [part.issue, part.latency, part.seconds, dense.seconds]
+    ratio = f"{dense.seconds / part.seconds:.2f}"
+    return [part.op, form, *moved, *(f"{each * 1e6:.1f}" if each else "" for each in times), ratio]
 
 
 def _part(part: plan.Part, took: dict[str, float]) -> list[str]:
@@ -275,6 +310,7 @@ def blocks() -> Iterator[tuple[str, str]]:
     if compiled.exists():
         yield "predicted", predicted(json.loads(compiled.read_text(encoding="utf-8")))
         yield "plan", planned(plan.load())
+        yield "plan_quantised", planned_quantised(plan.load())
     folders = sorted(file.parent for file in RESULTS.glob("*/end_to_end.json"))
     files = [[file] for file in sorted(RESULTS.glob("*/quantised*.json"))]  # first, because most people run these
     files += [[folder / "end_to_end.json", *sorted(folder.glob("end_to_end_*.json"))] for folder in folders]

@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from qwenkern.kernels.triton import tuning
 from qwenkern.kernels.triton.offline import active
+from qwenkern.kernels.weights.group_products import GroupNumbers
 
 # The number of SMs and the shared memory of a CTA: from the cards' data sheets, and from the CUDA C++ programming
 # guide's table of technical specifications by compute capability.
@@ -50,6 +51,18 @@ REGISTERS = 65536  # of an SM
 
 
 @dataclass(frozen=True)
+class Tile:
+    """What a CTA of a few-token linear does in one turn of its loop."""
+
+    form: GroupNumbers | None  # of weights that it unpacks
+    rows: int
+    depth: int  # values of K
+    tokens: int
+    streams_x: bool  # x comes block by block
+    has_norm: bool
+
+
+@dataclass(frozen=True)
 class Launch:
     """One kernel that an op would start."""
 
@@ -57,6 +70,7 @@ class Launch:
     grid: tuple[int, ...]
     kernel: CompiledKernel
     pdl: bool
+    tile: Tile | None = None  # of a few-token linear
 
 
 @dataclass(frozen=True)
@@ -84,6 +98,8 @@ class Code:
     waits: int = 0  # of griddepcontrol.wait, for programmatic dependent launch
     releases: int = 0  # of griddepcontrol.launch_dependents
     clashes: int = 0  # kinds of tiles in shared memory whose rows lie in the same banks
+    turn: int = 0  # instructions of the largest loop that has matrix products; of the kernel if there is none
+    unpacking: int = 0  # those of them that take codes out of words: masks, shifts and permutations of bytes
 
     @property
     def held(self) -> int:
@@ -103,12 +119,21 @@ def launches_on(device: tuning.Device, call: Callable[[], Any]) -> list[Launch]:
 
     def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> CompiledKernel:
         kernel = run(self, *args, grid=grid, warmup=True, **keywords)
-        found.append(Launch(self.__name__, tuple(grid), kernel, bool(keywords.get("launch_pdl"))))
+        given = dict(zip(self.arg_names, args, strict=False)) | keywords
+        found.append(Launch(self.__name__, tuple(grid), kernel, bool(keywords.get("launch_pdl")), _tile(given)))
         return kernel
 
     with tuning.offline(device), active(device), mock.patch.object(JITFunction, "run", record):
         call()
     return found
+
+
+def _tile(given: dict[str, Any]) -> Tile | None:
+    if not {"FORM", "BLOCK_N", "BLOCK_K"} <= given.keys():
+        return None
+    form = given["FORM"] if isinstance(given["FORM"], GroupNumbers) else None
+    rows, depth, tokens = given["BLOCK_N"], given["BLOCK_K"], given["BLOCK_T"]
+    return Tile(form, rows, depth, tokens, not given["RESIDENT"], given["norm_weight_ptr"] is not None)
 
 
 def occupancy(key: str, code: Code) -> int:
@@ -119,7 +144,8 @@ def occupancy(key: str, code: Code) -> int:
 
 
 # opcode, with its predicate before it and its modifiers behind: `@P0 LDG.E.128.CONSTANT R4, ...`
-_INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)", re.M)
+_INSTRUCTION = re.compile(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)(.*)", re.M)
+_UNPACKING = ("LOP3", "SHF", "PRMT")
 
 
 def read(kernel: CompiledKernel) -> Code:
@@ -130,7 +156,9 @@ def read(kernel: CompiledKernel) -> Code:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _cuobjdump("--dump-resource-usage", file.name)
-        opcodes = Counter(_INSTRUCTION.findall(_cuobjdump("--dump-sass", file.name)))
+        sass = _cuobjdump("--dump-sass", file.name)
+    opcodes = Counter(opcode for _, opcode, _ in _INSTRUCTION.findall(sass))
+    turn = loop(sass)
     registers, stack = (int(_search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK"))
     return Code(
         registers=registers,
@@ -143,7 +171,22 @@ def read(kernel: CompiledKernel) -> Code:
         waits=opcodes["ACQBULK"],
         releases=opcodes["PREEXIT"],
         clashes=len(_CLASH.findall(kernel.asm["ttgir"])),
+        turn=len(turn),
+        unpacking=sum(opcode in _UNPACKING for opcode in turn),
     )
+
+
+def loop(sass: str) -> list[str]:
+    """The opcodes of the largest loop that has matrix products; of the whole kernel if there is none."""
+    instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in _INSTRUCTION.findall(sass)]
+    found: list[str] = []
+    for at, opcode, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
+        if target and int(target[1], 16) < at:
+            body = [each for place, each, _ in instructions if int(target[1], 16) <= place <= at]
+            if any(each.endswith("MMA") for each in body):
+                found = max(found, body, key=len)
+    return found or [opcode for _, opcode, _ in instructions]
 
 
 def _search(pattern: str, text: str) -> re.Match[str]:

@@ -9,6 +9,13 @@ for the kernel before (with dependent launch) arrives in that time:
     latency = NODE + (TRIP * TRIPS + ISSUE * instructions of a warp) * max(1, programs / programs at once)
     time = max(early bytes / READ, latency) + max(other bytes / READ, other loaded bytes / L2)
 
+A few-token linear takes at least
+
+    latency + instructions of its loops / (RATE * SCHEDULERS * CLOCK)     of the SM that has most (offline/unpacking.py)
+
+because they need what the kernel before has written. The bytes arrive meanwhile. With bfloat16 weights this is shorter
+than the time above. RATE, the instructions that a warp scheduler issues in a cycle, was not measured: 1 is the most.
+
 The constants were measured on an H100 on 2026-11-26: reading alone (lm_head of one token reads 622 MB in 199 us), the
 same bytes again and again from the L2 cache (lm_head of 16 tokens loaded 1,927 MB in 388 us when each program read all
 tokens again), and a chain of small kernels in a graph. TRIP follows from kernels that move hardly any bytes: combine
@@ -26,6 +33,8 @@ from typing import Any
 
 from qwenkern import Config
 from qwenkern.benchmarks.ops.cases import CASES, Case, Size
+from qwenkern.benchmarks.ops.inputs import DENSE
+from qwenkern.checkpoint.formats import form_of
 
 COMPILED = Path(__file__).parents[1] / "results" / "compiled" / "sm_90.json"
 PAPER, READ, L2 = 3.35e12, 3.05e12, 4.9e12  # bytes/s of an H100: its data sheet, reading from memory, from the L2 cache
@@ -33,8 +42,10 @@ MULTIPROCESSORS = 132
 NODE = 0.76e-6  # seconds from a kernel to the next one, with dependent launch
 TORCH_NODE = 1.8e-6  # seconds for a torch kernel of a few bytes in a graph: 12 took 21.5 us
 TRIP = 0.6e-6  # seconds for a load from memory and what depends on it
+RATE = 1.0
 LAYER = ("qkv_rope", "decode_attention", "o_proj", "gate_up", "down")
 STEP = (*LAYER, "lm_head_top_k")
+WEIGHTS = ("int4", "int8", "q4_k")  # formats of whole models that have a plan; with int4 the head has int8
 ISSUE = 5 / 1.755e9  # seconds for an instruction of a warp, among few others
 TRIPS = 2  # of a kernel, behind its wait: what the kernel before has written; the store at the end
 TORCH_NODES = 12  # of a greedy step: slots, embedding, ids, positions, lengths, the check, the copy to the host
@@ -51,31 +62,55 @@ class Part:
     bytes: int = 0  # from memory
     loaded: int = 0  # through the L2 cache
     early: int = 0  # of the bytes from memory, requested before the wait
+    issue: float = 0.0  # seconds to issue the instructions that unpack weights
     latency: float = 0.0  # before the first other byte
     seconds: float = 0.0
 
 
-def step(config: Config, sequences: int, context: int, compiled: list[dict[str, Any]]) -> list[Part]:
-    """The ops of one step. ``compiled`` are the kernels of the compile report, with their traffic."""
+def formats(quantize: str) -> dict[str, str]:
+    """The format of the weights of each op of a step, in a model that is quantised in this way."""
+    return {
+        name: DENSE if name == "decode_attention" else form_of("lm_head" if name == STEP[-1] else "layers", quantize)
+        for name in STEP
+    }
+
+
+def step(
+    config: Config,
+    sequences: int,
+    context: int,
+    compiled: list[dict[str, Any]],
+    quantize: str = DENSE,
+    rate: float = RATE,
+) -> list[Part]:
+    """The ops of one step. ``compiled`` are the kernels of the compile report, with their traffic. Raises ValueError if
+    it has none for this ``quantize``."""
     cases = {case.name: case for case in CASES}
     parts = []
-    for name in STEP:
-        kernels = [row for row in compiled if row["case"] == name and row["tokens"] == sequences]
+    for name, form in formats(quantize).items():
+        chosen = {"case": name, "tokens": sequences, "weights": form, "pages": DENSE}
+        kernels = [row for row in compiled if chosen.items() <= ({"weights": DENSE, "pages": DENSE} | row).items()]
+        if not kernels:
+            raise ValueError(f"the compile report has no {name} of {sequences} tokens with weights in {form}")
         times = config.num_hidden_layers if name in LAYER else 1
-        parts.append(part(name, times, kernels, cases[name], config, Size(sequences, context)))
+        parts.append(part(name, times, kernels, cases[name], config, Size(sequences, context, weights=form), rate))
     return [*parts, Part("torch's kernels", TORCH_NODES, seconds=TORCH_NODES * TORCH_NODE)]
 
 
-def part(op: str, times: int, kernels: list[dict[str, Any]], case: Case, config: Config, size: Size) -> Part:
+def part(
+    op: str, times: int, kernels: list[dict[str, Any]], case: Case, config: Config, size: Size, rate: float = RATE
+) -> Part:
     """The launches of one op. Its bytes from memory are those of its first kernel; what other kernels of it load, the
     first has written."""
     moved = case.bytes_moved(config, size)
-    counted = case.bytes_moved(config, Size(size.tokens))  # at the report's context
+    counted = case.bytes_moved(config, Size(size.tokens, weights=size.weights))  # at the report's context
     first, *others = kernels
     at_once = min(1.0, MULTIPROCESSORS * first["occupancy"] / math.prod(first["grid"]))  # programs that begin early
     loaded, early = first["loaded"] * moved // counted, min(moved, int(first["early"] * at_once))
     latencies = [latency(row) for row in kernels]
+    issue = (first.get("issue_seconds") or 0.0) / rate
     seconds = max(early / READ, latencies[0]) + max((moved - early) / READ, max(0, loaded - early) / L2)
+    seconds = max(seconds, latencies[0] + issue)
     seconds += sum(latencies[1:]) + sum(row["loaded"] for row in others) / L2
     return Part(
         op,
@@ -83,6 +118,7 @@ def part(op: str, times: int, kernels: list[dict[str, Any]], case: Case, config:
         times * moved,
         times * (loaded + sum(row["loaded"] for row in others)),
         times * early,
+        times * issue,
         times * sum(latencies),
         times * seconds,
     )

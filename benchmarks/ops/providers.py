@@ -1,4 +1,5 @@
-"""The providers of an op: our kernel, its torch reference, and other libraries that are installed.
+"""The providers of an op: our kernel, its torch reference, and other libraries that are installed. With quantised
+weights or pages, "dense" is our kernel on what they stand for.
 
 A provider makes a function for a case. The function takes the case's inputs and returns what the op returns. The
 provider returns None if it does not implement the op. Other libraries are imported only when they are used.
@@ -29,6 +30,8 @@ class Provider:
     function: Callable[[Case], Function | None]
     same: bool = True  # computes exactly the op, so that its result can be checked
     gpu_only: bool = False
+    takes_formats: bool = False  # others get the dense matrices and pages that quantised ones stand for
+    only_quantised: bool = False  # left out where nothing is quantised, because it would be another provider
 
 
 def _ours(case: Case) -> Function:
@@ -169,7 +172,8 @@ def _quack(case: Case) -> Function | None:
 
 
 PROVIDERS = [
-    Provider("qwenkern", _ours),
+    Provider("qwenkern", _ours, takes_formats=True),
+    Provider("dense", _ours, only_quantised=True),
     Provider("eager", _eager),
     Provider("compile", _compiled),
     Provider("library", _library, same=False),

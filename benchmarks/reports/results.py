@@ -32,11 +32,20 @@ class Row:
     of_copy: float = 0.0  # share of the copy bandwidth
     of_matrix: float = 0.0  # share of the matrix rate
     floor: float = 0.0  # roofline time in seconds: bytes / copy bandwidth or operations / matrix rate, the larger
+    weights: str = "dense"  # the formats
+    pages: str = "dense"
     ratio: Spread | None = None  # the speed-up of qwenkern: this provider's time / qwenkern's, in the same rounds
 
     @property
     def key(self) -> tuple[str, ...]:
-        return (self.case, self.model, str(self.tokens), str(self.context), self.dtype, self.provider)
+        formats = self.weights, self.pages
+        return (self.case, self.model, str(self.tokens), str(self.context), self.dtype, *formats, self.provider)
+
+    @property
+    def place(self) -> str:
+        """The case, and the formats that are not dense."""
+        formats = [self.weights] * (self.weights != "dense") + [f"{self.pages} pages"] * (self.pages != "dense")
+        return " ".join([self.case, *formats])
 
 
 def save(file: Path, document: dict[str, Any]) -> None:
@@ -76,7 +85,7 @@ class Change:
     ratio: float  # the time now over the time before
 
     def __str__(self) -> str:
-        where = f"{self.row.case} x{self.row.tokens} {self.row.provider}"
+        where = f"{self.row.place} x{self.row.tokens} {self.row.provider}"
         return f"{where}: {'slower' if self.ratio > 1 else 'faster'}, {self.ratio:.2f} of the time before"
 
 

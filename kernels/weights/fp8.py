@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
+from . import fp8_products
+from .fp8_products import Fp8Arguments, Fp8Numbers
 from .quantised import CHUNK, Quantised
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
@@ -23,6 +25,12 @@ class Fp8(Quantised):
 
     format = "fp8"
     names = ("codes", "scales", "like")
+    triton_load = fp8_products.load
+    triton_load_groups = fp8_products.load_groups
+    triton_operand = fp8_products.operand
+    triton_multiply = fp8_products.multiply
+    triton_prefetch = fp8_products.prefetch
+    triton_dequantise = fp8_products.dequantise
     __slots__ = names
 
     scales: Tensor
@@ -63,6 +71,18 @@ class Fp8(Quantised):
             codes = (values / scales[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
             self.codes[start : start + step] = codes.view(torch.uint8)
             self.scales[start : start + step] = scales.view(torch.int32)
+
+    def triton_refuses(self) -> str | None:
+        codes = self.codes
+        if codes.shape[1] % 4 or codes.stride(0) % 4 or codes.data_ptr() % 4:
+            return "weights of the format fp8 whose rows are not whole words of four codes"
+        return None
+
+    def triton_arguments(self) -> Fp8Arguments:
+        return Fp8Arguments(self.codes, self.scales, self.codes.stride(0))
+
+    def triton_numbers(self) -> Fp8Numbers:
+        return Fp8Numbers()
 
     def _matrix(self) -> Tensor:
         """The values [N, K] in the dtype of the matrix."""

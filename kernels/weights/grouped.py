@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
-from . import group_products
+from . import group_products, group_rows
 from .group_products import GroupArguments, GroupNumbers
 from .quantised import CHUNK, Quantised
 from .rounding import Rounded, nearest
@@ -64,6 +64,7 @@ class Grouped(Quantised, is_format=False):
     triton_operand = group_products.operand
     triton_multiply = group_products.multiply
     triton_prefetch = group_products.prefetch
+    triton_dequantise = group_rows.dequantise
 
     scales: Tensor
     high: Tensor | None = None

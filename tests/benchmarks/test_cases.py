@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from support.tolerances import assert_as_close_as
 
 from qwenkern import Config
 from qwenkern.benchmarks.ops.cases import CASES, Size
-from qwenkern.kernels import reference
+from qwenkern.kernels import Pages, Weight, reference
 from qwenkern.kernels.dispatch import OPS
 
 QWEN_3B = Config.from_name("qwen2.5-3b")
@@ -27,6 +28,44 @@ def test_one_token_reads_the_weights_of_3b(name, megabytes):
     """The byte counts equal those of the model card: 2 bytes times rows times columns."""
     moved = BY_NAME[name].bytes_moved(QWEN_3B, Size(1))
     assert moved / 1e6 == pytest.approx(megabytes, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "bits"),  # of a weight: its code, and its share of a group's scale, zero point and minimum
+    [
+        ("gate_up", "int4", 4 + (16 + 8) / 128),
+        ("o_proj", "int8", 8 + (16 + 8) / 128),
+        ("down", "q4_k", 4 + (16 + 16) / 256 + (8 + 8) / 32),
+        ("qkv", "q5_0", 5 + 16 / 32),
+        ("lm_head_top_k", "q6_k", 6 + 16 / 256 + 8 / 16),
+    ],
+)
+def test_quantised_weights_count_as_they_are_packed(name, form, bits):
+    case, dense, packed = BY_NAME[name], Size(1), Size(1, weights=form)
+    weights = case.operations(QWEN_3B, dense) // 2
+    saved = case.bytes_moved(QWEN_3B, dense) - case.bytes_moved(QWEN_3B, packed)
+    assert saved == weights * (16 - bits) / 8
+    assert case.operations(QWEN_3B, packed) == 2 * weights
+
+
+def test_an_embedding_counts_rows():
+    packed = BY_NAME["embedding"].bytes_moved(QWEN_3B, Size(3, weights="q8_0"))
+    assert packed == 3 * (2048 * 8.5 / 8 + 2048 * 2)
+
+
+@pytest.mark.parametrize(("form", "size"), [("float16", 512), ("int8", 256 + 4 * 2), ("fp8", 256 + 4 * 2)])
+def test_cached_tokens_count_in_their_format(form, size):
+    """Of 3B: two heads of 128 values, and in 8 bits a float32 for each."""
+    case = BY_NAME["decode_attention"]
+    one, two = (case.bytes_moved(QWEN_3B, Size(1, context, pages=form)) for context in (1000, 2000))
+    assert two - one == 2 * 1000 * size
+    stored = BY_NAME["rope_and_cache"].bytes_moved(QWEN_3B, Size(1)) - 2 * 512
+    assert BY_NAME["rope_and_cache"].bytes_moved(QWEN_3B, Size(1, pages=form)) == stored + 2 * size
+
+
+def test_a_format_that_has_no_such_matrix_is_said():
+    with pytest.raises(ValueError, match=r"q4_k has matrices whose .* multiple of 256, not \[1152, 896\]"):
+        BY_NAME["qkv"].bytes_moved(Config.from_name("qwen2.5-0.5b"), Size(1, weights="q4_k"))
 
 
 def test_attention_reads_the_cache():
@@ -75,9 +114,21 @@ def test_bytes_are_those_of_the_tensors(case):
     assert moved == counted
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_inputs_suit_the_op_and_its_reference(case):
-    inputs = case.inputs(TINY, Size(3, context=70, device="cpu"))
+def in_formats(weights, pages):
+    """Each case with dense arguments, and each that takes weights or pages with these formats of them."""
+    for case in CASES:
+        yield pytest.param(case, {}, id=case.name)
+        for field, forms in (("weights", weights), ("pages", pages)):
+            for form in forms if field in case.takes else ():
+                yield pytest.param(case, {field: form}, id=f"{case.name}-{form}")
+
+
+@pytest.mark.parametrize(("case", "formats"), list(in_formats(("int4", "q8_0"), ("float16", "int8", "fp8"))))
+def test_inputs_suit_the_op_and_its_reference(case, formats):
+    config = TINY if not formats else replace(TINY, vocab_size=112)  # quantised rows are a multiple of 16
+    inputs = case.inputs(config, Size(3, context=70, device="cpu", **formats))
+    found = {each.format for each in inputs if isinstance(each, (Weight, Pages))} - {"dense"}
+    assert found == set(formats.values())
     peers = [mapped(torch.Tensor.clone, each) for each in inputs]
     wide = [mapped(lambda each: each.double() if each.is_floating_point() else each, value) for value in peers]
     out, peer, truth = case.run(*inputs), getattr(reference, case.op)(*peers), getattr(reference, case.op)(*wide)

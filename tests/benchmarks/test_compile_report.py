@@ -12,8 +12,10 @@ import pytest
 
 from qwenkern.benchmarks import compile_report
 from qwenkern.benchmarks.compile_report import broken_rules
-from qwenkern.benchmarks.offline.machine_code import DEVICES, Access, Code, Launch, accesses, occupancy
+from qwenkern.benchmarks.offline import unpacking
+from qwenkern.benchmarks.offline.machine_code import DEVICES, Access, Code, Launch, Tile, accesses, loop, occupancy
 from qwenkern.benchmarks.ops.cases import CASES
+from qwenkern.kernels.weights.group_products import GroupNumbers
 
 PROGRAM = Path(compile_report.__file__)
 GOOD = Code(
@@ -93,6 +95,104 @@ def test_the_reader_finds_tiles_and_widths():
         Access("load", "x", "few.py:141", 1024, 64),
         Access("load", "w", "few.py:9", 8192, 64),
         Access("store", "", "linear.py:36", 512, 64),
+    ]
+
+
+SASS = """
+        /*0000*/                   LDG.E R0, [R2.64] ;
+        /*0010*/                   LOP3.LUT R1, R0, 0xf000f, R4, 0xea, !PT ;
+        /*0020*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0030*/              @!P0 BRA 0x10 ;
+        /*0040*/                   SHF.R.U32.HI R1, RZ, 0x4, R0 ;
+        /*0050*/                   PRMT R1, R0, 0x5410, R1 ;
+        /*0060*/                   LOP3.LUT R1, R0, 0xf000f, R4, 0xea, !PT ;
+        /*0070*/                   HMMA.16816.F32.BF16 R8, R4, R6, R8 ;
+        /*0080*/              @P0  BRA 0x40 ;
+        /*0090*/                   IADD3 R0, R0, 0x1, RZ ;
+        /*00a0*/              @P1  BRA 0x90 ;
+        /*00b0*/                   EXIT ;
+        /*00c0*/                   BRA 0xc0;
+"""
+
+
+def test_the_reader_finds_the_largest_loop_with_products():
+    assert loop(SASS) == ["SHF", "PRMT", "LOP3", "HMMA", "BRA"]
+    straight = SASS.replace("BRA", "NOP")
+    assert len(loop(straight)) == 13
+
+
+# 4 bits, groups of 128 and no sub-scales; 16,384 weights of 0.5 bytes, whose bytes take 622 cycles of an SM to arrive
+FORM = GroupNumbers(4, 128, 128, False, False, True, 0, 8)
+TILE = Tile(FORM, rows=32, depth=512, tokens=2, streams_x=False, has_norm=True)
+
+
+@pytest.mark.parametrize(
+    ("tile", "limit"),
+    [
+        (TILE, 1.25),
+        (replace(TILE, form=FORM._replace(bits=8)), 1.6),
+        (replace(TILE, form=FORM._replace(group=32, has_sub_scales=True)), 1.25 + 2 / 32),
+        (replace(TILE, form=FORM._replace(group=32, has_sub_scales=True, has_offset=True)), 1.25 + 4 / 32),
+        (replace(TILE, tokens=16, streams_x=True, has_norm=False), 1.25 + 0.5 * 16 / 32),
+        (replace(TILE, tokens=16, streams_x=True), 1.25 + 1.5 * 16 / 32),
+    ],
+)
+def test_what_unpacks_is_counted_a_weight(tile, limit):
+    """160 instructions of each of 128 threads."""
+    found = unpacking.unpacking(tile, replace(GOOD, unpacking=160), 0.5)
+    assert (found.a_weight, found.limit) == (160 * 4 * 32 / 16384, limit)
+    assert not unpacking.broken_rules("sm_80", found, 1, 0.5)
+    (said,) = unpacking.broken_rules("sm_80", replace(found, a_weight=limit + 0.01), 1, 0.5)
+    assert said == f"{limit + 0.01:.2f} instructions a weight unpack it, and {limit:.2f} may"
+
+
+@pytest.mark.parametrize(
+    ("turn", "tokens", "key", "said"),
+    [
+        (600, 1, "sm_90", []),
+        (700, 1, "sm_90", ["its instructions take 1.13 times as long as its bytes, and 1.10 may"]),
+        (700, 1, "sm_80", []),
+        (700, 16, "sm_90", []),
+        (1800, 16, "sm_90", ["its instructions take 2.89 times as long as its bytes, and 2.80 may"]),
+    ],
+)
+def test_instructions_are_issued_while_the_bytes_arrive(turn, tokens, key, said):
+    """Four warps: one for each scheduler."""
+    found = unpacking.unpacking(TILE, replace(GOOD, turn=turn), 0.5)
+    assert found.issued == pytest.approx(turn / (8192 / (3.05e12 / 132 / 1.755e9)))
+    assert unpacking.broken_rules(key, found, tokens, 0.5) == said
+
+
+@pytest.mark.parametrize(
+    ("grid", "depth", "turns"),
+    [
+        ((132,), 2048, 6),  # 688 tiles, one program on each SM
+        ((264, 1), 2048, 6),  # three for each, of which an SM has two
+        ((688, 1), 512, 24),  # each SM has up to six, of four blocks
+        ((688, 2), 512, 22),  # of two blocks, up to eleven
+    ],
+)
+def test_the_sm_that_has_most_to_do_counts(grid, depth, turns):
+    launch = replace(LAUNCH, grid=grid, tile=replace(TILE, depth=depth))
+    found = unpacking.seconds_to_issue(launch, replace(GOOD, turn=100), (22016, 2048))
+    assert found == pytest.approx(turns * 100 / 1.755e9)
+
+
+def test_the_formats_of_the_report():
+    few, many, cached = (next(case for case in CASES if case.name == name) for name in ("gate_up", "qkv", "attention"))
+    report = ["dense", "int4", "q6_k", "int8"]
+    assert [weights for weights, _ in compile_report.variants(few, 1, "sm_80", [], [])] == report
+    assert {"q4_k", "q5_0", "q8_0"} < {weights for weights, _ in compile_report.variants(few, 16, "sm_90", [], [])}
+    assert compile_report.variants(few, 512, "sm_90", [], []) == [("dense", "dense")]
+    assert compile_report.variants(many, 1, "sm_90", [], []) == [("dense", "dense")]
+    assert compile_report.variants(cached, 1, "sm_90", [], []) == [("dense", "dense")]
+    assert compile_report.variants(few, 1, "sm_90", ["q4_1"], []) == [("q4_1", "dense")]
+    rope = next(case for case in CASES if case.name == "qkv_rope")
+    assert [pages for _, pages in compile_report.variants(rope, 512, "sm_80", [], [])] == [
+        "dense",
+        "float16",
+        "int8",
+        "fp8",
     ]
 
 

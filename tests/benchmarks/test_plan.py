@@ -8,12 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 from ptx.compiling import compiling_process
+from typer.testing import CliRunner
 
 from qwenkern import Config
 from qwenkern.benchmarks import compile_report, tables
+from qwenkern.benchmarks import plan as program
 from qwenkern.benchmarks.offline import neighbours, plan
 from qwenkern.benchmarks.offline.machine_code import Code
 from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.cli.terminal import command
 
 CONFIG = Config.from_name("qwen2.5-3b")
 CASE = {case.name: case for case in CASES}
@@ -38,7 +41,7 @@ def test_what_every_program_reads_again_is_counted(tokens):
 def test_more_through_the_l2_cache_than_from_memory_is_a_broken_rule(monkeypatch, loaded, said):
     monkeypatch.setattr(compile_report, "traffic", lambda *given: [SimpleNamespace(loaded=loaded, early=0, prologue=7)])
     row = compile_report.Row("qwen2.5-3b", "o_proj", 16, "sm_90", "_linear_kernel", (128,), CODE, 3, [])
-    compile_report.count_traffic([row], CASE["o_proj"], CONFIG, ())
+    compile_report.count_traffic([row], CASE["o_proj"], CONFIG, Size(16), ())
     assert (row.loaded, row.early, row.prologue) == (loaded, 0, 7)
     assert row.broken == said
 
@@ -119,6 +122,39 @@ def test_the_longer_of_two_times_counts_and_latency_hides_early_bytes():
     assert seconds(busy | {"grid": [132, 3]}) == pytest.approx(
         plan.NODE + 3 * (latency - plan.NODE + 1000 * plan.ISSUE) + moved / plan.READ
     )
+
+
+def test_instructions_follow_the_latency_while_bytes_arrive():
+    size = Size(1, weights="int4")
+    moved, latency = CASE["down"].bytes_moved(CONFIG, size), plan.NODE + 2 * plan.TRIP
+
+    def seconds(issue, early, **rate):
+        kernel = row(moved, early) | {"issue_seconds": issue}
+        return plan.part("down", 1, [kernel], CASE["down"], CONFIG, size, **rate).seconds
+
+    assert seconds(1e-6, 0) == pytest.approx(latency + moved / plan.READ)  # 3.9 us
+    assert seconds(1e-6, moved) == pytest.approx(moved / plan.READ)
+    assert seconds(5e-6, moved) == pytest.approx(latency + 5e-6)
+    assert seconds(5e-6, moved, rate=0.5) == pytest.approx(latency + 10e-6)
+
+
+def test_a_quantised_step_has_its_formats():
+    dense, parts = (plan.step(CONFIG, 1, 1024, plan.load(), quantize) for quantize in ("dense", "int4"))
+    found = {part.op: part.bytes for part in parts}
+    assert found["gate_up"] == pytest.approx(36 * 22016 * 2048 * (4 + 24 / 128) / 8, rel=0.005)
+    assert found["lm_head_top_k"] == pytest.approx(151936 * 2048 * (8 + 24 / 128) / 8, rel=0.005)
+    assert found["decode_attention"] == dense[1].bytes
+    assert sum(part.seconds for part in parts) < sum(part.seconds for part in dense)
+    with pytest.raises(ValueError, match="no qkv_rope of 1 tokens with weights in q4_1"):
+        plan.step(CONFIG, 1, 1024, plan.load(), "q4_1")
+
+
+def test_the_plan_of_quantised_weights_prints():
+    done = CliRunner().invoke(command(program.main), ["--quantize", "int4"])
+    assert done.exit_code == 0, done.output
+    assert "| int4, 1 sequence of 1,024 tokens |" in done.output
+    assert "q4_k" not in done.output
+    assert CliRunner().invoke(command(program.main), ["--quantize", "int3"]).exit_code == 2
 
 
 def test_the_constants_are_those_that_were_measured():

@@ -10,13 +10,14 @@ import torch
 import typer
 from typer.testing import CliRunner
 
+from qwenkern import Config
 from qwenkern.benchmarks import run
 from qwenkern.benchmarks.ops.cases import CASES, Size
 from qwenkern.benchmarks.ops.providers import PROVIDERS, Provider
 from qwenkern.benchmarks.ops.timing import Ceilings, Spread
 from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.reports.results import Row
-from qwenkern.kernels import reference
+from qwenkern.kernels import Pages, Weight, reference
 
 LIMITS = Ceilings(copy=1e10, matrix=1e11)
 SIZE = Size(2, context=64, device="cpu")
@@ -47,6 +48,67 @@ def test_every_case_is_measured(name):
         assert row.of_copy == pytest.approx(row.bandwidth / LIMITS.copy)
         assert row.floor > 0
     assert rows[0].ratio == Spread(1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("name", "formats"),
+    [("o_proj", {"weights": "int4"}), ("embedding", {"weights": "q8_0"}), ("decode_attention", {"pages": "int8"})],
+)
+def test_what_is_quantised_is_measured_beside_what_it_stands_for(name, formats):
+    """Ours gets the packed tensors, the others dense ones. The packed bytes count."""
+    size, given = replace(SIZE, **formats), {}
+
+    def seen(provider):
+        def function(case):
+            inner = KNOWN[provider].function(case)
+            return lambda *inputs: given.setdefault(provider, inputs) and inner(*inputs)
+
+        return replace(KNOWN[provider], function=function)
+
+    chosen = [seen(provider) for provider in ("qwenkern", "dense", "eager")]
+    rows = run.measure(BY_NAME[name], "qwen2.5-0.5b", size, chosen, LIMITS, 0.01)
+    assert [(row.provider, row.error) for row in rows] == [("qwenkern", ""), ("dense", ""), ("eager", "")]
+    formats_of = {
+        provider: {each.format for each in inputs if isinstance(each, (Pages, Weight))} - {"dense"}
+        for provider, inputs in given.items()
+    }
+    assert formats_of == {"qwenkern": set(formats.values()), "dense": set(), "eager": set()}
+    moved = BY_NAME[name].bytes_moved(Config.from_name("qwen2.5-0.5b"), size)
+    assert rows[0].bandwidth == pytest.approx(moved / rows[0].seconds.p50)
+    assert {(row.weights, row.pages) for row in rows} == {
+        (formats.get("weights", "dense"), formats.get("pages", "dense"))
+    }
+    assert len({row.key for row in rows}) == 3
+    assert rows[0].key != replace(rows[0], weights="dense", pages="dense").key
+
+
+def test_nothing_is_beside_itself():
+    assert [row.provider for row in _measure("o_proj", KNOWN["qwenkern"], KNOWN["dense"])] == ["qwenkern"]
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "pages", "expected"),
+    [
+        ("o_proj", "dense", "dense", [("dense", "dense")]),
+        ("o_proj", "int4,q4_k", "dense", [("int4", "dense"), ("q4_k", "dense")]),
+        ("o_proj", "dense,int4", "dense", [("dense", "dense"), ("int4", "dense")]),
+        ("o_proj", "dense", "int8", []),
+        ("decode_attention", "int4", "int8", [("dense", "int8")]),
+        ("rms_norm", "int4", "dense", []),
+    ],
+)
+def test_the_formats_of_a_case(name, weights, pages, expected):
+    assert run.variants(BY_NAME[name], weights.split(","), pages.split(",")) == expected
+
+
+def test_formats_on_the_command_line():
+    done = CliRunner().invoke(app, [*QUICK, "--op", "o_proj,down,rms_norm", "--weights", "q4_k,int8"])
+    said = " ".join(done.output.split())
+    assert done.exit_code == 0, done.output
+    assert "o_proj int8" in said
+    assert "left out o_proj: the format q4_k has matrices whose" in said  # 896 is no multiple of 256
+    assert "down q4_k" in said
+    assert "rms_norm" not in said
 
 
 def test_compiled_references_are_measured():
@@ -147,6 +209,8 @@ def test_two_sides():
         (["--op", "rms_nrom"], "rms_nrom: not among"),
         (["--tokens", "0"], "expected numbers from 1 on"),
         (["--tokens", "few"], "expected numbers from 1 on"),
+        (["--weights", "int5"], "'int5': expected formats among dense"),
+        (["--pages", "int4"], "'int4': expected formats among dense"),
         (["--dtype", "float8"], "expected bfloat16, float16 or float32"),
         (["--provider", "cudnn"], "'cudnn': not among"),
         (["--side-a", "eager"], "expected both or neither"),
