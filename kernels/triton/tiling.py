@@ -177,7 +177,8 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
     block_t = padded(num_tokens, device)
     form = weight.triton_numbers()
     if form is not None:  # packed
-        # With one column, Triton 3.7 exchanges the halves of a tile of 32 rows in every other product of a batch.
+        # With one column, Triton 3.7 puts the sums of a warp's products of a batch in the same registers
+        # (tests/ptx/test_foreign.py has the case).
         block_t = max(2, block_t)
         row, together = weight.nbytes // len(weight), weight.row_tile
         found = packed_config(op, device, len(weight), k_size, block_t, x.element_size(), row, together, form)
