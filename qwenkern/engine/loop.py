@@ -14,7 +14,7 @@ import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from queue import SimpleQueue
 from typing import TypeVar
 
@@ -44,8 +44,7 @@ class Loop:
         """Adds requests and their siblings. ``sink`` gets their outputs, until each has ended or is aborted.
 
         Raises RequestError or EngineError as Engine.add."""
-        if self._stop.is_set():
-            raise EngineError("this model is closed; load it again")
+        self._check_open()
         group = _with_siblings(requests)
         try:
             for each in group:
@@ -59,6 +58,7 @@ class Loop:
 
     def between_passes(self, work: Callable[[], T]) -> T:
         """Has the thread that steps do some work on the cache, and returns its result or raises its error."""
+        self._check_open()
         result: Future[T] = Future()
 
         def run() -> None:
@@ -69,6 +69,8 @@ class Loop:
 
         self.engine.between_passes(run)
         self._run()
+        while not wait([result], PATIENCE).done:
+            self._check_open()
         return result.result()
 
     def abort(self, request: Request) -> None:
@@ -85,6 +87,10 @@ class Loop:
             self._finalizer()
         finally:
             self._end_all(EngineError("this model was closed before the request had ended"))
+
+    def _check_open(self) -> None:
+        if self._stop.is_set():
+            raise EngineError("this model is closed; load it again")
 
     def _wake_thread(self) -> None:
         if self._wake.empty():

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.models import TINY, tiny_model
 
-from qwenkern import CheckpointError, RequestError
+from qwenkern import CheckpointError, EngineError, RequestError
 
 PROMPT = [n * 7 % 503 for n in range(200)]
 HOW = {"max_tokens": 12, "temperature": 0, "ignore_eos": True, "logprobs": 1}
@@ -105,3 +105,11 @@ def test_a_prefix_without_room_changes_nothing(tmp_path):
         small.load_prefix(file)
     assert small.cache.num_free_pages == 2
     assert small.generate([1] * 100, **HOW).token_ids == kept
+
+
+def test_a_closed_model_saves_and_loads_nothing(tmp_path):
+    model = tiny_model()
+    model.save_prefix(PROMPT, file := tmp_path / "p")
+    model.close()
+    with pytest.raises(EngineError, match="this model is closed"):
+        model.load_prefix(file)
