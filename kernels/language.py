@@ -133,6 +133,17 @@ def masked_xor(x, MASK: tl.constexpr, bits):
 
 
 @triton.jit
+def masked_else(x, MASK: tl.constexpr, other):
+    """The bits of x that MASK has, and else those of other, of int32."""
+    if INTERPRETED or not tl.target_info.is_cuda():
+        return x & MASK | other & ~MASK
+    else:
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xE2;", "=r,r,r,r", [x, MASK, other], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
 def subtract_bf16x2(a, b):
     """a - b of pairs of bfloat16 in int32, where the differences are bfloat16, too."""
     if INTERPRETED or not tl.target_info.is_cuda():
@@ -142,6 +153,20 @@ def subtract_bf16x2(a, b):
     else:
         return tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $2, $3, $1;", "=r,r,r,r", [a, b, -0x407F4080], dtype=tl.int32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def scaled_bf16x2(a, SCALE: tl.constexpr):
+    """Pairs of bfloat16 in int32, times SCALE, a pair of equal powers of two: exact products."""
+    if INTERPRETED or not tl.target_info.is_cuda():
+        scale = tl.full([1], SCALE & -65536, tl.int32).to(tl.float32, bitcast=True)
+        low = (a << 16).to(tl.float32, bitcast=True) * scale
+        high = (a & -65536).to(tl.float32, bitcast=True) * scale
+        return ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | high.to(tl.int32, bitcast=True)
+    else:  # less zero, which keeps the sign of a zero
+        return tl.inline_asm_elementwise(
+            "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, SCALE, -0x7FFF8000], dtype=tl.int32, is_pure=True, pack=1
         )
 
 
@@ -184,3 +209,19 @@ def prefetch(pointers, mask):
         is_pure=False,
         pack=1,
     )
+
+
+@triton.jit
+def trap_unless(condition):
+    """Ends the kernel with an error of the device, as torch's own kernels do, unless the condition holds everywhere."""
+    if INTERPRETED or not tl.target_info.is_cuda():
+        tl.device_assert(condition)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.eq.b32 p, $1, 0; @p trap; mov.u32 $0, 0; }",
+            "=r,r",
+            [condition.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
+from .allocation import give_back
 from .arguments import whole
 from .checkpoint import Checkpoint, load_weights, open_checkpoint
 from .config import Config
@@ -67,14 +69,25 @@ def load(
     refuse(checkpoint.config, checkpoint.formats)
     dtype = choose_dtype(dtype, checkpoint.config, device, quantisation.is_quantised)
     prepare(device, dtype)
-    tokenizer = tokenizer_of(checkpoint, path)
-    module = Qwen2(checkpoint.config, dtype, device, allocated=False)
-    tensors = checkpoint.tensors(dtype)
-    if progress:
-        tensors = _reported(tensors, progress, checkpoint.num_bytes(dtype))
-    load_weights(module, checkpoint.config, quantisation.of(tensors, dtype), source=str(path))
+    with ThreadPoolExecutor(1) as beside:  # weights are converted without the interpreter's lock
+        tokenizer = beside.submit(tokenizer_of, checkpoint, path)
+        module = Qwen2(checkpoint.config, dtype, device, allocated=False)
+        tensors = _unless_failed(tokenizer, checkpoint.tensors(dtype))
+        if progress:
+            tensors = _reported(tensors, progress, checkpoint.num_bytes(dtype))
+        load_weights(module, checkpoint.config, quantisation.of(tensors, dtype), source=str(path))
+        loaded = Loaded(module, tokenizer.result(), checkpoint.generation)
+    give_back()
     logger.info("loaded %s as %s on %s in %.1f s", path, dtype, device, time.perf_counter() - started)
-    return Loaded(module, tokenizer, checkpoint.generation)
+    return loaded
+
+
+def _unless_failed(task: Future[Tokenizer], tensors: Tensors) -> Tensors:
+    """The tensors, as long as a task that runs at the same time has not failed. Raises what it raised."""
+    for each in tensors:
+        if task.done():
+            task.result()
+        yield each
 
 
 def _reported(tensors: Tensors, progress: Progress, total: int) -> Tensors:

@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_tensor
 from ..language import prefetch
 from ..triton_if_any import tl, triton
-from .base import Pages
+from .tokens import TokenPages
 
 
 class DensePagesArguments(NamedTuple):
@@ -73,7 +72,7 @@ def _store_v(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_D
     tl.store(to + HEAD_DIM // 2, high, mask=mask)
 
 
-class DensePages(Pages):
+class DensePages(TokenPages):
     """Two tensors [num_pages, page_size, Hkv, D]. Attention reads them with any strides, if the last dimension is
     contiguous. Storing requires dense tensors."""
 
@@ -88,43 +87,22 @@ class DensePages(Pages):
         self.k, self.v = k, v
 
     @classmethod
-    def allocate(
-        cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> DensePages:
-        k, v = (torch.empty(num_pages, page_size, num_kv_heads, head_dim, dtype=dtype, device=device) for _ in range(2))
-        return cls(k, v)
+    def _others(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+        return ()
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k, self.v
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        num_pages, page_size, num_kv_heads, head_dim = self.k.shape
-        return num_pages, page_size, num_kv_heads, head_dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.k.dtype
-
-    def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
-        check_tensor(op, "k_pages", self.k, ("pages", "page size", "Hkv", head_dim), like=like, dense=True)
-        check_tensor(op, "v_pages", self.v, tuple(self.k.shape), like=like, dense=True)
-        check_device(op, k_pages=self.k, v_pages=self.v)
+    def _check_others(self, op: str, like: Tensor) -> None:
+        pass
 
     def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        num_kv_heads, head_dim = self.k.shape[-2:]
-        self.k.view(-1, num_kv_heads, head_dim)[slots] = k
-        self.v.view(-1, num_kv_heads, head_dim)[slots] = v
+        self._write(slots, (k, v))
 
     def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        numbers = block_table[: -(-length // self.k.shape[1])].long()
-        k, v = (paged[numbers].flatten(0, 1)[:length].transpose(0, 1) for paged in (self.k, self.v))
+        k, v = self._rows(block_table, length)
         return k, v
-
-    def copy_page(self, to: int, source: int) -> None:
-        self.k[to] = self.k[source]
-        self.v[to] = self.v[source]
 
     def triton_arguments(self) -> DensePagesArguments:
         k_strides, v_strides = self.k.stride()[:3], self.v.stride()[:3]

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_tensor, wide
+from ..checks import wide
 from ..language import cast
 from ..triton_if_any import tl, triton
 from . import dense
-from .base import Pages
+from .tokens import TokenPages
 
 LARGEST = 65504.0
 _BITS_OF_LARGEST = tl.constexpr(0x477FE000)
@@ -66,11 +66,12 @@ def _store_v(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_D
     dense._store_v(pages, slot, kv_head, num_kv_heads, column, _bits(low), _bits(high), mask, HEAD_DIM)
 
 
-class Float16Pages(Pages):
+class Float16Pages(TokenPages):
     """Two tensors [num_pages, page_size, Hkv, D] of int16, the bits of float16, and an empty one of q's dtype."""
 
     format = "float16"
     names = ("k_pages", "v_pages", "like")
+    code = torch.int16
     triton_load_k, triton_load_v = _load_k, _load_v
     triton_store_k, triton_store_v = _store_k, _store_v
     triton_prefetch = dense._prefetch
@@ -79,48 +80,22 @@ class Float16Pages(Pages):
     def __init__(self, k: Tensor, v: Tensor, like: Tensor) -> None:
         self.k, self.v, self.like = k, v, like
 
-    @classmethod
-    def allocate(
-        cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> Float16Pages:
-        shape = num_pages, page_size, num_kv_heads, head_dim
-        k, v = (torch.empty(shape, dtype=torch.int16, device=device) for _ in range(2))
-        return cls(k, v, torch.empty(0, dtype=dtype, device=device))
-
     @property
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k, self.v, self.like
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        num_pages, page_size, num_kv_heads, head_dim = self.k.shape
-        return num_pages, page_size, num_kv_heads, head_dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.like.dtype
-
-    def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
-        shape = ("pages", "page size", "Hkv", head_dim)
-        check_tensor(op, "k_pages", self.k, shape, dtypes=(torch.int16,), dense=True)
-        check_tensor(op, "v_pages", self.v, tuple(self.k.shape), dtypes=(torch.int16,), dense=True)
-        check_tensor(op, "like", self.like, (0,), like=like)
-        check_device(op, k_pages=self.k, v_pages=self.v, like=self.like)
-
     def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        for paged, values in ((self.k, k), (self.v, v)):
-            values = torch.where(values.isfinite(), wide(values).clamp(-LARGEST, LARGEST), values)
-            paged.view(-1, *paged.shape[-2:])[slots] = values.half().view(torch.int16)
+        self._write(slots, [_stored(each) for each in (k, v)])
 
     def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
-        numbers = block_table[: -(-length // self.page_size)].long()
-        k, v = (paged[numbers].flatten(0, 1)[:length].transpose(0, 1) for paged in (self.k, self.v))
-        return k.view(torch.float16).to(self.dtype), v.view(torch.float16).to(self.dtype)
-
-    def copy_page(self, to: int, source: int) -> None:
-        self.k[to] = self.k[source]
-        self.v[to] = self.v[source]
+        k, v = (each.view(torch.float16).to(self.dtype) for each in self._rows(block_table, length))
+        return k, v
 
     def triton_arguments(self) -> Float16PagesArguments:
         page, token, head = self.k.stride()[:3]
         return Float16PagesArguments(self.k, page, token, head, self.v, self.like)
+
+
+def _stored(values: Tensor) -> Tensor:
+    """The bits of values in float16."""
+    return torch.where(values.isfinite(), wide(values).clamp(-LARGEST, LARGEST), values).half().view(torch.int16)

@@ -49,13 +49,11 @@ def _codes(x):
 
 @triton.jit
 def _store_k(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_DIM: tl.constexpr):
-    low, high = low.to(tl.float32), high.to(tl.float32)
     store_heads(pages.k, pages.k_scales, slot, kv_head, num_kv_heads, column, low, high, mask, _codes, 448.0, HEAD_DIM)
 
 
 @triton.jit
 def _store_v(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_DIM: tl.constexpr):
-    low, high = low.to(tl.float32), high.to(tl.float32)
     store_heads(pages.v, pages.v_scales, slot, kv_head, num_kv_heads, column, low, high, mask, _codes, 448.0, HEAD_DIM)
 
 

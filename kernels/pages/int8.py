@@ -65,7 +65,6 @@ def _store_k(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_D
 
 @triton.jit
 def _store_v(pages, slot, kv_head, num_kv_heads, column, low, high, mask, HEAD_DIM: tl.constexpr):
-    low, high = low.to(tl.float32), high.to(tl.float32)
     store_heads(pages.v, pages.v_scales, slot, kv_head, num_kv_heads, column, low, high, mask, _codes, 127.0, HEAD_DIM)
 
 
@@ -80,9 +79,9 @@ class Int8Pages(ScaledPages):
     triton_query = _query
     __slots__ = ()
 
-    @staticmethod
-    def _like(num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.ones(num_kv_heads, head_dim, dtype=dtype, device=device)
+    @classmethod
+    def _like(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.ones(shape[2:], dtype=dtype, device=device)
 
     def _like_shape(self) -> tuple[int, ...]:
         return self.k.shape[2:]

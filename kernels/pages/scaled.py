@@ -17,10 +17,10 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from ..checks import check_device, check_tensor, wide
+from ..checks import check_tensor, wide
 from ..triton_if_any import tl, triton
 from . import dense
-from .base import Pages
+from .tokens import TokenPages
 
 SMALLEST = 2.0**-100
 UNIT = tl.constexpr(128.0)  # float16 has few exponents: a softmax weight times a scale could become subnormal
@@ -69,7 +69,7 @@ def store_heads(
     kv_head,  # [heads, 1]
     num_kv_heads,
     column,  # [heads, D / 2]
-    low,  # [heads, D / 2] float32
+    low,  # [heads, D / 2]
     high,
     mask,  # [heads, 1]
     ENCODE: tl.constexpr,  # from values of at most LARGEST to codes
@@ -77,6 +77,7 @@ def store_heads(
     HEAD_DIM: tl.constexpr,
 ):
     head = slot * num_kv_heads + kv_head
+    low, high = low.to(tl.float32), high.to(tl.float32)
     # Compared as whole numbers, infinity and NaN are the largest.
     of_low, of_high = low.to(tl.int32, bitcast=True) & 0x7FFFFFFF, high.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.max(tl.maximum(of_low, of_high), axis=1)[:, None]
@@ -91,12 +92,12 @@ def store_heads(
     tl.store(scales + head, scale, mask=mask)
 
 
-class ScaledPages(Pages, is_format=False):
+class ScaledPages(TokenPages, is_format=False):
     """Codes [num_pages, page_size, Hkv, D] of k and of v, their scales [num_pages, page_size, Hkv] in float32, and a
     tensor of q's dtype. A subclass is a format: it says what a code is."""
 
     __slots__ = ("k", "k_scales", "like", "v", "v_scales")
-    code: ClassVar[torch.dtype]
+    by_token = 4
     largest: ClassVar[float]  # of the codes
     triton_scale_k, triton_scale_v = scale_k, scale_v
     triton_prefetch = dense._prefetch
@@ -106,16 +107,12 @@ class ScaledPages(Pages, is_format=False):
         self.k, self.v, self.k_scales, self.v_scales, self.like = k, v, k_scales, v_scales, like
 
     @classmethod
-    def allocate(
-        cls, num_pages: int, page_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-    ) -> ScaledPages:
-        shape = num_pages, page_size, num_kv_heads, head_dim
-        k, v = (torch.empty(shape, dtype=cls.code, device=device) for _ in range(2))
+    def _others(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
         k_scales, v_scales = (torch.empty(shape[:3], dtype=torch.float32, device=device) for _ in range(2))
-        return cls(k, v, k_scales, v_scales, cls._like(num_kv_heads, head_dim, dtype, device))
+        return k_scales, v_scales, cls._like(shape, dtype, device)
 
-    @staticmethod
-    def _like(num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    @classmethod
+    def _like(cls, shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(0, dtype=dtype, device=device)
 
     def _like_shape(self) -> tuple[int, ...]:
@@ -134,35 +131,25 @@ class ScaledPages(Pages, is_format=False):
     def tensors(self) -> tuple[Tensor, ...]:
         return self.k, self.v, self.k_scales, self.v_scales, self.like
 
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        num_pages, page_size, num_kv_heads, head_dim = self.k.shape
-        return num_pages, page_size, num_kv_heads, head_dim
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.like.dtype
-
-    def check(self, op: str, like: Tensor, head_dim: int | str) -> None:
-        shape, codes = ("pages", "page size", "Hkv", head_dim), (self.code,)
+    def _check_others(self, op: str, like: Tensor) -> None:
         floats = (torch.float32, torch.float64)  # float64 in comparisons only
-        check_tensor(op, self.names[0], self.k, shape, dtypes=codes, dense=True)
-        check_tensor(op, self.names[1], self.v, tuple(self.k.shape), dtypes=codes, dense=True)
         check_tensor(op, self.names[2], self.k_scales, tuple(self.k.shape[:3]), dtypes=floats, dense=True)
         check_tensor(op, self.names[3], self.v_scales, tuple(self.k.shape[:3]), dtypes=floats, dense=True)
         check_tensor(op, self.names[4], self.like, self._like_shape(), like=like, dense=True)
-        check_device(op, **dict(zip(self.names, self.tensors, strict=True)))
 
     def store(self, slots: Tensor, k: Tensor, v: Tensor) -> None:
-        for paged, scales, x in ((self.k, self.k_scales, wide(k)), (self.v, self.v_scales, wide(v))):
-            num_kv_heads, head_dim = paged.shape[-2:]
-            most = x.abs().amax(-1)
-            finite, counts = most.isfinite(), most >= SMALLEST
-            its = torch.where(counts, most / self.largest, 0.0)
-            inverse = torch.where(finite & counts, self.largest / most, 0.0)[..., None]
-            codes = self._encode(torch.where(finite[..., None], x, 0.0) * inverse)
-            paged.view(-1, num_kv_heads, head_dim)[slots] = codes
-            scales.view(-1, num_kv_heads)[slots] = torch.where(finite, its, math.nan).to(scales.dtype)
+        (k, k_scales), (v, v_scales) = self._encoded(k), self._encoded(v)
+        self._write(slots, (k, v, k_scales, v_scales))
+
+    def _encoded(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """The codes of values [T, Hkv, D], and their scales."""
+        values = wide(values)
+        most = values.abs().amax(-1)
+        finite, counts = most.isfinite(), most >= SMALLEST
+        scales = torch.where(counts, most / self.largest, 0.0)
+        inverse = torch.where(finite & counts, self.largest / most, 0.0)[..., None]
+        codes = self._encode(torch.where(finite[..., None], values, 0.0) * inverse)
+        return codes, torch.where(finite, scales, math.nan).to(self.k_scales.dtype)
 
     def gather(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
         k, v = self._gathered(block_table, length)
@@ -170,16 +157,9 @@ class ScaledPages(Pages, is_format=False):
 
     def _gathered(self, block_table: Tensor, length: int) -> tuple[Tensor, Tensor]:
         """k and v [Hkv, length, D] in the dtype of the scales."""
-        numbers = block_table[: -(-length // self.page_size)].long()
-        found = []
-        for paged, scales in ((self.k, self.k_scales), (self.v, self.v_scales)):
-            codes, its = (each[numbers].flatten(0, 1)[:length].transpose(0, 1) for each in (paged, scales))
-            found.append(self._decode(codes, its.dtype) * its[..., None])
-        return found[0], found[1]
-
-    def copy_page(self, to: int, source: int) -> None:
-        for tensor in (self.k, self.v, self.k_scales, self.v_scales):
-            tensor[to] = tensor[source]
+        k, v, k_scales, v_scales = self._rows(block_table, length)
+        dtype = k_scales.dtype
+        return self._decode(k, dtype) * k_scales[..., None], self._decode(v, dtype) * v_scales[..., None]
 
     def triton_arguments(self) -> ScaledPagesArguments:
         page, token, head = self.k.stride()[:3]

@@ -1,5 +1,5 @@
 """The ops of ../linear.py. For few tokens (1 to 16) each op is one kernel; few_tokens.py has the picture. More tokens
-run rms_norm, torch's matrix product and swiglu one after the other.
+run rms_norm, a product (many_tokens.py) and swiglu one after the other.
 
 The epilogue computes in float32. out is rounded once, or twice with an addend: before and after it is added.
 
@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,8 +28,9 @@ from ..swiglu import swiglu
 from ..weights import Stack, Weight
 from .arrivals import arrivals
 from .backend import TRITON, refuses_format
-from .few_tokens import MAX_HIDDEN, MAX_TOKENS, multiply, reads_nothing
+from .few_tokens import MAX_HIDDEN, multiply, reads_nothing
 from .launching import planned
+from .many_tokens import few_enough, product, slices
 from .tiling import tiling
 
 
@@ -172,7 +172,7 @@ def _launch_linear(
 
 def refuses_weight(weight: Weight) -> str | None:
     for part in parts_of(weight):
-        if reason := refuses_format("weights", part, part.triton_load):
+        if reason := refuses_format("weights", part, part.triton_load) or part.triton_refuses():
             return reason
     return None
 
@@ -191,27 +191,26 @@ def refuses_norm(x: Tensor, weight: Weight) -> str | None:
 
 @TRITON.implements(lambda x, weight, *rest, **keywords: refuses_weight(weight))
 def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor | None = None) -> Tensor:
+    if not few_enough(x, weight):
+        return product(x, weight, bias, addend)
     if isinstance(weight, Stack):
         out = _by_parts(lambda part, bias: linear(x, part, bias), weight, bias)
         return out if addend is None else addend + out
-    if len(x) > MAX_TOKENS:
-        if addend is None or bias is not None:
-            out = F.linear(x, weight.dequantise(), bias)
-            return out if addend is None else addend + out
-        return torch.addmm(addend, x, weight.dequantise().t())
     out = x.new_empty(len(x), len(weight))
-    _launch_linear("linear", out, x, None, weight, bias, addend, 0.0)
+    for x_slice, out_slice, addend_slice in slices(x, out, addend):
+        _launch_linear("linear", out_slice, x_slice, None, weight, bias, addend_slice, 0.0)
     return out
 
 
 @TRITON.implements(lambda x, norm_weight, eps, weight, bias=None: refuses_norm(x, weight))
 def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias: Tensor | None = None) -> Tensor:
+    if not few_enough(x, weight):
+        return product(rms_norm(x, norm_weight, eps), weight, bias)
     if isinstance(weight, Stack):
         return _by_parts(lambda part, bias: norm_linear(x, norm_weight, eps, part, bias), weight, bias)
-    if len(x) > MAX_TOKENS:
-        return F.linear(rms_norm(x, norm_weight, eps), weight.dequantise(), bias)
     out = x.new_empty(len(x), len(weight))
-    _launch_linear("norm_linear", out, x, norm_weight, weight, bias, None, eps)
+    for x_slice, out_slice in slices(x, out):
+        _launch_linear("norm_linear", out_slice, x_slice, norm_weight, weight, bias, None, eps)
     return out
 
 
@@ -224,10 +223,9 @@ def _by_parts(run: Callable[[Weight, Tensor | None], Tensor], weight: Stack, bia
 
 @TRITON.implements(lambda x, norm_weight, eps, weight: refuses_norm(x, weight))
 def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
-    if isinstance(weight, Stack) or len(weight) // 2 % weight.row_tile:
+    if isinstance(weight, Stack) or len(weight) // 2 % weight.row_tile or not few_enough(x, weight):
         return swiglu(norm_linear(x, norm_weight, eps, weight))
-    if len(x) > MAX_TOKENS:
-        return swiglu(F.linear(rms_norm(x, norm_weight, eps), weight.dequantise()))
     out = x.new_empty(len(x), len(weight) // 2)
-    _launch_linear("norm_swiglu_linear", out, x, norm_weight, weight, None, None, eps, gated=True)
+    for x_slice, out_slice in slices(x, out):
+        _launch_linear("norm_swiglu_linear", out_slice, x_slice, norm_weight, weight, None, None, eps, gated=True)
     return out

@@ -16,7 +16,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -28,6 +27,7 @@ from .backend import TRITON, pdl_options
 from .few_tokens import MAX_TOKENS, multiply, reads_nothing
 from .launching import cdiv, next_power_of_2, planned
 from .linear import refuses_norm
+from .many_tokens import few_enough, product, slices
 from .tiling import tiling
 
 MAX_TOP_K = 16  # for a larger k the logits are computed, and torch sorts them
@@ -194,29 +194,32 @@ def _launch_top_k(values: Tensor, ids: Tensor, candidates: Tensor, candidate_ids
 
 @TRITON.implements(lambda x, norm_weight, eps, weight: refuses_norm(x, weight))
 def lm_head(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Tensor:
+    if not few_enough(x, weight):
+        return product(rms_norm(x, norm_weight, eps), weight).float()
     if isinstance(weight, Stack):
         return torch.cat([lm_head(x, norm_weight, eps, part) for part in weight.parts], dim=1)
-    if len(x) > MAX_TOKENS:
-        return F.linear(rms_norm(x, norm_weight, eps), weight.dequantise()).float()
     logits = x.new_empty(len(x), len(weight), dtype=torch.float32)
-    _launch_lm_head(logits, None, None, x, norm_weight, weight, eps)
+    for x_slice, logits_slice in slices(x, logits):
+        _launch_lm_head(logits_slice, None, None, x_slice, norm_weight, weight, eps)
     return logits
 
 
 @TRITON.implements(lambda x, norm_weight, eps, weight, k: refuses_norm(x, weight))
 def lm_head_top_k(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, k: int) -> tuple[Tensor, Tensor]:
-    if len(x) > MAX_TOKENS and k == 1:
+    many = not few_enough(x, weight)
+    if many and k == 1:
         values, ids = lm_head(x, norm_weight, eps, weight).max(dim=-1, keepdim=True)
         return values, ids
-    if len(x) > MAX_TOKENS or k > MAX_TOP_K or isinstance(weight, Stack):
+    if many or k > MAX_TOP_K or isinstance(weight, Stack):
         values, ids = lm_head(x, norm_weight, eps, weight).sort(dim=-1, descending=True, stable=True)
         return values[:, :k], ids[:, :k]
     values = x.new_empty(len(x), k, dtype=torch.float32)
     ids = x.new_empty(len(x), k, dtype=torch.int64)
     # A multiple of 16 lets the second kernel load vectors. The extra tiles have no rows.
-    tiles = cdiv(tiling("lm_head", x, weight)[0], 16) * 16
+    tiles = cdiv(tiling("lm_head", x[:MAX_TOKENS] if len(x) > MAX_TOKENS else x, weight)[0], 16) * 16
     candidates = x.new_empty(len(x), tiles, k, dtype=torch.float32)
     candidate_ids = torch.empty_like(candidates, dtype=torch.int32)
-    _launch_lm_head(None, candidates, candidate_ids, x, norm_weight, weight, eps)
+    for x_slice, mine, mine_ids in slices(x, candidates, candidate_ids):
+        _launch_lm_head(None, mine, mine_ids, x_slice, norm_weight, weight, eps)
     _launch_top_k(values, ids, candidates, candidate_ids)
     return values, ids

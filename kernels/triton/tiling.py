@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from ..triton_if_any import INTERPRETED
-from ..weights import Grouped, Weight
+from ..weights import Weight
 from . import tuning
 from .backend import pdl_options
 from .few_tokens import MAX_TOKENS
@@ -118,18 +118,21 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
 
 
 @tuning.remember
-def grouped_config(
-    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, group: int
+def packed_config(
+    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, row_tile: int, form: Any
 ) -> dict[str, Any]:
-    """The configuration of a linear kernel over a weight [N, K] of tiles of 16 rows, whose rows take ``row`` bytes.
-    ``itemsize`` is that of x. What determines the order of summation does not depend on the number of tokens."""
+    """The configuration of a linear kernel over a packed weight [N, K] whose rows take ``row`` bytes, ``row_tile`` of
+    them together. ``itemsize`` is that of x, ``form`` the weight's ``triton_numbers``. What determines the order of
+    summation does not depend on the number of tokens."""
     paired, on_cuda = op in PAIRED, device.backend == "cuda" and not INTERPRETED
     block_n = 32 if n % 32 == 0 or paired else 16
     memory = device.shared_memory - 8192 - 512 * block_n  # partial sums of the warps
     block_k = max(32, next_power_of_2(k))
     tile = block_n * row * block_k // k
     # Groups of 16 values have so many products that those of a whole row do not fit the registers.
-    if k * itemsize <= RESIDENT and group >= 32 and tile + 2 * MAX_TOKENS * block_k * itemsize <= memory:
+    if k * itemsize <= RESIDENT and form.step >= 32 and tile + 2 * MAX_TOKENS * block_k * itemsize <= memory:
+        if n < 32 * device.num_sms and not paired:  # with 32 rows there would be too few programs
+            tile, block_n = tile * 16 // block_n, 16
         x = tokens * block_k * itemsize
         stages = max(2, min(3, 1 + (memory - x) // tile))
         return {
@@ -138,11 +141,11 @@ def grouped_config(
             "AHEAD": 0,
             "SPLIT_K": 1,
             "PROGRAMS": max(1, min(2, (memory + 8192) // ((stages - 1) * tile + x))),
-            "PREFETCH_LINES": next_power_of_2(row * 16 // 256) if on_cuda else 0,
+            "PREFETCH_LINES": next_power_of_2(row * row_tile // 256) if on_cuda else 0,
             "num_warps": max(1, min(8, block_k // 128)),
             "num_stages": stages,
         }
-    block_k = 1024 if group >= 32 else 512
+    block_k = 1024 if form.step >= 32 else 512
     while 2 * block_k * (block_n * row // k + 1 + MAX_TOKENS * itemsize) > memory or block_k >= 2 * k:
         block_k //= 2
     split_k = 1 if paired or op == "lm_head" else max(1, min(round(2 * device.num_sms * block_n / n), 8, k // 1024))
@@ -154,8 +157,9 @@ def grouped_config(
         "AHEAD": 0,
         "SPLIT_K": split_k,
         "PROGRAMS": 0,
-        "PREFETCH_LINES": next_power_of_2(row * block_k // k * 16 // 64) if on_cuda else 0,
-        "num_warps": max(1, min(8, block_k // 128)),
+        "PREFETCH_LINES": next_power_of_2(row * block_k // k * row_tile // 64) if on_cuda else 0,
+        # Groups of 16 values with an offset would spill registers otherwise.
+        "num_warps": max(1, min(8, block_k // (64 if form.step < 32 and form.has_offset else 128))),
         "num_stages": 1 + max(1, min(5, stages - 1)),
     }
 
@@ -171,13 +175,12 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
     num_tokens, k_size = x.shape
     device = tuning.device_of(x)
     block_t = padded(num_tokens, device)
-    if isinstance(weight, Grouped):
+    form = weight.triton_numbers()
+    if form is not None:  # packed
         # With one column, Triton 3.7 exchanges the halves of a tile of 32 rows in every other product of a batch.
         block_t = max(2, block_t)
-    if isinstance(weight, Grouped):
-        row = weight.nbytes // len(weight)
-        group = weight.values_of_group
-        found = grouped_config(op, device, len(weight), k_size, block_t, x.element_size(), row, group & -group)
+        row, together = weight.nbytes // len(weight), weight.row_tile
+        found = packed_config(op, device, len(weight), k_size, block_t, x.element_size(), row, together, form)
     else:
         found = config(op, device, len(weight), k_size, block_t, x.element_size())
     chosen = dict(found)
@@ -191,13 +194,13 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
         "OPERAND": weight.triton_operand,
         "MULTIPLY": weight.triton_multiply,
         "PREFETCH": weight.triton_prefetch,
-        "FORM": weight.triton_numbers(),
+        "FORM": form,
         "BLOCK_T": block_t,
         "BLOCK_ROW": next_power_of_2(k_size),
         "SLICES": chosen["num_warps"],
         "EVEN_K": k_size % chosen["BLOCK_K"] == 0,
         "RESIDENT": programs > 0,
-        "STAGES": chosen["num_stages"] if isinstance(weight, Grouped) else None,
+        "STAGES": None if form is None else chosen["num_stages"],
         "LOOPS": grid < tiles,
         **pdl_options(x),
     }

@@ -37,9 +37,16 @@ class Weight:
         triton_prefetch(weight, ROWS, args, tile, k_start, k_end, FORM, BLOCK_N, LINES)
             prefetches the first LINES cache lines of each row, or of each tile of rows, into the L2 cache
 
-    Triton's ops refuse a format that lacks them, and on a CUDA device of a lower compute capability than
-    ``triton_capability`` (major * 10 + minor). ``row_tile`` is the number of rows that a format keeps together: a
-    tile of a kernel begins at a multiple of it.
+    ``triton_dequantise`` may be defined beside them, for many tokens and for the embedding; without it, torch
+    dequantises:
+
+        triton_dequantise(weight, rows, start, k_size, FORM, BLOCK_K, EVEN_K)
+            values [rows, BLOCK_K] in float32 from column ``start`` on, of these rows (int64). Those from ``k_size`` on
+            may be any; EVEN_K says that there are none.
+
+    Triton's ops refuse a format that lacks them, a weight for which ``triton_refuses`` gives a reason, and all on a
+    CUDA device of a lower compute capability than ``triton_capability`` (major * 10 + minor). ``row_tile`` is the
+    number of rows that a format keeps together: a tile of a kernel begins at a multiple of it.
 
     For C: kernels/c/weights.py makes the struct of each format. C's ops refuse a format that it does not list."""
 
@@ -53,6 +60,7 @@ class Weight:
     triton_operand: ClassVar[Callable | None] = None
     triton_multiply: ClassVar[Callable | None] = None
     triton_prefetch: ClassVar[Callable | None] = None
+    triton_dequantise: ClassVar[Callable | None] = None
 
     def __init_subclass__(cls, is_format: bool = True, **keywords: Any) -> None:
         """``is_format`` is False for a base class of formats."""
@@ -108,6 +116,9 @@ class Weight:
         raise NotImplementedError(f"weights of the format {self.format} have no Triton kernels")
 
     def triton_numbers(self) -> Any:
+        return None
+
+    def triton_refuses(self) -> str | None:
         return None
 
     @property

@@ -12,22 +12,28 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
-from .base import Weight
+from . import fp8_products
+from .fp8_products import Fp8Arguments, Fp8Numbers
+from .quantised import CHUNK, Quantised
 
 LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
-_CHUNK = 1 << 22  # values that are converted at a time
 
 
-class Fp8(Weight):
+class Fp8(Quantised):
     """``codes`` [N, K] and ``scales`` [N] have the bits of their floats as integers, because the tests convert every
-    float tensor to float64. ``like`` is an empty tensor whose dtype is that of the matrix."""
+    float tensor to float64."""
 
     format = "fp8"
     names = ("codes", "scales", "like")
+    triton_load = fp8_products.load
+    triton_load_groups = fp8_products.load_groups
+    triton_operand = fp8_products.operand
+    triton_multiply = fp8_products.multiply
+    triton_prefetch = fp8_products.prefetch
+    triton_dequantise = fp8_products.dequantise
     __slots__ = names
 
-    def __init__(self, codes: Tensor, scales: Tensor, like: Tensor) -> None:
-        self.codes, self.scales, self.like = codes, scales, like
+    scales: Tensor
 
     @classmethod
     def allocate(
@@ -43,47 +49,20 @@ class Fp8(Weight):
         return cls(codes.view(torch.uint8), scales.view(torch.int32), empty)
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return self.codes, self.scales, self.like
-
-    @property
     def shape(self) -> torch.Size:
         return self.codes.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    def __len__(self) -> int:
-        return len(self.codes)
 
     def check(self, op: str, name: str, shape: tuple[int | str, int | str], like: Tensor | None = None) -> None:
         check_tensor(op, name, self.codes, shape, dtypes=(torch.uint8,))
         check_tensor(op, f"{name}.scales", self.scales, (len(self.codes),), dtypes=(torch.int32,), dense=True)
-        if like is not None and self.like.dtype != like.dtype:
-            wanted, found = (str(each.dtype).removeprefix("torch.") for each in (like, self.like))
-            raise TypeError(f"{op}: {name} must be {wanted}, and is {found}")
-
-    def dequantise(self) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        step = max(1, _CHUNK // out.shape[1])
-        for start in range(0, len(out), step):
-            out[start : start + step] = self.rows(start, start + step)._matrix()
-        return out
-
-    def rows(self, start: int, stop: int) -> Fp8:
-        return Fp8(self.codes[start:stop], self.scales[start:stop], self.like)
+        self.check_dtype(op, name, like)
 
     def take(self, ids: Tensor) -> Tensor:
         return Fp8(self.codes[ids], self.scales[ids], self.like)._matrix()
 
     def copy_(self, matrix: Tensor) -> None:
         """Rounds every row to the nearest codes, with the scale that makes its largest value the largest code."""
-        step = max(1, _CHUNK // matrix.shape[1])
+        step = max(1, CHUNK // matrix.shape[1])
         for start in range(0, len(matrix), step):
             values = matrix[start : start + step].to(torch.float32)
             scales = values.abs().amax(1).div_(LARGEST)
@@ -92,6 +71,18 @@ class Fp8(Weight):
             codes = (values / scales[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
             self.codes[start : start + step] = codes.view(torch.uint8)
             self.scales[start : start + step] = scales.view(torch.int32)
+
+    def triton_refuses(self) -> str | None:
+        codes = self.codes
+        if codes.shape[1] % 4 or codes.stride(0) % 4 or codes.data_ptr() % 4:
+            return "weights of the format fp8 whose rows are not whole words of four codes"
+        return None
+
+    def triton_arguments(self) -> Fp8Arguments:
+        return Fp8Arguments(self.codes, self.scales, self.codes.stride(0))
+
+    def triton_numbers(self) -> Fp8Numbers:
+        return Fp8Numbers()
 
     def _matrix(self) -> Tensor:
         """The values [N, K] in the dtype of the matrix."""

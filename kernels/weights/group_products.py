@@ -107,7 +107,7 @@ def load_groups(
 
 
 @triton.jit
-def _floats(bits):
+def floats(bits):
     FLOAT: tl.constexpr = tl.float16 if bits.dtype == tl.int16 else tl.float32
     return bits.to(FLOAT, bitcast=True).to(tl.float32)
 
@@ -173,12 +173,12 @@ def multiply(piece, groups, x, acc, FORM: tl.constexpr):
         products = tl.broadcast_to(sums * -(FORM.zero + BASE), [BATCH, BLOCK_N, BLOCK_T])
     else:
         products = tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32)
-    scale = _floats(scales)
+    scale = floats(scales)
     if FORM.has_sub_scales:
         scale *= sub_scales.to(tl.float32)
     products = dot(weights, values, products) * scale[:, :, None]
     if FORM.has_offset:
-        offset = _floats(minima)
+        offset = floats(minima)
         if FORM.has_sub_scales:
             offset *= -sub_minima.to(tl.float32)
         products += offset[:, :, None] * sums

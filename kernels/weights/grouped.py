@@ -31,26 +31,24 @@ import torch
 from torch import Tensor
 
 from ..checks import check_tensor
-from . import group_products
-from .base import Weight
+from . import group_products, group_rows
 from .group_products import GroupArguments, GroupNumbers
+from .quantised import CHUNK, Quantised
 from .rounding import Rounded, nearest
+from .tiles import DEPTH, ROWS, pack, unpack
 
-ROWS = 16  # rows of a tile
-DEPTH = 32  # values of k of a tile
 SUPER = 256  # values that share a scale of sub-scales
 GROUPS = (128, 64, 32)  # values of a group, where the format does not say how many: the first that divides K
-_CHUNK = 1 << 22  # values that are converted at a time
-_IN_CACHE = 1 << 18  # the same on a CPU, where a chunk is rounded in many passes: 1 MiB as float32
+_IN_CACHE = 1 << 18  # values that a CPU rounds at a time, in many passes: 1 MiB as float32
 _BITS = {torch.int16: torch.float16, torch.int32: torch.float32}  # of a tensor of scales -> its floats
 
 
-class Grouped(Weight, is_format=False):
+class Grouped(Quantised, is_format=False):
     """Codes of ``bits`` bits. A subclass is a format.
 
     ``group`` is the number of values of a group; if it is None, the shape of ``zeros`` says it. ``zero`` is subtracted
     from every code; if it is None, ``zeros`` has it for each group. ``super_scales`` says that scales (and minima) are
-    products of a float16 and a small integer. ``like`` is an empty tensor whose dtype is that of the matrix."""
+    products of a float16 and a small integer."""
 
     bits: ClassVar[int]
     group: ClassVar[int | None] = 32
@@ -66,10 +64,9 @@ class Grouped(Weight, is_format=False):
     triton_operand = group_products.operand
     triton_multiply = group_products.multiply
     triton_prefetch = group_products.prefetch
+    triton_dequantise = group_rows.dequantise
 
-    codes: Tensor
     scales: Tensor
-    like: Tensor
     high: Tensor | None = None
     minima: Tensor | None = None
     sub_scales: Tensor | None = None
@@ -90,10 +87,6 @@ class Grouped(Weight, is_format=False):
         cls.names = tuple(name for name, present in has.items() if present)
         cls.levels = vars(cls).get("levels", 1 << cls.bits)
         super().__init_subclass__(**keywords)
-
-    def __init__(self, *tensors: Tensor) -> None:
-        for name, tensor in zip(self.names, tensors, strict=True):
-            setattr(self, name, tensor)
 
     @classmethod
     def shapes(cls, rows: int, columns: int, group: int | None = None) -> dict[str, tuple[int, ...]]:
@@ -150,7 +143,7 @@ class Grouped(Weight, is_format=False):
         rows, columns = codes.shape
         group = None if cls.zero is not None else columns // of_groups["zeros"].shape[1]
         shapes = cls.shapes(rows, columns, group)
-        packed, high = _pack(codes, cls.bits)
+        packed, high = pack(codes, cls.bits)
         tensors = {"codes": packed} if high is None else {"codes": packed, "high": high}
         for name, value in of_groups.items():
             if value.dtype.is_floating_point:
@@ -164,24 +157,9 @@ class Grouped(Weight, is_format=False):
         return cls(*[tensors[name] for name in shapes], torch.empty(0, dtype=dtype, device=codes.device))
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        return tuple([getattr(self, name) for name in self.names])
-
-    @property
     def shape(self) -> torch.Size:
         tile_rows, tiles = self.codes.shape[:2]
         return torch.Size((ROWS * tile_rows, DEPTH * tiles))
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.like.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.codes.device
-
-    def __len__(self) -> int:
-        return ROWS * len(self.codes)
 
     @property
     def values_of_group(self) -> int:
@@ -207,22 +185,7 @@ class Grouped(Weight, is_format=False):
         for each, sizes in shapes.items():
             dtypes = tuple(_BITS) if each == "scales" and not self.super_scales else (self._dtype(each),)
             check_tensor(op, f"{name}.{each}", getattr(self, each), sizes, dtypes=dtypes, dense=True)
-        if like is not None and self.like.dtype != like.dtype:
-            wanted = str(like.dtype).removeprefix("torch.")
-            raise TypeError(f"{op}: {name} must be {wanted}, and is {str(self.like.dtype).removeprefix('torch.')}")
-
-    def dequantise(self) -> Tensor:
-        out = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        step = max(1, _CHUNK // (ROWS * out.shape[1]))
-        for start in range(0, len(self.codes), step):
-            part = [each[start : start + step] for each in self.tensors[:-1]]
-            out[ROWS * start : ROWS * (start + step)] = type(self)(*part, self.like)._matrix()
-        return out
-
-    def rows(self, start: int, stop: int) -> Grouped:
-        if start % ROWS or stop % ROWS:
-            raise ValueError(f"{self.format}: rows {start} to {stop}; expected multiples of {ROWS}")
-        return type(self)(*[each[start // ROWS : stop // ROWS] for each in self.tensors[:-1]], self.like)
+        self.check_dtype(op, name, like)
 
     def take(self, ids: Tensor) -> Tensor:
         tiles, rows = ids // ROWS, ids % ROWS
@@ -232,7 +195,7 @@ class Grouped(Weight, is_format=False):
     def copy_(self, matrix: Tensor) -> None:
         """Rounds the matrix to the nearest codes, with the scales of the least squared error (rounding.py)."""
         rows, columns = matrix.shape
-        at_once = _IN_CACHE if matrix.device.type == "cpu" else _CHUNK
+        at_once = _IN_CACHE if matrix.device.type == "cpu" else CHUNK
         step = ROWS * max(1, at_once // (ROWS * columns))
         for start in range(0, rows, step):
             part = matrix[start : start + step]
@@ -265,7 +228,7 @@ class Grouped(Weight, is_format=False):
 
     def unpacked(self) -> Tensor:
         """The codes [N, K], uint8."""
-        return _rows(_unpack(self.codes, self.high))
+        return unpack(self.codes, self.high)
 
     def of_groups(self) -> dict[str, Tensor]:
         """What ``from_codes`` takes beside the codes, row by row."""
@@ -305,55 +268,3 @@ def _places(device: torch.device) -> Tensor:
 
 def _group(columns: int, zeros: Tensor) -> int:
     return columns // max(1, zeros.shape[1])
-
-
-def _pack(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
-    """Codes [N, K] (uint8) as ``codes`` and ``high``."""
-    rows, columns = codes.shape
-    # [tile row, row, tile, half, t, j] -> [tile row, tile, half, j, row, t]
-    parts = codes.view(rows // ROWS, ROWS, columns // DEPTH, 2, 4, 4).permute(0, 2, 3, 5, 1, 4)
-    if bits == 8:
-        return _words(parts.flatten(2, 3)), None
-    low = parts & 15
-    packed = _words(low[:, :, 0] | low[:, :, 1] << 4)
-    if bits == 4:
-        return packed, None
-    upper = parts >> 4  # [tile row, tile, half, j, row, t]
-    j = torch.arange(4, dtype=torch.uint8, device=codes.device).view(4, 1, 1)
-    if bits == 6:
-        return packed, _words((upper << 2 * j).sum(3, dtype=torch.uint8))
-    bit = 4 * torch.arange(2, dtype=torch.uint8, device=codes.device).view(2, 1, 1, 1) + j
-    return packed, _words((upper << bit).sum((2, 3), dtype=torch.uint8).unsqueeze(2))
-
-
-def _unpack(codes: Tensor, high: Tensor | None) -> Tensor:
-    """The codes [tile row, tile, half, j, row, t] of ``codes`` and ``high``. The number of rows may be other than
-    16."""
-    parts = _bytes(codes)
-    if codes.shape[2] == 8:
-        return parts.unflatten(2, (2, 4))
-    values = torch.stack((parts & 15, parts >> 4), dim=2)
-    if high is None:
-        return values
-    upper = _bytes(high)
-    j = torch.arange(4, dtype=torch.uint8, device=codes.device).view(4, 1, 1)
-    if high.shape[2] == 2:
-        return values | (upper.unsqueeze(3) >> 2 * j & 3) << 4
-    bit = 4 * torch.arange(2, dtype=torch.uint8, device=codes.device).view(2, 1, 1, 1) + j
-    return values | (upper.unsqueeze(2) >> bit & 1) << 4
-
-
-def _rows(parts: Tensor) -> Tensor:
-    """[tile row, tile, half, j, row, t] -> [N, K]."""
-    tile_rows, tiles, _, _, rows, _ = parts.shape
-    return parts.permute(0, 4, 1, 2, 5, 3).reshape(tile_rows * rows, tiles * DEPTH)
-
-
-def _bytes(words: Tensor) -> Tensor:
-    """[..., row] int32 -> [..., row, t] uint8."""
-    return words.contiguous().view(torch.uint8).unflatten(-1, (-1, 4))
-
-
-def _words(parts: Tensor) -> Tensor:
-    """[..., row, t] uint8 -> [..., row] int32."""
-    return parts.contiguous().view(torch.int32).squeeze(-1)

@@ -17,18 +17,19 @@ from pathlib import Path
 
 import torch
 
-from qwenkern.allocation import allocate
 from qwenkern.config import Config
-from qwenkern.errors import CheckpointError, RequestError, shown
+from qwenkern.errors import CheckpointError, shown
 from qwenkern.generation import Generation
 from qwenkern.kernels import Weight
 from qwenkern.kernels.weights import Grouped
 
+from .adjacent import Adjacent
 from .base import Checkpoint
 from .blocks import format_of
 from .dequantize import dequantize, is_float, is_supported, supported
 from .gguf_container import Container, TensorInfo
 from .gguf_parts import read_parts
+from .integers import meta
 from .repack import repack
 
 logger = logging.getLogger(__name__)
@@ -56,17 +57,17 @@ class GgufCheckpoint(Checkpoint):
     """places: for each tensor, by Hugging Face's name, its file and its place in the file."""
 
     places: Mapping[str, tuple[Container, TensorInfo]] = field(repr=False)
+    formats: Mapping[str, Grouped] = field(repr=False, default_factory=dict, kw_only=True)
 
     def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Weight]]:
         """See Checkpoint.tensors. Every tensor is in new memory: floats and what `formats` lacks are converted, and
         blocks repacked."""
         self._warn(dtype)
+        allocated = Adjacent(self.formats, self.config, dtype)
         for name, (container, info) in self.places.items():
             blocks = container.blocks(info)
             if name in self.formats:
-                weight = _allocate(info, dtype, "cpu")
-                assert weight is not None
-                yield name, repack(blocks, info.kind, weight, f"{self.path}: tensor {info.name}")
+                yield name, repack(blocks, info.kind, allocated(name), f"{self.path}: tensor {info.name}")
             else:
                 yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"))
 
@@ -88,16 +89,13 @@ class GgufCheckpoint(Checkpoint):
             )
 
 
-def _allocate(info: TensorInfo, dtype: torch.dtype, device: str) -> Grouped | None:
-    """A weight of a tensor's format and size; None if there is none."""
+def _planned(info: TensorInfo) -> Grouped | None:
+    """A weight of a tensor's format and size, on the meta device; None if there is none."""
     form = format_of(info.kind)
     if form is None or len(info.shape) != 2:
         return None
-    place = torch.device(device)
     try:
-        return form.allocate(*info.shape, dtype, lambda shape, dtype: allocate(shape, dtype, place))
-    except RequestError:
-        raise
+        return form.allocate(*info.shape, torch.bfloat16, meta)
     except ValueError:  # a size that the format does not have
         return None
 
@@ -125,7 +123,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         tie_word_embeddings="lm_head.weight" not in places,
         source=str(path),
     )
-    plans = {name: _allocate(info, torch.bfloat16, "meta") for name, (_, info) in places.items()}
+    plans = {name: _planned(info) for name, (_, info) in places.items()}
     return GgufCheckpoint(
         path=path,
         config=config,

@@ -110,12 +110,14 @@ class Layout:
         return hidden + rows * config.vocab_size * 4 + angles + self.scratch(tokens)
 
     def scratch(self, tokens: int) -> int:
-        """Bytes of the largest matrix of a layer, dequantised: for its product with many tokens."""
-        if tokens <= FEW_TOKENS:
+        """Bytes of dequantised rows of a matrix of a layer, for its product with many tokens: of all rows on a CPU, and
+        on a GPU of those of a turn."""
+        if tokens <= (PACKED_TOKENS if self.on_gpu else FEW_TOKENS):
             return 0
         layers = [weight for name, weight in self.matrices.items() if name not in (EMBEDDING, HEAD)]
         sizes = [math.prod(weight.shape) for weight in layers if not isinstance(weight, Dense)]
-        return _PACKED * max(sizes, default=0) * self.dtype.itemsize
+        whole = _PACKED * max(sizes, default=0) * self.dtype.itemsize
+        return min(whole, SCRATCH) if self.on_gpu else whole
 
     def graphs(self, sequences: int) -> int:
         """Bytes of the captured decode steps of up to so many sequences, and of the captured passes over prompts."""
@@ -159,6 +161,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 FEW_TOKENS = 16  # up to so many a matrix is multiplied by as it is
+PACKED_TOKENS, SCRATCH = 48, 1 << 26  # likewise on a GPU; and bytes of a turn (kernels/triton/many_tokens.py)
 
 
 def default_chunk(on_gpu: bool) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import tokenizers
 from tokenizers import AddedToken, decoders, models
@@ -338,10 +338,10 @@ def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> 
 
 def _pairs(merges: list[str], source: str) -> list[tuple[str, str]]:
     """The two tokens of each merge, which a space separates."""
-    if not {*map(str.count, merges, repeat(" "))} <= {1}:
-        n, wrong = next((n, merge) for n, merge in enumerate(merges) if merge.count(" ") != 1)
+    pairs = cast("list[tuple[str, str]]", list(map(tuple, map(str.split, merges, repeat(" ")))))
+    if not {*map(len, pairs)} <= {2}:
+        n = next(n for n, pair in enumerate(pairs) if len(pair) != 2)
         raise CheckpointError(
-            f"{source}: tokenizer.ggml.merges[{n}] is {shown(wrong)}; expected two tokens and a space"
+            f"{source}: tokenizer.ggml.merges[{n}] is {shown(merges[n])}; expected two tokens and a space"
         )
-    tokens = " ".join(merges).split(" ") if merges else []
-    return list(zip(tokens[::2], tokens[1::2], strict=True))
+    return pairs

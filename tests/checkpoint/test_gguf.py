@@ -26,6 +26,7 @@ from qwenkern.errors import CheckpointError, ConfigError
 from qwenkern.generation import Generation
 from qwenkern.hub import names
 from qwenkern.kernels import Weight
+from qwenkern.kernels.weights import joined
 
 Q, V = GGMLQuantizationType, GGUFValueType
 HIDDEN, FFN, KV, VOCAB = 256, 512, 64, 40
@@ -60,9 +61,10 @@ NAMES = {
 
 
 def write_model(
-    path: Path, kind: Q = Q.F32, extra=lambda writer: None, names=NAMES, numbers=NUMBERS, **options
+    path: Path, kind: Q = Q.F32, extra=lambda writer: None, names=NAMES, numbers=NUMBERS, others=None, **options
 ) -> dict:
-    """A tiny model, its matrices in `kind`. Returns llama.cpp's name -> the bytes that were written and their type."""
+    """A tiny model, its matrices in `kind`, and some by their names in `others`. Returns llama.cpp's name -> the bytes
+    that were written and their type."""
     random = np.random.default_rng(0)
     writer = GGUFWriter(path, "qwen2", **options)
     for key, value in numbers.items():
@@ -71,7 +73,7 @@ def write_model(
     extra(writer)
     written = {}
     for name, (_, shape) in names.items():
-        stored = kind if len(shape) == 2 else Q.F32
+        stored = (others or {}).get(name, kind) if len(shape) == 2 else Q.F32
         block_size, type_size = GGML_QUANT_SIZES[stored]
         data = random.integers(0, 60, (*shape[:-1], shape[-1] // block_size * type_size), dtype=np.uint8)
         writer.add_tensor(name, data, raw_dtype=stored)
@@ -118,6 +120,26 @@ def test_a_model_of_each_type_is_what_the_gguf_library_reads(kind, tmp_path, cap
     assert bool(re.search(warning, caplog.text)) == (not is_float(kind))
     assert checkpoint.num_bytes(torch.float32) == sum(tensor.nbytes for tensor in tensors.values())
     assert dict(checkpoint.tensors(torch.bfloat16))["model.norm.weight"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("order", [NAMES, dict(reversed(NAMES.items()))], ids=["in order", "reversed"])
+def test_q_k_and_v_are_joined_without_a_copy(order, tmp_path):
+    write_model(tmp_path / "tiny.gguf", Q.Q5_K, names=order)
+    found = dict(open_checkpoint(tmp_path / "tiny.gguf").tensors(torch.float32))
+    for joins in (["self_attn.q", "self_attn.k", "self_attn.v"], ["mlp.gate", "mlp.up"]):
+        parts = [found[f"model.layers.0.{name}_proj.weight"] for name in joins]
+        whole = joined(parts)
+        assert torch.equal(whole.dequantise(), torch.cat([part.dequantise() for part in parts]))
+        assert [each.data_ptr() for each in whole.tensors] == [each.data_ptr() for each in parts[0].tensors]
+
+
+def test_parts_of_other_formats_are_not_in_the_way(tmp_path):
+    written = write_model(tmp_path / "tiny.gguf", Q.Q4_0, others={"blk.0.attn_k.weight": Q.Q8_0})
+    found = dict(open_checkpoint(tmp_path / "tiny.gguf").tensors(torch.float32))
+    whole = joined([found[f"model.layers.0.self_attn.{name}_proj.weight"] for name in "qkv"])
+    assert whole.format == "q4_0+q8_0+q4_0"
+    expected = [oracle(*written[f"blk.0.attn_{name}.weight"]) for name in "qkv"]
+    assert torch.equal(whole.dequantise(), torch.from_numpy(np.concatenate(expected)))
 
 
 def test_output_weight_is_an_untied_lm_head(tmp_path):

@@ -17,6 +17,7 @@ from qwenkern.engine.capture import PROMPT_LENGTHS, GraphCapture
 from qwenkern.footprint import Layout, layout_of
 from qwenkern.footprint import layout as allowances
 from qwenkern.footprint.layout import captured_steps
+from qwenkern.kernels.triton import many_tokens
 
 SMALL = FAMILY["qwen2.5-3b"]
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
@@ -168,8 +169,13 @@ def test_activations_are_those_of_a_pass():
     layout = layout_of(SMALL, GPU)
     assert layout.activations(4096, 2, 500) == 4096 * (3 * 11008 + 4 * 2048) * 2 + 2 * 151936 * 4 + 500 * 128 * 4
     quantised = layout_of(SMALL, GPU, quantize="int8")
-    assert quantised.scratch(17) == 2 * 11008 * 2048 * 2, "gate and up, dequantised"
-    assert quantised.scratch(16) == layout.scratch(17) == 0
+    assert quantised.scratch(49) == many_tokens.SCRATCH < 2 * 11008 * 2048 * 2, "less than gate and up, dequantised"
+    assert quantised.scratch(many_tokens.PACKED_TOKENS) == layout.scratch(49) == 0
+    tiny = layout_of(FAMILY["qwen2.5-0.5b"], GPU, quantize="int8")
+    assert tiny.scratch(49) == 2 * 4864 * 896 * 2, "gate and up, dequantised"
+    on_cpu = layout_of(SMALL, CPU, quantize="int8")
+    assert on_cpu.scratch(17) == 2 * 11008 * 2048 * on_cpu.dtype.itemsize
+    assert on_cpu.scratch(16) == 0
 
 
 def test_graphs_are_counted_as_they_are_captured():

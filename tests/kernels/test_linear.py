@@ -357,9 +357,9 @@ MUTATIONS = [
     ),
     Mutation(
         "many tokens lose their addend",
-        "triton/linear.py",
-        "torch.addmm(addend, x, weight.dequantise().t())",
-        "torch.mm(x, weight.dequantise().t())",
+        "triton/many_tokens.py",
+        "torch.addmm(addend, x, weight.tensor.t())",
+        "torch.mm(x, weight.tensor.t())",
         test_linear_with_bias_and_addend,
         {"tokens": 17, "dtype": torch.float32},
     ),

@@ -92,10 +92,9 @@ def test_torch_has_it_as_tensors(ops, form):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("tokens", [1, 5, 17])
+@pytest.mark.parametrize("tokens", [1, 5, 17, 49])
 def test_the_linears(ops, device, form, tokens, dtype):
-    """Where a backend takes the format, and where torch multiplies by the dequantised matrix. C's products have their
-    own bound in float32."""
+    """As it is packed, and dequantised for the library's product. C's products have their own bound in float32."""
     weight = made(form, rows=64, dtype=dtype, device=device)
     x = random(tokens, COLUMNS, dtype=dtype, device=device, seed=2)
     norm = 1 + random(COLUMNS, dtype=dtype, device=device, seed=4, scale=0.1)

@@ -91,10 +91,9 @@ def tensors_of(arg: Any) -> Sequence[Tensor]:
 
 def own(ops: ModuleType, arg: Any) -> Any:
     """An argument as a value of ``ops``, which may be a broken copy of the kernels with classes of its own."""
-    if isinstance(arg, (Weight, Pages)):
-        room = ops.weights if isinstance(arg, Weight) else ops.pages
-        return room.FORMATS[arg.format](*arg.tensors)
-    return arg
+    if isinstance(arg, Weight):
+        return ops.weights.as_weight(list(arg.tensors), arg.format)
+    return ops.pages.FORMATS[arg.format](*arg.tensors) if isinstance(arg, Pages) else arg
 
 
 def guard(tensor: Tensor, padding: int = 0) -> Tensor:

@@ -43,6 +43,17 @@ def ret(instruction: Instruction, program: Program) -> Step:
     return step
 
 
+@decodes("trap")
+def trap(instruction: Instruction, program: Program) -> Step:
+    """9.7.19: ends the kernel with an error."""
+    only(instruction, ())
+
+    def step(warp: Warp) -> Stop | None:
+        raise Fault("trap")
+
+    return step
+
+
 @decodes("bar")
 @decodes("barrier")
 def bar(instruction: Instruction, program: Program) -> Step:

@@ -1,0 +1,20 @@
+"""Rows of the embedding table. One kernel dequantises those of a quantised table (dequantise.py). Torch's indexing
+copies those of a dense one, which is a single kernel, too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..weights import Weight
+from .backend import TRITON
+from .dequantise import dequantise_ids
+
+
+@TRITON.implements()
+def embedding(ids: Tensor, weight: Weight) -> Tensor:
+    if weight.triton_dequantise is None:
+        return weight.take(ids)
+    out = torch.empty(len(ids), weight.shape[1], dtype=weight.dtype, device=ids.device)
+    dequantise_ids(out, weight, ids)
+    return out
