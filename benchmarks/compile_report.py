@@ -7,7 +7,8 @@
 The rules:
 
 - A kernel has no spills and no stack.
-- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits.
+- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits. Loads of v in 8 bits have
+  64.
 - The attention kernels and the few-token linears have matrix instructions.
 - A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks,
   except where that was measured to be faster.
@@ -61,11 +62,12 @@ MOST_L2 = 1.3  # times as long as from memory
 WARP = 32
 # The formats of weights that are compiled for every architecture, and those for sm_90 besides; and of the cache.
 WEIGHTS, MORE_WEIGHTS, PAGES = (
-    ("int4", "q6_k", "int8"),
+    ("int4", "q6_k", "int8", "fp8"),
     ("q4_0", "q4_k", "q5_0", "q5_k", "q8_0"),
     ("float16", "int8", "fp8"),
 )
 ONLY_DENSE = ("qkv", "lm_head")  # of what takes weights: others have the same loops
+DEQUANTISED = ("embedding", "gate_up")  # whose many tokens or rows are dequantised by a kernel
 ON_TENSOR_CORES: tuple[str, ...] = (
     "_decode_attention_kernel",
     "_prefill_attention_kernel",
@@ -73,6 +75,11 @@ ON_TENSOR_CORES: tuple[str, ...] = (
     "_lm_head_kernel",
 )
 ON_TENSOR_CORES += ("_norm_qkv_rope_kernel",)
+
+ATTENTION = ("_decode_attention_kernel", "_prefill_attention_kernel")
+# A tile of v in 8 bits is copied in pieces of 64 bits. The tensor cores read a column of v at a time, and so Triton
+# puts eight values together in shared memory: a 128-bit access in bfloat16. The sectors of memory stay whole.
+BYTES_OF_V = ("v", 8)
 
 # Here tiles whose rows lie in the same banks were faster than the tiles without them (docs/tuning-log.md): `down` takes
 # eight warps then, and reads 16 bytes a cycle from shared memory, where an SM of an H100 gets 14.5 from its memory.
@@ -118,7 +125,8 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
         broken.append(f"{code.shared} bytes of shared memory, and the device has {DEVICES[key].shared_memory}")
     for access in code.accesses:
         # if a tile has less than 16 bytes per thread, not every thread can move 128 bits
-        if access.tile >= code.warps * WARP * 16 and access.width < 128:
+        least = 64 if (access.name, access.element) == BYTES_OF_V and launch.name in ATTENTION else 128
+        if access.tile >= code.warps * WARP * 16 and access.width < least:
             broken.append(f"{access.width}-bit {access.kind} of {access.tile} bytes ({access.name} {access.line})")
     if code.clashes and (launch.name, key) not in CONFLICTS_MEASURED:
         broken.append(f"{code.clashes} tiles in shared memory whose rows lie in the same banks")
@@ -252,7 +260,8 @@ def variants(
     if not asked:
         weights, pages = WEIGHTS + MORE_WEIGHTS * (everything or key == COUNTED[1]), PAGES
     found = [] if asked else [(DENSE, DENSE)]
-    if "weights" in case.takes and case.name not in ONLY_DENSE and tokens in FEW:
+    has_kernels = tokens in FEW or case.name in DEQUANTISED
+    if "weights" in case.takes and case.name not in ONLY_DENSE and has_kernels:
         found += [(each, DENSE) for each in weights]
     return found + [(DENSE, each) for each in pages if "pages" in case.takes]
 

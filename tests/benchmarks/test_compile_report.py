@@ -15,6 +15,7 @@ from qwenkern.benchmarks.compile_report import broken_rules
 from qwenkern.benchmarks.offline import unpacking
 from qwenkern.benchmarks.offline.machine_code import DEVICES, Access, Code, Launch, Tile, accesses, loop, occupancy
 from qwenkern.benchmarks.ops.cases import CASES
+from qwenkern.kernels.weights.fp8_products import Fp8Numbers
 from qwenkern.kernels.weights.group_products import GroupNumbers
 
 PROGRAM = Path(compile_report.__file__)
@@ -56,6 +57,21 @@ def test_each_rule_can_be_broken(key, launch, change, rule):
 
 
 @pytest.mark.parametrize(
+    ("name", "element", "width", "kernel", "said"),
+    [
+        ("v", 8, 64, "_decode_attention_kernel", []),
+        ("v", 8, 32, "_decode_attention_kernel", ["32-bit load of 8192 bytes (v dense.py:46)"]),
+        ("v", 16, 64, "_decode_attention_kernel", ["64-bit load of 8192 bytes (v dense.py:46)"]),
+        ("k", 8, 64, "_prefill_attention_kernel", ["64-bit load of 8192 bytes (k dense.py:46)"]),
+        ("v", 8, 64, "_linear_kernel", ["64-bit load of 8192 bytes (v dense.py:46)"]),
+    ],
+)
+def test_only_v_in_bytes_may_be_loaded_in_halves(name, element, width, kernel, said):
+    access = Access("load", name, "dense.py:46", 8192, width, element)
+    assert broken_rules("sm_90", replace(LAUNCH, name=kernel), replace(GOOD, accesses=[access])) == said
+
+
+@pytest.mark.parametrize(
     ("key", "registers", "shared", "warps", "programs"),
     [
         ("sm_90", 32, 0, 4, 16),  # 64 warps
@@ -92,9 +108,9 @@ PTX = """
 
 def test_the_reader_finds_tiles_and_widths():
     assert accesses(TTGIR, PTX) == [
-        Access("load", "x", "few.py:141", 1024, 64),
-        Access("load", "w", "few.py:9", 8192, 64),
-        Access("store", "", "linear.py:36", 512, 64),
+        Access("load", "x", "few.py:141", 1024, 64, 16),
+        Access("load", "w", "few.py:9", 8192, 64, 32),
+        Access("store", "", "linear.py:36", 512, 64, 64),
     ]
 
 
@@ -131,6 +147,7 @@ TILE = Tile(FORM, rows=32, depth=512, tokens=2, streams_x=False, has_norm=True)
     [
         (TILE, 1.25),
         (replace(TILE, form=FORM._replace(bits=8)), 1.6),
+        (replace(TILE, form=Fp8Numbers()), 1.6),
         (replace(TILE, form=FORM._replace(group=32, has_sub_scales=True)), 1.25 + 2 / 32),
         (replace(TILE, form=FORM._replace(group=32, has_sub_scales=True, has_offset=True)), 1.25 + 4 / 32),
         (replace(TILE, tokens=16, streams_x=True, has_norm=False), 1.25 + 0.5 * 16 / 32),
@@ -180,10 +197,10 @@ def test_the_sm_that_has_most_to_do_counts(grid, depth, turns):
 
 def test_the_formats_of_the_report():
     few, many, cached = (next(case for case in CASES if case.name == name) for name in ("gate_up", "qkv", "attention"))
-    report = ["dense", "int4", "q6_k", "int8"]
+    report = ["dense", "int4", "q6_k", "int8", "fp8"]
     assert [weights for weights, _ in compile_report.variants(few, 1, "sm_80", [], [])] == report
     assert {"q4_k", "q5_0", "q8_0"} < {weights for weights, _ in compile_report.variants(few, 16, "sm_90", [], [])}
-    assert compile_report.variants(few, 512, "sm_90", [], []) == [("dense", "dense")]
+    assert [weights for weights, _ in compile_report.variants(few, 512, "sm_80", [], [])] == report
     assert compile_report.variants(many, 1, "sm_90", [], []) == [("dense", "dense")]
     assert compile_report.variants(cached, 1, "sm_90", [], []) == [("dense", "dense")]
     assert compile_report.variants(few, 1, "sm_90", ["q4_1"], []) == [("q4_1", "dense")]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import test_decode_attention
+import test_dequantise
 import test_draw
 import test_float16_pages
 import test_linear
@@ -55,6 +56,9 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q6_k", "tokens": 5}),
     (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q5_1", "tokens": 1}),
     (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q8_0", "tokens": 1}),
+    (ALL, test_weights.test_a_tile_of_gate_and_up, {"form": "fp8", "tokens": 5}),
+    (HOPPER, test_dequantise.test_embedding, {"form": "q6_k"}),
+    (HOPPER, test_dequantise.test_the_bits_are_those_of_the_format, {"form": "int4", "dtype": BF16}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (16, 2, 128)}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (14, 2, 64)}),
     (HOPPER, test_decode_attention.test_several_splits_a_program, {}),
@@ -85,6 +89,8 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_scaled_pages.test_codes_are_nearest_and_scales_of_the_largest, {"form": "int8", "dtype": BF16}),
     (ALL, test_scaled_pages.test_codes_are_nearest_and_scales_of_the_largest, {"form": "fp8", "dtype": BF16}),
     (HOPPER, test_scaled_pages.test_what_is_not_finite_or_tiny, {"form": "int8", "by": "kernels"}),
+    (HOPPER, test_scaled_pages.test_a_sequence_decodes_to_the_same_bits_alone, {"form": "int8"}),
+    (HOPPER, test_scaled_pages.test_a_sequence_decodes_to_the_same_bits_alone, {"form": "fp8"}),
     (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "int8", "dtype": BF16, "size": 64}),
     (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "fp8", "dtype": BF16, "size": 16}),
     (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "int8", "dtype": F16, "size": 16}),
@@ -154,3 +160,17 @@ def test_a_kernel_passes_its_test(process, key, test, parameters):
 @pytest.mark.parametrize("op", ["linear", "norm_linear", "norm_swiglu_linear", "lm_head"])
 def test_bits_are_batch_invariant(process, key, op):
     assert process.submit(on_ptx.counts_with_other_bits, key, SEED, op, (1, 2, 3, 5, 8)).result() == []
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=group(key)) for key in HOPPER])
+@pytest.mark.parametrize(
+    ("form", "op", "k"),
+    [
+        ("int4", "norm_swiglu_linear", 256),  # x in registers
+        ("int4", "linear", 4096),  # and streamed, with two programs a tile
+        ("q6_k", "norm_linear", 512),  # groups of 16
+        ("fp8", "linear", 256),
+    ],
+)
+def test_bits_are_batch_invariant_over_quantised_weights(process, key, form, op, k):
+    assert process.submit(on_ptx.counts_with_other_bits_over_quantised, key, form, op, k, (1, 5)).result() == []
