@@ -1,5 +1,4 @@
-"""Rows of the embedding table, the first op of the graph. On a GPU torch's indexing runs it, which is a single
-kernel."""
+"""Rows of the embedding table, the first op of the graph."""
 
 from __future__ import annotations
 

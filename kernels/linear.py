@@ -31,8 +31,8 @@ def linear(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tensor
     Weight of another format (weights/).
 
     The sum of product and bias is rounded to the dtype, and so is its sum with the addend, as in transformers. There is
-    one exception: for more than 16 tokens without a bias, Triton's backend calls torch.addmm, which adds the addend in
-    float32 and rounds once."""
+    one exception: for more than 16 tokens (48 with a quantised weight) without a bias, Triton's backend calls
+    torch.addmm, which adds the addend in float32 and rounds once."""
     check_tensor("linear", "x", x, ("T", "K"))
     check_weight("linear", "weight", weight, x)
     if bias is not None:
@@ -63,7 +63,7 @@ def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weigh
     """Runs rms_norm of x [T, K], then linear with the packed weight [2 F, K] (gate rows, then up rows), then
     silu(gate) * up. Returns [T, F].
 
-    For up to 16 tokens, Triton keeps gate and up in float32 and rounds only out."""
+    For up to 16 tokens (48 with a quantised weight), Triton keeps gate and up in float32 and rounds only out."""
     check_normed("norm_swiglu_linear", x, norm_weight, weight)
     if weight.shape[0] % 2:
         raise ValueError(f"norm_swiglu_linear: weight must have an even number of rows, and has {weight.shape[0]}")

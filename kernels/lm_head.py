@@ -21,8 +21,8 @@ from .weights import Weight
 def lm_head(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Steps[Tensor]:
     """Runs rms_norm of x [T, K], then the product with weight [V, K]. Returns logits [T, V] in float32.
 
-    For up to 16 tokens the kernels return the float32 sums as they are. For more, torch's matrix product rounds the
-    logits to x's dtype first."""
+    For up to 16 tokens (48 with a quantised weight) the kernels return the float32 sums as they are. For more, torch's
+    matrix product rounds the logits to x's dtype first."""
     check_normed("lm_head", x, norm_weight, weight)
     yield
     return wide(normed_product(x, norm_weight, eps, weight))
@@ -32,9 +32,9 @@ def lm_head(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight) -> Steps
 def lm_head_top_k(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, k: int) -> Steps[tuple[Tensor, Tensor]]:
     """The k largest logits of each token, [T, k] float32 in descending order, and their ids, [T, k] int64.
 
-    Of equal logits, the one with the lower id comes first, so k = 1 is argmax. On a GPU, for up to 16 tokens and k up
-    to 16, the logits are never written to memory. NaN comes first, as NaN or as +inf: if one of a token's logits is NaN
-    or +inf, its first value is not finite."""
+    Of equal logits, the one with the lower id comes first, so k = 1 is argmax. On a GPU, for as few tokens as in
+    lm_head and k up to 16, the logits are never written to memory. NaN comes first, as NaN or as +inf: if one of a
+    token's logits is NaN or +inf, its first value is not finite."""
     check_normed("lm_head_top_k", x, norm_weight, weight)
     if not 1 <= k <= weight.shape[0]:
         raise ValueError(f"lm_head_top_k: k must be within 1 and the vocabulary's {weight.shape[0]}, and is {k}")

@@ -14,6 +14,7 @@ from torch import Tensor
 from .arguments import flag, whole
 from .cache import PagedCache
 from .config import Config
+from .conversion import choose_conversion
 from .device import check_cache_dtype, choose_device, choose_dtype, choose_pages, use_threads
 from .engine import Completion, Engine, Limits, Request, Runner, Score, Stream
 from .engine.warm_up import BY_DEFAULT, GREEDY, compile_kernels, decode_sizes, prompt_lengths, rehearsals
@@ -23,7 +24,6 @@ from .generation import Generation
 from .kernels import invariant_tokens, prepare
 from .loading import load
 from .prompts import Prompt, Prompts, is_ids, is_one_prompt, rows_of_ids, sampling_params
-from .quantise import choose_quantisation
 from .qwen2 import Qwen2, initialise
 from .sampling import Drawing, SamplingParams
 from .text.tokenizer import Tokenizer
@@ -134,15 +134,15 @@ class Model:
         if not isinstance(tokenizer, Tokenizer | None):
             raise RequestError(f"tokenizer is of type {type(tokenizer).__name__}; expected a Tokenizer or None")
         seed = whole("seed", seed, -(2**63), 2**64 - 1)
-        quantisation = choose_quantisation(quantize)
+        conversion = choose_conversion(quantize)
         check_cache_dtype(kv_cache_dtype)
         device = choose_device(device)
-        dtype = choose_dtype(dtype, config, device, quantisation.is_quantised)
+        dtype = choose_dtype(dtype, config, device, conversion.is_quantised)
         cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
         layout = layout_of(config, device, quantize=quantize, dtype=dtype, kv_cache_dtype=kv_cache_dtype)
         refuse_too_large(layout, device, config.source, cache_tokens)
         module = Qwen2(config, dtype, device, allocated=False)
-        initialise(module, seed, quantisation.quantised if quantisation.is_quantised else None)
+        initialise(module, seed, conversion.quantised if conversion.is_quantised else None)
         return cls(module, tokenizer, None, cache_tokens, prefill_chunk, deterministic, kv_cache_dtype)
 
     @classmethod

@@ -12,7 +12,7 @@ from typing import Any
 from . import config_fields as check
 from .config_fields import YarnScaling
 from .errors import ConfigError, shown
-from .quantization import Quantization, quantization
+from .quantization_config import Quantization, quantization
 from .reading import read_json
 
 _COUNTS = (

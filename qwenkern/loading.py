@@ -15,6 +15,7 @@ from .allocation import give_back
 from .arguments import whole
 from .checkpoint import Checkpoint, load_weights, open_checkpoint
 from .config import Config
+from .conversion import choose_conversion
 from .device import choose_dtype
 from .errors import RequestError, shown
 from .footprint import layout_of, refuse_too_large
@@ -22,7 +23,6 @@ from .generation import Generation
 from .hub.names import resolve
 from .kernels import Weight, prepare
 from .kernels.weights import Dense
-from .quantise import choose_quantisation
 from .qwen2 import Qwen2
 from .text.tokenizer import Tokenizer
 
@@ -54,7 +54,7 @@ def load(
     kv_cache_dtype and cache_tokens: of its cache, which must fit beside the weights."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
-    choose_quantisation(quantize)
+    choose_conversion(quantize)
     cache_tokens = whole("cache_tokens", cache_tokens, 1, optional=True)
 
     def refuse(config: Config, stored: Mapping[str, Weight] | None = None) -> None:
@@ -65,17 +65,18 @@ def load(
 
     path, checkpoint = find(model, progress, refuse)
     started = time.perf_counter()
-    quantisation = choose_quantisation(quantize, checkpoint)
+    conversion = choose_conversion(quantize, checkpoint)
     refuse(checkpoint.config, checkpoint.formats)
-    dtype = choose_dtype(dtype, checkpoint.config, device, quantisation.is_quantised)
+    dtype = choose_dtype(dtype, checkpoint.config, device, conversion.is_quantised)
     prepare(device, dtype)
     with ThreadPoolExecutor(1) as beside:  # weights are converted without the interpreter's lock
         tokenizer = beside.submit(tokenizer_of, checkpoint, path)
         module = Qwen2(checkpoint.config, dtype, device, allocated=False)
-        tensors = _unless_failed(tokenizer, checkpoint.tensors(dtype))
+        tensors = _unless_failed(tokenizer, checkpoint.tensors(dtype, conversion.is_dense))
         if progress:
-            tensors = _reported(tensors, progress, checkpoint.num_bytes(dtype))
-        load_weights(module, checkpoint.config, quantisation.of(tensors, dtype), source=str(path))
+            tensors = _reported(tensors, progress, checkpoint.num_bytes(dtype, conversion.is_dense))
+        tensors = conversion.of(tensors, checkpoint.config, dtype)
+        load_weights(module, checkpoint.config, tensors, source=str(path))
         loaded = Loaded(module, tokenizer.result(), checkpoint.generation)
     give_back()
     logger.info("loaded %s as %s on %s in %.1f s", path, dtype, device, time.perf_counter() - started)

@@ -203,7 +203,7 @@ def initialise(
 ) -> None:
     """Fills the parameters with random numbers: what a benchmark needs where no checkpoint is at hand.
 
-    ``quantised`` makes a weight of the matrix of a linear with this name (quantise.py); None: matrices are dense."""
+    ``quantised`` makes a weight of the matrix of a linear with this name (conversion.py); None: matrices are dense."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
     for name, module in model.named_modules():
         if isinstance(module, Norm):

@@ -53,20 +53,27 @@ static void begin(attended *so_far, long rows) {
  * are then 0, and no infinities are subtracted. A score of +infinity makes the row's result NaN, as in torch. */
 static inline float base_of(float maximum) { return maximum == -INFINITY ? 0 : maximum; }
 
-/* Turns one row's scores [BLOCK] into weights. The row sees the first `seen` of them. Its sums so far are scaled to the
+/* Scores, of which the first `seen` stay; the others become -infinity */
+ALWAYS floats masked(floats scores, long seen) {
+    static const float lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    pairs hidden = (pairs)(load(lanes) >= (float)seen);
+    return (floats)((hidden & 0xFF800000) | (~hidden & (pairs)scores));
+}
+
+/* Turns `columns` scores of a row into weights. The row sees the first `seen` of them. Its sums so far are scaled to the
  * new maximum. */
-static void soften(operand *weights, float *scores, attended *so_far, long row, long seen, long D, float scale) {
+static void soften(operand *weights, float *scores, attended *so_far, long row, long columns, long seen, long D,
+                   float scale) {
     floats highest = {0}, total = {0};
     highest += so_far->maxima[row];
-    for (long i = 0; i < BLOCK; i += LANES) {
+    for (long i = 0; i < columns; i += LANES) {
         floats score = load(scores + i) * scale;
-        if (seen < i + LANES)
-            for (long j = seen > i ? seen - i : 0; j < LANES; j++) score[j] = -INFINITY;
+        if (seen < i + LANES) score = masked(score, seen - i);
         store(scores + i, score);
         highest = larger(score, highest);
     }
     float maximum = largest(highest), base = base_of(maximum);
-    for (long i = 0; i < BLOCK; i += LANES) {
+    for (long i = 0; i < columns; i += LANES) {
         floats weight = exponential(load(scores + i) - base);
 #ifdef PAIRS
         store_reals(weights + i, weight);
@@ -75,7 +82,7 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
 #endif
         total += weight;
     }
-    float old = expf(so_far->maxima[row] - base);
+    float old = so_far->maxima[row] == base ? 1 : expf(so_far->maxima[row] - base);
     so_far->maxima[row] = maximum;
     so_far->totals[row] = so_far->totals[row] * old + sum(total);
     if (old != 1)
@@ -83,24 +90,32 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
 }
 
 /* Attends with `rows` queries q [rows, D] to one packed block. They are rows `start` .. of so_far. Row r sees the first
- * `seen` + r / group tokens of the block. */
+ * `seen` + r / group tokens of the block. What no row sees is not read. */
 static void attend(attended *so_far, long start, const operand *q, const operands *keys, const operands *values,
                    long rows, long seen, long group, long D, float scale) {
     float scores[ROWS][BLOCK] __attribute__((aligned(64)));
     operand weights[ROWS][BLOCK];
-    long panels = least(PANELS, ceil_div(seen + (rows - 1) / group, WIDE)), d = 0; /* panels that some row sees */
-    for (long r = 0; r < rows; r += TALL)
-        for (long panel = 0; panel < panels; panel++)
-            multiply(scores[r] + panel * WIDE, BLOCK, q + r * D, D, keys + panel * (D / PER) * VECTORS, VECTORS,
-                     D / PER, least(rows - r, TALL), 0);
-    for (long r = 0; r < rows; r++) soften(weights[r], scores[r], so_far, start + r, seen + r / group, D, scale);
+    const long most = least(BLOCK, seen + (rows - 1) / group); /* tokens that some row sees */
+    const long columns = ceil_div(most, LANES) * LANES, steps = ceil_div(most, PER);
+    for (long r = 0; r < rows; r += TALL) {
+        long column = 0;
+        for (; column + WIDE <= columns; column += WIDE)
+            multiply(scores[r] + column, BLOCK, q + r * D, D, keys + column * (D / PER) / LANES, VECTORS, D / PER,
+                     least(rows - r, TALL), 0);
+        const operands *panel = keys + column * (D / PER) / LANES;
+        for (; column < columns; column += LANES, panel++)
+            narrow_multiply(scores[r] + column, BLOCK, q + r * D, D, panel, VECTORS, D / PER, least(rows - r, TALL), 0);
+    }
+    for (long r = 0; r < rows; r++)
+        soften(weights[r], scores[r], so_far, start + r, columns, seen + r / group, D, scale);
+    long d = 0;
     for (; d + WIDE <= D; d += WIDE)
         for (long r = 0; r < rows; r += TALL)
-            multiply(so_far->sums[start + r] + d, MAX_HEAD_DIM, weights[r], BLOCK, values + d / LANES, D / LANES,
-                     BLOCK / PER, least(rows - r, TALL), 1);
+            multiply(so_far->sums[start + r] + d, MAX_HEAD_DIM, weights[r], BLOCK, values + d / LANES, D / LANES, steps,
+                     least(rows - r, TALL), 1);
     for (; d < D; d += LANES)
         for (long r = 0; r < rows; r += TALL)
             narrow_multiply(so_far->sums[start + r] + d, MAX_HEAD_DIM, weights[r], BLOCK, values + d / LANES, D / LANES,
-                            BLOCK / PER, least(rows - r, TALL), 1);
+                            steps, least(rows - r, TALL), 1);
 }
 #endif

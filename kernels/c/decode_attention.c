@@ -7,8 +7,7 @@
  *     part [group, D + 2] of a split and a head:  | sum of exp(score - maximum) v [D] | sum of exp | maximum |
  *
  * A row of out is the sum of its parts, each scaled from its own maximum to the largest one. A split has DECODE_SPLIT
- * tokens for every batch, so attention is batch-invariant. attention.h says what is computed.
-  */
+ * tokens for every batch, so attention is batch-invariant. attention.h says what is computed. */
 #include "attention.h"
 
 /* The address of a part in scratch [S, Hkv, splits, group, D + 2] */
@@ -66,7 +65,9 @@ void decode_attention(const decode_attention_args *args, worker *me) {
     long longest = 0; /* in splits */
     for (long s = 0; s < S; s++)
         if (ceil_div(args->lengths[s], DECODE_SPLIT) > longest) longest = ceil_div(args->lengths[s], DECODE_SPLIT);
-    long together = least(Hkv, ROWS / group), of_heads = ceil_div(Hkv, together); /* heads of a task; tasks a split */
+    long few = S * longest * Hkv / (TASKS_PER_THREAD * me->num_threads); /* heads of a task that leave enough tasks */
+    long together = least(least(Hkv, ROWS / group), few > 1 ? few : 1),
+         of_heads = ceil_div(Hkv, together); /* heads of a task; tasks a split */
     for (long task = first_task(me, S * longest * of_heads); task >= 0; task = next_task(me)) {
         long head = task % of_heads * together, split = task / of_heads % longest, s = task / of_heads / longest;
         if (split * DECODE_SPLIT < args->lengths[s]) attend_split(args, s, head, least(together, Hkv - head), split);

@@ -18,8 +18,7 @@
 #include "team.h"
 #include "weights.h"
 
-#define MAX_FEW_TOKENS 16  /* most tokens for which the weight is read once, row by row */
-#define TASKS_PER_THREAD 4 /* at least, if there is enough work */
+#define MAX_FEW_TOKENS 16 /* most tokens for which the weight is read once, row by row */
 #define PANEL_DEPTH \
     (PANELS == 1 ? 1024 : 512) /* values of a row that are packed at a time; the panels fit the L2 cache */
 #define NORMED 4096            /* values of a row that are normalised at a time */

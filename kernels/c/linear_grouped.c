@@ -12,6 +12,7 @@
 #include "linear.h"
 
 #define RUN_TILES 4 /* 16 rows each, in a task, if there is enough work */
+#define X_TILES 16  /* tiles of a token in a task of the prologue, at least */
 
 /* The planes of all tokens, in the scratch memory, and how they are divided into blocks */
 typedef struct {
@@ -52,13 +53,14 @@ static group_term term_of(const grouped_kind kind, float factor, int sum) {
     return kind.zero < 0 ? (group_term){.sum = sum} : (group_term){.start = -(kind.zero - ZERO_OF_BYTES(kind)) * sum};
 }
 
-/* Writes a token's planes, normalised if there is a norm; it is token t of its block */
-ALWAYS void write_planes(const linear_args *args, const int planes, const real *x, const token_block *block, long t) {
+/* Writes the planes of a token's tiles `tile` .. `end`, normalised if there is a norm; it is token t of its block */
+ALWAYS void write_planes(const linear_args *args, const int planes, const real *x, const token_block *block, long t,
+                         long tile, long end) {
     const grouped_kind kind = kind_of((int)args->weight.format);
     const long K = args->in_features, bytes = tile_bytes(args);
     const real *norm_weight = args->norm_weight;
     const float scale = norm_weight ? norm_scale(0, x, 0, args->eps, K) : 0;
-    for (long tile = 0; tile < K / TILE_K; tile++) {
+    for (; tile < end; tile++) {
         floats values[TILE_K / LANES];
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_K / LANES; i++) {
@@ -79,14 +81,18 @@ ALWAYS void write_planes(const linear_args *args, const int planes, const real *
 ACROSS_FILES void linear_grouped(const linear_args *args, worker *me) {
     const long T = args->num_tokens, N = args->out_features, K = args->in_features;
     const grouped_x x = grouped_x_of(args);
-    for (long token = first_task(me, T); token >= 0; token = next_task(me)) {
+    /* With fewer tokens than threads, threads share a token. Each of them sums its squares for the norm. */
+    const long x_tiles = K / TILE_K, parts = least(ceil_div(me->num_threads, T ? T : 1), ceil_div(x_tiles, X_TILES));
+    for (long task = first_task(me, T * parts); task >= 0; task = next_task(me)) {
+        const long token = task / parts, part = task % parts;
+        const long tile = x_tiles * part / parts, end = x_tiles * (part + 1) / parts;
         long b = token * x.blocks / T;
         while (first_of_block(args, &x, b + 1) <= token) b++;
         token_block block = block_of(args, &x, b);
         const real *row = args->x + token * args->x_stride;
         const long t = token - first_of_block(args, &x, b);
-        if (args->planes == 2) write_planes(args, 2, row, &block, t);
-        else write_planes(args, 1, row, &block, t);
+        if (args->planes == 2) write_planes(args, 2, row, &block, t, tile, end);
+        else write_planes(args, 1, row, &block, t, tile, end);
     }
     barrier(me);
     const int has_up = args->up.values != 0;

@@ -28,6 +28,7 @@
 #include "fp8_pages.h"
 #include "int8_pages.h"
 #include "panels.h"
+#include "team.h"
 
 enum {
 #define NUMBER(FORMAT) FORMAT##_pages,

@@ -47,22 +47,27 @@ ALWAYS void pack_block(const int format, operands *keys, operands *values, const
     static const real zeros[MAX_HEAD_DIM]; /* also as codes */
     const real *channels = channels_of(format, p, head, D);
     cached k_rows[BLOCK], v_rows[BLOCK];
-    for (long i = 0; i < BLOCK; i++) {
-        k_rows[i] = v_rows[i] = (cached){zeros, 0};
-        if (i >= count) continue;
+    const long some = least(count, BLOCK), last = ceil_div(some, LANES) * LANES;
+    for (long i = 0; i < some; i++) {
         k_rows[i] = cached_head(format, p->k, p->k_scales, p, slots[i], head, D);
         v_rows[i] = cached_head(format, p->v, p->v_scales, p, slots[i], head, D);
+        prefetch_head(format, p->v, p, slots[i], head, D);
     }
-    for (long vector = 0; vector < BLOCK / LANES; vector++) {
+    for (long i = some; i < last; i++) {
+        k_rows[i].codes = v_rows[i].codes = zeros;
+        k_rows[i].scale = v_rows[i].scale = 0;
+    }
+    for (long vector = 0; vector < last / LANES; vector++) {
         operands *panel = keys + vector / VECTORS * (D / PER) * VECTORS + vector % VECTORS;
         for (long d = 0; d < D; d += STEP) {
             pairs square[LANES];
+#pragma GCC unroll 16
             for (int i = 0; i < LANES; i++)
                 square[i] = cached_register(format, &k_rows[vector * LANES + i], channels, d);
             pack_square(panel + d / PER * VECTORS, square);
         }
     }
-    for (long i = 0; i < BLOCK; i += PER) {
+    for (long i = 0; i < some; i += PER) {
         for (long j = i; j < i + PER && j < next_count; j++) {
             prefetch_head(format, p->k, p, next_slots[j], head, D);
             prefetch_head(format, p->v, p, next_slots[j], head, D);

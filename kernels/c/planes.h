@@ -52,11 +52,27 @@ ALWAYS void store_words(int8_t *to, const ints *values) {
 
 ALWAYS ints nearest_ints(floats x) { /* ties to even; |x| < 2^22 */ return (ints)(x + 12582912.0f) - 0x4B400000; }
 
-ALWAYS int sum_ints(ints x) {
-    int total = 0;
-    for (int i = 0; i < LANES; i++) total += x[i];
-    return total;
+/* The sum of the lanes, and the largest of them */
+#if LANES == 16
+ALWAYS int sum_ints(ints x) { return _mm512_reduce_add_epi32((__m512i)x); }
+ALWAYS int largest_int(ints x) { return _mm512_reduce_max_epi32((__m512i)x); }
+#elif LANES == 8
+#define REDUCE(NAME, COMBINE)                                                                                \
+    ALWAYS int NAME(ints x) {                                                                                \
+        __m128i four = COMBINE(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1)); \
+        four = COMBINE(four, _mm_shuffle_epi32(four, 0x4E));                                                 \
+        return _mm_cvtsi128_si32(COMBINE(four, _mm_shuffle_epi32(four, 0xB1)));                              \
+    }
+REDUCE(sum_ints, _mm_add_epi32)
+REDUCE(largest_int, _mm_max_epi32)
+#undef REDUCE
+#else
+ALWAYS int sum_ints(ints x) { return x[0] + x[1] + x[2] + x[3]; }
+ALWAYS int largest_int(ints x) {
+    int even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+    return even > odd ? even : odd;
 }
+#endif
 
 /* Writes 32 values for codes of so many bits, X_BYTES of them: to[0..31] = hi, and with two planes to[32..63] = lo; or
  * where AS_WORDS X in 16 bits */
@@ -68,8 +84,7 @@ ALWAYS plane_facts to_planes(int8_t *to, const int bits, const int planes, const
         pairs bits = (pairs)x[i] & 0x7FFFFFFF, is_larger = (pairs)((ints)bits > (ints)largest_bits);
         largest_bits = (is_larger & bits) | (~is_larger & largest_bits);
     }
-    uint32_t top = 0;
-    for (int i = 0; i < LANES; i++) top = largest_bits[i] > top ? largest_bits[i] : top;
+    const uint32_t top = (uint32_t)largest_int((ints)largest_bits);
     float most;
     memcpy(&most, &top, sizeof most);
     const int is_finite = top < 0x7F800000, is_zero = !is_finite || most < SMALLEST;
@@ -79,11 +94,13 @@ ALWAYS plane_facts to_planes(int8_t *to, const int bits, const int planes, const
     for (int i = 0; i < parts; i++) {
         floats value = (is_finite ? x[i] : (floats){0}) * inverse;
         his[i] = nearest_ints(value);
-        sums[i / half] += his[i];
-        if (planes == 1) continue;
-        los[i] = nearest_ints((value - __builtin_convertvector(his[i], floats)) * 128);
-        sums[i / half] += his[i] * 127 + los[i];
-        if (AS_WORDS(bits, planes)) his[i] = his[i] * 128 + los[i];
+        ints both = his[i];
+        if (planes == 2) {
+            los[i] = nearest_ints((value - __builtin_convertvector(his[i], floats)) * 128);
+            both = (his[i] << 7) + los[i];
+        }
+        sums[i / half] += both;
+        if (AS_WORDS(bits, planes)) his[i] = both;
     }
 #pragma GCC unroll 2
     for (int h = 0; h < 2; h++) {

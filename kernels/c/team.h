@@ -29,6 +29,8 @@ enum {
 #undef NUMBER
 };
 
+#define TASKS_PER_THREAD 4 /* of a loop, at least, if there is enough work */
+
 typedef struct team team;
 typedef struct {
     team *team;

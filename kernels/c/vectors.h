@@ -180,10 +180,17 @@ ALWAYS floats larger(floats a, floats b) { /* b where a is NaN */
     return (floats)((larger & (pairs)a) | (~larger & (pairs)b));
 }
 
-ALWAYS float largest(floats x) {
-    float maximum = x[0];
-    for (int i = 1; i < LANES; i++) maximum = x[i] > maximum ? x[i] : maximum;
-    return maximum;
+ALWAYS float largest(floats x) { /* of numbers; by halves, as sum */
+#if LANES == 16
+    return _mm512_reduce_max_ps((__m512)x);
+#elif LANES == 8
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128((__m256)x), _mm256_extractf128_ps((__m256)x, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+#else
+    float even = x[0] > x[2] ? x[0] : x[2], odd = x[1] > x[3] ? x[1] : x[3];
+    return even > odd ? even : odd;
+#endif
 }
 
 /* exp(x) for x <= 0: 2^n times the Taylor series of exp around 0 on half of an octave */

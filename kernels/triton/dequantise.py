@@ -40,6 +40,7 @@ def _dequantise_kernel(
     FORM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    EVEN_R: tl.constexpr,
     EVEN_K: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -48,6 +49,8 @@ def _dequantise_kernel(
     wait_for_inputs(PDL)
     if ids_ptr is None:
         rows = first + at
+        if not EVEN_R:
+            rows = tl.minimum(rows, n_size - 1)
     else:
         rows = tl.load(ids_ptr + at, mask=at < num_rows, other=0).to(tl.int64)
         rows = tl.where(rows < 0, rows + n_size, rows)
@@ -75,7 +78,8 @@ def _launch(out: Tensor, ids: Tensor | None, weight: Weight, first: int) -> None
     grid = cdiv(num_rows, constants["BLOCK_R"]), cdiv(k_size, constants["BLOCK_K"])
     _dequantise_kernel[grid](
         out, ids, weight.triton_arguments(), first, num_rows, len(weight), k_size,
-        ROWS=weight.triton_dequantise, FORM=weight.triton_numbers(), **constants, **pdl_options(out),
+        ROWS=weight.triton_dequantise, FORM=weight.triton_numbers(), EVEN_R=num_rows % constants["BLOCK_R"] == 0,
+        **constants, **pdl_options(out),
     )  # fmt: skip
 
 

@@ -1,15 +1,16 @@
-"""Memory for the quantised matrices that a checkpoint repacks. Those of q, k and v, and of gate and up, follow each
-other in it, so that packing joins them without a copy."""
+"""Memory for the quantised matrices of a model as it loads. Those of q, k and v, and of gate and up, follow each other
+in it, so that packing joins them without a copy."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 
 import torch
 
 from qwenkern.allocation import Pool
 from qwenkern.config import Config
-from qwenkern.kernels.weights import Grouped
+from qwenkern.kernels import Weight
+from qwenkern.kernels.weights import as_weight
 
 from .packing import slots
 
@@ -17,27 +18,29 @@ from .packing import slots
 class Adjacent:
     """Allocates each matrix once, by Hugging Face's name."""
 
-    def __init__(self, formats: Mapping[str, Grouped], config: Config, dtype: torch.dtype) -> None:
-        """``formats``: those of all matrices. ``dtype``: that of x."""
+    def __init__(self, formats: Mapping[str, Weight], config: Config, dtype: torch.dtype) -> None:
+        """``formats``: all matrices, without memory. ``dtype``: that of x."""
         self._formats, self._dtype = formats, dtype
         self._pool = Pool(sum(weight.nbytes for weight in formats.values()))
-        self._ready: dict[str, Grouped] = {}  # allocated with another matrix
+        self._ready: dict[str, Weight] = {}  # allocated with another matrix
         self._slots = slots(config)
-        self._together: dict[tuple[str, str], list[str]] = {}  # the matrices of a parameter that have one format
+        self._together: dict[Hashable, list[str]] = {}  # the like matrices of a parameter
         for name in sorted(formats, key=lambda name: self._slots[name].start):
-            self._together.setdefault(self._key(name), []).append(name)
+            self._together.setdefault(self._kind(name), []).append(name)
 
-    def __call__(self, name: str) -> Grouped:
+    def __call__(self, name: str) -> Weight:
         """A weight in its format, with undefined values."""
         if name not in self._ready:
-            names = self._together[self._key(name)]
-            rows = [len(self._formats[each]) for each in names]
-            form, columns = type(self._formats[name]), self._formats[name].shape[1]
-            whole, start = form.allocate(sum(rows), columns, self._dtype, self._pool), 0
-            for each, count in zip(names, rows, strict=True):
-                self._ready[each] = whole.rows(start, start + count)
-                start += count
+            names, like = self._together[self._kind(name)], self._formats[name]
+            parts = zip(*[self._formats[each].tensors[:-1] for each in names], strict=True)
+            tensors = [self._pool((sum(map(len, each)), *each[0].shape[1:]), each[0].dtype) for each in parts]
+            whole, start = as_weight([*tensors, torch.empty(0, dtype=self._dtype, device="cpu")], like.format), 0
+            for each in names:
+                stop = start + len(self._formats[each])
+                self._ready[each], start = whole.rows(start, stop), stop
         return self._ready.pop(name)
 
-    def _key(self, name: str) -> tuple[str, str]:
-        return self._slots[name].parameter, self._formats[name].format
+    def _kind(self, name: str) -> Hashable:
+        weight = self._formats[name]
+        tensors = tuple((tensor.shape[1:], tensor.dtype) for tensor in weight.tensors[:-1])
+        return self._slots[name].parameter, weight.format, tensors

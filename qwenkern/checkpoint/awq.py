@@ -8,6 +8,7 @@ scales   [groups, N]
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from qwenkern.kernels import Weight
 from qwenkern.kernels.c import repack_words
@@ -29,9 +30,9 @@ def plan(stored: Stored, read: Read) -> Weight | None:
     return integers.planned(stored, scales.dtype, in_order=True)
 
 
-def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
-    """The matrix. Raises CheckpointError for values that it cannot have."""
+def load(stored: Stored, read: Read, dtype: torch.dtype, to: Weight | None) -> Weight | Tensor:
+    """The matrix in ``to``, or without it a dense one. Raises CheckpointError for values that it cannot have."""
     words = integers.Words(read("qweight"), repack_words.AWQ, 4)
     zeros = integers.awq_rows(integers.unpacked(read("qzeros"), 4))
     scales = integers.checked_scales(stored, "scales", read("scales"))
-    return integers.matrix(stored, words, scales.T, zeros.T, dtype)
+    return integers.matrix(stored, words, scales.T, zeros.T, dtype, to)

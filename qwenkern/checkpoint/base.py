@@ -34,13 +34,15 @@ class Checkpoint(ABC):
     formats: Mapping[str, Weight] = field(repr=False, default_factory=dict, kw_only=True)
 
     @abstractmethod
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Weight]]:
-        """Each weight once, as `(name, tensor)` on the CPU, in the order of the file: a Weight for a quantised matrix.
+    def tensors(self, dtype: torch.dtype, dense: bool = False) -> Iterator[tuple[str, torch.Tensor | Weight]]:
+        """Each weight once, as `(name, tensor)` on the CPU, in the order of the file: a Weight for a quantised matrix,
+        or with `dense` the values that it stands for.
 
         Weights stored as bfloat16, float16, float32 or GGML blocks are converted to `dtype`. Others keep their dtype,
         and `load_weights` refuses them. A tensor may be a view of the mapped file, so do not write to it."""
 
-    def num_bytes(self, dtype: torch.dtype) -> int:
+    def num_bytes(self, dtype: torch.dtype, dense: bool = False) -> int:
         """Bytes of all tensors, dense ones in `dtype`: those of all that `tensors` yields."""
-        dense = sum(math.prod(shape) for name, shape in self.shapes.items() if name not in self.formats)
-        return dense * dtype.itemsize + sum(weight.nbytes for weight in self.formats.values())
+        formats = {} if dense else self.formats
+        values = sum(math.prod(shape) for name, shape in self.shapes.items() if name not in formats)
+        return values * dtype.itemsize + sum(weight.nbytes for weight in formats.values())

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from qwenkern.kernels import Weight
 from qwenkern.kernels.weights.fp8 import Fp8
-from qwenkern.quantization import MATRIX
+from qwenkern.quantization_config import MATRIX
 
 from . import integers
 from .parts import FLOATS, Read, Stored
@@ -53,8 +53,8 @@ def plan(stored: Stored, read: Read) -> Weight | None:
     return integers.planned(stored, scales.dtype, in_order=_groups(stored, read) is None)
 
 
-def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
-    """The matrix. Raises CheckpointError for values that it cannot have."""
+def load(stored: Stored, read: Read, dtype: torch.dtype, to: Weight | None) -> Weight | Tensor:
+    """The matrix in ``to``, or without it a dense one. Raises CheckpointError for values that it cannot have."""
     what = stored.quantization
     scales = integers.checked_scales(stored, "weight_scale", read("weight_scale"))
     scales = scales.reshape(-1, stored.groups()).expand(stored.rows, -1)
@@ -62,9 +62,14 @@ def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
         codes = read("weight")
         if codes.isnan().any():
             raise stored.wrong("weight", "has values that are NaN", "finite weights")
-        return Fp8.from_codes(codes, scales[:, 0].float().contiguous(), dtype)
+        weight = Fp8.from_codes(codes, scales[:, 0].float().contiguous(), dtype)
+        if to is None:
+            return weight.dequantise()
+        for place, tensor in zip(to.tensors, weight.tensors, strict=True):
+            place.copy_(tensor)
+        return to
     zeros = _zeros(stored, read).expand(scales.shape)
-    return integers.matrix(stored, _words(stored, read), scales, zeros, dtype, _groups(stored, read))
+    return integers.matrix(stored, _words(stored, read), scales, zeros, dtype, to, _groups(stored, read))
 
 
 def _words(stored: Stored, read: Read) -> integers.Words:

@@ -13,7 +13,7 @@ from qwenkern.errors import RequestError, shown
 from qwenkern.kernels import Weight
 from qwenkern.kernels.weights import FORMATS, Dense, Grouped
 from qwenkern.kernels.weights.grouped import DEPTH
-from qwenkern.quantization import MATRIX, ROW, Quantization
+from qwenkern.quantization_config import MATRIX, ROW, Quantization
 
 from .mixes import MIXES, mixed
 from .packing import EMBEDDING, HEAD, slots

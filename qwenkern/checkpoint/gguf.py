@@ -57,19 +57,21 @@ class GgufCheckpoint(Checkpoint):
     """places: for each tensor, by Hugging Face's name, its file and its place in the file."""
 
     places: Mapping[str, tuple[Container, TensorInfo]] = field(repr=False)
-    formats: Mapping[str, Grouped] = field(repr=False, default_factory=dict, kw_only=True)
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Weight]]:
+    def tensors(self, dtype: torch.dtype, dense: bool = False) -> Iterator[tuple[str, torch.Tensor | Weight]]:
         """See Checkpoint.tensors. Every tensor is in new memory: floats and what `formats` lacks are converted, and
         blocks repacked."""
-        self._warn(dtype)
-        allocated = Adjacent(self.formats, self.config, dtype)
+        if not dense:
+            self._warn(dtype)
+        allocated = Adjacent({} if dense else self.formats, self.config, dtype)
         for name, (container, info) in self.places.items():
-            blocks = container.blocks(info)
-            if name in self.formats:
-                yield name, repack(blocks, info.kind, allocated(name), f"{self.path}: tensor {info.name}")
+            blocks, source = container.blocks(info), f"{self.path}: tensor {info.name}"
+            if name in self.formats and not dense:
+                weight = allocated(name)
+                assert isinstance(weight, Grouped)
+                yield name, repack(blocks, info.kind, weight, source)
             else:
-                yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"))
+                yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"), source)
 
     def _warn(self, dtype: torch.dtype) -> None:
         """Says what the blocks that become dense cost."""

@@ -36,12 +36,12 @@ def plan(stored: Stored, read: Read) -> Weight | None:
     return integers.planned(stored, scales.dtype, in_order=_groups(stored, read) is None)
 
 
-def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
-    """The matrix. Raises CheckpointError for values that it cannot have."""
+def load(stored: Stored, read: Read, dtype: torch.dtype, to: Weight | None) -> Weight | Tensor:
+    """The matrix in ``to``, or without it a dense one. Raises CheckpointError for values that it cannot have."""
     words = integers.Words(read("qweight"), integers.COLUMNS, stored.quantization.bits)
     scales = integers.checked_scales(stored, "scales", read("scales"))
     zeros = integers.checked_zeros(stored, "qzeros", _zeros(stored, read("qzeros")))
-    return integers.matrix(stored, words, scales.T, zeros.T, dtype, _groups(stored, read))
+    return integers.matrix(stored, words, scales.T, zeros.T, dtype, to, _groups(stored, read))
 
 
 def _groups(stored: Stored, read: Read) -> Tensor | None:

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qwenkern.allocation import allocate
 from qwenkern.kernels import Weight
 from qwenkern.kernels.c import build
 from qwenkern.kernels.c.repack_words import COLUMNS, ROWS, repack_words
-from qwenkern.kernels.weights import FORMATS, Dense
-from qwenkern.kernels.weights.grouped import DEPTH, Grouped
-from qwenkern.kernels.weights.grouped import ROWS as TILE_ROWS
+from qwenkern.kernels.weights import FORMATS
+from qwenkern.kernels.weights.grouped import Grouped
+from qwenkern.kernels.weights.tiles import DEPTH, pack
+from qwenkern.kernels.weights.tiles import ROWS as TILE_ROWS
 
 from .parts import Stored
 
@@ -66,20 +66,28 @@ def planned(stored: Stored, scales: str, in_order: bool) -> Grouped | None:
 
 
 def matrix(
-    stored: Stored, words: Words, scales: Tensor, zeros: Tensor, dtype: torch.dtype, groups: Tensor | None = None
-) -> Weight:
-    """The matrix of codes, scales and zeros [N, groups]: a dense one where its format cannot have it. ``groups`` is the
-    group of each column, unless they are in order. The caller has checked all sizes."""
+    stored: Stored,
+    words: Words,
+    scales: Tensor,
+    zeros: Tensor,
+    dtype: torch.dtype,
+    to: Weight | None,
+    groups: Tensor | None = None,
+) -> Weight | Tensor:
+    """The matrix of codes, scales and zeros [N, groups], in ``to``, which is as ``planned`` said, or a dense one.
+    ``groups`` is the group of each column, unless they are in order. The caller has checked all sizes."""
     scales = (scales if scales.dtype == torch.float16 else scales.float()).contiguous()
-    plan = planned(stored, "F16" if scales.dtype == torch.float16 else "F32", groups is None)
-    if plan is None:
-        return Dense(_dense(stored, words, scales, zeros, dtype, groups))
-    if build.prepare() is not None:
-        return type(plan).from_codes(words.codes(), dtype, scales=scales, zeros=zeros)
-    codes = allocate(tuple(plan.codes.shape), torch.int32, words.words.device)
-    repack_words(words.words.contiguous(), words.order, codes, words.bits, words.flip)
-    bits = torch.int16 if scales.dtype == torch.float16 else torch.int32
-    return type(plan)(codes, by_tile(scales.view(bits)), by_tile(zeros.to(torch.uint8)), torch.empty(0, dtype=dtype))
+    if to is None:
+        return _dense(stored, words, scales, zeros, dtype, groups)
+    assert isinstance(to, Grouped)
+    assert to.zeros is not None
+    if build.prepare() is None:
+        repack_words(words.words.contiguous(), words.order, to.codes, words.bits, words.flip)
+    else:
+        to.codes.copy_(pack(words.codes(), words.bits)[0])
+    to.scales.copy_(by_tile(scales.view(to.scales.dtype)))
+    to.zeros.copy_(by_tile(zeros.to(torch.uint8)))
+    return to
 
 
 def by_tile(of_groups: Tensor) -> Tensor:

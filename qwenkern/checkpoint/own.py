@@ -19,7 +19,7 @@ from torch import Tensor
 from qwenkern.errors import CheckpointError
 from qwenkern.kernels import Weight
 from qwenkern.kernels.weights import FORMATS, Dense, as_weight
-from qwenkern.quantization import FIELDS, VERSION
+from qwenkern.quantization_config import FIELDS, VERSION
 
 from .integers import meta
 from .mapped import DTYPES

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from qwenkern.errors import CheckpointError
-from qwenkern.quantization import MATRIX, ROW, Quantization
+from qwenkern.quantization_config import MATRIX, ROW, Quantization
 
 FLOATS = ("F16", "BF16", "F32")
 Read = Callable[[str], Tensor]  # from a tensor's full name to its values

@@ -18,9 +18,9 @@ from torch import Tensor
 from qwenkern.config import Config
 from qwenkern.errors import CheckpointError
 from qwenkern.kernels import Weight
-from qwenkern.kernels.weights import Dense
 
 from . import awq, compressed_tensors, gptq, own
+from .adjacent import Adjacent
 from .packing import EMBEDDING, HEAD, slots
 from .parts import Part, Read, Stored
 
@@ -66,20 +66,27 @@ class Quantised:
         of_matrices = {name: (each.rows, each.columns) for name, each in self.matrices.items()}
         return {name: part.shape for name, part in self.rest.items()} | of_matrices
 
-    def load(self, name: str, read: Read, dtype: torch.dtype) -> Weight | Tensor:
-        """A matrix in our layout, or dense. ``read`` takes the name of a tensor. Raises CheckpointError."""
+    def load(self, name: str, read: Read, dtype: torch.dtype, allocated: Adjacent | None) -> Weight | Tensor:
+        """A matrix in our layout, or without ``allocated`` dense. ``read`` takes the name of a tensor. Raises
+        CheckpointError."""
         stored = self.matrices[name]
         if "bias" in stored.parts and read(f"{stored.module}.bias").any():
             raise stored.wrong("bias", "has values other than 0", "no bias in this layer of a Qwen2.5 model")
-        weight = _METHODS[stored.quantization.method].load(stored, _of_module(stored, read), dtype)
-        return weight.tensor if isinstance(weight, Dense) else weight
+        its = _of_module(stored, read)
+        if stored.quantization.method == "qwenkern":
+            weight = own.load(stored, its, dtype)
+            return weight if allocated else weight.dequantise()
+        to = allocated(name) if allocated and name in self.plans else None
+        found: Weight | Tensor = _METHODS[stored.quantization.method].load(stored, its, dtype, to)
+        return found
 
-    def warn(self, path: Path, dtype: torch.dtype) -> None:
-        """Says what of the configuration is not done, and what the matrices that become dense cost."""
+    def warn(self, path: Path, dtype: torch.dtype, is_asked: bool) -> None:
+        """Says what of the configuration is not done, and what the matrices that become dense cost, unless the user has
+        asked for dense ones."""
         for note in {note for each in self.matrices.values() for note in each.quantization.notes}:
             logger.info("%s", note)
         dense = [each for name, each in self.matrices.items() if name not in self.plans]
-        if dense:
+        if dense and not is_asked:
             stored = sum(_num_bytes(part) for each in dense for part in each.parts.values())
             size = sum(each.rows * each.columns for each in dense) * dtype.itemsize
             logger.warning(

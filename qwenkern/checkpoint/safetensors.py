@@ -22,6 +22,7 @@ from qwenkern.generation import Generation
 from qwenkern.kernels import Weight
 from qwenkern.reading import LARGEST, read_json, refuse_pointer, unique
 
+from .adjacent import Adjacent
 from .base import Checkpoint
 from .links import inside
 from .mapped import Mapped
@@ -40,15 +41,16 @@ class SafetensorsCheckpoint(Checkpoint):
     parts: Mapping[str, Part] = field(repr=False)
     quantised: Quantised = field(repr=False)
 
-    def tensors(self, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor | Weight]]:
+    def tensors(self, dtype: torch.dtype, dense: bool = False) -> Iterator[tuple[str, torch.Tensor | Weight]]:
         """See Checkpoint.tensors. Tensors stored as `dtype`, and the weights of qwenkern's own checkpoints, are views
         of the mapped file, not copies."""
-        self.quantised.warn(self.path, dtype)
+        self.quantised.warn(self.path, dtype, dense)
         read = Mapped(self.parts)
+        allocated = None if dense else Adjacent(self.formats, self.config, dtype)
         first = {f"{each.module}.{next(iter(each.parts))}": name for name, each in self.quantised.matrices.items()}
         for name in self.parts:
             if name in first:
-                yield first[name], self.quantised.load(first[name], read, dtype)
+                yield first[name], self.quantised.load(first[name], read, dtype, allocated)
             elif name in self.quantised.rest:
                 tensor = read(name)
                 yield name, tensor.to(dtype) if tensor.dtype in _FLOATS else tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import test_dequantise
 import test_linear
 import torch
 from support.references import random
@@ -12,6 +13,7 @@ from support.references import random
 from qwenkern import kernels as ops
 from qwenkern.benchmarks.offline.machine_code import DEVICES
 from qwenkern.benchmarks.offline.ptx.device import device
+from qwenkern.benchmarks.offline.ptx.faults import Fault
 from qwenkern.kernels.weights import FORMATS
 
 CPU = torch.device("cpu")
@@ -58,3 +60,16 @@ def counts_with_other_bits(key: str, seed: int, op: str, counts: tuple[int, ...]
         together = tokens(16)
         assert torch.isfinite(together).all()
         return [count for count in counts if not torch.equal(tokens(count), together[:count])]
+
+
+def fault_of_ids(key: str, ids: list[int]) -> str:
+    """What the runner reports when rows of a table of 48 are asked for, or an empty string."""
+    weight = test_dequantise.random_bits("int4", 48, 64, torch.bfloat16)
+    out = torch.empty(len(ids), 64, dtype=torch.bfloat16)
+    try:
+        with device(DEVICES[key], 0, settled=SETTLED):
+            ops.triton.dequantise.dequantise_ids(out, weight, torch.tensor(ids))
+    except Fault as fault:
+        return str(fault)
+    assert torch.equal(out, weight.dequantise()[ids])
+    return ""

@@ -56,9 +56,16 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q6_k", "tokens": 5}),
     (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q5_1", "tokens": 1}),
     (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "q8_0", "tokens": 1}),
-    (ALL, test_weights.test_a_tile_of_gate_and_up, {"form": "fp8", "tokens": 5}),
-    (HOPPER, test_dequantise.test_embedding, {"form": "q6_k"}),
-    (HOPPER, test_dequantise.test_the_bits_are_those_of_the_format, {"form": "int4", "dtype": BF16}),
+    (ALL, test_weights.test_a_tile_of_gate_and_up, {"form": "fp8", "tokens": 1}),
+    (HOPPER, test_weights.test_a_tile_of_gate_and_up, {"form": "fp8", "tokens": 5}),
+    (ALL, test_dequantise.test_the_bits_are_those_of_the_format, {"form": "q6_k", "dtype": BF16}),
+    (HOPPER, test_dequantise.test_the_bits_are_those_of_the_format, {"form": "q5_k", "dtype": F16}),
+    (HOPPER, test_dequantise.test_the_bits_are_those_of_the_format, {"form": "q8_0", "dtype": F32}),
+    (ALL, test_dequantise.test_rows_of_fp8_are_any, {}),
+    (HOPPER, test_dequantise.test_columns_that_are_no_multiple_of_a_block, {"form": "q5_1"}),
+    (ALL, test_dequantise.test_embedding, {"form": "q4_k"}),
+    (HOPPER, test_dequantise.test_embedding, {"form": "fp8"}),
+    (HOPPER, test_dequantise.test_products_in_turns, {"form": "int4"}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (16, 2, 128)}),
     (ALL, test_decode_attention.test_heads_of_the_family, {"heads": (14, 2, 64)}),
     (HOPPER, test_decode_attention.test_several_splits_a_program, {}),
@@ -174,3 +181,11 @@ def test_bits_are_batch_invariant(process, key, op):
 )
 def test_bits_are_batch_invariant_over_quantised_weights(process, key, form, op, k):
     assert process.submit(on_ptx.counts_with_other_bits_over_quantised, key, form, op, k, (1, 5)).result() == []
+
+
+@on_all
+def test_an_id_that_there_is_not_ends_the_kernel(process, key):
+    """As torch's indexing on a GPU does. There are 48 rows, and negative ids count from the end."""
+    assert process.submit(on_ptx.fault_of_ids, key, [3, 47, -48]).result() == ""
+    for wrong in (48, -49, 1 << 40):
+        assert "trap" in process.submit(on_ptx.fault_of_ids, key, [3, wrong, 0]).result()

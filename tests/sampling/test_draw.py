@@ -37,6 +37,15 @@ def test_of_equal_logits_the_lower_id_comes_first(count):
     assert torch.equal(ids, expected.indices[:, :count])
 
 
+@pytest.mark.parametrize("size", [500, 128, 1280])
+def test_the_largest_logit_is_greedy_of_equal_ones_the_lowest_id(size):
+    numbers = random.Random(size)
+    rows = [[numbers.randint(-90, 3) / 3 for _ in range(size)] for _ in range(50)]
+    rows[0][-1], rows[1] = 5.0, [-1.0] * size
+    logits = torch.tensor(rows)
+    assert draw(logits, logits.amax(-1), None, None).tolist() == [row.index(max(row)) for row in rows]
+
+
 def test_of_equal_largest_logits_the_lowest_id_is_greedy():
     logits = torch.zeros(1, 500)
     logits[0, [480, 17, 63]] = 2.0

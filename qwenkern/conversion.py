@@ -12,11 +12,13 @@ from torch import Tensor
 
 from .allocation import allocate
 from .checkpoint import Checkpoint
-from .checkpoint.formats import NONE, form_of
+from .checkpoint.adjacent import Adjacent
+from .checkpoint.formats import NONE, form_of, formats_of
+from .config import Config
 from .errors import RequestError, shown
 from .kernels import Weight
 from .kernels.c import threads
-from .kernels.weights import FORMATS
+from .kernels.weights import FORMATS, Dense
 
 logger = logging.getLogger(__name__)
 
@@ -26,7 +28,7 @@ CHOICES = ("int8", "int4", "fp8")
 
 
 @dataclass(frozen=True)
-class Quantisation:
+class Conversion:
     """How the matrices of a model are stored. ``name`` is None (as the checkpoint has them), "none", or one of CHOICES.
 
     is_quantised: whether a matrix is quantised."""
@@ -34,16 +36,25 @@ class Quantisation:
     name: str | None
     is_quantised: bool
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether the checkpoint is asked for dense matrices only."""
+        return self.name in NONE
+
     def of(
-        self, tensors: Iterable[tuple[str, Tensor | Weight]], dtype: torch.dtype
+        self, tensors: Iterable[tuple[str, Tensor | Weight]], config: Config, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor | Weight]]:
-        """The tensors of a checkpoint, by Hugging Face's names, stored so."""
+        """The tensors of a checkpoint, by Hugging Face's names, stored so. ``dtype`` is that of x."""
+        if self.name not in CHOICES:
+            yield from tensors
+            return
+        formats = formats_of(config, self.name, dtype)
+        planned = {name: weight for name, weight in formats.items() if not isinstance(weight, Dense)}
+        allocated = Adjacent(planned, config, dtype)
         dense: list[str] = []
         for name, tensor in tensors:
-            if self.name in NONE and isinstance(tensor, Weight):
-                yield name, tensor.dequantise()
-            elif self.name in CHOICES and isinstance(tensor, Tensor) and tensor.dim() == 2:
-                weight = self.quantised(name, tensor, dtype)
+            if isinstance(tensor, Tensor) and tensor.dim() == 2:
+                weight = rounded(tensor, allocated(name)) if name in planned else self.quantised(name, tensor, dtype)
                 dense += [name] if weight is None else []
                 yield name, tensor if weight is None else weight
             else:
@@ -55,7 +66,7 @@ class Quantisation:
             )
 
     def quantised(self, name: str, matrix: Tensor, dtype: torch.dtype) -> Weight | None:
-        """A matrix as a weight of the format that this quantisation has for it, in new memory on the matrix's device.
+        """A matrix as a weight of the format that this conversion has for it, in new memory on the matrix's device.
         None if the format does not have its size. ``dtype`` is that of x."""
         form = self.format_of(name)
         rows, columns = matrix.shape
@@ -65,8 +76,7 @@ class Quantisation:
             raise
         except ValueError:
             return None
-        _round(matrix, weight)
-        return weight
+        return rounded(matrix, weight)
 
     def format_of(self, name: str) -> type[Weight]:
         """The format of a matrix; ``name`` begins with the name of its module."""
@@ -74,12 +84,12 @@ class Quantisation:
         return FORMATS[form_of(name, self.name)]
 
 
-def _round(matrix: Tensor, weight: Weight) -> None:
-    """Sets a weight to a matrix. On a CPU each thread rounds some rows at a time; torch's own threads would wait at a
+def rounded(matrix: Tensor, weight: Weight) -> Weight:
+    """The weight, set to a matrix. On a CPU each thread rounds some rows at a time; torch's own threads would wait at a
     barrier behind each of many short operations."""
     if matrix.device.type != "cpu":
         weight.copy_(matrix)
-        return
+        return weight
     team, rows = threads.count(), max(16, _AT_ONCE // matrix.shape[1] // 16 * 16)
     with threads.one_in_torch(), ThreadPoolExecutor(team) as pool:
         for done in [
@@ -87,9 +97,10 @@ def _round(matrix: Tensor, weight: Weight) -> None:
             for start in range(0, len(matrix), rows)
         ]:
             done.result()
+    return weight
 
 
-def choose_quantisation(quantize: str | None, checkpoint: Checkpoint | None = None) -> Quantisation:
+def choose_conversion(quantize: str | None, checkpoint: Checkpoint | None = None) -> Conversion:
     """What ``quantize=`` says, for a checkpoint or for random weights. Raises RequestError for another value, and for
     one of CHOICES if the checkpoint is quantised already."""
     if quantize is not None and (not isinstance(quantize, str) or quantize not in (*CHOICES, *NONE)):
@@ -101,4 +112,4 @@ def choose_quantisation(quantize: str | None, checkpoint: Checkpoint | None = No
             f"quantize is {quantize!r}, and the weights of {checkpoint.path} are quantised already "
             f"({', '.join(formats)}); expected None, or 'none', which dequantises them"
         )
-    return Quantisation(quantize, quantize in CHOICES or (bool(formats) and quantize is None))
+    return Conversion(quantize, quantize in CHOICES or (bool(formats) and quantize is None))

@@ -8,7 +8,7 @@ import pytest
 
 from qwenkern import Config
 from qwenkern.errors import CheckpointError
-from qwenkern.quantization import MATRIX, ROW, Quantization
+from qwenkern.quantization_config import MATRIX, ROW, Quantization
 
 QWEN = {
     "model_type": "qwen2",

@@ -11,8 +11,8 @@ from support.models import TINY, save_checkpoint, tiny_model
 from support.tolerances import MEAN_KL_PLANES, divergences
 
 from qwenkern import Model, RequestError
+from qwenkern.conversion import CHOICES
 from qwenkern.kernels.weights import FORMATS, Dense
-from qwenkern.quantise import CHOICES
 
 CONFIG = replace(
     TINY, vocab_size=512, hidden_size=256, intermediate_size=256, num_attention_heads=8, tie_word_embeddings=True
