@@ -31,6 +31,9 @@ GOOD = Code(
     releases=1,
 )
 LAUNCH = Launch("_linear_kernel", (1,), None, pdl=True)
+# 4 bits, groups of 128 and no sub-scales; 16,384 weights of 0.5 bytes, whose bytes take 622 cycles of an SM to arrive
+FORM = GroupNumbers(4, 128, 128, False, False, True, 0, 8)
+TILE = Tile(FORM, rows=32, depth=512, tokens=2, streams_x=False, has_norm=True)
 
 
 def test_good_code_breaks_no_rule():
@@ -69,6 +72,21 @@ def test_each_rule_can_be_broken(key, launch, change, rule):
 def test_only_v_in_bytes_may_be_loaded_in_halves(name, element, width, kernel, said):
     access = Access("load", name, "dense.py:46", 8192, width, element)
     assert broken_rules("sm_90", replace(LAUNCH, name=kernel), replace(GOOD, accesses=[access])) == said
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "said"),
+    [
+        (FORM._replace(bits=8, zero=128), "x", []),  # q8_0
+        (FORM._replace(bits=8, zero=128), "codes", ["64-bit load of 8192 bytes (codes few_tokens.py:170)"]),
+        (FORM._replace(bits=8, zero=0), "x", ["64-bit load of 8192 bytes (x few_tokens.py:170)"]),
+        (FORM, "x", ["64-bit load of 8192 bytes (x few_tokens.py:170)"]),
+    ],
+)
+def test_x_beside_signed_bytes_may_be_loaded_in_halves(form, name, said):
+    access = Access("load", name, "few_tokens.py:170", 8192, 64, 16)
+    launch = replace(LAUNCH, tile=replace(TILE, form=form))
+    assert broken_rules("sm_90", launch, replace(GOOD, accesses=[access])) == said
 
 
 @pytest.mark.parametrize(
@@ -135,11 +153,6 @@ def test_the_reader_finds_the_largest_loop_with_products():
     assert loop(SASS) == ["SHF", "PRMT", "LOP3", "HMMA", "BRA"]
     straight = SASS.replace("BRA", "NOP")
     assert len(loop(straight)) == 13
-
-
-# 4 bits, groups of 128 and no sub-scales; 16,384 weights of 0.5 bytes, whose bytes take 622 cycles of an SM to arrive
-FORM = GroupNumbers(4, 128, 128, False, False, True, 0, 8)
-TILE = Tile(FORM, rows=32, depth=512, tokens=2, streams_x=False, has_norm=True)
 
 
 @pytest.mark.parametrize(
