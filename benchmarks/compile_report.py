@@ -7,8 +7,8 @@
 The rules:
 
 - A kernel has no spills and no stack.
-- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits. Two kinds have 64:
-  v in 8 bits, and x beside codes that are signed bytes.
+- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits. Three
+  kinds have less: v in 8 bits, x beside codes that are signed bytes, and the upper bits that are dequantised.
 - The attention kernels and the few-token linears have matrix instructions.
 - A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks,
   except where that was measured to be faster.
@@ -84,6 +84,9 @@ BYTES_OF_V = ("v", 8)
 # Codes that are signed bytes need no sum of x. The product is then the only use of a streamed tile of x, and Triton
 # swizzles the tile by four values. x comes from the L2 cache; the codes themselves have 128 bits.
 SIGNED_BYTES = 8, 128  # bits and zero of the form
+# One line of it loads codes and upper bits, of which a tile has 4 or 8 bytes for each thread. What is known of a line
+# is its largest tile and its narrowest instruction.
+OF_UPPER_BITS = "_dequantise_kernel", "bits"
 
 # Here tiles whose rows lie in the same banks were faster than the tiles without them (docs/tuning-log.md): `down` takes
 # eight warps then, and reads 16 bytes a cycle from shared memory, where an SM of an H100 gets 14.5 from its memory.
@@ -144,6 +147,8 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
 
 def _least_width(launch: Launch, access: Access) -> int:
     """The bits that an access must have where the rule covers it."""
+    if (launch.name, access.name) == OF_UPPER_BITS:
+        return 32
     form = launch.tile.form if launch.tile else None
     is_signed = isinstance(form, GroupNumbers) and (form.bits, form.zero) == SIGNED_BYTES
     is_v = (access.name, access.element) == BYTES_OF_V and launch.name in ATTENTION

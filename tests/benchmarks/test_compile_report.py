@@ -67,9 +67,11 @@ def test_each_rule_can_be_broken(key, launch, change, rule):
         ("v", 16, 64, "_decode_attention_kernel", ["64-bit load of 8192 bytes (v dense.py:46)"]),
         ("k", 8, 64, "_prefill_attention_kernel", ["64-bit load of 8192 bytes (k dense.py:46)"]),
         ("v", 8, 64, "_linear_kernel", ["64-bit load of 8192 bytes (v dense.py:46)"]),
+        ("bits", 32, 32, "_dequantise_kernel", []),
+        ("words", 32, 32, "_dequantise_kernel", ["32-bit load of 8192 bytes (words dense.py:46)"]),
     ],
 )
-def test_only_v_in_bytes_may_be_loaded_in_halves(name, element, width, kernel, said):
+def test_only_some_loads_may_be_narrow(name, element, width, kernel, said):
     access = Access("load", name, "dense.py:46", 8192, width, element)
     assert broken_rules("sm_90", replace(LAUNCH, name=kernel), replace(GOOD, accesses=[access])) == said
 
