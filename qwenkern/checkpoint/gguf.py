@@ -65,13 +65,13 @@ class GgufCheckpoint(Checkpoint):
             self._warn(dtype)
         allocated = Adjacent({} if dense else self.formats, self.config, dtype)
         for name, (container, info) in self.places.items():
-            blocks = container.blocks(info)
+            blocks, source = container.blocks(info), f"{self.path}: tensor {info.name}"
             if name in self.formats and not dense:
                 weight = allocated(name)
                 assert isinstance(weight, Grouped)
-                yield name, repack(blocks, info.kind, weight, f"{self.path}: tensor {info.name}")
+                yield name, repack(blocks, info.kind, weight, source)
             else:
-                yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"))
+                yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"), source)
 
     def _warn(self, dtype: torch.dtype) -> None:
         """Says what the blocks that become dense cost."""

@@ -15,6 +15,7 @@ from qwenkern.kernels.c import repack as in_c
 from qwenkern.kernels.weights import Grouped
 
 from .blocks import read
+from .dequantize import NOT_FINITE
 
 _CHUNK = 1 << 19  # weights that torch moves at a time
 
@@ -36,9 +37,7 @@ def repack(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped, name
     else:
         is_finite = _in_torch(blocks.reshape(rows, -1), kind, weight)
     if not is_finite:
-        raise CheckpointError(
-            f"{name}: {kind.name} blocks with scales that are NaN or infinite; expected finite numbers"
-        )
+        raise CheckpointError(NOT_FINITE.format(name=name, kind=kind.name))
     return weight
 
 
