@@ -7,6 +7,7 @@ from typing import Any
 
 import test_dequantise
 import test_linear
+import test_weights
 import torch
 from support.references import random
 
@@ -60,6 +61,16 @@ def counts_with_other_bits(key: str, seed: int, op: str, counts: tuple[int, ...]
         together = tokens(16)
         assert torch.isfinite(together).all()
         return [count for count in counts if not torch.equal(tokens(count), together[:count])]
+
+
+def counts_with_other_bits_of(form: str, key: str, seed: int, counts: tuple[int, ...]) -> list[int]:
+    """The same over weights of a quantised format."""
+    x = random(16, test_weights.COLUMNS, dtype=torch.bfloat16, device=CPU)
+    weight = test_weights.made(form, rows=32)
+    with device(DEVICES[key], seed, settled=SETTLED):
+        together = ops.linear(x, weight)
+        assert torch.isfinite(together).all()
+        return [count for count in counts if not torch.equal(ops.linear(x[:count], weight), together[:count])]
 
 
 def fault_of_ids(key: str, ids: list[int]) -> str:

@@ -184,6 +184,12 @@ def test_bits_are_batch_invariant_over_quantised_weights(process, key, form, op,
 
 
 @on_all
+@pytest.mark.parametrize("form", ["int4", "q2_k", "fp8"])
+def test_bits_over_quantised_weights_are_batch_invariant(process, key, form):
+    assert process.submit(on_ptx.counts_with_other_bits_of, form, key, SEED, (1, 2, 3, 5, 8)).result() == []
+
+
+@on_all
 def test_an_id_that_there_is_not_ends_the_kernel(process, key):
     """As torch's indexing on a GPU does. There are 48 rows, and negative ids count from the end."""
     assert process.submit(on_ptx.fault_of_ids, key, [3, 47, -48]).result() == ""
