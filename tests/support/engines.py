@@ -68,12 +68,14 @@ class Gate:
 
     def __init__(self, model) -> None:
         self._engine, self._allowed, self._done = model._loop.engine, threading.Semaphore(0), 0
+        self._is_open = False
 
     def __enter__(self) -> Gate:
         step = self._engine.step
 
         def gated() -> list[Output]:
-            self._allowed.acquire()
+            if not self._is_open:
+                self._allowed.acquire()
             try:
                 return step()
             finally:
@@ -83,7 +85,12 @@ class Gate:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.open()
         del self._engine.step
+
+    def open(self) -> None:
+        """Lets the thread go on without waiting."""
+        self._is_open = True
         self._allowed.release()
 
     def steps(self, count: int) -> None:
