@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
 from .base import Weight
 
 CHUNK = 1 << 22  # values that are converted at a time
+Own = TypeVar("Own", bound="Quantised")
 
 
 class Quantised(Weight, is_format=False):
@@ -50,7 +53,7 @@ class Quantised(Weight, is_format=False):
             out[start : start + step] = self.rows(start, start + step)._matrix()
         return out
 
-    def rows(self, start: int, stop: int) -> Quantised:
+    def rows(self: Own, start: int, stop: int) -> Own:
         tile = self.row_tile
         if start % tile or stop % tile:
             raise ValueError(f"{self.format}: rows {start} to {stop}; expected multiples of {tile}")

@@ -16,7 +16,6 @@ compiles them and reads their machine code.
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import select
@@ -32,6 +31,7 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
+from c import objects
 
 from qwenkern.kernels.c import build, compiler, targets
 from qwenkern.kernels.c.calls import CALL_BYTES, FIELDS, FIRST_FIELD, OPS, make
@@ -61,13 +61,14 @@ NAN = 0xFF  # each byte of it, in bfloat16 and in float32
 # smallest n and k, and a k of several parts with up to 21.
 PRODUCTS = 1 << 24
 PATIENCE = 300  # seconds that a run may take
+_RUNNING: dict[str, Emulated] = {}
 
 
 def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Has a test run on an emulated target. It is skipped where that cannot be, unless QWENKERN_REQUIRE_ARM=1."""
     skip_large(request)
     target = next(target for target in targets.TARGETS if target.name == name)
-    library = emulated(target)
+    library = emulated(target, request.getfixturevalue("tmp_path_factory"))
     if isinstance(library, str):
         required = os.environ.get("QWENKERN_REQUIRE_ARM") == "1" and target.machine == "aarch64"
         (pytest.fail if required else pytest.skip)(f"{name}: {library}")
@@ -83,7 +84,7 @@ def skip_large(request: pytest.FixtureRequest) -> None:
         pytest.skip("takes long without fast loops; smaller products take the same paths")
 
 
-def emulated(target: targets.Target) -> Emulated | str:
+def emulated(target: targets.Target, factory: pytest.TempPathFactory) -> Emulated | str:
     """The library of a target in EMULATORS, started once and kept, or why there is none here."""
     if target.name not in EMULATORS:
         lacks = ", ".join(sorted(target.needs - targets.features()))
@@ -91,7 +92,7 @@ def emulated(target: targets.Target) -> Emulated | str:
     found = EMULATORS[target.name]
     programs = (compiler_for(target), found.program)
     missing = [program for program in programs if not shutil.which(program)]
-    return f"needs {' and '.join(missing)}" if missing else _started(target)
+    return f"needs {' and '.join(missing)}" if missing else _started(target, factory)
 
 
 def compiler_for(target: targets.Target) -> str:
@@ -103,9 +104,10 @@ def is_emulated() -> bool:
     return isinstance(build.prepared().library, Emulated)
 
 
-@functools.cache
-def _started(target: targets.Target) -> Emulated:
-    return Emulated(target)
+def _started(target: targets.Target, factory: pytest.TempPathFactory) -> Emulated:
+    if target.name not in _RUNNING:
+        _RUNNING[target.name] = Emulated(target, objects.compiled([compiler_for(target)], target, factory))
+    return _RUNNING[target.name]
 
 
 class Header(ctypes.Structure):
@@ -138,14 +140,14 @@ class Emulated:
 
     Calls have pointers only, so ``watch`` must have noted the tensors that a call was made of."""
 
-    def __init__(self, target: targets.Target) -> None:
+    def __init__(self, target: targets.Target, compiled: list[str]) -> None:
         self._folder = tempfile.TemporaryDirectory()
         found, program = EMULATORS[target.name], str(Path(self._folder.name, "program"))
         self._program = [found.program, "-cpu", found.processor, program]
         flags = [flag for flag in compiler.FLAGS if flag not in ("-shared", "-fPIC")]
-        sources = [*map(str, compiler.SOURCES.glob("*.c")), str(Path(__file__).with_suffix(".c"))]
-        command = [compiler_for(target), *flags, "-static", *target.flags, f"-I{compiler.SOURCES}", *sources, "-lm"]
-        subprocess.run([*command, "-o", program], check=True)
+        source = str(Path(__file__).with_suffix(".c"))
+        command = [compiler_for(target), *flags, "-static", *target.flags, f"-I{compiler.SOURCES}", source, *compiled]
+        subprocess.run([*command, "-lm", "-o", program], check=True)
         self._file = os.memfd_create("tensors")
         os.truncate(self._file, SIZE)
         self._memory = mmap.mmap(self._file, SIZE)

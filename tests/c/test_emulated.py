@@ -17,6 +17,7 @@ def in_c(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     emulated.use(request.param, request, monkeypatch)
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(choose, "prefetch", lambda *_: 0)
+    monkeypatch.setattr(choose, "prefetch_of_codes", lambda *_: 0)
     monkeypatch.setattr(choose, "multiplies", lambda *_: True)
     build.forget()
     yield

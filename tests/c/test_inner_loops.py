@@ -10,9 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from c import emulated, inner_loops
+from c import emulated, inner_loops, objects
+from support.sharing import one_worker_at_a_time
 
-from qwenkern.kernels.c import compiler, targets
+from qwenkern.kernels.c import build, compiler, targets
 
 # Functions whose inner loops may use the stack, and why that costs little. All others may not.
 EXCEPTIONS = {
@@ -28,8 +29,8 @@ GROUPED = re.compile(r"multiply_\w+_[12]_[01](\.|$)")
 
 
 @pytest.mark.parametrize("target", targets.TARGETS, ids=lambda target: target.name)
-def test_sums_stay_in_registers(target: targets.Target, tmp_path: Path) -> None:
-    loops = inner_loops.loops(*_built(target, compiler.FLAGS, [*compiler.SOURCES.glob("*.c")], tmp_path))
+def test_sums_stay_in_registers(target: targets.Target, tmp_path_factory: pytest.TempPathFactory) -> None:
+    loops = inner_loops.loops(*_library(target, tmp_path_factory))
     spilled = [loop for loop in loops if len(loop.stack_moves) > _allowed(loop, target)]
     assert not spilled, "; ".join(map(str, spilled))
     for hot in ("dots_", "multiply_"):  # under these names, so that they are what was looked at
@@ -66,7 +67,7 @@ def test_sums_on_the_stack_are_found(name: str, tmp_path: Path) -> None:
     source = tmp_path / "sums.c"
     source.write_text(SUMS)
     flags = ("-O3", "-ffp-contract=fast", "-shared", "-fPIC")
-    loops = inner_loops.loops(*_built(target, flags, [source], tmp_path))
+    loops = inner_loops.loops(*_built(target, flags, source, tmp_path))
     found = {loop.function for loop in loops if loop.stack_moves}
     assert {loop.function for loop in loops} == {"fits", "too_wide", "too_many"}
     assert "fits" not in found
@@ -87,8 +88,32 @@ def _allowed(loop: inner_loops.Loop, target: targets.Target) -> float:
     return loop.multiply_adds / 2 if is_narrow and GROUPED.match(loop.function) else 0
 
 
-def _built(target: targets.Target, flags: tuple[str, ...], sources: list[Path], folder: Path) -> tuple[Path, str]:
-    """A library, and the objdump that reads it."""
+def _library(target: targets.Target, factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The C files as a library, and the objdump that reads it. Where it runs, the one that other tests run."""
+    command, objdump = _programs(target)
+    if target.machine == targets.machine() and target.needs <= targets.features():
+        with one_worker_at_a_time(factory, "library"):
+            library = Path(build._load(target).library._name)
+        if library.exists():
+            return library, objdump
+    library = factory.mktemp("library") / "library.so"
+    flags = (*compiler.FLAGS, *target.flags)
+    subprocess.run(
+        [*command, *flags, *objects.compiled(command, target, factory), "-o", str(library), "-lm"], check=True
+    )
+    return library, objdump
+
+
+def _built(target: targets.Target, flags: tuple[str, ...], source: Path, folder: Path) -> tuple[Path, str]:
+    """One file as a library, and the objdump that reads it."""
+    command, objdump = _programs(target)
+    library = folder / "library.so"
+    subprocess.run([*command, *flags, *target.flags, str(source), "-o", str(library), "-lm"], check=True)
+    return library, objdump
+
+
+def _programs(target: targets.Target) -> tuple[list[str], str]:
+    """The command of the compiler for a target, and the objdump that reads its code."""
     is_native = target.machine == targets.machine()
     if not is_native and target.name not in emulated.EMULATORS:
         pytest.skip(f"no compiler for {target.machine} is asked for here")
@@ -98,6 +123,4 @@ def _built(target: targets.Target, flags: tuple[str, ...], sources: list[Path], 
     if missing:
         required = target.machine == "aarch64" and not is_native and os.environ.get("QWENKERN_REQUIRE_ARM") == "1"
         (pytest.fail if required else pytest.skip)(f"needs {' and '.join(missing)}")
-    library = folder / "library.so"
-    subprocess.run([*command, *flags, *target.flags, *map(str, sources), "-o", str(library), "-lm"], check=True)
-    return library, objdump
+    return command, objdump

@@ -12,6 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 from c import emulated
+from support.sharing import one_worker_at_a_time
 from support.tolerances import assert_as_close_as
 
 from qwenkern import kernels
@@ -36,7 +37,7 @@ FEW = 16  # tokens that read a weight row by row, as a test below holds against 
 
 
 @pytest.fixture(autouse=True, params=VARIANTS)
-def in_c(request, monkeypatch):
+def in_c(request, monkeypatch, tmp_path_factory):
     name = request.param
     if name == "narrow":
         if targets.machine() != "x86_64":
@@ -52,9 +53,11 @@ def in_c(request, monkeypatch):
         emulated.use(name, request, monkeypatch)
     monkeypatch.delenv("QWENKERN_KERNELS", raising=False)
     monkeypatch.setattr(choose, "prefetch", lambda *_: VARIANTS[name])
+    monkeypatch.setattr(choose, "prefetch_of_codes", lambda *_: VARIANTS[name])
     monkeypatch.setattr(choose, "multiplies", lambda *_: True)
     build.forget()
-    assert c_backend.prepare() is None
+    with one_worker_at_a_time(tmp_path_factory, "library"):  # the first one may compile it
+        assert c_backend.prepare() is None
     if name == "plain":
         monkeypatch.setattr(build, "_found", c_backend.prepared()._replace(library=Plain(c_backend.library())))
     yield
