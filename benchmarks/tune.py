@@ -35,12 +35,14 @@ from qwenkern import Config
 from qwenkern.benchmarks.models import step_tuning
 from qwenkern.benchmarks.ops.cases import CASES, Case, Size, mapped
 from qwenkern.benchmarks.ops.correctness import check, expected
+from qwenkern.benchmarks.ops.inputs import DENSE
 from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, side_by_side
 from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.run import numbers
 from qwenkern.cli import terminal
 from qwenkern.kernels.environment import CONFIG_DIR
 from qwenkern.kernels.triton import tuning
+from qwenkern.kernels.weights import FORMATS
 
 NEAR_THE_ROOFLINE = 1.03  # times the time of the roofline: the search ends
 HOPELESS = 1.3  # times the best time so far: one reading is enough
@@ -65,7 +67,7 @@ class Problem:
     sizes: list[Size]
 
     def __post_init__(self) -> None:
-        self.op = _TUNED_AS.get(self.case.op, self.case.op)
+        self.op = _tuned_as(self.case, self.sizes[0])
         self.device = torch.device(self.sizes[0].device)
         makers = [lambda size=size: self.case.inputs(self.config, size) for size in self.sizes]
         self.sets = [input_sets(make, self.device, most=4) for make in makers]
@@ -109,10 +111,14 @@ _TUNED_AS = {"add_rms_norm": "rms_norm", "apply_rope": "rope_and_cache", "lm_hea
 _TUNED_AS |= {"attention": "decode_attention", "silu_mul": "swiglu", "silu_mul_backward": "swiglu_backward"}
 
 
+def _tuned_as(case: Case, size: Size) -> str:
+    return tuning.named(_TUNED_AS.get(case.op, case.op), size.weights)
+
+
 def problems(case: Case, config: Config, sizes: list[Size]) -> list[Problem]:
     """The sizes of a case, grouped by the configuration that the kernel looks up. Sizes at which the kernel does not
     run are left out (for many tokens the library's product runs)."""
-    op = _TUNED_AS.get(case.op, case.op)
+    op = _tuned_as(case, sizes[0])
     groups: dict[Any, list[Size]] = {}
     for size in sizes:
         with tuning.trying(op, {}) as trial:
@@ -234,6 +240,7 @@ def main(
     tokens: Annotated[str, typer.Option(help="Numbers, with commas; default: those of each case.")] = "",
     context: Annotated[int, typer.Option(help="Cached tokens per sequence in decode_attention.")] = 8192,
     device: Annotated[str, typer.Option(help="auto, cpu (the interpreter) or cuda.")] = "auto",
+    weights: Annotated[str, typer.Option(help="A format: then only ops that have weights are tuned.")] = DENSE,
     budget: Annotated[float, typer.Option(help="Seconds for everything.")] = 600.0,
     step: Annotated[
         bool,
@@ -248,10 +255,14 @@ def main(
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if place.type == "cpu" and not triton.knobs.runtime.interpret:
         raise typer.BadParameter("no GPU; expected one, or TRITON_INTERPRET=1 to try the tuner in the interpreter")
+    if weights not in FORMATS or (step and weights != DENSE):
+        possible = DENSE if step else f"one of {', '.join(FORMATS)}"
+        raise typer.BadParameter(f"{weights!r}; expected {possible}", param_hint="--weights")
     wanted = [name for name in op.split(",") if name]
-    cases = [case for case in CASES if not wanted or case.name in wanted or case.op in wanted]
+    known = [case for case in CASES if weights == DENSE or ("weights" in case.takes and case.op != "embedding")]
+    cases = [case for case in known if not wanted or case.name in wanted or case.op in wanted]
     if not cases:
-        raise typer.BadParameter(f"{op!r}: not among {', '.join(case.name for case in CASES)}")
+        raise typer.BadParameter(f"{op!r}: not among {', '.join(case.name for case in known)}")
     config = Config.from_name(model)
     root = out or Path(CONFIG_DIR.get() or Path(tuning.__file__).parent / "tuned")
     folder = root / tuning.device_of(torch.empty(1, device=place)).folder
@@ -276,17 +287,17 @@ def main(
     with Progress(*columns, console=console, transient=True) as bar:
         total = bar.add_task("everything", total=budget)
         for index, case in enumerate(cases):
-            sizes = [Size(count, context, device=str(place)) for count in chosen or case.tokens]
+            sizes = [Size(count, context, device=str(place), weights=weights) for count in chosen or case.tokens]
             for problem in problems(case, config, sizes):
                 counts = ",".join(str(size.tokens) for size in problem.sizes)
                 share = time.monotonic() + (end - time.monotonic()) / (len(cases) - index) / 2
-                log = folder / f".{case.name}-{model}-{counts}.log"
+                log = folder / f".{tuning.named(case.name, weights)}-{model}-{counts}.log"
                 bar.update(total, description=f"{case.name} x{counts}")
 
                 def progress() -> None:
                     bar.update(total, completed=budget - (end - time.monotonic()))
 
-                winner, tried = search(problem, tuning.SPACES[problem.op], log, share, progress)
+                winner, tried = search(problem, tuning.space(problem.op), log, share, progress)
                 write(folder / f"{problem.op}.json", problem.op, facts, problem.lookup()[0], winner)
                 rejected = sum(each.seconds is None for each in tried)
                 text = ", ".join(f"{key}={value}" for key, value in winner.items()) or "the heuristic"

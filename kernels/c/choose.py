@@ -9,9 +9,11 @@ readings lead to the same choice. The date and the load average of the measureme
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import logging
+import mmap
 import os
 import tempfile
 import time
@@ -39,7 +41,7 @@ SECONDS = 0.15  # the time for more readings after the first ROUNDS
 ROUNDS = 4  # the least number of rounds: two in each half
 TOKENS = 128
 DISTANCES = (0, 4096, 16384)  # bytes in advance that weights are prefetched
-GROUPED_DISTANCES = (0, 1024, 8192)  # the same of quantised weights, whose codes are one stream of memory
+GROUPED_DISTANCES = (0, 1024, 4096)  # the same of quantised weights, whose codes are one stream of memory
 WEIGHTS = 128 << 20  # bytes, more than the caches of most processors
 CLEARLY = 1.1  # torch multiplies many tokens if it is more than so many times as fast as C
 NEARLY = 0.97  # a shorter distance is preferred if it reaches this share of the best speed
@@ -94,8 +96,7 @@ def prefetch_of_codes(loaded: Loaded, bits: int) -> int:
 
     def ways() -> dict[int, Callable[[], object]]:
         kind, rows = FORMATS[{4: "q4_0", 8: "q8_0"}[bits]], WEIGHTS // (1024 * bits // 8)
-        # Written with ones: memory of zeros that nobody wrote is one page
-        weight = kind.allocate(rows, 1024, torch.bfloat16, lambda shape, dtype: torch.ones(shape, dtype=dtype))
+        weight = kind.allocate(rows, 1024, torch.bfloat16, _written)
         return {distance: _linear(loaded, _ones(1, 1024), weight, distance) for distance in GROUPED_DISTANCES}
 
     return _choice(f"prefetch {bits} bits", list(GROUPED_DISTANCES), ways, _shortest, loaded.target.name)
@@ -105,6 +106,17 @@ def _shortest(seconds: Mapping[int, float]) -> int:
     """The shortest of the distances that are nearly as fast as the fastest."""
     best = min(seconds.values())
     return next(distance for distance in sorted(seconds) if NEARLY * seconds[distance] <= best)
+
+
+def _written(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of ones, in huge pages where the system has them, as weights are. Memory of zeros that nobody wrote
+    would be one page."""
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    start, end = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+    if hasattr(mmap, "MADV_HUGEPAGE") and start < end:
+        span = ctypes.c_void_p(start * mmap.PAGESIZE), ctypes.c_size_t((end - start) * mmap.PAGESIZE)
+        ctypes.CDLL(None).madvise(*span, mmap.MADV_HUGEPAGE)  # only advice: it may fail
+    return tensor.fill_(1)
 
 
 def _ones(*shape: int) -> torch.Tensor:

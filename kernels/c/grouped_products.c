@@ -118,10 +118,10 @@ ALWAYS void multiply(const int format, const int planes, const int fixed, float 
                 const char *codes = (const char *)(w->codes + tile * CODE_WORDS(kind) * TILE_ROWS);
                 const char *high = (const char *)(w->high + tile * HIGH_WORDS(kind) * TILE_ROWS);
 #pragma GCC unroll 8
-                for (int i = 0; i < CODE_WORDS(kind); i++) __builtin_prefetch(codes + distance + 64 * i, 0, 2);
+                for (int i = 0; i < CODE_WORDS(kind); i++) __builtin_prefetch(codes + distance + 64 * i, 0, 3);
 #pragma GCC unroll 2
                 for (int i = 0; i < HIGH_WORDS(kind); i++)
-                    __builtin_prefetch(high + distance * HIGH_WORDS(kind) / CODE_WORDS(kind) + 64 * i, 0, 2);
+                    __builtin_prefetch(high + distance * HIGH_WORDS(kind) / CODE_WORDS(kind) + 64 * i, 0, 3);
             }
             if (fixed) add_tile_once(kind, planes, sums, w, tile, facts, x);
             else

@@ -119,11 +119,29 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
 
 @tuning.remember
 def packed_config(
+    op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, kind: type[Weight], form: Any
+) -> dict[str, Any]:
+    """The configuration of a linear kernel over a packed weight [N, K] whose rows take ``row`` bytes. ``itemsize`` is
+    that of x, ``form`` the weight's ``triton_numbers``. What determines the order of summation does not depend on the
+    number of tokens."""
+    heuristic = chosen = _packed(op, device, n, k, tokens, itemsize, row, kind.row_tile, form)
+    if itemsize == 2:
+        chosen = tuning.lookup(tuning.named(op, kind.format), device, {"n": n, "k": k}, heuristic)
+    if heuristic["PROGRAMS"]:  # resident
+        programs = chosen["PROGRAMS"] or heuristic["PROGRAMS"]
+        chosen = chosen | {"BLOCK_K": heuristic["BLOCK_K"], "SPLIT_K": 1, "PROGRAMS": programs}
+    else:
+        split_k = min(chosen["SPLIT_K"], cdiv(k, chosen["BLOCK_K"]))
+        blocks = cdiv(cdiv(k, chosen["BLOCK_K"]), split_k)  # of a split
+        chosen = chosen | {"SPLIT_K": cdiv(cdiv(k, chosen["BLOCK_K"]), blocks), "PROGRAMS": 0}  # none is empty
+    if op in PAIRED:
+        chosen = chosen | {"BLOCK_N": max(chosen["BLOCK_N"], 2 * kind.row_tile)}
+    return chosen | {"num_warps": min(chosen["num_warps"], chosen["BLOCK_K"] // 32), "AHEAD": 0}
+
+
+def _packed(
     op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, row_tile: int, form: Any
 ) -> dict[str, Any]:
-    """The configuration of a linear kernel over a packed weight [N, K] whose rows take ``row`` bytes, ``row_tile`` of
-    them together. ``itemsize`` is that of x, ``form`` the weight's ``triton_numbers``. What determines the order of
-    summation does not depend on the number of tokens."""
     paired, on_cuda = op in PAIRED, device.backend == "cuda" and not INTERPRETED
     block_n = 32 if n % 32 == 0 or paired else 16
     memory = device.shared_memory - 8192 - 512 * block_n  # partial sums of the warps
@@ -138,7 +156,6 @@ def packed_config(
         return {
             "BLOCK_N": block_n,
             "BLOCK_K": block_k,
-            "AHEAD": 0,
             "SPLIT_K": 1,
             "PROGRAMS": max(1, min(2, (memory + 8192) // ((stages - 1) * tile + x))),
             "PREFETCH_LINES": next_power_of_2(row * row_tile // 256) if on_cuda else 0,
@@ -154,7 +171,6 @@ def packed_config(
     return {
         "BLOCK_N": block_n,
         "BLOCK_K": block_k,
-        "AHEAD": 0,
         "SPLIT_K": split_k,
         "PROGRAMS": 0,
         "PREFETCH_LINES": next_power_of_2(row * block_k // k * row_tile // 64) if on_cuda else 0,
@@ -177,10 +193,11 @@ def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) 
     block_t = padded(num_tokens, device)
     form = weight.triton_numbers()
     if form is not None:  # packed
-        # With one column, Triton 3.7 exchanges the halves of a tile of 32 rows in every other product of a batch.
+        # With one column, Triton 3.7 puts the sums of a warp's products of a batch in the same registers
+        # (tests/ptx/test_foreign.py has the case).
         block_t = max(2, block_t)
-        row, together = weight.nbytes // len(weight), weight.row_tile
-        found = packed_config(op, device, len(weight), k_size, block_t, x.element_size(), row, together, form)
+        row, kind = weight.nbytes // len(weight), type(weight)
+        found = packed_config(op, device, len(weight), k_size, block_t, x.element_size(), row, kind, form)
     else:
         found = config(op, device, len(weight), k_size, block_t, x.element_size())
     chosen = dict(found)

@@ -7,7 +7,8 @@ same layout below it:
     {"op": "linear", "device": "NVIDIA H100 80GB HBM3", "triton": "3.6.0", "date": "2026-11-24",
      "entries": [{"sizes": {"n": 2048, "k": 11008}, "config": {"BLOCK_K": 512, "num_stages": 4}}]}
 
-The entry whose sizes are nearest, measured in logarithms, overrides fields of the heuristic's configuration.
+The entry whose sizes are nearest, measured in logarithms, overrides fields of the heuristic's configuration. A kernel
+over packed weights has a file for each format of them: ``linear.int4.json``.
 """
 
 from __future__ import annotations
@@ -119,6 +120,16 @@ def overriding() -> Iterator[Overrides]:
         forget()
 
 
+def named(op: str, form: str) -> str:
+    """The name by which the kernel of an op over weights of a format is tuned."""
+    return op if form == "dense" else f"{op}.{form}"
+
+
+def space(name: str) -> dict[str, tuple[int, ...]]:
+    """The search space of a kernel by such a name."""
+    return SPACES.get(name.partition(".")[0], {})
+
+
 def device_of(tensor: Tensor) -> Device:
     if _offline is not None and tensor.is_meta:
         return _offline
@@ -162,7 +173,7 @@ def lookup(op: str, device: Device, sizes: dict[str, int], heuristic: dict[str, 
         return {**heuristic, **_trial.config}
     try:
         entries = _entries(op, device.folder, CONFIG_DIR.get() or "")
-        config = {**heuristic, **_nearest(entries, sizes, heuristic, SPACES.get(op, {}))}
+        config = {**heuristic, **_nearest(entries, sizes, heuristic, space(op))}
     except ValueError as error:  # a stale or damaged tuned file must not end a forward pass
         _warn_once(f"{op} for {device.name}: {error}")
         config = heuristic

@@ -22,6 +22,7 @@ from qwenkern.kernels.c import threads
 from .blocks import format_of, read
 
 _CHUNK = 1 << 19  # weights: 2 MiB as float32
+NOT_FINITE = "{name}: {kind} blocks with scales that are NaN or infinite; expected finite numbers"
 _PLAIN = {
     GGMLQuantizationType.F32: torch.float32,
     GGMLQuantizationType.F16: torch.float16,
@@ -51,20 +52,20 @@ def supported() -> list[str]:
     return sorted(kind.name for kind in GGML_QUANT_SIZES if is_supported(kind))
 
 
-def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> torch.Tensor:
+def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor, name: str) -> torch.Tensor:
     """Writes the weights of `blocks` into `out`, and returns `out`.
 
-    blocks: uint8, contiguous, any shape (a memory-mapped, read-only view is fine).
+    blocks: uint8, contiguous, any shape (a memory-mapped, read-only view is fine). name: the tensor's in messages.
     out: float32, bfloat16 or float16, contiguous, on the CPU. Weights are rounded to its dtype to nearest even.
-    Raises CheckpointError for a type that is not supported, and if the number of bytes does not fit that of the
-    weights.
+    Raises CheckpointError for a type that is not supported, if the number of bytes does not fit that of the weights,
+    and for blocks whose scales are not finite.
     """
     if not is_supported(kind):
-        raise CheckpointError(f"tensor type {kind.name} is not supported; expected one of {', '.join(supported())}")
+        raise CheckpointError(f"{name}: type {kind.name} is not supported; expected one of {', '.join(supported())}")
     block_size, type_size = GGML_QUANT_SIZES[kind]
     if blocks.dtype != np.uint8 or blocks.size * block_size != out.numel() * type_size:
         raise CheckpointError(
-            f"{blocks.size} {blocks.dtype} of {kind.name} for {out.numel()} weights; "
+            f"{name}: {blocks.size} {blocks.dtype} of {kind.name} for {out.numel()} weights; "
             f"expected uint8, {type_size} for each {block_size} weights"
         )
     rows = blocks.reshape(-1, type_size)
@@ -73,19 +74,24 @@ def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor
     step = _CHUNK // block_size
     with torch.no_grad(), threads.one_in_torch():
         for start in range(0, len(rows), step):
-            decode(rows[start : start + step], kind, flat[start : start + step])
+            if not decode(rows[start : start + step], kind, flat[start : start + step]):
+                raise CheckpointError(NOT_FINITE.format(name=name, kind=kind.name))
     return out
 
 
-def _copy(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> None:
+def _copy(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> bool:
     out.copy_(torch.from_numpy(rows.copy()).view(_PLAIN[kind]))
+    return True  # whatever the floats are
 
 
-def _by_library(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> None:
-    out.copy_(torch.from_numpy(quants.dequantize(rows.copy(), kind)).view(out.shape))
+def _by_library(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> bool:
+    values = torch.from_numpy(quants.dequantize(rows.copy(), kind))
+    out.copy_(values.view(out.shape))
+    return bool(values.isfinite().all())
 
 
-def _decode(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> None:
+def _decode(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> bool:
+    """Returns whether all scales are finite."""
     parts, form = read(rows, kind), format_of(kind)
     assert form is not None
     codes = parts.codes.sub_(form.zero).view(torch.int8) if form.zero else parts.codes
@@ -99,3 +105,4 @@ def _decode(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> 
     if offset is not None:
         weights += offset[..., None]
     out.copy_(weights.view(out.shape))
+    return all(bool(each.isfinite().all()) for each in (parts.scales, parts.minima) if each is not None)

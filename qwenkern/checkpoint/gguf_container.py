@@ -197,8 +197,15 @@ class _Header:
             tensors[name] = TensorInfo(name, shape, kind, origin + offset, num_bytes)
         ordered = sorted(tensors.values(), key=lambda tensor: tensor.offset)
         for before, after in pairwise(ordered):
-            if before.offset + before.num_bytes > after.offset:
+            end = before.offset + before.num_bytes
+            if end > after.offset:
                 self.fail(f"tensors {before.name} and {after.name} overlap at byte {after.offset}")
+            if -(-end // self.alignment) * self.alignment != after.offset:  # llama.cpp has this rule, too
+                self.fail(
+                    f"tensor {before.name} {list(before.shape)} of {before.kind.name} takes {before.num_bytes} bytes "
+                    f"from {before.offset} on; expected the next, {after.name}, at the next multiple of "
+                    f"{self.alignment}, and it begins at {after.offset}"
+                )
         return tensors
 
     def read_tensor_info(self) -> tuple[str, tuple[int, ...], GGMLQuantizationType, int]:

@@ -29,7 +29,6 @@ _PACKED = {
 }
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _IGNORED = ".rotary_emb.inv_freq"  # in some old checkpoints; the configuration has the same values
-_QUANTISED = (".qweight", ".qzeros", ".scales", ".g_idx")
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _COMPARED_ROWS = 8192
 
@@ -216,8 +215,6 @@ def _slot(name: str, shape: tuple[int, ...], table: Mapping[str, Slot], source: 
     if name.endswith(_IGNORED):
         return None
     slot = table.get(EMBEDDING if name == HEAD and HEAD not in table else name)
-    if slot is None and name.endswith(_QUANTISED):  # without a quantization_config, as early GPTQ checkpoints
-        raise CheckpointError(f"{source}: tensor {name[:200]} is quantised by GPTQ or AWQ, which is not supported")
     if slot is None:
         raise CheckpointError(f"{source}: unknown tensor {name[:200]}; expected the {len(table)} of a Qwen2.5 model")
     if shape != slot.shape:

@@ -193,7 +193,7 @@ app.command()(footprint)
 
 @app.command()
 def quantize(
-    model: Annotated[str, typer.Argument(help="Name, hub id or folder of safetensors, with weights that are dense.")],
+    model: Annotated[str, typer.Argument(help="Name, hub id, folder of safetensors with dense weights, or GGUF file.")],
     out: Annotated[Path, typer.Argument(help="The folder to write, which is made.")],
     to: Annotated[str, typer.Option(help="int8, int4 (embedding and output: int8) or fp8.")] = "int4",
 ) -> None:
@@ -204,6 +204,8 @@ def quantize(
         written = quantise(model, out, to, progress)
     if written.dense:
         note(f"{len(written.dense)} matrices (such as {written.dense[0]}) stay dense: {to} has none of their size")
+    if written.twice:
+        note(f"the weights were quantised before ({', '.join(written.twice)}): rounding twice costs quality")
     note(
         f"{written.before / 1e9:.2f} GB became {written.after / 1e9:.2f} GB; "
         f"mean squared error {written.error:.2e} of the mean square of the weights"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from ..errors import RequestError
 from ..kernels import Weight
 from ..loading import find, tokenizer_of
 from ..reading import read_json
+from .as_folder import config_fields, small_files
 
 Progress = Callable[[str, int, int], None]  # (task, bytes so far, all bytes)
 _COPIED = (
@@ -45,6 +46,7 @@ class Written:
     lost: float = 0.0  # the sum of the squared errors of the quantised values
     squares: float = 0.0  # the sum of the squares of the same values
     dense: list[str] = field(default_factory=list)  # the matrices that stayed dense
+    twice: list[str] = field(default_factory=list)  # the formats of matrices that were quantised before
 
     @property
     def error(self) -> float:
@@ -62,22 +64,22 @@ class Written:
 def quantise(model: str, out: Path, to: str, progress: Progress | None = None) -> Written:
     """Writes the checkpoint of a model, with its matrices quantised, to the folder ``out``, which is made.
 
-    Raises RequestError if ``out`` is there already, or if the weights are quantised already; and as
-    Model.from_pretrained does."""
+    Quantised matrices of a GGUF file are rounded again. Raises RequestError if ``out`` is there already, or if the
+    weights of a folder are quantised already; and as Model.from_pretrained does."""
     if to not in CHOICES:
         raise RequestError(f"--to is {to!r}; expected one of {', '.join(map(repr, CHOICES))}")
     if out.exists() or out.is_symlink():
         raise RequestError(f"{out}: exists; expected the name of a folder that there is not, to write to")
     path, checkpoint = find(model, progress)
-    if checkpoint.metadata:
-        raise RequestError(f"{path}: is a GGUF file; expected a folder of safetensors (llama.cpp quantises GGUF files)")
-    conversion = choose_conversion(to, checkpoint)
-    tokenizer_of(checkpoint, path)  # raises if a file is missing
-    written = Written()
+    is_gguf = bool(checkpoint.metadata)
+    conversion = choose_conversion(to, None if is_gguf else checkpoint)
+    tokenizer = tokenizer_of(checkpoint, path)  # raises if a file is missing
+    written = Written(twice=sorted({weight.format for weight in checkpoint.formats.values()}))
+    files: Mapping[str, Path | bytes] = {name: path / name for name in _COPIED if (path / name).is_file()}
     write_checkpoint(
         out,
-        read_json(path / "config.json"),
-        {name: path / name for name in _COPIED if (path / name).is_file()},
+        config_fields(checkpoint.config) if is_gguf else read_json(path / "config.json"),
+        small_files(checkpoint, tokenizer) if is_gguf else files,
         in_order(_quantised(checkpoint, conversion, written, progress), checkpoint.config),
     )
     return written
@@ -88,14 +90,17 @@ def _quantised(
 ) -> Iterator[tuple[str, Tensor | Weight]]:
     dtype = choose_dtype("auto", checkpoint.config, torch.device("cpu"))
     total = checkpoint.num_bytes(dtype)
-    for name, tensor in checkpoint.tensors(dtype):
-        assert isinstance(tensor, Tensor)  # choose_conversion refuses a quantised checkpoint
+    exact = torch.float32 if checkpoint.metadata else dtype  # a GGUF file has several dtypes
+    for name, tensor in checkpoint.tensors(exact, dense=True):
+        assert isinstance(tensor, Tensor)
         weight = conversion.quantised(name, tensor, torch.float32) if tensor.dim() == 2 else None
+        stored = checkpoint.formats.get(name)
+        written.before += tensor.numel() * dtype.itemsize if stored is None else stored.nbytes
         if weight is not None:
             written.compare(tensor, weight)
         elif tensor.dim() == 2:
             written.dense.append(name)
-        written.before += tensor.nbytes
+            tensor = tensor.to(dtype)
         written.after += tensor.nbytes if weight is None else weight.nbytes
         yield name, tensor if weight is None else weight
         if progress is not None:

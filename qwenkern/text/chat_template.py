@@ -87,6 +87,11 @@ class ChatTemplate:
         }
         return cls(templates, tokens, source)
 
+    def settings(self) -> dict[str, Any]:
+        """The fields of a tokenizer_config.json with these templates and tokens."""
+        entries = [{"name": name, "template": source} for name, (source, _) in self._templates.items()]
+        return self._tokens | ({"chat_template": entries} if entries else {})
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],

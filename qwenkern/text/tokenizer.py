@@ -174,6 +174,15 @@ class Tokenizer:
             begin_with(library, named["bos_token"], metadata["tokenizer.ggml.bos_token_id"])
         return cls(library, source, len(tokens), ends, ChatTemplate.from_gguf(metadata, named, source))
 
+    def files(self) -> dict[str, bytes]:
+        """The files, by name, of a folder that has the same tokenizer and chat templates. Of the ids that end a text,
+        they have those that the vocabulary tells."""
+        settings = self._chat_template.settings()
+        return {
+            "tokenizer.json": self._library.to_str().encode(),
+            "tokenizer_config.json": (json.dumps(settings, ensure_ascii=False, indent=2) + "\n").encode(),
+        }
+
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """The ids of `text`, with no token before or after it; see `encode_prompt`.
 

@@ -238,10 +238,6 @@ K_PROJ = "model.layers.1.self_attn.k_proj.weight"
             r"unknown tensor model\.layers\.0\.mlp\.gate_up",
         ),
         ({"model.layers.3.mlp.up_proj.weight": torch.ones(12, 8)}, r"unknown tensor model\.layers\.3\.mlp\.up_proj"),
-        (
-            {"model.layers.0.mlp.up_proj.qweight": torch.ones(1, 12).int()},
-            r"model\.layers\.0\.mlp\.up_proj\.qweight is quantised by GPTQ or AWQ, which is not supported",
-        ),
         ({K_PROJ: torch.ones(24, 8)}, r"k_proj\.weight has shape \(24, 8\); expected \(12, 8\)"),
         ({K_PROJ: torch.ones(8, 12)}, r"k_proj\.weight has shape \(8, 12\); expected \(12, 8\)"),
         ({K_PROJ: torch.ones(96)}, r"k_proj\.weight has shape \(96,\); expected \(12, 8\)"),

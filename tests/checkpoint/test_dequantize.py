@@ -56,7 +56,7 @@ def test_every_supported_type_is_tested():
 def test_float32_has_the_bits_of_the_gguf_library(kind):
     blocks = random_blocks(kind, 300)
     out = torch.full((300 * GGML_QUANT_SIZES[kind][0],), torch.nan)
-    assert dequantize(blocks, kind, out) is out
+    assert dequantize(blocks, kind, out, "w") is out
     assert torch.isfinite(out).all()
     assert np.array_equal(out.numpy().view(np.uint32), oracle(blocks.reshape(-1), kind).reshape(-1).view(np.uint32))
 
@@ -66,7 +66,7 @@ def test_float32_has_the_bits_of_the_gguf_library(kind):
 def test_other_dtypes_are_the_float32_rounded_to_nearest_even(kind, dtype):
     blocks = random_blocks(kind, 300, seed=1)
     out = torch.full((300, GGML_QUANT_SIZES[kind][0]), torch.nan, dtype=dtype)
-    dequantize(blocks, kind, out)
+    dequantize(blocks, kind, out, "w")
     expected = torch.from_numpy(oracle(blocks.reshape(-1), kind).reshape(out.shape)).to(dtype)
     assert torch.equal(out.view(torch.int16), expected.view(torch.int16))
 
@@ -78,7 +78,7 @@ def test_chunks_meet_without_gap_or_overlap(kind, count, monkeypatch):
     monkeypatch.setattr(room, "_CHUNK", 3 * block_size)
     blocks = random_blocks(kind, count, seed=2)
     buffer = torch.full((count + 2, block_size), torch.nan)
-    dequantize(blocks, kind, buffer[1:-1])
+    dequantize(blocks, kind, buffer[1:-1], "w")
     assert np.array_equal(buffer[1:-1].numpy(), oracle(blocks.reshape(-1), kind).reshape(count, block_size))
     assert buffer[[0, -1]].isnan().all()
 
@@ -88,26 +88,36 @@ def test_read_only_blocks_are_read_without_a_warning(recwarn):
     try:
         blocks = random_blocks(Q.Q5_0, 1)
         blocks.flags.writeable = False
-        dequantize(blocks, Q.Q5_0, torch.empty(32))
+        dequantize(blocks, Q.Q5_0, torch.empty(32), "w")
         floats = np.frombuffer(b"\0\0\x80?", np.uint8)
-        assert dequantize(floats, Q.F32, torch.empty(1)).item() == 1
+        assert dequantize(floats, Q.F32, torch.empty(1), "w").item() == 1
     finally:
         torch.set_warn_always(False)
     assert not recwarn.list
 
 
-def test_infinite_scales_are_kept_not_hidden():
-    blocks = random_blocks(Q.Q8_0, 1)
-    blocks[0, :2] = np.array([np.inf], np.float16).view(np.uint8)
-    blocks[0, 2:] = 1
-    assert dequantize(blocks, Q.Q8_0, torch.empty(32)).isinf().all()
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if not is_float(kind)], ids=lambda kind: kind.name)
+def test_scales_that_are_not_finite_are_refused(kind):
+    for at in _HALVES[kind]:
+        for wrong in (np.nan, np.inf, -np.inf):
+            blocks = random_blocks(kind, 3)
+            blocks[1, at : at + 2] = np.array([wrong], np.float16).view(np.uint8)
+            with pytest.raises(CheckpointError, match=rf"^w: {kind.name} blocks with scales that are NaN or infinite"):
+                dequantize(blocks, kind, torch.empty(3 * GGML_QUANT_SIZES[kind][0]), "w")
+
+
+def test_scales_of_other_types_are_looked_at_too():
+    blocks = np.ones((2, GGML_QUANT_SIZES[Q.IQ4_NL][1]), np.uint8)
+    blocks[1, :2] = np.array([np.inf], np.float16).view(np.uint8)
+    with pytest.raises(CheckpointError, match=r"^w: IQ4_NL blocks with scales that are NaN or infinite"):
+        dequantize(blocks, Q.IQ4_NL, torch.empty(64), "w")
 
 
 def test_torchs_threads_are_given_back():
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     try:
-        dequantize(random_blocks(Q.Q4_K, 1), Q.Q4_K, torch.empty(256))
+        dequantize(random_blocks(Q.Q4_K, 1), Q.Q4_K, torch.empty(256), "w")
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
@@ -119,17 +129,17 @@ def test_the_library_converts_the_others(kind):
     assert format_of(kind) is None
     blocks = np.random.default_rng(3).integers(0, 60, (20, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8)
     out = torch.full((20, GGML_QUANT_SIZES[kind][0]), torch.nan)
-    dequantize(blocks, kind, out)
+    dequantize(blocks, kind, out, "w")
     assert np.array_equal(out.numpy(), oracle(blocks, kind))
 
 
 def test_unsupported_type_is_refused():
     assert not is_supported(Q.Q8_K)
-    with pytest.raises(CheckpointError, match=r"Q8_K is not supported; expected one of BF16, F16.*Q8_0"):
-        dequantize(np.zeros(292, np.uint8), Q.Q8_K, torch.empty(256))
+    with pytest.raises(CheckpointError, match=r"w: type Q8_K is not supported; expected one of BF16, F16.*Q8_0"):
+        dequantize(np.zeros(292, np.uint8), Q.Q8_K, torch.empty(256), "w")
 
 
 @pytest.mark.parametrize("num_bytes", [0, 21, 23, 44])
 def test_bytes_that_do_not_fill_the_output_are_refused(num_bytes):
     with pytest.raises(CheckpointError, match=rf"{num_bytes} uint8 of Q5_0 for 32 weights"):
-        dequantize(np.zeros(num_bytes, np.uint8), Q.Q5_0, torch.empty(32))
+        dequantize(np.zeros(num_bytes, np.uint8), Q.Q5_0, torch.empty(32), "w")

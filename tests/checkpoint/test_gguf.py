@@ -120,6 +120,11 @@ def test_a_model_of_each_type_is_what_the_gguf_library_reads(kind, tmp_path, cap
     assert bool(re.search(warning, caplog.text)) == (not is_float(kind))
     assert checkpoint.num_bytes(torch.float32) == sum(tensor.nbytes for tensor in tensors.values())
     assert dict(checkpoint.tensors(torch.bfloat16))["model.norm.weight"].dtype == torch.bfloat16
+    caplog.clear()
+    dense = dict(checkpoint.tensors(torch.float32, dense=True))
+    assert not caplog.text
+    assert all(torch.equal(dense[name], matrix(tensor)) for name, tensor in tensors.items())
+    assert checkpoint.num_bytes(torch.float32, dense=True) == sum(tensor.nbytes for tensor in dense.values())
 
 
 @pytest.mark.parametrize("order", [NAMES, dict(reversed(NAMES.items()))], ids=["in order", "reversed"])
@@ -391,7 +396,8 @@ def test_a_type_without_dequantization_is_refused_at_once(tmp_path):
         open_checkpoint(tmp_path / "tiny.gguf")
 
 
-def test_scales_that_are_not_finite_are_refused(tmp_path):
+@pytest.mark.parametrize("dense", [False, True])
+def test_scales_that_are_not_finite_are_refused(dense, tmp_path):
     write_model(tmp_path / "tiny.gguf", Q.Q5_0)
     container = read_container(tmp_path / "tiny.gguf")
     at = container.tensors["blk.0.ffn_up.weight"].offset + 22 * 1001
@@ -401,7 +407,7 @@ def test_scales_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(
         CheckpointError, match=r"bad\.gguf: tensor blk\.0\.ffn_up\.weight: Q5_0 blocks with scales that"
     ):
-        list(open_checkpoint(tmp_path / "bad.gguf").tensors(torch.float32))
+        list(open_checkpoint(tmp_path / "bad.gguf").tensors(torch.float32, dense))
 
 
 # --- files that are wrong: written by hand ----------------------------------------------------------------------------
@@ -557,6 +563,10 @@ BAD = {
     "overlap": (
         container((), [tensor("a", [9]), tensor("b", [8], offset=32)], bytes(64)),
         r"tensors a and b overlap at byte",
+    ),
+    "more blocks than its shape": (
+        container((), [tensor("a", [8]), tensor("b", [8], offset=64)], bytes(128)),
+        r"tensor a \[8\] of F32 takes 32 bytes from \d+ on; expected the next, b, at the next multiple of 32, and",
     ),
     "the same bytes twice": (container((), [A, tensor("b", [8])], bytes(64)), r"tensors a and b overlap"),
     "another architecture": (container([LLAMA]), r"general\.architecture is 'llama'; expected 'qwen2'"),

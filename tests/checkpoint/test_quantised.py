@@ -78,11 +78,20 @@ def loaded(folder: Path, dtype: torch.dtype = torch.float64) -> tuple[Checkpoint
     return checkpoint, found
 
 
+def assert_the_same_dense(checkpoint: Checkpoint, found: dict[str, Tensor | Weight], dtype: torch.dtype) -> None:
+    """That a checkpoint that is asked for dense matrices yields what its quantised ones stand for."""
+    dense = dict(checkpoint.tensors(dtype, dense=True))
+    assert list(dense) == list(found)
+    assert checkpoint.num_bytes(dtype, dense=True) == sum(value.nbytes for value in dense.values())
+    for name, value in found.items():
+        assert torch.equal(dense[name], value.dequantise() if isinstance(value, Weight) else value), name
+
+
 def assert_holds(
     folder: Path, dense: dict[str, Tensor], matrices: dict[str, Integers], form: str | None
 ) -> dict[str, Tensor | Weight]:
     """The values of a checkpoint, exactly, in float64; all matrices in this format, or dense ones."""
-    _, found = loaded(folder)
+    checkpoint, found = loaded(folder)
     assert found.keys() == dense.keys() | matrices.keys()
     for name, tensor in dense.items():
         assert torch.equal(found[name], tensor.double())
@@ -90,6 +99,7 @@ def assert_holds(
         value = found[name]
         assert (value.format if isinstance(value, Weight) else None) == form
         assert torch.equal(value.dequantise() if isinstance(value, Weight) else value, matrix.matrix()), name
+    assert_the_same_dense(checkpoint, found, torch.float64)
     return found
 
 
@@ -327,13 +337,14 @@ def test_fp8(strategy, dtype, tmp_path, caplog):
     config = scheme(8, strategy, "float-quantized", type="float") | {"kv_cache_scheme": {"num_bits": 8}}
     config["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "dynamic": False}
     dense = write_checkpoint(tmp_path, config, made)
-    _, found = loaded(tmp_path)
+    checkpoint, found = loaded(tmp_path)
     assert found.keys() == dense.keys() | expected.keys()
     for name, matrix in expected.items():
         assert found[name].format == "fp8"
         assert torch.equal(found[name].dequantise(), matrix)
     assert caplog.text.count("quantises input activations; they stay as they are") == 1
     assert caplog.text.count("quantises the key-value cache; its scales are not used") == 1
+    assert_the_same_dense(checkpoint, found, torch.float64)
 
 
 # --- sizes, and C or torch --------------------------------------------------------------------------------------------

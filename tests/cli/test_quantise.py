@@ -5,18 +5,25 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from gguf import GGMLQuantizationType as Q
 from support.models import TINY, save_checkpoint, tiny_model
+from support.toy_gguf import write_gguf
+from support.toy_tokenizer import END
 from typer.testing import CliRunner
 
-from qwenkern import Model, RequestError
+from qwenkern import Config, Model, RequestError, YarnScaling
 from qwenkern.checkpoint import open_checkpoint
+from qwenkern.cli.as_folder import config_fields, small_files
 from qwenkern.cli.commands import app
 from qwenkern.cli.quantising import quantise
 from qwenkern.conversion import CHOICES
+from qwenkern.generation import Generation
 from qwenkern.kernels import Weight
+from qwenkern.kernels.weights.integers import Int8
 
 CONFIG = replace(TINY, vocab_size=512, hidden_size=256, intermediate_size=256, num_attention_heads=8)
 PROMPT = [7, 3, 300, 41]
@@ -67,6 +74,50 @@ def test_q_k_and_v_lie_one_after_the_other(dense, tmp_path):
         starts = [header[f"model.layers.{layer}.self_attn.{part}_proj.codes"]["data_offsets"] for part in "qkv"]
         assert starts[0][1] == starts[1][0]
         assert starts[1][1] == starts[2][0]
+
+
+@pytest.mark.parametrize("kind", [Q.BF16, Q.F16, Q.Q6_K], ids=lambda kind: kind.name)
+def test_a_gguf_file_becomes_a_folder(kind, tmp_path):
+    write_gguf(tmp_path / "toy.gguf", CONFIG, kind)
+    given = open_checkpoint(tmp_path / "toy.gguf")
+    written = quantise(str(tmp_path / "toy.gguf"), tmp_path / "out", "int8")
+    assert written.twice == (["q6_k"] if kind == Q.Q6_K else [])
+    assert written.before == given.num_bytes(torch.bfloat16)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    same = {"source": "", "quantization": None}
+    assert replace(checkpoint.config, **same) == replace(given.config, **same)
+    assert checkpoint.generation.end_ids == given.generation.end_ids == {END}
+    found, exact = dict(checkpoint.tensors(torch.float32)), dict(given.tensors(torch.float32, dense=True))
+    assert found.keys() == exact.keys()
+    for name, tensor in exact.items():
+        if tensor.dim() == 1:
+            assert torch.equal(found[name], tensor)
+        else:
+            expected = Int8.allocate(*tensor.shape, torch.float32, lambda shape, dtype: torch.empty(shape, dtype=dtype))
+            expected.copy_(tensor)
+            assert torch.equal(found[name].codes, expected.codes)
+    ours, theirs = (
+        Model.from_pretrained(tmp_path / name, device="cpu", cache_tokens=512) for name in ("out", "toy.gguf")
+    )
+    assert ours.dtype == (theirs.dtype if kind == Q.Q6_K else torch.float32)
+    chat = [{"role": "user", "content": "abc <|im_end|>"}]
+    for tokenizer in (ours.tokenizer, theirs.tokenizer):
+        assert tokenizer.encode_chat(chat) == theirs.tokenizer.encode_chat(chat)
+        assert tokenizer.end_of_text_ids == theirs.tokenizer.end_of_text_ids
+        assert tokenizer.vocab_size == theirs.tokenizer.vocab_size == CONFIG.vocab_size
+    assert ours.chat(chat, max_tokens=4).num_tokens == 4
+
+
+def test_sampling_and_ends_of_a_gguf_file_are_kept():
+    generation = Generation(frozenset({3, 1}), {"temperature": 0.5, "top_k": 20})
+    files = small_files(SimpleNamespace(generation=generation), SimpleNamespace(files=dict))
+    found = Generation.from_fields(json.loads(files["generation_config.json"]), 8, "x")
+    assert (found.end_ids, found.sampling) == (generation.end_ids, generation.sampling)
+
+
+def test_the_numbers_of_a_gguf_file_are_kept():
+    scaled = replace(CONFIG, rope_theta=2e6, rope_scaling=YarnScaling(4.0, 512), rms_norm_eps=1e-5)
+    assert Config.from_dict(json.loads(json.dumps(config_fields(scaled)))) == scaled
 
 
 def test_what_is_there_is_not_overwritten(dense, tmp_path):

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from support.references import assert_matches_reference, random
+from test_dequantise import random_bits
 from typer.testing import CliRunner
 
 from qwenkern import Config
@@ -268,6 +270,61 @@ def test_the_command(ops, tmp_path, monkeypatch):
     assert done.exit_code == 0, done.output
     stored = json.loads((tmp_path / "interpreter" / "rms_norm.json").read_text())
     assert {"op", "device", "triton", "date", "entries"} == set(stored)
+
+
+def test_the_command_for_quantised_weights(ops, tmp_path, monkeypatch):
+    """Only ops that have weights, each format in a file of its own."""
+    monkeypatch.setattr(tune, "ceilings", lambda device: Ceilings(1e12, 1e15))
+    monkeypatch.setitem(tuning.SPACES, "linear", {"num_warps": (2, 4), "AHEAD": (0, 64)})
+    monkeypatch.setattr(tune, "_candidates", lambda space, heuristic: iter([{"num_warps": 2}]))
+    found = []
+    monkeypatch.setattr(tune, "_beats_the_heuristic", lambda problem, good: found.append(problem) or {"num_warps": 2})
+    arguments = ["--op", "o_proj,rms_norm", "--tokens", "1", "--model", "qwen2.5-0.5b", "--weights", "int4"]
+    done = CliRunner().invoke(app, [*arguments, "--budget", "30", "--out", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    stored = json.loads((tmp_path / "interpreter" / "linear.int4.json").read_text())
+    assert stored["entries"] == [{"sizes": {"n": 896, "k": 896}, "config": {"num_warps": 2}}]
+    assert [file.name for file in (tmp_path / "interpreter").glob("*.json")] == ["linear.int4.json"]
+    assert [each.op for each in found] == ["linear.int4"]
+
+
+@pytest.mark.parametrize(("options", "message"), [((), "expected one of dense"), (("--step",), "expected dense")])
+def test_a_format_that_is_not_tuned(options, message):
+    name = "int4" if options else "int5"
+    done = CliRunner().invoke(app, ["--op", "o_proj", "--weights", name, *options])
+    assert done.exit_code == 2
+    assert message in " ".join(done.output.replace("│", " ").split())
+
+
+def test_a_quantised_kernel_runs_with_what_was_tuned_for_its_format(ops, monkeypatch, tmp_path):
+    """Fields of the other design and those that would leave a split empty are put right."""
+    folder = tmp_path / tuning.INTERPRETER.folder
+    folder.mkdir()
+    monkeypatch.setenv("QWENKERN_CONFIG_DIR", str(tmp_path))
+    entries = {"entries": [{"sizes": {"n": 64, "k": 4096}, "config": {"num_warps": 2, "BLOCK_N": 16, "SPLIT_K": 8}}]}
+    (folder / "linear.int4.json").write_text(json.dumps(entries))
+    (folder / "linear.json").write_text(json.dumps({"entries": [{"sizes": SIZES, "config": {"num_warps": 1}}]}))
+    tuning.forget()
+    try:
+        for columns, form in ((4096, "int4"), (256, "int4"), (4096, "q8_0")):
+            weight = random_bits(form, 64, columns, torch.bfloat16)
+            x = random(2, columns, dtype=torch.bfloat16, device=torch.device("cpu"))
+            chosen = ops.triton.tiling.tiling("linear", x, weight)[2]
+            heuristic = ops.triton.tiling._packed(
+                "linear", tuning.INTERPRETER, 64, columns, 2, 2, weight.nbytes // 64, 16, weight.triton_numbers()
+            )
+            tuned = {"num_warps": 2, "BLOCK_N": 16} if form == "int4" else {}
+            assert {name: chosen[name] for name in ("num_warps", "BLOCK_N")} == {
+                name: tuned.get(name, heuristic[name]) for name in ("num_warps", "BLOCK_N")
+            }
+            blocks = -(-columns // chosen["BLOCK_K"])
+            each = -(-blocks // chosen["SPLIT_K"])
+            assert (chosen["SPLIT_K"] - 1) * each < blocks, "a split is empty"
+            if columns == 256:
+                assert chosen["SPLIT_K"] == 1
+                assert_matches_reference(ops, "linear", x, weight)
+    finally:
+        tuning.forget()
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

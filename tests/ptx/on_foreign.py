@@ -38,6 +38,25 @@ def _of_pointers(a_ptr, b_ptr, c_ptr, M, N, K, BLOCK: tl.constexpr, WARP_SPECIAL
     c.store([row, column], total.to(tl.bfloat16))
 
 
+@triton.jit
+def _batched(a_ptr, b_ptr, c_ptr, BATCH: tl.constexpr, COLUMNS: tl.constexpr):
+    """c [BATCH, 16, COLUMNS] = a [BATCH, 16, 16] times b [BATCH, 16, COLUMNS]."""
+    member, row, place = tl.arange(0, BATCH)[:, None, None], tl.arange(0, 16), tl.arange(0, COLUMNS)[None, None, :]
+    a = tl.load(a_ptr + (member * 16 + row[None, :, None]) * 16 + row[None, None, :])
+    b = tl.load(b_ptr + (member * 16 + row[None, :, None]) * COLUMNS + place)
+    tl.store(c_ptr + (member * 16 + row[None, :, None]) * COLUMNS + place, tl.dot(a, b))
+
+
+def batched(members: int, columns: int, seed: int = 1) -> list[int]:
+    """The members of a batch whose product is wrong, where a warp computes all of them."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b = (torch.randint(-4, 5, (members, 16, size), generator=generator).bfloat16() for size in (16, columns))
+    c = torch.full((members, 16, columns), float("nan"))
+    with device(DEVICES["sm_90"], seed):
+        _batched[(1,)](a, b, c, BATCH=members, COLUMNS=columns, num_warps=1)
+    return [each for each in range(members) if not torch.equal(c[each], a[each].float() @ b[each].float())]
+
+
 def product(kernel: str, seed: int = 1, without: str = "") -> str:
     """What is wrong with it, or an empty string."""
     torch.manual_seed(seed)

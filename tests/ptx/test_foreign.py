@@ -20,6 +20,19 @@ def process() -> Iterator[ProcessPoolExecutor]:
         yield process
 
 
+TRITONS = pytest.mark.xfail(
+    strict=True,
+    reason="Triton 3.7 spaces the sums of a thread's members by its columns, of which the instruction has two: "
+    "with one, the sums of two members lie in the same registers. When this passes, tiling.py may use one column",
+)
+
+
+@pytest.mark.parametrize(("members", "columns"), [(1, 1), (2, 2), (4, 8), pytest.param(2, 1, marks=TRITONS)])
+def test_a_warp_that_multiplies_several_members_of_a_batch(process, members, columns):
+    """What the few-token kernels over quantised weights do."""
+    assert process.submit(on_foreign.batched, members, columns).result() == []
+
+
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_it_is_right(process, kernel, seed):
