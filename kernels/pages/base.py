@@ -30,6 +30,8 @@ class Pages:
     - ``triton_scale_k`` and ``triton_scale_v`` (pages, kv_head, page, token, mask), both or neither: the factors
       [tokens] in float32 of the tiles that are loaded. A kernel multiplies scores and softmax weights by them.
     - ``triton_query`` (pages, kv_head, q, column) returns the tile q in q's dtype, as these keys need it.
+    - ``triton_most_keys`` is the most keys of a tile of prefill attention, where decoding more would spill registers.
+      (On sm_90 the kernel has other tiles, and no limit.)
     - ``triton_whole_heads`` says that a store gets tiles [heads, D / 2] of whole heads, because a scale depends on all
       values of a head.
 
@@ -47,6 +49,7 @@ class Pages:
     triton_scale_k: ClassVar[Callable | None] = None
     triton_scale_v: ClassVar[Callable | None] = None
     triton_query: ClassVar[Callable | None] = None
+    triton_most_keys: ClassVar[int | None] = None
     triton_whole_heads: ClassVar[bool] = False
 
     def __init_subclass__(cls, is_format: bool = True, **keywords: Any) -> None:

@@ -2,9 +2,8 @@
 
     bits of a code     s eeee mmm      (-1)**s * 2**(e - 7) * (1 + m / 8), or 2**-6 * m / 8 where e is 0
 
-The kernels convert by whole numbers, so they also run on GPUs without e4m3: with its bits at the place where float32
-has its exponent, a code is 2 ** -120 of its value. (The upper 16 bits come first. In 32 bits decode attention spilled
-registers on an H100.)
+The kernels convert by whole numbers, so they also run on GPUs without e4m3: with its bits at the place where float16
+has its exponent, a code is 2 ** -8 of its value. (In float32's place decode attention spilled registers on an H100.)
 The channels of int8.py would not help: a step is relative to each value.
 """
 
@@ -18,14 +17,13 @@ from ..triton_if_any import tl, triton
 from . import dense
 from .scaled import ScaledPages, store_heads, values_of_v
 
-_UNIT = tl.constexpr(2.0**120)  # the bias of float32's exponent is larger by 120
+_UNIT = tl.constexpr(2.0**8)  # the bias of float16's exponent is larger by 8
 
 
 @triton.jit
 def _values(codes):
     codes = codes.to(tl.int16)
-    upper = ((codes & 0x80) << 8) | ((codes & 0x7F) << 4)
-    return (upper.to(tl.int32) << 16).to(tl.float32, bitcast=True) * _UNIT
+    return (((codes & 0x80) << 8) | ((codes & 0x7F) << 7)).to(tl.float16, bitcast=True).to(tl.float32) * _UNIT
 
 
 @triton.jit
@@ -65,6 +63,7 @@ class Fp8Pages(ScaledPages):
     format = "fp8"
     names = ("k_pages", "v_pages", "k_scales", "v_scales", "like")
     code, largest = torch.uint8, 448.0
+    triton_most_keys = 32
     triton_load_k, triton_load_v = _load_k, _load_v
     triton_store_k, triton_store_v = _store_k, _store_v
     __slots__ = ()

@@ -274,7 +274,10 @@ def attend(
         q, scale = -q, -scale
     out = q.new_empty(q.shape)
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
-    config = _config(tuning.device_of(q), head_dim, page_size or LARGE_PAGE, q.element_size())
+    device = tuning.device_of(q)
+    config = _config(device, head_dim, page_size or LARGE_PAGE, q.element_size())
+    if pages.triton_most_keys and device.capability != 90:
+        config = config | {"BLOCK_N": min(config["BLOCK_N"], pages.triton_most_keys)}
     tiles = num_tokens // config["BLOCK_M"] + len(lengths)
     _prefill_attention_kernel[(num_q_heads, tiles)](
         out,
