@@ -7,7 +7,8 @@
 The rules:
 
 - A kernel has no spills and no stack.
-- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits.
+- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits. Three
+  kinds have less: v in 8 bits, x beside codes that are signed bytes, and the upper bits that are dequantised.
 - The attention kernels and the few-token linears have matrix instructions.
 - A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks,
   except where that was measured to be faster.
@@ -43,7 +44,7 @@ from rich.table import Table
 
 from qwenkern import Config
 from qwenkern.benchmarks.offline import neighbours, plan, unpacking
-from qwenkern.benchmarks.offline.machine_code import DEVICES, RESIDENT, Code, Launch, launches, occupancy, read
+from qwenkern.benchmarks.offline.machine_code import DEVICES, RESIDENT, Access, Code, Launch, launches, occupancy, read
 from qwenkern.benchmarks.offline.traffic import traffic
 from qwenkern.benchmarks.ops.cases import CASES, FEW, Case, Size
 from qwenkern.benchmarks.ops.inputs import DENSE
@@ -54,6 +55,7 @@ from qwenkern.kernels.dispatch import OPS
 from qwenkern.kernels.environment import KERNELS
 from qwenkern.kernels.pages import FORMATS as PAGE_FORMATS
 from qwenkern.kernels.weights import FORMATS as WEIGHT_FORMATS
+from qwenkern.kernels.weights.group_products import GroupNumbers
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
 COUNTED = "qwen2.5-3b", "sm_90"  # for which traffic is counted and neighbours are judged, on the PTX runner
@@ -61,11 +63,12 @@ MOST_L2 = 1.3  # times as long as from memory
 WARP = 32
 # The formats of weights that are compiled for every architecture, and those for sm_90 besides; and of the cache.
 WEIGHTS, MORE_WEIGHTS, PAGES = (
-    ("int4", "q6_k", "int8"),
+    ("int4", "q6_k", "int8", "fp8"),
     ("q4_0", "q4_k", "q5_0", "q5_k", "q8_0"),
     ("float16", "int8", "fp8"),
 )
 ONLY_DENSE = ("qkv", "lm_head")  # of what takes weights: others have the same loops
+DEQUANTISED = ("embedding", "gate_up")  # whose many tokens or rows are dequantised by a kernel
 ON_TENSOR_CORES: tuple[str, ...] = (
     "_decode_attention_kernel",
     "_prefill_attention_kernel",
@@ -73,6 +76,17 @@ ON_TENSOR_CORES: tuple[str, ...] = (
     "_lm_head_kernel",
 )
 ON_TENSOR_CORES += ("_norm_qkv_rope_kernel",)
+
+ATTENTION = ("_decode_attention_kernel", "_prefill_attention_kernel")
+# A tile of v in 8 bits is copied in pieces of 64 bits. The tensor cores read a column of v at a time, and so Triton
+# puts eight values together in shared memory: a 128-bit access in bfloat16. The sectors of memory stay whole.
+BYTES_OF_V = ("v", 8)
+# Codes that are signed bytes need no sum of x. The product is then the only use of a streamed tile of x, and Triton
+# swizzles the tile by four values. x comes from the L2 cache; the codes themselves have 128 bits.
+SIGNED_BYTES = 8, 128  # bits and zero of the form
+# One line of it loads codes and upper bits, of which a tile has 4 or 8 bytes for each thread. What is known of a line
+# is its largest tile and its narrowest instruction.
+OF_UPPER_BITS = "_dequantise_kernel", "bits"
 
 # Here tiles whose rows lie in the same banks were faster than the tiles without them (docs/tuning-log.md): `down` takes
 # eight warps then, and reads 16 bytes a cycle from shared memory, where an SM of an H100 gets 14.5 from its memory.
@@ -118,7 +132,7 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
         broken.append(f"{code.shared} bytes of shared memory, and the device has {DEVICES[key].shared_memory}")
     for access in code.accesses:
         # if a tile has less than 16 bytes per thread, not every thread can move 128 bits
-        if access.tile >= code.warps * WARP * 16 and access.width < 128:
+        if access.tile >= code.warps * WARP * 16 and access.width < _least_width(launch, access):
             broken.append(f"{access.width}-bit {access.kind} of {access.tile} bytes ({access.name} {access.line})")
     if code.clashes and (launch.name, key) not in CONFLICTS_MEASURED:
         broken.append(f"{code.clashes} tiles in shared memory whose rows lie in the same banks")
@@ -129,6 +143,16 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
     if DEVICES[key].capability >= 90 and not launch.pdl:
         broken.append("no programmatic dependent launch")
     return broken
+
+
+def _least_width(launch: Launch, access: Access) -> int:
+    """The bits that an access must have where the rule covers it."""
+    if (launch.name, access.name) == OF_UPPER_BITS:
+        return 32
+    form = launch.tile.form if launch.tile else None
+    is_signed = isinstance(form, GroupNumbers) and (form.bits, form.zero) == SIGNED_BYTES
+    is_v = (access.name, access.element) == BYTES_OF_V and launch.name in ATTENTION
+    return 64 if is_v or (is_signed and access.name == "x") else 128
 
 
 def examine(model: str, name: str, tokens: int, key: str, weights: str = DENSE, pages: str = DENSE) -> list[Row]:
@@ -252,7 +276,8 @@ def variants(
     if not asked:
         weights, pages = WEIGHTS + MORE_WEIGHTS * (everything or key == COUNTED[1]), PAGES
     found = [] if asked else [(DENSE, DENSE)]
-    if "weights" in case.takes and case.name not in ONLY_DENSE and tokens in FEW:
+    has_kernels = tokens in FEW or case.name in DEQUANTISED
+    if "weights" in case.takes and case.name not in ONLY_DENSE and has_kernels:
         found += [(each, DENSE) for each in weights]
     return found + [(DENSE, each) for each in pages if "pages" in case.takes]
 

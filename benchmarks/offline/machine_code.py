@@ -23,6 +23,7 @@ from triton.runtime.jit import JITFunction
 
 from qwenkern.kernels.triton import tuning
 from qwenkern.kernels.triton.offline import active
+from qwenkern.kernels.weights.fp8_products import Fp8Numbers
 from qwenkern.kernels.weights.group_products import GroupNumbers
 
 # The number of SMs and the shared memory of a CTA: from the cards' data sheets, and from the CUDA C++ programming
@@ -54,7 +55,7 @@ REGISTERS = 65536  # of an SM
 class Tile:
     """What a CTA of a few-token linear does in one turn of its loop."""
 
-    form: GroupNumbers | None  # of weights that it unpacks
+    form: GroupNumbers | Fp8Numbers | None  # of weights that it unpacks
     rows: int
     depth: int  # values of K
     tokens: int
@@ -82,6 +83,7 @@ class Access:
     line: str  # "file.py:12"
     tile: int  # bytes that a CTA moves there at once
     width: int  # bits of its narrowest instruction
+    element: int = 0  # bits of a value
 
 
 @dataclass
@@ -131,7 +133,7 @@ def launches_on(device: tuning.Device, call: Callable[[], Any]) -> list[Launch]:
 def _tile(given: dict[str, Any]) -> Tile | None:
     if not {"FORM", "BLOCK_N", "BLOCK_K"} <= given.keys():
         return None
-    form = given["FORM"] if isinstance(given["FORM"], GroupNumbers) else None
+    form = given["FORM"] if isinstance(given["FORM"], (GroupNumbers, Fp8Numbers)) else None
     rows, depth, tokens = given["BLOCK_N"], given["BLOCK_K"], given["BLOCK_T"]
     return Tile(form, rows, depth, tokens, not given["RESIDENT"], given["norm_weight_ptr"] is not None)
 
@@ -228,11 +230,11 @@ def accesses(ttgir: str, ptx: str) -> list[Access]:
     """The tiles that a kernel moves, by line, without scalars. The sizes come from Triton's last representation, in
     which a load is still one operation. The instructions come from PTX."""
     locations = dict(_LOCATION.findall(ttgir))
-    tiles: dict[tuple[str, str], tuple[str, int]] = {}
+    tiles: dict[tuple[str, str], tuple[str, int, int]] = {}
     for name, store, shape, bits, location in _TILE.findall(ttgir):
         key = ("store" if store else "load", _line(location, locations))
         size = math.prod(int(side) for side in shape.split("x")) * int(bits) // 8
-        tiles[key] = (re.sub(r"_\d+$", "", name), max(size, tiles.get(key, ("", 0))[1]))
+        tiles[key] = (re.sub(r"_\d+$", "", name), max(size, tiles.get(key, ("", 0, 0))[1]), int(bits))
     widths: dict[tuple[str, str], int] = {}
     line = ""
     for at, kind, vector, bits, copied in _PTX.findall(ptx):
@@ -243,8 +245,8 @@ def accesses(ttgir: str, ptx: str) -> list[Access]:
         width = int(copied, 16) * 8 if copied else int(vector or 1) * int(bits)
         widths[key] = min(width, widths.get(key, width))
     return [
-        Access(kind, name, line, tile, widths.get((kind, line), 0))
-        for (kind, line), (name, tile) in sorted(tiles.items(), key=lambda item: item[0])
+        Access(kind, name, line, tile, widths.get((kind, line), 0), element)
+        for (kind, line), (name, tile, element) in sorted(tiles.items(), key=lambda item: item[0])
     ]
 
 

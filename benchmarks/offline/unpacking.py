@@ -27,8 +27,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwenkern.benchmarks.offline.machine_code import DEVICES, Code, Launch, Tile
+from qwenkern.kernels.weights.group_products import GroupNumbers
 
 UNPACKING = {4: 1.25, 5: 2.25, 6: 2.5, 8: 1.6}  # a weight, by the bits of a code
+OF_FP8 = 1.6  # at most six for four codes: their signs, and each pair shifted and masked to where bfloat16 has them
 SUB_SCALE = 2.0  # for each
 X, NORM = 0.5, 1.0  # for each value of x that is streamed; and if it is normalised
 JUDGED = "sm_90"  # where the time to issue has a limit
@@ -51,7 +53,9 @@ def unpacking(tile: Tile, code: Code, weight_bytes: float) -> Unpacking:
     """What a loop over such tiles of quantised weights does for a weight, of which each takes ``weight_bytes``."""
     assert tile.form is not None
     form, weights = tile.form, tile.rows * tile.depth
-    limit = UNPACKING[form.bits] + SUB_SCALE * form.has_sub_scales * (1 + form.has_offset) / form.group
+    limit = UNPACKING[form.bits] if isinstance(form, GroupNumbers) else OF_FP8
+    if isinstance(form, GroupNumbers) and form.has_sub_scales:
+        limit += SUB_SCALE * (1 + form.has_offset) / form.group
     limit += (X + NORM * tile.has_norm) * tile.tokens / tile.rows * tile.streams_x
     cycles = code.turn * code.warps / SCHEDULERS
     arrival = weights * weight_bytes / READ * DEVICES[JUDGED].num_sms * CLOCK

@@ -52,6 +52,9 @@ def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weigh
     return product(x, norm_weight, eps, gate, up=up)
 
 
+# Bytes in advance that codes are prefetched for several tokens. A processor that streams fast enough for one token may
+# not fetch ahead while it multiplies a tile with others.
+BETWEEN_TOKENS = 4096
 TILE_ROWS = 16  # of a quantised weight, which can be cut between tiles only
 
 
@@ -115,6 +118,8 @@ def _multiply(
     distance = here.prefetch_distance
     if isinstance(weight, Grouped):
         distance = here.prefetch_of_codes[8 if weight.bits == 8 else 4]
+        if num_tokens > 1:
+            distance = max(distance, BETWEEN_TOKENS)
     run(
         make.linear(
             out=out,

@@ -11,8 +11,9 @@
 #include "grouped_products.h"
 #include "linear.h"
 
-#define RUN_TILES 4 /* 16 rows each, in a task, if there is enough work */
-#define X_TILES 16  /* tiles of a token in a task of the prologue, at least */
+#define RUN_TILES 4    /* 16 rows each, in a task, if there is enough work */
+#define RUN_LENGTH 256 /* tiles times tokens that are enough for a task: short tasks end at about the same time */
+#define X_TILES 16     /* tiles of a token in a task of the prologue, at least */
 
 /* The planes of all tokens, in the scratch memory, and how they are divided into blocks */
 typedef struct {
@@ -97,7 +98,8 @@ ACROSS_FILES void linear_grouped(const linear_args *args, worker *me) {
     barrier(me);
     const int has_up = args->up.values != 0;
     const long tiles = N / TILE_ROWS, fair = tiles / (TASKS_PER_THREAD * me->num_threads);
-    const long run = fair < 1 ? 1 : least(RUN_TILES, fair), runs = ceil_div(tiles, run);
+    const long enough = ceil_div(RUN_LENGTH, x_tiles * ceil_div(T ? T : 1, x.blocks ? x.blocks : 1));
+    const long most = least(RUN_TILES, enough), run = fair < 1 ? 1 : least(most, fair), runs = ceil_div(tiles, run);
     for (long task = first_task(me, runs * x.blocks); task >= 0; task = next_task(me)) {
         const token_block block = block_of(args, &x, task / runs);
         const long first = first_of_block(args, &x, task / runs);

@@ -51,6 +51,7 @@ ALWAYS void pack_block(const int format, operands *keys, operands *values, const
     for (long i = 0; i < some; i++) {
         k_rows[i] = cached_head(format, p->k, p->k_scales, p, slots[i], head, D);
         v_rows[i] = cached_head(format, p->v, p->v_scales, p, slots[i], head, D);
+        prefetch_head(format, p->k, p, slots[i], head, D);
         prefetch_head(format, p->v, p, slots[i], head, D);
     }
     for (long i = some; i < last; i++) {

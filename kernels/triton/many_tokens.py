@@ -73,16 +73,18 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tenso
 def _turns(weight: Weight) -> Iterator[tuple[int, Tensor]]:
     """All rows of a weight, dequantised: the number of the first, and some rows [R, K], which the next turn
     overwrites."""
-    before = 0
-    for part in weight.parts if isinstance(weight, Stack) else (weight,):
+    parts, before = weight.parts if isinstance(weight, Stack) else (weight,), 0
+    columns, itemsize = weight.shape[1], weight.dtype.itemsize
+    by_kernel = [part for part in parts if part.triton_dequantise is not None]
+    most = max([rows_of_a_turn(len(part), columns, itemsize) for part in by_kernel], default=0)
+    scratch = torch.empty(most, columns, dtype=weight.dtype, device=weight.device)  # one for all parts
+    for part in parts:
         if part.triton_dequantise is None:
             yield before, part.dequantise()
         else:
-            columns = part.shape[1]
-            turn = rows_of_a_turn(len(part), columns, part.dtype.itemsize)
-            scratch = torch.empty(turn, columns, dtype=part.dtype, device=part.device)
+            turn = rows_of_a_turn(len(part), columns, itemsize)
             for start in range(0, len(part), turn):
-                rows = scratch[: len(part) - start]
+                rows = scratch[: min(turn, len(part) - start)]
                 dequantise_rows(rows, part, start)
                 yield before + start, rows
         before += len(part)

@@ -20,7 +20,8 @@ class Weight:
     ``names`` are the names of the tensors as parameters of a layer. The dense format has one tensor, "weight".
 
     For Triton: ``triton_arguments`` returns the named tuple of tensors and numbers that a kernel gets (a field may not
-    be called values, because Triton uses that name), and ``triton_numbers`` the numbers that it is compiled for. A
+    be called values, because Triton uses that name), and ``triton_numbers`` the numbers that it is compiled for: None,
+    or of packed formats a named tuple with ``step``, ``has_offset`` and ``has_sub_scales`` (group_products.py). A
     kernel takes these @triton.jit functions as constants (FORM is ``triton_numbers``, ROWS(args, tile, places, BLOCK_N)
     returns the rows at these places of a tile):
 

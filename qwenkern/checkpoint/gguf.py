@@ -30,10 +30,11 @@ from .dequantize import dequantize, is_float, is_supported, supported
 from .gguf_container import Container, TensorInfo
 from .gguf_parts import read_parts
 from .integers import meta
-from .repack import repack
+from .repack import Task, repack
 
 logger = logging.getLogger(__name__)
 
+_AT_ONCE = 16 << 20  # bytes of blocks that are repacked together
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -64,14 +65,24 @@ class GgufCheckpoint(Checkpoint):
         if not dense:
             self._warn(dtype)
         allocated = Adjacent({} if dense else self.formats, self.config, dtype)
+        found: dict[str, torch.Tensor | Weight] = {}  # not yielded yet
+        tasks: list[Task] = []
         for name, (container, info) in self.places.items():
             blocks, source = container.blocks(info), f"{self.path}: tensor {info.name}"
             if name in self.formats and not dense:
                 weight = allocated(name)
                 assert isinstance(weight, Grouped)
-                yield name, repack(blocks, info.kind, weight, source)
+                found[name] = weight
+                tasks.append(Task(blocks, info.kind, weight, source))
             else:
-                yield name, dequantize(blocks, info.kind, torch.empty(info.shape, dtype=dtype, device="cpu"), source)
+                empty = torch.empty(info.shape, dtype=dtype, device="cpu")
+                found[name] = dequantize(blocks, info.kind, empty, source)
+            if not tasks or sum(task.blocks.nbytes for task in tasks) >= _AT_ONCE:
+                repack(tasks)
+                yield from found.items()
+                found, tasks = {}, []
+        repack(tasks)
+        yield from found.items()
 
     def _warn(self, dtype: torch.dtype) -> None:
         """Says what the blocks that become dense cost."""

@@ -4,6 +4,8 @@ any value: in C, or in torch where C cannot run."""
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,25 +22,39 @@ from .dequantize import NOT_FINITE
 _CHUNK = 1 << 19  # weights that torch moves at a time
 
 
-def repack(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped, name: str) -> Grouped:
-    """Sets the values of a weight [N, K], of the format of ``kind``, to those of its blocks, and returns it.
+class Task(NamedTuple):
+    """The blocks of a weight [N, K], uint8, contiguous (a memory-mapped, read-only view is fine), and the weight that
+    gets their values: of the format of ``kind``, on the CPU. name: the tensor's in messages."""
 
-    blocks: uint8, contiguous (a memory-mapped, read-only view is fine). The weight lies on the CPU. name: the tensor's
-    in messages. Raises CheckpointError if the number of bytes does not fit the shape, and if a scale is not finite."""
-    rows, columns = weight.shape
-    values, size = GGML_QUANT_SIZES[kind]
-    if blocks.dtype != np.uint8 or blocks.size * values != rows * columns * size:
-        raise CheckpointError(
-            f"{name}: {blocks.size} {blocks.dtype} of {kind.name} for a matrix {list(weight.shape)}; "
-            f"expected {rows * columns // values * size} uint8: {size} for each {values} values"
-        )
+    blocks: np.ndarray
+    kind: GGMLQuantizationType
+    weight: Grouped
+    name: str
+
+    def check(self) -> None:
+        rows, columns = self.weight.shape
+        values, size = GGML_QUANT_SIZES[self.kind]
+        if self.blocks.dtype != np.uint8 or self.blocks.size * values != rows * columns * size:
+            raise CheckpointError(
+                f"{self.name}: {self.blocks.size} {self.blocks.dtype} of {self.kind.name} for a matrix "
+                f"{[rows, columns]}; expected {rows * columns // values * size} uint8: {size} for each {values} values"
+            )
+
+
+def repack(tasks: Sequence[Task]) -> None:
+    """Sets the values of weights to those of their blocks. Raises CheckpointError if the number of bytes does not fit
+    the shape, and if a scale is not finite."""
+    for task in tasks:
+        task.check()
+    if not tasks:
+        return
     if build.prepare() is None:
-        is_finite = in_c.repack(_as_tensor(blocks), weight)
+        is_finite = in_c.repack([(_as_tensor(task.blocks), task.weight) for task in tasks])
     else:
-        is_finite = _in_torch(blocks.reshape(rows, -1), kind, weight)
-    if not is_finite:
-        raise CheckpointError(NOT_FINITE.format(name=name, kind=kind.name))
-    return weight
+        is_finite = [_in_torch(task.blocks.reshape(len(task.weight), -1), task.kind, task.weight) for task in tasks]
+    for task, finite in zip(tasks, is_finite, strict=True):
+        if not finite:
+            raise CheckpointError(NOT_FINITE.format(name=task.name, kind=task.kind.name))
 
 
 def _in_torch(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped) -> bool:

@@ -114,16 +114,21 @@ class Layout:
         on a GPU of those of a turn."""
         if tokens <= (PACKED_TOKENS if self.on_gpu else FEW_TOKENS):
             return 0
-        layers = [weight for name, weight in self.matrices.items() if name not in (EMBEDDING, HEAD)]
-        sizes = [math.prod(weight.shape) for weight in layers if not isinstance(weight, Dense)]
-        whole = _PACKED * max(sizes, default=0) * self.dtype.itemsize
+        whole = _PACKED * self._packed_values * self.dtype.itemsize
         return min(whole, SCRATCH) if self.on_gpu else whole
+
+    @functools.cached_property
+    def _packed_values(self) -> int:
+        """Values of the largest quantised matrix of a layer."""
+        layers = [weight for name, weight in self.matrices.items() if name not in (EMBEDDING, HEAD)]
+        return max([math.prod(weight.shape) for weight in layers if not isinstance(weight, Dense)], default=0)
 
     def graphs(self, sequences: int) -> int:
         """Bytes of the captured decode steps of up to so many sequences, and of the captured passes over prompts."""
         if not self.on_gpu:
             return 0
-        launches = _LAUNCHES_OF_A_STEP * captured_steps(sequences) + _LAUNCHES_OF_A_PROMPT * _PROMPT_LENGTHS
+        of_a_prompt = _LAUNCHES_OF_A_PROMPT * (2 if self._packed_values else 1)  # turns of dequantised rows
+        launches = _LAUNCHES_OF_A_STEP * captured_steps(sequences) + of_a_prompt * _PROMPT_LENGTHS
         return self.config.num_hidden_layers * launches * _LAUNCH
 
     def footprint(self, context: int, sequences: int = 1, prefill_chunk: int | None = None) -> Footprint:

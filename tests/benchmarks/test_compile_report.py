@@ -15,6 +15,7 @@ from qwenkern.benchmarks.compile_report import broken_rules
 from qwenkern.benchmarks.offline import unpacking
 from qwenkern.benchmarks.offline.machine_code import DEVICES, Access, Code, Launch, Tile, accesses, loop, occupancy
 from qwenkern.benchmarks.ops.cases import CASES
+from qwenkern.kernels.weights.fp8_products import Fp8Numbers
 from qwenkern.kernels.weights.group_products import GroupNumbers
 
 PROGRAM = Path(compile_report.__file__)
@@ -30,6 +31,9 @@ GOOD = Code(
     releases=1,
 )
 LAUNCH = Launch("_linear_kernel", (1,), None, pdl=True)
+# 4 bits, groups of 128 and no sub-scales; 16,384 weights of 0.5 bytes, whose bytes take 622 cycles of an SM to arrive
+FORM = GroupNumbers(4, 128, 128, False, False, True, 0, 8)
+TILE = Tile(FORM, rows=32, depth=512, tokens=2, streams_x=False, has_norm=True)
 
 
 def test_good_code_breaks_no_rule():
@@ -53,6 +57,38 @@ def test_good_code_breaks_no_rule():
 def test_each_rule_can_be_broken(key, launch, change, rule):
     (broken,) = broken_rules(key, launch, replace(GOOD, **change))
     assert rule in broken
+
+
+@pytest.mark.parametrize(
+    ("name", "element", "width", "kernel", "said"),
+    [
+        ("v", 8, 64, "_decode_attention_kernel", []),
+        ("v", 8, 32, "_decode_attention_kernel", ["32-bit load of 8192 bytes (v dense.py:46)"]),
+        ("v", 16, 64, "_decode_attention_kernel", ["64-bit load of 8192 bytes (v dense.py:46)"]),
+        ("k", 8, 64, "_prefill_attention_kernel", ["64-bit load of 8192 bytes (k dense.py:46)"]),
+        ("v", 8, 64, "_linear_kernel", ["64-bit load of 8192 bytes (v dense.py:46)"]),
+        ("bits", 32, 32, "_dequantise_kernel", []),
+        ("words", 32, 32, "_dequantise_kernel", ["32-bit load of 8192 bytes (words dense.py:46)"]),
+    ],
+)
+def test_only_some_loads_may_be_narrow(name, element, width, kernel, said):
+    access = Access("load", name, "dense.py:46", 8192, width, element)
+    assert broken_rules("sm_90", replace(LAUNCH, name=kernel), replace(GOOD, accesses=[access])) == said
+
+
+@pytest.mark.parametrize(
+    ("form", "name", "said"),
+    [
+        (FORM._replace(bits=8, zero=128), "x", []),  # q8_0
+        (FORM._replace(bits=8, zero=128), "codes", ["64-bit load of 8192 bytes (codes few_tokens.py:170)"]),
+        (FORM._replace(bits=8, zero=0), "x", ["64-bit load of 8192 bytes (x few_tokens.py:170)"]),
+        (FORM, "x", ["64-bit load of 8192 bytes (x few_tokens.py:170)"]),
+    ],
+)
+def test_x_beside_signed_bytes_may_be_loaded_in_halves(form, name, said):
+    access = Access("load", name, "few_tokens.py:170", 8192, 64, 16)
+    launch = replace(LAUNCH, tile=replace(TILE, form=form))
+    assert broken_rules("sm_90", launch, replace(GOOD, accesses=[access])) == said
 
 
 @pytest.mark.parametrize(
@@ -92,9 +128,9 @@ PTX = """
 
 def test_the_reader_finds_tiles_and_widths():
     assert accesses(TTGIR, PTX) == [
-        Access("load", "x", "few.py:141", 1024, 64),
-        Access("load", "w", "few.py:9", 8192, 64),
-        Access("store", "", "linear.py:36", 512, 64),
+        Access("load", "x", "few.py:141", 1024, 64, 16),
+        Access("load", "w", "few.py:9", 8192, 64, 32),
+        Access("store", "", "linear.py:36", 512, 64, 64),
     ]
 
 
@@ -121,16 +157,12 @@ def test_the_reader_finds_the_largest_loop_with_products():
     assert len(loop(straight)) == 13
 
 
-# 4 bits, groups of 128 and no sub-scales; 16,384 weights of 0.5 bytes, whose bytes take 622 cycles of an SM to arrive
-FORM = GroupNumbers(4, 128, 128, False, False, True, 0, 8)
-TILE = Tile(FORM, rows=32, depth=512, tokens=2, streams_x=False, has_norm=True)
-
-
 @pytest.mark.parametrize(
     ("tile", "limit"),
     [
         (TILE, 1.25),
         (replace(TILE, form=FORM._replace(bits=8)), 1.6),
+        (replace(TILE, form=Fp8Numbers()), 1.6),
         (replace(TILE, form=FORM._replace(group=32, has_sub_scales=True)), 1.25 + 2 / 32),
         (replace(TILE, form=FORM._replace(group=32, has_sub_scales=True, has_offset=True)), 1.25 + 4 / 32),
         (replace(TILE, tokens=16, streams_x=True, has_norm=False), 1.25 + 0.5 * 16 / 32),
@@ -180,10 +212,10 @@ def test_the_sm_that_has_most_to_do_counts(grid, depth, turns):
 
 def test_the_formats_of_the_report():
     few, many, cached = (next(case for case in CASES if case.name == name) for name in ("gate_up", "qkv", "attention"))
-    report = ["dense", "int4", "q6_k", "int8"]
+    report = ["dense", "int4", "q6_k", "int8", "fp8"]
     assert [weights for weights, _ in compile_report.variants(few, 1, "sm_80", [], [])] == report
     assert {"q4_k", "q5_0", "q8_0"} < {weights for weights, _ in compile_report.variants(few, 16, "sm_90", [], [])}
-    assert compile_report.variants(few, 512, "sm_90", [], []) == [("dense", "dense")]
+    assert [weights for weights, _ in compile_report.variants(few, 512, "sm_80", [], [])] == report
     assert compile_report.variants(many, 1, "sm_90", [], []) == [("dense", "dense")]
     assert compile_report.variants(cached, 1, "sm_90", [], []) == [("dense", "dense")]
     assert compile_report.variants(few, 1, "sm_90", ["q4_1"], []) == [("q4_1", "dense")]

@@ -16,7 +16,6 @@ compiles them and reads their machine code.
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import select
@@ -62,6 +61,7 @@ NAN = 0xFF  # each byte of it, in bfloat16 and in float32
 # smallest n and k, and a k of several parts with up to 21.
 PRODUCTS = 1 << 24
 PATIENCE = 300  # seconds that a run may take
+_RUNNING: dict[str, Emulated] = {}
 
 
 def use(name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,9 +104,10 @@ def is_emulated() -> bool:
     return isinstance(build.prepared().library, Emulated)
 
 
-@functools.cache
 def _started(target: targets.Target, factory: pytest.TempPathFactory) -> Emulated:
-    return Emulated(target, objects.compiled([compiler_for(target)], target, factory))
+    if target.name not in _RUNNING:
+        _RUNNING[target.name] = Emulated(target, objects.compiled([compiler_for(target)], target, factory))
+    return _RUNNING[target.name]
 
 
 class Header(ctypes.Structure):

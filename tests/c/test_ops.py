@@ -644,7 +644,7 @@ def test_blocks_of_a_file_are_repacked(form: str) -> None:
         FORMATS[form].allocate(48, 512, torch.float32, lambda shape, dtype: torch.full(shape, 77).to(dtype))
         for _ in range(2)
     )
-    assert repack.repack(blocks, made) == _in_torch(blocks.numpy(), kind, expected)
+    assert repack.repack([(blocks, made)]) == [_in_torch(blocks.numpy(), kind, expected)]
     assert all(map(torch.equal, made.tensors, expected.tensors))
 
 

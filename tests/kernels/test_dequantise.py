@@ -132,7 +132,8 @@ def test_products_in_turns(ops, device, form):
 
 
 def test_products_with_rows_of_several_formats(ops, device):
-    weight = Stack([made(form, rows=32, device=device) for form in ("q4_k", "q6_k", "fp8")])
+    sizes = {"q4_k": 48, "q6_k": 16, "fp8": 32}  # no part fills the scratch of the longest
+    weight = Stack([made(form, rows=rows, device=device) for form, rows in sizes.items()])
     for tokens in (20, 49):
         x = random(tokens, 256, dtype=torch.bfloat16, device=device, seed=2)
         bias, addend = (random(*size, 96, dtype=x.dtype, device=device, seed=4) for size in ((), (tokens,)))

@@ -3,6 +3,7 @@ float64, and attention where those are unusual. test_pages.py tests what every f
 
 from __future__ import annotations
 
+import importlib
 import math
 
 import pytest
@@ -150,6 +151,25 @@ def test_attention_over_unusual_sizes(ops, device, form, dtype, size):
     q = random(8, 2 * HEADS, DIM, dtype=dtype, device=device, seed=31, scale=0.2)
     starts = torch.tensor([0, 1, 4, 8], dtype=torch.int32, device=device)
     assert_matches_reference(ops, "prefill_attention", q, pages, tables, lengths, starts, DIM**-0.5)
+
+
+@both
+def test_a_sequence_decodes_to_the_same_bits_alone(ops, device, form):
+    """Two splits of two tiles, among other sequences and by itself; and it is what float64 says."""
+    pages, tables = made(form, torch.bfloat16, device, bias()), torch.tensor([[4, 0, 3, 1], [5, 2, 2, 2]])
+    for page in range(6):
+        k, v = (random(64, HEADS, DIM, dtype=torch.bfloat16, device=device, seed=seed + page) for seed in (40, 50))
+        pages.store(torch.arange(64 * page, 64 * page + 64, device=device), k + bias().to(k) / 8, v)
+    tables, lengths = (each.to(device, torch.int32) for each in (tables, torch.tensor([200, 70])))
+    q = random(2, 2 * HEADS, DIM, dtype=torch.bfloat16, device=device, seed=60, scale=0.2)
+    tuning = importlib.import_module(f"{ops.__name__}.triton.tuning")
+    with tuning.trying("decode_attention", {"MIN_TOKENS": 128}):
+        together = ops.decode_attention(q, pages, tables, lengths, DIM**-0.5)
+        for row, width in ((0, 4), (1, 2)):
+            own = tables[row : row + 1, :width].contiguous()
+            alone = ops.decode_attention(q[row : row + 1], pages, own, lengths[row : row + 1], DIM**-0.5)
+            assert torch.equal(alone[0], together[row])
+        assert_matches_reference(ops, "decode_attention", q, pages, tables, lengths, DIM**-0.5)
 
 
 def test_channels_are_powers_of_two_of_the_bias():

@@ -96,6 +96,8 @@ TESTS: list[tuple[tuple[str, ...], Callable[..., None], dict[str, Any]]] = [
     (ALL, test_scaled_pages.test_codes_are_nearest_and_scales_of_the_largest, {"form": "int8", "dtype": BF16}),
     (ALL, test_scaled_pages.test_codes_are_nearest_and_scales_of_the_largest, {"form": "fp8", "dtype": BF16}),
     (HOPPER, test_scaled_pages.test_what_is_not_finite_or_tiny, {"form": "int8", "by": "kernels"}),
+    (HOPPER, test_scaled_pages.test_a_sequence_decodes_to_the_same_bits_alone, {"form": "int8"}),
+    (HOPPER, test_scaled_pages.test_a_sequence_decodes_to_the_same_bits_alone, {"form": "fp8"}),
     (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "int8", "dtype": BF16, "size": 64}),
     (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "fp8", "dtype": BF16, "size": 16}),
     (NOT_HOPPER, test_scaled_pages.test_attention_over_unusual_sizes, {"form": "int8", "dtype": F16, "size": 16}),
@@ -165,6 +167,26 @@ def test_a_kernel_passes_its_test(process, key, test, parameters):
 @pytest.mark.parametrize("op", ["linear", "norm_linear", "norm_swiglu_linear", "lm_head"])
 def test_bits_are_batch_invariant(process, key, op):
     assert process.submit(on_ptx.counts_with_other_bits, key, SEED, op, (1, 2, 3, 5, 8)).result() == []
+
+
+@pytest.mark.parametrize("key", [pytest.param(key, marks=group(key)) for key in HOPPER])
+@pytest.mark.parametrize(
+    ("form", "op", "k"),
+    [
+        ("int4", "norm_swiglu_linear", 256),  # x in registers
+        ("int4", "linear", 4096),  # and streamed, with two programs a tile
+        ("q6_k", "norm_linear", 512),  # groups of 16
+        ("fp8", "linear", 256),
+    ],
+)
+def test_bits_are_batch_invariant_over_quantised_weights(process, key, form, op, k):
+    assert process.submit(on_ptx.counts_with_other_bits_over_quantised, key, form, op, k, (1, 5)).result() == []
+
+
+@on_all
+@pytest.mark.parametrize("form", ["int4", "q2_k", "fp8"])
+def test_bits_over_quantised_weights_are_batch_invariant(process, key, form):
+    assert process.submit(on_ptx.counts_with_other_bits_of, form, key, SEED, (1, 2, 3, 5, 8)).result() == []
 
 
 @on_all
