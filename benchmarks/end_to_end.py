@@ -118,8 +118,10 @@ def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
 
 def load(model: str, device: torch.device, layers: int, room: int, quantize: str = "") -> Model:
     """The model in bfloat16, or with ``quantize`` on quantised weights with the default dtypes. The name of a size of
-    the family gives random weights, with ``layers`` layers if not 0."""
-    how = {"quantize": None if quantize == STORED else quantize} if quantize else {"dtype": "bfloat16"}
+    the family gives random weights, with ``layers`` layers if not 0. Each call computes all of its tokens: readings
+    repeat their prompts."""
+    how: dict[str, Any] = {"prefix_cache": False, "speculate": False}
+    how |= {"quantize": None if quantize == STORED else quantize} if quantize else {"dtype": "bfloat16"}
     if model.lower() not in FAMILY:
         how |= {} if quantize else {"quantize": "none"}
         return Model.from_pretrained(model, device=device, cache_tokens=room, **how)

@@ -126,7 +126,7 @@ def ops(config: Config, tokens: list[int], device: torch.device, context: int) -
 
 def first_tokens(config: Config, prompts: list[int], device: torch.device) -> list[FirstToken]:
     """The time of a whole `generate` of one token."""
-    model = Model.from_config(config, device=device, dtype="bfloat16", cache_tokens=4096)
+    model = Model.from_config(config, device=device, dtype="bfloat16", cache_tokens=4096, prefix_cache=False)
 
     def milliseconds(prompt: int) -> float:
         readings = []

@@ -201,6 +201,7 @@ def interrupted(
 
 
 def check(model, expected: list[int]) -> None:
+    assert not model._loop._sinks, "a request goes on although nobody waits for it"
     assert model.generate(LONG, max_tokens=6, **HOW).token_ids == expected, "another text"
     check_pages(model)
 
