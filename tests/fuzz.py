@@ -565,6 +565,8 @@ PARAMS = {
     "n": 2,
     "logprobs": 2,
     "skip_special_tokens": True,
+    "priority": 3,
+    "cache_salt": "mine",
 }
 
 
