@@ -18,7 +18,7 @@ from qwenkern.kernels.weights import FORMATS as WEIGHTS
 from qwenkern.kernels.weights import Dense
 
 DENSE = Dense.format  # the name of the dense format of weights, and of pages
-ROUNDED = 1024  # rows of a quantised matrix that are made; a multiple of the rows of a tile
+ROUNDED = 64  # rows of a quantised matrix that are made; a multiple of the rows of a tile
 
 
 @dataclass(frozen=True)
