@@ -162,8 +162,7 @@ class Scheduler:
         return [request for request in dropped if not request.has_ended]
 
     def _wait(self, request: Request) -> None:
-        at = request.arrived - PRIORITY * request.params.priority
-        heapq.heappush(self._waiting, (at, next(self._count), request))
+        heapq.heappush(self._waiting, (_place(request), next(self._count), request))
 
     def _wait_together(self, siblings: Sequence[Request], arrived: float) -> None:
         """Queues completions of one prompt: the first one, with the others as its siblings."""
@@ -223,27 +222,26 @@ class Scheduler:
         return True
 
     def _prompts(self, decoding: list[Request]) -> list[Scheduled]:
-        """A chunk of the prompts that are not computed yet. A prompt whose logits are all requested is read by itself,
-        because it has many rows of logits, and so is any prompt in batch-invariant mode."""
+        """A chunk of the prompts that are not computed yet, in their order. A prompt whose logits are all requested is
+        read by itself, because it has many rows of logits, and so is any prompt in batch-invariant mode."""
         scheduled: list[Scheduled] = []
         is_invariant = self.limits.batch_invariant
         watched = not is_invariant and any(request.is_streamed for request in decoding)
         budget = self.pace.chunk() if watched else self.limits.prefill_chunk
-        for request in self.running:
-            if request.num_pending > 1 or request.on_logits:
-                if scheduled and request.on_logits:
-                    continue
-                scheduled.append(Scheduled(request, request.pending_ids(budget)))
-                budget -= len(scheduled[-1].ids)
-                if not budget or request.on_logits or is_invariant:
-                    break
+        for request in sorted(filter(_is_read, self.running), key=_place):
+            if scheduled and request.on_logits:
+                continue
+            scheduled.append(Scheduled(request, request.pending_ids(budget)))
+            budget -= len(scheduled[-1].ids)
+            if not budget or request.on_logits or is_invariant:
+                break
         return scheduled
 
     def _next_tokens(self, decoding: list[Request]) -> list[Scheduled]:
         """The next token of every request that decodes. If the cache is full, others are preempted until they have
         room."""
         while not self.cache.has_room(self._missing(decoding)):
-            last = max(self.running, key=lambda each: each.arrived - PRIORITY * each.params.priority)
+            last = max(self.running, key=_place)
             self._preempt(last)
             decoding = [request for request in decoding if request is not last]
         return [Scheduled(request, request.pending_ids(1)) for request in decoding]
@@ -255,3 +253,13 @@ class Scheduler:
     def _preempt(self, request: Request) -> None:
         self.end(request)
         self._wait(request)
+
+
+def _place(request: Request) -> float:
+    """The place of a request in the order."""
+    return request.arrived - PRIORITY * request.params.priority
+
+
+def _is_read(request: Request) -> bool:
+    """Whether a running request still has a part of its prompt to read."""
+    return request.num_pending > 1 or request.on_logits is not None

@@ -166,6 +166,35 @@ def test_a_model_that_nobody_refers_to_ends_its_thread():
     join(thread)
 
 
+def test_what_has_ended_is_freed(model, monkeypatch):
+    """Requests and their calls: no more are left after 300 calls than after 30."""
+    alive: weakref.WeakSet = weakref.WeakSet()
+    init = loop_module._Call.__init__
+
+    def noted(call, loop, requests, sink):
+        alive.add(call)
+        alive.update(loop_module._with_siblings(requests))
+        init(call, loop, requests, sink)
+
+    def some(count: int) -> int:
+        for at in range(count):
+            if at % 3 == 0:
+                model.generate([[at % 64] * 70, [at % 7] * 20], n=2, **HOW)
+            elif at % 3 == 1:
+                with model.stream([at % 64] * 70, **HOW) as stream:
+                    read(stream, 2)
+            else:
+                asyncio.run(model.agenerate([at % 64] * 70, **HOW))
+        check_pages(model)
+        gc.collect()
+        return len(alive)
+
+    monkeypatch.setattr(loop_module._Call, "__init__", noted)
+    assert some(30) <= 4, "those of the last pass"
+    assert some(300) <= 4
+    assert len(model.cache._index) <= model.cache.num_pages
+
+
 def test_a_stream_keeps_the_engine_of_its_model():
     model = make()
     right = expected(model, PROMPTS[1], max_tokens=200)

@@ -258,6 +258,20 @@ def test_a_higher_priority_starts_earlier_and_no_request_starves(clock):
     assert starts(engine, []) == [running, soon, low, late, negative]
 
 
+def test_a_prompt_of_higher_priority_is_read_before_one_that_is_being_read(clock):
+    model = clockwork(NotCaptured(), cache_tokens=1024)
+    with engine_of(model) as engine:
+        engine.add(long := request_of(model, 400))
+        engine.step()
+        clock[0] += 1.0
+        engine.add(urgent := request_of(model, 90, priority=1), usual := request_of(model, 30))
+        for _ in range(3):
+            engine.step()
+        assert urgent.output_ids
+        assert long.num_cached < 100
+        assert [each for each in starts(engine, [long, urgent, usual]) if each is not urgent] == [long, usual]
+
+
 def test_a_stream_of_urgent_requests_does_not_starve_another(clock):
     model = clockwork(NotCaptured(), cache_tokens=256)
     with engine_of(model) as engine:
