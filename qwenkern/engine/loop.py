@@ -11,6 +11,7 @@ reach callers only, never the thread that steps.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import threading
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,12 +34,13 @@ class Loop:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._sinks: dict[Request, Sink] = {}  # of the requests that have not ended
-        self._lock = threading.Lock()  # of the thread's start and stop
+        self._lock = threading.Lock()  # of the thread's start
+        self._only = threading.Lock()  # held by the thread that steps
         self._wake: SimpleQueue[None] = SimpleQueue()  # not an Event: the garbage collector may call abort within `put`
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []  # the one that steps
-        # also when the interpreter exits, because a daemon thread must not run then
-        self._finalizer = weakref.finalize(self, _stop_thread, self._stop, self._wake, self._threads)
+        self._finalizer = weakref.finalize(self, _tell_to_stop, self._stop, self._wake)
+        _loops.add(self)
 
     def add(self, requests: Sequence[Request], sink: Sink) -> None:
         """Adds requests and their siblings. ``sink`` gets their outputs, until each has ended or is aborted.
@@ -85,6 +87,9 @@ class Loop:
         """Ends all requests with an error, and stops the thread after the pass in progress."""
         try:
             self._finalizer()
+            for thread in self._threads:
+                if thread is not threading.current_thread() and thread.is_alive():
+                    thread.join(PATIENCE)
         finally:
             self._end_all(EngineError("this model was closed before the request had ended"))
 
@@ -107,7 +112,7 @@ class Loop:
             return
         with self._lock:
             if not any(thread.is_alive() for thread in self._threads):
-                arguments = weakref.ref(self), self._wake, self._stop
+                arguments = weakref.ref(self), self._wake, self._stop, self._only
                 self._threads[:] = [threading.Thread(target=_steps, args=arguments, name="qwenkern", daemon=True)]
                 self._threads[0].start()
 
@@ -136,8 +141,10 @@ class Loop:
             self._tell(Output(request, [], "", error=error.again()))
 
 
-def _steps(loop_of: weakref.ref[Loop], wake: SimpleQueue[None], stop: threading.Event) -> None:
+def _steps(loop_of: weakref.ref[Loop], wake: SimpleQueue[None], stop: threading.Event, only: threading.Lock) -> None:
     """What the thread runs. It keeps the loop alive only while there are requests."""
+    if not only.acquire(blocking=False):  # an interrupt within Thread.start may lead to a second thread
+        return
     while True:
         wake.get()
         loop = loop_of()
@@ -153,12 +160,19 @@ def _steps(loop_of: weakref.ref[Loop], wake: SimpleQueue[None], stop: threading.
         del loop
 
 
-def _stop_thread(stop: threading.Event, wake: SimpleQueue[None], threads: list[threading.Thread]) -> None:
+def _tell_to_stop(stop: threading.Event, wake: SimpleQueue[None]) -> None:
     stop.set()
     wake.put(None)
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join(PATIENCE)
+
+
+_loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Stops the threads before the interpreter ends, because a daemon thread must not run then."""
+    for loop in list(_loops):
+        loop.close()
 
 
 def _with_siblings(requests: Sequence[Request]) -> list[Request]:
