@@ -26,7 +26,7 @@ OLD = 512  # passes after which a reading is dropped
 SIZES = (2, 3, 4, 6, 8, 12, 16)  # rows of a pass with drafts: each size is captured once, and has logits of its own
 FORGETTING = 1 / 32  # of what is known about guesses, with each new draft
 BELIEF = 4.0  # guesses that the first estimate counts for
-FIRST_RATE = 0.6  # how many of the guesses are right, before any is read
+FIRST_RATE = 0.6  # how many guesses of a small model are right, before any is read
 BY_MODEL = 0  # the length of a match that stands for a draft of the small model
 FIRST_SLOPE = 0.1  # what another row adds to a pass, as a share of the pass of one row, before any is read
 
@@ -66,11 +66,12 @@ class Costs:
 
 
 class Rates:
-    """How many guesses are right, by the length of the match."""
+    """How many guesses are right, by the length of the match: at first as in other texts, given their rates."""
 
-    def __init__(self) -> None:
-        self._right = [FIRST_RATE * BELIEF] * (LONGEST + 1)
-        self._all = [BELIEF] * (LONGEST + 1)
+    def __init__(self, others: Rates | None = None) -> None:
+        lengths = range(LONGEST + 1)
+        self._right = [BELIEF * (others.of(match) if others else _first_rate(match)) for match in lengths]
+        self._all = [BELIEF for _ in lengths]
 
     def of(self, match: int) -> float:
         return min(0.98, self._right[match] / self._all[match])
@@ -80,6 +81,11 @@ class Rates:
         be wrong. Older guesses count less and less."""
         for counts, new in ((self._right, right), (self._all, right + min(1, wrong))):
             counts[match] = counts[match] * (1 - FORGETTING) + new
+
+
+def _first_rate(match: int) -> float:
+    """Before any guess: a longer match says more."""
+    return FIRST_RATE if match == BY_MODEL else min(0.8, 0.1 * match)
 
 
 class Plan:
@@ -120,6 +126,7 @@ class Speculation:
     def __init__(self, most_rows: int, model: DraftModel | None = None) -> None:
         self.most_rows = most_rows
         self.costs = Costs(most_rows)
+        self.rates = Rates()  # of all texts
         self.num_drafted = self.num_accepted = 0  # tokens, since the beginning
         self._model = model
 
@@ -156,12 +163,13 @@ class Speculation:
         self.num_accepted += accepted
         if not request.has_ended:
             state = self._state(request)
-            state.rates.read(state.match, accepted, len(draft) - accepted)
+            for rates in (state.rates, self.rates):
+                rates.read(state.match, accepted, len(draft) - accepted)
 
     def _state(self, request: Request) -> State:
         state = request.speculated
         if state is None:
-            state = request.speculated = State()
+            state = request.speculated = State(Rates(self.rates))
             state.drafts.add(request.prompt_ids)
         state.drafts.add(request.output_ids[len(state.drafts) - len(request.prompt_ids) :])
         return state
@@ -170,7 +178,7 @@ class Speculation:
 class State:
     """What speculation keeps for a request."""
 
-    def __init__(self) -> None:
+    def __init__(self, rates: Rates) -> None:
         self.drafts = Drafts()
-        self.rates = Rates()
+        self.rates = rates
         self.match = SHORTEST  # of the latest draft

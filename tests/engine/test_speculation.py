@@ -214,7 +214,10 @@ def test_a_rate_follows_the_guesses():
     for _ in range(20):
         rates.read(5, 0, 4)
     assert rates.of(5) < 0.15
-    assert rates.of(6) == first
+    assert rates.of(6) > first, "a longer match says more"
+    another = Rates(rates)
+    assert another.of(5) == pytest.approx(rates.of(5)), "a new text begins with what others have shown"
     for _ in range(60):
-        rates.read(5, 4, 0)
-    assert rates.of(5) > 0.9
+        another.read(5, 4, 0)
+    assert another.of(5) > 0.9
+    assert rates.of(5) < 0.15
