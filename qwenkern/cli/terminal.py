@@ -155,7 +155,7 @@ def _prepare() -> None:
 
 def _exit(code: int) -> NoReturn:
     if code == 130:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a second Ctrl-C ends the process
+        signal.signal(signal.SIGINT, lambda *_: os._exit(code))  # a second Ctrl-C ends the process
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
