@@ -9,6 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
+pytest.importorskip("gguf")
 from gguf import GGMLQuantizationType as Q
 from support.models import TINY, save_checkpoint, tiny_model
 from support.toy_gguf import write_gguf
