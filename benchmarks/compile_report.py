@@ -224,7 +224,9 @@ def main(
     model: Annotated[list[str], typer.Option(help="Sizes of the family.")] = ["qwen2.5-3b"],  # noqa: B006
     arch: Annotated[list[str], typer.Option(help=f"Of {', '.join(DEVICES)}.")] = list(DEVICES),  # noqa: B006
     everything: Annotated[bool, typer.Option("--all", help=f"{', '.join(MODELS)}, on every architecture.")] = False,
-    weights: Annotated[str, typer.Option(help="Formats of weights, with commas; default: those of the report.")] = "",
+    weights: Annotated[
+        str, typer.Option(help="Formats of weights, with commas; dense: without others; default: the report's.")
+    ] = "",
     pages: Annotated[str, typer.Option(help="Formats of the cache's pages, likewise.")] = "",
     verbose: Annotated[bool, typer.Option(help="Print a row for every architecture.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything there.")] = None,
@@ -250,8 +252,8 @@ def main(
             rows += found
     steps = [
         judge_neighbours(rows, tokens, quantize)
-        for quantize, tokens in itertools.product((DENSE, *plan.WEIGHTS), FEW)
-        if COUNTED[0] in models and COUNTED[1] in keys and not weights + pages
+        for quantize, tokens in itertools.product((DENSE,) if weights else (DENSE, *plan.WEIGHTS), FEW)
+        if COUNTED[0] in models and COUNTED[1] in keys and weights + pages in ("", DENSE)
     ]
     for each in models:
         console.print(compiled.table(each, [row for row in rows if row.model == each], verbose))
@@ -272,6 +274,8 @@ def variants(
 ) -> list[tuple[str, str]]:
     """The formats of weights and pages in which a case is compiled; first the dense ones. ``weights`` and ``pages`` are
     what was asked for; if nothing was, the formats of the report."""
+    if list(weights) == [DENSE] and not pages:
+        return [(DENSE, DENSE)]
     asked = bool(weights or pages)
     if not asked:
         weights, pages = WEIGHTS + MORE_WEIGHTS * (everything or key == COUNTED[1]), PAGES

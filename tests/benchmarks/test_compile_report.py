@@ -266,7 +266,7 @@ def test_the_interpreter_is_refused(compiling):
 @pytest.mark.slow
 def test_3b_on_every_architecture(compiling, tmp_path):
     """No rule is broken, and the report has every case on every architecture, except the one that runs in torch."""
-    done = _report(compiling, "--json", str(tmp_path / "report.json"))
+    done = _report(compiling, "--weights", "dense", "--json", str(tmp_path / "report.json"))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 broken rules" in done.stdout
     rows = json.loads((tmp_path / "report.json").read_text())["kernels"]
@@ -276,6 +276,18 @@ def test_3b_on_every_architecture(compiling, tmp_path):
     few = [row["code"] for row in rows if row["kernel"] == "_linear_kernel" and row["arch"] != "gfx942"]
     # one instruction for every number of tokens
     assert {name for code in few for name in code["matrix"]} == {"HMMA"}
+
+
+@pytest.mark.slow
+def test_quantised_weights_and_pages_on_an_h100(compiling, tmp_path):
+    """No rule is broken there either. The other formats are compiled by the report alone, which takes minutes."""
+    chosen = ["--arch", "sm_90", "--weights", "int4", "--pages", "int8", "--json", str(tmp_path / "report.json")]
+    done = _report(compiling, *chosen)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 broken rules" in done.stdout
+    rows = json.loads((tmp_path / "report.json").read_text())["kernels"]
+    assert "int4" in {row["weights"] for row in rows if row["kernel"] == "_linear_kernel"}
+    assert "int8" in {row["pages"] for row in rows if "attention" in row["kernel"]}
 
 
 SUMS = r"""
