@@ -25,6 +25,7 @@ READINGS = 4  # of a pass of some size
 OLD = 512  # passes after which a reading is dropped
 SIZES = (2, 3, 4, 6, 8, 12, 16)  # rows of a pass with drafts: each size is captured once, and has logits of its own
 FORGETTING = 1 / 32  # of what is known about guesses, with each new draft
+LEAST_GAIN = 1.1  # how many times as fast a pass must promise to be with a draft: the estimates err
 BELIEF = 4.0  # guesses that the first estimate counts for
 FIRST_RATE = 0.6  # how many guesses of a small model are right, before any is read
 BY_MODEL = 0  # the length of a match that stands for a draft of the small model
@@ -99,7 +100,7 @@ class Plan:
 
     def length(self, most: int, rate: float, seconds: float = 0.0) -> int:
         """The length of one more draft that gives most tokens a second, or 0. seconds: what a guess takes."""
-        best, length = self._tokens / (self._costs.of(self.rows) + self._before), 0
+        best, length = LEAST_GAIN * self._tokens / (self._costs.of(self.rows) + self._before), 0
         for count in range(1, most + 1):
             if self.rows + count in SIZES:
                 takes = self._costs.of(self.rows + count) + self._before + count * seconds
