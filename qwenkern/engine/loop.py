@@ -114,6 +114,7 @@ class Loop:
             if not any(thread.is_alive() for thread in self._threads):
                 arguments = weakref.ref(self), self._wake, self._stop, self._only
                 self._threads[:] = [threading.Thread(target=_steps, args=arguments, name="qwenkern", daemon=True)]
+                _threads.add(self._threads[0])
                 self._threads[0].start()
 
     def _step(self) -> None:
@@ -166,13 +167,17 @@ def _tell_to_stop(stop: threading.Event, wake: SimpleQueue[None]) -> None:
 
 
 _loops: weakref.WeakSet[Loop] = weakref.WeakSet()
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those of dropped loops, too
 
 
 @atexit.register
 def _close_all() -> None:
-    """Stops the threads before the interpreter ends, because a daemon thread must not run then."""
+    """Ends the threads before the interpreter ends, because a daemon thread must not run then."""
     for loop in list(_loops):
         loop.close()
+    for thread in list(_threads):
+        if thread.is_alive():
+            thread.join(PATIENCE)
 
 
 def _with_siblings(requests: Sequence[Request]) -> list[Request]:
