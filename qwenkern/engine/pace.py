@@ -1,8 +1,8 @@
 """Bounds the gap between two tokens of a stream while prompts are read.
 
 Prompts and decode steps take turns. While a stream decodes, a chunk of prompts is only as long as can be read in the
-wanted gap, by the speed that the last chunks had. So the gap is that time and a decode step, or the time for LEAST
-tokens if they take longer. Chunks are powers of two, so that few different ones occur.
+wanted gap, by the speed that the last chunks had. So the gap is about that time and a decode step, or the time for
+LEAST tokens if they take longer. Chunks are powers of two, so that few different ones occur.
 """
 
 from __future__ import annotations
