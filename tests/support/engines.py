@@ -69,11 +69,13 @@ class Gate:
     def __init__(self, model) -> None:
         self._engine, self._allowed, self._done = model._loop.engine, threading.Semaphore(0), 0
         self._is_open = False
+        self.has_come = threading.Event()  # the thread is about to make a step
 
     def __enter__(self) -> Gate:
         step = self._engine.step
 
         def gated() -> list[Output]:
+            self.has_come.set()
             if not self._is_open:
                 self._allowed.acquire()
             try:
