@@ -18,7 +18,7 @@ from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .draft_model import DraftModel
 from .pipeline import DecodePipeline
-from .request import Request
+from .request import Request, with_siblings
 from .runner import Runner
 from .scheduler import MAX_BATCH, Limits, Scheduled, Scheduler
 from .speculation import Speculation
@@ -285,8 +285,8 @@ class Engine:
             return self.stop(fault)
         failed = EngineError(f"the pass that computed this request failed: {reason}")
         failed.__cause__ = error
-        with_siblings = [each for request in self._in_pass for each in (request, *request.siblings)]
-        return [self._failed(request, failed.again()) for request in with_siblings if not request.has_ended]
+        group = with_siblings(self._in_pass)
+        return [self._failed(request, failed.again()) for request in group if not request.has_ended]
 
     def _forget_all(self) -> None:
         """Ends all requests, in whatever state an interrupt has left them."""

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from ..errors import EngineError, RequestError
 from .engine import Engine, Output
-from .request import Request
+from .request import Request, with_siblings
 
 Sink = Callable[[Output], object]  # takes the outputs of a request; called by the thread that steps
 T = TypeVar("T")
@@ -47,7 +47,7 @@ class Loop:
 
         Raises RequestError or EngineError as Engine.add."""
         self._check_open()
-        group = _with_siblings(requests)
+        group = with_siblings(requests)
         try:
             for each in group:
                 self._sinks[each] = sink
@@ -180,16 +180,12 @@ def _close_all() -> None:
             thread.join(PATIENCE)
 
 
-def _with_siblings(requests: Sequence[Request]) -> list[Request]:
-    return [each for request in requests for each in (request, *request.siblings)]
-
-
 class _Call:
     """The requests of one caller in a loop."""
 
     def __init__(self, loop: Loop, requests: Sequence[Request], sink: Sink) -> None:
         self._loop = loop
-        self._left = set(_with_siblings(requests))  # those that have not ended
+        self._left = set(with_siblings(requests))  # those that have not ended
         try:
             loop.add(requests, sink)
         except BaseException:

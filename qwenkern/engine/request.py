@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -105,3 +105,8 @@ class Request:
             text += self._stops.finish()
         self.text += text
         return text
+
+
+def with_siblings(requests: Iterable[Request]) -> list[Request]:
+    """The requests, each with the completions of its prompt that have not started."""
+    return [each for request in requests for each in (request, *request.siblings)]

@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from ..cache import PagedCache
 from .pace import Pace
-from .request import Request
+from .request import Request, with_siblings
 
 MAX_BATCH = 64  # sequences that decode together
 PRIORITY = 10.0  # seconds that a request of one higher priority may come later and still start first
@@ -155,7 +155,7 @@ class Scheduler:
         """Drops all requests. Returns those that had not ended."""
         self._drop_aborted()
         running, waiting = list(self.running), [request for _, _, request in sorted(self._waiting)]
-        dropped = [each for first in [*running, *waiting, *self._arrivals] for each in (first, *first.siblings)]
+        dropped = with_siblings([*running, *waiting, *self._arrivals])
         for request in running:
             self.cache.release(request.table)
         self.reset()

@@ -107,10 +107,9 @@ def test_the_end_of_a_with_statement_closes_a_model():
 def test_a_pass_that_takes_long_keeps_nobody_waiting(model, monkeypatch):
     """Callers are told when PATIENCE is over. The pass still uses the engine, and ends by itself."""
     monkeypatch.setattr(loop_module, "PATIENCE", 0.02)
-    with Gate(model):
+    with Gate(model) as gate:
         call, found = in_thread(lambda: model.generate(PROMPTS[0], **HOW))
-        eventually(lambda: model._loop._sinks)
-        eventually(lambda: model._loop._threads)
+        eventually(gate.has_come.is_set)
         model.close()
         join(call)
         assert "closed before the request had ended" in str(found[0])
@@ -173,7 +172,7 @@ def test_what_has_ended_is_freed(model, monkeypatch):
 
     def noted(call, loop, requests, sink):
         alive.add(call)
-        alive.update(loop_module._with_siblings(requests))
+        alive.update(loop_module.with_siblings(requests))
         init(call, loop, requests, sink)
 
     def some(count: int) -> int:
