@@ -44,7 +44,7 @@ clean:
 
 $(READY): setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,hub]"
+	$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e ".[test,hub,serve,clients]"
 	touch $@
 
 $(DOCS): $(READY)

@@ -28,6 +28,13 @@ CORE = [
 EXTRAS = {
     "hub": ["huggingface_hub>=0.25"],  # `--model Qwen/Qwen2.5-3B-Instruct`
     "bench": ["matplotlib>=3.8"],  # `qwenkern bench --plot`
+    "serve": [
+        "starlette>=0.46",  # routes, streaming and disconnects of `qwenkern serve`
+        "uvicorn>=0.34",  # the HTTP server under it
+        "pydantic>=2.9",  # checks the bodies of requests, and describes them for OpenAPI
+        "prometheus-client>=0.21",  # /metrics
+        "llguidance>=1.3",  # grammars for JSON schemas and tools; also for Model.generate(json_schema=...)
+    ],
     "test": [
         "pytest>=8",
         "pytest-xdist",  # the suite in parallel
@@ -45,6 +52,17 @@ EXTRAS = {
         "ruff",  # lint and format
         "clang-format",  # the same for the C files: compilers' own versions format differently
         "mypy",  # types: py.typed is a promise to those who check their own
+        "jsonschema",  # the oracle for structured output
+    ],
+    "clients": [  # programs of others that the tests run against the server
+        "openai>=2",
+        "anthropic",
+        "langchain-openai",
+        "litellm",
+        "pydantic-ai-slim[openai]",
+        "lm-eval[api]",
+        "schemathesis",  # requests that its OpenAPI document allows, and others
+        "playwright",  # drives Debian's Chromium through the server's page
     ],
     "docs": [
         "mkdocs-material>=9.5",  # the site: search, dark mode, links that are checked

@@ -1,0 +1,61 @@
+"""What all APIs have in common: a turn that a client asks for, and the events of its answers.
+
+    body of a request ─► Turn ─► engine ─► events ─► body of the response, or server-sent events
+
+Each API has a file that reads its bodies into turns, and writes events in its own form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..prompts import Prompt
+from ..sampling import SamplingParams, TokenLogprob
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One call of a client: n answers to each of its prompts."""
+
+    prompts: list[Prompt]  # several for /v1/completions only
+    params: SamplingParams
+    tools: list[dict[str, Any]] = field(default_factory=list)  # {"type": "function", "function": {...}} each
+    tool_choice: str = "auto"  # "none", "auto", "required", or "function:NAME"
+    parallel_tool_calls: bool = True
+    is_streamed: bool = False  # the client reads the text as it comes
+
+
+@dataclass(frozen=True)
+class Text:
+    """More text of an answer."""
+
+    index: int  # of the answer: prompt_index * n + sample_index
+    text: str
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)  # of these tokens, if requested
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A whole call of a function."""
+
+    index: int  # of the answer
+    id: str  # "call_..."
+    name: str
+    arguments: str  # a JSON object as text
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer."""
+
+    index: int
+    reason: str  # "stop", "length" or "tool_calls"
+    stop_reason: int | str | None  # the token id or stop string that ended the text
+    num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt
+    num_tokens: int  # of the answer
+
+
+Event = Text | ToolCall | Finished
