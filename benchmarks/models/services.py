@@ -57,18 +57,20 @@ class LlamaServer:
             "ignore_eos": True,
             "cache_prompt": False,
             "stream": True,
-            "return_tokens": True,
+            "timings_per_token": True,  # an event has no tokens of its own while a character is not whole
         }
         connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         if answer.status != 200:
             raise RuntimeError(f"llama-server answered {answer.status}: {answer.read(300)!r}")
+        seen = 0
         for line in answer:
             if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                if not event.get("stop"):
-                    yield len(event["tokens"])
+                count = json.loads(line[6:])["timings"]["predicted_n"]
+                if count > seen:
+                    yield count - seen
+                seen = count
         connection.close()
 
 
