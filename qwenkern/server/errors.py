@@ -58,6 +58,11 @@ def of(error: Exception) -> ApiError:
     return ApiError(500, "internal error", code="internal_error")
 
 
+def shutting_down() -> ApiError:
+    """The error of a request that the end of the server cuts off."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+
+
 def openai_body(error: ApiError) -> dict[str, Any]:
     """The form of OpenAI's API."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}
