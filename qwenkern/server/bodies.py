@@ -22,12 +22,19 @@ from .settings import Bounds
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+# A field of an API that we do not honour -> values that change nothing and so are taken, and what to do instead.
+Refused = Mapping[str, tuple[tuple[Any, ...], str]]
+
+
 class Body(BaseModel):
     """The body of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    # A field of the API that we do not honour -> values that change nothing and so are taken, and what to do instead.
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    REFUSED: ClassVar[Refused] = {}
+
+    def names(self) -> dict[str, str]:
+        """Arguments of the model's calls -> the fields of this body that they come from."""
+        return {name: name for name in type(self).model_fields}
 
 
 B = TypeVar("B", bound=Body)
@@ -128,13 +135,19 @@ def _depth(value: Any) -> int:
 
 
 def _named(error: ValidationError) -> ApiError:
-    """The first fault that pydantic found."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
+    """The first fault that pydantic found. Of a field that may be of several types, what each of them misses."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    place = [str(part) for part in first["loc"]]
     if first["type"] == "extra_forbidden":
-        message = f"{place} is not a field that this server knows"
-        return ApiError(400, message, param=place, code="unknown_parameter")
+        name = shown(".".join(place))[1:-1]
+        return ApiError(400, f"{name} is not a field that this server knows", param=name, code="unknown_parameter")
     if first["type"] == "missing":
-        return ApiError(400, f"{place} is missing", param=place, code="missing_required_parameter")
-    found = shown(first["input"])
-    return ApiError(400, f"{place} is {found}: {first['msg']}", param=place or None, code="invalid_value")
+        name = ".".join(place)
+        return ApiError(400, f"{name} is missing", param=name, code="missing_required_parameter")
+    reasons = [first["msg"]]
+    if others := [each for each in others if each["loc"][:1] == first["loc"][:1]]:
+        place = place[:1]
+        reasons += [each["msg"] for each in others if each["loc"][1:2] != first["loc"][1:2]]
+    name, found = ".".join(place), f" is {shown(first['input'])}" if not others else ""
+    message = f"{name}{found}: {', or '.join(dict.fromkeys(reasons))}"
+    return ApiError(400, message, param=name or None, code="invalid_value")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -34,8 +34,6 @@ _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 
 class CompletionBody(Sampled):
     """The body of a request."""
-
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = None

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ..errors import RequestError
 from ..sampling import SamplingParams
@@ -11,6 +10,7 @@ from . import errors
 from .bodies import Body
 from .errors import ApiError
 from .settings import Bounds
+from .structured import Structured
 
 _TAKEN = (  # fields of SamplingParams by the same name
     "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -20,13 +20,11 @@ _TAKEN = (  # fields of SamplingParams by the same name
 
 
 class StreamOptions(Body):
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
-
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None  # we add no padding
 
 
-class Sampled(Body):
+class Sampled(Structured):
     """What says how tokens are drawn."""
 
     model: str | None = None
@@ -62,10 +60,14 @@ class Sampled(Body):
         if isinstance(self.stop, list) and len(self.stop) > bounds.stops:
             message = f"stop has {len(self.stop)} strings; expected at most {bounds.stops}"
             raise ApiError(400, message, param="stop", code="invalid_value")
+        given |= {name: value for name, value in more.items() if value is not None}
+        if (form := self.form()) and "grammar" in more:
+            message = "a form of the answer and tools that must be called are given; expected one of them"
+            raise ApiError(400, message, param=self.names()[next(iter(form))], code="invalid_value")
         try:
-            return SamplingParams(**given, **{name: value for name, value in more.items() if value is not None})
+            return SamplingParams(**given, **form)
         except RequestError as error:
-            raise errors.of(error) from None
+            raise errors.of(error, self.names()) from None
 
     @property
     def include_usage(self) -> bool:
