@@ -170,8 +170,8 @@ class Engine:
     def _new_pipeline(self) -> DecodePipeline | None:
         """A pipeline of the scheduled requests. None unless the device draws the tokens."""
         captured, requests = self.runner.captured, self._in_pass
-        if not captured.in_flight or not all(map(_decodes, requests)):
-            return None
+        if not captured.in_flight or not all(map(_decodes, requests)) or any(each.matcher for each in requests):
+            return None  # a step that is launched ahead cannot know what a grammar allows
         drawing = Drawing.of(requests, self.runner.model.config.vocab_size)
         if captured.get(len(requests), drawing) is None:
             return None
