@@ -50,7 +50,7 @@ class Sampled(Structured):
     priority: int | None = None
     cache_salt: str | None = None
 
-    def sampling(self, bounds: Bounds, **more: Any) -> SamplingParams:
+    def sampling(self, bounds: Bounds, has_tools: bool = False, **more: Any) -> SamplingParams:
         """The parameters of the request. Raises ApiError, which names the field."""
         given = {name: value for name in _TAKEN if (value := getattr(self, name)) is not None}
         if self.stream_options and not self.stream:
@@ -61,9 +61,10 @@ class Sampled(Structured):
             message = f"stop has {len(self.stop)} strings; expected at most {bounds.stops}"
             raise ApiError(400, message, param="stop", code="invalid_value")
         given |= {name: value for name, value in more.items() if value is not None}
-        if (form := self.form()) and "grammar" in more:
-            message = "a form of the answer and tools that must be called are given; expected one of them"
-            raise ApiError(400, message, param=self.names()[next(iter(form))], code="invalid_value")
+        if (form := self.form()) and has_tools:  # an answer of that form would have no calls
+            name = self.names()[next(iter(form))]
+            message = f'{name} is given beside tools; expected one of them, or tool_choice: "none"'
+            raise ApiError(400, message, param=name, code="invalid_value")
         try:
             return SamplingParams(**given, **form)
         except RequestError as error:

@@ -43,7 +43,7 @@ class Structured(Body):
 
     def _forms(self) -> list[tuple[str, str, Any]]:
         """Each form that is asked for: the field of the body, that of SamplingParams, and its value."""
-        asked, outputs = self.response_format, self.structured_outputs or StructuredOutputs()
+        asked, outputs = self.response_format, self.structured_outputs or StructuredOutputs(json=None)
         found: list[tuple[str, str, Any]] = [
             ("structured_outputs.json", "json_schema", outputs.json_),
             ("structured_outputs.json_object", "json_schema", outputs.json_object or None),
