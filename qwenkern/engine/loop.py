@@ -71,6 +71,8 @@ class Loop:
         result: Future[T] = Future()
 
         def run() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
             try:
                 result.set_result(work())
             except BaseException as error:

@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import chat, errors
+from . import chat, errors, health, listing, metrics, openapi, tokens
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -26,7 +26,14 @@ from .settings import Settings
 
 log = logging.getLogger("qwenkern.server")
 
-ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [
+    *chat.ENDPOINTS,
+    *listing.ENDPOINTS,
+    *tokens.ENDPOINTS,
+    *health.ENDPOINTS,
+    *metrics.ENDPOINTS,
+    *openapi.ENDPOINTS,
+]
 
 
 def create_app(models: Models, settings: Settings) -> Starlette:
@@ -43,7 +50,8 @@ def create_app(models: Models, settings: Settings) -> Starlette:
             loading.cancel()
             service.close()
 
-    middleware = []
+    watched = metrics.Metrics(models)
+    middleware = [Middleware(metrics.CountResponses, counts=watched.responses)]
     if settings.cors_origins:
         middleware.append(
             Middleware(
@@ -63,6 +71,8 @@ def create_app(models: Models, settings: Settings) -> Starlette:
         lifespan=lifespan,
     )
     app.state.service = service
+    app.state.metrics = watched
+    app.state.openapi = openapi.document(ENDPOINTS, has_keys=bool(settings.api_keys))
     return app
 
 

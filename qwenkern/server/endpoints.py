@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -37,6 +38,8 @@ class Endpoint:
     body: type[bodies.Body] | None
     summary: str
     as_error: Callable[[ApiError], dict[str, Any]] = errors.openai_body  # the form of its errors
+    answer: type[BaseModel] | str | None = None  # the body of status 200, or its media type; None: any object
+    streams: bool = False  # whether "stream": true gives server-sent events
 
 
 class Served:
