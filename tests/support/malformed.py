@@ -13,8 +13,10 @@ from support.wrong_fields import ROUTES, Route
 
 JSON = (("content-type", "application/json"),)
 BAD_REQUEST = (400,)
-NOT_JSON = """NaN Infinity -Infinity 1e999 -1e999 01 1. .5 0x10 +1 1_000 --1 1e nan undefined True None 'x' "\\x41" "\\u12"
-""".split()
+NOT_JSON = [
+    "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "01", "1.", ".5", "0x10", "+1", "1_000", "--1", "1e", "nan",
+    "undefined", "True", "None", "'x'", '"\\x41"', '"\\u12"',
+]  # fmt: skip
 Headers = tuple[tuple[str, str], ...]
 
 
