@@ -17,6 +17,7 @@ from support.models import TINY, tiny_model
 from support.toy_tokenizer import END, byte_library
 
 from qwenkern import Model
+from qwenkern.engine.capture import CallCapture
 from qwenkern.text.chat_template import ChatTemplate
 from qwenkern.text.tokenizer import Tokenizer
 
@@ -44,11 +45,16 @@ class Repeats(Sums):
         return ord(wanted[len(written)]) if len(written) < len(wanted) else END
 
 
+class _Uncaptured(CallCapture):
+    def padded(self, sequences: int) -> None:
+        """No step is captured: there would be no C calls to record."""
+
+
 def parrot() -> Model:
     """Such a model, which reads and writes bytes as text."""
     template = ChatTemplate.from_gguf({"tokenizer.chat_template": TEMPLATE}, {}, "parrot")
     tokenizer = Tokenizer(byte_library(), "parrot", SIZES.vocab_size, chat_template=template)
-    return with_layers(tiny_model(SIZES, tokenizer=tokenizer), Repeats(SIZES.vocab_size))
+    return with_layers(tiny_model(SIZES, tokenizer=tokenizer), Repeats(SIZES.vocab_size), _Uncaptured())
 
 
 def _as_ids(text: str) -> str:
