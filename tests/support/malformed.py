@@ -109,7 +109,7 @@ def _unknown(choose: random.Random) -> Malformed:
     route, body = _some_body(choose)
     known = choose.choice(list(route.wrong))
     name = choose.choice([known + "s_", known.upper(), "_" + known, f"x_{choose.randrange(10**6)}", "__proto__", "é"])
-    body[name] = choose.choice([1, "x", None, [], {}, True])
+    body[name] = choose.choice([1, "x", 0.5, [], {}, True])  # null: absent
     return _case("unknown field", route, _dumped(choose, body), names=name)
 
 
@@ -129,7 +129,7 @@ def _text(choose: random.Random) -> Malformed:
     route, body = _some_body(choose)
     text = json.dumps(body)
     name = choose.choice(list(body))
-    depth = choose.randrange(200, 50_000)
+    depth = choose.randrange(200, 5000)
     middle = choose.randrange(1, len(text))
     bad_value = choose.choice([*NOT_JSON, "9" * choose.randrange(4500, 9000)])
     surrogate = choose.choice(["\\ud800", "\\udfff", "\\udc00\\ud800", "x\\ud83d", "\\ud83dx", "\\uDBFF\\u0041"])

@@ -2,8 +2,8 @@
 
     user: Say [[Hello!]]   ─►   assistant: Hello!
 
-So a test knows what the model "wants" to say, whatever client carries the prompt; penalties, grammars and end ids act on
-it as on any other model.
+So a test knows what the model would say, whatever client carries the prompt. Penalties, grammars and end ids act on it
+as on any other model.
 """
 
 from __future__ import annotations

@@ -175,11 +175,11 @@ def nested(depth: int) -> dict[str, Any]:
 CHAT = Route(
     "/v1/chat/completions",
     [
-        {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
-        {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True},
-        {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 2, "n": 2},
+        {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+        {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True},
+        {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_completion_tokens": 2, "n": 2},
         {
-            "model": "tiny",
+            "model": "toy",
             "messages": [{"role": "system", "content": "x"}, {"role": "user", "content": "hi"}],
             "max_tokens": 2,
             "tools": [TOOL],
@@ -187,7 +187,7 @@ CHAT = Route(
     ],
     {
         **SAMPLING,
-        "model": [*TEXT, *among(["absent", "", "../tiny", "/etc/passwd", "x" * 5000, "tiny\x00"])],
+        "model": [*TEXT, *among(["absent", "", "../toy", "/etc/passwd", "x" * 5000, "toy\x00"])],
         "messages": [*TURNS, *PICTURES, *CALLS],
         "max_tokens": whole(1, 10**6),
         "max_completion_tokens": whole(1, 10**6),
@@ -213,13 +213,13 @@ CHAT = Route(
 COMPLETIONS = Route(
     "/v1/completions",
     [
-        {"model": "tiny", "prompt": "hi", "max_tokens": 2},
-        {"model": "tiny", "prompt": ["hi", "you"], "max_tokens": 2, "stream": True},
-        {"model": "tiny", "prompt": [1, 2, 3], "max_tokens": 2, "echo": True, "logprobs": 1},
+        {"model": "toy", "prompt": "hi", "max_tokens": 2},
+        {"model": "toy", "prompt": ["hi", "you"], "max_tokens": 2, "stream": True},
+        {"model": "toy", "prompt": [1, 2, 3], "max_tokens": 2, "echo": True, "logprobs": 1},
     ],
     {
         **SAMPLING,
-        "model": [*TEXT, *among(["absent", "", "..\\tiny", "x" * 5000])],
+        "model": [*TEXT, *among(["absent", "", "..\\toy", "x" * 5000])],
         "prompt": PROMPTS,
         "max_tokens": whole(0, 10**6),
         "logprobs": whole(0, 100),
@@ -235,8 +235,8 @@ COMPLETIONS = Route(
 RESPONSES = Route(
     "/v1/responses",
     [
-        {"model": "tiny", "input": "hi", "max_output_tokens": 2},
-        {"model": "tiny", "input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2, "stream": True},
+        {"model": "toy", "input": "hi", "max_output_tokens": 2},
+        {"model": "toy", "input": [{"role": "user", "content": "hi"}], "max_output_tokens": 2, "stream": True},
     ],
     {
         "model": [*TEXT, *among(["absent", "x" * 5000])],
@@ -262,8 +262,8 @@ RESPONSES = Route(
 MESSAGES = Route(
     "/v1/messages",
     [
-        {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
-        {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True},
+        {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+        {"model": "toy", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, "stream": True},
     ],
     {
         "model": [*TEXT, *among(["absent", "x" * 5000])],
@@ -301,4 +301,4 @@ DETOKENIZE = Route(
     {"tokens": among([5, "x", True, {}, ["1"], [1.5], [-1], [10**9], [None], [[1]]]), "model": among([5, "absent"])},
     ["tokens"],
 )
-ROUTES = [CHAT, COMPLETIONS, RESPONSES, MESSAGES, TOKENIZE, DETOKENIZE]
+ROUTES = [CHAT]
