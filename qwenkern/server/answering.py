@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -17,7 +17,6 @@ from ..engine import AsyncCall, Request
 from ..engine.engine import Output
 from ..Model import Model
 from ..sampling import TokenLogprob
-from .errors import ApiError
 from .service import Service
 from .turns import Event, Finished, Text, ToolCall, Turn
 
@@ -36,7 +35,7 @@ class Answer:
 
 async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
     """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
-    async with _running(service, model, turn) as outputs:
+    async with running(service, model, lambda: _requests(model, turn)) as outputs:
         writing: dict[Request, _Writing] = {}
         async for output in outputs:
             written = writing.get(output.request)
@@ -48,25 +47,25 @@ async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[E
 
 async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
     """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
-    async with _running(service, model, turn) as outputs:
+    async with running(service, model, lambda: _requests(model, turn)) as outputs:
         found = [_Writing(output.request, turn).answer() async for output in outputs if output.is_last]
     return sorted(found, key=lambda answer: answer.index)
 
 
 @asynccontextmanager
-async def _running(service: Service, model: Model, turn: Turn) -> AsyncIterator[AsyncIterator[Output]]:
-    """The outputs of a turn's requests, from when they are admitted. Raises ApiError 429 or 503."""
+async def running(
+    service: Service, model: Model, make: Callable[[], list[Request]]
+) -> AsyncIterator[AsyncIterator[Output]]:
+    """The outputs of requests, from when they are admitted. ``make`` makes them, in a thread.
+
+    Raises ApiError 429 if too many wait already, and 503 if these have waited too long."""
     bounds = service.settings.bounds
-    _check(turn, bounds.answers)
     place = service.admission.enter()
     try:
-        making = service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None)
         try:
-            requests = await asyncio.wait_for(making, bounds.waiting_seconds)
+            requests = await asyncio.wait_for(service.in_pool(make), bounds.waiting_seconds)
         except (asyncio.TimeoutError, TimeoutError):
             raise service.admission.too_long() from None
-        for request in requests:
-            request.is_streamed = turn.is_streamed
         first = [request for request in requests if request.sample_index == 0]
         running = model._loop.engine.scheduler.running
         place.has_started = lambda: any(request in running or request.output_ids for request in first)
@@ -97,14 +96,11 @@ async def _running(service: Service, model: Model, turn: Turn) -> AsyncIterator[
         place.leave()
 
 
-def _check(turn: Turn, most: int) -> None:
-    if (count := len(turn.prompts) * turn.params.n) > most:
-        raise ApiError(
-            400,
-            f"{len(turn.prompts)} prompts with n = {turn.params.n} make {count} answers; expected at most {most}",
-            param="n",
-            code="invalid_value",
-        )
+def _requests(model: Model, turn: Turn) -> list[Request]:
+    requests = model._requests(turn.prompts, turn.params, turn.tools or None)
+    for request in requests:
+        request.is_streamed = turn.is_streamed
+    return requests
 
 
 class _Writing:

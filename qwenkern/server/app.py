@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import chat, errors
+from . import chat, completions, errors
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -23,7 +23,7 @@ from .models import Models
 from .service import Service
 from .settings import Settings
 
-ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *completions.ENDPOINTS]
 
 
 def create_app(

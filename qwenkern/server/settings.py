@@ -16,6 +16,7 @@ class Bounds:
     prompt_characters: int = 4 * 2**20  # of all prompts of a request together
     prompts: int = 256  # of a request to /v1/completions
     n: int = 64  # answers of each prompt
+    scored_tokens: int = 2**17  # of all prompts whose log-probabilities are wanted
     answers: int = 512  # n times the prompts of a request
     stops: int = 16
     top_logprobs: int = 20
