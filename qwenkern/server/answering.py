@@ -15,8 +15,11 @@ from dataclasses import dataclass, field
 
 from ..engine import AsyncCall, Request
 from ..engine.engine import Output
+from ..errors import RequestError
 from ..Model import Model
 from ..sampling import TokenLogprob
+from .errors import ApiError
+from .functions import Splitter
 from .service import Service
 from .turns import Event, Finished, Text, ToolCall, Turn
 
@@ -97,7 +100,12 @@ async def running(
 
 
 def _requests(model: Model, turn: Turn) -> list[Request]:
-    requests = model._requests(turn.prompts, turn.params, turn.tools or None)
+    try:
+        requests = model._requests(turn.prompts, turn.params, turn.tools or None)
+    except RequestError as error:
+        if turn.tools and str(error).startswith("grammar"):  # which is not the client's, but that of the calls
+            raise ApiError(400, f"tools have no {error}", param="tools", code="invalid_value") from None
+        raise
     for request in requests:
         request.is_streamed = turn.is_streamed
     return requests
@@ -110,27 +118,39 @@ class _Writing:
         self._request = request
         self._index = request.prompt_index * turn.params.n + request.sample_index
         self._with_logprobs = turn.params.logprobs is not None
+        self._splitter = Splitter(self._index) if turn.tools else None
         self._come = 0  # tokens of the outputs so far
         self._told = 0  # those of them that are in events
 
     def events(self, output: Output) -> list[Event]:
         """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted."""
         self._come += len(output.token_ids)  # the request itself may be further
+        parts = self._split(output.text, output.is_last)
+        text = parts[0] if parts and isinstance(parts[0], str) else ""
         found: list[Event] = []
-        if output.text or output.is_last or self._with_logprobs:
+        if text or output.is_last or self._with_logprobs:
             told, self._told = self._told, self._come
-            if output.text or told < self._come:
+            if text or told < self._come:
                 ids, logprobs = self._request.output_ids[told : self._come], []
                 if self._with_logprobs:
                     logprobs = self._request.logprobs[told : self._come]
-                found.append(Text(self._index, output.text, ids, logprobs))
+                found.append(Text(self._index, text, ids, logprobs))
+        found += [Text(self._index, part) if isinstance(part, str) else part for part in parts[bool(text) :]]
         return [*found, self.finished()] if output.is_last else found
 
+    def _split(self, text: str, is_last: bool) -> list[str | ToolCall]:
+        """The text and the calls that more of the model's text completes."""
+        if self._splitter:
+            return self._splitter.add(text, is_last)
+        return [text] if text else []
+
     def finished(self) -> Finished:
-        request = self._request
+        request, reason = self._request, self._request.finish_reason or "stop"
+        if reason == "stop" and self._splitter and self._splitter.num_calls:
+            reason = "tool_calls"
         return Finished(
             index=self._index,
-            reason=request.finish_reason or "stop",
+            reason=reason,
             stop_reason=request.stop_reason,
             num_prompt_tokens=len(request.prompt_ids),
             num_cached_tokens=request.num_found,
@@ -140,4 +160,12 @@ class _Writing:
     def answer(self) -> Answer:
         """All of an answer that has ended."""
         request = self._request
-        return Answer(self._index, request.text, list(request.output_ids), list(request.logprobs), self.finished())
+        parts = self._split(request.text, is_last=True)
+        return Answer(
+            index=self._index,
+            text="".join(part for part in parts if isinstance(part, str)),
+            token_ids=list(request.output_ids),
+            logprobs=list(request.logprobs),
+            finished=self.finished(),
+            tool_calls=[part for part in parts if isinstance(part, ToolCall)],
+        )
