@@ -1,0 +1,170 @@
+"""Runs a turn on a model's engine, and gives its events as they come, or whole answers at the end.
+
+    Turn ─► a place among those that wait ─► requests (threads of the pool) ─► AsyncCall ─► Text, ToolCall, Finished
+
+Whatever ends the generator, such as a client that is gone, aborts the requests within a step of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from ..engine import AsyncCall, Request
+from ..engine.engine import Output
+from ..Model import Model
+from ..sampling import TokenLogprob
+from .errors import ApiError
+from .service import Service
+from .turns import Event, Finished, Text, ToolCall, Turn
+
+
+@dataclass
+class Answer:
+    """A whole answer."""
+
+    index: int  # prompt_index * n + sample_index
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]  # empty if not requested
+    finished: Finished
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+
+async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
+    """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
+    began = time.monotonic()
+    observer = service.observer
+    async with _running(service, model, turn) as outputs:
+        writing: dict[Request, _Writing] = {}
+        async for output in outputs:
+            now, written = time.monotonic(), writing.get(output.request)
+            if written:
+                observer.gap(now - written.last)
+            else:
+                written = writing[output.request] = _Writing(output.request, turn)
+                observer.first_token(now - began)
+            written.last = now
+            for event in written.events(output):
+                yield event
+            if output.is_last:
+                observer.finished(written.finished())
+
+
+async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
+    """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
+    found: list[Answer] = []
+    began = time.monotonic()
+    async with _running(service, model, turn) as outputs:
+        seen: set[Request] = set()
+        async for output in outputs:
+            request = output.request
+            if request not in seen:
+                seen.add(request)
+                service.observer.first_token(time.monotonic() - began)
+            if output.is_last:
+                answer = _Writing(request, turn).answer()
+                service.observer.finished(answer.finished)
+                found.append(answer)
+    return sorted(found, key=lambda answer: answer.index)
+
+
+@asynccontextmanager
+async def _running(service: Service, model: Model, turn: Turn) -> AsyncIterator[AsyncIterator[Output]]:
+    """The outputs of a turn's requests, from when they are admitted. Raises ApiError 429 or 503."""
+    bounds = service.settings.bounds
+    _check(turn, bounds.answers)
+    place = service.admission.enter()
+    try:
+        making = service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None)
+        try:
+            requests = await asyncio.wait_for(making, bounds.waiting_seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise service.admission.too_long() from None
+        for request in requests:
+            request.is_streamed = turn.is_streamed
+        first = [request for request in requests if request.sample_index == 0]
+        running = model._loop.engine.scheduler.running
+        place.has_started = lambda: any(request in running or request.output_ids for request in first)
+        async with AsyncCall(model._loop, first) as call:
+            left = place.since + bounds.waiting_seconds - time.monotonic()
+            expired = False
+
+            def expire() -> None:
+                nonlocal expired
+                if not place.has_started():
+                    expired = True
+                    call.close()
+
+            timer = asyncio.get_running_loop().call_later(max(0.0, left), expire)
+
+            async def outputs() -> AsyncIterator[Output]:
+                async for output in call:
+                    place.leave()
+                    yield output
+
+            try:
+                yield outputs()
+            finally:
+                timer.cancel()
+            if expired:
+                raise service.admission.too_long()
+    except ApiError as error:
+        service.observer.refused(error.status)
+        raise
+    finally:
+        place.leave()
+
+
+def _check(turn: Turn, most: int) -> None:
+    if (count := len(turn.prompts) * turn.params.n) > most:
+        raise ApiError(
+            400,
+            f"{len(turn.prompts)} prompts with n = {turn.params.n} make {count} answers; expected at most {most}",
+            param="n",
+            code="invalid_value",
+        )
+
+
+class _Writing:
+    """What a client has been told of one answer."""
+
+    def __init__(self, request: Request, turn: Turn) -> None:
+        self._request = request
+        self._index = request.prompt_index * turn.params.n + request.sample_index
+        self._with_logprobs = turn.params.logprobs is not None
+        self._come = 0  # tokens of the outputs so far
+        self._told = 0  # those of them that are in events
+        self.last = 0.0  # when the last output came
+
+    def events(self, output: Output) -> list[Event]:
+        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted."""
+        self._come += len(output.token_ids)  # the request itself may be further
+        found: list[Event] = []
+        if output.text or output.is_last or self._with_logprobs:
+            told, self._told = self._told, self._come
+            if output.text or told < self._come:
+                ids, logprobs = self._request.output_ids[told : self._come], []
+                if self._with_logprobs:
+                    logprobs = self._request.logprobs[told : self._come]
+                found.append(Text(self._index, output.text, ids, logprobs))
+        return [*found, self.finished()] if output.is_last else found
+
+    def finished(self) -> Finished:
+        request = self._request
+        return Finished(
+            index=self._index,
+            reason=request.finish_reason or "stop",
+            stop_reason=request.stop_reason,
+            num_prompt_tokens=len(request.prompt_ids),
+            num_cached_tokens=request.num_found,
+            num_tokens=len(request.output_ids),
+        )
+
+    def answer(self) -> Answer:
+        """All of an answer that has ended."""
+        request = self._request
+        return Answer(self._index, request.text, list(request.output_ids), list(request.logprobs), self.finished())

@@ -1,0 +1,98 @@
+"""The server as an ASGI application: the endpoints of each API, behind keys and CORS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from . import chat, errors
+from .auth import KeyMiddleware
+from .endpoints import Endpoint, Served
+from .errors import ApiError
+from .models import Models
+from .service import Service
+from .settings import Settings
+
+log = logging.getLogger("qwenkern.server")
+
+ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS]
+
+
+def create_app(models: Models, settings: Settings) -> Starlette:
+    """The application that serves some models. It starts loading them when it starts."""
+    service = Service(models, settings)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        loading = asyncio.ensure_future(models.start())
+        loading.add_done_callback(_report)
+        try:
+            yield
+        finally:
+            loading.cancel()
+            service.close()
+
+    middleware = []
+    if settings.cors_origins:
+        middleware.append(
+            Middleware(
+                CORSMiddleware,
+                allow_origins=list(settings.cors_origins),
+                allow_methods=["GET", "POST"],
+                allow_headers=["*"],
+                expose_headers=["x-request-id"],
+            )
+        )
+    if settings.api_keys:
+        middleware.append(Middleware(KeyMiddleware, keys=settings.api_keys, as_error=_as_error))
+    app = Starlette(
+        routes=[Route(each.path, Served(each, service), methods=[each.method]) for each in ENDPOINTS],
+        middleware=middleware,
+        exception_handlers={HTTPException: _http_error, Exception: _internal_error},
+        lifespan=lifespan,
+    )
+    app.state.service = service
+    return app
+
+
+def _as_error(path: str, error: ApiError) -> dict[str, Any]:
+    """An error in the form of the API that a path belongs to."""
+    form = next((each.as_error for each in ENDPOINTS if each.path == path), errors.openai_body)
+    return form(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """404 and 405, which no endpoint has seen."""
+    assert isinstance(error, HTTPException)
+    path, method = request.url.path, request.method
+    messages = {404: f"there is no {path} here", 405: f"{path} does not take {method}"}
+    codes = {404: "unknown_url", 405: "method_not_supported"}
+    known = ApiError(
+        error.status_code,
+        messages.get(error.status_code, error.detail),
+        kind="invalid_request_error",
+        code=codes.get(error.status_code),
+        headers=error.headers,
+    )
+    return JSONResponse(_as_error(path, known), known.status, known.headers)
+
+
+async def _internal_error(request: Request, error: Exception) -> Response:
+    known = errors.of(error)
+    return JSONResponse(_as_error(request.url.path, known), known.status, known.headers)
+
+
+def _report(loading: asyncio.Future[None]) -> None:
+    if not loading.cancelled() and (error := loading.exception()):
+        log.error("the model cannot be loaded: %s", error)

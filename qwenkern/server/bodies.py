@@ -1,0 +1,145 @@
+"""Reads the body of a request, within bounds, as one of pydantic's models.
+
+A field that we do not honour is refused by name. `null` means that a field is absent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from ..errors import shown
+from .errors import ApiError
+from .settings import Bounds
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+class Body(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    # A field of the API that we do not honour -> values that change nothing and so are taken, and what to do instead.
+    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def read(request: Request, model: type[B], bounds: Bounds) -> B:
+    """The body of a request. Raises ApiError."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a web page of somebody else may send other types without asking
+        raise ApiError(415, f"the content type is {shown(kind)}; expected application/json")
+    return parse(await _bytes(request, bounds), model, bounds)
+
+
+async def _bytes(request: Request, bounds: Bounds) -> bytes:
+    most = bounds.body_bytes
+    too_large = ApiError(413, f"the body is larger than {most} bytes; expected at most {most}", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > most:
+        raise too_large
+    body = bytearray()
+
+    async def take() -> None:
+        async for part in request.stream():
+            body.extend(part)
+            if len(body) > most:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(take(), bounds.body_seconds)
+    except (asyncio.TimeoutError, TimeoutError):
+        raise ApiError(408, f"the body did not arrive within {bounds.body_seconds:g} s") from None
+    return bytes(body)
+
+
+def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
+    """The body from its bytes."""
+    fields = _json(raw, bounds)
+    if not isinstance(fields, dict):
+        raise ApiError(400, f"the body is {shown(fields)}; expected a JSON object", code="invalid_json")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name, (neutral, reason) in model.REFUSED.items():
+        if name in fields and (value := fields.pop(name)) not in neutral:
+            message = f"{name} is {shown(value)}, which this server does not support: {reason}"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _named(error) from None
+
+
+def _json(raw: bytes, bounds: Bounds) -> Any:
+    def wrong(reason: object) -> ApiError:
+        return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
+
+    try:
+        value = json.loads(
+            raw.decode(), parse_constant=_refused, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise wrong(f"byte {error.start} is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise wrong("it has a lone surrogate, which is not a character") from None
+    except RecursionError:
+        raise wrong(f"it is nested too deep; expected at most {bounds.depth} levels") from None
+    except ValueError as error:
+        raise wrong(error) from None
+    if _depth(value) > bounds.depth:
+        raise wrong(f"it is nested too deep; expected at most {bounds.depth} levels")
+    return value
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {shown(twice)} twice in one object")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting. Without recursion."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+    return depth
+
+
+def _named(error: ValidationError) -> ApiError:
+    """The first fault that pydantic found."""
+    first = error.errors(include_url=False, include_context=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        message = f"{place} is not a field that this server knows"
+        return ApiError(400, message, param=place, code="unknown_parameter")
+    if first["type"] == "missing":
+        return ApiError(400, f"{place} is missing", param=place, code="missing_required_parameter")
+    found = shown(first["input"])
+    return ApiError(400, f"{place} is {found}: {first['msg']}", param=place or None, code="invalid_value")
+
+
+__all__ = ["Body", "ClientDisconnect", "parse", "read"]

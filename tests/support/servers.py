@@ -1,0 +1,54 @@
+"""Servers on a free port of the loopback interface, for the tests of clients."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import threading
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import uvicorn
+from support.engines import eventually
+from support.models import TINY, tiny_model
+from support.toy_tokenizer import byte_tokenizer
+
+from qwenkern import Config, Model
+from qwenkern.server.app import create_app
+from qwenkern.server.models import Models
+from qwenkern.server.settings import Settings
+
+
+def toy(config: Config = TINY, **keywords: Any) -> Model:
+    """A small random model that reads and writes bytes as text."""
+    return tiny_model(config, torch.float32, tokenizer=byte_tokenizer(config.vocab_size), **keywords)
+
+
+@contextlib.contextmanager
+def serving(models: Model | Mapping[str, Model] | Models, settings: Settings | None = None) -> Iterator[str]:
+    """Serves a model as "toy", models by name, or Models, in a thread. Gives the base URL, without a slash at its
+    end. Does not close models that it was given as such."""
+    if isinstance(models, Model):
+        models = {"toy": models}
+    if not isinstance(models, Models):
+        given = models
+        models = Models({name: lambda name=name: given[name] for name in given})
+        models.close = lambda: None  # the test may serve them again
+    app = create_app(models, settings or Settings())
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(512)
+        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5)
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
+        thread.start()
+        try:
+            eventually(lambda: server.started or not thread.is_alive())
+            assert server.started, "the server has not started"
+            eventually(lambda: models.is_ready)
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join(20)
+            assert not thread.is_alive(), "the server has not stopped"
