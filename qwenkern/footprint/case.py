@@ -73,6 +73,7 @@ class Case:
                     "name": each.name,
                     "memory": each.memory,
                     "usable": each.usable,
+                    "is_older": each.is_older,  # than the kernels need
                     "fits": self.fits(each),
                     "longest_context": self.longest_context(each),
                 }
