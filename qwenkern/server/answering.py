@@ -36,39 +36,20 @@ class Answer:
 
 async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
     """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
-    began = time.monotonic()
-    observer = service.observer
     async with _running(service, model, turn) as outputs:
         writing: dict[Request, _Writing] = {}
         async for output in outputs:
-            now, written = time.monotonic(), writing.get(output.request)
-            if written:
-                observer.gap(now - written.last)
-            else:
+            written = writing.get(output.request)
+            if not written:
                 written = writing[output.request] = _Writing(output.request, turn)
-                observer.first_token(now - began)
-            written.last = now
             for event in written.events(output):
                 yield event
-            if output.is_last:
-                observer.finished(written.finished())
 
 
 async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
     """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
-    found: list[Answer] = []
-    began = time.monotonic()
     async with _running(service, model, turn) as outputs:
-        seen: set[Request] = set()
-        async for output in outputs:
-            request = output.request
-            if request not in seen:
-                seen.add(request)
-                service.observer.first_token(time.monotonic() - began)
-            if output.is_last:
-                answer = _Writing(request, turn).answer()
-                service.observer.finished(answer.finished)
-                found.append(answer)
+        found = [_Writing(output.request, turn).answer() async for output in outputs if output.is_last]
     return sorted(found, key=lambda answer: answer.index)
 
 
@@ -112,9 +93,6 @@ async def _running(service: Service, model: Model, turn: Turn) -> AsyncIterator[
                 timer.cancel()
             if expired:
                 raise service.admission.too_long()
-    except ApiError as error:
-        service.observer.refused(error.status)
-        raise
     finally:
         place.leave()
 
@@ -138,7 +116,6 @@ class _Writing:
         self._with_logprobs = turn.params.logprobs is not None
         self._come = 0  # tokens of the outputs so far
         self._told = 0  # those of them that are in events
-        self.last = 0.0  # when the last output came
 
     def events(self, output: Output) -> list[Event]:
         """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted."""

@@ -55,7 +55,8 @@ def create_app(models: Models, settings: Settings) -> Starlette:
             )
         )
     if settings.api_keys:
-        middleware.append(Middleware(KeyMiddleware, keys=settings.api_keys, as_error=_as_error))
+        open_paths = {each.path for each in ENDPOINTS if each.is_open}
+        middleware.append(Middleware(KeyMiddleware, keys=settings.api_keys, open_paths=open_paths, as_error=_as_error))
     app = Starlette(
         routes=[Route(each.path, Served(each, service), methods=[each.method]) for each in ENDPOINTS],
         middleware=middleware,

@@ -1,9 +1,9 @@
-"""Who may call: API keys, compared in constant time, on every route but /health."""
+"""Who may call: API keys, compared in constant time."""
 
 from __future__ import annotations
 
 import hmac
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from starlette.datastructures import Headers
@@ -12,21 +12,24 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from .errors import ApiError
 
-OPEN = ("/health",)  # for load balancers, which have no key
-
 
 class KeyMiddleware:
     """Answers 401 to requests without one of the keys, as ``Authorization: Bearer`` or ``x-api-key``."""
 
     def __init__(
-        self, app: ASGIApp, keys: tuple[str, ...], as_error: Callable[[str, ApiError], dict[str, Any]]
+        self,
+        app: ASGIApp,
+        keys: Collection[str],
+        open_paths: Collection[str],
+        as_error: Callable[[str, ApiError], dict[str, Any]],
     ) -> None:
         self._app = app
         self._keys = [key.encode() for key in keys]
+        self._open = open_paths
         self._as_error = as_error  # from a path and an error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["path"] in OPEN or self._is_known(Headers(scope=scope)):
+        if scope["type"] != "http" or scope["path"] in self._open or self._is_known(Headers(scope=scope)):
             await self._app(scope, receive, send)
             return
         error = ApiError(

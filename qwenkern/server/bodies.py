@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 
 from ..errors import shown
 from .errors import ApiError
@@ -33,15 +33,13 @@ class Body(BaseModel):
 B = TypeVar("B", bound=Body)
 
 
-async def read(request: Request, model: type[B], bounds: Bounds) -> B:
-    """The body of a request. Raises ApiError."""
+async def received(request: Request, bounds: Bounds) -> bytes:
+    """The bytes of a body of JSON. Raises ApiError, or ClientDisconnect."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a web page of somebody else may send other types without asking
         raise ApiError(415, f"the content type is {shown(kind)}; expected application/json")
-    return parse(await _bytes(request, bounds), model, bounds)
-
-
-async def _bytes(request: Request, bounds: Bounds) -> bytes:
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise ApiError(415, f"the content encoding is {shown(coding)}; expected none")
     most = bounds.body_bytes
     too_large = ApiError(413, f"the body is larger than {most} bytes; expected at most {most}", code="body_too_large")
     length = request.headers.get("content-length", "")
@@ -140,6 +138,3 @@ def _named(error: ValidationError) -> ApiError:
         return ApiError(400, f"{place} is missing", param=place, code="missing_required_parameter")
     found = shown(first["input"])
     return ApiError(400, f"{place} is {found}: {first['msg']}", param=place or None, code="invalid_value")
-
-
-__all__ = ["Body", "ClientDisconnect", "parse", "read"]

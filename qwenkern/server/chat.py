@@ -136,4 +136,4 @@ async def _chunks(
     yield sse.DONE
 
 
-ENDPOINTS = [Endpoint("/v1/chat/completions", "POST", create, ChatBody, "Answers a conversation")]
+ENDPOINTS = [Endpoint("/v1/chat/completions", "POST", create, ChatBody, "Answers a conversation", streams=True)]

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import BaseModel
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Message, Receive, Scope, Send
@@ -24,6 +25,7 @@ from .service import Service
 
 log = logging.getLogger("qwenkern.server")
 
+LARGE = 2**16  # bytes of a body that takes more than a millisecond to read
 Handler = Callable[[Service, Request, Any], Awaitable[Response]]
 
 
@@ -37,6 +39,9 @@ class Endpoint:
     body: type[bodies.Body] | None
     summary: str
     as_error: Callable[[ApiError], dict[str, Any]] = errors.openai_body  # the form of its errors
+    answer: type[BaseModel] | None = None  # the body of status 200; None: any JSON object
+    streams: bool = False  # whether `"stream": true` gives server-sent events
+    is_open: bool = False  # whether it takes no API key
 
 
 class Served:
@@ -59,9 +64,7 @@ class Served:
 
         try:
             try:
-                model, body = self.endpoint.body, None
-                if model:
-                    body = await bodies.read(request, model, self._service.settings.bounds)
+                body = await self._body(request)
             except ApiError as error:
                 await _failure(error, self.endpoint)(scope, receive, sending)
                 return
@@ -74,6 +77,15 @@ class Served:
             if (told := errors.of(error)).status == 500:
                 log.error("%s: %s", request_id, type(error).__name__, exc_info=error)
             await _failure(told, self.endpoint)(scope, receive, sending)
+
+    async def _body(self, request: Request) -> bodies.Body | None:
+        model, bounds = self.endpoint.body, self._service.settings.bounds
+        if model is None:
+            return None
+        raw = await bodies.received(request, bounds)
+        if len(raw) < LARGE:
+            return bodies.parse(raw, model, bounds)
+        return await self._service.in_pool(bodies.parse, raw, model, bounds)
 
     async def _answer(self, request: Request, body: Any, send: Send) -> None:
         response = await self.endpoint.handler(self._service, request, body)

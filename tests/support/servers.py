@@ -9,15 +9,14 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-import uvicorn
 from support.engines import eventually
 from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import Config, Model
-from qwenkern.server.app import create_app
+from qwenkern.server import listening
 from qwenkern.server.models import Models
-from qwenkern.server.settings import Settings
+from qwenkern.server.settings import Bounds, Settings
 
 
 def toy(config: Config = TINY, **keywords: Any) -> Model:
@@ -35,12 +34,10 @@ def serving(models: Model | Mapping[str, Model] | Models, settings: Settings | N
         given = models
         models = Models({name: lambda name=name: given[name] for name in given})
         models.close = lambda: None  # the test may serve them again
-    app = create_app(models, settings or Settings())
+    server = listening.server(models, settings or Settings(bounds=Bounds(drain_seconds=5)))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen(512)
-        config = uvicorn.Config(app, log_level="error", timeout_graceful_shutdown=5)
-        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
         thread.start()
         try:
