@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import chat, errors
+from . import chat, errors, footprint, page
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -26,7 +26,7 @@ from .settings import Settings
 
 log = logging.getLogger("qwenkern.server")
 
-ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *footprint.ENDPOINTS, *page.ENDPOINTS]
 
 
 def create_app(models: Models, settings: Settings) -> Starlette:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
@@ -14,6 +13,8 @@ from ..config import FAMILY
 from ..errors import RequestError, shown
 from ..footprint.cards import CARDS, MACHINES
 from ..footprint.case import DTYPES, IN_CACHE, QUANTISED, case_of
+from .endpoints import Endpoint
+from .service import Service
 
 # What each parameter may be; the first is the default.
 _CHOICES = {
@@ -25,9 +26,9 @@ _CHOICES = {
 _NUMBERS = {"context": 4096, "sequences": 1}
 
 
-async def footprint(_service: Any, request: Request, _body: None) -> Response:
+async def footprint(service: Service, request: Request, _body: None) -> Response:
     """What `qwenkern footprint --json` has for one case, and ``choices``: what each parameter may be."""
-    return JSONResponse(await run_in_threadpool(_described, dict(request.query_params)))
+    return JSONResponse(await service.in_pool(_described, dict(request.query_params)))
 
 
 def _described(asked: Mapping[str, str]) -> dict[str, Any]:
@@ -58,3 +59,6 @@ def _number(name: str, text: str) -> int:
     if not re.fullmatch("[0-9]{1,12}", text):
         raise RequestError(f"{name} is {shown(text)}; expected a whole number")
     return int(text)
+
+
+ENDPOINTS = [Endpoint("/footprint", "GET", footprint, None, "Computes the memory that a model of the family takes")]
