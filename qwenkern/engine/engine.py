@@ -17,6 +17,7 @@ from ..cache import PagedCache
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .draft_model import DraftModel
+from .masks import Masks
 from .pipeline import DecodePipeline
 from .request import Request, with_siblings
 from .runner import Runner
@@ -62,6 +63,7 @@ class Engine:
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
         self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
+        self._masks = Masks()
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
         self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
@@ -170,8 +172,8 @@ class Engine:
     def _new_pipeline(self) -> DecodePipeline | None:
         """A pipeline of the scheduled requests. None unless the device draws the tokens."""
         captured, requests = self.runner.captured, self._in_pass
-        if not captured.in_flight or not all(map(_decodes, requests)):
-            return None
+        if not captured.in_flight or not all(map(_decodes, requests)) or any(each.matcher for each in requests):
+            return None  # a step that is launched ahead cannot know what a grammar allows
         drawing = Drawing.of(requests, self.runner.model.config.vocab_size)
         if captured.get(len(requests), drawing) is None:
             return None
@@ -185,7 +187,9 @@ class Engine:
         begin = time.monotonic()
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
+        self._masks.begin([request for request, ids in scheduled if len(ids) == request.num_pending])
         logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
+        self._masks.finish()
         requests: list[Request] = []
         rows: list[int] = []
         for row, (request, _) in enumerate(scheduled):
@@ -219,7 +223,9 @@ class Engine:
         assert self.speculation
         begin, outputs, row = time.monotonic(), [], 0
         parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
+        self._masks.begin(self._in_pass, drafts)
         logits = self.runner.each_logits(parts)
+        self._masks.finish()
         for request, (table, ids) in zip(self._in_pass, parts, strict=True):
             drawn = 0
             while not request.has_ended and drawn < len(ids) and (not drawn or request.output_ids[-1] == ids[drawn]):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,7 +15,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from . import chat, errors, footprint, page
+from ..errors import shown
+from . import chat, completions, errors, footprint, page
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -24,19 +24,24 @@ from .models import Models
 from .service import Service
 from .settings import Settings
 
-log = logging.getLogger("qwenkern.server")
-
-ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *footprint.ENDPOINTS, *page.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *completions.ENDPOINTS, *footprint.ENDPOINTS, *page.ENDPOINTS]
 
 
-def create_app(models: Models, settings: Settings) -> Starlette:
-    """The application that serves some models. It starts loading them when it starts."""
+def create_app(
+    models: Models, settings: Settings, on_failure: Callable[[BaseException], None] = lambda _: None
+) -> Starlette:
+    """The application that serves some models. When it starts, it begins to load the first one. ``on_failure`` is
+    called if that fails."""
     service = Service(models, settings)
+
+    def report(loading: asyncio.Future[None]) -> None:
+        if not loading.cancelled() and (error := loading.exception()):
+            on_failure(error)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         loading = asyncio.ensure_future(models.start())
-        loading.add_done_callback(_report)
+        loading.add_done_callback(report)
         try:
             yield
         finally:
@@ -77,7 +82,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405, which no endpoint has seen."""
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
-    messages = {404: f"there is no {path} here", 405: f"{path} does not take {method}"}
+    messages = {404: f"there is no {shown(path)} here", 405: f"{shown(path)} does not take {shown(method)}"}
     codes = {404: "unknown_url", 405: "method_not_supported"}
     known = ApiError(
         error.status_code,
@@ -92,8 +97,3 @@ async def _http_error(request: Request, error: Exception) -> Response:
 async def _internal_error(request: Request, error: Exception) -> Response:
     known = errors.of(error)
     return JSONResponse(_as_error(request.url.path, known), known.status, known.headers)
-
-
-def _report(loading: asyncio.Future[None]) -> None:
-    if not loading.cancelled() and (error := loading.exception()):
-        log.error("the model cannot be loaded: %s", error)

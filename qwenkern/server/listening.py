@@ -10,11 +10,30 @@ from .models import Models
 from .settings import Settings
 
 
-def server(models: Models, settings: Settings) -> uvicorn.Server:
-    """A server of HTTP that runs the application: its ``run`` listens until SIGTERM or SIGINT. It then takes no more
-    connections, and gives those that it has `drain_seconds` to end."""
+class Server(uvicorn.Server):
+    """Listens until SIGTERM or SIGINT. It then takes no more connections, and gives those that it has `drain_seconds`
+    to end."""
+
+    failure: BaseException | None = None  # why the first model could not be loaded
+
+    def fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.should_exit = True
+
+
+def run(models: Models, settings: Settings) -> None:
+    """Serves until a signal ends it. Raises what the first model could not be loaded for."""
+    listening = server(models, settings)
+    listening.run()
+    if listening.failure:
+        raise listening.failure
+
+
+def server(models: Models, settings: Settings) -> Server:
+    """A server that has not begun."""
+    app = create_app(models, settings, lambda error: found.fail(error))
     config = uvicorn.Config(
-        create_app(models, settings),
+        app,
         host=settings.host,
         port=settings.port,
         http=protocol.Protocol,
@@ -28,4 +47,5 @@ def server(models: Models, settings: Settings) -> uvicorn.Server:
         timeout_graceful_shutdown=int(settings.bounds.drain_seconds),
         backlog=1024,
     )
-    return uvicorn.Server(config)
+    found = Server(config)
+    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
@@ -34,6 +35,10 @@ class EventStream(Response):
             try:
                 async for event in rest:
                     await send({"type": "http.response.body", "body": event, "more_body": True})
+            except asyncio.CancelledError:  # the server ends, or the client is gone, which then sees nothing
+                event = self._as_event(errors.shutting_down())
+                await send({"type": "http.response.body", "body": event, "more_body": False})
+                raise
             except Exception as error:
                 event = self._as_event(errors.of(error))
                 await send({"type": "http.response.body", "body": event, "more_body": True})
