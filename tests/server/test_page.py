@@ -74,22 +74,7 @@ class Visit:
         self.page.on("pageerror", lambda error: self.console.append(str(error)))
         self.page.on("dialog", lambda dialog: self.console.append(dialog.message))
         self.page.on("request", self._note)
-        self.page.route(re.compile("/v1/models$"), self._shim)
-        self.page.route(re.compile("/metrics$"), self._shim)
         self.page.goto(url)
-
-    def _shim(self, route: Any) -> None:  # XXX until the routes are there
-        try:
-            found = route.fetch()
-        except Exception:
-            route.abort()
-            return
-        if found.status != 404:
-            route.fulfill(response=found)
-        elif "models" in route.request.url:
-            route.fulfill(json={"data": [{"id": "toy"}]})
-        else:
-            route.fulfill(body='qwenkern_num_requests_running{model_name="toy"} 1.0\n')
 
     def _note(self, request: Any) -> None:
         if not request.url.startswith((f"{self.url}/", "data:", "blob:")):
