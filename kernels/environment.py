@@ -117,6 +117,12 @@ REQUIRE_C = Variable(
     "a warning",
     _is_one,
 )
+API_KEY = Variable(
+    "QWENKERN_API_KEY",
+    "A key that callers of `qwenkern serve` must have, beside those of `--api-key-file`",
+    "only the keys of `--api-key-file`; without any, everybody may call",
+    _text,
+)
 LLAMA_CPP = Variable(
     "QWENKERN_LLAMA_CPP",
     "The folder of llama.cpp's programs, for `benchmarks/end_to_end.py`",
@@ -139,6 +145,7 @@ VARIABLES: tuple[Variable, ...] = (
     CONFIG_DIR,
     FOLLOW_LINKS,
     REQUIRE_C,
+    API_KEY,
     LLAMA_CPP,
     COMMIT,
 )

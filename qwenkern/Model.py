@@ -294,7 +294,7 @@ class Model(Loaded):
 
     @property
     def _prompts(self) -> Prompts:
-        return Prompts(self.config, self.tokenizer, self.generation, self.cache.num_tokens)
+        return Prompts(self.config, self.tokenizer, self.generation, self.cache.num_tokens, self.grammars)
 
     def _requests(
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None

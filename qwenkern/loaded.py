@@ -23,6 +23,7 @@ from .generation import Generation
 from .kernels import invariant_tokens
 from .loading import load
 from .qwen2 import Qwen2, initialise
+from .sampling import Grammars
 from .text.tokenizer import Tokenizer
 
 M = TypeVar("M", bound="Loaded")
@@ -48,6 +49,7 @@ class Loaded:
         self.module = module
         self.config = module.config
         self.tokenizer = tokenizer
+        self.grammars = Grammars(tokenizer, self.config.vocab_size)
         self.generation = generation or Generation()  # what the checkpoint says about it
         self.dtype = module.model.norm.weight.dtype
         self.device = module.model.norm.weight.device

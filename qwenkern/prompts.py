@@ -15,7 +15,7 @@ from .config import Config
 from .engine import Request
 from .errors import RequestError, shown
 from .generation import Generation
-from .sampling import SamplingParams
+from .sampling import Grammars, SamplingParams, grammar_of
 from .text.detokenizer import Detokenizer
 from .text.tokenizer import Tokenizer
 
@@ -32,6 +32,7 @@ class Prompts:
     tokenizer: Tokenizer | None
     generation: Generation  # what the checkpoint says about it
     cache_tokens: int  # tokens that fit the key-value cache
+    grammars: Grammars
 
     def requests(
         self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
@@ -40,6 +41,7 @@ class Prompts:
         params = params.with_defaults(self.generation.sampling)
         self._check_params(params)
         requests = []
+        grammar = grammar_of(params)
         for prompt_index, prompt in enumerate(prompts):
             ids = self.encode(prompt, tools)
             self.check(ids)
@@ -52,6 +54,7 @@ class Prompts:
                     end_ids=end_ids,
                     max_tokens=max_tokens,
                     detokenizer=self._detokenizer(params),
+                    matcher=self.grammars.matcher(grammar, end_ids) if grammar else None,
                     prompt_index=prompt_index,
                     sample_index=sample_index,
                 )

@@ -25,6 +25,7 @@ from ..Model import Model
 from . import info as facts
 from . import terminal
 from .footprint import footprint
+from .serve import serve
 from .terminal import note, stderr
 
 app = typer.Typer(
@@ -189,6 +190,7 @@ def info(
 
 
 app.command()(footprint)
+app.command()(serve)
 
 
 @app.command()

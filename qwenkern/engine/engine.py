@@ -17,6 +17,7 @@ from ..cache import PagedCache
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .draft_model import DraftModel
+from .masks import Masks
 from .pipeline import DecodePipeline
 from .request import Request, with_siblings
 from .runner import Runner
@@ -60,8 +61,10 @@ class Engine:
     def __init__(self, runner: Runner, limits: Limits, draft_model: DraftModel | None = None) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
+        self.counts = self.scheduler.counts
         self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
+        self._masks = Masks()
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
         self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
@@ -112,17 +115,23 @@ class Engine:
         if self._stepping.setdefault("thread", me) != me:
             raise RequestError("another thread is in a step of this engine; expected one at a time")
         try:
+            if self.counts.busy_since is None:
+                self.counts.busy_since = time.monotonic()
             try:
                 outputs = self._step()
             except Exception as error:
                 return self._after_fault(error)
             self._faults = 0
+            if self._in_pass:
+                self.counts.busy_since = time.monotonic()
             return outputs
         except BaseException:
             self._forget_all()
             raise
         finally:
             self._stepping.clear()
+            if not self.has_requests:
+                self.counts.busy_since = None
 
     def close(self) -> None:
         """Ends all requests and frees their pages. No other thread may be in a step."""
@@ -170,8 +179,8 @@ class Engine:
     def _new_pipeline(self) -> DecodePipeline | None:
         """A pipeline of the scheduled requests. None unless the device draws the tokens."""
         captured, requests = self.runner.captured, self._in_pass
-        if not captured.in_flight or not all(map(_decodes, requests)):
-            return None
+        if not captured.in_flight or not all(map(_decodes, requests)) or any(each.matcher for each in requests):
+            return None  # a step that is launched ahead cannot know what a grammar allows
         drawing = Drawing.of(requests, self.runner.model.config.vocab_size)
         if captured.get(len(requests), drawing) is None:
             return None
@@ -185,10 +194,11 @@ class Engine:
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
         ends = accumulate(len(ids) for _, ids in scheduled)
-        last_rows = [
-            end - 1 for end, (request, ids) in zip(ends, scheduled, strict=True) if len(ids) == request.num_pending
-        ]
+        complete = [len(ids) == request.num_pending for request, ids in scheduled]
+        last_rows = [end - 1 for end, is_complete in zip(ends, complete, strict=True) if is_complete]
+        self._masks.begin([request for (request, _), is_complete in zip(scheduled, complete, strict=True) if is_complete])
         logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
+        self._masks.finish()
         requests: list[Request] = []
         rows: list[int] = []
         for request, _ in scheduled:
@@ -222,7 +232,9 @@ class Engine:
         assert self.speculation
         begin, outputs, row = time.monotonic(), [], 0
         parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
+        self._masks.begin(self._in_pass, drafts)
         logits = self.runner.each_logits(parts)
+        self._masks.finish()
         for request, (table, ids) in zip(self._in_pass, parts, strict=True):
             drawn = 0
             while not request.has_ended and drawn < len(ids) and (not drawn or request.output_ids[-1] == ids[drawn]):
@@ -233,6 +245,7 @@ class Engine:
             if request in drafts:
                 self.speculation.read(request, drafts[request], max(0, drawn - 1))
             row += len(ids)
+        self.counts.drafted, self.counts.accepted = self.speculation.num_drafted, self.speculation.num_accepted
         self.speculation.costs.read(row, time.monotonic() - begin)
         return outputs
 
@@ -247,12 +260,15 @@ class Engine:
             position = len(request.prompt_ids) + len(request.output_ids) - 1
             return self._failed(request, NonFiniteError.at(position, self.runner.cache.dtype, where))
         text = request.accept(token)
+        self.counts.token(request)
         if request.finish_reason:
+            self.counts.ended(request, request.finish_reason)
             self.scheduler.end(request)
         return Output(request, request.output_ids[-1:], text, request.finish_reason)
 
     def _failed(self, request: Request, error: Error) -> Output:
         request.error = error
+        self.counts.ended(request, "error")
         self.scheduler.end(request, is_sound=False)
         return Output(request, [], "", error=error)
 
@@ -271,6 +287,7 @@ class Engine:
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # the reader may use another stream
         request.finish_reason = "length"
+        self.counts.ended(request, request.finish_reason)
         self.scheduler.end(request)
         return [Output(request, [], "", request.finish_reason)]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..cache import BlockTable
 from ..errors import Error
-from ..sampling import BELOW_ONE, SamplingParams, TokenHistory, TokenLogprob
+from ..sampling import BELOW_ONE, Matcher, SamplingParams, TokenHistory, TokenLogprob
 from ..text.detokenizer import Detokenizer
 from .stop_strings import StopStrings
 
@@ -30,6 +30,7 @@ class Request:
     end_ids: frozenset[int]  # token ids that end the text
     max_tokens: int
     detokenizer: Detokenizer | None = None  # None: token ids only
+    matcher: Matcher | None = None  # of params' grammar, if there is one
     prompt_index: int = 0
     sample_index: int = 0
     siblings: list[Request] = field(default_factory=list)  # other completions of the same prompt, not started yet
@@ -39,7 +40,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.params.cache_salt or "")
-        self.arrived = 0.0  # time.monotonic() when it was added to an engine
+        self.arrived = 0.0  # time.monotonic() when it was added to an engine, or earlier if the caller says so
+        self.has_started = False  # it has had pages
+        self.last_token_at = 0.0  # time.monotonic() of its latest token; 0: it has none
         self.num_found = 0  # tokens of the prompt that the cache still had when the request started
         self.num_scored = 0  # tokens of the prompt whose logits on_logits has been given
         self.output_ids: list[int] = []
@@ -89,10 +92,13 @@ class Request:
             self.finish_reason, self.stop_reason = "stop", token
             return self._emit("", last=True)
         text = self.detokenizer.add(token) if self.detokenizer else ""
-        is_last = len(self.output_ids) >= self.max_tokens
-        if is_last:
+        if self.matcher:
+            self.matcher.accept(token)
+        if self.matcher and self.matcher.has_ended:
+            self.finish_reason = "stop"
+        elif len(self.output_ids) >= self.max_tokens:
             self.finish_reason = "length"
-        return self._emit(text, last=is_last)
+        return self._emit(text, last=self.finish_reason is not None)
 
     def _emit(self, text: str, last: bool) -> str:
         if last and self.detokenizer:

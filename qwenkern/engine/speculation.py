@@ -29,6 +29,7 @@ LEAST_GAIN = 1.1  # how many times as fast a pass must promise to be with a draf
 BELIEF = 4.0  # guesses that the first estimate counts for
 FIRST_RATE = 0.6  # how many guesses of a small model are right, before any is read
 BY_MODEL = 0  # the length of a match that stands for a draft of the small model
+BY_GRAMMAR = LONGEST + 1  # and for tokens that the request's grammar forces
 FIRST_SLOPE = 0.1  # what another row adds to a pass, as a share of the pass of one row, before any is read
 
 
@@ -70,7 +71,7 @@ class Rates:
     """How many guesses are right, by the length of the match: at first as in other texts, given their rates."""
 
     def __init__(self, others: Rates | None = None) -> None:
-        lengths = range(LONGEST + 1)
+        lengths = range(BY_GRAMMAR + 1)
         self._right = [BELIEF * (others.of(match) if others else _first_rate(match)) for match in lengths]
         self._all = [BELIEF for _ in lengths]
 
@@ -86,7 +87,7 @@ class Rates:
 
 def _first_rate(match: int) -> float:
     """Before any guess: a longer match says more."""
-    return FIRST_RATE if match == BY_MODEL else min(0.8, 0.1 * match)
+    return {BY_MODEL: FIRST_RATE, BY_GRAMMAR: 1.0}.get(match, min(0.8, 0.1 * match))
 
 
 class Plan:
@@ -141,7 +142,7 @@ class Speculation:
             if most <= 0:
                 continue
             state = self._state(request)
-            draft, match = state.drafts.draft(most)
+            draft, match = _draft(request, state, most)
             length = plan.length(len(draft), state.rates.of(match)) if draft else 0
             seconds = 0.0
             if not length and self._model:  # its passes serve all requests together
@@ -155,8 +156,8 @@ class Speculation:
                 else:
                     wanted[request] = length
         if wanted and self._model:
-            found |= self._model.draft(wanted)
-        return found
+            found |= {each: _within_grammar(each, draft) for each, draft in self._model.draft(wanted).items()}
+        return {request: draft for request, draft in found.items() if draft}
 
     def read(self, request: Request, draft: list[int], accepted: int) -> None:
         """Notes how many tokens of a draft were right. None is said of those after the end of the text."""
@@ -174,6 +175,19 @@ class Speculation:
             state.drafts.add(request.prompt_ids)
         state.drafts.add(request.output_ids[len(state.drafts) - len(request.prompt_ids) :])
         return state
+
+
+def _draft(request: Request, state: State, most: int) -> tuple[list[int], int]:
+    """Tokens that may come next, and the length of the match that they come from."""
+    if request.matcher and (forced := request.matcher.forced()):
+        return forced[:most], BY_GRAMMAR
+    draft, match = state.drafts.draft(most)
+    return _within_grammar(request, draft), match
+
+
+def _within_grammar(request: Request, draft: list[int]) -> list[int]:
+    """The tokens of a draft up to the first that the request's grammar forbids."""
+    return draft[: request.matcher.accepted(draft)] if request.matcher else draft
 
 
 class State:

@@ -2,8 +2,11 @@
 
 from .draw import BELOW_ONE, NOT_FINITE, draw, or_not_finite
 from .drawing import Drawing
+from .grammar import grammar_of
+from .grammar_compiler import Grammars
 from .history import TokenHistory
 from .logprobs import TokenLogprob
+from .matcher import Matcher
 from .on_device import TokenStates
 from .parameters import SampledSequence, SamplingParams
 from .sampler import Sampled, Sampling, sample, sampled
@@ -12,6 +15,8 @@ __all__ = [
     "BELOW_ONE",
     "NOT_FINITE",
     "Drawing",
+    "Grammars",
+    "Matcher",
     "Sampled",
     "SampledSequence",
     "Sampling",
@@ -20,6 +25,7 @@ __all__ = [
     "TokenLogprob",
     "TokenStates",
     "draw",
+    "grammar_of",
     "or_not_finite",
     "sample",
     "sampled",

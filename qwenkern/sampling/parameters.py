@@ -10,7 +10,9 @@ from typing import Any, Protocol
 
 from ..arguments import flag, number, whole
 from ..errors import RequestError, shown
+from . import grammar as form
 from .history import TokenHistory
+from .matcher import Matcher
 
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
@@ -27,7 +29,8 @@ class SamplingParams:
     neutral one.
 
     The next token is drawn after these steps, in this order: repetition, presence and frequency penalty, logit_bias,
-    temperature, top_k, top_p, min_p. Raises RequestError for a value out of its range."""
+    the grammar (json_schema, regex, choice or grammar), temperature, top_k, top_p, min_p. Raises RequestError for a
+    value out of its range."""
 
     max_tokens: int | None = None  # None: the checkpoint's value, else up to an end id or a full context
     min_tokens: int = 0  # before so many tokens, no end-of-text id or stop string ends the text
@@ -48,6 +51,11 @@ class SamplingParams:
     skip_special_tokens: bool = True  # leave special tokens such as <|im_end|> out of the text
     priority: int = 0  # among waiting requests, one of higher priority starts first; docs/requests.md
     cache_salt: str | None = None  # only prompts with the same salt share cached pages; docs/requests.md
+    # The form of the text, one of these at most; docs/structured-output.md
+    json_schema: Any = None  # JSON of this schema: a dict, JSON text, a class of pydantic; True: any object
+    regex: str | None = None  # a text that this expression matches as a whole
+    choice: Sequence[str] | None = None  # one of these texts
+    grammar: str | None = None  # a text of this grammar, in llguidance's Lark syntax
 
     def __post_init__(self) -> None:
         def put(name: str, check: Callable[..., Any], *limits: Any, **options: Any) -> None:
@@ -72,6 +80,11 @@ class SamplingParams:
         put("skip_special_tokens", flag)
         put("priority", whole, -1000, 1000)
         put("cache_salt", _salt)
+        form.only_one_of({name: getattr(self, name) for name in form.KINDS})
+        put("json_schema", form.json_schema)
+        put("regex", form.expression)
+        put("choice", form.choices)
+        put("grammar", form.expression)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.max_tokens}")
 
@@ -104,6 +117,7 @@ class SampledSequence(Protocol):
     output_ids: list[int]
     end_ids: frozenset[int]  # token ids that end the text
     history: TokenHistory  # of its tokens; empty at first
+    matcher: Matcher | None  # of its grammar, if it has one
 
     def uniform(self) -> float:
         """The sequence's next random number, from 0 to BELOW_ONE. Each sequence has a generator of its own, so its text

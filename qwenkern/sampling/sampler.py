@@ -22,7 +22,7 @@ from .parameters import SampledSequence
 from .penalties import choice_error, options_like, penalise
 
 # A token id, or a TokenLogprob if the sequence requests log-probabilities. NOT_FINITE if the largest logit is NaN or
-# infinite. An error if the sequence's own biases and penalties leave no token to draw.
+# infinite. An error if the sequence's own biases, penalties and grammar leave no token to draw.
 Sampled = int | TokenLogprob | RequestError
 
 
@@ -32,9 +32,13 @@ def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled
     largest = logits.amax(-1)  # NaN if any logit is
     finite = [math.isfinite(each) for each in largest.tolist()]
     logprobs = logprobs_of(logits, sequences)
-    changed = [index for index, each in enumerate(sequences) if each.params.changes_logits and finite[index]]
+    changed = [index for index, each in enumerate(sequences) if finite[index] and _is_changed(each)]
+    failed: dict[int, RequestError] = {}
     for index in changed:
-        penalise(logits[index], sequences[index])
+        try:
+            penalise(logits[index], sequences[index])
+        except RequestError as error:
+            failed[index] = error
     adjusted = logits.amax(-1) if changed else largest
     settings = uniforms = None
     if Drawing.of(sequences, logits.shape[-1]).is_random:
@@ -47,11 +51,17 @@ def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled
     for index, (sequence, of) in enumerate(zip(sequences, logprobs, strict=True)):
         if not finite[index]:
             tokens.append(NOT_FINITE)
+        elif index in failed:
+            tokens.append(failed[index])
         elif not math.isfinite(tops[index]):
             tokens.append(choice_error(sequence, tops[index]))
         else:
             tokens.append(drawn[index] if of is None else with_logprobs(of, drawn[index]))
     return tokens
+
+
+def _is_changed(sequence: SampledSequence) -> bool:
+    return sequence.params.changes_logits or sequence.matcher is not None
 
 
 class Sampling:

@@ -6,7 +6,7 @@ import random
 from dataclasses import dataclass, field
 
 from qwenkern import SamplingParams
-from qwenkern.sampling import TokenHistory
+from qwenkern.sampling import Matcher, TokenHistory
 
 
 @dataclass(eq=False)
@@ -16,6 +16,7 @@ class FakeRow:
     output_ids: list[int] = field(default_factory=list)
     end_ids: frozenset[int] = frozenset()
     seed: int = 0
+    matcher: Matcher | None = None
 
     def __post_init__(self) -> None:
         self.history = TokenHistory()

@@ -1,0 +1,125 @@
+"""What a caller asks of the form of a text: a JSON schema, a regular expression, a choice of texts, or a grammar.
+
+Here it is checked and bounded, without llguidance. grammar_compiler.py compiles it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from ..errors import RequestError, shown
+
+MAX_GRAMMAR_BYTES = 2**16  # of a schema as JSON text, a regular expression, a grammar, or all choices together
+MAX_SCHEMA_DEPTH = 64  # of objects and arrays within each other
+MAX_CHOICES = 1024
+KINDS = ("json_schema", "regex", "choice", "grammar")  # fields of SamplingParams; one at most is given
+
+
+class Grammar(NamedTuple):
+    """The form of a text, as the compiler takes it."""
+
+    kind: str  # one of KINDS
+    source: str  # a schema as JSON text, an expression, a grammar; choices as a JSON list
+
+
+def only_one_of(values: dict[str, Any]) -> None:
+    """Raises RequestError if more than one of these fields is given."""
+    given = [name for name, value in values.items() if value is not None]
+    if len(given) > 1:
+        raise RequestError(f"{' and '.join(given)} are given; expected one of {', '.join(values)} at most")
+
+
+def json_schema(name: str, value: Any) -> str | None:
+    """A schema as JSON text. ``value`` is a dict, JSON text, True (any object), or a class of pydantic."""
+    if value is None:
+        return None
+    if isinstance(value, str):
+        value = _parsed(name, value)
+    elif value is True:
+        value = {"type": "object"}
+    elif isinstance(value, type) and callable(schema_of := getattr(value, "model_json_schema", None)):
+        try:
+            value = schema_of()
+        except Exception as error:  # pydantic's own, of a type that JSON cannot say
+            raise RequestError(f"{name} is {shown(value)}, which has no JSON schema: {error}") from error
+    if not isinstance(value, dict):
+        raise RequestError(
+            f"{name} is {shown(value)}; expected a JSON schema as a dict or JSON text of an object, True for any "
+            "object, a class of pydantic, or None"
+        )
+    _check_depth(name, value)
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is {shown(value)}; expected what JSON can hold: {error}") from error
+    return _bounded(name, text)
+
+
+def expression(name: str, value: Any) -> str | None:
+    """A regular expression, or a grammar in llguidance's Lark syntax: a text that is not empty."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise RequestError(f"{name} is {shown(value)}; expected a text that is not empty, or None")
+    return None if value is None else _bounded(name, value)
+
+
+def choices(name: str, value: Any) -> tuple[str, ...] | None:
+    """Different texts that are not empty."""
+    if value is None:
+        return None
+    if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) and text for text in value):
+        raise RequestError(f"{name} is {shown(value)}; expected a list of texts that are not empty, or None")
+    if len(value) > MAX_CHOICES:
+        raise RequestError(f"{name} has {len(value)} texts; expected {MAX_CHOICES} at most")
+    _bounded(name, "".join(value))
+    return tuple(dict.fromkeys(value))
+
+
+def grammar_of(params: Any) -> Grammar | None:
+    """What the parameters ask of the form of the text."""
+    for kind in KINDS:
+        value = getattr(params, kind)
+        if value is not None:
+            return Grammar(kind, value if isinstance(value, str) else json.dumps(value))
+    return None
+
+
+def _parsed(name: str, text: str) -> Any:
+    _bounded(name, text)
+    try:
+        return json.loads(text, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{name} is {shown(text)}; expected JSON: {error}") from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no number of JSON")
+
+
+def _bounded(name: str, text: str) -> str:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as fault:
+        found = f"a lone surrogate, U+{ord(text[fault.start]):04X}"
+        raise RequestError(f"{name} has {found}; expected text that UTF-8 can hold") from fault
+    if size > MAX_GRAMMAR_BYTES:
+        raise RequestError(f"{name} has {size} bytes; expected {MAX_GRAMMAR_BYTES} at most")
+    return text
+
+
+def _check_depth(name: str, value: Any) -> None:
+    """Level by level, because a deep value would exhaust Python's stack."""
+    level, depth, count = [value], 0, 0
+    while level:
+        depth, count = depth + 1, count + len(level)
+        if depth > MAX_SCHEMA_DEPTH or count > MAX_GRAMMAR_BYTES:  # a value that holds itself a few times is as bad
+            raise RequestError(
+                f"{name} has more than {MAX_SCHEMA_DEPTH} objects and arrays within each other, or more than "
+                f"{MAX_GRAMMAR_BYTES} in all; expected fewer"
+            )
+        level = [part for each in level for part in _parts(each) if isinstance(part, (dict, list, tuple))]
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    return value.values() if isinstance(value, dict) else value

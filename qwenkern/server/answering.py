@@ -1,0 +1,171 @@
+"""Runs a turn on a model's engine, and gives its events as they come, or whole answers at the end.
+
+    Turn ─► a place among those that wait ─► requests (threads of the pool) ─► AsyncCall ─► Text, ToolCall, Finished
+
+Whatever ends the generator, such as a client that is gone, aborts the requests within a step of the engine.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+from ..engine import AsyncCall, Request
+from ..engine.engine import Output
+from ..errors import RequestError
+from ..Model import Model
+from ..sampling import TokenLogprob
+from .errors import ApiError
+from .functions import Splitter
+from .service import Service
+from .turns import Event, Finished, Text, ToolCall, Turn
+
+
+@dataclass
+class Answer:
+    """A whole answer."""
+
+    index: int  # prompt_index * n + sample_index
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]  # empty if not requested
+    finished: Finished
+    tool_calls: list[ToolCall] = field(default_factory=list)
+
+
+async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
+    """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
+    async with running(service, model, lambda: _requests(model, turn)) as outputs:
+        writing: dict[Request, _Writing] = {}
+        async for output in outputs:
+            written = writing.get(output.request)
+            if not written:
+                written = writing[output.request] = _Writing(output.request, turn)
+            for event in written.events(output):
+                yield event
+
+
+async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
+    """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
+    async with running(service, model, lambda: _requests(model, turn)) as outputs:
+        found = [_Writing(output.request, turn).answer() async for output in outputs if output.is_last]
+    return sorted(found, key=lambda answer: answer.index)
+
+
+@asynccontextmanager
+async def running(
+    service: Service, model: Model, make: Callable[[], list[Request]]
+) -> AsyncIterator[AsyncIterator[Output]]:
+    """The outputs of requests, from when they are admitted. ``make`` makes them, in a thread.
+
+    Raises ApiError 429 if too many wait already, and 503 if these have waited too long."""
+    bounds = service.settings.bounds
+    place = service.admission.enter()
+    try:
+        try:
+            requests = await asyncio.wait_for(service.in_pool(make), bounds.waiting_seconds)
+        except (asyncio.TimeoutError, TimeoutError):
+            raise service.admission.too_long() from None
+        first = [request for request in requests if request.sample_index == 0]
+        running = model._loop.engine.scheduler.running
+        place.has_started = lambda: any(request in running or request.output_ids for request in first)
+        async with AsyncCall(model._loop, first) as call:
+            left = place.since + bounds.waiting_seconds - time.monotonic()
+            expired = False
+
+            def expire() -> None:
+                nonlocal expired
+                if not place.has_started():
+                    expired = True
+                    call.close()
+
+            timer = asyncio.get_running_loop().call_later(max(0.0, left), expire)
+
+            async def outputs() -> AsyncIterator[Output]:
+                async for output in call:
+                    place.leave()
+                    yield output
+
+            try:
+                yield outputs()
+            finally:
+                timer.cancel()
+            if expired:
+                raise service.admission.too_long()
+    finally:
+        place.leave()
+
+
+def _requests(model: Model, turn: Turn) -> list[Request]:
+    try:
+        requests = model._requests(turn.prompts, turn.params, turn.tools or None)
+    except RequestError as error:
+        if turn.tools and str(error).startswith("grammar"):  # which is not the client's, but that of the calls
+            raise ApiError(400, f"tools have no {error}", param="tools", code="invalid_value") from None
+        raise
+    for request in requests:
+        request.is_streamed = turn.is_streamed
+    return requests
+
+
+class _Writing:
+    """What a client has been told of one answer."""
+
+    def __init__(self, request: Request, turn: Turn) -> None:
+        self._request = request
+        self._index = request.prompt_index * turn.params.n + request.sample_index
+        self._with_logprobs = turn.params.logprobs is not None
+        self._splitter = Splitter(self._index) if turn.tools else None
+        self._come = 0  # tokens of the outputs so far
+        self._told = 0  # those of them that are in events
+
+    def events(self, output: Output) -> list[Event]:
+        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted."""
+        self._come += len(output.token_ids)  # the request itself may be further
+        parts = self._split(output.text, output.is_last)
+        text = parts[0] if parts and isinstance(parts[0], str) else ""
+        found: list[Event] = []
+        if text or output.is_last or self._with_logprobs:
+            told, self._told = self._told, self._come
+            if text or told < self._come:
+                ids, logprobs = self._request.output_ids[told : self._come], []
+                if self._with_logprobs:
+                    logprobs = self._request.logprobs[told : self._come]
+                found.append(Text(self._index, text, ids, logprobs))
+        found += [Text(self._index, part) if isinstance(part, str) else part for part in parts[bool(text) :]]
+        return [*found, self.finished()] if output.is_last else found
+
+    def _split(self, text: str, is_last: bool) -> list[str | ToolCall]:
+        """The text and the calls that more of the model's text completes."""
+        if self._splitter:
+            return self._splitter.add(text, is_last)
+        return [text] if text else []
+
+    def finished(self) -> Finished:
+        request, reason = self._request, self._request.finish_reason or "stop"
+        if reason == "stop" and self._splitter and self._splitter.num_calls:
+            reason = "tool_calls"
+        return Finished(
+            index=self._index,
+            reason=reason,
+            stop_reason=request.stop_reason,
+            num_prompt_tokens=len(request.prompt_ids),
+            num_cached_tokens=request.num_found,
+            num_tokens=len(request.output_ids),
+        )
+
+    def answer(self) -> Answer:
+        """All of an answer that has ended."""
+        request = self._request
+        parts = self._split(request.text, is_last=True)
+        return Answer(
+            index=self._index,
+            text="".join(part for part in parts if isinstance(part, str)),
+            token_ids=list(request.output_ids),
+            logprobs=list(request.logprobs),
+            finished=self.finished(),
+            tool_calls=[part for part in parts if isinstance(part, ToolCall)],
+        )

@@ -1,0 +1,52 @@
+"""Who may call: API keys, compared in constant time."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Callable, Collection
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from .errors import ApiError
+
+
+class KeyMiddleware:
+    """Answers 401 to requests without one of the keys, as ``Authorization: Bearer`` or ``x-api-key``."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Collection[str],
+        open_paths: Collection[str],
+        as_error: Callable[[str, ApiError], dict[str, Any]],
+    ) -> None:
+        self._app = app
+        self._keys = [key.encode() for key in keys]
+        self._open = open_paths
+        self._as_error = as_error  # from a path and an error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] in self._open or self._is_known(Headers(scope=scope)):
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            401,
+            "the API key is missing or wrong; expected it as a bearer token",
+            kind="invalid_request_error",
+            code="invalid_api_key",
+            headers={"WWW-Authenticate": "Bearer"},
+        )
+        body = self._as_error(scope["path"], error)
+        await JSONResponse(body, error.status, error.headers)(scope, receive, send)
+
+    def _is_known(self, headers: Headers) -> bool:
+        scheme, _, given = headers.get("authorization", "").partition(" ")
+        if scheme.lower() != "bearer":
+            given = headers.get("x-api-key", "")
+        found = False
+        for key in self._keys:  # all of them, so that the time says nothing
+            found |= hmac.compare_digest(given.strip().encode("utf-8", "replace"), key)
+        return found

@@ -1,0 +1,161 @@
+"""Reads the body of a request, within bounds, as one of pydantic's models.
+
+A field that we do not honour is refused by name. `null` means that a field is absent.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from starlette.requests import Request
+
+from ..errors import shown
+from .errors import ApiError
+from .settings import Bounds
+
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+# A field of an API that we do not honour -> values that change nothing and so are taken, and what to do instead.
+Refused = Mapping[str, tuple[tuple[Any, ...], str]]
+
+
+class Body(BaseModel):
+    """The body of a request."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    REFUSED: ClassVar[Refused] = {}
+
+    def names(self) -> dict[str, str]:
+        """Arguments of the model's calls -> the fields of this body that they come from."""
+        return {name: name for name in type(self).model_fields}
+
+
+B = TypeVar("B", bound=Body)
+
+
+async def received(request: Request, bounds: Bounds) -> bytes:
+    """The bytes of a body of JSON. Raises ApiError, or ClientDisconnect."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # a web page of somebody else may send other types without asking
+        raise ApiError(415, f"the content type is {shown(kind)}; expected application/json")
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise ApiError(415, f"the content encoding is {shown(coding)}; expected none")
+    most = bounds.body_bytes
+    too_large = ApiError(413, f"the body is larger than {most} bytes; expected at most {most}", code="body_too_large")
+    length = request.headers.get("content-length", "")
+    if length.isdecimal() and int(length[:20]) > most:
+        raise too_large
+    body = bytearray()
+
+    async def take() -> None:
+        async for part in request.stream():
+            body.extend(part)
+            if len(body) > most:
+                raise too_large
+
+    try:
+        await asyncio.wait_for(take(), bounds.body_seconds)
+    except (asyncio.TimeoutError, TimeoutError):
+        raise ApiError(408, f"the body did not arrive within {bounds.body_seconds:g} s") from None
+    return bytes(body)
+
+
+def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
+    """The body from its bytes."""
+    fields = _json(raw, bounds)
+    if not isinstance(fields, dict):
+        raise ApiError(400, f"the body is {shown(fields)}; expected a JSON object", code="invalid_json")
+    fields = {name: value for name, value in fields.items() if value is not None}
+    for name, (neutral, reason) in model.REFUSED.items():
+        if name in fields and (value := fields.pop(name)) not in neutral:
+            message = f"{name} is {shown(value)}, which this server does not support: {reason}"
+            raise ApiError(400, message, param=name, code="unsupported_parameter")
+    try:
+        return model.model_validate(fields)
+    except ValidationError as error:
+        raise _named(error, fields) from None
+
+
+def _json(raw: bytes, bounds: Bounds) -> Any:
+    def wrong(reason: object) -> ApiError:
+        return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
+
+    try:
+        value = json.loads(
+            raw.decode(), parse_constant=_refused, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
+        if _SURROGATE.search(raw):
+            json.dumps(value, ensure_ascii=False).encode()
+    except UnicodeDecodeError as error:
+        raise wrong(f"byte {error.start} is not UTF-8") from None
+    except UnicodeEncodeError:
+        raise wrong("it has a lone surrogate, which is not a character") from None
+    except RecursionError:
+        raise wrong(f"it is nested too deep; expected at most {bounds.depth} levels") from None
+    except ValueError as error:
+        raise wrong(error) from None
+    if _depth(value) > bounds.depth:
+        raise wrong(f"it is nested too deep; expected at most {bounds.depth} levels")
+    return value
+
+
+def _refused(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"{text[:40]} is too large a number")
+    return value
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"it has {shown(twice)} twice in one object")
+    return found
+
+
+def _depth(value: Any) -> int:
+    """Levels of nesting. Without recursion."""
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, (dict, list))]:
+        depth += 1
+        level = [item for each in level for item in (each.values() if isinstance(each, dict) else each)]
+    return depth
+
+
+def _named(error: ValidationError, fields: dict[str, Any]) -> ApiError:
+    """The first fault that pydantic found. Of a value that may be of several types, what each of them misses."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    if first["type"] in ("extra_forbidden", "missing"):
+        name = shown(".".join(map(str, first["loc"])))[1:-1]
+        if first["type"] == "missing":
+            return ApiError(400, f"{name} is missing", param=name, code="missing_required_parameter")
+        return ApiError(400, f"{name} is not a field that this server knows", param=name, code="unknown_parameter")
+    place, found = _within(fields, first["loc"])
+    reasons = [first["msg"], *(each["msg"] for each in others if _within(fields, each["loc"])[0] == place)]
+    name = shown(place)[1:-1]
+    message = f"{name} is {shown(found)}: {', or '.join(dict.fromkeys(reasons))}"
+    return ApiError(400, message, param=name, code="invalid_value")
+
+
+def _within(value: Any, place: Sequence[Any]) -> tuple[str, Any]:
+    """The part of a place that leads to a value, and that value. pydantic ends a place with the name of a type, if it
+    has tried several."""
+    found = []
+    for part in place:
+        if not (isinstance(value, dict) and part in value) and not (isinstance(value, list) and type(part) is int):
+            break
+        value = value[part]
+        found.append(str(part))
+    return ".".join(found), value

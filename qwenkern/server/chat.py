@@ -1,0 +1,205 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..Model import Model
+from . import answering, sse
+from .answering import Answer
+from .bodies import Body, Refused
+from .endpoints import Endpoint
+from .errors import ApiError
+from .fields import Sampled
+from .functions import CallMade, Function, Functions, choice_of, in_order_of_calls
+from .service import Service
+from .settings import Bounds
+from .tokens_as_text import chat_logprobs
+from .turns import Finished, Text, ToolCall, Turn
+from .usage import Usage
+
+
+class Message(Body):
+    """A message of the conversation."""
+
+    role: Literal["developer", "system", "user", "assistant", "tool"]
+    content: str | list[dict[str, Any]] | None = None
+    name: str | None = None
+    tool_calls: list[CallMade] | None = None
+    tool_call_id: str | None = None
+    # of the answers of OpenAI's models; clients send them back
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class Tool(Body):
+    """A function that the model may call."""
+
+    type: Literal["function"]
+    function: Function
+
+
+class ChatBody(Sampled):
+    """The body of a request."""
+
+    REFUSED: ClassVar[Refused] = {
+        "audio": ((), "the model writes text only"),
+        "function_call": (("auto", "none"), "expected tool_choice"),
+        "functions": (([],), "expected tools"),
+        "metadata": (({},), "nothing is stored"),
+        "modalities": ((["text"],), "the model writes text only"),
+        "moderation": ((), "nothing is moderated"),
+        "prediction": ((), "drafts come from the text itself"),
+        "prompt_cache_options": ((), "the cache keeps what it has room for"),
+        "prompt_cache_retention": (("in_memory",), "the cache keeps what it has room for"),
+        "reasoning_effort": (("none",), "the model does not reason before it answers"),
+        "service_tier": (("auto", "default"), "there is one tier; priority= orders requests"),
+        "store": ((False,), "nothing is stored"),
+        "verbosity": (("medium",), "expected a message that says how long the answer should be"),
+        "web_search_options": ((), "the server does not search the web"),
+    }
+
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    prompt_cache_key: str | None = None  # all requests share one cache, so each finds what has its key
+    safety_identifier: str | None = None  # for the log
+    tools: list[Tool] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: bool | None = None
+
+    def names(self) -> dict[str, str]:
+        names = super().names() | {"logprobs": "top_logprobs"}
+        return names | ({"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {})
+
+    def turn(self, bounds: Bounds) -> Turn:
+        """What the body asks for. Raises ApiError."""
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs", code="invalid_value")
+        if (self.top_logprobs or 0) > bounds.top_logprobs:
+            message = f"top_logprobs is {self.top_logprobs}; expected at most {bounds.top_logprobs}"
+            raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        if len(self.messages) > bounds.messages:
+            message = f"messages has {len(self.messages)} items; expected at most {bounds.messages}"
+            raise ApiError(400, message, param="messages", code="invalid_value")
+        choice = choice_of(self.tool_choice, ("function", "name"))
+        functions = Functions.of([tool.function for tool in self.tools or []], choice, self.parallel_tool_calls, bounds)
+        params = self.sampling(
+            bounds,
+            has_tools=bool(functions.tools),
+            grammar=functions.grammar(),
+            max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
+            logprobs=(self.top_logprobs or 0) if self.logprobs else None,
+        )
+        messages = in_order_of_calls(
+            [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
+        )
+        return Turn(
+            [messages],
+            params,
+            tools=functions.tools,
+            tool_choice=functions.choice,
+            parallel_tool_calls=functions.is_parallel,
+            is_streamed=bool(self.stream),
+        )
+
+
+async def create(service: Service, request: Request, body: ChatBody) -> Response:
+    """Answers a conversation."""
+    turn = body.turn(service.settings.bounds)
+    completion_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
+    if body.stream:
+        return await sse.stream(_chunks(service, body, turn, completion_id, created), sse.openai_error)
+    async with service.models.use(body.model) as model:
+        answers = await answering.answers(service, model, turn)
+        choices = [_choice(answer, model, turn) for answer in answers]
+    return JSONResponse(
+        {
+            "id": completion_id,
+            "object": "chat.completion",
+            "created": created,
+            "model": body.model or service.models.names[0],
+            "choices": choices,
+            "usage": Usage.of(answers, turn).body(),
+        }
+    )
+
+
+def _choice(answer: Answer, model: Model, turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+    if answer.tool_calls:
+        message["content"] = answer.text or None
+        message["tool_calls"] = [_call(call) for call in answer.tool_calls]
+    return {
+        "index": answer.index,
+        "message": message,
+        "logprobs": chat_logprobs(answer.logprobs, model) if turn.params.logprobs is not None else None,
+        "finish_reason": answer.finished.reason,
+    }
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+async def _chunks(
+    service: Service, body: ChatBody, turn: Turn, completion_id: str, created: int
+) -> AsyncGenerator[bytes, None]:
+    head = json.dumps(
+        {
+            "id": completion_id,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": body.model or service.models.names[0],
+        }
+    )[:-1]
+    # A chunk is written as text around its delta: json.dumps of all of it takes several times as long.
+    usage, tail = Usage(), ', "usage": null}' if body.include_usage else "}"
+
+    def chunk(index: int, delta: str, finish_reason: str = "null", logprobs: str = "null") -> bytes:
+        return (
+            f'data: {head}, "choices": [{{"index": {index}, "delta": {delta}, "logprobs": {logprobs}, '
+            f'"finish_reason": {finish_reason}}}]{tail}\n\n'
+        ).encode()
+
+    begun: set[int] = set()
+    calls: Counter[int] = Counter()  # of each answer
+    async with (
+        service.models.use(body.model) as model,
+        aclosing(answering.events(service, model, turn)) as events,
+    ):
+        async for event in events:
+            if event.index not in begun:
+                begun.add(event.index)
+                yield chunk(event.index, '{"role": "assistant", "content": "", "refusal": null}')
+            if isinstance(event, Text):
+                logprobs = json.dumps(chat_logprobs(event.logprobs, model)) if event.logprobs else "null"
+                if event.text or event.logprobs:
+                    yield chunk(event.index, f'{{"content": {json.dumps(event.text)}}}', logprobs=logprobs)
+            elif isinstance(event, ToolCall):
+                delta = {"tool_calls": [{"index": calls[event.index], **_call(event)}]}
+                calls[event.index] += 1
+                yield chunk(event.index, json.dumps(delta))
+            elif isinstance(event, Finished):
+                usage.add(event, turn)
+                yield chunk(event.index, "{}", json.dumps(event.reason))
+    if body.include_usage:
+        yield f'data: {head}, "choices": [], "usage": {json.dumps(usage.body())}}}\n\n'.encode()
+    yield sse.DONE
+
+
+ENDPOINTS = [Endpoint("/v1/chat/completions", "POST", create, ChatBody, "Answers a conversation", streams=True)]

@@ -1,0 +1,78 @@
+"""Errors as HTTP: a status, and a body in the form of the API that was called."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import EngineError, Error, NonFiniteError, RequestError
+
+_KINDS = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class ApiError(Exception):
+    """An error that a client is told. param: the field of the body that is wrong. code: a word for programs."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str | None = None,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.kind = kind or _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.param = param
+        self.code = code
+        self.headers = dict(headers or {})
+
+
+def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
+    """The same error for a client. Of what is not an error of ours, only that it happened: no path, no trace.
+
+    names: arguments of a call, such as fields of SamplingParams -> the fields of the body that they came from."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return _of_request(str(error), names or {})
+    if isinstance(error, NonFiniteError):
+        return ApiError(500, "the model computed logits that are not finite", code="non_finite")
+    if isinstance(error, EngineError):
+        return ApiError(503, "the model cannot compute this now", code="engine_error", headers={"Retry-After": "5"})
+    if isinstance(error, Error):  # of the checkpoint, such as a chat template that fails; its message may have a path
+        return ApiError(500, "the checkpoint of this model is damaged, or not supported", code="checkpoint_error")
+    return ApiError(500, "internal error", code="internal_error")
+
+
+def _of_request(message: str, names: Mapping[str, str]) -> ApiError:
+    """The error of a wrong argument, whose message begins with the argument's name."""
+    found = re.match("[a-z_]+", message)
+    if found and found[0] in names:
+        param = names[found[0]]
+        return ApiError(400, param + message[found.end() :], param=param, code="invalid_value")
+    is_length = message.startswith("the prompt") and " tokens" in message
+    return ApiError(400, message, code="context_length_exceeded" if is_length else "invalid_value")
+
+
+def shutting_down() -> ApiError:
+    """The error of a request that the end of the server cuts off."""
+    return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
+
+
+def openai_body(error: ApiError) -> dict[str, Any]:
+    """The form of OpenAI's API."""
+    return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}

@@ -1,0 +1,152 @@
+"""Functions that a model may call: what a body says of them, as a Turn has it, and the calls of a conversation."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from ..errors import RequestError, shown
+from ..text.tools import Call, ToolCalls, call_grammar
+from . import errors
+from .bodies import Body
+from .errors import ApiError
+from .settings import Bounds
+from .turns import ToolCall
+
+Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+
+
+class Function(Body):
+    """A function, as OpenAI's APIs describe one."""
+
+    name: Name
+    description: str | None = None
+    parameters: dict[str, Any] | None = None  # a JSON schema of the arguments
+    strict: bool | None = None  # whether calls obey the schema without fail
+
+
+class CalledFunction(Body):
+    name: Annotated[str, Field(min_length=1)]
+    arguments: str  # JSON text, if the model wrote any
+
+
+class CallMade(Body):
+    """A call in a message of the assistant, as /v1/chat/completions has it."""
+
+    id: str
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+@dataclass(frozen=True)
+class Functions:
+    """The functions of a turn, checked."""
+
+    tools: list[dict[str, Any]]  # as chat templates read them; empty if the model is to call none
+    choice: str  # "none", "auto", "required", or "function:NAME"
+    is_parallel: bool
+    is_strict: bool  # some function is
+
+    @classmethod
+    def of(
+        cls, functions: Sequence[Function], choice: str | None, is_parallel: bool | None, bounds: Bounds
+    ) -> Functions:
+        """Raises ApiError for too many functions, two of one name, or a choice that there is not."""
+        if len(functions) > bounds.tools:
+            raise _wrong(f"tools has {len(functions)} functions; expected at most {bounds.tools}", "tools")
+        names = [function.name for function in functions]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise _wrong(f"tools has {twice} twice; expected different names", "tools")
+        choice = choice or ("auto" if functions else "none")
+        named = choice.removeprefix("function:") if choice.startswith("function:") else None
+        if named is not None and named not in names:
+            raise _wrong(f"tool_choice names {shown(named)}, which is not among tools", "tool_choice")
+        if choice == "required" and not functions:
+            raise _wrong("tool_choice is 'required', and there are no tools; expected at least one", "tool_choice")
+        shown_to_model = [] if choice == "none" else functions
+        tools = [
+            {"type": "function", "function": function.model_dump(exclude_none=True, exclude={"strict"})}
+            for function in shown_to_model
+        ]
+        is_strict = any(function.strict for function in shown_to_model)
+        return cls(tools, choice if tools else "none", is_parallel is not False, is_strict)
+
+    def grammar(self) -> str | None:
+        """The grammar that the text needs so that the choice, strict functions and single calls are kept to."""
+        if not self.tools or (self.choice == "auto" and self.is_parallel and not self.is_strict):
+            return None
+        try:
+            return call_grammar(self.tools, self.choice, self.is_parallel)
+        except RequestError as error:
+            raise errors.of(error, {"tools": "tools", "tool_choice": "tool_choice"}) from None
+
+
+def choice_of(value: str | Mapping[str, Any] | None, name_at: Sequence[str]) -> str | None:
+    """OpenAI's tool_choice as a Turn has it. name_at: where a choice by name has the name. Raises ApiError."""
+    if value is None or value in ("none", "auto", "required"):
+        return value
+    if isinstance(value, Mapping) and value.get("type") == "function":
+        name: Any = value
+        for key in name_at:
+            name = name.get(key) if isinstance(name, Mapping) else None
+        if isinstance(name, str):
+            return f"function:{name}"
+    expected = {"type": "function", **_nested(name_at)}
+    raise _wrong(f"tool_choice is {shown(value)}; expected 'none', 'auto', 'required' or {expected}", "tool_choice")
+
+
+def _nested(keys: Sequence[str]) -> dict[str, Any]:
+    return {keys[0]: _nested(keys[1:]) if len(keys) > 1 else "NAME"}
+
+
+def in_order_of_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The messages of a conversation, in which results follow in the order of the calls, because templates show no ids.
+
+    Raises ApiError for a result whose call is not in the message before the results."""
+    ordered: list[dict[str, Any]] = []
+    results: list[tuple[int, dict[str, Any]]] = []
+    calls: dict[str, int] = {}
+    for n, message in enumerate(messages):
+        if message["role"] == "tool":
+            call_id = message.get("tool_call_id")
+            if call_id not in calls:
+                found = "is missing" if call_id is None else f"is {shown(call_id)}"
+                raise _wrong(
+                    f"messages[{n}]: tool_call_id {found}; expected the id of a call of the assistant's message before",
+                    "messages",
+                )
+            results.append((calls[call_id], message))
+            continue
+        ordered += [result for _, result in sorted(results, key=lambda pair: pair[0])]
+        results = []
+        calls = {call["id"]: at for at, call in enumerate(message.get("tool_calls") or [])}
+        ordered.append(message)
+    return ordered + [result for _, result in sorted(results, key=lambda pair: pair[0])]
+
+
+class Splitter:
+    """Splits the text of one answer, as it comes, into text and calls."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index  # of the answer
+        self._calls = ToolCalls()
+        self.num_calls = 0
+
+    def add(self, text: str, is_last: bool) -> list[str | ToolCall]:
+        found = self._calls.add(text)
+        if is_last:
+            found += self._calls.finish()
+        return [self._called(item) if isinstance(item, Call) else item for item in found]
+
+    def _called(self, call: Call) -> ToolCall:
+        self.num_calls += 1
+        return ToolCall(self._index, f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments)
+
+
+def _wrong(message: str, param: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")

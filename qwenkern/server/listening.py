@@ -1,0 +1,52 @@
+"""The HTTP server below the application, from the first connection to the last answer."""
+
+from __future__ import annotations
+
+import uvicorn
+
+from ..errors import Error
+from . import protocol
+from .app import create_app
+from .models import Models
+from .settings import Settings
+
+
+class Server(uvicorn.Server):
+    """Listens until SIGTERM or SIGINT. It then takes no more connections, and gives those that it has `drain_seconds`
+    to end."""
+
+    failure: BaseException | None = None  # why the first model could not be loaded
+
+    def fail(self, error: BaseException) -> None:
+        self.failure = error
+        self.should_exit = True
+
+
+def run(models: Models, settings: Settings) -> None:
+    """Serves until a signal ends it. Raises Error if the first model cannot be loaded."""
+    listening = server(models, settings)
+    listening.run()
+    if listening.failure:
+        raise Error(str(listening.failure)) from listening.failure
+
+
+def server(models: Models, settings: Settings) -> Server:
+    """A server that has not begun."""
+    app = create_app(models, settings, lambda error: found.fail(error))
+    config = uvicorn.Config(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http=protocol.Protocol,
+        ws="none",
+        loop="asyncio",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        h11_max_incomplete_event_size=protocol.MAX_HEADER_BYTES,
+        timeout_graceful_shutdown=int(settings.bounds.drain_seconds),
+        backlog=1024,
+    )
+    found = Server(config)
+    return found

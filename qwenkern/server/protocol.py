@@ -1,0 +1,78 @@
+"""HTTP as uvicorn speaks it, with two differences: what is not HTTP is answered in the form of the API's errors, and a
+client that does not finish its headers is not waited for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import Any
+
+import h11
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+
+HEADER_SECONDS = 10.0  # in which the headers of a request must come, from its first byte or from the connection on
+MAX_HEADER_BYTES = 32 * 1024  # of a request line with its headers; uvicorn's h11_max_incomplete_event_size
+_PIECE = 4096
+
+
+class Protocol(H11Protocol):
+    """One connection."""
+
+    _headers_due: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._wait_for_headers()
+
+    def data_received(self, data: bytes) -> None:
+        while data and not self.transport.is_closing():
+            # h11 measures headers that are incomplete: it must not get them all at once
+            piece = _PIECE if self.conn.their_state is h11.IDLE else len(data)
+            super().data_received(data[:piece])
+            data = data[piece:]
+        if self.conn.their_state is not h11.IDLE:  # a request has begun, or the connection ends
+            self._stop_waiting()
+        elif self._headers_due is None:
+            self._wait_for_headers()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_waiting()
+        super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        """Called where h11 has raised an error."""
+        error = sys.exc_info()[1]
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
+            self._refuse(431, f"the request line and its headers have more than {MAX_HEADER_BYTES} bytes")
+        else:
+            self._refuse(400, "this is not a request of HTTP/1.1")
+
+    def _wait_for_headers(self) -> None:
+        self._headers_due = self.loop.call_later(HEADER_SECONDS, self._headers_are_late)
+
+    def _stop_waiting(self) -> None:
+        if self._headers_due is not None:
+            self._headers_due.cancel()
+            self._headers_due = None
+
+    def _headers_are_late(self) -> None:
+        self._headers_due = None
+        if not self.conn.trailing_data[0]:  # a client that connects ahead, and says nothing
+            self.transport.close()
+        self._refuse(408, f"the headers of the request did not come within {HEADER_SECONDS:g} s")
+
+    def _refuse(self, status: int, message: str) -> None:
+        """Answers with an error, unless an answer has begun, and closes the connection."""
+        if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            error: dict[str, Any] = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+            body = json.dumps({"error": error}).encode()
+            headers = [
+                ("content-type", "application/json"),
+                ("content-length", str(len(body))),
+                ("connection", "close"),
+            ]
+            answer = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
+            for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()

@@ -1,0 +1,37 @@
+"""What a server is told: where it listens, who may call it, and its bounds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The largest request, and the longest waits. A request beyond one of them gets an error that names it."""
+
+    body_bytes: int = 16 * 2**20
+    body_seconds: float = 30.0  # for a body to arrive
+    depth: int = 64  # levels of nesting in a body
+    messages: int = 4096
+    prompts: int = 256  # of a request to /v1/completions
+    n: int = 64  # answers of each prompt
+    scored_tokens: int = 2**17  # of all prompts whose log-probabilities are wanted
+    answers: int = 512  # n times the prompts of a request
+    stops: int = 16
+    top_logprobs: int = 20
+    tools: int = 128
+    waiting: int = 256  # requests that have not started; more get 429
+    waiting_seconds: float = 120.0  # a request that has not started by then gets 503
+    drain_seconds: float = 30.0  # after SIGTERM, for the requests that run
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Settings of a server."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()  # none: everybody who reaches the port may call
+    cors_origins: tuple[str, ...] = ()  # web pages that may call, such as "https://example.org", or "*"
+    log_prompts: bool = False
+    bounds: Bounds = field(default_factory=Bounds)

@@ -1,0 +1,220 @@
+"""Function calls in the text of a model, in the form that Qwen2.5's chat template writes (Hermes' form):
+
+<tool_call>
+{"name": "tide", "arguments": {"place": "Emden"}}
+</tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ..errors import RequestError, shown
+
+_OPEN, _CLOSE = "<tool_call>", "</tool_call>"
+_BLANKS = " \t\r\n"
+# As the template's `tojson` writes them. A model that may choose its blanks can go on with them until the limit.
+_SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a function: `arguments` is the JSON text of an object."""
+
+    name: str
+    arguments: str
+
+
+class ToolCalls:
+    """Splits the text of one answer, as it comes, into plain text and whole calls.
+
+    The results do not depend on where the text is cut into pieces. Blanks before and after a call are dropped, because
+    the template writes its own. A block that is not a call comes back as the text that it is; so does an unfinished
+    block, unless only its closing tag is missing. A tag in a string of a call's JSON belongs to the string.
+    """
+
+    def __init__(self) -> None:
+        self._held = ""  # blanks that may precede a tag, and the beginning of a tag or of a block
+        self._inside = 0  # where in `_held` the JSON of a block begins; 0 outside of blocks
+        self._read = 0  # up to where the JSON was searched for strings
+        self._string = _Strings()
+        self._follows_call = False  # and only blanks since
+
+    def add(self, text: str) -> list[str | Call]:
+        """What is now certain: never half a tag, never half a call."""
+        self._held += text
+        found: list[str | Call] = []
+        while self._end_block(found) if self._inside else self._end_text(found):
+            pass
+        return found
+
+    def finish(self) -> list[str | Call]:
+        """What is still held back."""
+        found: list[str | Call] = []
+        if self._inside:
+            self._close(found, len(self._held), len(self._held))
+        else:
+            self._emit(found, self._held)
+        self._held = ""
+        return found
+
+    def _end_text(self, found: list[str | Call]) -> bool:
+        """Moves text before the next block to `found`. Whether a block begins."""
+        held = self._held
+        tag = held.find(_OPEN)
+        if tag < 0:
+            begun = next((n for n in range(min(len(held), len(_OPEN) - 1), 0, -1) if held.endswith(_OPEN[:n])), 0)
+            kept = len(held[: len(held) - begun].rstrip(_BLANKS))
+        else:
+            kept = len(held[:tag].rstrip(_BLANKS))
+        self._emit(found, held[:kept])
+        self._held = held[kept:]
+        if tag >= 0:
+            self._inside = self._read = tag + len(_OPEN) - kept
+            self._string = _Strings()
+        return tag >= 0
+
+    def _end_block(self, found: list[str | Call]) -> bool:
+        """Moves the block to `found` if it ends. Whether there is more to look at."""
+        tags = [(at, tag) for tag in (_OPEN, _CLOSE) if (at := self._held.find(tag, self._read)) >= 0]
+        if not tags:
+            self._advance(max(self._read, len(self._held) - len(_CLOSE) + 1))
+            return False
+        at, tag = min(tags)
+        self._advance(at)
+        if self._string.may_hold_a_tag():
+            self._advance(at + len(tag))
+        else:
+            self._close(found, at, at if tag == _OPEN else at + len(tag))
+        return True
+
+    def _advance(self, end: int) -> None:
+        self._string.read(self._held[self._read : end])
+        self._read = end
+
+    def _close(self, found: list[str | Call], json_end: int, end: int) -> None:
+        """Ends the block, whose JSON ends at `json_end`, and which itself ends at `end`."""
+        call = _read_call(self._held[self._inside : json_end])
+        if call is None:
+            self._emit(found, self._held[:end])
+        else:
+            found.append(call)
+            self._follows_call = True
+        self._held = self._held[end:]
+        self._inside = 0
+
+    def _emit(self, found: list[str | Call], text: str) -> None:
+        if self._follows_call:
+            text = text.lstrip(_BLANKS)
+        if text:
+            found.append(text)
+            self._follows_call = False
+
+
+class _Strings:
+    """Where JSON's strings begin and end."""
+
+    def __init__(self) -> None:
+        self._is_open = False
+        self._is_escaped = False
+        self._is_broken = False  # it holds a character that JSON escapes, such as a line feed
+
+    def may_hold_a_tag(self) -> bool:
+        """Whether the text up to here ends within a string. One with a line feed was probably never closed."""
+        return self._is_open and not self._is_broken
+
+    def read(self, text: str) -> None:
+        for character in text:
+            if not self._is_open:
+                self._is_open = character == '"'
+                self._is_broken = False
+            elif self._is_escaped:
+                self._is_escaped = False
+            elif character == "\\":
+                self._is_escaped = True
+            elif character == '"':
+                self._is_open = False
+            elif character < " ":
+                self._is_broken = True
+
+
+def _read_call(text: str) -> Call | None:
+    """The call that the JSON of a block spells, or None."""
+    try:
+        call = _read_json(text)
+        if not isinstance(call, dict) or not call.keys() <= {"name", "arguments"}:
+            return None
+        name, arguments = call.get("name"), call.get("arguments")
+        if isinstance(arguments, str):  # JSON in JSON, as OpenAI's interface has it
+            arguments = _read_json(arguments)
+        elif arguments is None:
+            arguments = {}
+        if not isinstance(name, str) or not name or not isinstance(arguments, dict):
+            return None
+        written = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        (name + written).encode()  # fails for lone surrogates, which no response can hold
+        return Call(name, written)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_json(text: str) -> Any:
+    # Small models write a line feed within a string as it is, above all in code. It has one meaning.
+    return json.loads(text, strict=False, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def call_grammar(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> str:
+    """A grammar for SamplingParams(grammar=...), in llguidance's Lark, under which a text calls the functions rightly.
+
+    tools: {"type": "function", "function": {"name": ..., "parameters": JSON schema}} each.
+    choice: "required" for calls only, "function:NAME" for calls of this function only, "auto" for text that may hold
+    calls. parallel: whether there may be several calls, one after the other.
+
+    Raises RequestError for tools that it cannot express, or for a choice that is none.
+    """
+    functions = [_function(tool, f"tools[{n}]") for n, tool in enumerate(tools)]
+    wanted = choice.removeprefix("function:") if choice.startswith("function:") else None
+    if wanted is not None:
+        functions = [(name, schema) for name, schema in functions if name == wanted]
+        if not functions:
+            names = [tool["function"]["name"] for tool in tools]
+            raise RequestError(f"tool_choice names the function {shown(wanted)}; expected one of {shown(names)}")
+    elif choice not in ("auto", "required"):
+        raise RequestError(f"tool_choice is {shown(choice)}; expected 'auto', 'required' or 'function:NAME'")
+    if not functions:
+        raise RequestError(f"tool_choice is {shown(choice)}, and there are no tools; expected at least one")
+    rules = [f"call: {' | '.join(f'call_{n}' for n in range(len(functions)))}"]
+    for n, (name, schema) in enumerate(functions):
+        # The strings of Lark are those of JSON.
+        before = json.dumps(f'\n{{"name": {json.dumps(name, ensure_ascii=False)}, "arguments": ')
+        after = json.dumps(f"}}\n{_CLOSE}")
+        rules.append(f"call_{n}: {before} arguments_{n} {after}")
+        rules.append(f"arguments_{n}: %json {json.dumps({**schema, 'x-guidance': _SPACING})}")
+    if choice == "auto":
+        rules += ["TEXT: /(.|\\n)*/", f'opened[lazy]: TEXT "{_OPEN}"']
+        start = "start: (opened call)* TEXT" if parallel else "start: TEXT | opened call"
+    else:
+        following = f'("\\n{_OPEN}" call)*' if parallel else ""
+        start = f'start: "{_OPEN}" call {following}'
+    return "\n".join([start, *rules]) + "\n"
+
+
+def _function(tool: Mapping[str, Any], where: str) -> tuple[str, dict[str, Any]]:
+    """The name and the schema of the arguments."""
+    function = tool.get("function")
+    name = function.get("name") if isinstance(function, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(name, str):
+        raise RequestError(f"{where}: found {shown(tool)}; expected a function with a name")
+    schema = function.get("parameters")
+    if schema is None:  # OpenAI: the function has none
+        return name, {"type": "object", "properties": {}, "additionalProperties": False}
+    if not isinstance(schema, Mapping) or schema.get("type", "object") != "object":
+        raise RequestError(f"{where}: parameters are {shown(schema)}; expected a JSON schema of type 'object'")
+    return name, {"type": "object", **schema}

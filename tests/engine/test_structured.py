@@ -1,0 +1,125 @@
+"""Texts of a given form: whatever the model likes best, its text is one that the grammar has."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import jsonschema
+import pytest
+import torch
+from engine.test_decode import IN_C, Fake, in_c
+from engine.test_speculation import HOWS
+from support.engines import with_capture
+from support.models import TINY, tiny_model
+from support.toy_tokenizer import END, byte_tokenizer
+
+from qwenkern import RequestError
+from qwenkern.engine.speculation import Costs
+
+pytestmark = pytest.mark.processor
+__all__ = ["in_c"]  # a fixture
+
+PERSON = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "maxLength": 8},
+        "colour": {"enum": ["red", "green", "a longer one"]},
+        "numbers": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 99}, "maxItems": 3},
+    },
+    "required": ["name", "colour", "numbers"],
+    "additionalProperties": False,
+}
+PROMPTS = ["hello", "a person:", "x" * 70]
+
+
+@pytest.fixture
+def make(in_c, monkeypatch):
+    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1.0)  # so drafts are as long as they may be
+    return lambda **keywords: tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size), **keywords)
+
+
+def outcome(model, **how):
+    keywords = {"max_tokens": 250, "logprobs": 2, "json_schema": PERSON} | how
+    done = model.generate(PROMPTS, **keywords)
+    return [(each.token_ids, each.text, each.logprobs, each.finish_reason, each.stop_reason) for each in done]
+
+
+@pytest.mark.parametrize("how", [how for how in HOWS if how != "stops"])
+def test_the_text_is_the_same_with_and_without_drafts(make, how):
+    model = make()
+    found, expected = outcome(model, **HOWS[how]), outcome(make(speculate=False), **HOWS[how])
+    assert found == expected
+    assert model._loop.engine.speculation.num_accepted > 0
+    for _, text, _, finish_reason, _ in found:
+        if finish_reason == "stop":
+            jsonschema.validate(json.loads(text), PERSON)
+    assert any(each[3] == "stop" for each in found)
+
+
+def test_a_text_ends_where_its_grammar_does(make):
+    done = make().generate(["a"] * 40, regex="[a-c]{3,5}", temperature=1.0, seed=1, n=2, ignore_eos=True, max_tokens=9)
+    texts = {each.text for each in done}
+    assert all(re.fullmatch("[a-c]{5}", text) for text in texts)  # nothing else ends it
+    assert {(each.finish_reason, each.stop_reason) for each in done} == {("stop", None)}
+
+
+def test_an_end_of_the_text_is_drawn_only_where_the_grammar_may_end(make):
+    done = make().generate(["a"], regex="(ab)+", temperature=30.0, n=16, seed=1, max_tokens=40)
+    assert {each.stop_reason for each in done} == {END}
+    assert all(re.fullmatch("(ab)+", each.text) for each in done)
+    assert len({each.text for each in done}) > 1
+    longer = make().generate(["a"], regex="(ab)+", n=16, seed=1, max_tokens=40, logit_bias={END: 9.0}, min_tokens=5)
+    assert {each.text for each in longer} == {"ababab"}  # END comes after 6, where the grammar may end again
+
+
+def test_steps_launched_ahead_do_not_miss_a_mask():
+    """A device that draws the tokens itself, one step ahead of the host, has texts with and without a grammar."""
+    make = lambda: tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size))  # noqa: E731
+    fake = Fake()
+    model, plain = with_capture(make(), fake), make()
+    how = {"temperature": 1.0, "seed": 1, "max_tokens": 120}
+    assert model.generate(PROMPTS, **how) == plain.generate(PROMPTS, **how)
+    assert "read" in fake.log  # it has drawn tokens
+    fake.log.clear()
+    how |= {"json_schema": PERSON}
+    assert model.generate(PROMPTS, **how) == plain.generate(PROMPTS, **how)
+    assert "read" not in fake.log
+
+
+def test_rows_with_and_without_a_grammar_share_a_batch(make):
+    model = make()
+    how = {"temperature": 1.0, "seed": 1, "max_tokens": 60}
+    alone = [model.generate("a", json_schema=PERSON, **how), model.generate("a", **how)]
+    streams = [model.stream("a", json_schema=PERSON, **how), model.stream("a", **how)]
+    for stream in streams:
+        assert [*stream]
+    assert [stream.completion.token_ids for stream in streams] == [each.token_ids for each in alone]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ({"json_schema": {"type": "nothing"}}, "json_schema is not supported: .*nothing"),
+        ({"json_schema": {"type": "array", "uniqueItems": True}}, "json_schema is not supported: .*uniqueItems"),
+        ({"regex": "(a"}, "regex is not supported"),
+        ({"grammar": "start: missing"}, "grammar is not supported"),
+    ],
+)
+def test_what_is_not_supported_is_refused_with_the_reason(how, words):
+    with pytest.raises(RequestError, match=words):
+        tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size)).generate("a", **how)
+
+
+def test_a_model_without_a_tokenizer_has_no_grammar():
+    with pytest.raises(RequestError, match="needs a tokenizer"):
+        tiny_model().generate([1], regex="a")
+
+
+def test_where_the_grammar_and_biases_leave_nothing_the_request_ends_alone():
+    model = tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size))
+    other = model.stream("b", max_tokens=40)
+    with pytest.raises(RequestError, match="forbidden by logit_bias and the grammar"):
+        model.generate("a", regex="!", logit_bias={0: float("-inf")})
+    assert other.completion.finish_reason is None or len(other.completion.token_ids) == 40
+    assert len([*other, other.completion][-1].token_ids) == 40

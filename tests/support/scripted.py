@@ -1,0 +1,47 @@
+"""A model that says what a test wants, through the whole engine: a grammar admits one text only."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+from support.models import TINY, tiny_model
+from support.toy_tokenizer import byte_library
+
+from qwenkern import Model
+from qwenkern.text.chat_template import ChatTemplate
+from qwenkern.text.tokenizer import Tokenizer
+
+TEMPLATE = """{%- for tool in tools or [] %}[{{ tool | tojson }}]{% endfor %}
+{%- for message in messages %}<|im_start|>{{ message.role }}|{{ message.content or "" }}
+{%- for call in message.tool_calls or [] -%}
+({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor -%}
+<|im_end|>{% endfor %}<|im_start|>assistant|"""
+
+
+def model_with_tools() -> Model:
+    """A small random model with a chat template that writes tools and calls."""
+    template = ChatTemplate.from_gguf({"tokenizer.chat_template": TEMPLATE}, {}, "toy")
+    config = replace(TINY, max_position_embeddings=4096)
+    tokenizer = Tokenizer(byte_library(), "toy", config.vocab_size, chat_template=template)
+    return tiny_model(config, torch.float32, tokenizer=tokenizer)
+
+
+@contextlib.contextmanager
+def saying(model: Model, *texts: str) -> Iterator[list[str]]:
+    """The model's answers are these texts, one call after the other. Gives the prompts that it reads."""
+    made, left, read = model._requests, list(texts), list[str]()
+
+    def requests(prompts: Any, params: Any, tools: Any = None) -> Any:
+        forced = replace(params, grammar=f"start: {json.dumps(left.pop(0))}", json_schema=None)
+        found = made(prompts, forced, tools)
+        read.extend(model.tokenizer.decode(request.prompt_ids, skip_special=False) for request in found)
+        return found
+
+    with mock.patch.object(model, "_requests", requests):
+        yield read
