@@ -194,10 +194,14 @@ class Engine:
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
         ends = accumulate(len(ids) for _, ids in scheduled)
-        complete = [len(ids) == request.num_pending for request, ids in scheduled]
-        last_rows = [end - 1 for end, is_complete in zip(ends, complete, strict=True) if is_complete]
-        self._masks.begin([request for (request, _), is_complete in zip(scheduled, complete, strict=True) if is_complete])
-        logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
+        last_rows = {  # of those whose next token follows from this pass
+            request: end - 1
+            for end, (request, ids) in zip(ends, scheduled, strict=True)
+            if len(ids) == request.num_pending
+        }
+        self._masks.begin(list(last_rows))
+        parts = [(request.table, ids) for request, ids in scheduled]
+        logits = self.runner.logits(parts, list(last_rows.values()), may_replay)
         self._masks.finish()
         requests: list[Request] = []
         rows: list[int] = []
