@@ -35,7 +35,8 @@ class Admission:
         for place in [each for each in self.places if each.has_started()]:
             place.leave()
         if len(self.places) >= self._bounds.waiting:
-            oldest = time.monotonic() - next(iter(self.places)).since
+            now = time.monotonic()
+            oldest = max((now - place.since for place in self.places), default=0.0)  # it may be about to start
             seconds = max(1, min(math.ceil(oldest), 60))
             raise ApiError(
                 429,

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from ..errors import shown
 from . import chat, completions, errors
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
@@ -81,7 +82,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """404 and 405, which no endpoint has seen."""
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
-    messages = {404: f"there is no {path} here", 405: f"{path} does not take {method}"}
+    messages = {404: f"there is no {shown(path)} here", 405: f"{shown(path)} does not take {shown(method)}"}
     codes = {404: "unknown_url", 405: "method_not_supported"}
     known = ApiError(
         error.status_code,

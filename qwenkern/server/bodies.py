@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,12 +22,19 @@ from .settings import Bounds
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
+# A field of an API that we do not honour -> values that change nothing and so are taken, and what to do instead.
+Refused = Mapping[str, tuple[tuple[Any, ...], str]]
+
+
 class Body(BaseModel):
     """The body of a request."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
-    # A field of the API that we do not honour -> values that change nothing and so are taken, and what to do instead.
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    REFUSED: ClassVar[Refused] = {}
+
+    def names(self) -> dict[str, str]:
+        """Arguments of the model's calls -> the fields of this body that they come from."""
+        return {name: name for name in type(self).model_fields}
 
 
 B = TypeVar("B", bound=Body)
@@ -73,7 +80,7 @@ def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _named(error) from None
+        raise _named(error, fields) from None
 
 
 def _json(raw: bytes, bounds: Bounds) -> Any:
@@ -127,14 +134,28 @@ def _depth(value: Any) -> int:
     return depth
 
 
-def _named(error: ValidationError) -> ApiError:
-    """The first fault that pydantic found."""
-    first = error.errors(include_url=False, include_context=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        message = f"{place} is not a field that this server knows"
-        return ApiError(400, message, param=place, code="unknown_parameter")
-    if first["type"] == "missing":
-        return ApiError(400, f"{place} is missing", param=place, code="missing_required_parameter")
-    found = shown(first["input"])
-    return ApiError(400, f"{place} is {found}: {first['msg']}", param=place or None, code="invalid_value")
+def _named(error: ValidationError, fields: dict[str, Any]) -> ApiError:
+    """The first fault that pydantic found. Of a value that may be of several types, what each of them misses."""
+    first, *others = error.errors(include_url=False, include_context=False)
+    if first["type"] in ("extra_forbidden", "missing"):
+        name = shown(".".join(map(str, first["loc"])))[1:-1]
+        if first["type"] == "missing":
+            return ApiError(400, f"{name} is missing", param=name, code="missing_required_parameter")
+        return ApiError(400, f"{name} is not a field that this server knows", param=name, code="unknown_parameter")
+    place, found = _within(fields, first["loc"])
+    reasons = [first["msg"], *(each["msg"] for each in others if _within(fields, each["loc"])[0] == place)]
+    name = shown(place)[1:-1]
+    message = f"{name} is {shown(found)}: {', or '.join(dict.fromkeys(reasons))}"
+    return ApiError(400, message, param=name, code="invalid_value")
+
+
+def _within(value: Any, place: Sequence[Any]) -> tuple[str, Any]:
+    """The part of a place that leads to a value, and that value. pydantic ends a place with the name of a type, if it
+    has tried several."""
+    found = []
+    for part in place:
+        if not (isinstance(value, dict) and part in value) and not (isinstance(value, list) and type(part) is int):
+            break
+        value = value[part]
+        found.append(str(part))
+    return ".".join(found), value

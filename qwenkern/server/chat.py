@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from ..Model import Model
 from . import answering, sse
 from .answering import Answer
-from .bodies import Body
+from .bodies import Body, Refused
 from .endpoints import Endpoint
 from .errors import ApiError
 from .fields import Sampled
@@ -31,8 +31,6 @@ from .usage import Usage
 
 class Message(Body):
     """A message of the conversation."""
-
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
     content: str | list[dict[str, Any]] | None = None
@@ -56,16 +54,37 @@ class Tool(Body):
 class ChatBody(Sampled):
     """The body of a request."""
 
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+    REFUSED: ClassVar[Refused] = {
+        "audio": ((), "the model writes text only"),
+        "function_call": (("auto", "none"), "expected tool_choice"),
+        "functions": (([],), "expected tools"),
+        "metadata": (({},), "nothing is stored"),
+        "modalities": ((["text"],), "the model writes text only"),
+        "moderation": ((), "nothing is moderated"),
+        "prediction": ((), "drafts come from the text itself"),
+        "prompt_cache_options": ((), "the cache keeps what it has room for"),
+        "prompt_cache_retention": (("in_memory",), "the cache keeps what it has room for"),
+        "reasoning_effort": (("none",), "the model does not reason before it answers"),
+        "service_tier": (("auto", "default"), "there is one tier; priority= orders requests"),
+        "store": ((False,), "nothing is stored"),
+        "verbosity": (("medium",), "expected a message that says how long the answer should be"),
+        "web_search_options": ((), "the server does not search the web"),
+    }
 
-    messages: list[Message]
+    messages: list[Message] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    prompt_cache_key: str | None = None  # all requests share one cache, so each finds what has its key
+    safety_identifier: str | None = None  # for the log
     tools: list[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+
+    def names(self) -> dict[str, str]:
+        names = super().names() | {"logprobs": "top_logprobs"}
+        return names | ({"max_tokens": "max_completion_tokens"} if self.max_completion_tokens is not None else {})
 
     def turn(self, bounds: Bounds) -> Turn:
         """What the body asks for. Raises ApiError."""
@@ -74,10 +93,14 @@ class ChatBody(Sampled):
         if (self.top_logprobs or 0) > bounds.top_logprobs:
             message = f"top_logprobs is {self.top_logprobs}; expected at most {bounds.top_logprobs}"
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        if len(self.messages) > bounds.messages:
+            message = f"messages has {len(self.messages)} items; expected at most {bounds.messages}"
+            raise ApiError(400, message, param="messages", code="invalid_value")
         choice = choice_of(self.tool_choice, ("function", "name"))
         functions = Functions.of([tool.function for tool in self.tools or []], choice, self.parallel_tool_calls, bounds)
         params = self.sampling(
             bounds,
+            has_tools=bool(functions.tools),
             grammar=functions.grammar(),
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -35,8 +35,6 @@ _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 class CompletionBody(Sampled):
     """The body of a request."""
 
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
-
     prompt: str | list[str] | list[int] | list[list[int]]
     max_tokens: int | None = None
     suffix: str | None = None
@@ -50,7 +48,7 @@ class CompletionBody(Sampled):
         if isinstance(self.prompt, str):
             return [self.prompt]
         if self.prompt and isinstance(self.prompt[0], int):
-            return [self.prompt]  # type: ignore[list-item]
+            return [self.prompt]
         return list(self.prompt)  # type: ignore[arg-type]
 
     @property

@@ -55,7 +55,7 @@ class Served:
         self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        request, sending = Request(scope, receive), _Sending(send)
+        request, sending, body = Request(scope, receive), _Sending(send), None
         try:
             body = await self._body(request, sending)
             await _while_connected(self._answer(request, body, sending), receive)
@@ -64,7 +64,7 @@ class Served:
         except asyncio.CancelledError:  # the time to drain is over
             await self._refuse(errors.shutting_down(), sending)
         except Exception as error:
-            if (told := errors.of(error)).status == 500:
+            if (told := errors.of(error, body.names() if body else None)).status == 500:
                 log.error("%s: %s", sending.request_id, type(error).__name__, exc_info=error)
             if sending.status:  # the answer has begun: uvicorn closes the connection
                 raise
@@ -84,7 +84,7 @@ class Served:
             body = bodies.parse(raw, model, settings.bounds)
         else:
             body = await self._service.in_pool(bodies.parse, raw, model, settings.bounds)
-        if user := getattr(body, "user", None):
+        if user := getattr(body, "safety_identifier", None) or getattr(body, "user", None):
             sending.label += f" user {shown(user)}"
         return body
 

@@ -41,14 +41,14 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
 
-def of(error: Exception) -> ApiError:
-    """The same error for a client. Of what is not an error of ours, only that it happened: no path, no trace."""
+def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
+    """The same error for a client. Of what is not an error of ours, only that it happened: no path, no trace.
+
+    names: arguments of a call, such as fields of SamplingParams -> the fields of the body that they came from."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
-        message = str(error)
-        name = re.match("[a-z_]+", message)
-        return ApiError(400, message, param=name[0] if name else None, code="invalid_value")
+        return _of_request(str(error), names or {})
     if isinstance(error, NonFiniteError):
         return ApiError(500, "the model computed logits that are not finite", code="non_finite")
     if isinstance(error, EngineError):
@@ -56,6 +56,16 @@ def of(error: Exception) -> ApiError:
     if isinstance(error, Error):  # of the checkpoint, such as a chat template that fails; its message may have a path
         return ApiError(500, "the checkpoint of this model is damaged, or not supported", code="checkpoint_error")
     return ApiError(500, "internal error", code="internal_error")
+
+
+def _of_request(message: str, names: Mapping[str, str]) -> ApiError:
+    """The error of a wrong argument, whose message begins with the argument's name."""
+    found = re.match("[a-z_]+", message)
+    if found and found[0] in names:
+        param = names[found[0]]
+        return ApiError(400, param + message[found.end() :], param=param, code="invalid_value")
+    is_length = message.startswith("the prompt") and " tokens" in message
+    return ApiError(400, message, code="context_length_exceeded" if is_length else "invalid_value")
 
 
 def shutting_down() -> ApiError:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 from ..errors import RequestError
 from ..sampling import SamplingParams
@@ -11,6 +10,7 @@ from . import errors
 from .bodies import Body
 from .errors import ApiError
 from .settings import Bounds
+from .structured import Structured
 
 _TAKEN = (  # fields of SamplingParams by the same name
     "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
@@ -20,13 +20,11 @@ _TAKEN = (  # fields of SamplingParams by the same name
 
 
 class StreamOptions(Body):
-    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
-
     include_usage: bool | None = None
     include_obfuscation: Literal[False] | None = None  # we add no padding
 
 
-class Sampled(Body):
+class Sampled(Structured):
     """What says how tokens are drawn."""
 
     model: str | None = None
@@ -52,7 +50,7 @@ class Sampled(Body):
     priority: int | None = None
     cache_salt: str | None = None
 
-    def sampling(self, bounds: Bounds, **more: Any) -> SamplingParams:
+    def sampling(self, bounds: Bounds, has_tools: bool = False, **more: Any) -> SamplingParams:
         """The parameters of the request. Raises ApiError, which names the field."""
         given = {name: value for name in _TAKEN if (value := getattr(self, name)) is not None}
         if self.stream_options and not self.stream:
@@ -62,10 +60,15 @@ class Sampled(Body):
         if isinstance(self.stop, list) and len(self.stop) > bounds.stops:
             message = f"stop has {len(self.stop)} strings; expected at most {bounds.stops}"
             raise ApiError(400, message, param="stop", code="invalid_value")
+        given |= {name: value for name, value in more.items() if value is not None}
+        if (form := self.form()) and has_tools:  # an answer of that form would have no calls
+            name = self.names()[next(iter(form))]
+            message = f'{name} is given beside tools; expected one of them, or tool_choice: "none"'
+            raise ApiError(400, message, param=name, code="invalid_value")
         try:
-            return SamplingParams(**given, **{name: value for name, value in more.items() if value is not None})
+            return SamplingParams(**given, **form)
         except RequestError as error:
-            raise errors.of(error) from None
+            raise errors.of(error, self.names()) from None
 
     @property
     def include_usage(self) -> bool:

@@ -83,7 +83,7 @@ class Functions:
         try:
             return call_grammar(self.tools, self.choice, self.is_parallel)
         except RequestError as error:
-            raise errors.of(error) from None
+            raise errors.of(error, {"tools": "tools", "tool_choice": "tool_choice"}) from None
 
 
 def choice_of(value: str | Mapping[str, Any] | None, name_at: Sequence[str]) -> str | None:

@@ -38,7 +38,7 @@ class Models:
     @asynccontextmanager
     async def use(self, name: str | None) -> AsyncIterator[Model]:
         """Holds a model while a request uses it. None: the first one. Raises ApiError 404 or 503."""
-        name = name or self.names[0]
+        name = self.names[0] if name is None else name
         if name not in self._sources:
             known = ", ".join(self.names)
             raise ApiError(

@@ -13,7 +13,6 @@ class Bounds:
     body_seconds: float = 30.0  # for a body to arrive
     depth: int = 64  # levels of nesting in a body
     messages: int = 4096
-    prompt_characters: int = 4 * 2**20  # of all prompts of a request together
     prompts: int = 256  # of a request to /v1/completions
     n: int = 64  # answers of each prompt
     scored_tokens: int = 2**17  # of all prompts whose log-probabilities are wanted
@@ -21,7 +20,6 @@ class Bounds:
     stops: int = 16
     top_logprobs: int = 20
     tools: int = 128
-    schema_bytes: int = 256 * 2**10  # a JSON schema, or another grammar
     waiting: int = 256  # requests that have not started; more get 429
     waiting_seconds: float = 120.0  # a request that has not started by then gets 503
     drain_seconds: float = 30.0  # after SIGTERM, for the requests that run

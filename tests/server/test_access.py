@@ -1,0 +1,251 @@
+"""Who may call, what is not there, and how many may wait."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx
+import pytest
+from support.engines import Gate, all_free, check_pages, eventually
+from support.models import save_checkpoint
+from support.servers import serving, toy
+
+from qwenkern.server import auth
+from qwenkern.server.settings import Bounds, Settings
+
+BODY = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def model():
+    with toy() as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def plain(model):
+    with serving(model) as url:
+        yield url
+
+
+@pytest.fixture(scope="module")
+def keyed(model):
+    with serving(model, Settings(api_keys=("one", "two"), cors_origins=("https://a.example",))) as url:
+        yield url
+
+
+def error_of(response: httpx.Response, status: int) -> dict:
+    assert response.status_code == status
+    assert response.headers["content-type"] == "application/json"
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return error
+
+
+@pytest.mark.parametrize("headers", [
+    {}, {"authorization": "Bearer three"}, {"authorization": "one"}, {"authorization": "Basic one"},
+    {"authorization": "Bearer"}, {"x-api-key": "onee"}, {"authorization": "Bearer on\u00e9"},
+])  # fmt: skip
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions", "/nothing"])
+def test_without_a_key_nothing_is_answered(keyed, path, headers):
+    raw = {name: value.encode() for name, value in headers.items()}
+    answer = httpx.post(keyed + path, json=BODY, headers=raw)
+    assert error_of(answer, 401)["code"] == "invalid_api_key"
+    assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.mark.parametrize(
+    "headers", [{"authorization": "Bearer two"}, {"authorization": "bearer one"}, {"x-api-key": "one"}]
+)
+def test_each_key_is_taken(keyed, headers):
+    assert httpx.post(keyed + CHAT, json=BODY, headers=headers).status_code == 200
+
+
+def test_keys_are_compared_in_constant_time(monkeypatch):
+    compared = []
+    monkeypatch.setattr(auth.hmac, "compare_digest", lambda a, b: bool(compared.append((a, b))))
+    middleware = auth.KeyMiddleware(None, ("first", "second"), (), None)
+    assert not middleware._is_known({"authorization": "Bearer first"})
+    assert compared == [(b"first", b"first"), (b"first", b"second")]
+
+
+def test_pages_of_other_origins_may_not_call_unless_asked(plain, keyed):
+    asking = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    allowed = httpx.options(keyed + CHAT, headers=asking)
+    assert allowed.status_code == 200
+    assert allowed.headers["access-control-allow-origin"] == "https://a.example"
+    other = httpx.options(keyed + CHAT, headers=asking | {"origin": "https://b.example"})
+    assert "access-control-allow-origin" not in other.headers
+    assert "access-control-allow-origin" not in httpx.post(plain + CHAT, json=BODY, headers=asking).headers
+    error_of(httpx.options(plain + CHAT, headers=asking), 405)
+
+
+def test_what_is_not_there_is_an_error_of_the_same_form(plain):
+    assert "/v1/nothing" in error_of(httpx.get(f"{plain}/v1/nothing"), 404)["message"]
+    answer = httpx.get(plain + CHAT)
+    assert "GET" in error_of(answer, 405)["message"]
+    assert answer.headers["allow"] == "POST"
+    assert error_of(httpx.post(plain + CHAT, json=BODY | {"model": "gpt"}), 404)["code"] == "model_not_found"
+    assert error_of(httpx.post(plain + CHAT, content=json.dumps(BODY)), 415)
+
+
+def streaming(url: str, **options) -> contextlib.AbstractContextManager[httpx.Response]:
+    return httpx.stream("POST", url + CHAT, json=BODY | {"stream": True} | options, timeout=60)
+
+
+def test_a_client_that_goes_away_ends_its_request_within_a_step(plain, model):
+    with Gate(model) as gate:
+        stepping = threading.Thread(target=gate.steps, args=(4,))
+        stepping.start()
+        with streaming(plain, max_tokens=400) as response:
+            next(response.iter_lines())
+            stepping.join()
+        requests = list(model._loop.engine.scheduler.running)
+        eventually(lambda: all(request.aborted for request in requests))
+        gate.steps(1)  # the pass that was begun
+        eventually(lambda: model.cache.num_free_pages == model.cache.num_pages)
+    check_pages(model)
+
+
+def test_a_client_that_waits_for_a_whole_answer_may_go_away_too(plain, model):
+    address = plain.removeprefix("http://").split(":")
+    body = json.dumps(BODY | {"max_tokens": 400}).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    with Gate(model) as gate:
+        with socket.create_connection((address[0], int(address[1]))) as connection:
+            connection.sendall(head.encode() + body)
+            gate.steps(3)
+            [request] = model._loop.engine.scheduler.running
+        eventually(lambda: request.aborted)
+    check_pages(model)
+    assert len(request.output_ids) < 400
+
+
+def test_more_requests_than_may_wait_get_429(model):
+    settings = Settings(bounds=Bounds(waiting=2, drain_seconds=5))
+    with serving(model, settings) as url, contextlib.ExitStack() as stack, Gate(model):
+        client = stack.enter_context(httpx.Client(base_url=url, timeout=60))
+        answers: list[httpx.Response] = []
+        threads = [threading.Thread(target=lambda: answers.append(client.post(CHAT, json=BODY))) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        eventually(lambda: len(model._loop._sinks) == 2)  # they wait for the first step
+        refused = httpx.post(url + CHAT, json=BODY)
+        assert error_of(refused, 429)["code"] == "queue_full"
+        assert int(refused.headers["retry-after"]) >= 1
+        stack.callback(lambda: [thread.join() for thread in threads])
+    assert [answer.status_code for answer in answers] == [200, 200]
+    check_pages(model)
+
+
+def test_a_request_that_has_not_started_in_time_gets_503(model):
+    with serving(model, Settings(bounds=Bounds(waiting_seconds=0.2, drain_seconds=5))) as url, Gate(model):
+        for body in (BODY, BODY | {"stream": True}):
+            begin = time.monotonic()
+            answer = httpx.post(url + CHAT, json=body, timeout=60)
+            assert error_of(answer, 503)["code"] == "waited_too_long"
+            assert answer.headers["retry-after"]
+            assert time.monotonic() - begin < 10
+    eventually(lambda: all_free(model))
+
+
+def test_a_request_that_has_started_is_not_ended_for_its_length(model):
+    with serving(model, Settings(bounds=Bounds(waiting_seconds=0.5, drain_seconds=5))) as url, Gate(model) as gate:
+        steps = threading.Thread(target=lambda: (gate.steps(2), time.sleep(1.0), gate.open()))
+        steps.start()
+        assert httpx.post(url + CHAT, json=BODY, timeout=60).status_code == 200
+        steps.join()
+
+
+def test_a_body_that_does_not_come_is_not_waited_for(model):
+    settings = Settings(bounds=Bounds(body_seconds=0.2, body_bytes=1000, drain_seconds=5))
+    with serving(model, settings) as url:
+        address = url.removeprefix("http://").split(":")
+        with socket.create_connection((address[0], int(address[1])), timeout=30) as connection:
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{"
+            connection.sendall(head.encode())
+            assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+        large = BODY | {"stop": "x" * 1000}
+        assert error_of(httpx.post(url + CHAT, json=large), 413)["code"] == "body_too_large"
+        parts = (part for part in [json.dumps(large).encode()] * 2)  # without a length
+        headers = {"content-type": "application/json"}
+        assert error_of(httpx.post(url + CHAT, content=parts, headers=headers), 413)["code"] == "body_too_large"
+
+
+def test_the_log_has_no_prompts_unless_asked(model, caplog):
+    caplog.set_level(logging.INFO)
+    secret = BODY | {"messages": [{"role": "user", "content": "sesame"}], "user": "a\nb"}
+    for asked in (False, True):
+        caplog.clear()
+        with serving(model, Settings(log_prompts=asked)) as url:
+            httpx.post(url + CHAT, json=secret)
+            httpx.post(url + CHAT, json=secret | {"temperature": "sesame"})
+        assert ("sesame" in caplog.text) is asked
+        assert r"user 'a\nb'" in caplog.text
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("toy")
+    with toy() as model:
+        save_checkpoint(model, folder)
+    return folder
+
+
+@contextlib.contextmanager
+def started(folder, *options):
+    """`qwenkern serve` in a process of its own: the process and its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "qwenkern", "serve", "-m", f"toy={folder}", "--port", str(port), *options]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            url = f"http://127.0.0.1:{port}"
+
+            def ready() -> bool:
+                with contextlib.suppress(httpx.TransportError):
+                    return httpx.post(url + CHAT, json=BODY | {"max_tokens": 1}).status_code == 200
+                return process.poll() is not None
+
+            eventually(ready)
+            yield process, url
+        finally:
+            process.kill()
+
+
+@pytest.mark.slow
+def test_sigterm_lets_requests_end(folder):
+    with started(folder) as (process, url):
+        with streaming(url, max_tokens=200, ignore_eos=True) as response:
+            lines = response.iter_lines()
+            next(lines)
+            process.send_signal(signal.SIGTERM)
+            rest = list(lines)
+        assert "data: [DONE]" in rest
+        assert any('"finish_reason": "length"' in line for line in rest)
+        assert process.wait(30) == -signal.SIGTERM
+        with pytest.raises(httpx.TransportError):
+            httpx.get(url)
+
+
+@pytest.mark.slow
+def test_sigterm_ends_requests_that_take_too_long(folder):
+    with started(folder, "--bound", "drain_seconds=1") as (process, url):
+        with streaming(url, max_tokens=480, n=64, ignore_eos=True) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(process.pid, signal.SIGTERM)
+            rest = list(lines)
+        assert any("shutting_down" in line for line in rest) or rest[-2] == "data: [DONE]"
+        assert process.wait(30) == -signal.SIGTERM
