@@ -61,6 +61,7 @@ class Engine:
     def __init__(self, runner: Runner, limits: Limits, draft_model: DraftModel | None = None) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
+        self.counts = self.scheduler.counts
         self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
         self._masks = Masks()
@@ -114,17 +115,23 @@ class Engine:
         if self._stepping.setdefault("thread", me) != me:
             raise RequestError("another thread is in a step of this engine; expected one at a time")
         try:
+            if self.counts.busy_since is None:
+                self.counts.busy_since = time.monotonic()
             try:
                 outputs = self._step()
             except Exception as error:
                 return self._after_fault(error)
             self._faults = 0
+            if self._in_pass:
+                self.counts.busy_since = time.monotonic()
             return outputs
         except BaseException:
             self._forget_all()
             raise
         finally:
             self._stepping.clear()
+            if not self.has_requests:
+                self.counts.busy_since = None
 
     def close(self) -> None:
         """Ends all requests and frees their pages. No other thread may be in a step."""
@@ -236,6 +243,7 @@ class Engine:
             if request in drafts:
                 self.speculation.read(request, drafts[request], max(0, drawn - 1))
             row += len(ids)
+        self.counts.drafted, self.counts.accepted = self.speculation.num_drafted, self.speculation.num_accepted
         self.speculation.costs.read(row, time.monotonic() - begin)
         return outputs
 
@@ -250,12 +258,15 @@ class Engine:
             position = len(request.prompt_ids) + len(request.output_ids) - 1
             return self._failed(request, NonFiniteError.at(position, self.runner.cache.dtype, where))
         text = request.accept(token)
+        self.counts.token(request)
         if request.finish_reason:
+            self.counts.ended(request, request.finish_reason)
             self.scheduler.end(request)
         return Output(request, request.output_ids[-1:], text, request.finish_reason)
 
     def _failed(self, request: Request, error: Error) -> Output:
         request.error = error
+        self.counts.ended(request, "error")
         self.scheduler.end(request, is_sound=False)
         return Output(request, [], "", error=error)
 
@@ -274,6 +285,7 @@ class Engine:
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # the reader may use another stream
         request.finish_reason = "length"
+        self.counts.ended(request, request.finish_reason)
         self.scheduler.end(request)
         return [Output(request, [], "", request.finish_reason)]
 

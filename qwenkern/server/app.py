@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..errors import shown
-from . import chat, completions, errors
+from . import chat, completions, errors, health, listing, metrics, openapi, tokens
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -24,7 +24,15 @@ from .models import Models
 from .service import Service
 from .settings import Settings
 
-ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *completions.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [
+    *chat.ENDPOINTS,
+    *completions.ENDPOINTS,
+    *listing.ENDPOINTS,
+    *tokens.ENDPOINTS,
+    *health.ENDPOINTS,
+    *metrics.ENDPOINTS,
+    *openapi.ENDPOINTS,
+]
 
 
 def create_app(
@@ -48,7 +56,8 @@ def create_app(
             loading.cancel()
             service.close()
 
-    middleware = []
+    watched = metrics.Metrics(models)
+    middleware = [Middleware(metrics.CountResponses, counts=watched.responses)]
     if settings.cors_origins:
         middleware.append(
             Middleware(
@@ -69,6 +78,8 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = service
+    app.state.metrics = watched
+    app.state.openapi = openapi.document(ENDPOINTS, has_keys=bool(settings.api_keys))
     return app
 
 

@@ -42,7 +42,7 @@ class Endpoint:
     body: type[bodies.Body] | None
     summary: str
     as_error: Callable[[ApiError], dict[str, Any]] = errors.openai_body  # the form of its errors
-    answer: type[BaseModel] | None = None  # the body of status 200; None: any JSON object
+    answer: type[BaseModel] | str | None = None  # the body of status 200, or its media type; None: any JSON object
     streams: bool = False  # whether `"stream": true` gives server-sent events
     is_open: bool = False  # whether it takes no API key
 
