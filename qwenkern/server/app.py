@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..errors import shown
-from . import chat, completions, errors, health, listing, metrics, openapi, tokens
+from . import chat, completions, errors, footprint, health, listing, metrics, openapi, page, tokens
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -32,6 +32,8 @@ ENDPOINTS: list[Endpoint] = [
     *health.ENDPOINTS,
     *metrics.ENDPOINTS,
     *openapi.ENDPOINTS,
+    *footprint.ENDPOINTS,
+    *page.ENDPOINTS,
 ]
 
 
