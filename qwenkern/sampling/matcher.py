@@ -6,6 +6,7 @@ accept(token) ─► masks of the next places, while the pass runs ─► forbid
 from __future__ import annotations
 
 import math
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import RequestError
+
+SLOW = 1.0  # seconds of processor time for one mask: others wait for it
 
 
 class Mask(NamedTuple):
@@ -70,7 +73,7 @@ class Matcher:
         if not self._add_mask():
             self._restart()
             if not self._error and not self._add_mask():
-                self._fail()
+                self._error = self._failure(self._state.get_error())
         if self._error or not self._goes_back:
             return
         ahead = 0
@@ -112,9 +115,12 @@ class Matcher:
 
     def _add_mask(self) -> bool:
         """False if llguidance fails."""
+        begin = time.thread_time()
         bits = np.frombuffer(self._state.compute_bitmask(), dtype=np.uint8)
         if self._state.is_error():
             return False
+        if (took := time.thread_time() - begin) > SLOW:
+            self._error = self._failure(f"one step of it took {took:.1f} s, and {SLOW:.0f} s is the most")
         allowed = np.unpackbits(bits, count=self._width + 1, bitorder="little").view(np.bool_)
         allowed[self._ends] = allowed[-1]  # the last one stands for the end
         allowed = allowed[:-1]
@@ -130,10 +136,11 @@ class Matcher:
             self._error = error
             return
         if not self._state.consume_tokens(self._taken):
-            self._fail()
+            self._error = self._failure(self._state.get_error())
 
-    def _fail(self) -> None:
-        self._error = RequestError(
-            f"the grammar cannot go on after {len(self._taken)} tokens: {self._state.get_error()}; expected a simpler "
-            "one, or one that this model's tokens can spell"
+    def _failure(self, reason: str) -> RequestError:
+        reason = " ".join(reason.replace("<non-verbose/>", "").split())
+        return RequestError(
+            f"the grammar cannot go on after {len(self._taken)} tokens: {reason}; expected a simpler one, or one that "
+            "this model's tokens can spell"
         )
