@@ -17,7 +17,6 @@ from ..cache import PagedCache
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .draft_model import DraftModel
-from .masks import Masks
 from .pipeline import DecodePipeline
 from .request import Request, with_siblings
 from .runner import Runner
@@ -63,7 +62,6 @@ class Engine:
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
         self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
-        self._masks = Masks()
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
         self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
@@ -187,9 +185,7 @@ class Engine:
         begin = time.monotonic()
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
-        self._masks.begin([request for request, ids in scheduled if len(ids) == request.num_pending])
         logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
-        self._masks.finish()
         requests: list[Request] = []
         rows: list[int] = []
         for row, (request, _) in enumerate(scheduled):
@@ -201,6 +197,7 @@ class Engine:
                 rows += [row] * len(started)
         if not requests:
             return []
+        _prepare(requests)
         chosen = logits if rows == list(range(len(logits))) else logits[rows]
         tokens = list(zip(requests, sample(chosen, requests), strict=True))
         self.scheduler.pace.read()
@@ -223,9 +220,8 @@ class Engine:
         assert self.speculation
         begin, outputs, row = time.monotonic(), [], 0
         parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
-        self._masks.begin(self._in_pass, drafts)
         logits = self.runner.each_logits(parts)
-        self._masks.finish()
+        _prepare(self._in_pass)
         for request, (table, ids) in zip(self._in_pass, parts, strict=True):
             drawn = 0
             while not request.has_ended and drawn < len(ids) and (not drawn or request.output_ids[-1] == ids[drawn]):
@@ -304,6 +300,13 @@ class Engine:
 def _decodes(request: Request) -> bool:
     """Whether one token is pending, after the prompt's pass: a captured step can compute the next one."""
     return bool(request.output_ids) and request.num_pending == 1
+
+
+def _prepare(requests: Iterable[Request]) -> None:
+    """Computes what grammars allow next. A GPU runs the pass meanwhile: nothing has waited for its logits yet."""
+    for request in requests:
+        if request.matcher:
+            request.matcher.prepare()
 
 
 def _is_lost(error: Exception) -> bool:

@@ -1,3 +1,4 @@
+# ruff: noqa: E501  (a schema a line)
 """JSON schemas of the kind that people write: a list, and a generator of as many more as a test wants."""
 
 from __future__ import annotations
