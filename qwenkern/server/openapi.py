@@ -15,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from . import errors
-from .auth import OPEN
 from .endpoints import Endpoint
 from .service import Service
 
@@ -105,7 +104,7 @@ def document(endpoints: Sequence[Endpoint], has_keys: bool) -> dict[str, Any]:
 
 
 def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: bool) -> dict[str, Any]:
-    is_open = each.path in OPEN
+    is_open = each.is_open
     found: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{each.method.lower()}{path}").strip("_"),
         "summary": each.summary,
@@ -113,10 +112,11 @@ def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: boo
     }
     if each.handler.__doc__:
         found["description"] = re.sub(r"\s+", " ", each.handler.__doc__).strip()
-    if names := re.findall(r"{(\w+)}", path):
-        found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+    names = re.findall(r"{(\w+)}", path)
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in each.query.items()]
+    if parameters:
+        found["parameters"] = parameters
     if each.body:
         found["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas[each.body]}}}
     if is_open and has_keys:
@@ -126,6 +126,8 @@ def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: boo
         del told[401]
     if each.body:
         told |= _ERRORS_OF_A_BODY
+    if each.query:
+        told[400] = "A parameter is wrong or unknown"
     if each.body or names:
         told |= _ERRORS_OF_A_MODEL
     form = "Error" if each.as_error is errors.openai_body else "OtherError"
