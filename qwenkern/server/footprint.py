@@ -36,10 +36,11 @@ def _described(asked: Mapping[str, str]) -> dict[str, Any]:
         if name not in _CHOICES and name not in _NUMBERS:
             expected = ", ".join([*_CHOICES, *_NUMBERS])
             raise RequestError(f"query has {shown(name)}; expected some of {expected}")
-    words = {name: _word(name, asked.get(name, known[0]), known) for name, known in _CHOICES.items()}
-    numbers = {name: _number(name, asked.get(name, str(default))) for name, default in _NUMBERS.items()}
-    size, device = words.pop("size"), words.pop("device")
-    case = case_of(FAMILY[size], device, **words, **numbers)
+    options: dict[str, Any] = {}
+    options |= {name: _word(name, asked.get(name, known[0]), known) for name, known in _CHOICES.items()}
+    options |= {name: _number(name, asked.get(name, str(default))) for name, default in _NUMBERS.items()}
+    size, device = options.pop("size"), options.pop("device")
+    case = case_of(FAMILY[size], device, **options)
     choices = {name: known for name, known in _CHOICES.items() if name != "size"}
     sizes = [
         {"name": name, "parameters": config.num_parameters, "context_length": config.context_length}
