@@ -36,11 +36,17 @@ def _described(asked: Mapping[str, str]) -> dict[str, Any]:
         if name not in _CHOICES and name not in _NUMBERS:
             expected = ", ".join([*_CHOICES, *_NUMBERS])
             raise RequestError(f"query has {shown(name)}; expected some of {expected}")
-    options: dict[str, Any] = {}
-    options |= {name: _word(name, asked.get(name, known[0]), known) for name, known in _CHOICES.items()}
-    options |= {name: _number(name, asked.get(name, str(default))) for name, default in _NUMBERS.items()}
-    size, device = options.pop("size"), options.pop("device")
-    case = case_of(FAMILY[size], device, **options)
+    words = {name: _word(name, asked.get(name, known[0]), known) for name, known in _CHOICES.items()}
+    numbers = {name: _number(name, asked.get(name, str(default))) for name, default in _NUMBERS.items()}
+    size, device = words["size"], words["device"]
+    case = case_of(
+        FAMILY[size],
+        device,
+        context=numbers["context"],
+        quantize=words["quantize"],
+        sequences=numbers["sequences"],
+        kv_cache_dtype=words["kv_cache_dtype"],
+    )
     choices = {name: known for name, known in _CHOICES.items() if name != "size"}
     sizes = [
         {"name": name, "parameters": config.num_parameters, "context_length": config.context_length}
