@@ -53,6 +53,13 @@ def test_generate_prints_what_generate_returns(run: Run, folder: Path):
     assert run("generate.py", "abc") == f"abc{expected.text}\n[60 tokens, ended by length]\n"
 
 
+def test_structured_prints_what_parses(run: Run):
+    printed = run("structured.py").splitlines()
+    assert [line.split(":")[0] for line in printed[:4]] == ["name", "country", "inhabitants", "is_capital"]
+    assert printed[4] in ("praise", "blame", "unclear")
+    assert re.fullmatch("[0-9]{4}-[01][0-9]-[0-3][0-9]", printed[5])
+
+
 def test_chat_asks_the_second_question_after_the_first_answer(run: Run, folder: Path):
     model = Model.from_pretrained(folder)
     printed = run("chat.py")
