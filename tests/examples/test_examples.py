@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from fuzz import write_gguf
 from support.models import TINY, save_checkpoint, tiny_model
+from support.servers import serving
 
 from qwenkern import Model
 
@@ -83,6 +85,16 @@ def test_many_callers_answers_each_as_if_alone(run: Run, folder: Path):
         expected = model.chat([{"role": "user", "content": question}], temperature=0, max_tokens=60).text
         assert ast.literal_eval(answer) == expected
     assert printed.endswith("cancelled: True\n")
+
+
+def test_serve_client_prints_a_stream_and_an_answer_of_the_schema(run: Run, folder: Path):
+    with Model.from_pretrained(folder) as model, serving({"tiny": model}) as url:
+        expected = model.chat([{"role": "user", "content": "What is a prime number?"}], temperature=0, max_tokens=60)
+        streamed, _, review = run("serve_client.py", "--url", f"{url}/v1", model=False).rstrip("\n").rpartition("\n")
+    assert streamed == expected.text
+    found = json.loads(review)
+    assert found.keys() == {"mood", "is_long"}
+    assert found["mood"] in ("good", "bad", "mixed")
 
 
 def test_remember_a_prefix_reads_the_document_once(run: Run):
