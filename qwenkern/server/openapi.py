@@ -15,7 +15,6 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from . import errors
-from .auth import OPEN
 from .endpoints import Endpoint
 from .service import Service
 
@@ -105,7 +104,7 @@ def document(endpoints: Sequence[Endpoint], has_keys: bool) -> dict[str, Any]:
 
 
 def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: bool) -> dict[str, Any]:
-    is_open = each.path in OPEN
+    is_open = each.is_open
     found: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{each.method.lower()}{path}").strip("_"),
         "summary": each.summary,

@@ -37,7 +37,7 @@ def serving(
         models = Models({name: lambda name=name: given[name] for name in given})
         models.close = lambda: None  # the test may serve them again
     server = listening.server(models, settings or Settings(bounds=Bounds(drain_seconds=5)))
-    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # asyncio sets TCP_NODELAY where it knows the protocol
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # else asyncio sets no TCP_NODELAY
         listener.bind(("127.0.0.1", 0))
         listener.listen(512)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
