@@ -59,11 +59,14 @@ class LlamaServer:
             "ignore_eos": True,
             "cache_prompt": False,
             "stream": True,
-            "return_tokens": True,
+            "timings_per_token": True,  # an event has no tokens of its own while a character is not whole
         }
+        seen = 0
         for event in _events(self._port, "/completion", body):
-            if not event.get("stop"):
-                yield len(event["tokens"])
+            count = event["timings"]["predicted_n"]
+            if count > seen:
+                yield count - seen
+            seen = count
 
 
 class QwenkernServer:

@@ -189,23 +189,29 @@ class Engine:
     def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
         """Runs a pass, and samples a token for every request whose pending tokens are now all computed, and for its
         siblings, which start there."""
-        last_rows = [end - 1 for end in accumulate(len(ids) for _, ids in scheduled)]
         may_replay = all(request.output_ids for request, _ in scheduled)  # False for a prompt, even of one token
         begin = time.monotonic()
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
-        self._masks.begin([request for request, ids in scheduled if len(ids) == request.num_pending])
-        logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
+        ends = accumulate(len(ids) for _, ids in scheduled)
+        last_rows = {  # of those whose next token follows from this pass
+            request: end - 1
+            for end, (request, ids) in zip(ends, scheduled, strict=True)
+            if len(ids) == request.num_pending
+        }
+        self._masks.begin(list(last_rows))
+        parts = [(request.table, ids) for request, ids in scheduled]
+        logits = self.runner.logits(parts, list(last_rows.values()), may_replay)
         self._masks.finish()
         requests: list[Request] = []
         rows: list[int] = []
-        for row, (request, _) in enumerate(scheduled):
+        for request, _ in scheduled:
             self.scheduler.remember(request)
             if not request.num_pending:
                 started = self.scheduler.fork(request) if request.siblings else [request]
                 self._in_pass += started[1:]
+                rows += [rows[-1] + 1 if rows else 0] * len(started)
                 requests += started
-                rows += [row] * len(started)
         if not requests:
             return []
         chosen = logits if rows == list(range(len(logits))) else logits[rows]
