@@ -25,7 +25,7 @@ from qwenkern.server.settings import Bounds, Settings
 COUNT, WIRED, HTTP_LEVEL = 12_000, 1_200, 300  # in all; over HTTP; and over HTTP where that itself is wrong
 MOST_BYTES = 64 * 1024
 PATIENCE = 1.0  # seconds in which each is refused
-BOUNDS = Bounds(body_bytes=MOST_BYTES, messages=64, prompts=16, prompt_characters=4000, schema_bytes=4096)
+BOUNDS = Bounds(body_bytes=MOST_BYTES, messages=64, prompts=16)
 SETTINGS = Settings(bounds=BOUNDS)
 VALID = [
     Malformed("valid", route.path, json.dumps(body).encode(), statuses=(200,))

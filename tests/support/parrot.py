@@ -52,7 +52,7 @@ class _Uncaptured(CallCapture):
 
 def parrot() -> Model:
     """Such a model, which reads and writes bytes as text."""
-    template = ChatTemplate.from_gguf({"tokenizer.chat_template": TEMPLATE}, {}, "parrot")
+    template = ChatTemplate.from_gguf({"tokenizer.chat_template": TEMPLATE}, {"eos_token": "<|im_end|>"}, "parrot")
     tokenizer = Tokenizer(byte_library(), "parrot", SIZES.vocab_size, chat_template=template)
     return with_layers(tiny_model(SIZES, tokenizer=tokenizer), Repeats(SIZES.vocab_size), _Uncaptured())
 

@@ -301,4 +301,4 @@ DETOKENIZE = Route(
     {"tokens": among([5, "x", True, {}, ["1"], [1.5], [-1], [10**9], [None], [[1]]]), "model": among([5, "absent"])},
     ["tokens"],
 )
-ROUTES = [CHAT]
+ROUTES = [CHAT, COMPLETIONS, TOKENIZE, DETOKENIZE]
