@@ -61,4 +61,7 @@ def _number(name: str, text: str) -> int:
     return int(text)
 
 
-ENDPOINTS = [Endpoint("/footprint", "GET", footprint, None, "Computes the memory that a model of the family takes")]
+_QUERY = {name: {"enum": known, "default": known[0]} for name, known in _CHOICES.items()} | {
+    name: {"type": "integer", "minimum": 1, "default": default} for name, default in _NUMBERS.items()
+}
+ENDPOINTS = [Endpoint("/footprint", "GET", footprint, None, "Computes the memory that a model takes", query=_QUERY)]

@@ -111,10 +111,11 @@ def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: boo
     }
     if each.handler.__doc__:
         found["description"] = re.sub(r"\s+", " ", each.handler.__doc__).strip()
-    if names := re.findall(r"{(\w+)}", path):
-        found["parameters"] = [
-            {"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names
-        ]
+    names = re.findall(r"{(\w+)}", path)
+    parameters = [{"name": name, "in": "path", "required": True, "schema": {"type": "string"}} for name in names]
+    parameters += [{"name": name, "in": "query", "schema": schema} for name, schema in each.query.items()]
+    if parameters:
+        found["parameters"] = parameters
     if each.body:
         found["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas[each.body]}}}
     if each.is_open and has_keys:
@@ -124,6 +125,8 @@ def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: boo
         del told[401]
     if each.body:
         told |= _ERRORS_OF_A_BODY
+    if each.query:
+        told[400] = "A parameter is wrong or unknown"
     if each.body or names:
         told |= _ERRORS_OF_A_MODEL
     form = "Error" if each.as_error is errors.openai_body else "OtherError"

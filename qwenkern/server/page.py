@@ -63,4 +63,4 @@ def _hash(content: bytes, tag: str) -> str:
 
 
 # Without a key: a browser that opens an address sends none, and the page, where one is entered, has nothing of a model.
-ENDPOINTS = [Endpoint("/", "GET", page, None, "A page to talk to the models", is_open=True)]
+ENDPOINTS = [Endpoint("/", "GET", page, None, "A page to talk to the models", answer="text/html", is_open=True)]
