@@ -38,8 +38,15 @@ def _described(asked: Mapping[str, str]) -> dict[str, Any]:
             raise RequestError(f"query has {shown(name)}; expected some of {expected}")
     words = {name: _word(name, asked.get(name, known[0]), known) for name, known in _CHOICES.items()}
     numbers = {name: _number(name, asked.get(name, str(default))) for name, default in _NUMBERS.items()}
-    size, device = words.pop("size"), words.pop("device")
-    case = case_of(FAMILY[size], device, **words, **numbers)
+    size, device = words["size"], words["device"]
+    case = case_of(
+        FAMILY[size],
+        device,
+        context=numbers["context"],
+        quantize=words["quantize"],
+        sequences=numbers["sequences"],
+        kv_cache_dtype=words["kv_cache_dtype"],
+    )
     choices = {name: known for name, known in _CHOICES.items() if name != "size"}
     sizes = [
         {"name": name, "parameters": config.num_parameters, "context_length": config.context_length}

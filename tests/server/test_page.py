@@ -8,7 +8,6 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -419,7 +418,8 @@ HOSTILE = """<img src=x onerror="window.hacked=1"><script>window.hacked=1</scrip
 """
 INERT = """() => ({
   hacked: "hacked" in window,
-  elements: document.querySelectorAll("#messages :is(img, script, iframe, form, input, style, link, object, embed)").length,
+  elements: document.querySelectorAll(
+    "#messages :is(img, script, iframe, form, input, style, link, object, embed)").length,
   handlers: [...document.querySelectorAll("#messages *")].flatMap((each) => each.getAttributeNames())
     .filter((name) => name.startsWith("on") || name === "srcdoc").length,
   links: [...document.querySelectorAll("#messages a")].filter((link) => !/^https?:/.test(link.href)).length,
@@ -604,13 +604,15 @@ def test_an_error_is_shown_with_its_reason(visit, status, headers, title):
 
 
 def test_a_full_queue_is_said_so(visit, model):
-    with serving(model, Settings(bounds=Bounds(waiting=1))) as url, Gate(model):
+    with serving(model, Settings(bounds=Bounds(waiting=1))) as url, Gate(model) as gate:
         first, page = visit(url), visit(url)
         first.ask("Hello!")
         first.button("Stop").wait_for()
         page.ask("Hello!")
         page.page.get_by_text("The server is busy.").wait_for()
         page.console.clear()
+        gate.open()
+        first.is_answered()
 
 
 def test_an_error_in_the_middle_leaves_what_was_there(visit):
@@ -721,15 +723,18 @@ CONTRAST = """() => {
   const texts = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
   while (texts.nextNode()) {
     const element = texts.currentNode.parentElement;
-    if (!texts.currentNode.data.trim() || !element.checkVisibility() || element.closest(".unseen, option, script, noscript")) continue;
+    if (!texts.currentNode.data.trim() || !element.checkVisibility()
+      || element.closest(".unseen, option, script, noscript")) continue;
     const grounds = [];
     for (let each = element; each; each = each.parentElement) grounds.unshift(getComputedStyle(each).backgroundColor);
     const [one, other] = [luminance(over(grounds)), luminance(over([...grounds, getComputedStyle(element).color]))];
-    found.push({ text: texts.currentNode.data.slice(0, 30), ratio: (Math.max(one, other) + .05) / (Math.min(one, other) + .05) });
+    const ratio = (Math.max(one, other) + .05) / (Math.min(one, other) + .05);
+    found.push({ text: texts.currentNode.data.slice(0, 30), ratio });
   }
   return found;
 }"""
-UNNAMED = """() => [...document.querySelectorAll("button, input, select, textarea, [role=tab], [role=tabpanel], [role=region]")]
+UNNAMED = """() => [...document.querySelectorAll(
+    "button, input, select, textarea, [role=tab], [role=tabpanel], [role=region]")]
   .filter((each) => !(each.getAttribute("aria-label") || each.labels?.length || each.textContent.trim()
     || document.getElementById(each.getAttribute("aria-labelledby"))))
   .map((each) => each.outerHTML)"""
@@ -821,7 +826,8 @@ def test_the_calculator_shows_memory_and_cards(visit, url):
         page.page.get_by_label("Weights").select_option(form)
         page.page.get_by_label("Context, tokens").fill(str(context))
         page.page.get_by_label("Sequences at once").fill(str(count))
-        expected = httpx.get(f"{url}/footprint", params={"size": size, "quantize": form, "context": context, "sequences": count}).json()  # fmt: skip
+        query = {"size": size, "quantize": form, "context": context, "sequences": count}
+        expected = httpx.get(f"{url}/footprint", params=query).json()
         total = f"{expected['bytes']['total'] / 1e9:.2f} GB"
         page.page.get_by_text(total, exact=True).first.wait_for()
         assert shown().fits == {f"{card['memory'] >> 30} GB": card["fits"] for card in expected["cards"]}
