@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..errors import shown
-from . import chat, completions, errors, messages
+from . import chat, completions, errors, messages, responses
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -24,7 +24,7 @@ from .models import Models
 from .service import Service
 from .settings import Settings
 
-ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *completions.ENDPOINTS, *messages.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *completions.ENDPOINTS, *messages.ENDPOINTS, *responses.ENDPOINTS]
 
 
 def create_app(
