@@ -104,21 +104,22 @@ def _nested(keys: Sequence[str]) -> dict[str, Any]:
     return {keys[0]: _nested(keys[1:]) if len(keys) > 1 else "NAME"}
 
 
-def in_order_of_calls(messages: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def in_order_of_calls(messages: Sequence[dict[str, Any]], id_name: str = "tool_call_id") -> list[dict[str, Any]]:
     """The messages of a conversation, in which results follow in the order of the calls, because templates show no ids.
 
-    Raises ApiError for a result whose call is not in the message before the results."""
+    Raises ApiError for a result whose call is not in the message before the results. id_name: what the API calls the
+    id of a result's call."""
     ordered: list[dict[str, Any]] = []
     results: list[tuple[int, dict[str, Any]]] = []
     calls: dict[str, int] = {}
-    for n, message in enumerate(messages):
+    for message in messages:
         if message["role"] == "tool":
             call_id = message.get("tool_call_id")
             if call_id not in calls:
                 found = "is missing" if call_id is None else f"is {shown(call_id)}"
                 raise _wrong(
-                    f"messages[{n}]: tool_call_id {found}; expected the id of a call of the assistant's message before",
-                    "messages",
+                    f"{id_name} of a result {found}; expected the id of a call in the assistant's message before it",
+                    id_name,
                 )
             results.append((calls[call_id], message))
             continue

@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
 from typing import Literal, TypeVar
 
@@ -21,6 +22,7 @@ import torch
 from ..allocation import give_back
 from ..engine.counts import Counts
 from ..engine.engine import Engine
+from ..engine.loop import PATIENCE
 from ..errors import EngineError, Error, RequestError, shown
 from ..Model import Model
 from .errors import ApiError
@@ -105,7 +107,7 @@ class Models:
         self._is_closed = False
         self._one = asyncio.Lock()  # one model is loaded at a time
         self._changed = asyncio.Event()  # a request has left its model
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="qwenkern-models")
+        self._thread: threading.Thread | None = None  # that loads or unloads
 
     @property
     def names(self) -> list[str]:
@@ -148,7 +150,8 @@ class Models:
         for entry in self.entries.values():
             if entry.model:
                 entry.model.close()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        if self._thread:
+            self._thread.join(PATIENCE)
 
     def entry(self, name: str | None) -> Entry:
         """The model of this name; None: the first one. Raises ApiError 404."""
@@ -243,7 +246,19 @@ class Models:
         return progress
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        """Does some work in a thread of its own, for which the end of the program need not wait."""
+        result: Future[T] = Future()
+        result.set_running_or_notify_cancel()  # it cannot be cancelled
+
+        def run() -> None:
+            try:
+                result.set_result(work())
+            except BaseException as error:
+                result.set_exception(error)
+
+        self._thread = threading.Thread(target=run, name="qwenkern-models", daemon=True)
+        self._thread.start()
+        return await asyncio.wrap_future(result)
 
 
 def _loading(entry: Entry) -> ApiError:

@@ -104,7 +104,6 @@ def document(endpoints: Sequence[Endpoint], has_keys: bool) -> dict[str, Any]:
 
 
 def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: bool) -> dict[str, Any]:
-    is_open = each.is_open
     found: dict[str, Any] = {
         "operationId": re.sub(r"\W+", "_", f"{each.method.lower()}{path}").strip("_"),
         "summary": each.summary,
@@ -119,10 +118,10 @@ def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: boo
         found["parameters"] = parameters
     if each.body:
         found["requestBody"] = {"required": True, "content": {JSON: {"schema": schemas[each.body]}}}
-    if is_open and has_keys:
+    if each.is_open and has_keys:
         found["security"] = []
     told = dict(_ERRORS)
-    if is_open or not has_keys:
+    if each.is_open or not has_keys:
         del told[401]
     if each.body:
         told |= _ERRORS_OF_A_BODY

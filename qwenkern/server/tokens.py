@@ -48,9 +48,6 @@ class TokenizeBody(Body):
             raise _wrong(f"the body has {found}; expected one of the two", "prompt")
         if self.tools is not None and self.messages is None:
             raise _wrong("tools need messages, found a prompt", "tools")
-        if self.prompt is not None and len(self.prompt) > bounds.prompt_characters:
-            most = bounds.prompt_characters
-            raise _wrong(f"prompt has {len(self.prompt)} characters; expected at most {most}", "prompt")
         if len(self.messages or ()) > bounds.messages:
             raise _wrong(f"messages has {len(self.messages or ())}; expected at most {bounds.messages}", "messages")
         if len(self.tools or ()) > bounds.tools:
@@ -104,9 +101,6 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
 
 async def detokenize(service: Service, request: Request, body: DetokenizeBody) -> Response:
     """The text of ids."""
-    most = service.settings.bounds.prompt_characters
-    if len(body.tokens) > most:
-        raise _wrong(f"tokens has {len(body.tokens)} ids; expected at most {most}", "tokens")
     async with service.models.use(body.model) as model:
         text = await service.in_pool(lambda: _tokenizer(model).decode(body.tokens, skip_special=False))
     return JSONResponse(Detokenized(prompt=text).model_dump())

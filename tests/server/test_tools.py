@@ -235,8 +235,8 @@ CALLED = {
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type", "custom"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name", "a b"),
         ({"tools": [{"type": "function", "function": {"name": "f", "extra": 1}}]}, "tools.0.function.extra", "extra"),
-        ({"messages": [*QUESTION, RESULT]}, "messages", r"messages[1]: tool_call_id is 'a'"),
-        ({"messages": [CALLED, RESULT]}, "messages", r"messages[1]: tool_call_id is 'a'"),
+        ({"messages": [*QUESTION, RESULT]}, "tool_call_id", "tool_call_id of a result is 'a'"),
+        ({"messages": [CALLED, RESULT]}, "tool_call_id", "tool_call_id of a result is 'a'"),
         ({"messages": [{**CALLED, "tool_calls": [{"id": "b"}]}]}, "messages.0.tool_calls.0.function", "missing"),
         (
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "array"}}}]}

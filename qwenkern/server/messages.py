@@ -1,0 +1,124 @@
+"""POST /v1/messages and /v1/messages/count_tokens: Anthropic's API.
+
+message_start ping (content_block_start content_block_delta... content_block_stop)... message_delta message_stop
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from . import answering, sse
+from .endpoints import Endpoint
+from .errors import ApiError
+from .message_bodies import MessagesBody, PromptBody
+from .service import Service
+from .turns import Finished, Text, ToolCall, Turn
+
+_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
+_KINDS |= {429: "rate_limit_error", 503: "overloaded_error"}
+
+
+def as_error(error: ApiError) -> dict[str, Any]:
+    """The form of Anthropic's API."""
+    kind = _KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
+async def create(service: Service, request: Request, body: MessagesBody) -> Response:
+    """Answers a conversation."""
+    turn, message_id = body.turn(service.settings.bounds), f"msg_{uuid.uuid4().hex}"
+    if body.stream:
+        return await sse.stream(_events(service, body, turn, message_id), lambda error: _event(**as_error(error)))
+    async with service.models.use(body.model) as model:
+        (answer,) = await answering.answers(service, model, turn)
+    content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}] if answer.text else []
+    content += [{**_tool_use(call), "input": json.loads(call.arguments)} for call in answer.tool_calls]
+    message = {**_message(message_id, body), "content": content, **_end(answer.finished)}
+    return JSONResponse({**message, "usage": _usage(answer.finished)})
+
+
+async def count_tokens(service: Service, request: Request, body: PromptBody) -> Response:
+    """Counts the tokens of a prompt."""
+    bounds = service.settings.bounds
+    messages, functions = body.conversation(bounds), body.functions(bounds)
+    async with service.models.use(body.model) as model:
+        ids = await service.in_pool(model._prompts.encode, messages, functions.tools or None)
+    return JSONResponse({"input_tokens": len(ids)})
+
+
+def _message(message_id: str, body: MessagesBody) -> dict[str, Any]:
+    message = {"id": message_id, "type": "message", "role": "assistant", "model": body.model}
+    return {**message, "content": [], "stop_reason": None, "stop_sequence": None}
+
+
+def _end(finished: Finished) -> dict[str, Any]:
+    if finished.reason == "stop" and isinstance(finished.stop_reason, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": finished.stop_reason}
+    reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
+    return {"stop_reason": reasons.get(finished.reason, "end_turn"), "stop_sequence": None}
+
+
+def _usage(finished: Finished | None) -> dict[str, Any]:
+    """Tokens that were found in the cache are not among the input's."""
+    usage = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
+    if finished:
+        usage["input_tokens"] = finished.num_prompt_tokens - finished.num_cached_tokens
+        usage["cache_read_input_tokens"] = finished.num_cached_tokens
+        usage["output_tokens"] = finished.num_tokens
+    return usage
+
+
+def _tool_use(call: ToolCall) -> dict[str, Any]:
+    return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name, "input": {}}
+
+
+def _event(type: str, **fields: Any) -> bytes:
+    return f"event: {type}\ndata: {json.dumps({'type': type, **fields})}\n\n".encode()
+
+
+async def _events(service: Service, body: MessagesBody, turn: Turn, message_id: str) -> AsyncGenerator[bytes, None]:
+    index, is_open, has_begun = -1, False, False  # the content block, and whether it is one of text that goes on
+    async with (
+        service.models.use(body.model) as model,
+        aclosing(answering.events(service, model, turn)) as events,
+    ):
+        async for event in events:
+            found = b""
+            if not has_begun:
+                has_begun = True
+                found += _event("message_start", message={**_message(message_id, body), "usage": _usage(None)})
+                found += _event("ping")
+            if is_open and not isinstance(event, Text):
+                is_open = False
+                found += _event("content_block_stop", index=index)
+            if isinstance(event, Text):
+                if event.text and not is_open:
+                    is_open, index = True, index + 1
+                    found += _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
+                if event.text:
+                    delta = {"type": "text_delta", "text": event.text}
+                    found += _event("content_block_delta", index=index, delta=delta)
+            elif isinstance(event, ToolCall):
+                index += 1
+                found += _event("content_block_start", index=index, content_block=_tool_use(event))
+                delta = {"type": "input_json_delta", "partial_json": event.arguments}
+                found += _event("content_block_delta", index=index, delta=delta)
+                found += _event("content_block_stop", index=index)
+            else:
+                found += _event("message_delta", delta=_end(event), usage=_usage(event))
+                found += _event("message_stop")
+            if found:
+                yield found
+
+
+ENDPOINTS = [
+    Endpoint("/v1/messages", "POST", create, MessagesBody, "Answers a conversation", as_error=as_error, streams=True),
+    Endpoint("/v1/messages/count_tokens", "POST", count_tokens, PromptBody, "Counts a prompt", as_error=as_error),
+]

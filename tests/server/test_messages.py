@@ -1,0 +1,270 @@
+"""Anthropic's API, through Anthropic's own client: text, tools, streams, counts and errors."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+import anthropic
+import httpx
+import pytest
+from anthropic import Anthropic, AsyncAnthropic
+from pydantic import TypeAdapter
+from support.engines import check_pages
+from support.scripted import model_with_tools, saying
+from support.servers import serving
+
+from qwenkern.server.settings import Settings
+
+QUESTION = [{"role": "user", "content": "When is high tide in Emden?"}]
+PLACE = {"type": "object", "properties": {"place": {"enum": ["Emden", "Kiel"]}}, "required": ["place"]}
+PLACE |= {"additionalProperties": False}
+NOTHING = {"type": "object", "properties": {}, "additionalProperties": False}
+TOOLS = [
+    {"name": "tide", "description": "Of today.", "input_schema": PLACE},
+    {"name": "clock", "input_schema": NOTHING},
+]
+BOTH = (
+    'Let me look.\n<tool_call>\n{"name": "tide", "arguments": {"place": "Emden"}}\n</tool_call>\n'
+    '<tool_call>\n{"name": "clock", "arguments": {}}\n</tool_call>'
+)
+CALLS = [("tide", {"place": "Emden"}), ("clock", {})]
+
+
+@pytest.fixture(scope="module")
+def model():
+    with model_with_tools() as model:
+        yield model
+        check_pages(model)
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    with serving(model) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def fields(**more) -> dict:
+    return {"model": "toy", "messages": QUESTION, "max_tokens": 400, **more}
+
+
+def calls_of(message) -> list[tuple[str, object]]:
+    return [(block.name, block.input) for block in message.content if block.type == "tool_use"]
+
+
+# Text
+
+
+def test_an_answer_is_that_of_the_model(client, model):
+    found = client.messages.create(**fields(max_tokens=12, extra_body={"temperature": 0}))
+    expected = model.chat(QUESTION, max_tokens=12, temperature=0)
+    assert [block.text for block in found.content] == [expected.text]
+    assert (found.stop_reason, found.usage.output_tokens) == ("max_tokens", 12)
+    assert found.usage.input_tokens + found.usage.cache_read_input_tokens == expected.num_prompt_tokens
+
+
+def test_a_stream_is_the_same_message(client, model):
+    expected = model.chat(QUESTION, max_tokens=12, temperature=0)
+    with client.messages.stream(**fields(max_tokens=12, extra_body={"temperature": 0})) as stream:
+        text = "".join(stream.text_stream)
+        message = stream.get_final_message()
+    assert text == message.content[0].text == expected.text
+    assert (message.stop_reason, message.usage.output_tokens) == ("max_tokens", 12)
+    assert message.usage.input_tokens + message.usage.cache_read_input_tokens == expected.num_prompt_tokens
+
+
+def test_events_come_in_their_order(url, model):
+    with saying(model, BOTH):
+        answer = httpx.post(f"{url}/v1/messages", json=fields(tools=TOOLS, stream=True))
+    events = [dict(line.split(": ", 1) for line in event.split("\n")) for event in answer.text.strip().split("\n\n")]
+    kinds, known = [event["event"] for event in events], TypeAdapter(anthropic.types.RawMessageStreamEvent)
+    assert kinds[:2] == ["message_start", "ping"]
+    assert kinds[-2:] == ["message_delta", "message_stop"]
+    for event in events:
+        data = json.loads(event["data"])
+        assert data["type"] == event["event"]
+        if data["type"] != "ping":
+            known.validate_python(data)
+    texts = kinds.count("content_block_delta") - 2
+    assert texts > 3
+    block = ["content_block_start", "content_block_delta", "content_block_stop"]
+    assert kinds[2:-2] == [block[0], *[block[1]] * texts, block[2], *block, *block]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("said", "more", "text", "reason", "stop"),
+    [
+        ("One. Two.", {}, "One. Two.", "end_turn", None),
+        ("One. Two.", {"stop_sequences": ["Tw", "x"]}, "One. ", "stop_sequence", "Tw"),
+        ("One. Two.", {"max_tokens": 3}, "One", "max_tokens", None),
+        ("<tool_call>no</tool_call>", {"tools": TOOLS}, "<tool_call>no</tool_call>", "end_turn", None),
+    ],
+)
+def test_why_a_message_ends(client, model, said, more, text, reason, stop, stream):
+    with saying(model, said):
+        if stream:
+            with client.messages.stream(**fields(**more)) as events:
+                message = events.get_final_message()
+        else:
+            message = client.messages.create(**fields(**more))
+    assert "".join(block.text for block in message.content) == text
+    assert (message.stop_reason, message.stop_sequence) == (reason, stop)
+
+
+# Tools
+
+
+def test_calls_are_blocks(client, model):
+    with saying(model, BOTH, BOTH):
+        message = client.messages.create(**fields(tools=TOOLS))
+        with client.messages.stream(**fields(tools=TOOLS)) as stream:
+            streamed = stream.get_final_message()
+    for each in (message, streamed):
+        assert [block.type for block in each.content] == ["text", "tool_use", "tool_use"]
+        assert (each.content[0].text, each.stop_reason) == ("Let me look.", "tool_use")
+        assert calls_of(each) == CALLS
+        assert all(block.id.startswith("toolu_") for block in each.content[1:])
+
+
+def test_several_turns(url, model):
+    """What the client got goes back as it is. Results follow in the order of the calls."""
+
+    async def talk():
+        conversation: list = [{"role": "user", "content": [{"type": "text", "text": "Emden?"}]}]
+        async with AsyncAnthropic(base_url=url, api_key="none", max_retries=0) as client:
+            more = {
+                "model": "toy",
+                "max_tokens": 400,
+                "tools": TOOLS,
+                "system": [{"type": "text", "text": "Be brief."}],
+            }
+            async with client.messages.stream(messages=conversation, **more) as stream:
+                message = await stream.get_final_message()
+            results: list = []
+            for block in reversed(message.content[1:]):
+                told = {"tide": "15:00", "clock": [{"type": "text", "text": "stopped"}]}[block.name]
+                result = {"type": "tool_result", "tool_use_id": block.id, "content": told}
+                results.append({**result, "is_error": block.name == "clock"})
+            cached = {"type": "text", "text": "Well?", "cache_control": {"type": "ephemeral"}}
+            conversation += [
+                {"role": "assistant", "content": message.content},
+                {"role": "user", "content": [*results, cached]},
+            ]
+            return await client.messages.create(messages=conversation, **more)
+
+    with saying(model, BOTH, "At three.") as read:
+        message = asyncio.run(talk())
+    assert (message.content[0].text, message.stop_reason) == ("At three.", "end_turn")
+    tools, _, conversation = read[1].partition("<|im_start|>")
+    assert '{"name": "tide", "description": "Of today.", "parameters": {"type": "object",' in tools
+    assert conversation == (
+        "system|Be brief.<|im_end|><|im_start|>user|Emden?<|im_end|>"
+        '<|im_start|>assistant|Let me look.(tide {"place": "Emden"})(clock {})<|im_end|>'
+        "<|im_start|>tool|15:00<|im_end|><|im_start|>tool|Error: stopped<|im_end|>"
+        "<|im_start|>user|Well?<|im_end|><|im_start|>assistant|"
+    )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("choice", "names"), [({"type": "any"}, ["tide", "clock"]), ({"type": "tool", "name": "tide"}, ["tide"])]
+)
+def test_forced_calls_are_right(client, choice, names, stream):
+    """The model's weights are random; the grammar makes its text a call."""
+    more = fields(tools=TOOLS, tool_choice={**choice, "disable_parallel_tool_use": True})
+    if stream:
+        with client.messages.stream(**more) as events:
+            message = events.get_final_message()
+    else:
+        message = client.messages.create(**more)
+    ((name, arguments),) = calls_of(message)
+    assert name in names
+    assert arguments in ([{}] if name == "clock" else [{"place": "Emden"}, {"place": "Kiel"}])
+    assert message.stop_reason == "tool_use"
+
+
+def test_no_tools_with_the_choice_none(client, model):
+    with saying(model, BOTH) as read:
+        message = client.messages.create(**fields(tools=TOOLS, tool_choice={"type": "none"}))
+    assert [block.text for block in message.content] == [BOTH]
+    assert "Of today." not in read[0]
+
+
+def test_an_answer_of_a_schema(client):
+    schema = {"type": "object", "properties": {"high": {"type": "boolean"}}, "required": ["high"]}
+    schema |= {"additionalProperties": False}
+    form = {"format": {"type": "json_schema", "schema": schema}}
+    message = client.messages.create(**fields(output_config=form))
+    assert json.loads(message.content[0].text) in [{"high": True}, {"high": False}]
+
+
+def test_tokens_are_counted_as_the_answer_counts_them(client, model):
+    prompt = {"model": "toy", "messages": QUESTION, "system": "Be brief.", "tools": TOOLS}
+    counted = client.messages.count_tokens(**prompt).input_tokens
+    usage = client.messages.create(**prompt, max_tokens=1).usage
+    assert counted == usage.input_tokens + usage.cache_read_input_tokens
+    assert counted > client.messages.count_tokens(model="toy", messages=QUESTION).input_tokens > 27
+
+
+# Errors
+
+RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "x"}]}
+IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": "It"}]}, "does not continue"),
+        ({"messages": [RESULT]}, "tool_use_id of a result is 'a'"),
+        ({"messages": [{"role": "user", "content": []}]}, "messages.0.content is an empty list"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type is 'image'; expected 'text'"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text is missing"),
+        ({"messages": [{"role": "user", "content": [{"type": "tool_use"}]}]}, "'tool_use'; expected 'text' or 'tool_"),
+        ({"system": [{"type": "text", "text": 1}]}, "system.0.text"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"stop_sequences": [""]}, "stop_sequences"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences has 17"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "does not think"),
+        ({"mcp_servers": [{}]}, "mcp_servers"),
+        ({"colour": 1}, "colour"),
+        ({"tools": [{"type": "web_search_20250305", "name": "w"}]}, "tools.0"),
+        ({"tools": [TOOLS[0], TOOLS[0]]}, "tide twice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "'x', which is not among tools"),
+        ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
+        ({"tool_choice": {"type": "any"}}, "there are no tools"),
+        ({"tools": TOOLS, "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "beside tools"),
+        ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format.schema"),
+        ({"output_config": {"effort": "low"}}, "output_config.effort"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else None,
+)
+def test_what_is_refused(url, more, message):
+    answer = httpx.post(f"{url}/v1/messages", json=fields(**more))
+    assert answer.status_code == 400
+    body = answer.json()
+    assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")
+    assert message in body["error"]["message"]
+
+
+def test_errors_of_the_client(url, model):
+    with Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        with pytest.raises(anthropic.NotFoundError) as caught:
+            client.messages.create(**fields(model="other"))
+        assert caught.value.body["error"]["type"] == "not_found_error"
+    with serving(model, Settings(api_keys=("key",))) as guarded:
+        with Anthropic(base_url=guarded, api_key="key", max_retries=0) as client:  # sent as x-api-key
+            assert client.messages.create(**fields(max_tokens=1)).role == "assistant"
+        with Anthropic(base_url=guarded, api_key="other", max_retries=0) as client:
+            with pytest.raises(anthropic.AuthenticationError) as caught:
+                client.messages.count_tokens(model="toy", messages=QUESTION)
+            assert caught.value.body["error"]["type"] == "authentication_error"
