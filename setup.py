@@ -144,6 +144,7 @@ setup(
     py_modules=["qwenkern_start"],
     package_data={
         "qwenkern": ["py.typed"],
+        "qwenkern.server": ["page/index.html"],
         "qwenkern.kernels": ["metadata.json"],
         "qwenkern.kernels.triton": ["tuned/*/*.json"],
         "qwenkern.kernels.c": ["*.[ch]"],

@@ -1,12 +1,13 @@
 """Measures many callers at once: how much all of them get, and how long each waits, with other engines in one run.
 
     python benchmarks/serving.py                                                     the demo model on a CPU
-    python benchmarks/serving.py --peers "llama.cpp server,transformers" --callers 16 --requests 3 --json FILE
+    python benchmarks/serving.py --peers "qwenkern serve,llama.cpp server" --callers 1,4,16,64 --json FILE
 
 Each caller sends a request, reads its tokens as they come, and then sends the next one. The callers begin one after the
-other. Prompts and answers have random lengths, the same for every engine, and random tokens, so that no engine finds a
-prompt again. The engines take turns. llama.cpp's server reads the quantised file over HTTP on loopback; transformers
-runs its continuous batching on the same weights in bfloat16.
+other. Prompts and answers have random lengths, the same for every engine. The tokens are random, and others in each
+round, so that no engine finds a prompt again. The engines take turns. "qwenkern" is the engine called directly;
+`qwenkern serve` and llama.cpp's server answer over HTTP on loopback, each in a process of its own, from the same file;
+transformers runs its continuous batching on the same weights in bfloat16.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from qwenkern.benchmarks.reports import results
 from qwenkern.cli import terminal
 from qwenkern.hub.names import resolve
 
-PEERS = ("llama.cpp server", "transformers")
+PEERS = ("qwenkern serve", "llama.cpp server", "transformers")
 PROMPTS, ANSWERS = (64, 1024), (16, 256)  # tokens, the least and the most
+TOKENS = PROMPTS[1] + ANSWERS[1]  # the most of a request
+Maker = Callable[[int], AbstractContextManager[services.Service]]
 STAGGER = 0.25  # seconds between the first requests of two callers
 
 
@@ -130,7 +133,9 @@ def percentile(values: list[float], share: int) -> float:
 
 def main(
     model: Annotated[str, typer.Option(help="What `generate` takes.")] = "demo",
-    callers: Annotated[int, typer.Option(min=1, help="Callers at once.")] = 16,
+    callers: Annotated[
+        str, typer.Option(help="Callers at once; several numbers, with commas, one after the other.")
+    ] = "16",
     requests: Annotated[int, typer.Option(min=1, help="Requests of each caller, one after the other.")] = 2,
     repeats: Annotated[int, typer.Option(min=1, help="Rounds; in each, every engine runs once.")] = 2,
     threads: Annotated[int, typer.Option(min=0, help="Threads of each engine; 0: as many as torch uses.")] = 0,
@@ -143,36 +148,57 @@ def main(
     names = [name for name in beside.split(",") if name]
     if unknown := set(names) - set(PEERS):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")
+    counts = numbers(callers)
     threads = threads or torch.get_num_threads()
     use(threads)
-    room = callers * (PROMPTS[1] + ANSWERS[1])
-    loaded = Model.from_pretrained(model, device=device, cache_tokens=room)
-    work = workload(callers, requests, loaded.config.vocab_size - 1000)
-    makers: dict[str, Callable[[], AbstractContextManager[services.Service]]] = {
-        "qwenkern": lambda: services.qwenkern(loaded)
-    }
+    loaded = Model.from_pretrained(model, device=device, cache_tokens=max(counts) * TOKENS)
+    makers = engines(loaded, model, names, threads)
+    facts: dict[str, Any] = circumstances(device) | {"model": Path(model).name, "note": note, "threads": threads}
+    facts |= {"callers": counts, "requests": requests, "prompts": PROMPTS, "answers": ANSWERS, "stagger": STAGGER}
+    rows: list[dict[str, Any]] = []
+    for count in counts:
+        readings: dict[str, list[dict[str, float]]] = {}
+        for repeat in range(repeats):
+            work = workload(count, requests, loaded.config.vocab_size - 1000, seed=repeat)
+            for name, maker in list(makers.items()):
+                try:
+                    with maker(count) as service:
+                        serve(service, [[Ask([7] * 70, 4)]] * 2)  # warms up
+                        readings.setdefault(name, []).append(figures(serve(service, work), work))
+                except MISSING as error:
+                    console.print(f"[yellow]left out[/yellow] {name}: {error}", soft_wrap=True)
+                    del makers[name]
+                    continue
+                console.print(f"{count}, {name}", {key: round(value, 3) for key, value in readings[name][-1].items()})
+        rows += [{"callers": count} | row for row in summary(readings)]
+        for row in rows[-len(readings) :]:
+            if "speedup" in row:
+                console.print(f"{count}, {row['engine']}: takes {row['speedup'][0]:.3f} times as long as the engine")
+    if json_file:
+        results.save(json_file, facts | {"rows": rows})
+
+
+def engines(loaded: Model, model: str, names: list[str], threads: int) -> dict[str, Maker]:
+    """What makes each engine ready, for a number of callers. All have room for the same tokens."""
+    makers: dict[str, Maker] = {"qwenkern": lambda _: services.qwenkern(loaded)}
+    if "qwenkern serve" in names:
+        room = loaded.cache.num_tokens
+        makers["qwenkern serve"] = lambda _: services.qwenkern_server(model, threads, room)
     if "llama.cpp server" in names:
         file = resolve(model)
-        makers["llama.cpp server"] = lambda: services.llama_server(file, threads, callers, PROMPTS[1] + ANSWERS[1])
+        makers["llama.cpp server"] = lambda count: services.llama_server(file, threads, count, TOKENS)
     if "transformers" in names:
-        dense = Model.from_pretrained(model, device=device, quantize="none", dtype="bfloat16", cache_tokens=64)
-        makers["transformers"] = lambda: services.transformers(dense)
-    facts: dict[str, Any] = circumstances(device) | {"model": Path(model).name, "note": note, "threads": threads}
-    facts |= {"callers": callers, "requests": requests, "prompts": PROMPTS, "answers": ANSWERS, "stagger": STAGGER}
-    readings: dict[str, list[dict[str, float]]] = {}
-    for _ in range(repeats):
-        for name, maker in list(makers.items()):
-            try:
-                with maker() as service:
-                    serve(service, [[Ask([7] * 70, 4)]] * 2)  # warms up
-                    readings.setdefault(name, []).append(figures(serve(service, work), work))
-            except MISSING as error:
-                console.print(f"[yellow]left out[/yellow] {name}: {error}", soft_wrap=True)
-                del makers[name]
-                continue
-            console.print(name, {key: round(value, 3) for key, value in readings[name][-1].items()})
-    if json_file:
-        results.save(json_file, facts | {"rows": summary(readings)})
+        dense = Model.from_pretrained(model, device="cpu", quantize="none", dtype="bfloat16", cache_tokens=64)
+        makers["transformers"] = lambda _: services.transformers(dense)
+    return makers
+
+
+def numbers(text: str) -> list[int]:
+    """Numbers of callers from "1,4,16"."""
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and 0 < int(part) < 1000 for part in parts):
+        raise typer.BadParameter(f"{text!r}; expected numbers from 1 to 999, with commas", param_hint="--callers")
+    return [int(part) for part in parts]
 
 
 if __name__ == "__main__":

@@ -254,12 +254,11 @@ def serving(document: dict[str, Any]) -> Shown:
     for row in document["rows"]:
         waits = [f"{row[f'{what}_p50'][0]:.2f} / {row[f'{what}_p99'][0]:.2f}" for what in ("first_token", "gap")]
         speed = _spread(row["tokens_per_second"], "", digits=1)
-        rows.append([ENGINES.get(row["engine"], row["engine"]), speed, _spread(row.get("speedup"), ""), *waits])
-    said = (
-        f"{document['model']}, {document['callers']} callers of {document['requests']} requests each. {_when(document)}"
-    )
+        name = ENGINES.get(row["engine"], row["engine"])
+        rows.append([str(row["callers"]), name, speed, _spread(row.get("speedup"), ""), *waits])
+    said = f"{document['model']}, {document['requests']} requests of each caller. {_when(document)}"
     waits_of = [f"{what}, median / 99 % within, s" for what in ("time to first token", "gap between tokens")]
-    return said, ["engine", "tokens/s of all", "speed-up", *waits_of], rows
+    return said, ["callers", "engine", "tokens/s of all", "speed-up", *waits_of], rows
 
 
 def engine(document: dict[str, Any]) -> Shown:

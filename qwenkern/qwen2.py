@@ -51,7 +51,9 @@ class Qwen2(nn.Module):
 
         Returns float32 logits [T, vocabulary], or those of ``rows`` only (indices into the batch's tokens)."""
         x = self.model(batch, cache)
-        return self.logits(x if rows is None else x[rows])
+        x = x if rows is None else x[rows]
+        # A chunk in the middle of a prompt has no rows, and the output weights are not read.
+        return self.logits(x) if len(x) else x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
 
     def logits(self, x: Tensor) -> Tensor:
         """Of what the layers made of some tokens [T, K]: float32 [T, vocabulary]."""

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import http.client
+import importlib.util
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -57,42 +59,104 @@ class LlamaServer:
             "ignore_eos": True,
             "cache_prompt": False,
             "stream": True,
-            "return_tokens": True,
+            "timings_per_token": True,  # an event has no tokens of its own while a character is not whole
         }
-        connection = http.client.HTTPConnection("127.0.0.1", self._port, timeout=600)
-        connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise RuntimeError(f"llama-server answered {answer.status}: {answer.read(300)!r}")
-        for line in answer:
-            if line.startswith(b"data: {"):
-                event = json.loads(line[6:])
-                if not event.get("stop"):
-                    yield len(event["tokens"])
-        connection.close()
+        seen = 0
+        for event in _events(self._port, "/completion", body):
+            count = event["timings"]["predicted_n"]
+            if count > seen:
+                yield count - seen
+            seen = count
+
+
+class QwenkernServer:
+    """`qwenkern serve` over HTTP on loopback."""
+
+    def __init__(self, port: int) -> None:
+        self._port = port
+
+    def stream(self, prompt: list[int], new: int) -> Iterator[int]:
+        body = {
+            "prompt": prompt,
+            "max_tokens": new,
+            "temperature": 0,
+            "repetition_penalty": 1.0,
+            "ignore_eos": True,
+            "stream": True,
+            "return_token_ids": True,
+        }
+        for event in _events(self._port, "/v1/completions", body):
+            if count := len(event["choices"][0]["token_ids"]):
+                yield count
+
+
+def _events(port: int, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The events of a streamed answer."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
+    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+    answer = connection.getresponse()
+    if answer.status != 200:
+        raise RuntimeError(f"{path} answered {answer.status}: {answer.read(300)!r}")
+    for line in answer:
+        if line.startswith(b"data: {"):
+            yield json.loads(line[6:])
+    connection.close()
 
 
 @contextmanager
 def llama_server(file: Path, threads: int, callers: int, tokens: int) -> Iterator[LlamaServer]:
     """The server with a slot of ``tokens`` for each caller. Raises FileNotFoundError if it is not installed."""
     program = llama_cpp.find("llama-server")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = _free_port()
     context = callers * (-(-tokens // 256) * 256)
     options = ["--parallel", callers, "--ctx-size", context, "--threads", threads, "--port", port, "--no-webui"]
     command = [program, "--model", str(file), *map(str, options), *llama_cpp.SETTINGS]
+    with _running(command, port):
+        yield LlamaServer(port)
+
+
+@contextmanager
+def qwenkern_server(model: str, threads: int, cache_tokens: int) -> Iterator[QwenkernServer]:
+    """`qwenkern serve` as users start it. Raises FileNotFoundError if the extra qwenkern[serve] is not installed."""
+    if importlib.util.find_spec("uvicorn") is None:
+        raise FileNotFoundError("qwenkern serve needs the extra qwenkern[serve]")
+    port = _free_port()
+    options = [
+        "--model",
+        model,
+        "--device",
+        "cpu",
+        "--threads",
+        threads,
+        "--cache-tokens",
+        cache_tokens,
+        "--port",
+        port,
+    ]
+    with _running([sys.executable, "-m", "qwenkern", "serve", *map(str, options)], port):
+        yield QwenkernServer(port)
+
+
+def _free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+@contextmanager
+def _running(command: list[str], port: int) -> Iterator[None]:
+    """A server in a process of its own, from when it is healthy."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + READY
         while not _is_healthy(port):
             if process.poll() is not None or time.monotonic() > until:
-                raise RuntimeError(f"llama-server was not ready after {READY} s, or ended with {process.poll()}")
+                raise RuntimeError(f"{command[0]} was not ready after {READY} s, or ended with {process.poll()}")
             time.sleep(0.2)
-        yield LlamaServer(port)
+        yield
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(60)
 
 
 def _is_healthy(port: int) -> bool:

@@ -59,6 +59,11 @@ class PageAllocator:
         return len(self._free) + len(self._kept)
 
     @property
+    def num_used_pages(self) -> int:
+        """Pages that tables have. Any thread may ask."""
+        return self.num_pages - len(self._free) - len(self._kept)
+
+    @property
     def num_kept_pages(self) -> int:
         """Free pages whose text can be found."""
         self._take_back()

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from ..config import FAMILY
 from ..errors import Error, RequestError, shown
+from ..footprint.case import Case
 from ..Model import Model
-
-if TYPE_CHECKING:
-    from .footprint import Case
 
 
 def device_of(device: str | None, check: bool) -> str:

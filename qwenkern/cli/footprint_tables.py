@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from ..footprint.cards import AS_OF, USABLE, Card
-
-if TYPE_CHECKING:
-    from .footprint import Case
+from ..footprint.case import Case
 
 
 def show(model: str, case: Case, device: str, cards: Sequence[Card]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import logging
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,7 +12,6 @@ import typer
 
 from ..errors import RequestError, shown
 from ..kernels import environment
-from ..Model import Model
 from .terminal import note
 
 if TYPE_CHECKING:
@@ -57,6 +55,14 @@ def serve(
     quantize: Annotated[str | None, typer.Option(help="int8, int4, fp8 or none, as the weights load.")] = None,
     kv_cache_dtype: Annotated[str, typer.Option(help="auto, float16, int8, fp8, or dtype's.")] = "auto",
     cache_tokens: Annotated[int | None, typer.Option(help="Tokens that the key-value cache of a model holds.")] = None,
+    memory: Annotated[
+        float | None,
+        typer.Option(
+            help="Gigabytes that all models may take together; the least used are unloaded.",
+            show_default="of several models: 90 % of what is free",
+            min=0.0,
+        ),
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(help="Number of CPU threads.", show_default="one per physical core")
     ] = None,
@@ -67,6 +73,7 @@ def serve(
     from ..server import listening
     from ..server.models import Models
     from ..server.settings import Settings
+    from ..server.source import free_memory, source
 
     options: dict[str, Any] = {
         "device": device,
@@ -76,12 +83,17 @@ def serve(
         "cache_tokens": cache_tokens,
         "threads": threads,
     }
-    sources = {name: partial(Model.from_pretrained, path, **options) for name, path in named(model or ["demo"]).items()}
+    models = named(model or ["demo"])
+    if memory is None and len(models) > 1:
+        most: int | None = free_memory(device)
+    else:
+        most = None if memory is None else int(memory * 1e9)
     settings = Settings(host, port, keys(api_key_file), tuple(cors_origin or ()), log_prompts, bounds_of(bound or []))
     if not settings.api_keys and host not in ("127.0.0.1", "::1", "localhost"):
         note("[yellow]warning:[/] everybody who reaches this address may call: there is no --api-key-file")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    listening.run(Models(sources), settings)
+    bounds, sources = settings.bounds, {name: source(path, **options) for name, path in models.items()}
+    listening.run(Models(sources, most, bounds.waiting_seconds, bounds.waiting), settings)
 
 
 def named(models: list[str]) -> dict[str, str]:

@@ -17,7 +17,6 @@ from ..cache import PagedCache
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .draft_model import DraftModel
-from .masks import Masks
 from .pipeline import DecodePipeline
 from .request import Request, with_siblings
 from .runner import Runner
@@ -61,9 +60,9 @@ class Engine:
     def __init__(self, runner: Runner, limits: Limits, draft_model: DraftModel | None = None) -> None:
         self.runner = runner
         self.scheduler = Scheduler(runner.cache, limits, runner.weights_version)
+        self.counts = self.scheduler.counts
         self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
-        self._masks = Masks()
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
         self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
@@ -114,17 +113,23 @@ class Engine:
         if self._stepping.setdefault("thread", me) != me:
             raise RequestError("another thread is in a step of this engine; expected one at a time")
         try:
+            if self.counts.busy_since is None:
+                self.counts.busy_since = time.monotonic()
             try:
                 outputs = self._step()
             except Exception as error:
                 return self._after_fault(error)
             self._faults = 0
+            if self._in_pass:
+                self.counts.busy_since = time.monotonic()
             return outputs
         except BaseException:
             self._forget_all()
             raise
         finally:
             self._stepping.clear()
+            if not self.has_requests:
+                self.counts.busy_since = None
 
     def close(self) -> None:
         """Ends all requests and frees their pages. No other thread may be in a step."""
@@ -182,25 +187,27 @@ class Engine:
     def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
         """Runs a pass, and samples a token for every request whose pending tokens are now all computed, and for its
         siblings, which start there."""
-        last_rows = [end - 1 for end in accumulate(len(ids) for _, ids in scheduled)]
         may_replay = all(request.output_ids for request, _ in scheduled)  # False for a prompt, even of one token
         begin = time.monotonic()
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
-        self._masks.begin([request for request, ids in scheduled if len(ids) == request.num_pending])
+        ends = accumulate(len(ids) for _, ids in scheduled)
+        last_rows = [  # of the requests whose next token follows from this pass
+            end - 1 for end, (request, ids) in zip(ends, scheduled, strict=True) if len(ids) == request.num_pending
+        ]
         logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
-        self._masks.finish()
         requests: list[Request] = []
         rows: list[int] = []
-        for row, (request, _) in enumerate(scheduled):
+        for request, _ in scheduled:
             self.scheduler.remember(request)
             if not request.num_pending:
                 started = self.scheduler.fork(request) if request.siblings else [request]
                 self._in_pass += started[1:]
+                rows += [rows[-1] + 1 if rows else 0] * len(started)
                 requests += started
-                rows += [row] * len(started)
         if not requests:
             return []
+        _prepare(requests)
         chosen = logits if rows == list(range(len(logits))) else logits[rows]
         tokens = list(zip(requests, sample(chosen, requests), strict=True))
         self.scheduler.pace.read()
@@ -223,9 +230,8 @@ class Engine:
         assert self.speculation
         begin, outputs, row = time.monotonic(), [], 0
         parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
-        self._masks.begin(self._in_pass, drafts)
         logits = self.runner.each_logits(parts)
-        self._masks.finish()
+        _prepare(self._in_pass)
         for request, (table, ids) in zip(self._in_pass, parts, strict=True):
             drawn = 0
             while not request.has_ended and drawn < len(ids) and (not drawn or request.output_ids[-1] == ids[drawn]):
@@ -236,6 +242,7 @@ class Engine:
             if request in drafts:
                 self.speculation.read(request, drafts[request], max(0, drawn - 1))
             row += len(ids)
+        self.counts.drafted, self.counts.accepted = self.speculation.num_drafted, self.speculation.num_accepted
         self.speculation.costs.read(row, time.monotonic() - begin)
         return outputs
 
@@ -250,12 +257,15 @@ class Engine:
             position = len(request.prompt_ids) + len(request.output_ids) - 1
             return self._failed(request, NonFiniteError.at(position, self.runner.cache.dtype, where))
         text = request.accept(token)
+        self.counts.token(request)
         if request.finish_reason:
+            self.counts.ended(request, request.finish_reason)
             self.scheduler.end(request)
         return Output(request, request.output_ids[-1:], text, request.finish_reason)
 
     def _failed(self, request: Request, error: Error) -> Output:
         request.error = error
+        self.counts.ended(request, "error")
         self.scheduler.end(request, is_sound=False)
         return Output(request, [], "", error=error)
 
@@ -274,6 +284,7 @@ class Engine:
         if x.is_cuda:
             torch.cuda.current_stream(x.device).synchronize()  # the reader may use another stream
         request.finish_reason = "length"
+        self.counts.ended(request, request.finish_reason)
         self.scheduler.end(request)
         return [Output(request, [], "", request.finish_reason)]
 
@@ -304,6 +315,13 @@ class Engine:
 def _decodes(request: Request) -> bool:
     """Whether one token is pending, after the prompt's pass: a captured step can compute the next one."""
     return bool(request.output_ids) and request.num_pending == 1
+
+
+def _prepare(requests: Iterable[Request]) -> None:
+    """Computes what grammars allow next. A GPU runs the pass meanwhile: nothing has waited for its logits yet."""
+    for request in requests:
+        if request.matcher:
+            request.matcher.prepare()
 
 
 def _is_lost(error: Exception) -> bool:

@@ -60,10 +60,19 @@ class Loop:
 
     def between_passes(self, work: Callable[[], T]) -> T:
         """Has the thread that steps do some work on the cache, and returns its result or raises its error."""
+        result = self.submit(work)
+        while not wait([result], PATIENCE).done:
+            self._check_open()
+        return result.result()
+
+    def submit(self, work: Callable[[], T]) -> Future[T]:
+        """Has the thread that steps do some work between two passes, and does not wait for its result."""
         self._check_open()
         result: Future[T] = Future()
 
         def run() -> None:
+            if not result.set_running_or_notify_cancel():
+                return
             try:
                 result.set_result(work())
             except BaseException as error:
@@ -71,9 +80,7 @@ class Loop:
 
         self.engine.between_passes(run)
         self._run()
-        while not wait([result], PATIENCE).done:
-            self._check_open()
-        return result.result()
+        return result
 
     def abort(self, request: Request) -> None:
         """Ends a request. The pages are free after the pass in progress."""

@@ -40,7 +40,9 @@ class Request:
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.params.cache_salt or "")
-        self.arrived = 0.0  # time.monotonic() when it was added to an engine
+        self.arrived = 0.0  # time.monotonic() when it was added to an engine, or earlier if the caller says so
+        self.has_started = False  # it has had pages
+        self.last_token_at = 0.0  # time.monotonic() of its latest token; 0: it has none
         self.num_found = 0  # tokens of the prompt that the cache still had when the request started
         self.num_scored = 0  # tokens of the prompt whose logits on_logits has been given
         self.output_ids: list[int] = []

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..cache import PagedCache
+from .counts import Counts
 from .pace import Pace
 from .request import Request, with_siblings
 
@@ -58,6 +59,7 @@ class Scheduler:
     def __init__(self, cache: PagedCache, limits: Limits, weights_version: Callable[[], int]) -> None:
         self.cache = cache
         self.limits = limits
+        self.counts = Counts()
         self._weights_version = weights_version
         self.pace = Pace(limits.prefill_chunk, limits.stream_gap)
         self._count = itertools.count()  # orders requests of the same moment
@@ -87,8 +89,8 @@ class Scheduler:
     def add(self, *requests: Request) -> None:
         """Adds requests, which the next pass sees together. Any thread may call this."""
         now = time.monotonic()
-        for request in requests:
-            request.arrived = now
+        for request in with_siblings(requests):
+            request.arrived = request.arrived or now
         self._arrivals.extend(requests)  # at once, so that what runs together does not depend on the threads' timing
 
     def abort(self, request: Request) -> None:
@@ -176,6 +178,8 @@ class Scheduler:
         while self._aborted:
             request = self._aborted.popleft()
             request.aborted = True
+            if request.finish_reason is None and request.error is None:
+                self.counts.ended(request, "abort")
             if request in self.running:
                 self.end(request)
                 self._leave_siblings(request)
@@ -219,6 +223,7 @@ class Scheduler:
             return False
         if not request.output_ids:
             request.num_found = request.table.length
+        self.counts.started(request, self.limits.finds_prefixes and not request.on_logits)
         return True
 
     def _prompts(self, decoding: list[Request]) -> list[Scheduled]:
@@ -251,6 +256,7 @@ class Scheduler:
         return sum(self.cache.missing_pages(request.table, 1) for request in requests)
 
     def _preempt(self, request: Request) -> None:
+        self.counts.preempted += 1
         self.end(request)
         self._wait(request)
 

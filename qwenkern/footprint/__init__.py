@@ -1,7 +1,7 @@
 """How much memory a model takes, computed before any of it is taken.
 
 `layout.py` counts, `choice.py` makes its input of a user's words, `fit.py` refuses what will not fit, `room.py` sizes
-the cache, `memory.py` says what this machine has, and `cards.py` what others have.
+the cache, `memory.py` says what this machine has, `cards.py` what others have, and `case.py` who fits where.
 """
 
 from __future__ import annotations

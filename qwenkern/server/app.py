@@ -16,7 +16,20 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..errors import shown
-from . import chat, completions, errors, messages, responses
+from . import (
+    chat,
+    completions,
+    errors,
+    footprint,
+    health,
+    listing,
+    messages,
+    metrics,
+    openapi,
+    page,
+    responses,
+    tokens,
+)
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -24,7 +37,19 @@ from .models import Models
 from .service import Service
 from .settings import Settings
 
-ENDPOINTS: list[Endpoint] = [*chat.ENDPOINTS, *completions.ENDPOINTS, *messages.ENDPOINTS, *responses.ENDPOINTS]
+ENDPOINTS: list[Endpoint] = [
+    *chat.ENDPOINTS,
+    *completions.ENDPOINTS,
+    *messages.ENDPOINTS,
+    *responses.ENDPOINTS,
+    *listing.ENDPOINTS,
+    *tokens.ENDPOINTS,
+    *health.ENDPOINTS,
+    *metrics.ENDPOINTS,
+    *openapi.ENDPOINTS,
+    *footprint.ENDPOINTS,
+    *page.ENDPOINTS,
+]
 
 
 def create_app(
@@ -48,7 +73,8 @@ def create_app(
             loading.cancel()
             service.close()
 
-    middleware = []
+    watched = metrics.Metrics(models)
+    middleware = [Middleware(metrics.CountResponses, counts=watched.responses)]
     if settings.cors_origins:
         middleware.append(
             Middleware(
@@ -69,6 +95,8 @@ def create_app(
         lifespan=lifespan,
     )
     app.state.service = service
+    app.state.metrics = watched
+    app.state.openapi = openapi.document(ENDPOINTS, has_keys=bool(settings.api_keys))
     return app
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any
@@ -41,6 +41,7 @@ class CompletionBody(Sampled):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
+    return_token_ids: bool | None = None  # vLLM's: the choices have the ids of their tokens, too
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -183,7 +184,8 @@ def _choice(answer: Answer, model: Model, body: CompletionBody, turn: Turn, prom
     if body.logprobs is not None:
         own = writing.of(answer.logprobs)
         logprobs = _joined(logprobs, own) if logprobs else own
-    return {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.finished.reason}
+    choice = {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.finished.reason}
+    return choice | ({"token_ids": answer.token_ids} if body.return_token_ids else {})
 
 
 async def _chunks(
@@ -192,10 +194,17 @@ async def _chunks(
     start = "data: " + json.dumps(head)[:-1]
     usage, tail = Usage(), ', "usage": null}\n\n' if body.include_usage else "}\n\n"
 
-    def chunk(index: int, text: str, logprobs: dict[str, Any] | None = None, reason: str | None = None) -> bytes:
+    def chunk(
+        index: int,
+        text: str,
+        logprobs: dict[str, Any] | None = None,
+        reason: str | None = None,
+        token_ids: Sequence[int] = (),
+    ) -> bytes:
+        ids = f', "token_ids": {list(token_ids)}' if body.return_token_ids else ""
         return (
             f'{start}, "choices": [{{"index": {index}, "text": {json.dumps(text)}, "logprobs": '
-            f'{json.dumps(logprobs) if logprobs else "null"}, "finish_reason": {json.dumps(reason)}}}]{tail}'
+            f'{json.dumps(logprobs) if logprobs else "null"}, "finish_reason": {json.dumps(reason)}{ids}}}]{tail}'
         ).encode()
 
     async with service.models.use(body.model) as model:
@@ -217,9 +226,9 @@ async def _chunks(
                         begun.add(index)
                         yield chunk(index, prompts[index // n].text, _echo(prompts[index // n], writing[index]))
                     if isinstance(event, Text):
-                        if event.text or event.logprobs:
+                        if event.text or event.logprobs or body.return_token_ids:
                             logprobs = writing[index].of(event.logprobs) if event.logprobs else None
-                            yield chunk(index, event.text, logprobs)
+                            yield chunk(index, event.text, logprobs, token_ids=event.token_ids)
                     elif isinstance(event, Finished):
                         usage.add(event, turn)
                         yield chunk(index, "", None, event.reason)

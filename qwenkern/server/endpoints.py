@@ -11,8 +11,8 @@ import asyncio
 import logging
 import time
 import uuid
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel
@@ -42,9 +42,10 @@ class Endpoint:
     body: type[bodies.Body] | None
     summary: str
     as_error: Callable[[ApiError], dict[str, Any]] = errors.openai_body  # the form of its errors
-    answer: type[BaseModel] | None = None  # the body of status 200; None: any JSON object
+    answer: type[BaseModel] | str | None = None  # the body of status 200, or its media type; None: any JSON object
     streams: bool = False  # whether `"stream": true` gives server-sent events
     is_open: bool = False  # whether it takes no API key
+    query: Mapping[str, Any] = field(default_factory=dict)  # the parameters of its query, each with its JSON schema
 
 
 class Served:

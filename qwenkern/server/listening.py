@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uvicorn
 
+from ..errors import Error
 from . import protocol
 from .app import create_app
 from .models import Models
@@ -22,11 +23,11 @@ class Server(uvicorn.Server):
 
 
 def run(models: Models, settings: Settings) -> None:
-    """Serves until a signal ends it. Raises what the first model could not be loaded for."""
+    """Serves until a signal ends it. Raises Error if the first model cannot be loaded."""
     listening = server(models, settings)
     listening.run()
     if listening.failure:
-        raise listening.failure
+        raise Error(str(listening.failure)) from listening.failure
 
 
 def server(models: Models, settings: Settings) -> Server:

@@ -1,5 +1,5 @@
-"""HTTP as uvicorn speaks it, with two differences: what is not HTTP is answered in the form of the API's errors, and a
-client that does not finish its headers is not waited for."""
+"""HTTP as uvicorn speaks it, with three differences: what is not HTTP is answered in the form of the API's errors, a
+client that does not finish its headers is not waited for, and neither is one that does not read its answer."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 HEADER_SECONDS = 10.0  # in which the headers of a request must come, from its first byte or from the connection on
 MAX_HEADER_BYTES = 32 * 1024  # of a request line with its headers; uvicorn's h11_max_incomplete_event_size
+STALLED_SECONDS = 60.0  # in which a client must make room for more of its answer, once 64 KiB wait to be sent
 _PIECE = 4096
 
 
@@ -20,6 +21,7 @@ class Protocol(H11Protocol):
     """One connection."""
 
     _headers_due: asyncio.TimerHandle | None = None
+    _room_due: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -38,7 +40,19 @@ class Protocol(H11Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
+        self._stop_waiting_for_room()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        """Called when much waits to be sent: the answer then pauses."""
+        super().pause_writing()
+        self._stop_waiting_for_room()
+        self._room_due = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """Called when the client has taken most of it."""
+        self._stop_waiting_for_room()
+        super().resume_writing()
 
     def send_400_response(self, msg: str) -> None:
         """Called where h11 has raised an error."""
@@ -55,6 +69,11 @@ class Protocol(H11Protocol):
         if self._headers_due is not None:
             self._headers_due.cancel()
             self._headers_due = None
+
+    def _stop_waiting_for_room(self) -> None:
+        if self._room_due is not None:
+            self._room_due.cancel()
+            self._room_due = None
 
     def _headers_are_late(self) -> None:
         self._headers_due = None

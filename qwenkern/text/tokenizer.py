@@ -177,11 +177,22 @@ class Tokenizer:
     def files(self) -> dict[str, bytes]:
         """The files, by name, of a folder that has the same tokenizer and chat templates. Of the ids that end a text,
         they have those that the vocabulary tells."""
-        settings = self._chat_template.settings()
         return {
             "tokenizer.json": self._library.to_str().encode(),
-            "tokenizer_config.json": (json.dumps(settings, ensure_ascii=False, indent=2) + "\n").encode(),
+            "tokenizer_config.json": (json.dumps(self.settings(), ensure_ascii=False, indent=2) + "\n").encode(),
         }
+
+    def settings(self) -> dict[str, Any]:
+        """The fields of its tokenizer_config.json: the chat templates, and the tokens that they name."""
+        return self._chat_template.settings()
+
+    def spelling_of(self, token_id: int) -> str:
+        """How the vocabulary spells a token ("Ġthe"); "" for an id without a token."""
+        return self._library.id_to_token(token_id) or ""
+
+    def added_tokens(self) -> dict[int, str]:
+        """The tokens beside those of the byte-level vocabulary, by id."""
+        return dict(self._added)
 
     def encode(self, text: str, *, allow_special: bool = True) -> list[int]:
         """The ids of `text`, with no token before or after it; see `encode_prompt`.

@@ -9,7 +9,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from support.models import TINY, tiny_model
+import typer
+from support.models import TINY, save_checkpoint, tiny_model
 
 from qwenkern import Model
 from qwenkern.benchmarks import engine, serving
@@ -79,6 +80,25 @@ def test_qwenkern_gives_the_tokens_of_generate():
     assert sum(services.Qwenkern(model).stream(prompt, 9)) == 9
 
 
+@pytest.mark.slow
+def test_qwenkern_serve_gives_as_many_tokens_as_asked_for(tmp_path):
+    """In a process of its own, from the command line."""
+    save_checkpoint(tiny_model(), tmp_path / "tiny")
+    with services.qwenkern_server(str(tmp_path / "tiny"), 1, 1024) as service:
+        assert sum(service.stream([5, 6, 7], 9)) == 9
+        [timed] = serving.serve(service, [[Ask([8] * 20, 5)]], stagger=0.0)
+        assert len(timed.tokens) == 5
+        with pytest.raises(RuntimeError, match="/v1/completions answered 400"):
+            list(service.stream([10**6], 3))
+
+
+def test_numbers_of_callers():
+    assert serving.numbers("1,4, 16") == [1, 4, 16]
+    for text in ("", "0", "4,", "a", "-1", "1000"):
+        with pytest.raises(typer.BadParameter, match="numbers from 1 to 999"):
+            serving.numbers(text)
+
+
 def test_events_of_llama_cpp_are_counted():
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
@@ -97,7 +117,7 @@ def test_events_of_llama_cpp_are_counted():
     try:
         service = services.LlamaServer(server.server_address[1])
         assert list(service.stream([1, 2], 3)) == [1, 2]
-        with pytest.raises(RuntimeError, match="llama-server answered 400"):
+        with pytest.raises(RuntimeError, match="/completion answered 400"):
             list(service.stream([9], 3))
     finally:
         server.shutdown()

@@ -108,7 +108,8 @@ def test_a_client_that_goes_away_ends_its_request_within_a_step(plain, model):
         stepping = threading.Thread(target=gate.steps, args=(4,))
         stepping.start()
         with streaming(plain, max_tokens=400) as response:
-            next(response.iter_lines())
+            lines = response.iter_lines()  # the connection ends when this is dropped
+            next(lines)
             stepping.join()
         requests = list(model._loop.engine.scheduler.running)
         eventually(lambda: all(request.aborted for request in requests))

@@ -140,3 +140,11 @@ def test_code_is_filled_in(demo_path):
 def test_what_is_wrong_is_named(post, body, param):
     answer = post(**body)
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+def test_token_ids_come_back_if_asked_for(post, model):
+    expected = model.generate("Hello", max_tokens=7).token_ids
+    assert post(prompt="Hello", max_tokens=7, return_token_ids=True).json()["choices"][0]["token_ids"] == expected
+    chunks = streamed(post(prompt="Hello", max_tokens=7, return_token_ids=True, stream=True))
+    assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == expected
+    assert "token_ids" not in post(prompt="Hello", max_tokens=7).json()["choices"][0]

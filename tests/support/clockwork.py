@@ -25,7 +25,7 @@ SMALL = replace(
 class Sums:
     """In place of the layers: keeps token ids as keys, and makes the most likely token from all of a sequence's."""
 
-    def __init__(self, vocabulary: int, capture: Any) -> None:
+    def __init__(self, vocabulary: int, capture: Any = None) -> None:
         self._noise = np.linspace(0, 1, vocabulary, dtype=np.float32)
         self._capture = capture
 
@@ -40,8 +40,12 @@ class Sums:
         logits = np.tile(self._noise, (len(rows), 1))
         for logit, row in zip(logits, rows, strict=True):
             past = pages[tables[np.searchsorted(starts, row, "right") - 1]].ravel()[: positions[row] + 1]
-            logit[_next(past, len(logit))] += 3
+            logit[self.next(past)] += 3
         return torch.from_numpy(logits)
+
+    def next(self, past: np.ndarray) -> int:
+        """The most likely token after these."""
+        return _next(past, len(self._noise))
 
     def greedy(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
         return self.forward(batch, cache).max(-1)
@@ -51,9 +55,13 @@ def clockwork(capture: Capture, dtype: torch.dtype = torch.float32, **keywords: 
     """A model of Sums. Fields of its Config may be given as keywords, too."""
     fields = {name: keywords.pop(name) for name in list(keywords) if hasattr(SMALL, name)}
     model = tiny_model(replace(SMALL, **fields), dtype, **{"prefill_chunk": 40} | keywords)
-    sums = Sums(model.config.vocab_size, capture)
-    model.module.forward, model.module.greedy = sums.forward, sums.greedy
-    model.module.model.forward, model.module.logits = sums.forward, lambda logits: logits
+    return with_layers(model, Sums(model.config.vocab_size, capture), capture)
+
+
+def with_layers(model, layers: Sums, capture: Capture | None = None):
+    """The model, with these in place of its layers."""
+    model.module.forward, model.module.greedy = layers.forward, layers.greedy
+    model.module.model.forward, model.module.logits = layers.forward, lambda logits: logits
     return with_capture(model, capture)
 
 

@@ -25,9 +25,11 @@ def toy(config: Config = TINY, **keywords: Any) -> Model:
 
 
 @contextlib.contextmanager
-def serving(models: Model | Mapping[str, Model] | Models, settings: Settings | None = None) -> Iterator[str]:
+def serving(
+    models: Model | Mapping[str, Model] | Models, settings: Settings | None = None, wait: bool = True
+) -> Iterator[str]:
     """Serves a model as "toy", models by name, or Models, in a thread. Gives the base URL, without a slash at its
-    end. Does not close models that it was given as such."""
+    end. Does not close models that it was given as such. wait: until the first of them is loaded."""
     if isinstance(models, Model):
         models = {"toy": models}
     if not isinstance(models, Models):
@@ -43,7 +45,7 @@ def serving(models: Model | Mapping[str, Model] | Models, settings: Settings | N
         try:
             eventually(lambda: server.started or not thread.is_alive())
             assert server.started, "the server has not started"
-            eventually(lambda: models.is_ready)
+            eventually(lambda: models.is_ready or not wait)
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True

@@ -1,0 +1,80 @@
+"""GET /health: whether the engines make progress. For load balancers and supervisors, so it needs no key.
+
+An idle engine must run an empty piece of work between two passes within ANSWERS seconds. A busy one must have ended a
+pass in the last HANGS seconds, which is longer than any pass should take.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Literal
+
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..errors import EngineError
+from .endpoints import Endpoint
+from .models import Entry, Models
+from .service import Service
+
+ANSWERS = 2.0
+HANGS = 120.0
+
+
+class Health(BaseModel):
+    """The state of a server: ok has status 200, the others have 503."""
+
+    status: Literal["ok", "loading", "failed"]
+    reason: str | None  # why it is not ok
+
+
+async def health(service: Service, request: Request, body: None) -> Response:
+    """The state of the server, within ANSWERS seconds."""
+    found = await health_of(service.models)
+    retry = {} if found.status == "ok" else {"Retry-After": "5"}
+    return JSONResponse(found.model_dump(), 200 if found.status == "ok" else 503, retry)
+
+
+async def health_of(models: Models) -> Health:
+    """The state of a server with these models."""
+    if not models.is_ready:
+        first = models.entry(None)
+        if first.state == "failed":
+            return Health(status="failed", reason="the model cannot be loaded; the server's log has the reason")
+        return Health(status="loading", reason=f"the model is loading ({first.progress:.0%})")
+    reasons = await asyncio.gather(*(_fault(entry) for entry in models.entries.values() if entry.model))
+    reason = next(filter(None, reasons), None)
+    return Health(status="failed" if reason else "ok", reason=reason)
+
+
+async def _fault(entry: Entry) -> str | None:
+    """Why a loaded model does not answer, or None."""
+    assert entry.model
+    loop = entry.model._loop  # made here if no request has come yet
+    engine = loop.engine
+    if engine.fault:
+        return "an engine has stopped; the server's log has the reason"
+    if engine.counts.busy_since is None:
+        try:
+            if entry.ping is None or entry.ping.done():
+                entry.ping = loop.submit(_nothing)
+        except EngineError:
+            return "a model is closed"
+        done, _ = await asyncio.wait([asyncio.wrap_future(entry.ping)], timeout=ANSWERS)
+        if not done and engine.counts.busy_since is None:
+            return f"the thread of an engine does not answer within {ANSWERS:g} s"
+    since = engine.counts.busy_since
+    if since is not None and time.monotonic() - since > HANGS:
+        return f"a pass of an engine takes longer than {HANGS:g} s"
+    return None
+
+
+def _nothing() -> None:
+    """Work that shows that the thread of an engine runs."""
+
+
+ENDPOINTS = [
+    Endpoint("/health", "GET", health, None, "Says whether the engines make progress", answer=Health, is_open=True)
+]

@@ -1,0 +1,159 @@
+"""POST /tokenize and /detokenize, GET /tokenizer_info: in the form that vLLM has given them.
+
+Source: vllm/entrypoints/serve/tokenize/protocol.py of the vLLM project."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from ..errors import RequestError
+from ..Model import Model
+from ..text.tokenizer import Tokenizer
+from .bodies import Body
+from .endpoints import Endpoint
+from .errors import ApiError
+from .service import Service
+from .settings import Bounds
+
+_NOT_OURS = "templates come from the checkpoint alone"
+
+
+class TokenizeBody(Body):
+    """A text (`prompt`), or the messages of a chat."""
+
+    REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+        "continue_final_message": ((False,), "an answer begins after the last message"),
+        "chat_template": ((), _NOT_OURS),
+        "chat_template_kwargs": (({},), _NOT_OURS),
+        "mm_processor_kwargs": (({},), "there are no images"),
+    }
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[dict[str, Any]] | None = None
+    tools: list[dict[str, Any]] | None = None
+    add_special_tokens: bool | None = None  # the ids that the checkpoint puts before a text; by default for prompt
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+    def check(self, bounds: Bounds) -> None:
+        """Raises ApiError unless there is one of prompt and messages, within the bounds."""
+        if (self.prompt is None) == (self.messages is None):
+            found = "neither prompt nor messages" if self.prompt is None else "prompt and messages"
+            raise _wrong(f"the body has {found}; expected one of the two", "prompt")
+        if self.tools is not None and self.messages is None:
+            raise _wrong("tools need messages, found a prompt", "tools")
+        if len(self.messages or ()) > bounds.messages:
+            raise _wrong(f"messages has {len(self.messages or ())}; expected at most {bounds.messages}", "messages")
+        if len(self.tools or ()) > bounds.tools:
+            raise _wrong(f"tools has {len(self.tools or ())}; expected at most {bounds.tools}", "tools")
+
+
+class Tokenized(BaseModel):
+    """The ids of a text or a chat. token_strs: how the vocabulary spells them."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeBody(Body):
+    """Token ids."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class Detokenized(BaseModel):
+    """Their text, special tokens included."""
+
+    prompt: str
+
+
+class TokenizerInfo(BaseModel):
+    """What the checkpoint says of its tokenizer: also its other tokens by name, such as bos_token."""
+
+    model_config = ConfigDict(extra="allow")
+
+    tokenizer_class: str
+    model_max_length: int
+    vocab_size: int
+    added_tokens_decoder: dict[int, dict[str, Any]]
+    chat_template: str | list[dict[str, str]] | None = None
+
+
+async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Response:
+    """The ids of a text or a chat."""
+    body.check(service.settings.bounds)
+    async with service.models.use(body.model) as model:
+        tokenizer = _tokenizer(model)
+        ids = await service.in_pool(_ids, tokenizer, body)
+        spelled = list(map(tokenizer.spelling_of, ids)) if body.return_token_strs else None
+        found = Tokenized(count=len(ids), max_model_len=_longest(model), tokens=ids, token_strs=spelled)
+    return JSONResponse(found.model_dump())
+
+
+async def detokenize(service: Service, request: Request, body: DetokenizeBody) -> Response:
+    """The text of ids."""
+    async with service.models.use(body.model) as model:
+        text = await service.in_pool(lambda: _tokenizer(model).decode(body.tokens, skip_special=False))
+    return JSONResponse(Detokenized(prompt=text).model_dump())
+
+
+async def tokenizer_info(service: Service, request: Request, body: None) -> Response:
+    """What the checkpoint says of its tokenizer."""
+    async with service.models.use(request.query_params.get("model")) as model:
+        tokenizer = _tokenizer(model)
+        settings = tokenizer.settings()
+        templates = settings.get("chat_template")
+        if templates and [each["name"] for each in templates] == ["default"]:
+            settings["chat_template"] = templates[0]["template"]
+        info = TokenizerInfo(
+            tokenizer_class="Qwen2Tokenizer",
+            model_max_length=_longest(model),
+            vocab_size=tokenizer.vocab_size,
+            added_tokens_decoder={
+                token_id: {"content": token, "special": token_id in tokenizer.special_ids}
+                for token_id, token in tokenizer.added_tokens().items()
+            },
+            **settings,
+        )
+    return JSONResponse(info.model_dump(mode="json"))
+
+
+def _ids(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
+    if body.messages is None:
+        assert body.prompt is not None
+        return (
+            tokenizer.encode(body.prompt) if body.add_special_tokens is False else tokenizer.encode_prompt(body.prompt)
+        )
+    ids = tokenizer.encode_chat(body.messages, body.tools, body.add_generation_prompt)
+    return [*tokenizer.beginning_ids, *ids] if body.add_special_tokens else ids
+
+
+def _tokenizer(model: Model) -> Tokenizer:
+    if model.tokenizer is None:
+        raise RequestError("model: it has no tokenizer; expected one that has")
+    return model.tokenizer
+
+
+def _longest(model: Model) -> int:
+    """Tokens of a request."""
+    return min(model.config.context_length, model.cache.num_tokens)
+
+
+def _wrong(message: str, param: str) -> ApiError:
+    return ApiError(400, message, param=param, code="invalid_value")
+
+
+ENDPOINTS = [
+    Endpoint("/tokenize", "POST", tokenize, TokenizeBody, "Gives the token ids of a text or a chat", answer=Tokenized),
+    Endpoint("/detokenize", "POST", detokenize, DetokenizeBody, "Gives the text of token ids", answer=Detokenized),
+    Endpoint("/tokenizer_info", "GET", tokenizer_info, None, "Describes the tokenizer", answer=TokenizerInfo),
+]
