@@ -65,6 +65,7 @@ class _Writing:
         self._number = -1  # of the last event
         self._output: list[dict[str, Any]] = []
         self._part: dict[str, Any] | None = None  # the text of the message that goes on
+        self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens that have no text yet
         self._finished: Finished | None = None
 
     def begin(self) -> bytes:
@@ -75,10 +76,14 @@ class _Writing:
     def events(self, event: Event, model: Model) -> Iterator[bytes]:
         """The events in OpenAI's form of one event of ours."""
         if isinstance(event, Text):
-            if event.text and self._part is None:
+            logprobs = self._pending + chat_logprobs(event.logprobs, model)["content"]
+            if not event.text and self._part is None:
+                self._pending = logprobs
+                return
+            self._pending = []
+            if self._part is None:
                 yield from self._begin_message()
-            if self._part is not None and (event.text or event.logprobs):
-                logprobs = chat_logprobs(event.logprobs, model)["content"]
+            if self._part is not None and (event.text or logprobs):
                 self._part["text"] += event.text
                 self._part["logprobs"] += logprobs
                 place = {**self._place(), "content_index": 0}
@@ -87,6 +92,8 @@ class _Writing:
         is_cut = isinstance(event, Finished) and event.reason == "length"
         if isinstance(event, Finished) and not self._output:
             yield from self._begin_message()
+            self._part = {**self._part, "logprobs": self._pending} if self._part else None
+        self._pending = []  # of a call's tokens
         if self._part is not None:
             yield from self._end_message("incomplete" if is_cut else "completed")
         if isinstance(event, ToolCall):

@@ -80,7 +80,7 @@ def test_an_answer_is_that_of_the_model(client, model, stream):
 
 def test_events_come_in_their_order(url, model):
     with saying(model, BOTH):
-        answer = httpx.post(f"{url}/v1/responses", json={"input": QUESTION, "tools": TOOLS, "stream": True})
+        answer = httpx.post(f"{url}/v1/responses", json={"input": QUESTION, "tools": TOOLS, "stream": True}, timeout=60)
     events = [dict(line.split(": ", 1) for line in event.split("\n")) for event in answer.text.strip().split("\n\n")]
     data = [json.loads(event["data"]) for event in events]
     known = TypeAdapter(ResponseStreamEvent)
@@ -101,7 +101,7 @@ def test_events_come_in_their_order(url, model):
 
 def test_whole_responses_are_of_the_form_that_is_documented(url, model):
     with saying(model, BOTH):
-        body = httpx.post(f"{url}/v1/responses", json={"input": QUESTION, "tools": TOOLS}).json()
+        body = httpx.post(f"{url}/v1/responses", json={"input": QUESTION, "tools": TOOLS}, timeout=60).json()
     Response.model_validate(body, strict=True)
     assert (body["status"], body["error"], body["model"]) == ("completed", None, "toy")
 
@@ -211,7 +211,7 @@ RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
 )
 def test_what_is_refused(url, fields, param):
     for stream in (False, True):
-        answer = httpx.post(f"{url}/v1/responses", json={"input": QUESTION, "stream": stream, **fields})
+        answer = httpx.post(f"{url}/v1/responses", json={"input": QUESTION, "stream": stream, **fields}, timeout=60)
         assert answer.status_code == 400
         error = answer.json()["error"]
         assert (error["type"], error["param"]) == ("invalid_request_error", param), error
