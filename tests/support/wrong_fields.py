@@ -154,7 +154,6 @@ FORMATS = [
             for schema in (5, "x", [], {"type": "x"}, {"type": 5}, {"$ref": "#/absent"}, {"properties": 5})
         ]
     ),
-    lambda choose: {"type": "json_schema", "json_schema": {"name": "x", "schema": nested(choose.randrange(100, 300))}},
 ]
 PROMPTS = [
     *among(
@@ -164,13 +163,6 @@ PROMPTS = [
     lambda choose: ["x"] * (20 + choose.randrange(99)),
     lambda choose: "x" * (5000 + choose.randrange(999)),
 ]
-
-
-def nested(depth: int) -> dict[str, Any]:
-    schema: dict[str, Any] = {"type": "integer"}
-    for _ in range(depth):
-        schema = {"type": "array", "items": schema}
-    return schema
 
 
 CHAT = Route(
@@ -302,4 +294,4 @@ DETOKENIZE = Route(
     {"tokens": among([5, "x", True, {}, ["1"], [1.5], [-1], [10**9], [None], [[1]]]), "model": among([5, "absent"])},
     ["tokens"],
 )
-ROUTES = [CHAT, COMPLETIONS, MESSAGES, TOKENIZE, DETOKENIZE]
+ROUTES = [CHAT, COMPLETIONS, RESPONSES, MESSAGES, TOKENIZE, DETOKENIZE]
