@@ -15,8 +15,10 @@ from ..errors import RequestError
 from ..Model import Model
 from ..text.tokenizer import Tokenizer
 from .bodies import Body
+from .chat import Message, Tool
 from .endpoints import Endpoint
 from .errors import ApiError
+from .functions import Functions, in_order_of_calls
 from .service import Service
 from .settings import Bounds
 
@@ -35,8 +37,8 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[dict[str, Any]] | None = None
-    tools: list[dict[str, Any]] | None = None
+    messages: list[Message] | None = None  # as /v1/chat/completions takes them, and tools likewise
+    tools: list[Tool] | None = None
     add_special_tokens: bool | None = None  # the ids that the checkpoint puts before a text; by default for prompt
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -50,8 +52,20 @@ class TokenizeBody(Body):
             raise _wrong("tools need messages, found a prompt", "tools")
         if len(self.messages or ()) > bounds.messages:
             raise _wrong(f"messages has {len(self.messages or ())}; expected at most {bounds.messages}", "messages")
-        if len(self.tools or ()) > bounds.tools:
-            raise _wrong(f"tools has {len(self.tools or ())}; expected at most {bounds.tools}", "tools")
+
+    def ids(self, tokenizer: Tokenizer, bounds: Bounds) -> list[int]:
+        """The token ids. Raises ApiError or RequestError."""
+        if self.messages is None:
+            assert self.prompt is not None
+            return (
+                tokenizer.encode(self.prompt)
+                if self.add_special_tokens is False
+                else tokenizer.encode_prompt(self.prompt)
+            )
+        functions = Functions.of([tool.function for tool in self.tools or []], None, None, bounds)
+        messages = [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
+        ids = tokenizer.encode_chat(in_order_of_calls(messages), functions.tools or None, self.add_generation_prompt)
+        return [*tokenizer.beginning_ids, *ids] if self.add_special_tokens else ids
 
 
 class Tokenized(BaseModel):
@@ -93,7 +107,7 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
     body.check(service.settings.bounds)
     async with service.models.use(body.model) as model:
         tokenizer = _tokenizer(model)
-        ids = await service.in_pool(_ids, tokenizer, body)
+        ids = await service.in_pool(body.ids, tokenizer, service.settings.bounds)
         spelled = list(map(tokenizer.spelling_of, ids)) if body.return_token_strs else None
         found = Tokenized(count=len(ids), max_model_len=_longest(model), tokens=ids, token_strs=spelled)
     return JSONResponse(found.model_dump())
@@ -125,16 +139,6 @@ async def tokenizer_info(service: Service, request: Request, body: None) -> Resp
             **settings,
         )
     return JSONResponse(info.model_dump(mode="json"))
-
-
-def _ids(tokenizer: Tokenizer, body: TokenizeBody) -> list[int]:
-    if body.messages is None:
-        assert body.prompt is not None
-        return (
-            tokenizer.encode(body.prompt) if body.add_special_tokens is False else tokenizer.encode_prompt(body.prompt)
-        )
-    ids = tokenizer.encode_chat(body.messages, body.tools, body.add_generation_prompt)
-    return [*tokenizer.beginning_ids, *ids] if body.add_special_tokens else ids
 
 
 def _tokenizer(model: Model) -> Tokenizer:

@@ -76,6 +76,7 @@ def test_the_description(client, model):
         ("/tokenize", {"prompt": "a", "colour": 1}, "colour"),
         ("/tokenize", {"prompt": 1}, "prompt"),
         ("/tokenize", {"messages": [{"role": "user"}]}, None),
+        ("/tokenize", {"messages": [{"role": "nobody", "content": "a"}]}, None),
         ("/detokenize", {}, "tokens"),
         ("/detokenize", {"tokens": [1, 503]}, None),
         ("/detokenize", {"tokens": [-1]}, None),
