@@ -17,7 +17,6 @@ from ..cache import PagedCache
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 from ..sampling import NOT_FINITE, Drawing, Sampled, sample
 from .draft_model import DraftModel
-from .masks import Masks
 from .pipeline import DecodePipeline
 from .request import Request, with_siblings
 from .runner import Runner
@@ -64,7 +63,6 @@ class Engine:
         self.counts = self.scheduler.counts
         self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
-        self._masks = Masks()
         self._pipeline: DecodePipeline | None = None
         self._in_pass: list[Request] = []  # the requests of the pass that runs
         self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
@@ -194,15 +192,10 @@ class Engine:
         if not may_replay:
             self.scheduler.pace.begin(sum(len(ids) for _, ids in scheduled))
         ends = accumulate(len(ids) for _, ids in scheduled)
-        last_rows = {  # of those whose next token follows from this pass
-            request: end - 1
-            for end, (request, ids) in zip(ends, scheduled, strict=True)
-            if len(ids) == request.num_pending
-        }
-        self._masks.begin(list(last_rows))
-        parts = [(request.table, ids) for request, ids in scheduled]
-        logits = self.runner.logits(parts, list(last_rows.values()), may_replay)
-        self._masks.finish()
+        last_rows = [  # of the requests whose next token follows from this pass
+            end - 1 for end, (request, ids) in zip(ends, scheduled, strict=True) if len(ids) == request.num_pending
+        ]
+        logits = self.runner.logits([(request.table, ids) for request, ids in scheduled], last_rows, may_replay)
         requests: list[Request] = []
         rows: list[int] = []
         for request, _ in scheduled:
@@ -214,6 +207,7 @@ class Engine:
                 requests += started
         if not requests:
             return []
+        _prepare(requests)
         chosen = logits if rows == list(range(len(logits))) else logits[rows]
         tokens = list(zip(requests, sample(chosen, requests), strict=True))
         self.scheduler.pace.read()
@@ -236,9 +230,8 @@ class Engine:
         assert self.speculation
         begin, outputs, row = time.monotonic(), [], 0
         parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
-        self._masks.begin(self._in_pass, drafts)
         logits = self.runner.each_logits(parts)
-        self._masks.finish()
+        _prepare(self._in_pass)
         for request, (table, ids) in zip(self._in_pass, parts, strict=True):
             drawn = 0
             while not request.has_ended and drawn < len(ids) and (not drawn or request.output_ids[-1] == ids[drawn]):
@@ -322,6 +315,13 @@ class Engine:
 def _decodes(request: Request) -> bool:
     """Whether one token is pending, after the prompt's pass: a captured step can compute the next one."""
     return bool(request.output_ids) and request.num_pending == 1
+
+
+def _prepare(requests: Iterable[Request]) -> None:
+    """Computes what grammars allow next. A GPU runs the pass meanwhile: nothing has waited for its logits yet."""
+    for request in requests:
+        if request.matcher:
+            request.matcher.prepare()
 
 
 def _is_lost(error: Exception) -> bool:

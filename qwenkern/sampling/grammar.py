@@ -16,6 +16,8 @@ MAX_SCHEMA_DEPTH = 64  # of objects and arrays within each other
 MAX_CHOICES = 1024
 KINDS = ("json_schema", "regex", "choice", "grammar")  # fields of SamplingParams; one at most is given
 
+_DATA = ("const", "enum", "default", "examples")  # values of these keywords are no schemas
+
 
 class Grammar(NamedTuple):
     """The form of a text, as the compiler takes it."""
@@ -50,6 +52,7 @@ def json_schema(name: str, value: Any) -> str | None:
             "object, a class of pydantic, or None"
         )
     _check_depth(name, value)
+    _check_counts(name, value)
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
@@ -119,6 +122,24 @@ def _check_depth(name: str, value: Any) -> None:
                 f"{MAX_GRAMMAR_BYTES} in all; expected fewer"
             )
         level = [part for each in level for part in _parts(each) if isinstance(part, (dict, list, tuple))]
+
+
+def _check_counts(name: str, schema: Any) -> None:
+    """llguidance counts a key that comes twice as two properties, which JSON's readers do not."""
+    if isinstance(schema, dict):
+        least, required = schema.get("minProperties"), schema.get("required")
+        given = len(required) if isinstance(required, list) else 0
+        if isinstance(least, int) and least > max(1, given):
+            raise RequestError(
+                f"{name} is not supported: minProperties {least} with {given} required properties; expected 1 at most, "
+                "or as many required ones"
+            )
+        for key, part in schema.items():
+            if key not in _DATA:
+                _check_counts(name, part)
+    elif isinstance(schema, list):
+        for part in schema:
+            _check_counts(name, part)
 
 
 def _parts(value: Any) -> Iterable[Any]:

@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, Protocol
 
 from ..errors import RequestError
+from . import grammar_trial
 from .grammar import Grammar
 from .matcher import Matcher
 
 # Compact, with a space, or pretty-printed. llguidance's own rule has no bound, and small models then write blanks only.
 _WHITESPACE = r" |\n {0,32}|\n\t{0,16}"
-_KEPT = 64  # compiled grammars
+MAX_COMPILED_BYTES = 2**28  # of the compiled grammars that are kept
+_GROWTH = 2**22  # what a grammar's lexer may come to keep, beyond what it took at first
+MAX_TRIALS = 2  # processes at once
+_PATIENCE = 20.0  # seconds on the clock, for a trial on a machine that is busy
 
 
 class Vocabulary(Protocol):
@@ -34,8 +41,9 @@ class Grammars:
     def __init__(self, tokenizer: Vocabulary | None, width: int) -> None:
         self._tokenizer, self._width = tokenizer, width
         self._lock = threading.Lock()
+        self._trials = threading.BoundedSemaphore(MAX_TRIALS)
         self._library: Any = None  # llguidance's view of the vocabulary
-        self._compiled: OrderedDict[Grammar, Any] = OrderedDict()
+        self._compiled: OrderedDict[Grammar, tuple[Any, int]] = OrderedDict()  # with their bytes, the latest used last
 
     def prepare(self) -> None:
         """Makes what all grammars share, which takes seconds for a large vocabulary. Otherwise the first grammar does.
@@ -57,27 +65,72 @@ class Grammars:
     def matcher(self, grammar: Grammar, end_ids: Iterable[int]) -> Matcher:
         """A matcher for a new text. ``end_ids`` end the text where the grammar may end.
 
-        Raises RequestError, with llguidance's reason, for a grammar that it does not support."""
+        Raises RequestError for a grammar that llguidance does not support, with its reason, or that takes more time or
+        memory than the bounds in grammar_trial.py."""
         self.prepare()
         with self._lock:
-            compiled = self._compiled.pop(grammar, None) or self._compile(grammar)
-            self._compiled[grammar] = compiled
-            while len(self._compiled) > _KEPT:
-                self._compiled.popitem(last=False)
-        return Matcher(compiled.deep_copy(), lambda: self._compile(grammar), self._width, end_ids)
+            known = self._compiled.get(grammar)
+            if known:
+                self._compiled.move_to_end(grammar)
+        state = known[0] if known else self._tried(grammar)
+        return Matcher(state.deep_copy(), lambda: self._again(grammar), self._width, end_ids)
 
-    def _compile(self, grammar: Grammar) -> Any:
-        import llguidance
-
+    def _tried(self, grammar: Grammar) -> Any:
+        """Compiles a new grammar, in a process of its own first, and keeps it."""
         try:
             source = _source(grammar)
         except ValueError as error:
             raise RequestError(f"{grammar.kind} is not supported: {error}") from error
-        limits = llguidance.LLParserLimits(verbose_errors=False)
-        compiled = llguidance.LLMatcher(self._library, source, log_level=0, limits=limits)
-        if compiled.is_error():
-            raise RequestError(f"{grammar.kind} is not supported: {compiled.get_error()}")
+        with self._trials:
+            reason, size = _try(source)
+        if reason:
+            raise RequestError(f"{grammar.kind} is not supported: {reason}")
+        compiled = self._compile(grammar)
+        with self._lock:
+            self._compiled[grammar] = compiled, size + _GROWTH
+            while sum(size for _, size in self._compiled.values()) > MAX_COMPILED_BYTES:
+                self._compiled.popitem(last=False)
         return compiled
+
+    def _again(self, grammar: Grammar) -> Any:
+        """Compiles a known grammar again, because the state that its texts share has failed."""
+        with self._lock:
+            self._compiled.pop(grammar, None)
+        return self._compile(grammar)
+
+    def _compile(self, grammar: Grammar) -> Any:
+        import llguidance
+
+        compiled = llguidance.LLMatcher(
+            self._library, _source(grammar), log_level=0, limits=grammar_trial.limits(llguidance)
+        )
+        if compiled.is_error():
+            raise RequestError(f"{grammar.kind} is not supported: {_plain(compiled.get_error())}")
+        return compiled
+
+
+def _try(source: str) -> tuple[str, int]:
+    """Compiles a grammar in a process of its own. Returns the reason against it, or "", and the bytes that it takes."""
+    import llguidance
+
+    if not sys.executable:  # within a program that embeds Python: only llguidance's own bounds hold
+        return "", 0
+    # -I -S: no site-packages, whose start takes longer than the trial
+    command = [sys.executable, "-I", "-S", grammar_trial.__file__, str(Path(llguidance.__file__).parents[1])]
+    took = f"it takes more than {grammar_trial.SECONDS} s or {grammar_trial.BYTES >> 20} MiB to compile and to follow"
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        return took, 0
+    if done.returncode:
+        return took, 0
+    reason, size = json.loads(done.stdout)
+    return _plain(reason), size
+
+
+def _plain(reason: str) -> str:
+    """llguidance's reason in one line."""
+    return " ".join(reason.replace("<non-verbose/>", "").split())
 
 
 def _source(grammar: Grammar) -> str:

@@ -6,8 +6,9 @@ accept(token) ─► masks of the next places, while the pass runs ─► forbid
 from __future__ import annotations
 
 import math
-from collections import deque
+import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import RequestError
+
+SLOW = 1.0  # seconds of processor time for one mask: others wait for it
 
 
 class Mask(NamedTuple):
@@ -41,62 +44,63 @@ class Mask(NamedTuple):
             target[ids] = -math.inf
 
 
+@lru_cache(maxsize=32)  # within a text of JSON, for example, most places have the same
+def _mask(bits: bytes, width: int, end_ids: frozenset[int]) -> Mask:
+    """A mask of llguidance: a bit for each token, and one for the end of the text."""
+    words = np.frombuffer(bits, dtype="<u4").copy()
+    may_end = words[width // 32] >> width % 32 & 1
+    words[width // 32] &= (1 << width % 32) - 1
+    for token in end_ids:
+        words[token // 32] &= ~np.uint32(1 << token % 32)
+        words[token // 32] |= may_end << token % 32
+    others = ~words
+    others[width // 32] &= (1 << width % 32) - 1
+    allowed, forbidden = np.flatnonzero(words), np.flatnonzero(others)
+    are_allowed = len(allowed) <= len(forbidden)
+    at, of = (allowed, words) if are_allowed else (forbidden, others)
+    bits_of = np.flatnonzero(np.unpackbits(of[at].view(np.uint8), bitorder="little"))
+    return Mask(at[bits_of >> 5] * 32 + (bits_of & 31), are_allowed)
+
+
 class Matcher:
     """The place of one text in its grammar.
 
-    One thread at a time may use it. ``prepare`` computes the masks of the next places ahead, which takes 20 µs to some
-    milliseconds; otherwise ``mask`` does. llguidance's state is shared by the texts of one grammar. Where it fails, the
-    text is followed again by a state of its own, so that what another text did to the shared one ends no other."""
+    One thread at a time may use it. ``prepare`` computes the next mask ahead, which takes 20 µs to some milliseconds;
+    otherwise ``mask`` does. llguidance's state is shared by the texts of one grammar. Where it fails, the text is
+    followed again by a state of its own, so that what another text did to the shared one ends no other."""
 
     def __init__(self, state: Any, fresh: Callable[[], Any], width: int, end_ids: Iterable[int]) -> None:
         self._state = state  # llguidance.LLMatcher
         self._fresh = fresh  # makes one that shares nothing with others
         self._width = width
         self._end_ids = frozenset(end_ids)
-        self._ends = np.array(sorted(self._end_ids), dtype=np.int64)
         self._taken: list[int] = []
-        self._masks: deque[Mask] = deque()  # of the next place, and those that a draft leads to
-        self._goes_back = True  # not every grammar can
+        self._mask: Mask | None = None  # of the next place
         self._error: RequestError | None = None
         self.has_ended = False  # nothing may follow
 
-    def copy(self) -> Matcher:
-        """For another text. Only before the first token."""
-        return Matcher(self._state.deep_copy(), self._fresh, self._width, self._end_ids)
-
-    def prepare(self, draft: Sequence[int] = ()) -> None:
-        """Computes the mask of the next place, and those after the tokens of a draft. Raises nothing: ``mask`` does."""
-        self._masks.clear()
-        if not self._add_mask():
-            self._restart()
-            if not self._error and not self._add_mask():
-                self._fail()
-        if self._error or not self._goes_back:
+    def prepare(self) -> None:
+        """Computes the next mask. Raises nothing: ``mask`` does."""
+        if self._mask or self._error:
             return
-        ahead = 0
-        for token in draft:
-            if token in self._end_ids or not self._masks[-1].allows(token):
-                break
-            self._state.consume_token(token)
-            ahead += 1
-            if self._state.is_stopped() or not self._add_mask():
-                break
-        if ahead and not self._state.rollback(ahead):
-            self._goes_back = self._state.is_error() and len(self._masks) > 1
+        self._mask = self._computed()
+        if not self._mask:
             self._restart()
+            self._mask = None if self._error else self._computed()
+        if not self._mask:
+            self._fail(self._state.get_error())
 
     def mask(self) -> Mask:
         """The tokens that may come next. Raises RequestError if llguidance fails, for example at one of its bounds."""
-        if not self._masks and not self._error:
-            self.prepare()
+        self.prepare()
         if self._error:
             raise self._error
-        return self._masks[0]
+        assert self._mask
+        return self._mask
 
     def accept(self, token: int) -> None:
         """Goes on by a token that the mask allows, and that does not end the text."""
-        if self._masks:
-            self._masks.popleft()
+        self._mask = None
         self._taken.append(token)
         if not self._state.consume_token(token):
             self._restart()
@@ -110,17 +114,15 @@ class Matcher:
         """How many tokens of a draft the grammar takes."""
         return 0 if self._error else int(self._state.validate_tokens(list(draft)))
 
-    def _add_mask(self) -> bool:
-        """False if llguidance fails."""
-        bits = np.frombuffer(self._state.compute_bitmask(), dtype=np.uint8)
+    def _computed(self) -> Mask | None:
+        """None if llguidance fails."""
+        begin = time.thread_time()
+        bits: bytes = self._state.compute_bitmask()
         if self._state.is_error():
-            return False
-        allowed = np.unpackbits(bits, count=self._width + 1, bitorder="little").view(np.bool_)
-        allowed[self._ends] = allowed[-1]  # the last one stands for the end
-        allowed = allowed[:-1]
-        are_allowed = 2 * int(np.count_nonzero(allowed)) <= self._width
-        self._masks.append(Mask(np.flatnonzero(allowed if are_allowed else ~allowed), are_allowed))
-        return True
+            return None
+        if (took := time.thread_time() - begin) > SLOW:
+            self._fail(f"one step of it took {took:.1f} s, and {SLOW:.0f} s is the most")
+        return _mask(bits, self._width, self._end_ids)
 
     def _restart(self) -> None:
         """Follows the text again from its beginning."""
@@ -130,10 +132,12 @@ class Matcher:
             self._error = error
             return
         if not self._state.consume_tokens(self._taken):
-            self._fail()
+            self._fail(self._state.get_error())
 
-    def _fail(self) -> None:
-        self._error = RequestError(
-            f"the grammar cannot go on after {len(self._taken)} tokens: {self._state.get_error()}; expected a simpler "
-            "one, or one that this model's tokens can spell"
+    def _fail(self, reason: str) -> None:
+        """Notes the first failure."""
+        reason = " ".join(reason.replace("<non-verbose/>", "").split())
+        self._error = self._error or RequestError(
+            f"the grammar cannot go on after {len(self._taken)} tokens: {reason}; expected a simpler one, or one that "
+            "this model's tokens can spell"
         )

@@ -10,11 +10,11 @@ import pytest
 import torch
 from engine.test_decode import IN_C, Fake, in_c
 from engine.test_speculation import HOWS
-from support.engines import with_capture
+from support.engines import check_pages, with_capture
 from support.models import TINY, tiny_model
 from support.toy_tokenizer import END, byte_tokenizer
 
-from qwenkern import RequestError
+from qwenkern import Model, RequestError
 from qwenkern.engine.speculation import Costs
 
 pytestmark = pytest.mark.processor
@@ -123,3 +123,76 @@ def test_where_the_grammar_and_biases_leave_nothing_the_request_ends_alone():
         model.generate("a", regex="!", logit_bias={0: float("-inf")})
     assert other.completion.finish_reason is None or len(other.completion.token_ids) == 40
     assert len([*other, other.completion][-1].token_ids) == 40
+
+
+def test_siblings_have_a_place_of_their_own_in_the_grammar(make):
+    how = {"temperature": 1.0, "seed": 3, "max_tokens": 250, "json_schema": PERSON}
+    group = make().generate("a", n=3, **how)
+    assert len({each.text for each in group}) == 3
+    assert group[0].text == make().generate("a", **how).text
+    for each in group:
+        jsonschema.validate(json.loads(each.text), PERSON)
+
+
+def test_a_preempted_text_goes_on_in_its_grammar():
+    how = {"temperature": 1.0, "seed": 3, "max_tokens": 200, "json_schema": PERSON}
+    model = tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size), cache_tokens=320, prefix_cache=False)
+    alone = [model.generate(prompt, **how).token_ids for prompt in PROMPTS]
+    preempted, preempt = [], model._loop.engine.scheduler._preempt
+    model._loop.engine.scheduler._preempt = lambda request: (preempted.append(request), preempt(request))
+    assert [each.token_ids for each in model.generate(PROMPTS * 2, **how)] == alone * 2
+    assert preempted
+
+
+def test_a_stop_string_and_max_tokens_end_a_text_before_its_grammar_does(make):
+    done = make().generate("a", json_schema=PERSON, stop='"name"', max_tokens=200, temperature=1.0, seed=3)
+    assert (done.finish_reason, done.stop_reason) == ("stop", '"name"')
+    done = make().generate("a", regex="[ab]{40}", max_tokens=7)
+    assert (done.finish_reason, len(done.text)) == ("length", 7)
+    done = make().generate("a", regex="[ab]{7}", max_tokens=7)  # both at once: it is complete
+    assert (done.finish_reason, len(done.text)) == ("stop", 7)
+
+
+def test_the_prefix_cache_and_scores_do_not_see_the_grammar(make):
+    model = make()
+    prompt = "the same beginning of a prompt " * 5
+    before = model.score(prompt)
+    how = {"temperature": 1.0, "seed": 3, "max_tokens": 200, "json_schema": PERSON}
+    first, again = model.generate(prompt, **how), model.generate(prompt, **how)
+    assert again.num_cached_tokens > first.num_cached_tokens == 0
+    assert again.text == first.text
+    assert model.score(prompt) == before
+
+
+def test_a_stream_that_is_closed_leaves_others_alone(make):
+    model = make()
+    how = {"temperature": 1.0, "seed": 3, "max_tokens": 200, "json_schema": PERSON}
+    alone = model.generate("a", **how)
+    left, kept = model.stream("b", **how), model.stream("a", **how)
+    next(left)
+    left.close()
+    assert "".join(kept) == alone.text
+    check_pages(model)
+
+
+@pytest.mark.demo
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.xdist_group("demo")
+def test_the_demo_model_writes_what_parses(demo_path, in_c):
+    """With a real vocabulary, whose tokens span the parts of JSON."""
+    model = Model.from_pretrained(demo_path, device="cpu")
+    ask = [{"role": "user", "content": "Invent a person: name, favourite colour, three numbers. Answer in JSON."}]
+    plain = model.chat(ask, json_schema=PERSON, max_tokens=120)
+    person = json.loads(plain.text)
+    jsonschema.validate(person, PERSON)
+    assert plain.finish_reason == "stop"
+    assert model._loop.engine.speculation.num_accepted > 0  # the names of the properties
+    slow = Model.from_pretrained(demo_path, device="cpu", speculate=False)
+    assert slow.chat(ask, json_schema=PERSON, max_tokens=120).token_ids == plain.token_ids
+    assert model.chat(ask, choice=["yes", "no"], max_tokens=9).text in ("yes", "no")
+    assert re.fullmatch(r"\([0-9]{3}\) [0-9]{4}", model.chat(ask, regex=r"\([0-9]{3}\) [0-9]{4}", max_tokens=20).text)
+    schema = {"type": "object", "properties": {"größe": {"enum": ["groß 🙂"]}}, "required": ["größe"]}
+    assert json.loads(model.chat(ask, json_schema=schema | {"additionalProperties": False}, max_tokens=60).text) == {
+        "größe": "groß 🙂"
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import runpy
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from fuzz import write_gguf
 from support.models import TINY, save_checkpoint, tiny_model
+from support.servers import serving
 
 from qwenkern import Model
 
@@ -53,6 +55,13 @@ def test_generate_prints_what_generate_returns(run: Run, folder: Path):
     assert run("generate.py", "abc") == f"abc{expected.text}\n[60 tokens, ended by length]\n"
 
 
+def test_structured_prints_what_parses(run: Run):
+    printed = run("structured.py").splitlines()
+    assert [line.split(":")[0] for line in printed[:4]] == ["name", "country", "inhabitants", "is_capital"]
+    assert printed[4] in ("praise", "blame", "unclear")
+    assert re.fullmatch("[0-9]{4}-[01][0-9]-[0-3][0-9]", printed[5])
+
+
 def test_chat_asks_the_second_question_after_the_first_answer(run: Run, folder: Path):
     model = Model.from_pretrained(folder)
     printed = run("chat.py")
@@ -76,6 +85,16 @@ def test_many_callers_answers_each_as_if_alone(run: Run, folder: Path):
         expected = model.chat([{"role": "user", "content": question}], temperature=0, max_tokens=60).text
         assert ast.literal_eval(answer) == expected
     assert printed.endswith("cancelled: True\n")
+
+
+def test_serve_client_prints_a_stream_and_an_answer_of_the_schema(run: Run, folder: Path):
+    with Model.from_pretrained(folder) as model, serving({"tiny": model}) as url:
+        expected = model.chat([{"role": "user", "content": "What is a prime number?"}], temperature=0, max_tokens=60)
+        streamed, _, review = run("serve_client.py", "--url", f"{url}/v1", model=False).rstrip("\n").rpartition("\n")
+    assert streamed == expected.text
+    found = json.loads(review)
+    assert found.keys() == {"mood", "is_long"}
+    assert found["mood"] in ("good", "bad", "mixed")
 
 
 def test_remember_a_prefix_reads_the_document_once(run: Run):

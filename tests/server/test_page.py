@@ -225,7 +225,7 @@ def test_an_answer_comes_as_it_is_made(visit, model):
     assert page.button("Send").is_visible()
 
 
-@pytest.mark.parametrize("how", ["button", "Escape", "new", "closed"])
+@pytest.mark.parametrize("how", ["button", "Escape", "closed"])
 def test_a_stop_ends_the_request_in_the_engine(visit, model, how):
     page = visit()
     with Gate(model) as gate:
@@ -236,11 +236,9 @@ def test_a_stop_ends_the_request_in_the_engine(visit, model, how):
             page.button("Stop").click()
         elif how == "Escape":
             page.page.keyboard.press("Escape")
-        elif how == "new":
-            page.button("New conversation").click()
         else:
             page.page.close()
-        if how in ("button", "Escape"):
+        if how != "closed":
             page.page.get_by_text("Stopped.").first.wait_for()
             assert page.messages()[1]["ending"] == "stopped"
         eventually(lambda: not model._loop._sinks, "the request goes on")
@@ -464,20 +462,18 @@ def test_the_policy_stops_what_the_page_would_let_through(visit):
     page.elsewhere.clear()
 
 
-@pytest.mark.parametrize(
-    "text", ["**a " * 20_000, "[a" * 30_000, "- + " * 20_000, "> " * 20_000, "`" * 50_000, "|-" * 30_000]
-)
-def test_no_text_takes_long_to_draw(visit, text):
+def test_no_text_takes_long_to_draw(visit):
     page = visit()
-    taken = page.page.evaluate(
-        """(text) => {
-          const begun = performance.now(), message = { role: "assistant", content: text };
-          for (const block of blocks(text, lines(text))) rendered(block, text, textOf(message));
-          return performance.now() - begun;
-        }""",
-        text,
-    )
-    assert taken < 2000
+    for piece in ("**a ", "[a", "- + ", "> ", "`", "|-"):
+        taken = page.page.evaluate(
+            """(text) => {
+              const begun = performance.now(), message = { role: "assistant", content: text };
+              for (const block of blocks(text, lines(text))) rendered(block, text, textOf(message));
+              return performance.now() - begun;
+            }""",
+            piece * (60_000 // len(piece)),
+        )
+        assert taken < 2000, piece
 
 
 def test_tokens_show_how_likely_they_were(visit, model):
@@ -537,24 +533,24 @@ def test_an_exported_conversation_can_be_imported(visit, tmp_path):
     assert other.page.get_by_label("System prompt").input_value() == "Be brief."
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("{", "it is not JSON"),
-        ("{}", "it has no list of messages"),
-        ('[{"role": "tool", "content": "x"}]', "message 1 is not of a user, an assistant or a system"),
-        ('[{"role": "user", "content": "x"}, {"role": "user", "content": [1]}]', "message 2 has no text"),
-        ('{"messages": [], "settings": {"top_k": {"toString": 1}}}', "its setting top_k is not text"),
-        ('{"messages": [], "settings": {"temperature": "<script>"}}', "its setting temperature is not a number"),
-    ],
-)
-def test_another_file_is_refused(visit, tmp_path, content, message):
+WRONG_FILES = [
+    ("{", "it is not JSON"),
+    ("{}", "it has no list of messages"),
+    ('[{"role": "tool", "content": "x"}]', "message 1 is not of a user, an assistant or a system"),
+    ('[{"role": "user", "content": "x"}, {"role": "user", "content": [1]}]', "message 2 has no text"),
+    ('{"messages": [], "settings": {"top_k": {"toString": 1}}}', "its setting top_k is not text"),
+    ('{"messages": [], "settings": {"temperature": "<script>"}}', "its setting temperature is not a number"),
+]
+
+
+def test_another_file_is_refused(visit, tmp_path):
     page = visit()
     file = tmp_path / "file.json"
-    file.write_text(content)
     page.button("Settings").click()
-    page.page.locator("#file").set_input_files(file)
-    page.page.get_by_text(f"The file is not a conversation: {message}.").wait_for()
+    for content, message in WRONG_FILES:
+        file.write_text(content)
+        page.page.locator("#file").set_input_files(file)
+        page.page.get_by_text(f"The file is not a conversation: {message}.").wait_for()
 
 
 # What goes wrong
@@ -577,28 +573,29 @@ def test_a_key_is_asked_for_and_used(visit, model):
         assert page.page.evaluate("sessionStorage.getItem('qwenkern.key')") == "secret"
 
 
-@pytest.mark.parametrize(
-    ("status", "headers", "title"),
-    [
-        (429, {"Retry-After": "7"}, "The server is busy. Somebody said why. Try again in 7 s."),
-        (503, {"Retry-After": "5"}, "The server is not ready. Somebody said why. Try again in 5 s."),
-        (400, {}, "The server refused this. Somebody said why."),
-        (500, {}, "The server failed. Somebody said why."),
-    ],
-)
-def test_an_error_is_shown_with_its_reason(visit, status, headers, title):
+ERRORS = [
+    (429, {"Retry-After": "7"}, "The server is busy. Somebody said why. Try again in 7 s."),
+    (503, {"Retry-After": "5"}, "The server is not ready. Somebody said why. Try again in 5 s."),
+    (400, {}, "The server refused this. Somebody said why."),
+    (500, {}, "The server failed. Somebody said why."),
+]
+
+
+def test_an_error_is_shown_with_its_reason(visit):
     page = visit()
+    page.setting("Most tokens", "4")
     error = {"error": {"message": "Somebody said why.", "type": "x", "param": None, "code": None}}
-    answers = iter([{"status": status, "headers": headers, "json": error}])
+    answers = iter([{"status": status, "headers": headers, "json": error} for status, headers, _ in ERRORS])
     page.page.route("**/v1/chat/completions", lambda route: route.fulfill(**next(answers)))
     page.ask("Hello!")
-    alert = page.page.locator("#messages").get_by_role("alert")
-    assert alert.locator("p").inner_text() == title
+    for i, (_, _, title) in enumerate(ERRORS):
+        if i:
+            page.button("Try again").click()
+        page.page.locator("#messages").get_by_role("alert").get_by_text(title).wait_for()
     page.console.clear()
     page.page.unroute("**/v1/chat/completions")
-    page.setting("Most tokens", "4")
     page.button("Try again").click()
-    alert.wait_for(state="hidden")
+    page.page.locator("#messages").get_by_role("alert").wait_for(state="hidden")
     page.is_answered()
     assert [each["role"] for each in page.messages()] == ["user", "assistant"]
 
@@ -822,10 +819,10 @@ def test_the_calculator_shows_memory_and_cards(visit, url):
         return SimpleNamespace(total=page.page.locator("#total").inner_text(), fits=fits)
 
     for size, form, context, count in [("qwen2.5-3b", "bfloat16", 4096, 1), ("qwen2.5-72b", "q4_k_m", 32768, 4)]:
-        page.page.get_by_label("Model").last.select_option(size)
+        page.page.get_by_label("Qwen2.5 of").select_option(size)
         page.page.get_by_label("Weights").select_option(form)
         page.page.get_by_label("Context, tokens").fill(str(context))
-        page.page.get_by_label("Sequences at once").fill(str(count))
+        page.page.get_by_label("Sequences", exact=True).fill(str(count))
         query = {"size": size, "quantize": form, "context": context, "sequences": count}
         expected = httpx.get(f"{url}/footprint", params=query).json()
         total = f"{expected['bytes']['total'] / 1e9:.2f} GB"
