@@ -17,7 +17,7 @@ from .terminal import note
 if TYPE_CHECKING:
     from ..server.settings import Bounds
 
-NEEDED = ("starlette", "uvicorn", "pydantic")  # of the extra qwenkern[serve]
+NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance")  # of the extra qwenkern[serve]
 
 
 def serve(
