@@ -148,7 +148,7 @@ class Model(Loaded):
         single = is_one_prompt(prompts)
         listed = cast("Sequence[Prompt]", [prompts] if single else prompts)
         requests = self._requests(listed, params, tools)
-        async with AsyncCall(self._loop, _first_of_each(requests)) as call:
+        async with AsyncCall(self._loop, _first_of_each(requests), only_last=True) as call:
             async for _ in call:
                 pass
         completions = [Completion.of(request) for request in requests]

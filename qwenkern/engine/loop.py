@@ -21,6 +21,7 @@ from typing import TypeVar
 
 from ..errors import EngineError, RequestError
 from .engine import Engine, Output
+from .post import post_of
 from .request import Request, with_siblings
 
 Sink = Callable[[Output], object]  # takes the outputs of a request; called by the thread that steps
@@ -256,12 +257,20 @@ class Call(_Call):
 
 
 class AsyncCall(_Call):
-    """A Call for a coroutine: an asynchronous iterator of the outputs. A cancelled task aborts its requests."""
+    """A Call for a coroutine: an asynchronous iterator of the outputs. A cancelled task aborts its requests.
 
-    def __init__(self, loop: Loop, requests: Sequence[Request]) -> None:
+    only_last: each request gives its last output only, for a caller that waits for whole texts."""
+
+    def __init__(self, loop: Loop, requests: Sequence[Request], only_last: bool = False) -> None:
         self._inbox: asyncio.Queue[Output | None] = asyncio.Queue()
-        put, callers = self._inbox.put_nowait, asyncio.get_running_loop()
-        super().__init__(loop, requests, lambda output: callers.call_soon_threadsafe(put, output))
+        inbox, callers = self._inbox, asyncio.get_running_loop()
+        put = post_of(callers).put
+
+        def sink(output: Output) -> None:
+            if output.is_last or not only_last:
+                put(inbox, output)
+
+        super().__init__(loop, requests, sink)
 
     def __aiter__(self) -> AsyncCall:
         return self

@@ -50,16 +50,17 @@ async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[E
 
 async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
     """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
-    async with running(service, model, lambda: _requests(model, turn)) as outputs:
+    async with running(service, model, lambda: _requests(model, turn), only_last=True) as outputs:
         found = [_Writing(output.request, turn).answer() async for output in outputs if output.is_last]
     return sorted(found, key=lambda answer: answer.index)
 
 
 @asynccontextmanager
 async def running(
-    service: Service, model: Model, make: Callable[[], list[Request]]
+    service: Service, model: Model, make: Callable[[], list[Request]], only_last: bool = False
 ) -> AsyncIterator[AsyncIterator[Output]]:
-    """The outputs of requests, from when they are admitted. ``make`` makes them, in a thread.
+    """The outputs of requests, from when they are admitted. ``make`` makes them, in a thread. only_last: the last
+    output of each.
 
     Raises ApiError 429 if too many wait already, and 503 if these have waited too long."""
     bounds = service.settings.bounds
@@ -72,7 +73,7 @@ async def running(
         first = [request for request in requests if request.sample_index == 0]
         running = model._loop.engine.scheduler.running
         place.has_started = lambda: any(request in running or request.output_ids for request in first)
-        async with AsyncCall(model._loop, first) as call:
+        async with AsyncCall(model._loop, first, only_last) as call:
             left = place.since + bounds.waiting_seconds - time.monotonic()
             expired = False
 

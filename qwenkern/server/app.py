@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..errors import shown
-from . import chat, completions, errors, footprint, health, listing, messages, metrics, openapi, page, tokens
+from . import chat, completions, errors, footprint, health, listing, messages, metrics, openapi, page, responses, tokens
 from .auth import KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
@@ -27,6 +27,7 @@ from .settings import Settings
 ENDPOINTS: list[Endpoint] = [
     *chat.ENDPOINTS,
     *completions.ENDPOINTS,
+    *responses.ENDPOINTS,
     *messages.ENDPOINTS,
     *listing.ENDPOINTS,
     *tokens.ENDPOINTS,

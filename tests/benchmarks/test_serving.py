@@ -105,8 +105,9 @@ def test_events_of_llama_cpp_are_counted():
             asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             self.send_response(200 if asked["prompt"] == [1, 2] else 400)
             self.end_headers()
-            events = [{"tokens": [4], "stop": False}, {"tokens": [5, 6], "stop": False}, {"tokens": [], "stop": True}]
-            for event in events[: asked["n_predict"]]:
+            assert asked["timings_per_token"] and asked["n_predict"] == 3
+            for generated in (1, 3, 3):  # a token in the middle of a character has no event; the last one has no token
+                event = {"content": "x", "timings": {"predicted_n": generated}}
                 self.wfile.write(f"data: {json.dumps(event)}\n\n".encode())
 
         def log_message(self, *args):

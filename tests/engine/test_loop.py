@@ -475,3 +475,24 @@ def test_a_coroutine_gets_the_error(model):
 
     asyncio.run(both())
     check_pages(model)
+
+
+def test_the_outputs_of_a_step_wake_an_event_loop_once(model, monkeypatch):
+    """All of them wait for the loop, which is busy, in one delivery."""
+    woken = []
+
+    async def both() -> list[str]:
+        loop = asyncio.get_running_loop()
+        call_soon = loop.call_soon_threadsafe
+        monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *work: (woken.append(work), call_soon(*work)))
+        streams = [model.astream([1, 2, n], max_tokens=20, ignore_eos=True) for n in range(8)]
+        time.sleep(0.5)  # the loop sees nothing of the steps meanwhile
+        texts = []
+        for stream in streams:
+            pieces = [piece async for piece in stream]
+            texts.append("".join(pieces))
+        return texts
+
+    texts = asyncio.run(both())
+    assert texts == [model.generate([1, 2, n], max_tokens=20, ignore_eos=True).text for n in range(8)]
+    assert len(woken) < 20

@@ -90,9 +90,9 @@ def test_many_callers_answers_each_as_if_alone(run: Run, folder: Path):
 def test_serve_client_prints_a_stream_and_an_answer_of_the_schema(run: Run, folder: Path):
     with Model.from_pretrained(folder) as model, serving({"tiny": model}) as url:
         expected = model.chat([{"role": "user", "content": "What is a prime number?"}], temperature=0, max_tokens=60)
-        streamed, _, review = run("serve_client.py", "--url", f"{url}/v1", model=False).rstrip("\n").rpartition("\n")
-    assert streamed == expected.text
-    found = json.loads(review)
+        printed = run("serve_client.py", "--url", f"{url}/v1", model=False)
+    assert printed.startswith(expected.text + "\n")
+    found = json.loads(printed.removeprefix(expected.text))
     assert found.keys() == {"mood", "is_long"}
     assert found["mood"] in ("good", "bad", "mixed")
 

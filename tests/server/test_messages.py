@@ -81,7 +81,7 @@ def test_a_stream_is_the_same_message(client, model):
 
 def test_events_come_in_their_order(url, model):
     with saying(model, BOTH):
-        answer = httpx.post(f"{url}/v1/messages", json=fields(tools=TOOLS, stream=True))
+        answer = httpx.post(f"{url}/v1/messages", json=fields(tools=TOOLS, stream=True), timeout=60)
     events = [dict(line.split(": ", 1) for line in event.split("\n")) for event in answer.text.strip().split("\n\n")]
     kinds, known = [event["event"] for event in events], TypeAdapter(anthropic.types.RawMessageStreamEvent)
     assert kinds[:2] == ["message_start", "ping"]
@@ -249,7 +249,7 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_what_is_refused(url, more, message):
-    answer = httpx.post(f"{url}/v1/messages", json=fields(**more))
+    answer = httpx.post(f"{url}/v1/messages", json=fields(**more), timeout=60)
     assert answer.status_code == 400
     body = answer.json()
     assert (body["type"], body["error"]["type"]) == ("error", "invalid_request_error")

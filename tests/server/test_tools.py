@@ -201,7 +201,7 @@ def test_when_free_text_has_a_grammar(url, model, strict, parallel):
         function = {"name": "clock", **({} if strict is None else {"strict": strict})}
         body = {"messages": QUESTION, "tools": [{"type": "function", "function": function}], "max_tokens": 2}
         body |= {} if parallel is None else {"parallel_tool_calls": parallel}
-        assert httpx.post(f"{url}/v1/chat/completions", json=body).status_code == 200
+        assert httpx.post(f"{url}/v1/chat/completions", json=body, timeout=60).status_code == 200
     finally:
         del model._requests
     assert (params[0].grammar is not None) == bool(strict or parallel is False)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from support.wrong_fields import ROUTES, Route
+from support.wrong_fields import ROUTES, TOOL, Route
 
 JSON = (("content-type", "application/json"),)
 BAD_REQUEST = (400,)
@@ -17,6 +17,7 @@ NOT_JSON = [
     "NaN", "Infinity", "-Infinity", "1e999", "-1e999", "01", "1.", ".5", "0x10", "+1", "1_000", "--1", "1e", "nan",
     "undefined", "True", "None", "'x'", '"\\x41"', '"\\u12"',
 ]  # fmt: skip
+LIMITS = {"max_tokens", "max_completion_tokens", "max_output_tokens"}
 Headers = tuple[tuple[str, str], ...]
 
 
@@ -94,14 +95,18 @@ def _field(choose: random.Random) -> Malformed:
     if name == "top_logprobs":
         body["logprobs"] = True
     if name == "tool_choice":
-        body["tools"] = body.get("tools") or copy.deepcopy(ROUTES[0].bodies[-1]["tools"])
+        body["tools"] = body.get("tools") or [copy.deepcopy(TOOL)]
         if route.is_anthropic or route.path == "/v1/responses":
             given = body["tools"][0]["function"]
             schema = "input_schema" if route.is_anthropic else "parameters"
             body["tools"] = [{"name": given["name"], schema: given["parameters"]}]
             body["tools"][0] |= {} if route.is_anthropic else {"type": "function"}
+    if name in LIMITS:
+        for other in LIMITS - {name}:
+            body.pop(other, None)
     statuses = (400, 404) if name in ("model", "previous_response_id") else BAD_REQUEST
-    return _case(f"field {name}", route, _dumped(choose, body), statuses=statuses, names=name)
+    said = "token" if name in LIMITS or name == "tokens" else name  # whether too many or none, some token is named
+    return _case(f"field {name}", route, _dumped(choose, body), statuses=statuses, names=said)
 
 
 def _unknown(choose: random.Random) -> Malformed:
