@@ -21,6 +21,12 @@ from .service import Service
 JSON = "application/json"
 REFERENCE = "#/components/schemas/"
 _TEXT_OR_NULL = {"type": ["string", "null"]}
+_EVENT = {
+    "type": "object",
+    "description": 'An event, if "stream" is true.',
+    "required": ["data"],
+    "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
+}
 _FORMS = {  # of errors
     "Error": {
         "type": "object",
@@ -149,7 +155,7 @@ def _content(each: Endpoint, schemas: dict[Any, Any]) -> dict[str, Any]:
         return {each.answer: {"schema": {"type": "string"}}}
     content = {JSON: {"schema": schemas[each.answer] if each.answer else {"type": "object"}}}
     if each.streams:
-        content["text/event-stream"] = {"schema": {"type": "string", "description": 'Events, if "stream" is true.'}}
+        content["text/event-stream"] = {"schema": _EVENT}
     return content
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 
@@ -12,6 +13,7 @@ from support.servers import serving, toy
 
 from qwenkern import EngineError
 from qwenkern.server import health
+from qwenkern.server.errors import ApiError
 from qwenkern.server.models import Models
 from qwenkern.server.settings import Settings
 from qwenkern.server.source import Size, Source
@@ -123,7 +125,13 @@ def test_a_model_that_loads_and_one_that_cannot(model):
         gate.set()
         eventually(lambda: get(url).status_code == 200)
     wrong.append(RuntimeError("/secret/path"))
-    with serving(models(), wait=False) as url:
-        eventually(lambda: get(url).json()["status"] == "failed")
-        assert get(url).status_code == 503
-        assert "secret" not in get(url).text
+
+    async def failed() -> health.Health:
+        last = models()
+        with pytest.raises(ApiError):
+            await last.start()
+        return await health.health_of(last)
+
+    found = asyncio.run(failed())  # `qwenkern serve` ends then
+    assert found.status == "failed"
+    assert "secret" not in found.reason

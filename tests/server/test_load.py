@@ -23,6 +23,8 @@ from support.servers import serving, toy
 from qwenkern.allocation import give_back
 from qwenkern.server import protocol
 
+pytestmark = pytest.mark.slow
+
 PROMPTS = [f"{n}: what is {n * n} and why? " + "so " * (n % 23) for n in range(40)]
 HOW = {"max_tokens": 24, "temperature": 0, "ignore_eos": True}
 CLIENTS = 200
@@ -170,7 +172,7 @@ def test_sigterm_lets_streams_end(tmp_path):
     try:
         eventually(is_well)
         asyncio.run(body())
-        assert server.wait(30) == 0
+        assert server.wait(30) == -signal.SIGTERM  # by which uvicorn ends, once all is done
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
     finally:
