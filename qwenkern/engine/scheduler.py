@@ -26,6 +26,7 @@ from .pace import Pace
 from .request import Request, with_siblings
 
 MAX_BATCH = 64  # sequences that decode together
+FEW = 64  # aborted requests that wait: they are not worth a search
 PRIORITY = 10.0  # seconds that a request of one higher priority may come later and still start first
 
 
@@ -74,6 +75,7 @@ class Scheduler:
         self._waiting: list[tuple[float, int, Request]] = []  # a heap
         self._arrivals: deque[Request] = deque()  # added since the last pass, by any thread
         self._aborted: deque[Request] = deque()  # likewise
+        self._num_left = 0  # requests that were aborted while they waited, since such were last dropped together
         self._read_a_prompt = False  # in the last pass
         self._refused: tuple[Request, int] | None = None  # the first that waits, and the free pages that were too few
 
@@ -174,7 +176,8 @@ class Scheduler:
             self._wait(first)
 
     def _drop_aborted(self) -> None:
-        """Frees the pages of aborted requests. One that waits is dropped at its turn."""
+        """Frees the pages of aborted requests. One that waits is dropped at its turn, or with many others: while the
+        first one in order has no room, no turn comes."""
         while self._aborted:
             request = self._aborted.popleft()
             request.aborted = True
@@ -182,6 +185,15 @@ class Scheduler:
                 self.counts.ended(request, "abort")
             if request in self.running:
                 self.end(request)
+                self._leave_siblings(request)
+            else:
+                self._num_left += 1
+        if self._num_left > max(FEW, len(self._waiting) // 2):
+            self._num_left = 0
+            gone = [request for _, _, request in self._waiting if request.aborted]
+            self._waiting = [each for each in self._waiting if not each[2].aborted]
+            heapq.heapify(self._waiting)
+            for request in gone:
                 self._leave_siblings(request)
 
     def _leave_siblings(self, request: Request) -> None:

@@ -82,10 +82,13 @@ class Grammars:
         except ValueError as error:
             raise RequestError(f"{grammar.kind} is not supported: {error}") from error
         with self._trials:
+            with self._lock:
+                if known := self._compiled.get(grammar):  # another request had it compiled meanwhile
+                    return known[0]
             reason, size = _try(source)
-        if reason:
-            raise RequestError(f"{grammar.kind} is not supported: {reason}")
-        compiled = self._compile(grammar)
+            if reason:
+                raise RequestError(f"{grammar.kind} is not supported: {reason}")
+            compiled = self._compile(grammar)
         with self._lock:
             self._compiled[grammar] = compiled, size + _GROWTH
             while sum(size for _, size in self._compiled.values()) > MAX_COMPILED_BYTES:

@@ -17,7 +17,7 @@ from starlette.routing import Route
 
 from ..errors import shown
 from . import chat, completions, errors, footprint, health, listing, messages, metrics, openapi, page, responses, tokens
-from .auth import KeyMiddleware
+from .auth import LOCAL, HostMiddleware, KeyMiddleware
 from .endpoints import Endpoint, Served
 from .errors import ApiError
 from .models import Models
@@ -75,6 +75,8 @@ def create_app(
     if settings.api_keys:
         open_paths = {each.path for each in ENDPOINTS if each.is_open}
         middleware.append(Middleware(KeyMiddleware, keys=settings.api_keys, open_paths=open_paths, as_error=_as_error))
+    elif settings.host in LOCAL:
+        middleware.insert(0, Middleware(HostMiddleware, as_error=_as_error))
     app = Starlette(
         routes=[Route(each.path, Served(each, service), methods=[each.method]) for each in ENDPOINTS],
         middleware=middleware,

@@ -1,4 +1,4 @@
-"""Who may call: API keys, compared in constant time."""
+"""Who may call: API keys, compared in constant time; without keys, those who name this machine."""
 
 from __future__ import annotations
 
@@ -10,7 +10,35 @@ from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from ..errors import shown
 from .errors import ApiError
+
+LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+class HostMiddleware:
+    """Answers 421 to requests for another host than this machine.
+
+    A server on the loopback interface that takes no key trusts its own machine. A browser there may show a page of
+    somebody else whose name leads to 127.0.0.1 (DNS rebinding): to the browser, this server is then the page's own."""
+
+    def __init__(self, app: ASGIApp, as_error: Callable[[str, ApiError], dict[str, Any]]) -> None:
+        self._app = app
+        self._as_error = as_error
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        given = Headers(scope=scope).get("host", LOCAL[0]) if scope["type"] == "http" else LOCAL[0]
+        name = given[1:].partition("]")[0] if given.startswith("[") else given.partition(":")[0]
+        if name.lower() in LOCAL:
+            await self._app(scope, receive, send)
+            return
+        error = ApiError(
+            421,
+            f"the host is {shown(given)}; expected localhost or 127.0.0.1: other names need a server with an API key",
+            kind="invalid_request_error",
+            code="wrong_host",
+        )
+        await JSONResponse(self._as_error(scope["path"], error), error.status)(scope, receive, send)
 
 
 class KeyMiddleware:

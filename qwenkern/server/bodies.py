@@ -10,9 +10,9 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, TypeVar
+from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
 from starlette.requests import Request
 
 from ..errors import shown
@@ -38,6 +38,16 @@ class Body(BaseModel):
 
 
 B = TypeVar("B", bound=Body)
+T = TypeVar("T")
+
+
+class _FirstFault(FailFast):
+    """FailFast for types within a union, which must be hashable."""
+
+    __hash__ = object.__hash__
+
+
+Some = Annotated[list[T], _FirstFault()]  # a list of which pydantic reports the first fault only: there may be millions
 
 
 async def received(request: Request, bounds: Bounds) -> bytes:
@@ -77,6 +87,9 @@ def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
         if name in fields and (value := fields.pop(name)) not in neutral:
             message = f"{name} is {shown(value)}, which this server does not support: {reason}"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
+    known = {field.alias or name for name, field in model.model_fields.items()}
+    if unknown := next((name for name in fields if name not in known), None):  # before pydantic lists all of them
+        raise _unknown(unknown)
     try:
         return model.model_validate(fields)
     except ValidationError as error:
@@ -119,8 +132,11 @@ def _finite(text: str) -> float:
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+        seen: set[str] = set()
+        for twice, _ in pairs:
+            if twice in seen:
+                break
+            seen.add(twice)
         raise ValueError(f"it has {shown(twice)} twice in one object")
     return found
 
@@ -134,6 +150,11 @@ def _depth(value: Any) -> int:
     return depth
 
 
+def _unknown(field: str) -> ApiError:
+    name = shown(field)[1:-1]
+    return ApiError(400, f"{name} is not a field that this server knows", param=name, code="unknown_parameter")
+
+
 def _named(error: ValidationError, fields: dict[str, Any]) -> ApiError:
     """The first fault that pydantic found. Of a value that may be of several types, what each of them misses."""
     first, *others = error.errors(include_url=False, include_context=False)
@@ -141,7 +162,7 @@ def _named(error: ValidationError, fields: dict[str, Any]) -> ApiError:
         name = shown(".".join(map(str, first["loc"])))[1:-1]
         if first["type"] == "missing":
             return ApiError(400, f"{name} is missing", param=name, code="missing_required_parameter")
-        return ApiError(400, f"{name} is not a field that this server knows", param=name, code="unknown_parameter")
+        return _unknown(".".join(map(str, first["loc"])))
     place, found = _within(fields, first["loc"])
     reasons = [first["msg"], *(each["msg"] for each in others if _within(fields, each["loc"])[0] == place)]
     name = shown(place)[1:-1]

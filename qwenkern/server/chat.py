@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from ..Model import Model
 from . import answering, sse
 from .answering import Answer
-from .bodies import Body, Refused
+from .bodies import Body, Refused, Some
 from .endpoints import Endpoint
 from .errors import ApiError
 from .fields import Sampled
@@ -71,14 +71,14 @@ class ChatBody(Sampled):
         "web_search_options": ((), "the server does not search the web"),
     }
 
-    messages: list[Message] = Field(min_length=1)
+    messages: Some[Message] = Field(min_length=1)
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     prompt_cache_key: str | None = None  # all requests share one cache, so each finds what has its key
     safety_identifier: str | None = None  # for the log
-    tools: list[Tool] | None = None
+    tools: Some[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
 
@@ -112,15 +112,13 @@ class ChatBody(Sampled):
             [messages],
             params,
             tools=functions.tools,
-            tool_choice=functions.choice,
-            parallel_tool_calls=functions.is_parallel,
             is_streamed=bool(self.stream),
         )
 
 
 async def create(service: Service, request: Request, body: ChatBody) -> Response:
     """Answers a conversation."""
-    turn = body.turn(service.settings.bounds)
+    turn = await service.in_pool(body.turn, service.settings.bounds)
     completion_id, created = f"chatcmpl-{uuid.uuid4().hex}", int(time.time())
     if body.stream:
         return await sse.stream(_chunks(service, body, turn, completion_id, created), sse.openai_error)

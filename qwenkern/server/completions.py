@@ -19,6 +19,7 @@ from ..sampling import TokenLogprob
 from ..text.tokenizer import Tokenizer
 from . import answering, scoring, sse
 from .answering import Answer
+from .bodies import Some
 from .endpoints import Endpoint
 from .errors import ApiError
 from .fields import Sampled
@@ -35,7 +36,7 @@ _FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 class CompletionBody(Sampled):
     """The body of a request."""
 
-    prompt: str | list[str] | list[int] | list[list[int]]
+    prompt: str | Some[str] | Some[int] | Some[list[int]]
     max_tokens: int | None = None
     suffix: str | None = None
     echo: bool | None = None
@@ -118,7 +119,7 @@ def _to_fill_in(tokenizer: Tokenizer | None, prompt: str | list[int], suffix: st
 
 async def create(service: Service, request: Request, body: CompletionBody) -> Response:
     """Continues prompts."""
-    turn = body.turn(service.settings.bounds)
+    turn = await service.in_pool(body.turn, service.settings.bounds)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",
         "object": "text_completion",
@@ -130,8 +131,12 @@ async def create(service: Service, request: Request, body: CompletionBody) -> Re
     async with service.models.use(body.model) as model:
         prompts, turn = await _read(service, model, body, turn)
         answers = await _answers(service, model, body, turn, prompts)
-        choices = [_choice(answer, model, body, turn, prompts) for answer in answers]
-    return JSONResponse(head | {"choices": choices, "usage": Usage.of(answers, turn).body()})
+
+        def response() -> Response:
+            choices = [_choice(answer, model, body, turn, prompts) for answer in answers]
+            return JSONResponse(head | {"choices": choices, "usage": Usage.of(answers, turn).body()})
+
+        return await service.in_pool(response)  # log-probabilities of prompts may be long
 
 
 async def _read(service: Service, model: Model, body: CompletionBody, turn: Turn) -> tuple[list[_Prompt], Turn]:
@@ -142,8 +147,8 @@ async def _read(service: Service, model: Model, body: CompletionBody, turn: Turn
     ids = [prompt.ids for prompt in prompts]
     if body.is_scored:
         most = service.settings.bounds.scored_tokens
-        if (count := sum(map(len, ids))) > most:
-            raise _wrong("prompt", f"the prompts to score have {count} tokens; expected at most {most} in a request")
+        if (count := sum(map(len, ids)) * turn.params.n) > most:  # each answer echoes its prompt
+            raise _wrong("prompt", f"the prompts to echo have {count} tokens; expected at most {most} in a request")
         top, salt = body.logprobs or 0, turn.params.cache_salt
         for prompt, logprobs in zip(
             prompts, await scoring.prompt_logprobs(service, model, ids, top, salt), strict=True

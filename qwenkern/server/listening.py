@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import uvicorn
 
 from ..errors import Error
@@ -45,7 +47,7 @@ def server(models: Models, settings: Settings) -> Server:
         access_log=False,
         server_header=False,
         h11_max_incomplete_event_size=protocol.MAX_HEADER_BYTES,
-        timeout_graceful_shutdown=int(settings.bounds.drain_seconds),
+        timeout_graceful_shutdown=math.ceil(settings.bounds.drain_seconds),
         backlog=1024,
     )
     found = Server(config)

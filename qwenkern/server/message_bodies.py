@@ -14,7 +14,7 @@ from ..errors import RequestError
 from ..sampling import SamplingParams
 from . import blocks, errors
 from .blocks import wrong
-from .bodies import Body, Refused
+from .bodies import Body, Refused, Some
 from .functions import Function, Functions, Name, in_order_of_calls
 from .settings import Bounds
 from .turns import Turn
@@ -63,7 +63,7 @@ _BLOCKS: dict[str, dict[str, type[Body]]] = {
 
 class Message(Body):
     role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
+    content: str | Some[dict[str, Any]]
 
 
 class Tool(Block):
@@ -120,9 +120,9 @@ class PromptBody(Body):
     }
 
     model: str
-    messages: list[Message] = Field(min_length=1)
+    messages: Some[Message] = Field(min_length=1)
     system: str | list[dict[str, Any]] | None = None
-    tools: list[Tool] | None = None
+    tools: Some[Tool] | None = None
     tool_choice: Choice | None = None
     output_config: OutputConfig | None = None
     cache_control: CacheControl | None = None
@@ -197,8 +197,6 @@ class MessagesBody(PromptBody):
             [self.conversation(bounds)],
             params,
             tools=functions.tools,
-            tool_choice=functions.choice,
-            parallel_tool_calls=functions.is_parallel,
             is_streamed=bool(self.stream),
         )
 

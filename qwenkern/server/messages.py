@@ -33,7 +33,8 @@ def as_error(error: ApiError) -> dict[str, Any]:
 
 async def create(service: Service, request: Request, body: MessagesBody) -> Response:
     """Answers a conversation."""
-    turn, message_id = body.turn(service.settings.bounds), f"msg_{uuid.uuid4().hex}"
+    turn = await service.in_pool(body.turn, service.settings.bounds)
+    message_id = f"msg_{uuid.uuid4().hex}"
     if body.stream:
         return await sse.stream(_events(service, body, turn, message_id), lambda error: _event(**as_error(error)))
     async with service.models.use(body.model) as model:
@@ -47,9 +48,10 @@ async def create(service: Service, request: Request, body: MessagesBody) -> Resp
 async def count_tokens(service: Service, request: Request, body: PromptBody) -> Response:
     """Counts the tokens of a prompt."""
     bounds = service.settings.bounds
-    messages, functions = body.conversation(bounds), body.functions(bounds)
     async with service.models.use(body.model) as model:
-        ids = await service.in_pool(model._prompts.encode, messages, functions.tools or None)
+        ids = await service.in_pool(
+            lambda: model._prompts.encode(body.conversation(bounds), body.functions(bounds).tools or None)
+        )
     return JSONResponse({"input_tokens": len(ids)})
 
 

@@ -75,7 +75,7 @@ class Entry:
         """The loaded model, which is then no longer here."""
         assert self.model
         self._past, model = self.counts, self.model
-        self.model, self.size = None, Size(0, None)
+        self.model, self.size, self.ping = None, Size(0, None), None
         return model
 
 

@@ -10,7 +10,7 @@ from ..errors import RequestError
 from ..sampling import SamplingParams
 from . import blocks, errors
 from .blocks import wrong
-from .bodies import Body, Refused
+from .bodies import Body, Refused, Some
 from .functions import Function, Functions, choice_of, in_order_of_calls
 from .settings import Bounds
 from .turns import Turn
@@ -108,7 +108,7 @@ class ResponsesBody(Body):
     }
 
     model: str | None = None
-    input: str | list[dict[str, Any]]
+    input: str | Some[dict[str, Any]]
     instructions: str | None = None
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     max_output_tokens: int | None = None
@@ -121,7 +121,7 @@ class ResponsesBody(Body):
     temperature: float | None = None
     text: TextConfig | None = None
     tool_choice: str | dict[str, Any] | None = None
-    tools: list[Tool] | None = None
+    tools: Some[Tool] | None = None
     top_logprobs: int | None = None
     top_p: float | None = None
     user: str | None = None  # for the log
@@ -169,13 +169,13 @@ class ResponsesBody(Body):
             [self.conversation(bounds)],
             params,
             tools=functions.tools,
-            tool_choice=functions.choice,
-            parallel_tool_calls=functions.is_parallel,
             is_streamed=bool(self.stream),
         )
 
     def _schema(self) -> dict[str, Any] | bool | None:
         form = self.text.format if self.text else None
+        if form and form.type != "json_schema" and (form.schema_, form.name, form.strict) != (None, None, None):
+            raise wrong("text.format has a schema, a name or strict; expected the type json_schema", "text.format")
         if form and form.type == "json_schema":
             if form.schema_ is None or form.name is None:
                 raise wrong("text.format has no name or no schema; expected both", "text.format.schema")

@@ -27,7 +27,7 @@ from .turns import Event, Finished, Text, ToolCall, Turn
 
 async def create(service: Service, request: Request, body: ResponsesBody) -> Response:
     """Answers a conversation."""
-    turn = body.turn(service.settings.bounds)
+    turn = await service.in_pool(body.turn, service.settings.bounds)
     writing = _Writing(body, body.model or service.models.names[0])
     if body.stream:
         return await sse.stream(_events(service, turn, writing), writing.error)

@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from ..errors import RequestError
 from ..Model import Model
 from ..text.tokenizer import Tokenizer
-from .bodies import Body
+from .bodies import Body, Some
 from .chat import Message, Tool
 from .endpoints import Endpoint
 from .errors import ApiError
@@ -37,8 +37,8 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] | None = None  # as /v1/chat/completions takes them, and tools likewise
-    tools: list[Tool] | None = None
+    messages: Some[Message] | None = None  # as /v1/chat/completions takes them, and tools likewise
+    tools: Some[Tool] | None = None
     add_special_tokens: bool | None = None  # the ids that the checkpoint puts before a text; by default for prompt
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -107,10 +107,15 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
     body.check(service.settings.bounds)
     async with service.models.use(body.model) as model:
         tokenizer = _tokenizer(model)
-        ids = await service.in_pool(body.ids, tokenizer, service.settings.bounds)
-        spelled = list(map(tokenizer.spelling_of, ids)) if body.return_token_strs else None
-        found = Tokenized(count=len(ids), max_model_len=_longest(model), tokens=ids, token_strs=spelled)
-    return JSONResponse(found.model_dump())
+        longest = _longest(model)
+
+        def tokenized() -> Response:
+            ids = body.ids(tokenizer, service.settings.bounds)
+            spelled = list(map(tokenizer.spelling_of, ids)) if body.return_token_strs else None
+            found = Tokenized(count=len(ids), max_model_len=longest, tokens=ids, token_strs=spelled)
+            return JSONResponse(found.model_dump())
+
+        return await service.in_pool(tokenized)
 
 
 async def detokenize(service: Service, request: Request, body: DetokenizeBody) -> Response:

@@ -21,8 +21,6 @@ class Turn:
     prompts: list[Prompt]  # several for /v1/completions only
     params: SamplingParams
     tools: list[dict[str, Any]] = field(default_factory=list)  # {"type": "function", "function": {...}} each
-    tool_choice: str = "auto"  # "none", "auto", "required", or "function:NAME"
-    parallel_tool_calls: bool = True
     is_streamed: bool = False  # the client reads the text as it comes
 
 

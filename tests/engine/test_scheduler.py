@@ -20,7 +20,7 @@ from qwenkern import RequestError, SamplingParams
 from qwenkern.engine import Engine, Limits
 from qwenkern.engine import pace as pace_module
 from qwenkern.engine.pace import LEAST, Pace
-from qwenkern.engine.scheduler import PRIORITY, Scheduler
+from qwenkern.engine.scheduler import FEW, PRIORITY, Scheduler
 
 PROMPTS = [
     [n * 7 % 503 for n in range(start, start + length)] for start, length in ((5, 70), (9, 130), (3, 20), (8, 64))
@@ -447,3 +447,23 @@ def test_an_aborted_request_that_waits_never_starts():
         assert starts(engine, [first, third]) == [first, third]
     assert not second.num_cached
     assert isinstance(engine.scheduler, Scheduler)
+
+
+def test_aborted_requests_do_not_pile_up_behind_one_without_room():
+    model = clockwork(NotCaptured(), cache_tokens=256)
+    with engine_of(model) as engine:
+        engine.add(first := request_of(model, 200, max_tokens=50))
+        engine.step()
+        engine.add(head := request_of(model, 200))
+        most = 0
+        for _ in range(40):
+            gone = [request_of(model, 200) for _ in range(20)]
+            engine.add(*gone)
+            engine.step()
+            for request in gone:
+                engine.abort(request)
+            most = max(most, engine.scheduler.num_waiting)
+        assert not first.has_ended
+        assert not head.num_cached, "nobody's turn came meanwhile"
+        assert most <= 2 * FEW
+        assert starts(engine, [first, head]) == [first, head]

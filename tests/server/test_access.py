@@ -121,7 +121,7 @@ def test_a_client_that_goes_away_ends_its_request_within_a_step(plain, model):
 def test_a_client_that_waits_for_a_whole_answer_may_go_away_too(plain, model):
     address = plain.removeprefix("http://").split(":")
     body = json.dumps(BODY | {"max_tokens": 400}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
     with Gate(model) as gate:
         with socket.create_connection((address[0], int(address[1]))) as connection:
             connection.sendall(head.encode() + body)
@@ -173,7 +173,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
     with serving(model, settings) as url:
         address = url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1])), timeout=30) as connection:
-            head = f"POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{"
+            head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{"
             connection.sendall(head.encode())
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
         large = BODY | {"stop": "x" * 1000}
@@ -250,3 +250,40 @@ def test_sigterm_ends_requests_that_take_too_long(folder):
             rest = list(lines)
         assert any("shutting_down" in line for line in rest) or rest[-2] == "data: [DONE]"
         assert process.wait(30) == -signal.SIGTERM
+
+
+def test_a_server_without_a_key_answers_to_its_own_names_only():
+    with serving(toy()) as url:
+        port = url.rpartition(":")[2]
+        for name in ("localhost", f"127.0.0.1:{port}", "[::1]", f"[::1]:{port}", "LOCALHOST"):
+            assert httpx.get(f"{url}/v1/models", headers={"Host": name}).status_code == 200, name
+        for name in (
+            "evil.example",
+            f"evil.example:{port}",
+            "127.0.0.1.evil.example",
+            "localhost.evil.example",
+            "[::2]",
+        ):
+            answer = httpx.get(f"{url}/v1/models", headers={"Host": name})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (421, "wrong_host"), name
+    with serving(toy(), Settings(api_keys=("k",))) as url:  # which a web page does not know
+        headers = {"Host": "models.example", "Authorization": "Bearer k"}
+        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("metadata", "{" + ", ".join(f'"{n}": 1' for n in [*range(200_000), 7]) + "}"),
+        ("messages", "[" + "0, " * 500_000 + "0]"),
+    ],
+    ids=["a key twice", "many faults"],
+)
+def test_many_faults_take_no_longer_than_one(field, value):
+    with serving(toy()) as url:
+        begun = time.thread_time()
+        answer = httpx.post(
+            url + CHAT, content=f'{{"{field}": {value}}}', headers={"Content-Type": "application/json"}, timeout=60
+        )
+        assert answer.status_code == 400
+        assert answer.elapsed.total_seconds() < 10, time.thread_time() - begun

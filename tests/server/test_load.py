@@ -107,7 +107,7 @@ def silent(url: str, tokens: int) -> socket.socket:
     body = json.dumps(ask).encode()
     lines = [
         "POST /v1/completions HTTP/1.1",
-        "Host: toy",
+        "Host: localhost",
         "Content-Type: application/json",
         f"Content-Length: {len(body)}",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
-GET, POST, HOST = b"GET /health HTTP/1.1\r\n", b"POST /v1/completions HTTP/1.1\r\n", b"Host: x\r\n"
+GET, POST, HOST = b"GET /health HTTP/1.1\r\n", b"POST /v1/completions HTTP/1.1\r\n", b"Host: localhost\r\n"
 JSON = b"Content-Type: application/json\r\n"
 CHUNKED = POST + HOST + JSON + b"Transfer-Encoding: chunked\r\n"
 LINES = [b"GET", b"GET /", b"POST  /", b" GET / HTTP/1.1", b"G\x00T / HTTP/1.1", b"GET / HTTP/11", b"GET / FTP/1.1"]
