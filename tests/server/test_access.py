@@ -24,6 +24,7 @@ from qwenkern.server.settings import Bounds, Settings
 
 BODY = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
 CHAT = "/v1/chat/completions"
+HEAD = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {{}}\r\n\r\n"
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +122,7 @@ def test_a_client_that_goes_away_ends_its_request_within_a_step(plain, model):
 def test_a_client_that_waits_for_a_whole_answer_may_go_away_too(plain, model):
     address = plain.removeprefix("http://").split(":")
     body = json.dumps(BODY | {"max_tokens": 400}).encode()
-    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = HEAD.format(len(body))
     with Gate(model) as gate:
         with socket.create_connection((address[0], int(address[1]))) as connection:
             connection.sendall(head.encode() + body)
@@ -173,7 +174,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
     with serving(model, settings) as url:
         address = url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1])), timeout=30) as connection:
-            head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 9\r\n\r\n{{"
+            head = HEAD.format(9) + "{"
             connection.sendall(head.encode())
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
         large = BODY | {"stop": "x" * 1000}
