@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import httpx
 import pytest
-from openai import OpenAI
 from support.engines import check_pages
-from support.servers import serving, toy
+from support.servers import toy
 
 QUESTION = [{"role": "user", "content": "Hello!"}]
 
@@ -15,18 +14,6 @@ QUESTION = [{"role": "user", "content": "Hello!"}]
 def model():
     with toy() as model:
         yield model
-
-
-@pytest.fixture(scope="module")
-def url(model):
-    with serving(model) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url):
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def test_an_answer_is_that_of_the_model(client, model):

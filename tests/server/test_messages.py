@@ -38,12 +38,6 @@ def model():
         check_pages(model)
 
 
-@pytest.fixture(scope="module")
-def url(model):
-    with serving(model) as url:
-        yield url
-
-
 @pytest.fixture
 def client(url):
     with Anthropic(base_url=url, api_key="none", max_retries=0) as client:

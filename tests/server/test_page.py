@@ -52,12 +52,6 @@ def model():
         yield model
 
 
-@pytest.fixture(scope="module")
-def url(model):
-    with serving(model) as url:
-        yield url
-
-
 class Visit:
     """A page in a browser of its own, and what it should not have done."""
 

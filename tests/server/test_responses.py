@@ -7,12 +7,11 @@ import json
 
 import httpx
 import pytest
-from openai import AsyncOpenAI, NotFoundError, OpenAI
+from openai import AsyncOpenAI, NotFoundError
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from support.engines import check_pages
 from support.scripted import model_with_tools, saying
-from support.servers import serving
 
 QUESTION = "When is high tide in Emden?"
 PLACE = {"type": "object", "properties": {"place": {"enum": ["Emden", "Kiel"]}}, "required": ["place"]}
@@ -33,18 +32,6 @@ def model():
     with model_with_tools() as model:
         yield model
         check_pages(model)
-
-
-@pytest.fixture(scope="module")
-def url(model):
-    with serving(model) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url):
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def calls_of(response) -> list[tuple[str, str]]:

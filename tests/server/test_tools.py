@@ -8,11 +8,10 @@ import json
 import httpx
 import openai
 import pytest
-from openai import AsyncOpenAI, BadRequestError, OpenAI
+from openai import AsyncOpenAI, BadRequestError
 from pydantic import BaseModel
 from support.engines import check_pages
 from support.scripted import model_with_tools, saying
-from support.servers import serving
 
 QUESTION = [{"role": "user", "content": "When is high tide in Emden?"}]
 PLACE = {"type": "object", "properties": {"place": {"enum": ["Emden", "Kiel"]}}, "required": ["place"]}
@@ -34,18 +33,6 @@ def model():
     with model_with_tools() as model:
         yield model
         check_pages(model)
-
-
-@pytest.fixture(scope="module")
-def url(model):
-    with serving(model) as url:
-        yield url
-
-
-@pytest.fixture
-def client(url):
-    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
-        yield client
 
 
 def calls_of(message) -> list[tuple[str, str]]:

@@ -1,0 +1,19 @@
+"""What the tests of clients share: the server of a module's own ``model``, and OpenAI's client for it."""
+
+from __future__ import annotations
+
+import pytest
+from openai import OpenAI
+from support.servers import serving
+
+
+@pytest.fixture(scope="module")
+def url(model):
+    with serving(model) as url:
+        yield url
+
+
+@pytest.fixture
+def client(url):
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        yield client
