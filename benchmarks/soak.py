@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import random
 import statistics
-import threading
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,29 +54,18 @@ def one(model: Model, choose: random.Random) -> str:
     return kind
 
 
-def run(model: Model, callers: int, seconds: float, seed: int) -> dict[str, int]:
+def run(model: Model, callers: int, seconds: float, seed: int) -> Counter[str]:
     """Has callers send requests until the time is over. Returns how many there were of each kind."""
-    counts: dict[str, int] = {}
-    errors: list[BaseException] = []
     until = time.monotonic() + seconds
 
-    def caller(index: int) -> None:
-        choose = random.Random(f"{seed}/{index}")
-        try:
-            while time.monotonic() < until and not errors:
-                kind = one(model, choose)
-                counts[kind] = counts.get(kind, 0) + 1
-        except BaseException as error:
-            errors.append(error)
+    def caller(index: int) -> Counter[str]:
+        choose, counts = random.Random(f"{seed}/{index}"), Counter[str]()
+        while time.monotonic() < until:
+            counts[one(model, choose)] += 1
+        return counts
 
-    threads = [threading.Thread(target=caller, args=(index,)) for index in range(callers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return counts
+    with ThreadPoolExecutor(callers) as pool:
+        return sum(pool.map(caller, range(callers)), Counter())
 
 
 def main(
@@ -87,11 +77,10 @@ def main(
     """Watch the memory under many kinds of requests."""
     console, process = Console(), psutil.Process()
     loaded = Model.from_pretrained(model, device="cpu", cache_tokens=8192)  # too few for all: requests are preempted
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     memory: list[int] = []
     for period in range(PERIODS):
-        for kind, count in run(loaded, callers, 60 * minutes / PERIODS, period).items():
-            counts[kind] = counts.get(kind, 0) + count
+        counts += run(loaded, callers, 60 * minutes / PERIODS, period)
         while not loaded._loop.is_idle:  # those that left early
             time.sleep(0.01)
         if loaded.cache.num_free_pages != loaded.cache.num_pages:
