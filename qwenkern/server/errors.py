@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import EngineError, Error, NonFiniteError, RequestError
 
-_KINDS = {
+KINDS = {  # the same in both APIs
     400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
@@ -35,7 +35,7 @@ class ApiError(Exception):
         super().__init__(message)
         self.status = status
         self.message = message
-        self.kind = kind or _KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.kind = kind or KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.param = param
         self.code = code
         self.headers = dict(headers or {})

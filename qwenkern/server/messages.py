@@ -16,18 +16,15 @@ from starlette.responses import JSONResponse, Response
 
 from . import answering, sse
 from .endpoints import Endpoint
-from .errors import ApiError
+from .errors import KINDS, ApiError
 from .message_bodies import MessagesBody, PromptBody
 from .service import Service
 from .turns import Finished, Text, ToolCall, Turn
 
-_KINDS = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large"}
-_KINDS |= {429: "rate_limit_error", 503: "overloaded_error"}
-
 
 def as_error(error: ApiError) -> dict[str, Any]:
     """The form of Anthropic's API."""
-    kind = _KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    kind = KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
     return {"type": "error", "error": {"type": kind, "message": error.message}}
 
 
