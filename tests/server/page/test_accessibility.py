@@ -67,6 +67,7 @@ def test_a_phone_shows_all_of_it(visit):
     page = visit(**PHONE)
     page.says("A " + "long" * 60 + "\n\n```\n" + "x" * 200 + "\n```\n\n|" + "head|" * 12 + "\n|" + "---|" * 12 + "\n")
     assert page.page.evaluate(FITS) == [True, []]
+    assert page.page.get_by_role("heading", level=1).inner_text() == "qwenkern"
     page.input.fill("Hello!")
     page.input.press("Enter")  # begins a line there
     assert page.input.input_value() == "Hello!\n"
@@ -133,7 +134,7 @@ def test_text_stands_out_and_controls_have_names(visit, scheme):
     check()
     page.page.route("**/v1/chat/completions", lambda route: route.fulfill(status=429, json={}))
     page.ask("Again")
-    page.page.get_by_text("The server is busy.").wait_for()
+    page.page.get_by_text("The server is busy:").wait_for()
     page.console.clear()
     check()
     page.button("Settings").click()

@@ -12,7 +12,7 @@ def test_markdown_is_drawn(visit):
     text = (
         "# Head\n\nOne **bold** and *thin* `code` 2*3*4 snake_case_name.\nNext line\n\n"
         "1. first\n   - inner\n2. second\n\n```python\nif a < b:\n    pass\n```\n\n"
-        "| a | b |\n|---|--:|\n| 1 | 2 |\n\n> quoted\n\n[there](https://example.org/x) https://example.org/y."
+        "| a | b |\n|---|--:|\n| 1 | 2 |\n\nso \\(x\\) holds\n\n> quoted\n\n[there](https://example.org/x) https://example.org/y."
     )
     page.says(text)
     page.ask("Hello!")
@@ -26,12 +26,42 @@ def test_markdown_is_drawn(visit):
     assert answer.locator("figure code").text_content() == "if a < b:\n    pass\n"
     assert answer.locator("figcaption span").inner_text() == "python"
     assert answer.locator("td").all_inner_texts() == ["1", "2"]
+    aligned = answer.locator("td").evaluate_all("cells => cells.map((each) => getComputedStyle(each).textAlign)")
+    assert aligned == ["start", "end"]
+    assert answer.locator("p").nth(1).inner_text() == r"so \(x\) holds"
     assert answer.locator("blockquote").inner_text() == "quoted"
     links = [link.get_attribute("href") for link in answer.locator("a").all()]
     assert links == ["https://example.org/x", "https://example.org/y"]
     page.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.button("Copy code").click()
     assert page.page.evaluate("navigator.clipboard.readText()") == "if a < b:\n    pass\n"
+
+
+def test_a_list_that_is_being_written_is_a_list(visit):
+    page = visit()
+    page.says("Two:\n1. one\n2.")
+    page.ask("Hello!")
+    page.is_answered()
+    assert page.answer.locator("ol > li").all_inner_texts() == ["one", ""]
+
+
+def test_arabic_and_hebrew_run_from_the_right(visit):
+    page = visit()
+    page.says("مرحبا English\n\n- שלום\n\n> مرحبا\n\nHello مرحبا\n\n- one\n\n```\nمرحبا\n```")
+    page.ask("مرحبا")
+    page.is_answered()
+    page.page.evaluate("document.querySelector('#messages .body').style.width = '36rem'")
+    starts_right = """(parts) => parts.map((each) => {
+      const range = document.createRange(), box = each.getBoundingClientRect();
+      range.selectNodeContents(each);
+      const text = range.getBoundingClientRect();
+      return box.right - text.right < text.left - box.left;
+    })"""
+    assert page.page.locator("#messages .user .body").evaluate_all(starts_right) == [True]
+    assert page.answer.locator("> p").evaluate_all(starts_right) == [True, False]
+    assert page.answer.locator("ul .line").evaluate_all(starts_right) == [True, False]
+    directions = "parts => parts.map((each) => getComputedStyle(each).direction)"
+    assert page.answer.locator("> ul, > blockquote, pre").evaluate_all(directions) == ["rtl", "rtl", "ltr", "ltr"]
 
 
 def test_no_text_takes_long_to_draw(visit):

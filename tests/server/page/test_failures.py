@@ -15,13 +15,13 @@ pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]
 def test_a_key_is_asked_for_and_used(visit, model):
     with serving(model, Settings(api_keys=("secret",))) as url:
         page = visit(url)
-        page.page.get_by_text("The server wants an API key.").wait_for()
+        page.page.get_by_text("The server wants an API key: it is missing or wrong.").wait_for()
         page.console.clear()  # Chromium says so when an answer is 401
         page.button("Enter the key").click()
         page.page.keyboard.type("secret")
         page.page.keyboard.press("Enter")
-        page.page.get_by_text("The server wants an API key.").wait_for(state="hidden")
-        page.setting("Most tokens", "4")
+        page.page.get_by_text("The server wants an API key:").wait_for(state="hidden")
+        page.setting("Max tokens", "4")
         page.ask("Hello!")
         page.is_answered()
         assert page.messages()[1]["content"]
@@ -30,10 +30,10 @@ def test_a_key_is_asked_for_and_used(visit, model):
 
 
 ERRORS = [
-    (429, {"Retry-After": "7"}, "The server is busy. Somebody said why. Try again in 7 s."),
-    (503, {"Retry-After": "5"}, "The server is not ready. Somebody said why. Try again in 5 s."),
-    (400, {}, "The server refused this. Somebody said why."),
-    (500, {}, "The server failed. Somebody said why."),
+    (429, {"Retry-After": "7"}, "The server is busy: Somebody said why. Try again in 7 s."),
+    (503, {"Retry-After": "5"}, "The server is not ready: Somebody said why. Try again in 5 s."),
+    (400, {}, "The server refused this: Somebody said why."),
+    (500, {}, "The server failed: Somebody said why."),
 ]
 
 
@@ -47,6 +47,7 @@ def test_an_error_is_shown_with_its_reason(visit):
         if i:
             page.button("Try again").click()
         page.page.locator("#messages").get_by_role("alert").get_by_text(title).wait_for()
+        assert page.page.locator(".assistant").get_by_role("button").all_inner_texts() == ["Try again"]
     page.console.clear()
     page.page.unroute("**/v1/chat/completions")
     page.button("Try again").click()
@@ -61,7 +62,7 @@ def test_a_full_queue_is_said_so(visit, model):
         first.ask("Hello!")
         first.button("Stop").wait_for()
         page.ask("Hello!")
-        page.page.get_by_text("The server is busy.").wait_for()
+        page.page.get_by_text("The server is busy:").wait_for()
         page.console.clear()
         gate.open()
         first.is_answered()
@@ -72,7 +73,7 @@ def test_an_error_in_the_middle_leaves_what_was_there(visit):
     body = events("Half an ").replace("data: [DONE]\n\n", "") + 'data: {"error": {"message": "It broke."}}\n\n'
     page.page.route("**/v1/chat/completions", lambda route: route.fulfill(content_type="text/event-stream", body=body))
     page.ask("Hello!")
-    assert page.page.locator("#messages .failure p").inner_text() == "The server failed. It broke."
+    assert page.page.locator("#messages .failure p").inner_text() == "The answer broke off: It broke."
     assert page.answer.inner_text() == "Half an "
 
 

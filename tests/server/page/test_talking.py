@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.xdist_group("browser"), pytest.mark.slow]
 def test_an_answer_comes_as_it_is_made(visit, model):
     page = visit(settings={"max_completion_tokens": 12})
     expected = model.chat([{"role": "user", "content": "Hello!"}], max_tokens=12)
+    height = page.page.locator("#composer").bounding_box()["height"]
     with Gate(model) as gate:
         page.ask("Hello!")
         gate.steps(6)
@@ -21,13 +22,16 @@ def test_an_answer_comes_as_it_is_made(visit, model):
         assert page.button("Stop").is_visible()
         assert page.page.locator("#scroll").get_attribute("aria-busy") == "true"
         assert not all_free(model)
+        page.page.get_by_text("1 running").wait_for()
         gate.open()
         page.is_answered()
     assert page.messages()[1]["content"] == expected.text
-    assert page.page.locator(".assistant .note").inner_text() == "The answer reached its most tokens."
+    assert page.page.locator(".assistant .note").inner_text() == "The answer was cut off at the limit of tokens."
     assert re.search(r"[\d.]+ tokens/s · first after [\d.]+ s · 12 tokens · prompt \d+, \d+ from the cache",
                      page.page.locator("#of-answer").inner_text())  # fmt: skip
     assert page.button("Send").is_visible()
+    page.page.get_by_text("0 running").wait_for()
+    assert page.page.locator("#composer").bounding_box()["height"] == height
 
 
 @pytest.mark.parametrize("how", ["button", "Escape", "closed"])
@@ -60,7 +64,7 @@ def test_settings_are_honoured(visit, model):
         "Min p": 0.01,
         "Repetition penalty": 1.1,
         "Seed": 7,
-        "Most tokens": 9,
+        "Max tokens": 9,
     }
     page.button("Settings").click()
     for label, value in values.items():
