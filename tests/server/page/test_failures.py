@@ -29,6 +29,16 @@ def test_a_key_is_asked_for_and_used(visit, model):
         assert page.page.evaluate("sessionStorage.getItem('qwenkern.key')") == "secret"
 
 
+def test_the_calculator_goes_on_with_a_key(visit, model):
+    with serving(model, Settings(api_keys=("secret",))) as url:
+        page = visit(url)
+        page.page.get_by_role("tab", name="Footprint").click()
+        page.page.locator("#footprint-wrong").get_by_text("The server wants an API key:").wait_for()
+        page.console.clear()
+        page.setting("API key", "secret")
+        page.page.locator("#cards tr").first.wait_for()
+
+
 ERRORS = [
     (429, {"Retry-After": "7"}, "The server is busy: Somebody said why. Try again in 7 s."),
     (503, {"Retry-After": "5"}, "The server is not ready: Somebody said why. Try again in 5 s."),
