@@ -55,7 +55,7 @@ class Browser:
             page.context.close()
             return
         page.unroute_all()
-        page.evaluate("sessionStorage.clear(), localStorage.clear()")
+        page.evaluate("removeEventListener('pagehide', keep), sessionStorage.clear(), localStorage.clear()")
         page.goto("about:blank")
         page.mouse.move(0, 0)
         page.context.clear_permissions()

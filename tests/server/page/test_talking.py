@@ -170,3 +170,19 @@ def test_a_conversation_stays_when_the_page_is_loaded_again(visit):
     assert page.messages() == []
     page.button("Undo").click()
     assert page.messages() == before
+
+
+def test_what_has_come_stays_when_the_page_is_loaded_again(visit, repeating):
+    page = visit()
+    page.page.get_by_label("Model").select_option("parrot")
+    with Gate(repeating) as gate:
+        page.ask("Say [[a long answer]]")
+        gate.steps(4)
+        page.until("document.querySelector('.assistant .body').textContent.length > 0")
+        page.page.reload()
+        page.is_answered()
+        gate.open()
+    asked, answer = page.messages()
+    assert asked["content"] == "Say [[a long answer]]"
+    assert "a long answer".startswith(answer["content"].strip() or "nothing")
+    assert page.page.locator(".assistant .note").inner_text() == "Stopped."
