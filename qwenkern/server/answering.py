@@ -119,17 +119,19 @@ class _Writing:
         self._request = request
         self._index = request.prompt_index * turn.params.n + request.sample_index
         self._with_logprobs = turn.params.logprobs is not None
+        self._tells_each = self._with_logprobs or request.detokenizer is None  # each output has an event
         self._splitter = Splitter(self._index) if turn.tools else None
         self._come = 0  # tokens of the outputs so far
         self._told = 0  # those of them that are in events
 
     def events(self, output: Output) -> list[Event]:
-        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted."""
+        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted, or
+        the model has no tokenizer and so no text."""
         self._come += len(output.token_ids)  # the request itself may be further
         parts = self._split(output.text, output.is_last)
         text = parts[0] if parts and isinstance(parts[0], str) else ""
         found: list[Event] = []
-        if text or output.is_last or self._with_logprobs:
+        if text or output.is_last or self._tells_each:
             told, self._told = self._told, self._come
             if text or told < self._come:
                 ids, logprobs = self._request.output_ids[told : self._come], []
