@@ -115,13 +115,13 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
             found = Tokenized(count=len(ids), max_model_len=longest, tokens=ids, token_strs=spelled)
             return JSONResponse(found.model_dump())
 
-        return await service.in_pool(tokenized)
+        return await service.aside(tokenized)
 
 
 async def detokenize(service: Service, request: Request, body: DetokenizeBody) -> Response:
     """The text of ids."""
     async with service.models.use(body.model) as model:
-        text = await service.in_pool(lambda: _tokenizer(model).decode(body.tokens, skip_special=False))
+        text = await service.aside(lambda: _tokenizer(model).decode(body.tokens, skip_special=False))
     return JSONResponse(Detokenized(prompt=text).model_dump())
 
 
