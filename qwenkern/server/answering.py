@@ -19,8 +19,7 @@ from ..errors import RequestError
 from ..Model import Model
 from ..sampling import TokenLogprob
 from ..sampling.grammar import grammar_of
-from .errors import ApiError
-from .functions import Splitter
+from .functions import Splitter, without_grammar
 from .service import Service
 from .turns import Event, Finished, Text, ToolCall, Turn
 
@@ -108,8 +107,8 @@ async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]
             await service.grammars.do(model.grammars.compiled, grammar)
         requests = await service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None)
     except RequestError as error:
-        if turn.tools and str(error).startswith("grammar"):  # which is not the client's, but that of the calls
-            raise ApiError(400, f"tools have no {error}", param="tools", code="invalid_value") from None
+        if turn.tools and turn.params.grammar and str(error).startswith("grammar"):  # not the client's, but the calls'
+            raise without_grammar(error, turn.params.grammar) from None
         raise
     for request in requests:
         request.is_streamed = turn.is_streamed

@@ -210,7 +210,7 @@ def test_large_bodies_together_are_bounded(model):
 
 @contextlib.contextmanager
 def stuck(url: str, requests: list[tuple[str, dict]], most: int) -> Iterator[list[httpx.Response]]:
-    """Sends requests of which all but one are stuck, and that is refused. Gives the answers of the others, for later."""
+    """Sends requests of which all but one are stuck, and that is refused. Gives the others' answers, for later."""
     answers: list[httpx.Response] = []
 
     def ask(path: str, body: dict) -> None:
