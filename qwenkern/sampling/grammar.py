@@ -60,7 +60,7 @@ def json_schema(name: str, value: Any) -> str | None:
 
 
 def check_schema(name: str, schema: Any) -> None:
-    """Raises RequestError for a schema that is too deep or has too many parts, or in which llguidance would miscount."""
+    """Raises RequestError for a schema that is too deep or too large, or in which llguidance would miscount."""
     _check_depth(name, schema)
     _check_counts(name, schema)
 
