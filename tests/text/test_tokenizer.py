@@ -882,7 +882,7 @@ def test_other_threads_run_while_a_long_text_is_encoded(toy):
     done.set()
     thread.join()
     assert toy.decode(found, skip_special=False) == text
-    assert found[: len(found) // 200_000] * 200_000 == found
+    assert found == toy._library.encode(text, add_special_tokens=False).ids
     assert max(later - earlier for earlier, later in pairwise(sorted(times))) < (ended - begun) / 2
 
 
