@@ -21,7 +21,7 @@ from ..sampling import TokenLogprob
 from .errors import ApiError
 from .functions import Splitter
 from .service import Service
-from .turns import Event, Finished, Text, ToolCall, Turn
+from .turns import CallEvent, Event, Finished, Text, ToolCall, Turn
 
 
 @dataclass
@@ -119,7 +119,7 @@ class _Writing:
         self._request = request
         self._index = request.prompt_index * turn.params.n + request.sample_index
         self._with_logprobs = turn.params.logprobs is not None
-        self._splitter = Splitter(self._index) if turn.tools else None
+        self._splitter = Splitter(self._index, turn.tools) if turn.tools else None
         self._come = 0  # tokens of the outputs so far
         self._told = 0  # those of them that are in events
 
@@ -139,8 +139,8 @@ class _Writing:
         found += [Text(self._index, part) if isinstance(part, str) else part for part in parts[bool(text) :]]
         return [*found, self.finished()] if output.is_last else found
 
-    def _split(self, text: str, is_last: bool) -> list[str | ToolCall]:
-        """The text and the calls that more of the model's text completes."""
+    def _split(self, text: str, is_last: bool) -> list[str | CallEvent]:
+        """The text and the calls in more of the model's text."""
         if self._splitter:
             return self._splitter.add(text, is_last)
         return [text] if text else []

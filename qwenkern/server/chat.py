@@ -25,7 +25,7 @@ from .functions import CallMade, Function, Functions, choice_of, in_order_of_cal
 from .service import Service
 from .settings import Bounds
 from .tokens_as_text import chat_logprobs
-from .turns import Finished, Text, ToolCall, Turn
+from .turns import CallArguments, CallBegun, Finished, Text, ToolCall, Turn
 from .usage import Usage
 
 
@@ -188,8 +188,12 @@ async def _chunks(
                 logprobs = json.dumps(chat_logprobs(event.logprobs, model)) if event.logprobs else "null"
                 if event.text or event.logprobs:
                     yield chunk(event.index, f'{{"content": {json.dumps(event.text)}}}', logprobs=logprobs)
-            elif isinstance(event, ToolCall):
-                delta = {"tool_calls": [{"index": calls[event.index], **_call(event)}]}
+            elif isinstance(event, CallArguments):
+                call = f'{{"index": {calls[event.index] - 1}, "function": {{"arguments": {json.dumps(event.text)}}}}}'
+                yield chunk(event.index, f'{{"tool_calls": [{call}]}}')
+            elif isinstance(event, CallBegun):
+                begun_call = _call(ToolCall(event.index, event.id, event.name, ""))
+                delta = {"tool_calls": [{"index": calls[event.index], **begun_call}]}
                 calls[event.index] += 1
                 yield chunk(event.index, json.dumps(delta))
             elif isinstance(event, Finished):

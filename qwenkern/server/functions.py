@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors import RequestError, shown
-from ..text.tools import Call, ToolCalls, call_grammar
+from ..text.tools import Arguments, Begun, Call, Part, ToolCalls, call_grammar
 from . import errors
 from .bodies import Body
 from .errors import ApiError
 from .settings import Bounds
-from .turns import ToolCall
+from .turns import CallArguments, CallBegun, CallBroken, CallEvent, ToolCall
 
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
@@ -131,22 +131,30 @@ def in_order_of_calls(messages: Sequence[dict[str, Any]], id_name: str = "tool_c
 
 
 class Splitter:
-    """Splits the text of one answer, as it comes, into text and calls."""
+    """Splits the text of one answer, as it comes, into text and calls. tools: those of the turn."""
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, tools: Sequence[Mapping[str, Any]]) -> None:
         self._index = index  # of the answer
-        self._calls = ToolCalls()
+        self._calls = ToolCalls({tool["function"]["name"] for tool in tools})
+        self._id = ""  # of the call that has begun
         self.num_calls = 0
 
-    def add(self, text: str, is_last: bool) -> list[str | ToolCall]:
+    def add(self, text: str, is_last: bool) -> list[str | CallEvent]:
         found = self._calls.add(text)
         if is_last:
             found += self._calls.finish()
-        return [self._called(item) if isinstance(item, Call) else item for item in found]
+        return [part if isinstance(part, str) else self._event(part) for part in found]
 
-    def _called(self, call: Call) -> ToolCall:
-        self.num_calls += 1
-        return ToolCall(self._index, f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments)
+    def _event(self, part: Part) -> CallEvent:
+        if isinstance(part, Arguments):
+            return CallArguments(self._index, part.text)
+        if isinstance(part, Begun):
+            self._id = f"call_{uuid.uuid4().hex[:24]}"
+            return CallBegun(self._index, self._id, part.name)
+        if isinstance(part, Call):
+            self.num_calls += 1
+            return ToolCall(self._index, self._id, part.name, part.arguments)
+        return CallBroken(self._index)
 
 
 def _wrong(message: str, param: str) -> ApiError:

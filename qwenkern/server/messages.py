@@ -19,7 +19,7 @@ from .endpoints import Endpoint
 from .errors import KINDS, ApiError
 from .message_bodies import MessagesBody, PromptBody
 from .service import Service
-from .turns import Finished, Text, ToolCall, Turn
+from .turns import CallArguments, CallBegun, Finished, Text, ToolCall, Turn
 
 
 def as_error(error: ApiError) -> dict[str, Any]:
@@ -74,7 +74,7 @@ def _usage(finished: Finished | None) -> dict[str, Any]:
     return usage
 
 
-def _tool_use(call: ToolCall) -> dict[str, Any]:
+def _tool_use(call: CallBegun | ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name, "input": {}}
 
 
@@ -104,11 +104,13 @@ async def _events(service: Service, body: MessagesBody, turn: Turn, message_id: 
                 if event.text:
                     delta = {"type": "text_delta", "text": event.text}
                     found += _event("content_block_delta", index=index, delta=delta)
-            elif isinstance(event, ToolCall):
+            elif isinstance(event, CallBegun):
                 index += 1
                 found += _event("content_block_start", index=index, content_block=_tool_use(event))
-                delta = {"type": "input_json_delta", "partial_json": event.arguments}
+            elif isinstance(event, CallArguments):
+                delta = {"type": "input_json_delta", "partial_json": event.text}
                 found += _event("content_block_delta", index=index, delta=delta)
+            elif not isinstance(event, Finished):
                 found += _event("content_block_stop", index=index)
             else:
                 found += _event("message_delta", delta=_end(event), usage=_usage(event))

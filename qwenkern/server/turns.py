@@ -35,8 +35,32 @@ class Text:
 
 
 @dataclass(frozen=True)
+class CallBegun:
+    """A call of a function begins. Its arguments follow, and at last either the ToolCall or CallBroken."""
+
+    index: int  # of the answer
+    id: str  # "call_..."
+    name: str
+
+
+@dataclass(frozen=True)
+class CallArguments:
+    """More of the arguments of the call that has begun: so far the beginning of a JSON object."""
+
+    index: int  # of the answer
+    text: str
+
+
+@dataclass(frozen=True)
+class CallBroken:
+    """What has begun is no call, and its arguments have no end. Its text follows."""
+
+    index: int  # of the answer
+
+
+@dataclass(frozen=True)
 class ToolCall:
-    """A whole call of a function."""
+    """The end of a call, and all of it."""
 
     index: int  # of the answer
     id: str  # "call_..."
@@ -56,4 +80,5 @@ class Finished:
     num_tokens: int  # of the answer
 
 
-Event = Text | ToolCall | Finished
+CallEvent = CallBegun | CallArguments | CallBroken | ToolCall
+Event = Text | CallEvent | Finished

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import anthropic
 import httpx
@@ -85,10 +86,10 @@ def test_events_come_in_their_order(url, model):
         assert data["type"] == event["event"]
         if data["type"] != "ping":
             known.validate_python(data)
-    texts = kinds.count("content_block_delta") - 2
-    assert texts > 3
-    block = ["content_block_start", "content_block_delta", "content_block_stop"]
-    assert kinds[2:-2] == [block[0], *[block[1]] * texts, block[2], *block, *block]
+    short = "".join({"start": "<", "delta": ".", "stop": ">"}[kind.rsplit("_")[-1]] for kind in kinds[2:-2])
+    assert re.fullmatch(r"<\.{4,}>" r"<\.{6,}>" r"<\.{1,}>", short)  # a text, and calls in pieces
+    starts = [json.loads(event["data"]) for event in events if event["event"] == "content_block_start"]
+    assert [each["content_block"].get("name") for each in starts] == [None, "tide", "clock"]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -125,6 +126,27 @@ def test_calls_are_blocks(client, model):
         assert (each.content[0].text, each.stop_reason) == ("Let me look.", "tool_use")
         assert calls_of(each) == CALLS
         assert all(block.id.startswith("toolu_") for block in each.content[1:])
+
+
+BROKEN = '{"name": "tide", "arguments": {"place": "Emden", high}}'
+
+
+@pytest.mark.parametrize(
+    ("said", "more", "reason"),
+    [(f"<tool_call>{BROKEN}</tool_call>", {}, "end_turn"), (BOTH, {"max_tokens": 80}, "max_tokens")],
+)
+def test_a_call_that_breaks_off_becomes_text(client, model, said, more, reason):
+    """A stream has begun it, as the client's accumulator accepts it; its text follows, as an answer at once has it."""
+    with saying(model, said, said):
+        expected = client.messages.create(**fields(tools=TOOLS, **more))
+        with client.messages.stream(**fields(tools=TOOLS, **more)) as stream:
+            message = stream.get_final_message()
+    assert calls_of(expected) == []
+    ((name, arguments),) = calls_of(message)
+    assert (name, set(arguments)) == ("tide", {"place"})
+    texts = ["".join(block.text for block in each.content if block.type == "text") for each in (expected, message)]
+    assert texts[0] == texts[1] == said[: more.get("max_tokens")]
+    assert expected.stop_reason == message.stop_reason == reason
 
 
 def test_several_turns(url, model):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 
 import httpx
 import pytest
 from openai import AsyncOpenAI, NotFoundError
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
+from pydantic_core import from_json
 from support.engines import check_pages
 from support.scripted import model_with_tools, saying
 
@@ -78,10 +80,14 @@ def test_events_come_in_their_order(url, model):
     kinds = [each["type"].removeprefix("response.") for each in data]
     deltas = kinds.count("output_text.delta")
     assert deltas > 3
-    call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
+    calls = [
+        ["output_item.added", *["function_call_arguments.delta"] * count, "function_call_arguments.done"]
+        for count in Counter(each["output_index"] for each in data if "arguments.delta" in each["type"]).values()
+    ]
+    assert len(calls[0]) > 8
     ends = ["output_text.done", "content_part.done", "output_item.done"]
     text = ["output_item.added", "content_part.added", *["output_text.delta"] * deltas, *ends]
-    assert kinds == ["created", "in_progress", *text, *call, *call, "completed"]
+    assert kinds == ["created", "in_progress", *text, *calls[0], ends[-1], *calls[1], ends[-1], "completed"]
     assert [each["output_index"] for each in data if each["type"].endswith("item.done")] == [0, 1, 2]
     assert data[-1]["response"]["output"] == [each["item"] for each in data if each["type"].endswith("item.done")]
 
@@ -133,6 +139,35 @@ def test_what_is_not_a_call_is_text(client, model, said):
     with saying(model, said):
         answer = client.responses.create(model="toy", input=QUESTION, tools=TOOLS)
     assert (answer.output_text, [item.type for item in answer.output]) == (said, ["message"])
+
+
+def test_arguments_come_in_pieces(client, model):
+    """The client's accumulator adds them up."""
+    with saying(model, BOTH), client.responses.stream(model="toy", input=QUESTION, tools=TOOLS) as stream:
+        events = [event for event in stream if "function_call_arguments" in event.type]
+    first = [event for event in events if event.output_index == 1]
+    assert len(first) > 8
+    assert [first[-2].snapshot, first[-1].arguments] == [CALLS[0][1]] * 2
+
+
+BROKEN = '{"name": "tide", "arguments": {"place": "Emden", high}}'
+
+
+@pytest.mark.parametrize(
+    ("said", "more", "status"),
+    [(f"<tool_call>{BROKEN}</tool_call>", {}, "completed"), (BOTH, {"max_output_tokens": 80}, "incomplete")],
+)
+def test_a_call_that_breaks_off_becomes_text(client, model, said, more, status):
+    """A stream has begun it; its text follows, as an answer at once has it."""
+    with saying(model, said, said):
+        expected = answered(client, False, input=QUESTION, tools=TOOLS, **more)
+        found = answered(client, True, input=QUESTION, tools=TOOLS, **more)
+    assert expected.output_text == found.output_text == said[: more.get("max_output_tokens")]
+    assert calls_of(expected) == []
+    broken = next(item for item in found.output if item.type == "function_call")
+    assert (broken.status, broken.name) == ("incomplete", "tide")
+    assert from_json(broken.arguments, allow_partial="trailing-strings")["place"] in ("Em", "Emden")
+    assert (expected.status, found.status, found.output[-1].status) == (status, status, status)
 
 
 def test_several_turns(url, model):
