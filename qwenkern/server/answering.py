@@ -21,7 +21,7 @@ from ..sampling import TokenLogprob
 from .errors import ApiError
 from .functions import Splitter
 from .service import Service
-from .turns import CallEvent, Event, Finished, Text, ToolCall, Turn
+from .turns import CallEvent, Event, Finished, Started, Text, ToolCall, Turn
 
 
 @dataclass
@@ -44,6 +44,7 @@ async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[E
             written = writing.get(output.request)
             if not written:
                 written = writing[output.request] = _Writing(output.request, turn)
+                yield written.started()
             for event in written.events(output):
                 yield event
 
@@ -144,6 +145,9 @@ class _Writing:
         if self._splitter:
             return self._splitter.add(text, is_last)
         return [text] if text else []
+
+    def started(self) -> Started:
+        return Started(self._index, len(self._request.prompt_ids), self._request.num_found)
 
     def finished(self) -> Finished:
         request, reason = self._request, self._request.finish_reason or "stop"

@@ -25,7 +25,7 @@ from .functions import CallMade, Function, Functions, choice_of, in_order_of_cal
 from .service import Service
 from .settings import Bounds
 from .tokens_as_text import chat_logprobs
-from .turns import CallArguments, CallBegun, Finished, Text, ToolCall, Turn
+from .turns import CallArguments, CallBegun, Finished, Started, Text, ToolCall, Turn
 from .usage import Usage
 
 
@@ -174,16 +174,12 @@ async def _chunks(
             f'"finish_reason": {finish_reason}}}]{tail}\n\n'
         ).encode()
 
-    begun: set[int] = set()
     calls: Counter[int] = Counter()  # of each answer
     async with (
         service.models.use(body.model) as model,
         aclosing(answering.events(service, model, turn)) as events,
     ):
         async for event in events:
-            if event.index not in begun:
-                begun.add(event.index)
-                yield chunk(event.index, '{"role": "assistant", "content": "", "refusal": null}')
             if isinstance(event, Text):
                 logprobs = json.dumps(chat_logprobs(event.logprobs, model)) if event.logprobs else "null"
                 if event.text or event.logprobs:
@@ -196,6 +192,8 @@ async def _chunks(
                 delta = {"tool_calls": [{"index": calls[event.index], **begun_call}]}
                 calls[event.index] += 1
                 yield chunk(event.index, json.dumps(delta))
+            elif isinstance(event, Started):
+                yield chunk(event.index, '{"role": "assistant", "content": "", "refusal": null}')
             elif isinstance(event, Finished):
                 usage.add(event, turn)
                 yield chunk(event.index, "{}", json.dumps(event.reason))

@@ -22,7 +22,7 @@ from .errors import ApiError
 from .response_bodies import ResponsesBody
 from .service import Service
 from .tokens_as_text import chat_logprobs
-from .turns import CallArguments, CallBegun, CallBroken, CallEvent, Event, Finished, Text, ToolCall, Turn
+from .turns import CallArguments, CallBegun, CallBroken, CallEvent, Event, Finished, Started, Text, ToolCall, Turn
 
 
 async def create(service: Service, request: Request, body: ResponsesBody) -> Response:
@@ -75,6 +75,8 @@ class _Writing:
 
     def events(self, event: Event, model: Model) -> Iterator[bytes]:
         """The events in OpenAI's form of one event of ours."""
+        if isinstance(event, Started):
+            return
         if isinstance(event, Text):
             logprobs = self._pending + chat_logprobs(event.logprobs, model)["content"]
             if not event.text and self._part is None:

@@ -25,10 +25,19 @@ class Turn:
 
 
 @dataclass(frozen=True)
+class Started:
+    """The first event of an answer, when its first token has been drawn."""
+
+    index: int  # of the answer: prompt_index * n + sample_index
+    num_prompt_tokens: int
+    num_cached_tokens: int  # of the prompt
+
+
+@dataclass(frozen=True)
 class Text:
     """More text of an answer."""
 
-    index: int  # of the answer: prompt_index * n + sample_index
+    index: int  # of the answer
     text: str
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)  # of these tokens, if requested
@@ -81,4 +90,4 @@ class Finished:
 
 
 CallEvent = CallBegun | CallArguments | CallBroken | ToolCall
-Event = Text | CallEvent | Finished
+Event = Started | Text | CallEvent | Finished

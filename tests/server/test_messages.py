@@ -92,6 +92,17 @@ def test_events_come_in_their_order(url, model):
     assert [each["content_block"].get("name") for each in starts] == [None, "tide", "clock"]
 
 
+def test_a_stream_begins_with_the_tokens_of_its_prompt(client, model):
+    prompt = {"messages": [{"role": "user", "content": "A prompt of several pages. " * 10}]}
+    first, again = (list(client.messages.create(**fields(**prompt, max_tokens=2, stream=True))) for _ in range(2))
+    counted = client.messages.count_tokens(model="toy", **prompt).input_tokens
+    for cached, events in ((False, first), (True, again)):
+        begin, end = events[0].message.usage, events[-2].usage
+        assert begin.input_tokens + begin.cache_read_input_tokens == counted
+        assert bool(begin.cache_read_input_tokens) == cached
+        assert (end.input_tokens, end.cache_read_input_tokens) == (begin.input_tokens, begin.cache_read_input_tokens)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("said", "more", "text", "reason", "stop"),
