@@ -103,7 +103,7 @@ async def running(
 
 def _requests(model: Model, turn: Turn) -> list[Request]:
     try:
-        requests = model._requests(turn.prompts, turn.params, turn.tools or None)
+        requests = model._requests(turn.prompts, turn.params, turn.tools or None, turn.continues)
     except RequestError as error:
         if turn.tools and str(error).startswith("grammar"):  # which is not the client's, but that of the calls
             raise ApiError(400, f"tools have no {error}", param="tools", code="invalid_value") from None

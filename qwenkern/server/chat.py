@@ -81,6 +81,9 @@ class ChatBody(Sampled):
     tools: Some[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    # not OpenAI's
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None  # False goes with continue_final_message
 
     def names(self) -> dict[str, str]:
         names = super().names() | {"logprobs": "top_logprobs"}
@@ -96,6 +99,7 @@ class ChatBody(Sampled):
         if len(self.messages) > bounds.messages:
             message = f"messages has {len(self.messages)} items; expected at most {bounds.messages}"
             raise ApiError(400, message, param="messages", code="invalid_value")
+        self._check_end()
         choice = choice_of(self.tool_choice, ("function", "name"))
         functions = Functions.of([tool.function for tool in self.tools or []], choice, self.parallel_tool_calls, bounds)
         params = self.sampling(
@@ -112,8 +116,19 @@ class ChatBody(Sampled):
             [messages],
             params,
             tools=functions.tools,
+            continues=bool(self.continue_final_message),
             is_streamed=bool(self.stream),
         )
+
+    def _check_end(self) -> None:
+        """Raises ApiError unless the answer begins after the last message, or continues it."""
+        begins, last = self.add_generation_prompt, self.messages[-1]
+        if begins is not None and begins == bool(self.continue_final_message):
+            message = "one of add_generation_prompt and continue_final_message is true, and not both"
+            raise ApiError(400, message, param="add_generation_prompt", code="invalid_value")
+        if self.continue_final_message and (last.role != "assistant" or last.tool_calls or last.content is None):
+            message = "continue_final_message needs a last message of the assistant with content and without tool_calls"
+            raise ApiError(400, message, param="continue_final_message", code="invalid_value")
 
 
 async def create(service: Service, request: Request, body: ChatBody) -> Response:

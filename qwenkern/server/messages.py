@@ -47,7 +47,9 @@ async def count_tokens(service: Service, request: Request, body: PromptBody) -> 
     bounds = service.settings.bounds
     async with service.models.use(body.model) as model:
         ids = await service.in_pool(
-            lambda: model._prompts.encode(body.conversation(bounds), body.functions(bounds).tools or None)
+            lambda: model._prompts.encode(
+                body.conversation(bounds), body.functions(bounds).tools or None, body.continues
+            )
         )
     return JSONResponse({"input_tokens": len(ids)})
 

@@ -29,7 +29,6 @@ class TokenizeBody(Body):
     """A text (`prompt`), or the messages of a chat."""
 
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
-        "continue_final_message": ((False,), "an answer begins after the last message"),
         "chat_template": ((), _NOT_OURS),
         "chat_template_kwargs": (({},), _NOT_OURS),
         "mm_processor_kwargs": (({},), "there are no images"),
@@ -40,7 +39,8 @@ class TokenizeBody(Body):
     messages: Some[Message] | None = None  # as /v1/chat/completions takes them, and tools likewise
     tools: Some[Tool] | None = None
     add_special_tokens: bool | None = None  # the ids that the checkpoint puts before a text; by default for prompt
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None  # by default, unless the last message is continued
+    continue_final_message: bool = False
     return_token_strs: bool = False
 
     def check(self, bounds: Bounds) -> None:
@@ -50,6 +50,11 @@ class TokenizeBody(Body):
             raise _wrong(f"the body has {found}; expected one of the two", "prompt")
         if self.tools is not None and self.messages is None:
             raise _wrong("tools need messages, found a prompt", "tools")
+        if self.continue_final_message and self.messages is None:
+            raise _wrong("continue_final_message needs messages, found a prompt", "continue_final_message")
+        if self.continue_final_message and self.add_generation_prompt:
+            name = "add_generation_prompt"
+            raise _wrong(f"{name} and continue_final_message are true; expected one of them", name)
         if len(self.messages or ()) > bounds.messages:
             raise _wrong(f"messages has {len(self.messages or ())}; expected at most {bounds.messages}", "messages")
 
@@ -64,7 +69,12 @@ class TokenizeBody(Body):
             )
         functions = Functions.of([tool.function for tool in self.tools or []], None, None, bounds)
         messages = [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
-        ids = tokenizer.encode_chat(in_order_of_calls(messages), functions.tools or None, self.add_generation_prompt)
+        ids = tokenizer.encode_chat(
+            in_order_of_calls(messages),
+            functions.tools or None,
+            self.add_generation_prompt is not False,
+            self.continue_final_message,
+        )
         return [*tokenizer.beginning_ids, *ids] if self.add_special_tokens else ids
 
 

@@ -21,6 +21,7 @@ class Turn:
     prompts: list[Prompt]  # several for /v1/completions only
     params: SamplingParams
     tools: list[dict[str, Any]] = field(default_factory=list)  # {"type": "function", "function": {...}} each
+    continues: bool = False  # the answers continue the last message
     is_streamed: bool = False  # the client reads the text as it comes
 
 

@@ -103,6 +103,22 @@ def test_a_stream_begins_with_the_tokens_of_its_prompt(client, model):
         assert (end.input_tokens, end.cache_read_input_tokens) == (begin.input_tokens, begin.cache_read_input_tokens)
 
 
+@pytest.mark.parametrize("content", ["The tide is", [{"type": "text", "text": "The tide is"}], ""])
+def test_the_last_message_is_continued(client, model, content):
+    """The answer is the new text alone."""
+    messages = [*QUESTION, {"role": "assistant", "content": content}]
+    with saying(model, " high.", " high.") as read:
+        message = client.messages.create(**fields(messages=messages))
+        with client.messages.stream(**fields(messages=messages)) as stream:
+            streamed = stream.get_final_message()
+    assert message.content[0].text == streamed.content[0].text == " high."
+    begun = "<|im_start|>assistant|The tide is" if content else "<|im_start|>assistant|"
+    assert read == [f"<|im_start|>user|When is high tide in Emden?<|im_end|>{begun}"] * 2
+    counted = client.messages.count_tokens(model="toy", messages=messages).input_tokens
+    assert counted == streamed.usage.input_tokens + streamed.usage.cache_read_input_tokens
+    assert counted == len(model.tokenizer.encode(read[0]))
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("said", "more", "text", "reason", "stop"),
@@ -242,6 +258,7 @@ def test_tokens_are_counted_as_the_answer_counts_them(client, model):
 
 # Errors
 
+CALLED = {"type": "tool_use", "id": "a", "name": "clock", "input": {}}
 RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "x"}]}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
 
@@ -250,7 +267,8 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
     ("more", "message"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": "It"}]}, "does not continue"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": "It "}]}, "ends with a blank"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": [CALLED]}]}, "ends with a tool_use"),
         ({"messages": [RESULT]}, "tool_use_id of a result is 'a'"),
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content is an empty list"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type is 'image'; expected 'text'"),

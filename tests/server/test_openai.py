@@ -153,6 +153,40 @@ def test_parses_structured_output(client):
     assert json.loads(any_object.choices[0].message.content) == {"a": [1, 2]}
 
 
+@pytest.mark.parametrize("generation", [{}, {"add_generation_prompt": False}])
+def test_the_last_message_is_continued(client, generation):
+    """With vLLM's fields. The answer is the new text alone."""
+    create, begun = client.chat.completions.create, [*said("Hello, tide!"), {"role": "assistant", "content": "Hello"}]
+    extra = {"continue_final_message": True, **generation}
+    found = create(model="parrot", messages=begun, extra_body=extra)
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (", tide!", "stop")
+    chunks = list(create(model="parrot", messages=begun, extra_body=extra, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ", tide!"
+    anew = create(model="parrot", messages=begun, extra_body={"continue_final_message": False})
+    assert anew.choices[0].message.content == "Hello, tide!"
+
+
+ASSISTANT = {"role": "assistant", "content": "Hello"}
+CALLED = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("last", "extra", "param"),
+    [
+        (ASSISTANT, {"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        (ASSISTANT, {"continue_final_message": False, "add_generation_prompt": False}, "add_generation_prompt"),
+        (ASSISTANT, {"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"role": "user", "content": "Hello"}, {"continue_final_message": True}, "continue_final_message"),
+        ({**ASSISTANT, "tool_calls": [CALLED]}, {"continue_final_message": True}, "continue_final_message"),
+        ({"role": "assistant"}, {"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_what_cannot_be_continued(client, last, extra, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="parrot", messages=[*said("a"), last], extra_body=extra)
+    assert caught.value.param == param
+
+
 def test_guided(client):
     create = client.chat.completions.create
     regex = create(model="parrot", messages=said("x"), extra_body={"guided_regex": "[ab]{3}c"})
