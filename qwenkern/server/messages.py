@@ -33,7 +33,8 @@ async def create(service: Service, request: Request, body: MessagesBody) -> Resp
     turn = await service.in_pool(body.turn, service.settings.bounds)
     message_id = f"msg_{uuid.uuid4().hex}"
     if body.stream:
-        return await sse.stream(_events(service, body, turn, message_id), lambda error: _event(**as_error(error)))
+        events = _events(service, body, turn, message_id)
+        return await sse.stream(events, lambda error: _event(**as_error(error)), quiet=_event("ping"))
     async with service.models.use(body.model) as model:
         (answer,) = await answering.answers(service, model, turn)
     content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}] if answer.text else []
