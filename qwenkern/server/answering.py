@@ -1,6 +1,6 @@
 """Runs a turn on a model's engine, and gives its events as they come, or whole answers at the end.
 
-    Turn ─► a place among those that wait ─► requests (threads of the pool) ─► AsyncCall ─► Text, ToolCall, Finished
+    Turn ─► a place among those that wait ─► requests (threads of the service) ─► AsyncCall ─► Text, ToolCall, Finished
 
 Whatever ends the generator, such as a client that is gone, aborts the requests within a step of the engine.
 """
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
@@ -18,8 +18,8 @@ from ..engine.engine import Output
 from ..errors import RequestError
 from ..Model import Model
 from ..sampling import TokenLogprob
-from .errors import ApiError
-from .functions import Splitter
+from ..sampling.grammar import grammar_of
+from .functions import Splitter, without_grammar
 from .service import Service
 from .turns import CallEvent, Event, Finished, Started, Text, ToolCall, Turn
 
@@ -38,7 +38,7 @@ class Answer:
 
 async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
     """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
-    async with running(service, model, lambda: _requests(model, turn)) as outputs:
+    async with running(service, model, lambda: _requests(service, model, turn)) as outputs:
         writing: dict[Request, _Writing] = {}
         async for output in outputs:
             written = writing.get(output.request)
@@ -51,24 +51,24 @@ async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[E
 
 async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
     """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
-    async with running(service, model, lambda: _requests(model, turn), only_last=True) as outputs:
+    async with running(service, model, lambda: _requests(service, model, turn), only_last=True) as outputs:
         found = [_Writing(output.request, turn).answer() async for output in outputs if output.is_last]
     return sorted(found, key=lambda answer: answer.index)
 
 
 @asynccontextmanager
 async def running(
-    service: Service, model: Model, make: Callable[[], list[Request]], only_last: bool = False
+    service: Service, model: Model, make: Callable[[], Awaitable[list[Request]]], only_last: bool = False
 ) -> AsyncIterator[AsyncIterator[Output]]:
-    """The outputs of requests, from when they are admitted. ``make`` makes them, in a thread. only_last: the last
-    output of each.
+    """The outputs of requests, from when they are admitted. ``make`` makes them then. only_last: the last output of
+    each.
 
     Raises ApiError 429 if too many wait already, and 503 if these have waited too long."""
     bounds = service.settings.bounds
     place = service.admission.enter()
     try:
         try:
-            requests = await asyncio.wait_for(service.in_pool(make), bounds.waiting_seconds)
+            requests = await asyncio.wait_for(make(), bounds.waiting_seconds)
         except (asyncio.TimeoutError, TimeoutError):
             raise service.admission.too_long() from None
         first = [request for request in requests if request.sample_index == 0]
@@ -101,12 +101,15 @@ async def running(
         place.leave()
 
 
-def _requests(model: Model, turn: Turn) -> list[Request]:
+async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]:
+    grammar = grammar_of(turn.params)
     try:
-        requests = model._requests(turn.prompts, turn.params, turn.tools or None, turn.continues)
+        if grammar and not model.grammars.knows(grammar):
+            await service.grammars.do(model.grammars.compiled, grammar)
+        requests = await service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None, turn.continues)
     except RequestError as error:
-        if turn.tools and str(error).startswith("grammar"):  # which is not the client's, but that of the calls
-            raise ApiError(400, f"tools have no {error}", param="tools", code="invalid_value") from None
+        if turn.tools and turn.params.grammar and str(error).startswith("grammar"):  # not the client's, but the calls'
+            raise without_grammar(error, turn.params.grammar) from None
         raise
     for request in requests:
         request.is_streamed = turn.is_streamed

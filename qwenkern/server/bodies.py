@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
@@ -50,8 +50,9 @@ class _FirstFault(FailFast):
 Some = Annotated[list[T], _FirstFault()]  # a list of which pydantic reports the first fault only: there may be millions
 
 
-async def received(request: Request, bounds: Bounds) -> bytes:
-    """The bytes of a body of JSON. Raises ApiError, or ClientDisconnect."""
+async def received(request: Request, bounds: Bounds, grow: Callable[[int], None]) -> bytes:
+    """The bytes of a body of JSON. ``grow`` is told how many have come. Raises ApiError as it does, or
+    ClientDisconnect."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a web page of somebody else may send other types without asking
         raise ApiError(415, f"the content type is {shown(kind)}; expected application/json")
@@ -69,6 +70,7 @@ async def received(request: Request, bounds: Bounds) -> bytes:
             body.extend(part)
             if len(body) > most:
                 raise too_large
+            grow(len(body))
 
     try:
         await asyncio.wait_for(take(), bounds.body_seconds)

@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..Model import Model
-from . import answering, sse
+from . import answering, blocks, sse
 from .answering import Answer
 from .bodies import Body, Refused, Some
 from .endpoints import Endpoint
@@ -42,6 +42,29 @@ class Message(Body):
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class TextPart(Body):
+    """A part of a message. Prompts are cached without being asked, so `cache_control` changes nothing."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+    cache_control: dict[str, Any] | None = None
+
+
+_PARTS: dict[str, type[Body]] = {"text": TextPart, "input_text": TextPart, "output_text": TextPart}
+
+
+def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as chat templates read them. Raises ApiError."""
+    for n, message in enumerate(messages):
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(message, field) and message.role != role:
+                place = f"messages.{n}.{field}"
+                raise blocks.wrong(f"{place} is in a message of the {message.role}; expected one of the {role}", place)
+        for k, part in enumerate(message.content if isinstance(message.content, list) else []):
+            blocks.read(_PARTS, part, f"messages.{n}.content.{k}")
+    return in_order_of_calls([message.model_dump(exclude_none=True, exclude={"annotations"}) for message in messages])
 
 
 class Tool(Body):
@@ -96,6 +119,9 @@ class ChatBody(Sampled):
         if (self.top_logprobs or 0) > bounds.top_logprobs:
             message = f"top_logprobs is {self.top_logprobs}; expected at most {bounds.top_logprobs}"
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = f"max_tokens is {self.max_tokens}, and max_completion_tokens {self.max_completion_tokens}"
+            raise ApiError(400, f"{message}; expected one of them", param="max_completion_tokens", code="invalid_value")
         if len(self.messages) > bounds.messages:
             message = f"messages has {len(self.messages)} items; expected at most {bounds.messages}"
             raise ApiError(400, message, param="messages", code="invalid_value")
@@ -109,11 +135,8 @@ class ChatBody(Sampled):
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
-        messages = in_order_of_calls(
-            [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
-        )
         return Turn(
-            [messages],
+            [conversation(self.messages)],
             params,
             tools=functions.tools,
             continues=bool(self.continue_final_message),

@@ -143,7 +143,7 @@ async def _read(service: Service, model: Model, body: CompletionBody, turn: Turn
     """The prompts as token ids and scored, if they are to be echoed or filled in, and the turn with these ids."""
     if not body.echo and body.suffix is None:
         return [], turn
-    prompts = await service.in_pool(_prepared, model, body)
+    prompts = await service.aside(_prepared, model, body)
     ids = [prompt.ids for prompt in prompts]
     if body.is_scored:
         most = service.settings.bounds.scored_tokens

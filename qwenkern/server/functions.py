@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors import RequestError, shown
+from ..sampling.grammar import MAX_GRAMMAR_BYTES, check_schema
 from ..text.tools import Arguments, Begun, Call, Part, ToolCalls, call_grammar
 from . import errors
 from .bodies import Body
@@ -81,9 +84,18 @@ class Functions:
         if not self.tools or (self.choice == "auto" and self.is_parallel and not self.is_strict):
             return None
         try:
-            return call_grammar(self.tools, self.choice, self.is_parallel)
+            for n, tool in enumerate(self.tools):
+                if self.choice in ("auto", "required", f"function:{tool['function']['name']}"):
+                    check_schema(f"tools[{n}]: parameters", tool["function"].get("parameters", {}))
+            grammar = call_grammar(self.tools, self.choice, self.is_parallel)
         except RequestError as error:
             raise errors.of(error, {"tools": "tools", "tool_choice": "tool_choice"}) from None
+        if (size := len(grammar.encode())) > MAX_GRAMMAR_BYTES:
+            sizes = [len(json.dumps(tool)) for tool in self.tools]
+            n = sizes.index(max(sizes))
+            message = f"tools make a grammar of {size} bytes; expected {MAX_GRAMMAR_BYTES} at most"
+            raise _wrong(f"{message}: the largest is tools[{n}], {self.tools[n]['function']['name']}", "tools")
+        return grammar
 
 
 def choice_of(value: str | Mapping[str, Any] | None, name_at: Sequence[str]) -> str | None:
@@ -128,6 +140,17 @@ def in_order_of_calls(messages: Sequence[dict[str, Any]], id_name: str = "tool_c
         calls = {call["id"]: at for at, call in enumerate(message.get("tool_calls") or [])}
         ordered.append(message)
     return ordered + [result for _, result in sorted(results, key=lambda pair: pair[0])]
+
+
+def without_grammar(error: RequestError, grammar: str) -> ApiError:
+    """What a client is told if llguidance refuses the grammar of its functions: which of them, and why."""
+    reason, lines = str(error), grammar.splitlines()
+    place = re.search(r" at (\d+)\(\d+\): (.*?)( \d+ \| |$)", reason)  # a line of it, and then some lines
+    before = lines[int(place[1]) - 2] if place and 2 <= int(place[1]) <= len(lines) else ""
+    name = re.match(r'call_\d+: "\\n{\\"name\\": \\"([\w-]+)', before)  # call_grammar writes this before each schema
+    if place and name:
+        return _wrong(f"tools: the function {name[1]} is not supported: {place[2]}", "tools")
+    return _wrong(f"tools have no grammar: {reason}", "tools")
 
 
 class Splitter:

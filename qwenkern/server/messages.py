@@ -47,7 +47,7 @@ async def count_tokens(service: Service, request: Request, body: PromptBody) -> 
     """Counts the tokens of a prompt."""
     bounds = service.settings.bounds
     async with service.models.use(body.model) as model:
-        ids = await service.in_pool(
+        ids = await service.aside(
             lambda: model._prompts.encode(
                 body.conversation(bounds), body.functions(bounds).tools or None, body.continues
             )

@@ -123,12 +123,16 @@ class Models:
             self._is_starting = False
 
     @asynccontextmanager
-    async def use(self, name: str | None = None) -> AsyncIterator[Model]:
-        """Holds a model while a request uses it: it stays loaded. None: the first one.
+    async def use(self, name: str | None = None, may_load: bool = True) -> AsyncIterator[Model]:
+        """Holds a model while a request uses it: it stays loaded. None: the first one. may_load: whether it is loaded
+        if it is not.
 
-        Raises ApiError: 404 for an unknown name, 429 if too many wait for it, and 503 while the model that the server
-        starts with is loading, if loading fails or takes too long, or if other models are in use where it should be."""
+        Raises ApiError: 404 for an unknown name, 409 if it may not be loaded, 429 if too many wait for it, and 503
+        while the model that the server starts with is loading, if loading fails or takes too long, or if other models
+        are in use where it should be."""
         entry = self.entry(name)
+        if not entry.model and not may_load:
+            raise _loading(entry) if entry.loading else _unloaded(entry)
         if not entry.model and entry.users >= self._most_waiting:
             raise ApiError(
                 429,
@@ -267,6 +271,16 @@ def _loading(entry: Entry) -> ApiError:
         f"the model {entry.name} is loading ({entry.progress:.0%})",
         code="loading",
         headers={"Retry-After": "5"},
+    )
+
+
+def _unloaded(entry: Entry) -> ApiError:
+    return ApiError(
+        409,
+        f"the model {entry.name} is not loaded, and this request loads none; expected one that is, or POST /tokenize "
+        "first, which loads it",
+        param="model",
+        code="not_loaded",
     )
 
 

@@ -137,6 +137,8 @@ class ResponsesBody(Body):
 
     def turn(self, bounds: Bounds) -> Turn:
         """What the body asks for. Raises ApiError."""
+        if self.stream_options and not self.stream:
+            raise wrong("stream_options needs stream: true", "stream_options")
         with_logprobs = LOGPROBS in (self.include or [])
         if self.top_logprobs is not None and not with_logprobs:
             raise wrong(f"top_logprobs needs {LOGPROBS!r} in include", "top_logprobs")
@@ -174,8 +176,8 @@ class ResponsesBody(Body):
 
     def _schema(self) -> dict[str, Any] | bool | None:
         form = self.text.format if self.text else None
-        if form and form.type != "json_schema" and (form.schema_, form.name, form.strict) != (None, None, None):
-            raise wrong("text.format has a schema, a name or strict; expected the type json_schema", "text.format")
+        if form and form.type != "json_schema" and form.model_fields_set != {"type"}:
+            raise wrong("text.format has more than a type; expected the type json_schema", "text.format")
         if form and form.type == "json_schema":
             if form.schema_ is None or form.name is None:
                 raise wrong("text.format has no name or no schema; expected both", "text.format.schema")

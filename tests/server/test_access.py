@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
@@ -19,6 +20,7 @@ from support.engines import Gate, all_free, check_pages, eventually
 from support.models import save_checkpoint
 from support.servers import serving, toy
 
+from qwenkern.sampling import grammar_compiler
 from qwenkern.server import auth
 from qwenkern.server.settings import Bounds, Settings
 
@@ -182,6 +184,128 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
         parts = (part for part in [json.dumps(large).encode()] * 2)  # without a length
         headers = {"content-type": "application/json"}
         assert error_of(httpx.post(url + CHAT, content=parts, headers=headers), 413)["code"] == "body_too_large"
+
+
+def upload(url: str, size: int, sent: int) -> socket.socket:
+    """A client that has sent a part of a body."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(HEAD.format(size).encode() + b"{" + b" " * (sent - 1))
+    return connection
+
+
+def test_large_bodies_together_are_bounded(model):
+    settings = Settings(bounds=Bounds(bodies_bytes=400_000, drain_seconds=5))
+    large = {"content": json.dumps(BODY).ljust(450_000), "headers": {"content-type": "application/json"}}
+    with serving(model, settings) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with upload(url, 500_000, 200_000):
+            refused: list[httpx.Response] = []
+            eventually(lambda: refused.append(client.post(CHAT, **large)) or refused[-1].status_code == 429)
+            assert error_of(refused[-1], 429)["code"] == "queue_full"
+            assert refused[-1].headers["retry-after"]
+            assert client.post(CHAT, json=BODY).status_code == 200, "ordinary requests go on"
+        for _ in range(2):
+            eventually(lambda: client.post(CHAT, **large).status_code == 200, "what has ended still counts")
+
+
+@contextlib.contextmanager
+def stuck(url: str, requests: list[tuple[str, dict]], most: int) -> Iterator[list[httpx.Response]]:
+    """Sends requests of which all but one are stuck, and that is refused. Gives the others' answers, for later."""
+    answers: list[httpx.Response] = []
+
+    def ask(path: str, body: dict) -> None:
+        answers.append(httpx.post(url + path, json=body, timeout=60))
+
+    threads = [threading.Thread(target=ask, args=each) for each in requests]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: answers)
+    refuse(answers.pop(), most)
+    yield answers
+    for thread in threads:
+        thread.join()
+
+
+def refuse(answer: httpx.Response, most: int) -> None:
+    """It is the answer of a server where so many are stuck."""
+    assert answer.status_code == 429, answer.text
+    assert answer.headers["retry-after"]
+    assert f"expected at most {most}" in answer.json()["error"]["message"]
+
+
+TOKENS = "/v1/messages/count_tokens"
+ASIDE = [
+    ("/tokenize", {"prompt": "slow"}),
+    ("/detokenize", {"tokens": [1]}),
+    (TOKENS, {"model": "toy", "messages": [{"role": "user", "content": "slow"}]}),
+    ("/v1/completions", {"prompt": "slow", "echo": True, "max_tokens": 0}),
+]
+
+
+def test_those_who_want_tokens_only_keep_nobody_waiting(model, monkeypatch):
+    """As many as may wait are stuck; more are refused; answers of the model come all the same."""
+    gate, waiting = threading.Event(), []
+
+    def slow(work):
+        def waits(*arguments, **keywords):
+            if "slow" in str(arguments) or arguments == ([1],):
+                waiting.append(arguments)
+                assert gate.wait(60)
+            return work(*arguments, **keywords)
+
+        return waits
+
+    for name in ("encode_prompt", "encode_chat", "decode"):
+        monkeypatch.setattr(model.tokenizer, name, slow(getattr(model.tokenizer, name)))
+    with serving(model, Settings(bounds=Bounds(waiting=8, drain_seconds=5))) as url:
+        counts: list[int] = []
+        with stuck(url, [*ASIDE * 2, ASIDE[0]], 8) as answers:
+            for path, body in ASIDE:
+                refuse(httpx.post(url + path, json=body, timeout=60), 8)
+            assert httpx.post(url + CHAT, json=BODY, timeout=60).status_code == 200
+            counts.append(len(waiting))
+            gate.set()
+        assert counts == [2], "more threads than two are stuck"
+        assert [answer.status_code for answer in answers] == [200] * 8
+
+
+def test_tokens_that_do_not_come_in_time_are_a_503(model, monkeypatch):
+    gate = threading.Event()
+    encode = model.tokenizer.encode_prompt
+    monkeypatch.setattr(model.tokenizer, "encode_prompt", lambda text: (gate.wait(60), encode(text))[1])
+    with serving(model, Settings(bounds=Bounds(waiting_seconds=0.2, drain_seconds=5))) as url:
+        try:
+            answer = httpx.post(f"{url}/tokenize", json={"prompt": "a"}, timeout=30)
+        finally:
+            gate.set()
+        assert error_of(answer, 503)["code"] == "waited_too_long"
+        assert answer.headers["retry-after"]
+
+
+def test_new_grammars_keep_only_each_other_waiting(model, monkeypatch):
+    gate, tried = threading.Event(), []
+
+    def trial(source: str) -> tuple[str, int]:
+        tried.append(source)
+        assert gate.wait(60)
+        return "it is slow", 0
+
+    def regex(text: str) -> dict:
+        return BODY | {"guided_regex": text}
+
+    with serving(model, Settings(bounds=Bounds(grammars=6, drain_seconds=5))) as url:
+        assert httpx.post(url + CHAT, json=regex("yes"), timeout=60).status_code == 200
+        monkeypatch.setattr(grammar_compiler, "_try", trial)
+        bad = [(CHAT, regex(f"a{n}")) for n in range(7)]
+        with stuck(url, bad, 6) as answers:
+            refuse(httpx.post(url + CHAT, json=regex("b"), timeout=60), 6)
+            assert httpx.post(url + CHAT, json=BODY, timeout=60).status_code == 200
+            assert httpx.post(url + CHAT, json=regex("yes"), timeout=60).status_code == 200, "it is not new"
+            gate.set()
+        assert [answer.json()["error"]["param"] for answer in answers] == ["guided_regex"] * 6
+        assert len(tried) == 6
+        assert [httpx.post(url + path, json=body, timeout=60).status_code for path, body in bad] == [400] * 7
+        assert len(tried) == 7, "a grammar that was refused is tried again"
 
 
 def test_the_log_has_no_prompts_unless_asked(model, caplog):

@@ -133,13 +133,20 @@ def test_a_json_object_is_one(chat):
     ({"response_format": {"type": "json_object"},
       "tools": [{"type": "function", "function": {"name": "f"}}]}, "response_format"),
     ({"temperature": -1}, "temperature"), ({"temperature": "1"}, "temperature"), ({"n": True}, "n"),
-    ({"max_completion_tokens": -1}, "max_completion_tokens"), ({"max_tokens": 0}, "max_tokens"),
+    ({"max_completion_tokens": -1, "max_tokens": None}, "max_completion_tokens"), ({"max_tokens": 0}, "max_tokens"),
     ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"), ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ({"top_logprobs": 2}, "top_logprobs"), ({"stream_options": {"include_usage": True}}, "stream_options"),
     ({"stop": ["a"] * 17}, "stop"), ({"stop": ""}, "stop"), ({"logit_bias": {"x": 1}}, "logit_bias"),
     ({"messages": []}, "messages"), ({"messages": "hi"}, "messages"), ({"messages": [{"role": "user"}]}, "messages"),
     ({"messages": [{"role": "oracle", "content": "a"}]}, "messages.0.role"), ({"messages": None}, "messages"),
-    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+     "messages.0.content.0.type"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a", "lang": "x"}]}]},
+     "messages.0.content.0.lang"),
+    ({"messages": [{"role": "user", "content": "a", "tool_call_id": "b"}]}, "messages.0.tool_call_id"),
+    ({"messages": [{"role": "user", "content": "a", "tool_calls": [
+        {"id": "b", "type": "function", "function": {"name": "f", "arguments": ""}}]}]}, "messages.0.tool_calls"),
+    ({"max_tokens": 4, "max_completion_tokens": 5}, "max_completion_tokens"),
     ({"colour" * 900: 1}, None),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(chat, body, param):

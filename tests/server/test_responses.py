@@ -213,6 +213,8 @@ RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
+        ({"stream": False, "stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"text": {"format": {"type": "text", "description": "x"}}}, "text.format"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"colour": 1}, "colour"),
         ({"input": []}, "input"),

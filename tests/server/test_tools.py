@@ -250,6 +250,11 @@ def test_no_functions_are_shown_with_the_choice_none(client, model):
     assert "Of today." not in read[0]
 
 
+def functions(**schemas: dict) -> list[dict]:
+    """Tools by name, each with the schema of its arguments."""
+    return [{"type": "function", "function": {"name": name, "parameters": each}} for name, each in schemas.items()]
+
+
 RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
 CALLED = {
     "role": "assistant",
@@ -283,7 +288,23 @@ CALLED = {
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]}
             | {"tool_choice": "required"},
             "tools",
-            "not",
+            'tools: the function f is not supported: failed to compile JSON schema: Unimplemented keys: ["not"]',
+        ),
+        (
+            {"tools": [*TOOLS, *functions(f={"minProperties": 2}, g={"minProperties": 3})], "tool_choice": "required"},
+            "tools",
+            "tools[2]: parameters is not supported: minProperties 2 with 0 required properties",
+        ),
+        (
+            {"tools": functions(f={"minProperties": 2}, g={"minProperties": 3})}
+            | {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tools",
+            "tools[1]: parameters is not supported: minProperties 3",
+        ),
+        (
+            {"tools": functions(f={}, g={"const": "x" * 2**16}, h={}), "tool_choice": "required"},
+            "tools",
+            "expected 65536 at most: the largest is tools[1], g",
         ),
     ],
 )  # fmt: skip
