@@ -130,8 +130,7 @@ class ChatBody(Sampled):
         functions = Functions.of([tool.function for tool in self.tools or []], choice, self.parallel_tool_calls, bounds)
         params = self.sampling(
             bounds,
-            has_tools=bool(functions.tools),
-            grammar=functions.grammar(),
+            functions,
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )

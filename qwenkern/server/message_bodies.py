@@ -188,15 +188,12 @@ class MessagesBody(PromptBody):
             found = len(self.stop_sequences or [])
             raise wrong(f"stop_sequences has {found} strings; expected at most {bounds.stops}", "stop_sequences")
         functions, form = self.functions(bounds), self.output_config and self.output_config.format
-        if form and functions.tools:
-            raise wrong("output_config.format is given beside tools; expected one of them", "output_config.format")
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "stop": self.stop_sequences,
-            "grammar": functions.grammar(),
-            "json_schema": form.schema_ if form else None,
+            **functions.forms({"json_schema": form.schema_} if form else {}, self.names()),
         }
         try:
             params = SamplingParams(

@@ -230,12 +230,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def call_grammar(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> str:
+def call_grammar(
+    tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, answer: Mapping[str, Any] | None = None
+) -> str:
     """A grammar for SamplingParams(grammar=...), in llguidance's Lark, under which a text calls the functions rightly.
 
     tools: {"type": "function", "function": {"name": ..., "parameters": JSON schema}} each.
     choice: "required" for calls only, "function:NAME" for calls of this function only, "auto" for text that may hold
-    calls. parallel: whether there may be several calls, one after the other.
+    calls. parallel: whether there may be several calls, one after the other. answer: with "auto", the JSON schema of a
+    text without calls; a text with calls then has nothing else.
 
     Raises RequestError for tools that it cannot express, or for a choice that is none.
     """
@@ -257,11 +260,14 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool
         after = json.dumps(f"}}\n{_CLOSE}")
         rules.append(f"call_{n}: {before} arguments_{n} {after}")
         rules.append(f"arguments_{n}: %json {json.dumps({**schema, 'x-guidance': _SPACING})}")
-    if choice == "auto":
+    following = f'("\\n{_OPEN}" call)*' if parallel else ""
+    if choice == "auto" and answer is not None:
+        rules.append(f"answer: %json {json.dumps(answer)}")
+        start = f'start: answer | "{_OPEN}" call {following}'
+    elif choice == "auto":
         rules += ["TEXT: /(.|\\n)*/", f'opened[lazy]: TEXT "{_OPEN}"']
         start = "start: (opened call)* TEXT" if parallel else "start: TEXT | opened call"
     else:
-        following = f'("\\n{_OPEN}" call)*' if parallel else ""
         start = f'start: "{_OPEN}" call {following}'
     return "\n".join([start, *rules]) + "\n"
 

@@ -12,6 +12,7 @@ import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from pydantic import TypeAdapter
 from support.engines import check_pages
+from support.parrot import parrot
 from support.scripted import model_with_tools, saying
 from support.servers import serving
 
@@ -248,6 +249,26 @@ def test_an_answer_of_a_schema(client):
     assert json.loads(message.content[0].text) in [{"high": True}, {"high": False}]
 
 
+@pytest.mark.parametrize("text", ['{"high": true}', BOTH.partition("\n")[2], "Hi"])
+def test_calls_or_an_answer_of_a_schema(text):
+    """Whatever the model would say."""
+    schema = {"type": "object", "properties": {"high": {"type": "boolean"}}, "required": ["high"]}
+    form = {"format": {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}}
+    with parrot() as model, serving(model) as url, Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        more = fields(messages=[{"role": "user", "content": f"[[{text}]]"}], tools=TOOLS, output_config=form)
+        message = client.messages.create(**more)
+        with client.messages.stream(**more) as stream:
+            assert stream.get_final_message().content[0].type == message.content[0].type
+        forced = client.messages.create(**{**more, "tool_choice": {"type": "tool", "name": "clock"}})
+    if text.startswith("<"):
+        assert (calls_of(message), message.stop_reason) == (CALLS, "tool_use")
+        assert [block.type for block in message.content] == ["tool_use"] * 2
+    else:
+        assert json.loads(message.content[0].text)["high"] in (True, False)
+        assert text == "Hi" or message.content[0].text == text
+    assert calls_of(forced)[0] == ("clock", {})
+
+
 def test_tokens_are_counted_as_the_answer_counts_them(client, model):
     prompt = {"model": "toy", "messages": QUESTION, "system": "Be brief.", "tools": TOOLS}
     counted = client.messages.count_tokens(**prompt).input_tokens
@@ -287,7 +308,10 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "'x', which is not among tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "any"}}, "there are no tools"),
-        ({"tools": TOOLS, "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "beside tools"),
+        (
+            {"tools": TOOLS, "output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+            "output_config.format.schema is not supported",
+        ),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format.schema"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
     ],

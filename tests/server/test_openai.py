@@ -7,6 +7,7 @@ import json
 import re
 
 import openai
+import pydantic
 import pytest
 from support.engines import check_pages
 from support.parrot import parrot
@@ -185,6 +186,26 @@ def test_what_cannot_be_continued(client, last, extra, param):
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model="parrot", messages=[*said("a"), last], extra_body=extra)
     assert caught.value.param == param
+
+
+@pytest.mark.parametrize("text", [OSLO.model_dump_json(), CALL, f"{CALL}\n{CALL}", "Hi", f"Look:\n{CALL}"])
+def test_calls_or_an_answer_of_a_schema(client, text):
+    """Whatever the model would say. The client parses the answer."""
+    tool = openai.pydantic_function_tool(pydantic.create_model("weather", city=str))
+    fields = {"model": "parrot", "messages": said(text), "tools": [tool], "response_format": City, "max_tokens": 500}
+    fields |= {"logit_bias": {str(ord('"') - 33): 20}} if text == "Hi" else {}  # else a string would have no end
+    found = client.chat.completions.parse(**fields).choices[0]
+    with client.chat.completions.stream(**fields) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    for choice in (found, streamed):
+        if text.startswith("<"):
+            calls = choice.message.tool_calls
+            assert [call.function.parsed_arguments.city for call in calls] == ["Oslo"] * text.count("Oslo")
+            assert (choice.finish_reason, choice.message.content or None) == ("tool_calls", None)
+        else:
+            assert isinstance(choice.message.parsed, City)
+            assert text[0] != "{" or choice.message.parsed == OSLO
+            assert (choice.finish_reason, choice.message.tool_calls or None) == ("stop", None)
 
 
 def test_guided(client):

@@ -8,12 +8,14 @@ from collections import Counter
 
 import httpx
 import pytest
-from openai import AsyncOpenAI, NotFoundError
+from openai import AsyncOpenAI, NotFoundError, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
 from pydantic_core import from_json
 from support.engines import check_pages
+from support.parrot import parrot
 from support.scripted import model_with_tools, saying
+from support.servers import serving
 
 QUESTION = "When is high tide in Emden?"
 PLACE = {"type": "object", "properties": {"place": {"enum": ["Emden", "Kiel"]}}, "required": ["place"]}
@@ -199,6 +201,25 @@ def test_forced_calls_are_right(client, choice, stream):
     assert json.loads(arguments) in expected[name]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ['{"high": true}', BOTH.partition("\n")[2], "Hi"])
+def test_calls_or_an_answer_of_a_schema(text, stream):
+    """Whatever the model would say."""
+
+    class Tide(BaseModel):
+        high: bool
+
+    schema = {**Tide.model_json_schema(), "additionalProperties": False}
+    form = {"format": {"type": "json_schema", "name": "Tide", "schema": schema}}
+    with parrot() as model, serving(model) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = answered(client, stream, input=f"[[{text}]]", tools=TOOLS, text=form)
+    if text.startswith("<"):
+        assert (calls_of(answer), answer.output_text) == (CALLS, "")
+    else:
+        assert calls_of(answer) == []
+        assert isinstance(Tide.model_validate_json(answer.output_text), Tide)
+
+
 # Errors
 
 RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
@@ -227,7 +248,10 @@ RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
         ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
-        ({"tools": TOOLS, "text": {"format": {"type": "json_object"}}}, "text.format"),
+        (
+            {"tools": TOOLS, "text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
+            "text.format.schema",
+        ),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema"),
     ],

@@ -226,6 +226,13 @@ def test_strict_functions_of_the_client_are_parsed(client):
     assert isinstance(parsed, Tide)
 
 
+def test_a_forced_call_beside_a_form_is_a_call(client):
+    form = {"type": "json_object"}
+    fields = {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "response_format": form}
+    answer = client.chat.completions.create(model="toy", messages=QUESTION, **fields)
+    assert calls_of(answer.choices[0].message) == [("clock", "{}")]
+
+
 @pytest.mark.parametrize("strict", [None, True])
 @pytest.mark.parametrize("parallel", [None, False])
 def test_when_free_text_has_a_grammar(url, model, strict, parallel):

@@ -380,6 +380,23 @@ def test_grammars_admit_right_calls_only(vocabulary, choice, parallel, right, wr
         assert not admits(vocabulary, grammar, list(text.encode())), text
 
 
+FORM = {"type": "object", "properties": {"high": {"type": "boolean"}}, "required": ["high"]}
+FORM |= {"additionalProperties": False}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_grammars_of_calls_or_an_answer(vocabulary, parallel):
+    grammar = call_grammar(TOOLS, "auto", parallel, FORM)
+    for text in ['{"high":true}', '{"high": false}', CALL, TABLES, *([BOTH] if parallel else [])]:
+        assert admits(vocabulary, grammar, with_tags(text)), text
+        assert admits(vocabulary, grammar, list(text.encode())), text
+    mixed = [f'{{"high":true}}\n{CALL}', f'{CALL}{{"high":true}}', f"Hi\n{CALL}", *([] if parallel else [BOTH])]
+    for text in ["", "Hi", "{}", '{"high":1}', *mixed, *WRONG]:
+        assert not admits(vocabulary, grammar, with_tags(text)), text
+    assert admits(vocabulary, call_grammar(TOOLS, "required", parallel, FORM), with_tags(CALL))
+    assert not admits(vocabulary, call_grammar(TOOLS, "required", parallel, FORM), list(b'{"high":true}'))
+
+
 def test_what_a_grammar_admits_is_parsed(vocabulary):
     assert parsed([f"Hi\n{BOTH}"]) == ["Hi", TIDE, Call("tide_tables", "{}")]
 
