@@ -41,7 +41,7 @@ class JsonObject:
         are finite and at most DEEPEST levels. Nothing more comes after what cannot be part of one."""
         self.rest += text
         found, at = [], 0
-        while not self.is_whole:
+        while at < len(self.rest) and not self.is_whole:
             is_in_string = self._is_in_string
             end = self._end_of_characters(at) if is_in_string else self._end_of_lexeme(at)
             if end == at:
