@@ -1,4 +1,4 @@
-"""Bounds the requests that wait: how many, for how long, and the bytes of their bodies."""
+"""Bounds the requests that wait: how many, for how long, the bytes of their bodies, and the texts to be tokenised."""
 
 from __future__ import annotations
 
@@ -6,10 +6,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
+from ..Model import Model
+from ..prompts import is_ids
+from ..text.messages import size
 from .errors import ApiError
 from .settings import Bounds
 
+CHARACTERS = 32  # of a prompt for each token of the context, at most: a text has about 4, blanks alone up to 128
 SMALL = 2**16  # bytes of a body that count nowhere, so that large bodies keep no ordinary request away
 
 
@@ -85,3 +90,15 @@ class Bodies:
             yield grow
         finally:
             self.held -= mine
+
+
+def check_length(model: Model, *parts: Any) -> None:
+    """Raises ApiError for a prompt that surely does not fit the context, because a tokenizer takes seconds for it.
+
+    parts: texts, messages, tools. Token ids are not counted."""
+    found = sum(len(part) if isinstance(part, str) else 0 if is_ids(part) else size(part) for part in parts)
+    length = model.config.context_length
+    if found > CHARACTERS * length:
+        message = f"the prompt has {found} characters, and the context length is {length} tokens"
+        message += f"; expected at most {CHARACTERS * length} characters"
+        raise ApiError(400, message, code="context_length_exceeded")

@@ -19,6 +19,7 @@ from ..errors import RequestError
 from ..Model import Model
 from ..sampling import TokenLogprob
 from ..sampling.grammar import grammar_of
+from .admission import check_length
 from .functions import Splitter, without_grammar
 from .service import Service
 from .turns import CallEvent, Event, Finished, Started, Text, ToolCall, Turn
@@ -103,6 +104,8 @@ async def running(
 
 async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]:
     grammar = grammar_of(turn.params)
+    for prompt in turn.prompts:
+        check_length(model, prompt, turn.tools)
     try:
         if grammar and not model.grammars.knows(grammar):
             await service.grammars.do(model.grammars.compiled, grammar)

@@ -102,6 +102,8 @@ def _json(raw: bytes, bounds: Bounds) -> Any:
     def wrong(reason: object) -> ApiError:
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
 
+    if (count := _values(raw, bounds.values)) > bounds.values:  # each takes up to 100 times its bytes
+        raise wrong(f"it has about {count} values; expected at most {bounds.values}")
     try:
         value = json.loads(
             raw.decode(), parse_constant=_refused, parse_float=_finite, object_pairs_hook=_without_duplicates
@@ -119,6 +121,16 @@ def _json(raw: bytes, bounds: Bounds) -> Any:
     if _depth(value) > bounds.depth:
         raise wrong(f"it is nested too deep; expected at most {bounds.depth} levels")
     return value
+
+
+def _values(raw: bytes, most: int) -> int:
+    """About how many values the body has, or fewer than that if there are no more than ``most``."""
+    marks = (b",", b":", b"[", b"{")
+    if sum(map(raw.count, marks)) <= most:
+        return 0
+    raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes are the ends of texts
+    texts = raw.count(b'"') // 2
+    return texts if texts > most else sum(map(b"".join(raw.split(b'"')[::2]).count, marks))
 
 
 def _refused(name: str) -> Any:

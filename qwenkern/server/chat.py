@@ -33,9 +33,9 @@ class Message(Body):
     """A message of the conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Some[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[CallMade] | None = None
+    tool_calls: Some[CallMade] | None = None
     tool_call_id: str | None = None
     # of the answers of OpenAI's models; clients send them back
     refusal: None = None

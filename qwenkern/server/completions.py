@@ -18,6 +18,7 @@ from ..Model import Model
 from ..sampling import TokenLogprob
 from ..text.tokenizer import Tokenizer
 from . import answering, scoring, sse
+from .admission import check_length
 from .answering import Answer
 from .bodies import Some
 from .endpoints import Endpoint
@@ -98,6 +99,7 @@ def _prepared(model: Model, body: CompletionBody) -> list[_Prompt]:
     prompts, found = model._prompts, []
     for prompt in body.prompts:
         suffix = body.suffix
+        check_length(model, prompt, suffix or "")
         ids = prompts.encode(prompt) if suffix is None else _to_fill_in(model.tokenizer, prompt, suffix)
         prompts.check(ids)
         text = ""

@@ -57,6 +57,7 @@ class Served:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, sending, body = Request(scope, receive), _Sending(send), None
+        request.state.request_id = sending.request_id
         try:
             with self._service.bodies.one() as grow:
                 body = await self._body(request, sending, grow)
@@ -66,8 +67,8 @@ class Served:
         except asyncio.CancelledError:  # the time to drain is over
             await self._refuse(errors.shutting_down(), sending)
         except Exception as error:
-            if (told := errors.of(error, body.names() if body else None)).status == 500:
-                log.error("%s: %s", sending.request_id, type(error).__name__, exc_info=error)
+            told = errors.of(error, body.names() if body else None)
+            errors.note(error, told, sending.request_id)
             if sending.status:  # the answer has begun: uvicorn closes the connection
                 raise
             await self._refuse(told, sending)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from ..errors import RequestError
 from ..sampling import SamplingParams
 from . import errors
-from .bodies import Body
+from .bodies import Body, Some
 from .errors import ApiError
 from .functions import Functions
 from .settings import Bounds
@@ -33,7 +33,7 @@ class Sampled(Structured):
     top_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Some[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -45,7 +45,7 @@ class Sampled(Structured):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Some[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = None

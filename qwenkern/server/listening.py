@@ -17,7 +17,7 @@ class Server(uvicorn.Server):
     """Listens until SIGTERM or SIGINT. It then takes no more connections, and gives those that it has `drain_seconds`
     to end."""
 
-    failure: BaseException | None = None  # why the first model could not be loaded
+    failure: BaseException | None = None  # why the first model could not be loaded, or one that has stopped again
 
     def fail(self, error: BaseException) -> None:
         self.failure = error
@@ -25,7 +25,8 @@ class Server(uvicorn.Server):
 
 
 def run(models: Models, settings: Settings) -> None:
-    """Serves until a signal ends it. Raises Error if the first model cannot be loaded."""
+    """Serves until a signal ends it. Raises Error if the first model cannot be loaded, or one whose engine has stopped
+    cannot be loaded again."""
     listening = server(models, settings)
     listening.run()
     if listening.failure:

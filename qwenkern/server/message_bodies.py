@@ -49,7 +49,7 @@ class ToolResult(Block):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Some[dict[str, Any]] | None = None
     is_error: bool | None = None
 
 
@@ -121,7 +121,7 @@ class PromptBody(Body):
 
     model: str
     messages: Some[Message] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
+    system: str | Some[dict[str, Any]] | None = None
     tools: Some[Tool] | None = None
     tool_choice: Choice | None = None
     output_config: OutputConfig | None = None
@@ -169,7 +169,7 @@ class MessagesBody(PromptBody):
 
     max_tokens: int
     metadata: Metadata | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Some[str] | None = None
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None

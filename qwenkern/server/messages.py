@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from . import answering, sse
+from .admission import check_length
 from .endpoints import Endpoint
 from .errors import KINDS, ApiError
 from .message_bodies import MessagesBody, PromptBody
@@ -47,11 +48,13 @@ async def count_tokens(service: Service, request: Request, body: PromptBody) -> 
     """Counts the tokens of a prompt."""
     bounds = service.settings.bounds
     async with service.models.use(body.model) as model:
-        ids = await service.aside(
-            lambda: model._prompts.encode(
-                body.conversation(bounds), body.functions(bounds).tools or None, body.continues
-            )
-        )
+
+        def encoded() -> list[int]:
+            messages, tools = body.conversation(bounds), body.functions(bounds).tools or None
+            check_length(model, messages, tools)
+            return model._prompts.encode(messages, tools, body.continues)
+
+        ids = await service.aside(encoded)
     return JSONResponse({"input_tokens": len(ids)})
 
 

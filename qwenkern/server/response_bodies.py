@@ -31,7 +31,7 @@ class Part(Body):
 class Message(Body):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[dict[str, Any]]
+    content: str | Some[dict[str, Any]]
     id: str | None = None
     status: Status | None = None
     phase: str | None = None
@@ -49,7 +49,7 @@ class FunctionCall(Body):
 class FunctionCallOutput(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[dict[str, Any]]
+    output: str | Some[dict[str, Any]]
     id: str | None = None
     status: Status | None = None
 
@@ -110,7 +110,7 @@ class ResponsesBody(Body):
     model: str | None = None
     input: str | Some[dict[str, Any]]
     instructions: str | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: Some[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] | None = None  # comes back in the response
     parallel_tool_calls: bool | None = None

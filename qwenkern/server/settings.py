@@ -10,9 +10,10 @@ class Bounds:
     """The largest request, and the longest waits. A request beyond one of them gets an error that names it."""
 
     body_bytes: int = 16 * 2**20
-    bodies_bytes: int = 256 * 2**20  # of all bodies in memory, beyond the first 64 KiB of each; more get 429
+    bodies_bytes: int = 64 * 2**20  # of all bodies in memory, beyond the first 64 KiB of each; more get 429
     body_seconds: float = 30.0  # for a body to arrive
     depth: int = 64  # levels of nesting in a body
+    values: int = 2**18  # numbers, texts, lists and objects in a body
     messages: int = 4096
     prompts: int = 256  # of a request to /v1/completions
     n: int = 64  # answers of each prompt

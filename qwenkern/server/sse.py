@@ -56,7 +56,9 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": event, "more_body": False})
                 raise
             except Exception as error:
-                event = self._as_event(errors.of(error))
+                told = errors.of(error)
+                errors.note(error, told, scope["state"]["request_id"])
+                event = self._as_event(told)
                 await send({"type": "http.response.body", "body": event, "more_body": True})
             finally:
                 keeping.cancel()

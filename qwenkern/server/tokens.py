@@ -14,6 +14,7 @@ from starlette.responses import JSONResponse, Response
 from ..errors import RequestError, shown
 from ..Model import Model
 from ..text.tokenizer import Tokenizer
+from .admission import check_length
 from .bodies import Body, Some
 from .chat import Message, Tool, conversation
 from .endpoints import Endpoint
@@ -89,7 +90,7 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Some[int]
 
 
 class Detokenized(BaseModel):
@@ -118,6 +119,7 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
         longest = _longest(model)
 
         def tokenized() -> Response:
+            check_length(model, body.model_dump(include={"prompt", "messages", "tools"}))
             ids = body.ids(tokenizer, service.settings.bounds)
             spelled = list(map(tokenizer.spelling_of, ids)) if body.return_token_strs else None
             found = Tokenized(count=len(ids), max_model_len=longest, tokens=ids, token_strs=spelled)

@@ -32,6 +32,7 @@ from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_
 _QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _PROBE = "Hello, wörld!  It's 2024 \n\n\t" + "a" * 64 + " " * 64 + "x"
+_LONG = 2**14  # characters of a text during which other threads run Python: `encode` does not let them
 _RETRY_LIMIT = 10_000_000  # of the expression engine, per match
 
 
@@ -211,9 +212,12 @@ class Tokenizer:
         library = self._library if allow_special else self._plain
         # Qwen's expression reaches the engine's limit only on a longer run of blanks. On other text the expression is
         # bad.
-        error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
-        with guard(error, f"{self._source}: the tokenizer failed on a text of {len(text)} characters"):
-            return library.encode(text, add_special_tokens=False).ids
+        failed = f"the tokenizer failed on a text of {len(text)} characters"
+        error, where = (RequestError, "") if len(text) >= _RETRY_LIMIT else (CheckpointError, f"{self._source}: ")
+        with guard(error, where + failed):
+            if len(text) < _LONG:
+                return library.encode(text, add_special_tokens=False).ids
+            return library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of `text` for a model to continue or score: `beginning_ids` first, unless the text begins with them.

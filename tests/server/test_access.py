@@ -16,12 +16,14 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from support.engines import Gate, all_free, check_pages, eventually
 from support.models import save_checkpoint
 from support.servers import serving, toy
 
 from qwenkern.sampling import grammar_compiler
-from qwenkern.server import auth
+from qwenkern.server import auth, bodies
+from qwenkern.server.errors import ApiError
 from qwenkern.server.settings import Bounds, Settings
 
 BODY = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
@@ -282,6 +284,21 @@ def test_tokens_that_do_not_come_in_time_are_a_503(model, monkeypatch):
         assert answer.headers["retry-after"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT, BODY), ("/v1/completions", {"prompt": "slow"}), *ASIDE[:1], *ASIDE[2:]]
+)
+def test_a_text_that_cannot_fit_is_not_tokenised(model, plain, monkeypatch, path, body):
+    monkeypatch.setattr(model.tokenizer, "encode", None)  # which takes seconds for some megabytes
+    most = 32 * model.config.context_length
+    if "messages" in body:
+        body = body | {"messages": [{"role": "user", "content": "x" * most}]}
+    else:
+        body = body | {"prompt": "x" * (most + 1)}
+    answer = httpx.post(plain + path, json=body, timeout=60)
+    assert answer.status_code == 400
+    assert f"expected at most {most} characters" in answer.json()["error"]["message"]
+
+
 def test_new_grammars_keep_only_each_other_waiting(model, monkeypatch):
     gate, tried = threading.Event(), []
 
@@ -399,8 +416,8 @@ def test_a_server_without_a_key_answers_to_its_own_names_only():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("metadata", "{" + ", ".join(f'"{n}": 1' for n in [*range(200_000), 7]) + "}"),
-        ("messages", "[" + "0, " * 500_000 + "0]"),
+        ("metadata", "{" + ", ".join(f'"{n}": 1' for n in [*range(100_000), 7]) + "}"),
+        ("messages", "[" + "0, " * 200_000 + "0]"),
     ],
     ids=["a key twice", "many faults"],
 )
@@ -412,3 +429,57 @@ def test_many_faults_take_no_longer_than_one(field, value):
         )
         assert answer.status_code == 400
         assert answer.elapsed.total_seconds() < 10, time.thread_time() - begun
+
+
+@pytest.mark.parametrize("text", ["a,", "[{", '\\",', "\\\\,:"])
+def test_what_a_body_holds_is_counted_beside_its_texts(plain, text):
+    """Values in millions would take gigabytes, but a text may have as many commas as it likes."""
+
+    def ask(values: str) -> dict:
+        headers = {"content-type": "application/json"}
+        return error_of(httpx.post(plain + CHAT, content=values, headers=headers, timeout=60), 400)
+
+    texts, most = json.dumps([text * 200_000]), Bounds().values
+    assert ask(f'{{"temperature": {texts}}}')["param"] == "temperature"
+    assert ask(f'{{"temperature": {texts}, "n": [{"[], " * (most // 2 - 9)}[]]}}')["param"] == "temperature"
+    too_many = ask(f'{{"temperature": {texts}, "n": [{"[], " * (most // 2)}[]]}}')
+    assert f"values; expected at most {most}" in too_many["message"]
+
+
+WRONG = [[]] * 50
+SAID = {"role": "user", "content": WRONG}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": WRONG}),
+        (CHAT, {"messages": [SAID]}),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": WRONG}]}),
+        *((CHAT, BODY | {name: WRONG}) for name in ("stop", "stop_token_ids", "tools", "guided_choice")),
+        (CHAT, BODY | {"structured_outputs": {"choice": WRONG}}),
+        ("/v1/completions", {"prompt": [[WRONG]]}),
+        *(("/v1/responses", {"input": "a", name: WRONG}) for name in ("include", "tools", "input")),
+        ("/v1/responses", {"input": [SAID]}),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "a", "output": WRONG}]}),
+        ("/v1/messages", {"model": "toy", "max_tokens": 1, "messages": [SAID]}),
+        *(
+            ("/v1/messages", {"model": "toy", "max_tokens": 1, "messages": [], name: WRONG})
+            for name in ("messages", "system", "tools", "stop_sequences")
+        ),
+        ("/tokenize", {"messages": [SAID]}),
+        ("/detokenize", {"tokens": WRONG}),
+    ],
+)
+def test_a_list_of_faults_is_read_up_to_the_first(plain, monkeypatch, path, body):
+    """pydantic takes a kilobyte and microseconds for each."""
+    counts, named = [], bodies._named
+
+    def count(error: ValidationError, fields: dict) -> ApiError:
+        counts.append(error.error_count())
+        return named(error, fields)
+
+    monkeypatch.setattr(bodies, "_named", count)
+    assert httpx.post(plain + path, json=body, timeout=60).status_code == 400
+    assert counts
+    assert max(counts) < 10

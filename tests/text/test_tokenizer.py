@@ -12,6 +12,7 @@ import re
 import threading
 import time
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -873,8 +874,27 @@ def test_an_expression_that_panics_later(tmp_path, monkeypatch):
     assert tokenizer.encode("hello") == [259]
     # A text so long that Qwen's own expression meets the limit is the request's fault.
     monkeypatch.setattr(room, "_RETRY_LIMIT", 64)
-    with pytest.raises(RequestError, match="failed on a text of 64 characters"):
+    with pytest.raises(RequestError, match=r"^the tokenizer failed on a text of 64 characters"):  # without a path
         tokenizer.encode("q" * 64)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(toy):
+    text, times, done = "hello <|im_end|> " * 200_000, [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            times.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    times.append(begun := time.monotonic())
+    found = toy.encode(text)
+    times.append(ended := time.monotonic())
+    done.set()
+    thread.join()
+    assert toy.decode(found, skip_special=False) == text
+    assert found == toy._library.encode(text, add_special_tokens=False).ids
+    assert max(later - earlier for earlier, later in pairwise(sorted(times))) < (ended - begun) / 2
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
