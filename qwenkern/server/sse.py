@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -18,6 +18,7 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx passes each event on at once
 ]
+WRITE = "qwenkern.write"  # an extension of ASGI: a coroutine that writes a part of a body, without what `send` passes
 
 
 # nginx gives up a server that says nothing for 60 s (proxy_read_timeout), OpenAI's and Anthropic's clients after 600 s.
@@ -43,14 +44,18 @@ class EventStream(Response):
         self._is_quiet = not first.done()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def write(event: bytes) -> None:
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+
+        write = scope.get("extensions", {}).get(WRITE, write)
         async with aclosing(self._rest) as rest:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
-            keeping = asyncio.ensure_future(self._keep_alive(send))
+            keeping = asyncio.ensure_future(self._keep_alive(write))
             try:
-                await send({"type": "http.response.body", "body": await self._first, "more_body": True})
+                await write(await self._first)
                 async for event in rest:
                     self._is_quiet = False
-                    await send({"type": "http.response.body", "body": event, "more_body": True})
+                    await write(event)
             except asyncio.CancelledError:  # the server ends, or the client is gone, which then sees nothing
                 event = self._as_event(errors.shutting_down())
                 await send({"type": "http.response.body", "body": event, "more_body": False})
@@ -58,16 +63,15 @@ class EventStream(Response):
             except Exception as error:
                 told = errors.of(error)
                 errors.note(error, told, scope["state"]["request_id"])
-                event = self._as_event(told)
-                await send({"type": "http.response.body", "body": event, "more_body": True})
+                await write(self._as_event(told))
             finally:
                 keeping.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    async def _keep_alive(self, send: Send) -> None:
+    async def _keep_alive(self, write: Callable[[bytes], Awaitable[None]]) -> None:
         while True:
             if self._is_quiet:
-                await send({"type": "http.response.body", "body": self._quiet, "more_body": True})
+                await write(self._quiet)
             self._is_quiet = True
             await asyncio.sleep(QUIET_SECONDS)
 

@@ -88,7 +88,7 @@ def test_events_come_in_their_order(url, model):
         if data["type"] != "ping":
             known.validate_python(data)
     short = "".join({"start": "<", "delta": ".", "stop": ">"}[kind.rsplit("_")[-1]] for kind in kinds[2:-2])
-    assert re.fullmatch(r"<\.{4,}>" r"<\.{6,}>" r"<\.{1,}>", short)  # a text, and calls in pieces
+    assert re.fullmatch(r"<\.{3,}><\.{3,}><\.+>", short)  # a text, and calls in pieces
     starts = [json.loads(event["data"]) for event in events if event["event"] == "content_block_start"]
     assert [each["content_block"].get("name") for each in starts] == [None, "tide", "clock"]
 

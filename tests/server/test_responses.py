@@ -86,7 +86,7 @@ def test_events_come_in_their_order(url, model):
         ["output_item.added", *["function_call_arguments.delta"] * count, "function_call_arguments.done"]
         for count in Counter(each["output_index"] for each in data if "arguments.delta" in each["type"]).values()
     ]
-    assert len(calls[0]) > 8
+    assert len(calls[0]) > 4
     ends = ["output_text.done", "content_part.done", "output_item.done"]
     text = ["output_item.added", "content_part.added", *["output_text.delta"] * deltas, *ends]
     assert kinds == ["created", "in_progress", *text, *calls[0], ends[-1], *calls[1], ends[-1], "completed"]
@@ -148,7 +148,7 @@ def test_arguments_come_in_pieces(client, model):
     with saying(model, BOTH), client.responses.stream(model="toy", input=QUESTION, tools=TOOLS) as stream:
         events = [event for event in stream if "function_call_arguments" in event.type]
     first = [event for event in events if event.output_index == 1]
-    assert len(first) > 8
+    assert len(first) > 4
     assert [first[-2].snapshot, first[-1].arguments] == [CALLS[0][1]] * 2
 
 
