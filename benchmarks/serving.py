@@ -2,19 +2,22 @@
 
     python benchmarks/serving.py                                                     the demo model on a CPU
     python benchmarks/serving.py --peers "qwenkern serve,llama.cpp server" --callers 1,4,16,64 --json FILE
+    python benchmarks/serving.py --model qwen2.5-3b --device cuda --peers "qwenkern serve,transformers"
 
 Each caller sends a request, reads its tokens as they come, and then sends the next one. The callers begin one after the
 other. Prompts and answers have random lengths, the same for every engine. The tokens are random, and others in each
 round, so that no engine finds a prompt again. The engines take turns. "qwenkern" is the engine called directly;
 `qwenkern serve` and llama.cpp's server answer over HTTP on loopback, each in a process of its own, from the same file;
-transformers runs its continuous batching on the same weights in bfloat16.
+transformers runs its continuous batching on the same weights in bfloat16. The name of a size of the family gives random
+weights in bfloat16. On a GPU, every engine first runs a round that does not count, so that all have compiled and
+captured what they run.
 """
 
 from __future__ import annotations
 
+import asyncio
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -29,9 +32,11 @@ from rich.console import Console
 from qwenkern import Model
 from qwenkern.benchmarks.end_to_end import MISSING, use
 from qwenkern.benchmarks.models import services
+from qwenkern.benchmarks.models.random_server import random_model
 from qwenkern.benchmarks.ops.timing import circumstances
 from qwenkern.benchmarks.reports import results
 from qwenkern.cli import terminal
+from qwenkern.config import FAMILY
 from qwenkern.hub.names import resolve
 
 PEERS = ("qwenkern serve", "llama.cpp server", "transformers")
@@ -67,31 +72,24 @@ def workload(callers: int, requests: int, vocabulary: int, seed: int = 0) -> lis
 
 
 def serve(service: services.Service, work: list[list[Ask]], stagger: float = STAGGER) -> list[Timed]:
-    """Runs all callers, each in a thread. Raises the first error."""
+    """Runs all callers, in one thread. Raises the first error."""
     found: list[Timed] = []
-    errors: list[BaseException] = []
     started = time.perf_counter()
 
-    def caller(index: int) -> None:
-        try:
-            time.sleep(max(0.0, index * stagger - (time.perf_counter() - started)))
-            for ask in work[index]:
-                timed = Timed(time.perf_counter() - started, [])
-                for count in service.stream(ask.prompt, ask.new):
-                    timed.tokens.extend([time.perf_counter() - started] * count)
-                if len(timed.tokens) != ask.new:
-                    raise RuntimeError(f"a request for {ask.new} tokens got {len(timed.tokens)}")
-                found.append(timed)
-        except BaseException as error:
-            errors.append(error)
+    async def caller(index: int) -> None:
+        await asyncio.sleep(index * stagger)
+        for ask in work[index]:
+            timed = Timed(time.perf_counter() - started, [])
+            async for count in service.stream(ask.prompt, ask.new):
+                timed.tokens.extend([time.perf_counter() - started] * count)
+            if len(timed.tokens) != ask.new:
+                raise RuntimeError(f"a request for {ask.new} tokens got {len(timed.tokens)}")
+            found.append(timed)
 
-    threads = [threading.Thread(target=caller, args=(index,), daemon=True) for index in range(len(work))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
+    async def callers() -> None:
+        await asyncio.gather(*(caller(index) for index in range(len(work))))
+
+    asyncio.run(callers())
     return found
 
 
@@ -132,7 +130,10 @@ def percentile(values: list[float], share: int) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="What `generate` takes.")] = "demo",
+    model: Annotated[
+        str, typer.Option(help="What `generate` takes, or a size of the family (random weights).")
+    ] = "demo",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     callers: Annotated[
         str, typer.Option(help="Callers at once; several numbers, with commas, one after the other.")
     ] = "16",
@@ -144,16 +145,17 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result there.")] = None,
 ) -> None:
     """Time many callers at once, and other engines."""
-    console, device = Console(), torch.device("cpu")
+    console = Console()
+    place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     names = [name for name in beside.split(",") if name]
     if unknown := set(names) - set(PEERS):
         raise typer.BadParameter(f"{', '.join(unknown)}: not among {', '.join(PEERS)}", param_hint="--peers")
     counts = numbers(callers)
     threads = threads or torch.get_num_threads()
     use(threads)
-    loaded = Model.from_pretrained(model, device=device, cache_tokens=max(counts) * TOKENS)
+    loaded = load(model, place, max(counts) * TOKENS)
     makers = engines(loaded, model, names, threads)
-    facts: dict[str, Any] = circumstances(device) | {"model": Path(model).name, "note": note, "threads": threads}
+    facts: dict[str, Any] = circumstances(place) | {"model": Path(model).name, "note": note, "threads": threads}
     facts |= {"callers": counts, "requests": requests, "prompts": PROMPTS, "answers": ANSWERS, "stagger": STAGGER}
     rows: list[dict[str, Any]] = []
     for count in counts:
@@ -163,7 +165,7 @@ def main(
             for name, maker in list(makers.items()):
                 try:
                     with maker(count) as service:
-                        serve(service, [[Ask([7] * 70, 4)]] * 2)  # warms up
+                        warm_up(service, work, place)
                         readings.setdefault(name, []).append(figures(serve(service, work), work))
                 except MISSING as error:
                     console.print(f"[yellow]left out[/yellow] {name}: {error}", soft_wrap=True)
@@ -178,17 +180,37 @@ def main(
         results.save(json_file, facts | {"rows": rows})
 
 
+def load(model: str, place: torch.device, cache_tokens: int, **how: Any) -> Model:
+    """The model as its server loads it. The name of a size of the family gives random weights in bfloat16."""
+    if model.lower() in FAMILY:
+        return random_model(model, str(place), cache_tokens)
+    return Model.from_pretrained(model, device=place, cache_tokens=cache_tokens, **how)
+
+
+def warm_up(service: services.Service, work: list[list[Ask]], place: torch.device) -> None:
+    """Runs requests that do not count. The first of their tokens is another, so that no engine finds a prompt again."""
+    few = [[Ask([7] * 70, 4)]] * 2
+    many = [[Ask([0, *ask.prompt[1:]], ask.new) for ask in asks[:1]] for asks in work]
+    serve(service, few if place.type == "cpu" else many)
+
+
 def engines(loaded: Model, model: str, names: list[str], threads: int) -> dict[str, Maker]:
-    """What makes each engine ready, for a number of callers. All have room for the same tokens."""
+    """What makes each engine ready, for a number of callers. Ours and llama.cpp have room for the same tokens."""
     makers: dict[str, Maker] = {"qwenkern": lambda _: services.qwenkern(loaded)}
+    is_random, place = model.lower() in FAMILY, loaded.device.type
     if "qwenkern serve" in names:
-        room = loaded.cache.num_tokens
-        makers["qwenkern serve"] = lambda _: services.qwenkern_server(model, threads, room)
+        room, server = (
+            loaded.cache.num_tokens,
+            services.qwenkern_random_server if is_random else services.qwenkern_server,
+        )
+        makers["qwenkern serve"] = lambda _: server(model, place, threads, room)
     if "llama.cpp server" in names:
+        if is_random or place != "cpu":
+            raise typer.BadParameter("llama.cpp server: expected a model with a file, on a CPU", param_hint="--peers")
         file = resolve(model)
         makers["llama.cpp server"] = lambda count: services.llama_server(file, threads, count, TOKENS)
     if "transformers" in names:
-        dense = Model.from_pretrained(model, device="cpu", quantize="none", dtype="bfloat16", cache_tokens=64)
+        dense = loaded if is_random else load(model, loaded.device, 64, quantize="none", dtype="bfloat16")
         makers["transformers"] = lambda _: services.transformers(dense)
     return makers
 

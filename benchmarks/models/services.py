@@ -1,4 +1,8 @@
-"""The engines of serving.py: each takes requests of several callers at any time, and gives tokens as they come."""
+"""The engines of serving.py: each takes requests of several callers at any time, and gives tokens as they come.
+
+All callers are coroutines of one event loop, whatever the engine is: a thread for each would take the processor and the
+interpreter's lock from an engine in the same process.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +14,24 @@ import json
 import socket
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import AbstractContextManager, aclosing, contextmanager
 from pathlib import Path
-from queue import SimpleQueue
 from typing import Any, Protocol
 
 from qwenkern import Model, SamplingParams
-from qwenkern.benchmarks.models import llama_cpp, peers
-from qwenkern.engine import Call
+from qwenkern.benchmarks.models import llama_cpp, peers, random_server
+from qwenkern.engine import AsyncCall
 
-READY = 120  # seconds in which a server must have loaded its model
+READY = 300  # seconds in which a server must have loaded its model, and on a GPU compiled its kernels
+SHARE = 0.4  # of a GPU's free memory, for the cache of transformers
 
 
 class Service(Protocol):
     """An engine that is ready."""
 
-    def stream(self, prompt: list[int], new: int) -> Iterator[int]:
+    def stream(self, prompt: list[int], new: int) -> AsyncIterator[int]:
         """Generates ``new`` tokens after a prompt, greedily. Yields how many have come, whenever some have."""
 
 
@@ -36,12 +39,12 @@ class Qwenkern:
     def __init__(self, model: Model) -> None:
         self._model = model
 
-    def stream(self, prompt: list[int], new: int) -> Iterator[int]:
+    async def stream(self, prompt: list[int], new: int) -> AsyncGenerator[int, None]:
         params = SamplingParams(max_tokens=new, temperature=0, repetition_penalty=1.0, ignore_eos=True)
         [request] = self._model._requests([prompt], params)
         request.is_streamed = True
-        with Call(self._model._loop, [request]) as call:
-            for output in call:
+        async with AsyncCall(self._model._loop, [request]) as call:
+            async for output in call:
                 yield len(output.token_ids)
 
 
@@ -51,7 +54,7 @@ class LlamaServer:
     def __init__(self, port: int) -> None:
         self._port = port
 
-    def stream(self, prompt: list[int], new: int) -> Iterator[int]:
+    async def stream(self, prompt: list[int], new: int) -> AsyncGenerator[int, None]:
         body = {
             "prompt": prompt,
             "n_predict": new,
@@ -62,11 +65,12 @@ class LlamaServer:
             "timings_per_token": True,  # an event has no tokens of its own while a character is not whole
         }
         seen = 0
-        for event in _events(self._port, "/completion", body):
-            count = event["timings"]["predicted_n"]
-            if count > seen:
-                yield count - seen
-            seen = count
+        async with aclosing(_events(self._port, "/completion", body)) as events:
+            async for event in events:
+                count = event["timings"]["predicted_n"]
+                if count > seen:
+                    yield count - seen
+                seen = count
 
 
 class QwenkernServer:
@@ -75,7 +79,7 @@ class QwenkernServer:
     def __init__(self, port: int) -> None:
         self._port = port
 
-    def stream(self, prompt: list[int], new: int) -> Iterator[int]:
+    async def stream(self, prompt: list[int], new: int) -> AsyncGenerator[int, None]:
         body = {
             "prompt": prompt,
             "max_tokens": new,
@@ -85,22 +89,31 @@ class QwenkernServer:
             "stream": True,
             "return_token_ids": True,
         }
-        for event in _events(self._port, "/v1/completions", body):
-            if count := len(event["choices"][0]["token_ids"]):
-                yield count
+        async with aclosing(_events(self._port, "/v1/completions", body)) as events:
+            async for event in events:
+                if count := len(event["choices"][0]["token_ids"]):
+                    yield count
 
 
-def _events(port: int, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The events of a streamed answer."""
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=600)
-    connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-    answer = connection.getresponse()
-    if answer.status != 200:
-        raise RuntimeError(f"{path} answered {answer.status}: {answer.read(300)!r}")
-    for line in answer:
-        if line.startswith(b"data: {"):
-            yield json.loads(line[6:])
-    connection.close()
+async def _events(port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
+    """The events of a streamed answer. No server here splits an event among chunks of HTTP, so their sizes, which stand
+    on lines of their own, need not be read: the callers' own work is part of what is measured."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    content = json.dumps(body).encode()
+    fields = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\nConnection: close"
+    try:
+        writer.write(f"POST {path} HTTP/1.1\r\n{fields}\r\n\r\n".encode() + content)
+        head = await reader.readuntil(b"\n")
+        if (status := head.split()[1]) != b"200":
+            raise RuntimeError(f"{path} answered {status.decode()}: {(await reader.read()).decode()[-300:]}")
+        rest = b""
+        while part := await reader.read(2**16):
+            *lines, rest = (rest + part).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    yield json.loads(line[6:])
+    finally:
+        writer.close()
 
 
 @contextmanager
@@ -116,24 +129,26 @@ def llama_server(file: Path, threads: int, callers: int, tokens: int) -> Iterato
 
 
 @contextmanager
-def qwenkern_server(model: str, threads: int, cache_tokens: int) -> Iterator[QwenkernServer]:
+def qwenkern_server(model: str, device: str, threads: int, cache_tokens: int) -> Iterator[QwenkernServer]:
     """`qwenkern serve` as users start it. Raises FileNotFoundError if the extra qwenkern[serve] is not installed."""
+    with _server(["qwenkern", "serve"], model, device, threads, cache_tokens) as server:
+        yield server
+
+
+@contextmanager
+def qwenkern_random_server(size: str, device: str, threads: int, cache_tokens: int) -> Iterator[QwenkernServer]:
+    """The same server with the random weights of a size of the family."""
+    with _server([random_server.__name__], size, device, threads, cache_tokens) as server:
+        yield server
+
+
+@contextmanager
+def _server(module: list[str], model: str, device: str, threads: int, cache_tokens: int) -> Iterator[QwenkernServer]:
     if importlib.util.find_spec("uvicorn") is None:
         raise FileNotFoundError("qwenkern serve needs the extra qwenkern[serve]")
     port = _free_port()
-    options = [
-        "--model",
-        model,
-        "--device",
-        "cpu",
-        "--threads",
-        threads,
-        "--cache-tokens",
-        cache_tokens,
-        "--port",
-        port,
-    ]
-    with _running([sys.executable, "-m", "qwenkern", "serve", *map(str, options)], port):
+    options = ["--model", model, "--device", device, "--threads", threads, "--cache-tokens", cache_tokens]
+    with _running([sys.executable, "-m", *module, *map(str, options), "--port", str(port)], port):
         yield QwenkernServer(port)
 
 
@@ -170,21 +185,16 @@ def _is_healthy(port: int) -> bool:
 class Transformers:
     """transformers' continuous batching."""
 
-    def __init__(self, manager: Any, loop: asyncio.AbstractEventLoop) -> None:
-        self._manager, self._loop = manager, loop
+    def __init__(self, manager: Any) -> None:
+        self._manager = manager
 
-    def stream(self, prompt: list[int], new: int) -> Iterator[int]:
-        results: SimpleQueue[Any] = SimpleQueue()
-        name = f"request {id(results)}"
-
-        async def register() -> None:  # results come through the event loop that runs now
-            self._manager.register_result_handler(name, results.put)
-
-        asyncio.run_coroutine_threadsafe(register(), self._loop).result()
+    async def stream(self, prompt: list[int], new: int) -> AsyncGenerator[int, None]:
+        results: asyncio.Queue[Any] = asyncio.Queue()
+        name, seen = f"request {id(results)}", 0
+        self._manager.register_result_handler(name, results.put_nowait)  # is called in the event loop that runs now
         self._manager.add_request(prompt, request_id=name, max_new_tokens=new, streaming=True, eos_token_id=-1)
-        seen = 0
         while seen < new:
-            result = results.get(timeout=600)
+            result = await results.get()
             if result.error:
                 raise RuntimeError(f"transformers: {result.error}")
             fresh, seen = len(result.generated_tokens) - seen, len(result.generated_tokens)
@@ -194,21 +204,20 @@ class Transformers:
 
 @contextmanager
 def transformers(model: Model) -> Iterator[Transformers]:
-    from transformers import GenerationConfig
+    """With its own defaults. On a GPU its cache takes less of the memory than by default: it is not alone there."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     peer = peers.transformers_model(model)
-    manager = peer.init_continuous_batching(GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0))
+    share = SHARE if model.device.type == "cuda" else None
+    manager = peer.init_continuous_batching(
+        GenerationConfig(do_sample=False, eos_token_id=-1, pad_token_id=0),
+        ContinuousBatchingConfig(max_memory_percent=share),
+    )
     manager.start()
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
-    thread.start()
     try:
-        yield Transformers(manager, loop)
+        yield Transformers(manager)
     finally:
         manager.stop(block=True)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
 
 
 def qwenkern(model: Model) -> AbstractContextManager[Qwenkern]:

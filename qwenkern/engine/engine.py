@@ -207,7 +207,7 @@ class Engine:
                 requests += started
         if not requests:
             return []
-        _prepare(requests)
+        _prepare(requests, logits.is_cpu)
         chosen = logits if rows == list(range(len(logits))) else logits[rows]
         tokens = list(zip(requests, sample(chosen, requests), strict=True))
         self.scheduler.pace.read()
@@ -231,7 +231,7 @@ class Engine:
         begin, outputs, row = time.monotonic(), [], 0
         parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
         logits = self.runner.each_logits(parts)
-        _prepare(self._in_pass)
+        _prepare(self._in_pass, logits.is_cpu)
         for request, (table, ids) in zip(self._in_pass, parts, strict=True):
             drawn = 0
             while not request.has_ended and drawn < len(ids) and (not drawn or request.output_ids[-1] == ids[drawn]):
@@ -317,10 +317,11 @@ def _decodes(request: Request) -> bool:
     return bool(request.output_ids) and request.num_pending == 1
 
 
-def _prepare(requests: Iterable[Request]) -> None:
-    """Computes what grammars allow next. A GPU runs the pass meanwhile: nothing has waited for its logits yet."""
+def _prepare(requests: Iterable[Request], is_cpu: bool) -> None:
+    """Computes what grammars allow next. A GPU runs the pass meanwhile: nothing has waited for its logits yet. On a CPU
+    the pass is over, and a greedy request may not need it."""
     for request in requests:
-        if request.matcher:
+        if request.matcher and not (is_cpu and request.params.is_greedy):
             request.matcher.prepare()
 
 

@@ -21,7 +21,7 @@ from typing import TypeVar
 
 from ..errors import EngineError, RequestError
 from .engine import Engine, Output
-from .post import post_of
+from .post import Inbox, post_of
 from .request import Request, with_siblings
 
 Sink = Callable[[Output], object]  # takes the outputs of a request; called by the thread that steps
@@ -204,6 +204,7 @@ class _Call:
         if output.is_last:
             self._left.discard(output.request)
         if output.error:
+            self._abort()
             raise output.error
         return output
 
@@ -262,9 +263,8 @@ class AsyncCall(_Call):
     only_last: each request gives its last output only, for a caller that waits for whole texts."""
 
     def __init__(self, loop: Loop, requests: Sequence[Request], only_last: bool = False) -> None:
-        self._inbox: asyncio.Queue[Output | None] = asyncio.Queue()
-        inbox, callers = self._inbox, asyncio.get_running_loop()
-        put = post_of(callers).put
+        self._inbox = Inbox()
+        put, inbox = post_of(asyncio.get_running_loop()).put, self._inbox  # not self: a call that is dropped must end
 
         def sink(output: Output) -> None:
             if output.is_last or not only_last:
@@ -276,11 +276,27 @@ class AsyncCall(_Call):
         return self
 
     async def __anext__(self) -> Output:
+        outputs = self._inbox.outputs
+        if self._left and not outputs:
+            await self._wait()
+        if not self._left:
+            raise StopAsyncIteration
+        return self._seen(outputs.popleft())
+
+    async def take(self) -> list[Output]:
+        """The outputs that have come, one at least. Empty at the end. Raises an error after the outputs before it."""
+        outputs, found = self._inbox.outputs, list[Output]()
+        if self._left and not outputs:
+            await self._wait()
+        while self._left and outputs and not (found and outputs[0].error):
+            found.append(self._seen(outputs.popleft()))
+        return found
+
+    async def _wait(self) -> None:
         try:
-            output = await self._inbox.get() if self._left else None
-            if output is None:
-                raise StopAsyncIteration
-            return self._seen(output)
+            await self._inbox.wait()
+        except RequestError:  # of a second reader
+            raise
         except BaseException:
             self.close()
             raise
@@ -294,4 +310,4 @@ class AsyncCall(_Call):
     def close(self) -> None:
         """Aborts the requests that have not ended. A coroutine that reads then stops."""
         self._abort()
-        self._inbox.put_nowait(None)
+        self._inbox.wake()

@@ -19,7 +19,7 @@ from .grammar import Grammar
 from .matcher import Matcher
 
 # Compact, with a space, or pretty-printed. llguidance's own rule has no bound, and small models then write blanks only.
-_WHITESPACE = r" |\n {0,32}|\n\t{0,16}"
+WHITESPACE = r" |\n {0,32}|\n\t{0,16}"
 MAX_COMPILED_BYTES = 2**28  # of the compiled grammars that are kept
 MAX_REFUSED = 64  # grammars whose reason is kept
 MAX_REASON = 500  # characters: llguidance may show much of the grammar
@@ -168,7 +168,7 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.source, defaults={"whitespace_pattern": _WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(grammar.source, defaults={"whitespace_pattern": WHITESPACE})
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.source)
     if grammar.kind == "choice":

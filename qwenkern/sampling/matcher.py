@@ -1,6 +1,7 @@
 """Follows a text through its grammar: which tokens may come next, and where the text may end.
 
-accept(token) ─► masks of the next places, while the pass runs ─► forbid(row) ─► draw ─► accept(token) ...
+accept(token) ─► mask of the next place, while the pass runs ─► apply(row) ─► draw ─► accept(token) ...
+                                            greedily on a CPU:  draw ─► allows(token) ─► accept(token) ...
 """
 
 from __future__ import annotations
@@ -97,6 +98,15 @@ class Matcher:
             raise self._error
         assert self._mask
         return self._mask
+
+    def allows(self, token: int) -> bool:
+        """Whether the mask allows a token, mostly without the mask. Raises RequestError as ``mask``."""
+        if not self._mask and not self._error and token not in self._end_ids:
+            # where the grammar forces a text, the mask has one of its spellings, and validate_tokens takes all
+            forced = self._state.compute_ff_tokens()
+            if forced[0] == token if forced else self._state.validate_tokens([token]) == 1:
+                return True
+        return self.mask().allows(token)
 
     def accept(self, token: int) -> None:
         """Goes on by a token that the mask allows, and that does not end the text."""

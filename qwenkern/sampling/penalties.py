@@ -17,7 +17,7 @@ def penalise(row: Tensor, sequence: SampledSequence) -> None:
     """Applies penalties and biases and forbids early end ids, in place, on one row of logits [V].
 
     Each operation is one of float32 tensors, so on_device.py, which does the same to all tokens of many rows, gives the
-    same bits. Raises RequestError if the sequence's grammar fails."""
+    same bits."""
     params = sequence.params
     penalty = params.repetition_penalty
     repeats = penalty is not None and penalty != 1.0
@@ -37,8 +37,6 @@ def penalise(row: Tensor, sequence: SampledSequence) -> None:
         row[ids.to(row.device)] += values.to(**options_like(row))
     if len(sequence.output_ids) < params.min_tokens:
         row[ids_like(sequence.end_ids, row)] = -math.inf
-    if sequence.matcher:
-        sequence.matcher.mask().apply(row)
 
 
 def choice_error(sequence: SampledSequence, largest: float) -> RequestError:

@@ -35,8 +35,11 @@ def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled
     changed = [index for index, each in enumerate(sequences) if finite[index] and _is_changed(each)]
     failed: dict[int, RequestError] = {}
     for index in changed:
+        sequence = sequences[index]
+        penalise(logits[index], sequence)
         try:
-            penalise(logits[index], sequences[index])
+            if sequence.matcher and not sequence.params.is_greedy:
+                sequence.matcher.mask().apply(logits[index])
         except RequestError as error:
             failed[index] = error
     adjusted = logits.amax(-1) if changed else largest
@@ -47,6 +50,15 @@ def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled
         settings, uniforms = (torch.tensor(each, **options_like(logits)) for each in (values, numbers))
     drawn: list[int] = draw(logits, adjusted, settings, uniforms).tolist()
     tops = adjusted.tolist()
+    for index, sequence in enumerate(sequences):
+        if sequence.matcher and sequence.params.is_greedy and math.isfinite(tops[index]):
+            try:
+                if not sequence.matcher.allows(drawn[index]):
+                    row = logits[index : index + 1]
+                    sequence.matcher.mask().apply(row[0])
+                    tops[index], drawn[index] = row.amax().item(), int(draw(row, row, None, None))
+            except RequestError as error:
+                failed[index] = error
     tokens: list[Sampled] = []
     for index, (sequence, of) in enumerate(zip(sequences, logprobs, strict=True)):
         if not finite[index]:
@@ -61,7 +73,9 @@ def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled
 
 
 def _is_changed(sequence: SampledSequence) -> bool:
-    return sequence.params.changes_logits or sequence.matcher is not None
+    """Whether a row's logits change before its token is drawn. A greedy row takes its largest logit first, and then
+    asks its grammar: where that token may come, as nearly always, the mask would have changed nothing."""
+    return sequence.params.changes_logits or (sequence.matcher is not None and not sequence.params.is_greedy)
 
 
 class Sampling:

@@ -22,7 +22,7 @@ from ..sampling.grammar import grammar_of
 from .admission import check_length
 from .functions import Splitter, without_grammar
 from .service import Service
-from .turns import Event, Finished, Text, ToolCall, Turn
+from .turns import CallEvent, Event, Finished, Started, Text, ToolCall, Turn
 
 
 @dataclass
@@ -39,29 +39,33 @@ class Answer:
 
 async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
     """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
-    async with running(service, model, lambda: _requests(service, model, turn)) as outputs:
+    async with running(service, model, lambda: _requests(service, model, turn)) as take:
         writing: dict[Request, _Writing] = {}
-        async for output in outputs:
-            written = writing.get(output.request)
-            if not written:
-                written = writing[output.request] = _Writing(output.request, turn)
-            for event in written.events(output):
-                yield event
+        while outputs := await take():
+            for output in outputs if len(outputs) == 1 else _joined(outputs):
+                written = writing.get(output.request)
+                if not written:
+                    written = writing[output.request] = _Writing(output.request, turn)
+                    yield written.started()
+                for event in written.events(output):
+                    yield event
 
 
 async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
     """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
-    async with running(service, model, lambda: _requests(service, model, turn), only_last=True) as outputs:
-        found = [_Writing(output.request, turn).answer() async for output in outputs if output.is_last]
+    found: list[Answer] = []
+    async with running(service, model, lambda: _requests(service, model, turn), only_last=True) as take:
+        while outputs := await take():
+            found += [_Writing(output.request, turn).answer() for output in outputs]
     return sorted(found, key=lambda answer: answer.index)
 
 
 @asynccontextmanager
 async def running(
     service: Service, model: Model, make: Callable[[], Awaitable[list[Request]]], only_last: bool = False
-) -> AsyncIterator[AsyncIterator[Output]]:
-    """The outputs of requests, from when they are admitted. ``make`` makes them then. only_last: the last output of
-    each.
+) -> AsyncIterator[Callable[[], Awaitable[list[Output]]]]:
+    """Runs requests from when they are admitted. ``make`` makes them then. only_last: there is only the last output of
+    each. Gives a function for the next outputs, as `AsyncCall.take`.
 
     Raises ApiError 429 if too many wait already, and 503 if these have waited too long."""
     bounds = service.settings.bounds
@@ -86,19 +90,32 @@ async def running(
 
             timer = asyncio.get_running_loop().call_later(max(0.0, left), expire)
 
-            async def outputs() -> AsyncIterator[Output]:
-                async for output in call:
-                    place.leave()
-                    yield output
+            async def take() -> list[Output]:
+                outputs = await call.take()
+                place.leave()
+                return outputs
 
             try:
-                yield outputs()
+                yield take
             finally:
                 timer.cancel()
             if expired:
                 raise service.admission.too_long()
     finally:
         place.leave()
+
+
+def _joined(outputs: list[Output]) -> list[Output]:
+    """One output for each request, of those that have come while nobody read them: so its client gets one event."""
+    of_each: dict[Request, list[Output]] = {}
+    for output in outputs:
+        of_each.setdefault(output.request, []).append(output)
+    return [
+        each[-1]._replace(
+            token_ids=[id for one in each for id in one.token_ids], text="".join(one.text for one in each)
+        )
+        for each in of_each.values()
+    ]
 
 
 async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]:
@@ -108,7 +125,7 @@ async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]
     try:
         if grammar and not model.grammars.knows(grammar):
             await service.grammars.do(model.grammars.compiled, grammar)
-        requests = await service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None)
+        requests = await service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None, turn.continues)
     except RequestError as error:
         if turn.tools and turn.params.grammar and str(error).startswith("grammar"):  # not the client's, but the calls'
             raise without_grammar(error, turn.params.grammar) from None
@@ -125,17 +142,19 @@ class _Writing:
         self._request = request
         self._index = request.prompt_index * turn.params.n + request.sample_index
         self._with_logprobs = turn.params.logprobs is not None
-        self._splitter = Splitter(self._index) if turn.tools else None
+        self._tells_each = self._with_logprobs or request.detokenizer is None  # each output has an event
+        self._splitter = Splitter(self._index, turn.tools) if turn.tools else None
         self._come = 0  # tokens of the outputs so far
         self._told = 0  # those of them that are in events
 
     def events(self, output: Output) -> list[Event]:
-        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted."""
+        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted, or
+        the model has no tokenizer and so no text."""
         self._come += len(output.token_ids)  # the request itself may be further
         parts = self._split(output.text, output.is_last)
         text = parts[0] if parts and isinstance(parts[0], str) else ""
         found: list[Event] = []
-        if text or output.is_last or self._with_logprobs:
+        if text or output.is_last or self._tells_each:
             told, self._told = self._told, self._come
             if text or told < self._come:
                 ids, logprobs = self._request.output_ids[told : self._come], []
@@ -145,11 +164,14 @@ class _Writing:
         found += [Text(self._index, part) if isinstance(part, str) else part for part in parts[bool(text) :]]
         return [*found, self.finished()] if output.is_last else found
 
-    def _split(self, text: str, is_last: bool) -> list[str | ToolCall]:
-        """The text and the calls that more of the model's text completes."""
+    def _split(self, text: str, is_last: bool) -> list[str | CallEvent]:
+        """The text and the calls in more of the model's text."""
         if self._splitter:
             return self._splitter.add(text, is_last)
         return [text] if text else []
+
+    def started(self) -> Started:
+        return Started(self._index, len(self._request.prompt_ids), self._request.num_found)
 
     def finished(self) -> Finished:
         request, reason = self._request, self._request.finish_reason or "stop"

@@ -27,7 +27,7 @@ from .fields import Sampled
 from .service import Service
 from .settings import Bounds
 from .tokens_as_text import CompletionLogprobs
-from .turns import Finished, Text, Turn
+from .turns import Finished, Started, Text, Turn
 from .usage import Usage
 
 DEFAULT_TOKENS = 16  # max_tokens where it is absent, as in OpenAI's API
@@ -226,16 +226,14 @@ async def _chunks(
                 usage.add(answer.finished, turn)
         else:
             async with aclosing(answering.events(service, model, turn)) as events:
-                begun: set[int] = set()
                 async for event in events:
                     index = event.index
-                    if body.echo and index not in begun:
-                        begun.add(index)
-                        yield chunk(index, prompts[index // n].text, _echo(prompts[index // n], writing[index]))
                     if isinstance(event, Text):
                         if event.text or event.logprobs or body.return_token_ids:
                             logprobs = writing[index].of(event.logprobs) if event.logprobs else None
                             yield chunk(index, event.text, logprobs, token_ids=event.token_ids)
+                    elif isinstance(event, Started) and body.echo:
+                        yield chunk(index, prompts[index // n].text, _echo(prompts[index // n], writing[index]))
                     elif isinstance(event, Finished):
                         usage.add(event, turn)
                         yield chunk(index, "", None, event.reason)

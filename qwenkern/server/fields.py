@@ -9,6 +9,7 @@ from ..sampling import SamplingParams
 from . import errors
 from .bodies import Body, Some
 from .errors import ApiError
+from .functions import Functions
 from .settings import Bounds
 from .structured import Structured
 
@@ -50,7 +51,7 @@ class Sampled(Structured):
     priority: int | None = None
     cache_salt: str | None = None
 
-    def sampling(self, bounds: Bounds, has_tools: bool = False, **more: Any) -> SamplingParams:
+    def sampling(self, bounds: Bounds, functions: Functions | None = None, **more: Any) -> SamplingParams:
         """The parameters of the request. Raises ApiError, which names the field."""
         given = {name: value for name in _TAKEN if (value := getattr(self, name)) is not None}
         if self.stream_options and not self.stream:
@@ -61,10 +62,7 @@ class Sampled(Structured):
             message = f"stop has {len(self.stop)} strings; expected at most {bounds.stops}"
             raise ApiError(400, message, param="stop", code="invalid_value")
         given |= {name: value for name, value in more.items() if value is not None}
-        if (form := self.form()) and has_tools:  # an answer of that form would have no calls
-            name = self.names()[next(iter(form))]
-            message = f'{name} is given beside tools; expected one of them, or tool_choice: "none"'
-            raise ApiError(400, message, param=name, code="invalid_value")
+        form = functions.forms(self.form(), self.names()) if functions else self.form()
         try:
             return SamplingParams(**given, **form)
         except RequestError as error:

@@ -1,18 +1,20 @@
 """HTTP as uvicorn speaks it, with these differences: what is not HTTP is answered in the form of the API's errors; a
 client that does not finish its headers, does not read its answer, or goes on with a body after the answer is not waited
-for; and connections are bounded."""
+for; connections are bounded; and streams of many small parts are written without h11."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import sys
+from typing import Any
 
 import h11
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
 from . import errors
 from .errors import ApiError
+from .sse import WRITE
 
 HEADER_SECONDS = 10.0  # in which the headers of a request must come, from its first byte or from the connection on
 MAX_HEADER_BYTES = 32 * 1024  # of a request line with its headers; uvicorn's h11_max_incomplete_event_size
@@ -27,6 +29,22 @@ class Protocol(H11Protocol):
     most: int | None = None  # connections of the server
     _headers_due: asyncio.TimerHandle | None = None
     _room_due: asyncio.TimerHandle | None = None
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:
+        super().__init__(*arguments, **keywords)
+        self._app, self.app = self.app, self._with_write
+
+    async def _with_write(self, scope: Any, receive: Any, send: Any) -> None:
+        scope["extensions"] = {WRITE: self._write}
+        await self._app(scope, receive, send)
+
+    async def _write(self, part: bytes) -> None:
+        """Sends a part of the body of an answer that has begun, as ``send`` would: a chunk of HTTP/1.1."""
+        if self.flow.write_paused and not self.cycle.disconnected:
+            await self.flow.drain()
+        if not self.cycle.disconnected:
+            has_chunks = self.conn.their_http_version == b"1.1"
+            self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if has_chunks else part)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)

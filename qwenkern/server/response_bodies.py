@@ -147,10 +147,6 @@ class ResponsesBody(Body):
         choice = choice_of(self.tool_choice, ("name",))
         functions = Functions.of(self.tools or [], choice, self.parallel_tool_calls, bounds)
         schema = self._schema()
-        if schema is not None and functions.tools:
-            raise wrong(
-                'text.format is given beside tools; expected one of them, or tool_choice: "none"', "text.format"
-            )
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -160,8 +156,7 @@ class ResponsesBody(Body):
             "seed": self.seed,
             "max_tokens": self.max_output_tokens,
             "logprobs": (self.top_logprobs or 0) if with_logprobs else None,
-            "grammar": functions.grammar(),
-            "json_schema": schema,
+            **functions.forms({} if schema is None else {"json_schema": schema}, self.names()),
         }
         try:
             params = SamplingParams(**{name: value for name, value in given.items() if value is not None})

@@ -52,7 +52,8 @@ async def prompt_logprobs(
         return [each.request for each in scored]
 
     async with AsyncExitStack() as stack:
-        async for _ in await stack.enter_async_context(running(service, model, lambda: service.in_pool(checked))):
+        take = await stack.enter_async_context(running(service, model, lambda: service.in_pool(checked)))
+        while await take():
             pass
     for index, each in enumerate(scored):
         for position, logprob in enumerate(each.logprobs):

@@ -30,7 +30,6 @@ class TokenizeBody(Body):
     """A text (`prompt`), or the messages of a chat."""
 
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
-        "continue_final_message": ((False,), "an answer begins after the last message"),
         "chat_template": ((), _NOT_OURS),
         "chat_template_kwargs": (({},), _NOT_OURS),
         "mm_processor_kwargs": (({},), "there are no images"),
@@ -42,6 +41,7 @@ class TokenizeBody(Body):
     tools: Some[Tool] | None = None
     add_special_tokens: bool | None = None  # the ids that the checkpoint puts before a text; by default for prompt
     add_generation_prompt: bool | None = None  # whether the prompt ends where an answer begins; by default for messages
+    continue_final_message: bool | None = None  # it ends with the last message instead
     return_token_strs: bool = False
 
     def check(self, bounds: Bounds) -> None:
@@ -49,9 +49,12 @@ class TokenizeBody(Body):
         if (self.prompt is None) == (self.messages is None):
             found = "neither prompt nor messages" if self.prompt is None else "prompt and messages"
             raise _wrong(f"the body has {found}; expected one of the two", "prompt")
-        for name in ("tools", "add_generation_prompt"):
+        for name in ("tools", "add_generation_prompt", "continue_final_message"):
             if getattr(self, name) is not None and self.messages is None:
                 raise _wrong(f"{name} needs messages, found a prompt", name)
+        if self.continue_final_message and self.add_generation_prompt:
+            name = "add_generation_prompt"
+            raise _wrong(f"{name} and continue_final_message are true; expected one of them", name)
         if len(self.messages or ()) > bounds.messages:
             raise _wrong(f"messages has {len(self.messages or ())}; expected at most {bounds.messages}", "messages")
 
@@ -65,8 +68,12 @@ class TokenizeBody(Body):
                 else tokenizer.encode_prompt(self.prompt)
             )
         functions = Functions.of([tool.function for tool in self.tools or []], None, None, bounds)
-        is_begun = self.add_generation_prompt is not False
-        ids = tokenizer.encode_chat(conversation(self.messages), functions.tools or None, is_begun)
+        ids = tokenizer.encode_chat(
+            conversation(self.messages),
+            functions.tools or None,
+            self.add_generation_prompt is not False,
+            bool(self.continue_final_message),
+        )
         return [*tokenizer.beginning_ids, *ids] if self.add_special_tokens else ids
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, RequestError, shown
 from ..generation import END_TOKENS, check_eos_token
 from ..reading import read_json
 from .added_tokens import AnyOf
-from .chat_template import ChatTemplate, Conversation
+from .chat_template import ChatTemplate
 from .messages import plain, unused_characters
 from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
 
@@ -284,16 +285,18 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt's text for messages of {"role": ..., "content": ...}; see ChatTemplate.render."""
-        return self._chat_template.render(messages, tools, add_generation_prompt, **variables)
+        return self._chat_template.render(messages, tools, add_generation_prompt, continue_final_message, **variables)
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[int]:
         """The ids of `render_chat`'s text, in which only the template's own special tokens are special.
@@ -303,7 +306,9 @@ class Tokenizer:
         token whose halves are in two fields that a template joins directly, which Qwen's never does. The errors are
         those of render_chat and encode.
         """
-        chat, text = self._chat_template.read(messages, tools, add_generation_prompt, **variables)
+        chat, text = self._chat_template.read(
+            messages, tools, add_generation_prompt, continue_final_message, **variables
+        )
         # While the template runs, private-use characters replace the strings that spell a token. So every token in its
         # text is the template's own. The text between these tokens is encoded as text, in one piece.
         hidden = dict(zip(self._added.values(), unused_characters(text), strict=False))
@@ -313,7 +318,7 @@ class Tokenizer:
         def hide(value: Any) -> Any:
             return plain(value, "messages", lambda s: self._any_added.replace(s, hidden))
 
-        guarded = Conversation(hide(chat.messages), hide(chat.tools), hide(chat.variables), chat.add_generation_prompt)
+        guarded = replace(chat, messages=hide(chat.messages), tools=hide(chat.tools), variables=hide(chat.variables))
         for message, original in zip(guarded.messages, chat.messages, strict=True):
             if original["role"] == "assistant" and original.get("content") is not None:
                 message["content"] = self._any_special.replace(original["content"], hidden)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -46,17 +46,14 @@ def test_figures_of_known_times():
 class Counting:
     def __init__(self) -> None:
         self.most = self._now = 0
-        self._lock = threading.Lock()
 
-    def stream(self, prompt, new):
-        with self._lock:
-            self._now += 1
-            self.most = max(self.most, self._now)
-        time.sleep(0.05)
+    async def stream(self, prompt, new):
+        self._now += 1
+        self.most = max(self.most, self._now)
+        await asyncio.sleep(0.05)
         for _ in range(new - 1):
             yield 1
-        with self._lock:
-            self._now -= 1
+        self._now -= 1
         yield 1
 
 
@@ -67,29 +64,46 @@ def test_callers_run_at_once_and_each_sends_one_request_after_the_other():
     assert sorted(len(each.tokens) for each in found) == [2] * 4 + [3] * 4
 
     class Short(Counting):
-        def stream(self, prompt, new):
+        async def stream(self, prompt, new):
             yield 1
 
     with pytest.raises(RuntimeError, match="a request for 3 tokens got 1"):
         serving.serve(Short(), work, stagger=0.0)
 
 
+def counts(service, prompt, new):
+    """The numbers of tokens that come, in a new event loop."""
+
+    async def all_of_them():
+        return [count async for count in service.stream(prompt, new)]
+
+    return asyncio.run(all_of_them())
+
+
 def test_qwenkern_gives_the_tokens_of_generate():
     model = tiny_model()
     prompt = [5, 6, 7]
-    assert sum(services.Qwenkern(model).stream(prompt, 9)) == 9
+    assert sum(counts(services.Qwenkern(model), prompt, 9)) == 9
 
 
 @pytest.mark.slow
 def test_qwenkern_serve_gives_as_many_tokens_as_asked_for(tmp_path):
     """In a process of its own, from the command line."""
     save_checkpoint(tiny_model(), tmp_path / "tiny")
-    with services.qwenkern_server(str(tmp_path / "tiny"), 1, 1024) as service:
-        assert sum(service.stream([5, 6, 7], 9)) == 9
+    with services.qwenkern_server(str(tmp_path / "tiny"), "cpu", 1, 1024) as service:
+        assert sum(counts(service, [5, 6, 7], 9)) == 9
         [timed] = serving.serve(service, [[Ask([8] * 20, 5)]], stagger=0.0)
         assert len(timed.tokens) == 5
         with pytest.raises(RuntimeError, match="/v1/completions answered 400"):
-            list(service.stream([10**6], 3))
+            counts(service, [10**6], 3)
+
+
+@pytest.mark.slow
+def test_a_server_with_random_weights_gives_tokens_as_they_come():
+    with services.qwenkern_random_server("qwen2.5-0.5b", "cpu", 1, 1024) as service:
+        assert counts(service, [5, 6, 7], 3) == [1, 1, 1]  # although there is no tokenizer
+    with pytest.raises(typer.BadParameter, match=r"llama.cpp server: expected a model with a file, on a CPU"):
+        serving.engines(tiny_model(), "qwen2.5-0.5b", ["llama.cpp server"], 1)
 
 
 def test_numbers_of_callers():
@@ -118,9 +132,9 @@ def test_events_of_llama_cpp_are_counted():
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         service = services.LlamaServer(server.server_address[1])
-        assert list(service.stream([1, 2], 3)) == [1, 2]
+        assert counts(service, [1, 2], 3) == [1, 2]
         with pytest.raises(RuntimeError, match="/completion answered 400"):
-            list(service.stream([9], 3))
+            counts(service, [9], 3)
     finally:
         server.shutdown()
 
@@ -128,7 +142,7 @@ def test_events_of_llama_cpp_are_counted():
 def test_transformers_generates_as_many_tokens_as_asked():
     model = tiny_model(dtype=torch.bfloat16)
     with services.transformers(model) as service:
-        assert sum(service.stream([5, 6, 7], 6)) == 6
+        assert sum(counts(service, [5, 6, 7], 6)) == 6
 
 
 def test_the_engines_own_work_is_measured_around_an_empty_model():

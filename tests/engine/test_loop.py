@@ -21,6 +21,7 @@ from support.models import TINY
 from support.toy_tokenizer import byte_tokenizer
 
 from qwenkern import RequestError, SamplingParams
+from qwenkern.engine import AsyncCall, Output
 from qwenkern.engine import loop as loop_module
 from qwenkern.errors import EngineError
 
@@ -401,6 +402,55 @@ def test_leaving_a_stream_in_the_middle_ends_it(model):
             await asyncio.sleep(0.001)
 
     asyncio.run(asyncio.wait_for(leaves(), PATIENCE))
+
+
+def test_a_coroutine_takes_all_outputs_that_have_come(model):
+    [request] = model._requests([PROMPTS[0]], SamplingParams(**HOW))
+
+    async def takes():
+        async with AsyncCall(model._loop, [request]) as call:
+            eventually(lambda: request.has_ended)  # blocks the event loop meanwhile
+            taken = []
+            while outputs := await call.take():
+                taken.append([token for output in outputs for token in output.token_ids])
+            return taken
+
+    taken = asyncio.run(takes())
+    assert len(taken[0]) >= HOW["max_tokens"] - 1
+    assert [token for each in taken for token in each] == expected(model, PROMPTS[0])
+
+
+def test_an_error_comes_after_the_outputs_before_it_and_ends_the_call(model):
+    requests = model._requests(PROMPTS[:2], SamplingParams(**HOW))
+
+    async def takes():
+        async with AsyncCall(model._loop, requests) as call:
+            for output in (Output(requests[0], [1], "a"), Output(requests[0], [], "", error=EngineError("why"))):
+                call._inbox.put(output)
+            assert [output.text for output in await call.take()] == ["a"]
+            with pytest.raises(EngineError, match="why"):
+                await call.take()
+            assert requests[1].aborted
+            assert await call.take() == []
+
+    with Gate(model):
+        asyncio.run(takes())
+    eventually(lambda: all_free(model))
+
+
+def test_two_coroutines_cannot_read_one_call(model):
+    async def reads():
+        async with AsyncCall(model._loop, model._requests([PROMPTS[0]], SamplingParams(**HOW))) as call:
+            first = asyncio.ensure_future(call.take())
+            await asyncio.sleep(0)
+            with pytest.raises(RequestError, match="another coroutine is reading this; expected one reader at a time"):
+                await call.take()
+            gate.open()
+            return [output.token_ids for output in await first]
+
+    with Gate(model) as gate:
+        assert asyncio.run(reads())[0] == expected(model, PROMPTS[0])[:1]
+    eventually(lambda: all_free(model))
 
 
 def test_a_closed_event_loop_ends_its_requests_and_no_others(model):

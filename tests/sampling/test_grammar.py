@@ -261,6 +261,77 @@ def test_a_mask_that_takes_too_long_ends_the_text(grammars, quick, monkeypatch):
         grammars.matcher(Grammar("regex", "a"), [END]).mask()
 
 
+class Words:
+    """A vocabulary with tokens of several bytes: what a grammar forces can then be spelled in several ways."""
+
+    tokens = [bytes([n]) for n in range(256)] + [b"th", b"the", b" quick", b" qu", b" brown", b'"name', b'":', b"ick"]
+    vocab_size, special_ids = len(tokens) + 1, frozenset([len(tokens)])
+
+    def token_bytes(self, token_id):
+        return b"<|im_end|>" if token_id in self.special_ids else self.tokens[token_id]
+
+    def encode(self, text, *, allow_special=True):
+        rest, ids = text.encode(), []
+        while rest:
+            ids.append(
+                max(range(len(self.tokens)), key=lambda n: rest.startswith(self.tokens[n]) * len(self.tokens[n]))
+            )
+            rest = rest[len(self.tokens[ids[-1]]) :]
+        return ids
+
+
+FORMS = [
+    Grammar("choice", json.dumps(["the quick brown", "the quickest", "then"])),
+    Grammar("regex", r"[ab]+ the( quick)?"),
+    Grammar("json_schema", json.dumps({"type": "object", "properties": {"name": {"type": "integer"}}})),
+]
+
+
+def test_a_token_is_allowed_without_a_mask_where_it_is_with_one(quick):
+    """For all tokens at all places of some texts; also where llguidance takes more spellings than its mask has."""
+    words, rng, narrower = Words(), random.Random(1), 0
+    for form in FORMS * 3:
+        [end] = words.special_ids
+        found = Grammars(words, words.vocab_size).matcher(form, [end])
+        while not found.has_ended and len(found._taken) < 20:
+            mask = found.mask()
+            allowed = [token for token in range(words.vocab_size) if mask.allows(token)]
+            for token in range(words.vocab_size):
+                found._mask = None
+                assert found.allows(token) is (token in allowed)
+                narrower += token not in allowed and found._state.validate_tokens([token])
+            if allowed == [end]:
+                break
+            found.accept(rng.choice([token for token in allowed if token != end]))
+    assert narrower
+
+
+def test_a_greedy_row_takes_its_largest_logit_or_the_largest_of_those_allowed(grammars, quick):
+    class Counted:
+        masks = 0
+
+        def __getattr__(self, name):
+            return getattr(found._real, name)
+
+        def compute_bitmask(self):
+            Counted.masks += 1
+            return found._real.compute_bitmask()
+
+    a, b, c = byte_tokenizer(WIDTH).encode("abc")
+    found = grammars.matcher(Grammar("regex", "[ab]{9}"), [END])
+    found._real, found._state = found._state, Counted()
+    greedy = SamplingParams(temperature=0)
+    for value, expected, masks in ((1.0, b, 0), (4.0, b, 1)):  # of c, which the grammar does not take
+        logits = torch.zeros(2, WIDTH)
+        logits[:, a], logits[:, b], logits[:, c] = 2.0, 3.0, value
+        rows = [FakeRow(greedy), FakeRow(greedy, matcher=found)]
+        assert sample(logits.clone(), rows) == [c if value == 4.0 else b, expected]
+        assert Counted.masks == masks
+        found.accept(expected)
+    biased = FakeRow(SamplingParams(temperature=0, logit_bias={b: -9.0}), matcher=found)
+    assert sample(logits, [biased, FakeRow(greedy)]) == [a, c]  # a bias counts before the grammar
+
+
 def test_logprobs_are_those_before_the_mask(grammars, quick):
     logits = torch.randn(1, WIDTH, generator=torch.Generator().manual_seed(1))
     expected = logits[0].log_softmax(-1)

@@ -8,6 +8,7 @@ import httpx
 import pytest
 import torch
 from support.engines import check_pages
+from support.models import tiny_model
 from support.servers import serving, toy
 
 from qwenkern import Model
@@ -148,3 +149,16 @@ def test_token_ids_come_back_if_asked_for(post, model):
     chunks = streamed(post(prompt="Hello", max_tokens=7, return_token_ids=True, stream=True))
     assert [token for chunk in chunks for token in chunk["choices"][0]["token_ids"]] == expected
     assert "token_ids" not in post(prompt="Hello", max_tokens=7).json()["choices"][0]
+
+
+def test_without_a_tokenizer_each_token_id_is_streamed_when_it_comes():
+    body = {"prompt": [5, 6, 7], "max_tokens": 60, "ignore_eos": True, "return_token_ids": True, "stream": True}
+    with tiny_model() as model, serving(model) as url, httpx.Client(base_url=url, timeout=60) as client:
+        expected = model.generate([5, 6, 7], max_tokens=60, ignore_eos=True).token_ids
+        with client.stream("POST", "/v1/completions", json=body) as response:
+            lines = response.iter_lines()
+            first = json.loads(next(lines).removeprefix("data: "))["choices"][0]
+            assert 0 < len(first["token_ids"]) < 60
+            rest = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    ids = first["token_ids"] + [token for chunk in rest for token in chunk["choices"][0]["token_ids"]]
+    assert ids == expected

@@ -56,6 +56,14 @@ def test_a_chat(client, model):
         assert post(client, "/detokenize", tokens=found["tokens"]) == {"prompt": text}
 
 
+def test_a_chat_whose_last_message_goes_on(client):
+    messages = [*CHAT, {"role": "assistant", "content": "Well"}]
+    for more in ({}, {"add_generation_prompt": False}):
+        found = post(client, "/tokenize", messages=messages, continue_final_message=True, **more)
+        text = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\nWell"
+        assert post(client, "/detokenize", tokens=found["tokens"]) == {"prompt": text}
+
+
 def test_the_description(client, model):
     info = client.get("/tokenizer_info").json()
     assert info["chat_template"] == CHAT_TEMPLATE
@@ -90,6 +98,12 @@ def test_a_get_loads_no_model(model):
         ("/tokenize", {"prompt": "a", "chat_template": "{{ 1 }}"}, "chat_template"),
         ("/tokenize", {"prompt": "a", "colour": 1}, "colour"),
         ("/tokenize", {"prompt": 1}, "prompt"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message"),
+        (
+            "/tokenize",
+            {"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+        ),
         ("/tokenize", {"messages": [{"role": "user"}]}, None),
         ("/tokenize", {"messages": [{"role": "nobody", "content": "a"}]}, None),
         ("/detokenize", {}, "tokens"),
