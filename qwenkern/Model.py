@@ -297,9 +297,13 @@ class Model(Loaded):
         return Prompts(self.config, self.tokenizer, self.generation, self.cache.num_tokens, self.grammars)
 
     def _requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
     ) -> list[Request]:
-        return self._prompts.requests(prompts, params, tools)
+        return self._prompts.requests(prompts, params, tools, continue_final_message)
 
 
 def _first_of_each(requests: list[Request]) -> list[Request]:

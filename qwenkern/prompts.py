@@ -35,7 +35,11 @@ class Prompts:
     grammars: Grammars
 
     def requests(
-        self, prompts: Sequence[Prompt], params: SamplingParams, tools: Sequence[Mapping[str, Any]] | None = None
+        self,
+        prompts: Sequence[Prompt],
+        params: SamplingParams,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
     ) -> list[Request]:
         """Checked requests, n for each prompt in order. The first of each n has the others as its siblings."""
         params = params.with_defaults(self.generation.sampling)
@@ -43,7 +47,7 @@ class Prompts:
         requests = []
         grammar = grammar_of(params)
         for prompt_index, prompt in enumerate(prompts):
-            ids = self.encode(prompt, tools)
+            ids = self.encode(prompt, tools, continue_final_message)
             self.check(ids)
             end_ids = self._end_ids(params, is_chat=not isinstance(prompt, str) and not is_ids(prompt))
             max_tokens = self._max_tokens(len(ids), params)
@@ -69,8 +73,13 @@ class Prompts:
     def _detokenizer(self, params: SamplingParams) -> Detokenizer | None:
         return Detokenizer(self.tokenizer, skip_special=params.skip_special_tokens) if self.tokenizer else None
 
-    def encode(self, prompt: Prompt, tools: Sequence[Mapping[str, Any]] | None = None) -> list[int]:
-        """Token ids of one prompt."""
+    def encode(
+        self,
+        prompt: Prompt,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        continue_final_message: bool = False,
+    ) -> list[int]:
+        """Token ids of one prompt. continue_final_message: whether the text goes on with the last message of a chat."""
         if not isinstance(tools, list | tuple | None):
             raise RequestError(f"tools: found {shown(tools)}; expected a list of dicts, one function schema each")
         if is_ids(prompt):
@@ -91,7 +100,7 @@ class Prompts:
             if tools:
                 raise RequestError("tools need chat messages as the prompt, found a text")
             return self.tokenizer.encode_prompt(prompt)
-        return self.tokenizer.encode_chat(prompt, tools=tools)
+        return self.tokenizer.encode_chat(prompt, tools=tools, continue_final_message=continue_final_message)
 
     def check(self, ids: list[int]) -> None:
         """Raises RequestError if there are no ids, unknown ids, or more ids than there is room for."""

@@ -51,13 +51,18 @@ def json_schema(name: str, value: Any) -> str | None:
             f"{name} is {shown(value)}; expected a JSON schema as a dict or JSON text of an object, True for any "
             "object, a class of pydantic, or None"
         )
-    _check_depth(name, value)
-    _check_counts(name, value)
+    check_schema(name, value)
     try:
         text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
         raise RequestError(f"{name} is {shown(value)}; expected what JSON can hold: {error}") from error
     return _bounded(name, text)
+
+
+def check_schema(name: str, schema: Any) -> None:
+    """Raises RequestError for a schema that is too deep or too large, or in which llguidance would miscount."""
+    _check_depth(name, schema)
+    _check_counts(name, schema)
 
 
 def expression(name: str, value: Any) -> str | None:

@@ -1,4 +1,5 @@
-"""Compiles grammars for the vocabulary of a model, with llguidance. Compiled ones are kept for later requests."""
+"""Compiles grammars for the vocabulary of a model, with llguidance. Compiled ones are kept for later requests, and so
+are the reasons against others."""
 
 from __future__ import annotations
 
@@ -18,11 +19,14 @@ from .grammar import Grammar
 from .matcher import Matcher
 
 # Compact, with a space, or pretty-printed. llguidance's own rule has no bound, and small models then write blanks only.
-_WHITESPACE = r" |\n {0,32}|\n\t{0,16}"
+WHITESPACE = r" |\n {0,32}|\n\t{0,16}"
 MAX_COMPILED_BYTES = 2**28  # of the compiled grammars that are kept
+MAX_REFUSED = 64  # grammars whose reason is kept
+MAX_REASON = 500  # characters: llguidance may show much of the grammar
 _GROWTH = 2**22  # what a grammar's lexer may come to keep, beyond what it took at first
 MAX_TRIALS = 2  # processes at once
 _PATIENCE = 20.0  # seconds on the clock, for a trial on a machine that is busy
+_TOOK = f"it takes more than {grammar_trial.SECONDS} s or {grammar_trial.BYTES >> 20} MiB to compile and to follow"
 
 
 class Vocabulary(Protocol):
@@ -44,6 +48,7 @@ class Grammars:
         self._trials = threading.BoundedSemaphore(MAX_TRIALS)
         self._library: Any = None  # llguidance's view of the vocabulary
         self._compiled: OrderedDict[Grammar, tuple[Any, int]] = OrderedDict()  # with their bytes, the latest used last
+        self._refused: OrderedDict[Grammar, str] = OrderedDict()  # with the reason, the latest asked for last
 
     def prepare(self) -> None:
         """Makes what all grammars share, which takes seconds for a large vocabulary. Otherwise the first grammar does.
@@ -67,27 +72,51 @@ class Grammars:
 
         Raises RequestError for a grammar that llguidance does not support, with its reason, or that takes more time or
         memory than the bounds in grammar_trial.py."""
-        self.prepare()
+        return Matcher(self.compiled(grammar).deep_copy(), lambda: self._again(grammar), self._width, end_ids)
+
+    def knows(self, grammar: Grammar) -> bool:
+        """Whether ``compiled`` need not compile it."""
         with self._lock:
-            known = self._compiled.get(grammar)
-            if known:
+            return grammar in self._compiled or grammar in self._refused
+
+    def compiled(self, grammar: Grammar) -> Any:
+        """llguidance's matcher at the beginning of a text. A new grammar takes 0.1 to some seconds, and is kept.
+
+        Raises RequestError as ``matcher``."""
+        self.prepare()
+        return self._known(grammar) or self._tried(grammar)
+
+    def _known(self, grammar: Grammar) -> Any:
+        """None for a new grammar. Raises RequestError for one that was refused before."""
+        with self._lock:
+            if reason := self._refused.get(grammar):
+                self._refused.move_to_end(grammar)
+                raise RequestError(reason)
+            if known := self._compiled.get(grammar):
                 self._compiled.move_to_end(grammar)
-        state = known[0] if known else self._tried(grammar)
-        return Matcher(state.deep_copy(), lambda: self._again(grammar), self._width, end_ids)
+                return known[0]
+            return None
 
     def _tried(self, grammar: Grammar) -> Any:
-        """Compiles a new grammar, in a process of its own first, and keeps it."""
+        """Compiles a new grammar, in a process of its own first, and keeps it or the reason against it."""
         try:
             source = _source(grammar)
         except ValueError as error:
             raise RequestError(f"{grammar.kind} is not supported: {error}") from error
         with self._trials:
-            with self._lock:
-                if known := self._compiled.get(grammar):  # another request had it compiled meanwhile
-                    return known[0]
-            reason, size = _try(source)
+            if known := self._known(grammar):  # another request had it compiled meanwhile
+                return known
+            try:
+                reason, size = _try(source)
+            except subprocess.TimeoutExpired:  # the machine is busy; another time it may take less
+                raise RequestError(f"{grammar.kind} is not supported: {_TOOK}") from None
             if reason:
-                raise RequestError(f"{grammar.kind} is not supported: {reason}")
+                reason = f"{grammar.kind} is not supported: {reason}"
+                with self._lock:
+                    self._refused[grammar] = reason
+                    while len(self._refused) > MAX_REFUSED:
+                        self._refused.popitem(last=False)
+                raise RequestError(reason)
             compiled = self._compile(grammar)
         with self._lock:
             self._compiled[grammar] = compiled, size + _GROWTH
@@ -113,27 +142,25 @@ class Grammars:
 
 
 def _try(source: str) -> tuple[str, int]:
-    """Compiles a grammar in a process of its own. Returns the reason against it, or "", and the bytes that it takes."""
+    """Compiles a grammar in a process of its own. Returns the reason against it, or "", and the bytes that it takes.
+
+    Raises subprocess.TimeoutExpired."""
     import llguidance
 
     if not sys.executable:  # within a program that embeds Python: only llguidance's own bounds hold
         return "", 0
     # -I -S: no site-packages, whose start takes longer than the trial
     command = [sys.executable, "-I", "-S", grammar_trial.__file__, str(Path(llguidance.__file__).parents[1])]
-    took = f"it takes more than {grammar_trial.SECONDS} s or {grammar_trial.BYTES >> 20} MiB to compile and to follow"
-    try:
-        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=_PATIENCE)
-    except subprocess.TimeoutExpired:
-        return took, 0
+    done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=_PATIENCE)
     if done.returncode:
-        return took, 0
+        return _TOOK, 0
     reason, size = json.loads(done.stdout)
     return _plain(reason), size
 
 
 def _plain(reason: str) -> str:
     """llguidance's reason in one line."""
-    return " ".join(reason.replace("<non-verbose/>", "").split())
+    return " ".join(reason.replace("<non-verbose/>", "").split())[:MAX_REASON]
 
 
 def _source(grammar: Grammar) -> str:
@@ -141,7 +168,7 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.source, defaults={"whitespace_pattern": _WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(grammar.source, defaults={"whitespace_pattern": WHITESPACE})
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.source)
     if grammar.kind == "choice":

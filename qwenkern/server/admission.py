@@ -1,13 +1,21 @@
-"""Bounds the requests that wait: how many, and for how long."""
+"""Bounds the requests that wait: how many, for how long, the bytes of their bodies, and the texts to be tokenised."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
+from ..Model import Model
+from ..prompts import is_ids
+from ..text.messages import size
 from .errors import ApiError
 from .settings import Bounds
+
+CHARACTERS = 32  # of a prompt for each token of the context, at most: a text has about 4, blanks alone up to 128
+SMALL = 2**16  # bytes of a body that count nowhere, so that large bodies keep no ordinary request away
 
 
 class Place:
@@ -55,3 +63,42 @@ class Admission:
             code="waited_too_long",
             headers={"Retry-After": "10"},
         )
+
+
+class Bodies:
+    """The bytes of all bodies in memory."""
+
+    def __init__(self, bounds: Bounds) -> None:
+        self._most = bounds.bodies_bytes
+        self.held = 0
+
+    @contextmanager
+    def one(self) -> Iterator[Callable[[int], None]]:
+        """Counts one body until the end of the with statement. Gives a function that is told its bytes so far, which
+        raises ApiError 429 if all bodies together have too many."""
+        mine = 0
+
+        def grow(size: int) -> None:
+            nonlocal mine
+            more = max(0, size - SMALL) - mine
+            if self.held + more > self._most:
+                message = f"the bodies of all requests have more than {self._most} bytes together: try again later"
+                raise ApiError(429, message, code="queue_full", headers={"Retry-After": "5"})
+            self.held, mine = self.held + more, mine + more
+
+        try:
+            yield grow
+        finally:
+            self.held -= mine
+
+
+def check_length(model: Model, *parts: Any) -> None:
+    """Raises ApiError for a prompt that surely does not fit the context, because a tokenizer takes seconds for it.
+
+    parts: texts, messages, tools. Token ids are not counted."""
+    found = sum(len(part) if isinstance(part, str) else 0 if is_ids(part) else size(part) for part in parts)
+    length = model.config.context_length
+    if found > CHARACTERS * length:
+        message = f"the prompt has {found} characters, and the context length is {length} tokens"
+        message += f"; expected at most {CHARACTERS * length} characters"
+        raise ApiError(400, message, code="context_length_exceeded")

@@ -1,6 +1,6 @@
 """Runs a turn on a model's engine, and gives its events as they come, or whole answers at the end.
 
-    Turn ─► a place among those that wait ─► requests (threads of the pool) ─► AsyncCall ─► Text, ToolCall, Finished
+    Turn ─► a place among those that wait ─► requests (threads of the service) ─► AsyncCall ─► Text, ToolCall, Finished
 
 Whatever ends the generator, such as a client that is gone, aborts the requests within a step of the engine.
 """
@@ -18,10 +18,11 @@ from ..engine.engine import Output
 from ..errors import RequestError
 from ..Model import Model
 from ..sampling import TokenLogprob
-from .errors import ApiError
-from .functions import Splitter
+from ..sampling.grammar import grammar_of
+from .admission import check_length
+from .functions import Splitter, without_grammar
 from .service import Service
-from .turns import Event, Finished, Text, ToolCall, Turn
+from .turns import CallEvent, Event, Finished, Started, Text, ToolCall, Turn
 
 
 @dataclass
@@ -38,13 +39,14 @@ class Answer:
 
 async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
     """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
-    async with running(service, model, lambda: _requests(model, turn)) as take:
+    async with running(service, model, lambda: _requests(service, model, turn)) as take:
         writing: dict[Request, _Writing] = {}
         while outputs := await take():
             for output in outputs if len(outputs) == 1 else _joined(outputs):
                 written = writing.get(output.request)
                 if not written:
                     written = writing[output.request] = _Writing(output.request, turn)
+                    yield written.started()
                 for event in written.events(output):
                     yield event
 
@@ -52,7 +54,7 @@ async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[E
 async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
     """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
     found: list[Answer] = []
-    async with running(service, model, lambda: _requests(model, turn), only_last=True) as take:
+    async with running(service, model, lambda: _requests(service, model, turn), only_last=True) as take:
         while outputs := await take():
             found += [_Writing(output.request, turn).answer() for output in outputs]
     return sorted(found, key=lambda answer: answer.index)
@@ -60,17 +62,17 @@ async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
 
 @asynccontextmanager
 async def running(
-    service: Service, model: Model, make: Callable[[], list[Request]], only_last: bool = False
+    service: Service, model: Model, make: Callable[[], Awaitable[list[Request]]], only_last: bool = False
 ) -> AsyncIterator[Callable[[], Awaitable[list[Output]]]]:
-    """Runs requests from when they are admitted. ``make`` makes them, in a thread. only_last: there is only the last
-    output of each. Gives a function for the next outputs, as `AsyncCall.take`.
+    """Runs requests from when they are admitted. ``make`` makes them then. only_last: there is only the last output of
+    each. Gives a function for the next outputs, as `AsyncCall.take`.
 
     Raises ApiError 429 if too many wait already, and 503 if these have waited too long."""
     bounds = service.settings.bounds
     place = service.admission.enter()
     try:
         try:
-            requests = await asyncio.wait_for(service.in_pool(make), bounds.waiting_seconds)
+            requests = await asyncio.wait_for(make(), bounds.waiting_seconds)
         except (asyncio.TimeoutError, TimeoutError):
             raise service.admission.too_long() from None
         first = [request for request in requests if request.sample_index == 0]
@@ -116,12 +118,17 @@ def _joined(outputs: list[Output]) -> list[Output]:
     ]
 
 
-def _requests(model: Model, turn: Turn) -> list[Request]:
+async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]:
+    grammar = grammar_of(turn.params)
+    for prompt in turn.prompts:
+        check_length(model, prompt, turn.tools)
     try:
-        requests = model._requests(turn.prompts, turn.params, turn.tools or None)
+        if grammar and not model.grammars.knows(grammar):
+            await service.grammars.do(model.grammars.compiled, grammar)
+        requests = await service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None, turn.continues)
     except RequestError as error:
-        if turn.tools and str(error).startswith("grammar"):  # which is not the client's, but that of the calls
-            raise ApiError(400, f"tools have no {error}", param="tools", code="invalid_value") from None
+        if turn.tools and turn.params.grammar and str(error).startswith("grammar"):  # not the client's, but the calls'
+            raise without_grammar(error, turn.params.grammar) from None
         raise
     for request in requests:
         request.is_streamed = turn.is_streamed
@@ -136,7 +143,7 @@ class _Writing:
         self._index = request.prompt_index * turn.params.n + request.sample_index
         self._with_logprobs = turn.params.logprobs is not None
         self._tells_each = self._with_logprobs or request.detokenizer is None  # each output has an event
-        self._splitter = Splitter(self._index) if turn.tools else None
+        self._splitter = Splitter(self._index, turn.tools) if turn.tools else None
         self._come = 0  # tokens of the outputs so far
         self._told = 0  # those of them that are in events
 
@@ -157,11 +164,14 @@ class _Writing:
         found += [Text(self._index, part) if isinstance(part, str) else part for part in parts[bool(text) :]]
         return [*found, self.finished()] if output.is_last else found
 
-    def _split(self, text: str, is_last: bool) -> list[str | ToolCall]:
-        """The text and the calls that more of the model's text completes."""
+    def _split(self, text: str, is_last: bool) -> list[str | CallEvent]:
+        """The text and the calls in more of the model's text."""
         if self._splitter:
             return self._splitter.add(text, is_last)
         return [text] if text else []
+
+    def started(self) -> Started:
+        return Started(self._index, len(self._request.prompt_ids), self._request.num_found)
 
     def finished(self) -> Finished:
         request, reason = self._request, self._request.finish_reason or "stop"

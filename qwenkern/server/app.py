@@ -43,8 +43,9 @@ def create_app(
     models: Models, settings: Settings, on_failure: Callable[[BaseException], None] = lambda _: None
 ) -> Starlette:
     """The application that serves some models. When it starts, it begins to load the first one. ``on_failure`` is
-    called if that fails."""
+    called if that fails, or if a model cannot be loaded again whose engine has stopped."""
     service = Service(models, settings)
+    models.on_loss = on_failure
 
     def report(loading: asyncio.Future[None]) -> None:
         if not loading.cancelled() and (error := loading.exception()):

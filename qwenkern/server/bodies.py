@@ -9,7 +9,7 @@ import asyncio
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
@@ -50,8 +50,9 @@ class _FirstFault(FailFast):
 Some = Annotated[list[T], _FirstFault()]  # a list of which pydantic reports the first fault only: there may be millions
 
 
-async def received(request: Request, bounds: Bounds) -> bytes:
-    """The bytes of a body of JSON. Raises ApiError, or ClientDisconnect."""
+async def received(request: Request, bounds: Bounds, grow: Callable[[int], None]) -> bytes:
+    """The bytes of a body of JSON. ``grow`` is told how many have come. Raises ApiError as it does, or
+    ClientDisconnect."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # a web page of somebody else may send other types without asking
         raise ApiError(415, f"the content type is {shown(kind)}; expected application/json")
@@ -69,6 +70,7 @@ async def received(request: Request, bounds: Bounds) -> bytes:
             body.extend(part)
             if len(body) > most:
                 raise too_large
+            grow(len(body))
 
     try:
         await asyncio.wait_for(take(), bounds.body_seconds)
@@ -100,6 +102,8 @@ def _json(raw: bytes, bounds: Bounds) -> Any:
     def wrong(reason: object) -> ApiError:
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
 
+    if (count := _values(raw, bounds.values)) > bounds.values:  # each takes up to 100 times its bytes
+        raise wrong(f"it has about {count} values; expected at most {bounds.values}")
     try:
         value = json.loads(
             raw.decode(), parse_constant=_refused, parse_float=_finite, object_pairs_hook=_without_duplicates
@@ -117,6 +121,16 @@ def _json(raw: bytes, bounds: Bounds) -> Any:
     if _depth(value) > bounds.depth:
         raise wrong(f"it is nested too deep; expected at most {bounds.depth} levels")
     return value
+
+
+def _values(raw: bytes, most: int) -> int:
+    """About how many values the body has, or fewer than that if there are no more than ``most``."""
+    marks = (b",", b":", b"[", b"{")
+    if sum(map(raw.count, marks)) <= most:
+        return 0
+    raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes are the ends of texts
+    texts = raw.count(b'"') // 2
+    return texts if texts > most else sum(map(b"".join(raw.split(b'"')[::2]).count, marks))
 
 
 def _refused(name: str) -> Any:

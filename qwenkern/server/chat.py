@@ -6,7 +6,7 @@ import json
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from ..Model import Model
-from . import answering, sse
+from . import answering, blocks, sse
 from .answering import Answer
 from .bodies import Body, Refused, Some
 from .endpoints import Endpoint
@@ -25,7 +25,7 @@ from .functions import CallMade, Function, Functions, choice_of, in_order_of_cal
 from .service import Service
 from .settings import Bounds
 from .tokens_as_text import chat_logprobs
-from .turns import Finished, Text, ToolCall, Turn
+from .turns import CallArguments, CallBegun, Finished, Started, Text, ToolCall, Turn
 from .usage import Usage
 
 
@@ -33,15 +33,38 @@ class Message(Body):
     """A message of the conversation."""
 
     role: Literal["developer", "system", "user", "assistant", "tool"]
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Some[dict[str, Any]] | None = None
     name: str | None = None
-    tool_calls: list[CallMade] | None = None
+    tool_calls: Some[CallMade] | None = None
     tool_call_id: str | None = None
     # of the answers of OpenAI's models; clients send them back
     refusal: None = None
     audio: None = None
     function_call: None = None
     annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+
+
+class TextPart(Body):
+    """A part of a message. Prompts are cached without being asked, so `cache_control` changes nothing."""
+
+    type: Literal["text", "input_text", "output_text"]
+    text: str
+    cache_control: dict[str, Any] | None = None
+
+
+_PARTS: dict[str, type[Body]] = {"text": TextPart, "input_text": TextPart, "output_text": TextPart}
+
+
+def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """The messages as chat templates read them. Raises ApiError."""
+    for n, message in enumerate(messages):
+        for field, role in (("tool_calls", "assistant"), ("tool_call_id", "tool")):
+            if getattr(message, field) and message.role != role:
+                place = f"messages.{n}.{field}"
+                raise blocks.wrong(f"{place} is in a message of the {message.role}; expected one of the {role}", place)
+        for k, part in enumerate(message.content if isinstance(message.content, list) else []):
+            blocks.read(_PARTS, part, f"messages.{n}.content.{k}")
+    return in_order_of_calls([message.model_dump(exclude_none=True, exclude={"annotations"}) for message in messages])
 
 
 class Tool(Body):
@@ -81,6 +104,9 @@ class ChatBody(Sampled):
     tools: Some[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
+    # not OpenAI's
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None  # False goes with continue_final_message
 
     def names(self) -> dict[str, str]:
         names = super().names() | {"logprobs": "top_logprobs"}
@@ -93,27 +119,38 @@ class ChatBody(Sampled):
         if (self.top_logprobs or 0) > bounds.top_logprobs:
             message = f"top_logprobs is {self.top_logprobs}; expected at most {bounds.top_logprobs}"
             raise ApiError(400, message, param="top_logprobs", code="invalid_value")
+        if self.max_tokens is not None and self.max_completion_tokens not in (None, self.max_tokens):
+            message = f"max_tokens is {self.max_tokens}, and max_completion_tokens {self.max_completion_tokens}"
+            raise ApiError(400, f"{message}; expected one of them", param="max_completion_tokens", code="invalid_value")
         if len(self.messages) > bounds.messages:
             message = f"messages has {len(self.messages)} items; expected at most {bounds.messages}"
             raise ApiError(400, message, param="messages", code="invalid_value")
+        self._check_end()
         choice = choice_of(self.tool_choice, ("function", "name"))
         functions = Functions.of([tool.function for tool in self.tools or []], choice, self.parallel_tool_calls, bounds)
         params = self.sampling(
             bounds,
-            has_tools=bool(functions.tools),
-            grammar=functions.grammar(),
+            functions,
             max_tokens=self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens,
             logprobs=(self.top_logprobs or 0) if self.logprobs else None,
         )
-        messages = in_order_of_calls(
-            [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
-        )
         return Turn(
-            [messages],
+            [conversation(self.messages)],
             params,
             tools=functions.tools,
+            continues=bool(self.continue_final_message),
             is_streamed=bool(self.stream),
         )
+
+    def _check_end(self) -> None:
+        """Raises ApiError unless the answer begins after the last message, or continues it."""
+        begins, last = self.add_generation_prompt, self.messages[-1]
+        if begins is not None and begins == bool(self.continue_final_message):
+            message = "one of add_generation_prompt and continue_final_message is true, and not both"
+            raise ApiError(400, message, param="add_generation_prompt", code="invalid_value")
+        if self.continue_final_message and (last.role != "assistant" or last.tool_calls or last.content is None):
+            message = "continue_final_message needs a last message of the assistant with content and without tool_calls"
+            raise ApiError(400, message, param="continue_final_message", code="invalid_value")
 
 
 async def create(service: Service, request: Request, body: ChatBody) -> Response:
@@ -174,24 +211,26 @@ async def _chunks(
             f'"finish_reason": {finish_reason}}}]{tail}\n\n'
         ).encode()
 
-    begun: set[int] = set()
     calls: Counter[int] = Counter()  # of each answer
     async with (
         service.models.use(body.model) as model,
         aclosing(answering.events(service, model, turn)) as events,
     ):
         async for event in events:
-            if event.index not in begun:
-                begun.add(event.index)
-                yield chunk(event.index, '{"role": "assistant", "content": "", "refusal": null}')
             if isinstance(event, Text):
                 logprobs = json.dumps(chat_logprobs(event.logprobs, model)) if event.logprobs else "null"
                 if event.text or event.logprobs:
                     yield chunk(event.index, f'{{"content": {json.dumps(event.text)}}}', logprobs=logprobs)
-            elif isinstance(event, ToolCall):
-                delta = {"tool_calls": [{"index": calls[event.index], **_call(event)}]}
+            elif isinstance(event, CallArguments):
+                call = f'{{"index": {calls[event.index] - 1}, "function": {{"arguments": {json.dumps(event.text)}}}}}'
+                yield chunk(event.index, f'{{"tool_calls": [{call}]}}')
+            elif isinstance(event, CallBegun):
+                begun_call = _call(ToolCall(event.index, event.id, event.name, ""))
+                delta = {"tool_calls": [{"index": calls[event.index], **begun_call}]}
                 calls[event.index] += 1
                 yield chunk(event.index, json.dumps(delta))
+            elif isinstance(event, Started):
+                yield chunk(event.index, '{"role": "assistant", "content": "", "refusal": null}')
             elif isinstance(event, Finished):
                 usage.add(event, turn)
                 yield chunk(event.index, "{}", json.dumps(event.reason))

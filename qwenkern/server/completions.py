@@ -18,6 +18,7 @@ from ..Model import Model
 from ..sampling import TokenLogprob
 from ..text.tokenizer import Tokenizer
 from . import answering, scoring, sse
+from .admission import check_length
 from .answering import Answer
 from .bodies import Some
 from .endpoints import Endpoint
@@ -26,7 +27,7 @@ from .fields import Sampled
 from .service import Service
 from .settings import Bounds
 from .tokens_as_text import CompletionLogprobs
-from .turns import Finished, Text, Turn
+from .turns import Finished, Started, Text, Turn
 from .usage import Usage
 
 DEFAULT_TOKENS = 16  # max_tokens where it is absent, as in OpenAI's API
@@ -98,6 +99,7 @@ def _prepared(model: Model, body: CompletionBody) -> list[_Prompt]:
     prompts, found = model._prompts, []
     for prompt in body.prompts:
         suffix = body.suffix
+        check_length(model, prompt, suffix or "")
         ids = prompts.encode(prompt) if suffix is None else _to_fill_in(model.tokenizer, prompt, suffix)
         prompts.check(ids)
         text = ""
@@ -143,7 +145,7 @@ async def _read(service: Service, model: Model, body: CompletionBody, turn: Turn
     """The prompts as token ids and scored, if they are to be echoed or filled in, and the turn with these ids."""
     if not body.echo and body.suffix is None:
         return [], turn
-    prompts = await service.in_pool(_prepared, model, body)
+    prompts = await service.aside(_prepared, model, body)
     ids = [prompt.ids for prompt in prompts]
     if body.is_scored:
         most = service.settings.bounds.scored_tokens
@@ -224,16 +226,14 @@ async def _chunks(
                 usage.add(answer.finished, turn)
         else:
             async with aclosing(answering.events(service, model, turn)) as events:
-                begun: set[int] = set()
                 async for event in events:
                     index = event.index
-                    if body.echo and index not in begun:
-                        begun.add(index)
-                        yield chunk(index, prompts[index // n].text, _echo(prompts[index // n], writing[index]))
                     if isinstance(event, Text):
                         if event.text or event.logprobs or body.return_token_ids:
                             logprobs = writing[index].of(event.logprobs) if event.logprobs else None
                             yield chunk(index, event.text, logprobs, token_ids=event.token_ids)
+                    elif isinstance(event, Started) and body.echo:
+                        yield chunk(index, prompts[index // n].text, _echo(prompts[index // n], writing[index]))
                     elif isinstance(event, Finished):
                         usage.add(event, turn)
                         yield chunk(index, "", None, event.reason)

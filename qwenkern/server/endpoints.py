@@ -22,12 +22,12 @@ from starlette.types import Message, Receive, Scope, Send
 
 from ..errors import shown
 from . import bodies, errors
+from .admission import SMALL
 from .errors import ApiError
 from .service import Service
 
 log = logging.getLogger("qwenkern.server")
 
-LARGE = 2**16  # bytes of a body that takes more than a millisecond to read
 GONE = 499  # in the log: the client was gone before the answer began
 Handler = Callable[[Service, Request, Any], Awaitable[Response]]
 
@@ -57,16 +57,18 @@ class Served:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request, sending, body = Request(scope, receive), _Sending(send), None
+        request.state.request_id = sending.request_id
         try:
-            body = await self._body(request, sending)
-            await _while_connected(self._answer(request, body, sending), receive)
+            with self._service.bodies.one() as grow:
+                body = await self._body(request, sending, grow)
+                await _while_connected(self._answer(request, body, sending), receive)
         except ClientDisconnect:
             sending.status = sending.status or GONE
         except asyncio.CancelledError:  # the time to drain is over
             await self._refuse(errors.shutting_down(), sending)
         except Exception as error:
-            if (told := errors.of(error, body.names() if body else None)).status == 500:
-                log.error("%s: %s", sending.request_id, type(error).__name__, exc_info=error)
+            told = errors.of(error, body.names() if body else None)
+            errors.note(error, told, sending.request_id)
             if sending.status:  # the answer has begun: uvicorn closes the connection
                 raise
             await self._refuse(told, sending)
@@ -74,17 +76,17 @@ class Served:
             seconds = time.monotonic() - sending.began
             log.info("%s %s %d %.3f s %s", scope["method"], self.endpoint.path, sending.status, seconds, sending.label)
 
-    async def _body(self, request: Request, sending: _Sending) -> bodies.Body | None:
+    async def _body(self, request: Request, sending: _Sending, grow: Callable[[int], None]) -> bodies.Body | None:
         model, settings = self.endpoint.body, self._service.settings
         if model is None:
             return None
-        raw = await bodies.received(request, settings.bounds)
+        raw = await bodies.received(request, settings.bounds, grow)
         if settings.log_prompts:
             log.info("%s %r", sending.request_id, raw)
-        if len(raw) < LARGE:
+        if len(raw) < SMALL:
             body = bodies.parse(raw, model, settings.bounds)
         else:
-            body = await self._service.in_pool(bodies.parse, raw, model, settings.bounds)
+            body = await self._service.large.do(bodies.parse, raw, model, settings.bounds)
         if user := getattr(body, "safety_identifier", None) or getattr(body, "user", None):
             sending.label += f" user {shown(user)}"
         return body

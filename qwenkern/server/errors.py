@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from ..errors import EngineError, Error, NonFiniteError, RequestError
+
+log = logging.getLogger("qwenkern.server")
 
 KINDS = {  # the same in both APIs
     400: "invalid_request_error",
@@ -56,6 +59,14 @@ def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
     if isinstance(error, Error):  # of the checkpoint, such as a chat template that fails; its message may have a path
         return ApiError(500, "the checkpoint of this model is damaged, or not supported", code="checkpoint_error")
     return ApiError(500, "internal error", code="internal_error")
+
+
+def note(error: Exception, told: ApiError, request_id: str) -> None:
+    """Writes to the log what a client is not told."""
+    if told.status == 500:
+        log.error("%s: %s", request_id, type(error).__name__, exc_info=error)
+    elif isinstance(error, EngineError):
+        log.error("%s: %s", request_id, str(error))  # not the error, whose frames keep the model
 
 
 def _of_request(message: str, names: Mapping[str, str]) -> ApiError:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from ..errors import RequestError
 from ..sampling import SamplingParams
 from . import errors
-from .bodies import Body
+from .bodies import Body, Some
 from .errors import ApiError
+from .functions import Functions
 from .settings import Bounds
 from .structured import Structured
 
@@ -32,7 +33,7 @@ class Sampled(Structured):
     top_p: float | None = None
     n: int | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
+    stop: str | Some[str] | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: dict[str, float] | None = None
@@ -44,13 +45,13 @@ class Sampled(Structured):
     min_p: float | None = None
     repetition_penalty: float | None = None
     min_tokens: int | None = None
-    stop_token_ids: list[int] | None = None
+    stop_token_ids: Some[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     priority: int | None = None
     cache_salt: str | None = None
 
-    def sampling(self, bounds: Bounds, has_tools: bool = False, **more: Any) -> SamplingParams:
+    def sampling(self, bounds: Bounds, functions: Functions | None = None, **more: Any) -> SamplingParams:
         """The parameters of the request. Raises ApiError, which names the field."""
         given = {name: value for name in _TAKEN if (value := getattr(self, name)) is not None}
         if self.stream_options and not self.stream:
@@ -61,10 +62,7 @@ class Sampled(Structured):
             message = f"stop has {len(self.stop)} strings; expected at most {bounds.stops}"
             raise ApiError(400, message, param="stop", code="invalid_value")
         given |= {name: value for name, value in more.items() if value is not None}
-        if (form := self.form()) and has_tools:  # an answer of that form would have no calls
-            name = self.names()[next(iter(form))]
-            message = f'{name} is given beside tools; expected one of them, or tool_choice: "none"'
-            raise ApiError(400, message, param=name, code="invalid_value")
+        form = functions.forms(self.form(), self.names()) if functions else self.form()
         try:
             return SamplingParams(**given, **form)
         except RequestError as error:

@@ -28,7 +28,7 @@ _NUMBERS = {"context": 4096, "sequences": 1}
 
 async def footprint(service: Service, request: Request, _body: None) -> Response:
     """What `qwenkern footprint --json` has for one case, and ``choices``: what each parameter may be."""
-    return JSONResponse(await service.in_pool(_described, dict(request.query_params)))
+    return JSONResponse(await service.aside(_described, dict(request.query_params)))
 
 
 def _described(asked: Mapping[str, str]) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +12,16 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from ..errors import RequestError, shown
-from ..text.tools import Call, ToolCalls, call_grammar
+from ..sampling.grammar import MAX_GRAMMAR_BYTES, check_schema, json_schema
+from ..sampling.grammar_compiler import WHITESPACE
+from ..text.tools import Arguments, Begun, Call, Part, ToolCalls, call_grammar
 from . import errors
 from .bodies import Body
 from .errors import ApiError
 from .settings import Bounds
-from .turns import ToolCall
+from .turns import CallArguments, CallBegun, CallBroken, CallEvent, ToolCall
 
+_SPACING = {"whitespace_pattern": WHITESPACE}  # of an answer, as it is without functions
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -76,14 +81,40 @@ class Functions:
         is_strict = any(function.strict for function in shown_to_model)
         return cls(tools, choice if tools else "none", is_parallel is not False, is_strict)
 
-    def grammar(self) -> str | None:
-        """The grammar that the text needs so that the choice, strict functions and single calls are kept to."""
-        if not self.tools or (self.choice == "auto" and self.is_parallel and not self.is_strict):
+    def forms(self, form: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+        """The fields of SamplingParams that hold the text to a form, and to the choice, strict functions and single
+        calls: what does not call a function has the form.
+
+        form: the field of SamplingParams that a client asks for, if any. names: those fields -> the fields of the body.
+        Raises ApiError."""
+        if not self.tools:
+            return form
+        for kind in form.keys() - {"json_schema"}:
+            message = f'{names[kind]} is given beside tools; expected a JSON schema, or tool_choice: "none"'
+            raise _wrong(message, names[kind])
+        try:
+            schema = json_schema("json_schema", form.get("json_schema"))
+        except RequestError as error:
+            raise errors.of(error, names) from None
+        grammar = self._grammar({**json.loads(schema), "x-guidance": _SPACING} if schema else None)
+        return {"grammar": grammar} if grammar else {}
+
+    def _grammar(self, answer: dict[str, Any] | None) -> str | None:
+        if self.choice == "auto" and self.is_parallel and not self.is_strict and answer is None:
             return None
         try:
-            return call_grammar(self.tools, self.choice, self.is_parallel)
+            for n, tool in enumerate(self.tools):
+                if self.choice in ("auto", "required", f"function:{tool['function']['name']}"):
+                    check_schema(f"tools[{n}]: parameters", tool["function"].get("parameters", {}))
+            grammar = call_grammar(self.tools, self.choice, self.is_parallel, answer)
         except RequestError as error:
             raise errors.of(error, {"tools": "tools", "tool_choice": "tool_choice"}) from None
+        if (size := len(grammar.encode())) > MAX_GRAMMAR_BYTES:
+            sizes = [len(json.dumps(tool)) for tool in self.tools]
+            n = sizes.index(max(sizes))
+            message = f"tools make a grammar of {size} bytes; expected {MAX_GRAMMAR_BYTES} at most"
+            raise _wrong(f"{message}: the largest is tools[{n}], {self.tools[n]['function']['name']}", "tools")
+        return grammar
 
 
 def choice_of(value: str | Mapping[str, Any] | None, name_at: Sequence[str]) -> str | None:
@@ -130,23 +161,46 @@ def in_order_of_calls(messages: Sequence[dict[str, Any]], id_name: str = "tool_c
     return ordered + [result for _, result in sorted(results, key=lambda pair: pair[0])]
 
 
-class Splitter:
-    """Splits the text of one answer, as it comes, into text and calls."""
+def without_grammar(error: RequestError, grammar: str) -> ApiError | RequestError:
+    """What a client is told if llguidance refuses the grammar of its functions: which of them, and why. A RequestError
+    if it is the schema of the answer."""
+    reason, lines = str(error), grammar.splitlines()
+    place = re.search(r" at (\d+)\(\d+\): (.*?)( \d+ \| |$)", reason)  # a line of it, and then some lines
+    at = int(place[1]) if place else 0
+    before, line = lines[at - 2 : at] if 2 <= at <= len(lines) else ("", "")
+    name = re.match(r'call_\d+: "\\n{\\"name\\": \\"([\w-]+)', before)  # call_grammar writes this before each schema
+    if place and line.startswith("answer: "):
+        return RequestError(f"json_schema is not supported: {place[2]}")
+    if place and name:
+        return _wrong(f"tools: the function {name[1]} is not supported: {place[2]}", "tools")
+    return _wrong(f"tools have no grammar: {reason}", "tools")
 
-    def __init__(self, index: int) -> None:
+
+class Splitter:
+    """Splits the text of one answer, as it comes, into text and calls. tools: those of the turn."""
+
+    def __init__(self, index: int, tools: Sequence[Mapping[str, Any]]) -> None:
         self._index = index  # of the answer
-        self._calls = ToolCalls()
+        self._calls = ToolCalls({tool["function"]["name"] for tool in tools})
+        self._id = ""  # of the call that has begun
         self.num_calls = 0
 
-    def add(self, text: str, is_last: bool) -> list[str | ToolCall]:
+    def add(self, text: str, is_last: bool) -> list[str | CallEvent]:
         found = self._calls.add(text)
         if is_last:
             found += self._calls.finish()
-        return [self._called(item) if isinstance(item, Call) else item for item in found]
+        return [part if isinstance(part, str) else self._event(part) for part in found]
 
-    def _called(self, call: Call) -> ToolCall:
-        self.num_calls += 1
-        return ToolCall(self._index, f"call_{uuid.uuid4().hex[:24]}", call.name, call.arguments)
+    def _event(self, part: Part) -> CallEvent:
+        if isinstance(part, Arguments):
+            return CallArguments(self._index, part.text)
+        if isinstance(part, Begun):
+            self._id = f"call_{uuid.uuid4().hex[:24]}"
+            return CallBegun(self._index, self._id, part.name)
+        if isinstance(part, Call):
+            self.num_calls += 1
+            return ToolCall(self._index, self._id, part.name, part.arguments)
+        return CallBroken(self._index)
 
 
 def _wrong(message: str, param: str) -> ApiError:

@@ -16,7 +16,8 @@ from starlette.responses import JSONResponse, Response
 
 from ..errors import EngineError
 from .endpoints import Endpoint
-from .models import Entry, Models
+from .entry import Entry
+from .models import Models
 from .service import Service
 
 ANSWERS = 2.0
@@ -44,17 +45,20 @@ async def health_of(models: Models) -> Health:
         if first.state == "failed":
             return Health(status="failed", reason="the model cannot be loaded; the server's log has the reason")
         return Health(status="loading", reason=f"the model is loading ({first.progress:.0%})")
-    reasons = await asyncio.gather(*(_fault(entry) for entry in models.entries.values() if entry.model))
+    if any(entry.has_stopped for entry in models.entries.values()):
+        return Health(status="failed", reason="an engine has stopped, and its model is being loaded again")
+    reasons = await asyncio.gather(*(_fault(models, entry) for entry in models.entries.values() if entry.model))
     reason = next(filter(None, reasons), None)
     return Health(status="failed" if reason else "ok", reason=reason)
 
 
-async def _fault(entry: Entry) -> str | None:
+async def _fault(models: Models, entry: Entry) -> str | None:
     """Why a loaded model does not answer, or None."""
     assert entry.model
     loop = entry.model._loop  # made here if no request has come yet
     engine = loop.engine
     if engine.fault:
+        models.mend(entry)
         return "an engine has stopped; the server's log has the reason"
     if engine.counts.busy_since is None:
         try:

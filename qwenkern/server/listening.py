@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 
 import uvicorn
 
@@ -12,12 +13,14 @@ from .app import create_app
 from .models import Models
 from .settings import Settings
 
+FILES = 128  # that the process may have open beside its connections
+
 
 class Server(uvicorn.Server):
     """Listens until SIGTERM or SIGINT. It then takes no more connections, and gives those that it has `drain_seconds`
     to end."""
 
-    failure: BaseException | None = None  # why the first model could not be loaded
+    failure: BaseException | None = None  # why the first model could not be loaded, or one that has stopped again
 
     def fail(self, error: BaseException) -> None:
         self.failure = error
@@ -25,7 +28,8 @@ class Server(uvicorn.Server):
 
 
 def run(models: Models, settings: Settings) -> None:
-    """Serves until a signal ends it. Raises Error if the first model cannot be loaded."""
+    """Serves until a signal ends it. Raises Error if the first model cannot be loaded, or one whose engine has stopped
+    cannot be loaded again."""
     listening = server(models, settings)
     listening.run()
     if listening.failure:
@@ -39,7 +43,7 @@ def server(models: Models, settings: Settings) -> Server:
         app,
         host=settings.host,
         port=settings.port,
-        http=protocol.Protocol,
+        http=protocol.at_most(_connections(settings.bounds.connections)),
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -52,3 +56,9 @@ def server(models: Models, settings: Settings) -> Server:
     )
     found = Server(config)
     return found
+
+
+def _connections(most: int) -> int:
+    """As many, or as the system lets this process have beside the files of models and of grammars' processes."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if allowed == resource.RLIM_INFINITY else max(1, min(most, allowed - FILES))

@@ -9,7 +9,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from .endpoints import Endpoint
-from .models import Entry, Models
+from .entry import Entry
+from .models import Models
 from .service import Service
 
 

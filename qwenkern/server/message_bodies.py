@@ -49,7 +49,7 @@ class ToolResult(Block):
 
     type: Literal["tool_result"]
     tool_use_id: str
-    content: str | list[dict[str, Any]] | None = None
+    content: str | Some[dict[str, Any]] | None = None
     is_error: bool | None = None
 
 
@@ -121,7 +121,7 @@ class PromptBody(Body):
 
     model: str
     messages: Some[Message] = Field(min_length=1)
-    system: str | list[dict[str, Any]] | None = None
+    system: str | Some[dict[str, Any]] | None = None
     tools: Some[Tool] | None = None
     tool_choice: Choice | None = None
     output_config: OutputConfig | None = None
@@ -143,14 +143,25 @@ class PromptBody(Body):
         """The messages as chat templates read them. Raises ApiError."""
         if len(self.messages) > bounds.messages:
             raise wrong(f"messages has {len(self.messages)} items; expected at most {bounds.messages}", "messages")
-        if self.messages[-1].role == "assistant":
-            raise wrong("messages ends with one of the assistant, which this server does not continue", "messages")
         found: list[dict[str, Any]] = []
         if self.system:
             found.append({"role": "system", "content": _text(self.system, "system")})
         for n, message in enumerate(self.messages):
             found += _written(message, f"messages.{n}.content")
+        if self.continues:
+            if found[-1].get("tool_calls"):
+                raise wrong("messages ends with a tool_use; expected its tool_result after it", "messages")
+            if (text := found[-1]["content"]) != text.rstrip():  # as Anthropic has it: the next token has the blank
+                raise wrong(
+                    "messages ends with one of the assistant that ends with a blank; expected none at its end",
+                    "messages",
+                )
         return in_order_of_calls(found, "tool_use_id")
+
+    @property
+    def continues(self) -> bool:
+        """Whether the answer continues the last message."""
+        return self.messages[-1].role == "assistant"
 
 
 class MessagesBody(PromptBody):
@@ -158,7 +169,7 @@ class MessagesBody(PromptBody):
 
     max_tokens: int
     metadata: Metadata | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: Some[str] | None = None
     stream: bool | None = None
     temperature: float | None = None
     top_p: float | None = None
@@ -177,15 +188,12 @@ class MessagesBody(PromptBody):
             found = len(self.stop_sequences or [])
             raise wrong(f"stop_sequences has {found} strings; expected at most {bounds.stops}", "stop_sequences")
         functions, form = self.functions(bounds), self.output_config and self.output_config.format
-        if form and functions.tools:
-            raise wrong("output_config.format is given beside tools; expected one of them", "output_config.format")
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
             "top_k": self.top_k,
             "stop": self.stop_sequences,
-            "grammar": functions.grammar(),
-            "json_schema": form.schema_ if form else None,
+            **functions.forms({"json_schema": form.schema_} if form else {}, self.names()),
         }
         try:
             params = SamplingParams(
@@ -197,6 +205,7 @@ class MessagesBody(PromptBody):
             [self.conversation(bounds)],
             params,
             tools=functions.tools,
+            continues=self.continues,
             is_streamed=bool(self.stream),
         )
 

@@ -15,11 +15,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from . import answering, sse
+from .admission import check_length
 from .endpoints import Endpoint
 from .errors import KINDS, ApiError
 from .message_bodies import MessagesBody, PromptBody
 from .service import Service
-from .turns import Finished, Text, ToolCall, Turn
+from .turns import CallArguments, CallBegun, Finished, Started, Text, ToolCall, Turn
 
 
 def as_error(error: ApiError) -> dict[str, Any]:
@@ -33,7 +34,8 @@ async def create(service: Service, request: Request, body: MessagesBody) -> Resp
     turn = await service.in_pool(body.turn, service.settings.bounds)
     message_id = f"msg_{uuid.uuid4().hex}"
     if body.stream:
-        return await sse.stream(_events(service, body, turn, message_id), lambda error: _event(**as_error(error)))
+        events = _events(service, body, turn, message_id)
+        return await sse.stream(events, lambda error: _event(**as_error(error)), quiet=_event("ping"))
     async with service.models.use(body.model) as model:
         (answer,) = await answering.answers(service, model, turn)
     content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}] if answer.text else []
@@ -46,9 +48,13 @@ async def count_tokens(service: Service, request: Request, body: PromptBody) -> 
     """Counts the tokens of a prompt."""
     bounds = service.settings.bounds
     async with service.models.use(body.model) as model:
-        ids = await service.in_pool(
-            lambda: model._prompts.encode(body.conversation(bounds), body.functions(bounds).tools or None)
-        )
+
+        def encoded() -> list[int]:
+            messages, tools = body.conversation(bounds), body.functions(bounds).tools or None
+            check_length(model, messages, tools)
+            return model._prompts.encode(messages, tools, body.continues)
+
+        ids = await service.aside(encoded)
     return JSONResponse({"input_tokens": len(ids)})
 
 
@@ -64,17 +70,17 @@ def _end(finished: Finished) -> dict[str, Any]:
     return {"stop_reason": reasons.get(finished.reason, "end_turn"), "stop_sequence": None}
 
 
-def _usage(finished: Finished | None) -> dict[str, Any]:
+def _usage(event: Started | Finished) -> dict[str, Any]:
     """Tokens that were found in the cache are not among the input's."""
-    usage = {"input_tokens": 0, "cache_creation_input_tokens": 0, "cache_read_input_tokens": 0, "output_tokens": 0}
-    if finished:
-        usage["input_tokens"] = finished.num_prompt_tokens - finished.num_cached_tokens
-        usage["cache_read_input_tokens"] = finished.num_cached_tokens
-        usage["output_tokens"] = finished.num_tokens
-    return usage
+    return {
+        "input_tokens": event.num_prompt_tokens - event.num_cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": event.num_cached_tokens,
+        "output_tokens": event.num_tokens if isinstance(event, Finished) else 1,
+    }
 
 
-def _tool_use(call: ToolCall) -> dict[str, Any]:
+def _tool_use(call: CallBegun | ToolCall) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id.replace("call_", "toolu_", 1), "name": call.name, "input": {}}
 
 
@@ -83,32 +89,33 @@ def _event(type: str, **fields: Any) -> bytes:
 
 
 async def _events(service: Service, body: MessagesBody, turn: Turn, message_id: str) -> AsyncGenerator[bytes, None]:
-    index, is_open, has_begun = -1, False, False  # the content block, and whether it is one of text that goes on
+    index, is_open = -1, False  # the content block, and whether it is one of text that goes on
     async with (
         service.models.use(body.model) as model,
         aclosing(answering.events(service, model, turn)) as events,
     ):
         async for event in events:
             found = b""
-            if not has_begun:
-                has_begun = True
-                found += _event("message_start", message={**_message(message_id, body), "usage": _usage(None)})
-                found += _event("ping")
             if is_open and not isinstance(event, Text):
                 is_open = False
                 found += _event("content_block_stop", index=index)
-            if isinstance(event, Text):
+            if isinstance(event, Started):
+                found += _event("message_start", message={**_message(message_id, body), "usage": _usage(event)})
+                found += _event("ping")
+            elif isinstance(event, Text):
                 if event.text and not is_open:
                     is_open, index = True, index + 1
                     found += _event("content_block_start", index=index, content_block={"type": "text", "text": ""})
                 if event.text:
                     delta = {"type": "text_delta", "text": event.text}
                     found += _event("content_block_delta", index=index, delta=delta)
-            elif isinstance(event, ToolCall):
+            elif isinstance(event, CallBegun):
                 index += 1
                 found += _event("content_block_start", index=index, content_block=_tool_use(event))
-                delta = {"type": "input_json_delta", "partial_json": event.arguments}
+            elif isinstance(event, CallArguments):
+                delta = {"type": "input_json_delta", "partial_json": event.text}
                 found += _event("content_block_delta", index=index, delta=delta)
+            elif not isinstance(event, Finished):
                 found += _event("content_block_stop", index=index)
             else:
                 found += _event("message_delta", delta=_end(event), usage=_usage(event))

@@ -23,7 +23,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from ..engine.counts import OUTCOMES, Counts, Histogram
 from .endpoints import Endpoint, Served
-from .models import Entry, Models
+from .entry import Entry
+from .models import Models
 from .service import Service
 
 PREFIX = "qwenkern_"

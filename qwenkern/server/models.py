@@ -3,6 +3,8 @@
 use(name) ─► loaded? ── yes ────────────────────────────► the model, held until the end of the with statement
                 └─ no ─► room in the budget? ─► load ─────►
                               └─ no ─► unload those that nobody uses, the least recently used first; or wait
+
+A model whose engine has stopped is loaded again at once.
 """
 
 from __future__ import annotations
@@ -12,71 +14,25 @@ import gc
 import logging
 import threading
 import time
+import traceback
+import weakref
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 
 from ..allocation import give_back
-from ..engine.counts import Counts
-from ..engine.engine import Engine
 from ..engine.loop import PATIENCE
 from ..errors import EngineError, Error, RequestError, shown
 from ..Model import Model
+from .entry import FAILED, RETRY, Entry, failed, loading, unloaded
 from .errors import ApiError
 from .source import Size, Source
 
 log = logging.getLogger("qwenkern.server")
 T = TypeVar("T")
-RETRY = 10.0  # seconds after which a model that could not be loaded is tried again
-
-
-class Entry:
-    """A model of a server, loaded or not."""
-
-    def __init__(self, name: str, source: Source) -> None:
-        self.name = name
-        self.source = source
-        self.model: Model | None = None
-        self.size = Size(0, None)  # what it takes while it is loaded or loading
-        self.users = 0  # requests that hold it or wait for it
-        self.last_used = 0.0  # time.monotonic()
-        self.loading: asyncio.Future[Model] | None = None
-        self.progress = 0.0  # of the loading, 0 to 1
-        self.failed_at: float | None = None  # time.monotonic() of the last loading, if it failed
-        self.ping: Future[None] | None = None  # of health.py
-        self._past = Counts()  # of its engines that are gone
-
-    @property
-    def state(self) -> Literal["loaded", "loading", "failed", "unloaded"]:
-        """One of loaded, loading, failed and unloaded."""
-        if self.model:
-            return "loaded"
-        return "loading" if self.loading else "failed" if self.failed_at else "unloaded"
-
-    @property
-    def engine(self) -> Engine | None:
-        """Its engine, if a request has made it."""
-        loop = self.model._engines if self.model else None
-        return loop.engine if loop else None
-
-    @property
-    def counts(self) -> Counts:
-        """What its engines have done since the server's start."""
-        total = Counts()
-        total.add(self._past)
-        if engine := self.engine:
-            total.add(engine.counts)
-        return total
-
-    def take_out(self) -> Model:
-        """The loaded model, which is then no longer here."""
-        assert self.model
-        self._past, model = self.counts, self.model
-        self.model, self.size, self.ping = None, Size(0, None), None
-        return model
 
 
 class Models:
@@ -103,6 +59,9 @@ class Models:
         self._patience = patience
         self._most_waiting = most_waiting
         self.is_ready = False  # a model has been loaded since the start
+        self.on_loss: Callable[[BaseException], None] = lambda _: (
+            None
+        )  # a model that has stopped cannot be loaded again
         self._is_starting = False
         self._is_closed = False
         self._one = asyncio.Lock()  # one model is loaded at a time
@@ -123,12 +82,16 @@ class Models:
             self._is_starting = False
 
     @asynccontextmanager
-    async def use(self, name: str | None = None) -> AsyncIterator[Model]:
-        """Holds a model while a request uses it: it stays loaded. None: the first one.
+    async def use(self, name: str | None = None, may_load: bool = True) -> AsyncIterator[Model]:
+        """Holds a model while a request uses it: it stays loaded. None: the first one. may_load: whether it is loaded
+        if it is not.
 
-        Raises ApiError: 404 for an unknown name, 429 if too many wait for it, and 503 while the model that the server
-        starts with is loading, if loading fails or takes too long, or if other models are in use where it should be."""
+        Raises ApiError: 404 for an unknown name, 409 if it may not be loaded, 429 if too many wait for it, and 503
+        while the model that the server starts with is loading, if loading fails or takes too long, or if other models
+        are in use where it should be."""
         entry = self.entry(name)
+        if not entry.model and not may_load:
+            raise loading(entry) if entry.loading else unloaded(entry)
         if not entry.model and entry.users >= self._most_waiting:
             raise ApiError(
                 429,
@@ -138,11 +101,28 @@ class Models:
             )
         entry.users += 1  # first, so that nobody unloads it before it is used
         try:
+            self.mend(entry)
             yield entry.model or await self._awaited(entry)
         finally:
             entry.users -= 1
             entry.last_used = time.monotonic()
             self._changed.set()
+            self.mend(entry)
+
+    def mend(self, entry: Entry) -> None:
+        """Loads a model again if its engine has stopped. Nobody is given the old one any more."""
+        if not (fault := entry.fault) or self._is_closed:
+            return
+        trace = "".join(traceback.format_exception(fault))  # as text: an error's frames keep the model
+        log.error("the engine of %s has stopped:\n%s", entry.name, trace)
+        size, old = entry.size, [entry.take_out()]
+        entry.size, entry.has_stopped = size, True  # which it takes until it is dropped
+        self._load_once(entry, old).add_done_callback(self._mended)
+
+    def _mended(self, loading: asyncio.Future[Model]) -> None:
+        error = None if loading.cancelled() else loading.exception()
+        if isinstance(error, ApiError) and error.code == FAILED:
+            self.on_loss(error)
 
     def close(self) -> None:
         """Ends all calls, the models' threads, and a loading."""
@@ -170,42 +150,56 @@ class Models:
     async def _awaited(self, entry: Entry) -> Model:
         """A model that is not loaded yet."""
         if entry.loading and self._is_starting:
-            raise _loading(entry)
+            raise loading(entry)
         if entry.failed_at and time.monotonic() < entry.failed_at + RETRY:
-            raise _failed(entry)
+            raise failed(entry)
         try:
             return await asyncio.wait_for(asyncio.shield(self._load_once(entry)), self._patience)
         except asyncio.TimeoutError:
-            raise _loading(entry) from None
+            raise loading(entry) from None
 
-    def _load_once(self, entry: Entry) -> asyncio.Future[Model]:
-        """The loading of a model: the one in progress, or a new one."""
+    def _load_once(self, entry: Entry, old: list[Model] | None = None) -> asyncio.Future[Model]:
+        """The loading of a model: the one in progress, or a new one. old: the only reference here to a model that is
+        dropped first."""
         if not entry.loading:
             entry.progress, entry.failed_at = 0.0, None
-            entry.loading = asyncio.ensure_future(self._load(entry))
+            entry.loading = asyncio.ensure_future(self._load(entry, old))
             entry.loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # all may have left
         return entry.loading
 
-    async def _load(self, entry: Entry) -> Model:
+    async def _load(self, entry: Entry, old: list[Model] | None = None) -> Model:
         begun = time.monotonic()
         try:
             async with self._one:
+                if old:
+                    await self._drop_stopped(old)
+                    entry.size = Size(0, None)
                 entry.size = await self._make_room(entry)
                 log.info("loading %s: %.2f GB", entry.name, entry.size.bytes / 1e9)
                 model = await self._in_thread(lambda: entry.source.load(entry.size.tokens, self._progress_of(entry)))
                 entry.model, entry.last_used, self.is_ready = model, time.monotonic(), True
+                entry.has_stopped = False
                 log.info("loaded %s in %.1f s", entry.name, time.monotonic() - begun)
                 return model
         except ApiError:  # there was no room for it
-            entry.size = Size(0, None)
+            entry.size, entry.has_stopped = Size(0, None), False
             raise
         except Exception as error:  # whatever it is, it must not stop the other models
             entry.size = Size(0, None)
             log.error("%s cannot be loaded: %s", entry.name, error, exc_info=not isinstance(error, Error))
             entry.failed_at = time.monotonic()
-            raise _failed(entry) from None
+            raise failed(entry) from None
         finally:
             entry.loading = None
+
+    async def _drop_stopped(self, old: list[Model]) -> None:
+        """Drops a model whose engine has stopped, and waits until the requests that failed with it are gone."""
+        gone, on_gpu = weakref.ref(old[0]), old[0].device.type == "cuda"
+        await self._in_thread(lambda: _drop(old))
+        until = time.monotonic() + self._patience
+        while gone() is not None and time.monotonic() < until:
+            await asyncio.sleep(0.5)
+            await self._in_thread(lambda: _give_back(on_gpu))
 
     async def _make_room(self, entry: Entry) -> Size:
         """Unloads models until there is room for another one, whose size it returns."""
@@ -261,29 +255,15 @@ class Models:
         return await asyncio.wrap_future(result)
 
 
-def _loading(entry: Entry) -> ApiError:
-    return ApiError(
-        503,
-        f"the model {entry.name} is loading ({entry.progress:.0%})",
-        code="loading",
-        headers={"Retry-After": "5"},
-    )
-
-
-def _failed(entry: Entry) -> ApiError:
-    return ApiError(
-        503,
-        f"the model {entry.name} cannot be loaded; the server's log has the reason",  # which may have a path
-        code="model_failed",
-        headers={"Retry-After": str(round(RETRY))},
-    )
-
-
 def _drop(models: list[Model]) -> None:
     """Closes models, and gives their memory back. The list holds the only references to them."""
     on_gpu = any(model.device.type == "cuda" for model in models)
     while models:
         models.pop().close()
+    _give_back(on_gpu)
+
+
+def _give_back(on_gpu: bool) -> None:
     gc.collect()
     if on_gpu:
         torch.cuda.empty_cache()

@@ -133,7 +133,9 @@ def _operation(each: Endpoint, path: str, schemas: dict[Any, Any], has_keys: boo
         told |= _ERRORS_OF_A_BODY
     if each.query:
         told[400] = "A parameter is wrong or unknown"
-    if each.body or names:
+    if "model" in each.query:
+        told[409] = "The model is not loaded"
+    if each.body or names or "model" in each.query:
         told |= _ERRORS_OF_A_MODEL
     form = "Error" if each.as_error is errors.openai_body else "OtherError"
     for status, meaning in sorted(told.items()):

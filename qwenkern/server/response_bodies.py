@@ -31,7 +31,7 @@ class Part(Body):
 class Message(Body):
     type: Literal["message"] = "message"
     role: Literal["user", "assistant", "system", "developer"]
-    content: str | list[dict[str, Any]]
+    content: str | Some[dict[str, Any]]
     id: str | None = None
     status: Status | None = None
     phase: str | None = None
@@ -49,7 +49,7 @@ class FunctionCall(Body):
 class FunctionCallOutput(Body):
     type: Literal["function_call_output"]
     call_id: str
-    output: str | list[dict[str, Any]]
+    output: str | Some[dict[str, Any]]
     id: str | None = None
     status: Status | None = None
 
@@ -110,7 +110,7 @@ class ResponsesBody(Body):
     model: str | None = None
     input: str | Some[dict[str, Any]]
     instructions: str | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
+    include: Some[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, str] | None = None  # comes back in the response
     parallel_tool_calls: bool | None = None
@@ -137,6 +137,8 @@ class ResponsesBody(Body):
 
     def turn(self, bounds: Bounds) -> Turn:
         """What the body asks for. Raises ApiError."""
+        if self.stream_options and not self.stream:
+            raise wrong("stream_options needs stream: true", "stream_options")
         with_logprobs = LOGPROBS in (self.include or [])
         if self.top_logprobs is not None and not with_logprobs:
             raise wrong(f"top_logprobs needs {LOGPROBS!r} in include", "top_logprobs")
@@ -145,10 +147,6 @@ class ResponsesBody(Body):
         choice = choice_of(self.tool_choice, ("name",))
         functions = Functions.of(self.tools or [], choice, self.parallel_tool_calls, bounds)
         schema = self._schema()
-        if schema is not None and functions.tools:
-            raise wrong(
-                'text.format is given beside tools; expected one of them, or tool_choice: "none"', "text.format"
-            )
         given: dict[str, Any] = {
             "temperature": self.temperature,
             "top_p": self.top_p,
@@ -158,8 +156,7 @@ class ResponsesBody(Body):
             "seed": self.seed,
             "max_tokens": self.max_output_tokens,
             "logprobs": (self.top_logprobs or 0) if with_logprobs else None,
-            "grammar": functions.grammar(),
-            "json_schema": schema,
+            **functions.forms({} if schema is None else {"json_schema": schema}, self.names()),
         }
         try:
             params = SamplingParams(**{name: value for name, value in given.items() if value is not None})
@@ -174,8 +171,8 @@ class ResponsesBody(Body):
 
     def _schema(self) -> dict[str, Any] | bool | None:
         form = self.text.format if self.text else None
-        if form and form.type != "json_schema" and (form.schema_, form.name, form.strict) != (None, None, None):
-            raise wrong("text.format has a schema, a name or strict; expected the type json_schema", "text.format")
+        if form and form.type != "json_schema" and form.model_fields_set != {"type"}:
+            raise wrong("text.format has more than a type; expected the type json_schema", "text.format")
         if form and form.type == "json_schema":
             if form.schema_ is None or form.name is None:
                 raise wrong("text.format has no name or no schema; expected both", "text.format.schema")

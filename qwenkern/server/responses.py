@@ -22,7 +22,7 @@ from .errors import ApiError
 from .response_bodies import ResponsesBody
 from .service import Service
 from .tokens_as_text import chat_logprobs
-from .turns import Event, Finished, Text, ToolCall, Turn
+from .turns import CallArguments, CallBegun, CallBroken, CallEvent, Event, Finished, Started, Text, ToolCall, Turn
 
 
 async def create(service: Service, request: Request, body: ResponsesBody) -> Response:
@@ -33,10 +33,10 @@ async def create(service: Service, request: Request, body: ResponsesBody) -> Res
         return await sse.stream(_events(service, turn, writing), writing.error)
     async with service.models.use(body.model) as model:
         (answer,) = await answering.answers(service, model, turn)
-        events: list[Event] = [*answer.tool_calls, answer.finished]
-        if answer.text:
-            events.insert(0, Text(0, answer.text, answer.token_ids, answer.logprobs))
-        for event in events:
+        events: list[Event] = [Text(0, answer.text, answer.token_ids, answer.logprobs)] if answer.text else []
+        for call in answer.tool_calls:
+            events += [CallBegun(0, call.id, call.name), CallArguments(0, call.arguments), call]
+        for event in [*events, answer.finished]:
             for _ in writing.events(event, model):
                 pass
     return JSONResponse(writing.response())
@@ -75,6 +75,8 @@ class _Writing:
 
     def events(self, event: Event, model: Model) -> Iterator[bytes]:
         """The events in OpenAI's form of one event of ours."""
+        if isinstance(event, Started):
+            return
         if isinstance(event, Text):
             logprobs = self._pending + chat_logprobs(event.logprobs, model)["content"]
             if not event.text and self._part is None:
@@ -96,11 +98,11 @@ class _Writing:
         self._pending = []  # of a call's tokens
         if self._part is not None:
             yield from self._end_message("incomplete" if is_cut else "completed")
-        if isinstance(event, ToolCall):
-            yield from self._call(event)
-        else:
+        if isinstance(event, Finished):
             self._finished = event
             yield self._event(f"response.{self._status()}", response=self.response())
+        else:
+            yield from self._call(event)
 
     def _begin_message(self) -> Iterator[bytes]:
         item = {"id": f"msg_{uuid.uuid4().hex}", "type": "message", "role": "assistant"}
@@ -118,17 +120,21 @@ class _Writing:
         self._output[-1] |= {"status": status, "content": [part]}
         yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=self._output[-1])
 
-    def _call(self, call: ToolCall) -> Iterator[bytes]:
-        item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": call.id, "name": call.name}
-        self._output.append({**item, "status": "in_progress", "arguments": ""})
-        index = len(self._output) - 1
-        yield self._event("response.output_item.added", output_index=index, item=self._output[-1])
-        place = self._place()
-        yield self._event("response.function_call_arguments.delta", **place, delta=call.arguments)
-        done = {**place, "name": call.name, "arguments": call.arguments}
-        yield self._event("response.function_call_arguments.done", **done)
-        self._output[-1] |= {"status": "completed", "arguments": call.arguments}
-        yield self._event("response.output_item.done", output_index=index, item=self._output[-1])
+    def _call(self, event: CallEvent) -> Iterator[bytes]:
+        if isinstance(event, CallArguments):
+            self._output[-1]["arguments"] += event.text
+            yield self._event("response.function_call_arguments.delta", **self._place(), delta=event.text)
+            return
+        if isinstance(event, CallBegun):
+            item = {"id": f"fc_{uuid.uuid4().hex}", "type": "function_call", "call_id": event.id, "name": event.name}
+            self._output.append({**item, "status": "in_progress", "arguments": ""})
+            yield self._event("response.output_item.added", output_index=len(self._output) - 1, item=self._output[-1])
+            return
+        if isinstance(event, ToolCall):
+            done = {**self._place(), "name": event.name, "arguments": event.arguments}
+            yield self._event("response.function_call_arguments.done", **done)
+        self._output[-1]["status"] = "incomplete" if isinstance(event, CallBroken) else "completed"
+        yield self._event("response.output_item.done", output_index=len(self._output) - 1, item=self._output[-1])
 
     def _place(self) -> dict[str, Any]:
         return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}

@@ -52,7 +52,7 @@ async def prompt_logprobs(
         return [each.request for each in scored]
 
     async with AsyncExitStack() as stack:
-        take = await stack.enter_async_context(running(service, model, checked))
+        take = await stack.enter_async_context(running(service, model, lambda: service.in_pool(checked)))
         while await take():
             pass
     for index, each in enumerate(scored):

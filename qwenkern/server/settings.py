@@ -9,9 +9,12 @@ from dataclasses import dataclass, field
 class Bounds:
     """The largest request, and the longest waits. A request beyond one of them gets an error that names it."""
 
+    connections: int = 1024  # more get 503
     body_bytes: int = 16 * 2**20
+    bodies_bytes: int = 64 * 2**20  # of all bodies in memory, beyond the first 64 KiB of each; more get 429
     body_seconds: float = 30.0  # for a body to arrive
     depth: int = 64  # levels of nesting in a body
+    values: int = 2**18  # numbers, texts, lists and objects in a body
     messages: int = 4096
     prompts: int = 256  # of a request to /v1/completions
     n: int = 64  # answers of each prompt
@@ -20,7 +23,8 @@ class Bounds:
     stops: int = 16
     top_logprobs: int = 20
     tools: int = 128
-    waiting: int = 256  # requests that have not started; more get 429
+    waiting: int = 256  # requests that have not started, and as many that want tokens only; more get 429
+    grammars: int = 32  # of those that wait, the ones whose new grammar is compiled first; more get 429
     waiting_seconds: float = 120.0  # a request that has not started by then gets 503
     drain_seconds: float = 30.0  # after SIGTERM, for the requests that run
 

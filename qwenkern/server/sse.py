@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 
 from starlette.responses import Response
@@ -21,13 +21,27 @@ _HEADERS = [
 WRITE = "qwenkern.write"  # an extension of ASGI: a coroutine that writes a part of a body, without what `send` passes
 
 
-class EventStream(Response):
-    """A response whose events come from an asynchronous generator, each as bytes that end in a blank line."""
+# nginx gives up a server that says nothing for 60 s (proxy_read_timeout), OpenAI's and Anthropic's clients after 600 s.
+QUIET_SECONDS = 15.0
+_COMMENT = b": keep-alive\n\n"
 
-    def __init__(self, first: bytes, rest: AsyncGenerator[bytes, None], as_event: Callable[[ApiError], bytes]) -> None:
+
+class EventStream(Response):
+    """A response whose events come from an asynchronous generator, each as bytes that end in a blank line. When there
+    is none for QUIET_SECONDS, or for twice as long at most, it sends ``quiet``."""
+
+    def __init__(
+        self,
+        first: asyncio.Future[bytes],
+        rest: AsyncGenerator[bytes, None],
+        as_event: Callable[[ApiError], bytes],
+        quiet: bytes,
+    ) -> None:
         self._first = first
         self._rest = rest
         self._as_event = as_event
+        self._quiet = quiet
+        self._is_quiet = not first.done()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(event: bytes) -> None:
@@ -36,23 +50,47 @@ class EventStream(Response):
         write = scope.get("extensions", {}).get(WRITE, write)
         async with aclosing(self._rest) as rest:
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
+            keeping = asyncio.ensure_future(self._keep_alive(write))
             try:
-                await write(self._first)
+                await write(await self._first)
                 async for event in rest:
+                    self._is_quiet = False
                     await write(event)
             except asyncio.CancelledError:  # the server ends, or the client is gone, which then sees nothing
                 event = self._as_event(errors.shutting_down())
                 await send({"type": "http.response.body", "body": event, "more_body": False})
                 raise
             except Exception as error:
-                await write(self._as_event(errors.of(error)))
+                told = errors.of(error)
+                errors.note(error, told, scope["state"]["request_id"])
+                await write(self._as_event(told))
+            finally:
+                keeping.cancel()
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
+    async def _keep_alive(self, write: Callable[[bytes], Awaitable[None]]) -> None:
+        while True:
+            if self._is_quiet:
+                await write(self._quiet)
+            self._is_quiet = True
+            await asyncio.sleep(QUIET_SECONDS)
 
-async def stream(events: AsyncGenerator[bytes, None], as_event: Callable[[ApiError], bytes]) -> EventStream:
-    """The response of some events. An error before the first of them is raised, so that it becomes a status; a later
-    one becomes an event."""
-    return EventStream(await anext(events), events, as_event)
+
+async def stream(
+    events: AsyncGenerator[bytes, None], as_event: Callable[[ApiError], bytes], quiet: bytes = _COMMENT
+) -> EventStream:
+    """The response of some events. An error before the first of them is raised, so that it becomes a status, unless it
+    takes longer than QUIET_SECONDS; a later one becomes an event. quiet: what is sent so that nobody gives up."""
+    first = asyncio.ensure_future(anext(events))
+    try:
+        await asyncio.wait({first}, timeout=QUIET_SECONDS)
+    except asyncio.CancelledError:
+        first.cancel()
+        await asyncio.wait({first})
+        raise
+    if first.done():
+        first.result()
+    return EventStream(first, events, as_event, quiet)
 
 
 DONE = b"data: [DONE]\n\n"

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from .bodies import Body
+from .bodies import Body, Some
 from .errors import ApiError
 
 
@@ -27,7 +27,7 @@ class StructuredOutputs(Body):
     json_: dict[str, Any] | str | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: Some[str] | None = None
     grammar: str | None = None
 
 
@@ -38,7 +38,7 @@ class Structured(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: Some[str] | None = None
     guided_grammar: str | None = None
 
     def _forms(self) -> list[tuple[str, str, Any]]:

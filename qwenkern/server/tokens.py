@@ -11,14 +11,15 @@ from pydantic import BaseModel, ConfigDict
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from ..errors import RequestError
+from ..errors import RequestError, shown
 from ..Model import Model
 from ..text.tokenizer import Tokenizer
+from .admission import check_length
 from .bodies import Body, Some
-from .chat import Message, Tool
+from .chat import Message, Tool, conversation
 from .endpoints import Endpoint
 from .errors import ApiError
-from .functions import Functions, in_order_of_calls
+from .functions import Functions
 from .service import Service
 from .settings import Bounds
 
@@ -29,7 +30,6 @@ class TokenizeBody(Body):
     """A text (`prompt`), or the messages of a chat."""
 
     REFUSED: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
-        "continue_final_message": ((False,), "an answer begins after the last message"),
         "chat_template": ((), _NOT_OURS),
         "chat_template_kwargs": (({},), _NOT_OURS),
         "mm_processor_kwargs": (({},), "there are no images"),
@@ -40,7 +40,8 @@ class TokenizeBody(Body):
     messages: Some[Message] | None = None  # as /v1/chat/completions takes them, and tools likewise
     tools: Some[Tool] | None = None
     add_special_tokens: bool | None = None  # the ids that the checkpoint puts before a text; by default for prompt
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None  # whether the prompt ends where an answer begins; by default for messages
+    continue_final_message: bool | None = None  # it ends with the last message instead
     return_token_strs: bool = False
 
     def check(self, bounds: Bounds) -> None:
@@ -48,8 +49,12 @@ class TokenizeBody(Body):
         if (self.prompt is None) == (self.messages is None):
             found = "neither prompt nor messages" if self.prompt is None else "prompt and messages"
             raise _wrong(f"the body has {found}; expected one of the two", "prompt")
-        if self.tools is not None and self.messages is None:
-            raise _wrong("tools need messages, found a prompt", "tools")
+        for name in ("tools", "add_generation_prompt", "continue_final_message"):
+            if getattr(self, name) is not None and self.messages is None:
+                raise _wrong(f"{name} needs messages, found a prompt", name)
+        if self.continue_final_message and self.add_generation_prompt:
+            name = "add_generation_prompt"
+            raise _wrong(f"{name} and continue_final_message are true; expected one of them", name)
         if len(self.messages or ()) > bounds.messages:
             raise _wrong(f"messages has {len(self.messages or ())}; expected at most {bounds.messages}", "messages")
 
@@ -63,8 +68,12 @@ class TokenizeBody(Body):
                 else tokenizer.encode_prompt(self.prompt)
             )
         functions = Functions.of([tool.function for tool in self.tools or []], None, None, bounds)
-        messages = [message.model_dump(exclude_none=True, exclude={"annotations"}) for message in self.messages]
-        ids = tokenizer.encode_chat(in_order_of_calls(messages), functions.tools or None, self.add_generation_prompt)
+        ids = tokenizer.encode_chat(
+            conversation(self.messages),
+            functions.tools or None,
+            self.add_generation_prompt is not False,
+            bool(self.continue_final_message),
+        )
         return [*tokenizer.beginning_ids, *ids] if self.add_special_tokens else ids
 
 
@@ -81,7 +90,7 @@ class DetokenizeBody(Body):
     """Token ids."""
 
     model: str | None = None
-    tokens: list[int]
+    tokens: Some[int]
 
 
 class Detokenized(BaseModel):
@@ -110,24 +119,27 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
         longest = _longest(model)
 
         def tokenized() -> Response:
+            check_length(model, body.model_dump(include={"prompt", "messages", "tools"}))
             ids = body.ids(tokenizer, service.settings.bounds)
             spelled = list(map(tokenizer.spelling_of, ids)) if body.return_token_strs else None
             found = Tokenized(count=len(ids), max_model_len=longest, tokens=ids, token_strs=spelled)
             return JSONResponse(found.model_dump())
 
-        return await service.in_pool(tokenized)
+        return await service.aside(tokenized)
 
 
 async def detokenize(service: Service, request: Request, body: DetokenizeBody) -> Response:
     """The text of ids."""
     async with service.models.use(body.model) as model:
-        text = await service.in_pool(lambda: _tokenizer(model).decode(body.tokens, skip_special=False))
+        text = await service.aside(lambda: _tokenizer(model).decode(body.tokens, skip_special=False))
     return JSONResponse(Detokenized(prompt=text).model_dump())
 
 
 async def tokenizer_info(service: Service, request: Request, body: None) -> Response:
-    """What the checkpoint says of its tokenizer."""
-    async with service.models.use(request.query_params.get("model")) as model:
+    """What the checkpoint says of its tokenizer. The model must be loaded: a GET changes nothing."""
+    if unknown := [name for name in request.query_params if name not in _QUERY]:
+        raise RequestError(f"query has {shown(unknown[0])}; expected {' or '.join(_QUERY)}")
+    async with service.models.use(request.query_params.get("model"), may_load=False) as model:
         tokenizer = _tokenizer(model)
         settings = tokenizer.settings()
         templates = settings.get("chat_template")
@@ -161,8 +173,11 @@ def _wrong(message: str, param: str) -> ApiError:
     return ApiError(400, message, param=param, code="invalid_value")
 
 
+_QUERY = {"model": {"type": "string"}}
 ENDPOINTS = [
     Endpoint("/tokenize", "POST", tokenize, TokenizeBody, "Gives the token ids of a text or a chat", answer=Tokenized),
     Endpoint("/detokenize", "POST", detokenize, DetokenizeBody, "Gives the text of token ids", answer=Detokenized),
-    Endpoint("/tokenizer_info", "GET", tokenizer_info, None, "Describes the tokenizer", answer=TokenizerInfo),
+    Endpoint(
+        "/tokenizer_info", "GET", tokenizer_info, None, "Describes the tokenizer", answer=TokenizerInfo, query=_QUERY
+    ),
 ]

@@ -18,11 +18,12 @@ from typing import Any
 
 from ..errors import CheckpointError, RequestError, shown
 from ..reading import read_json, read_text
-from .messages import plain, read_messages, size, unused_characters
+from .messages import check_can_go_on, plain, read_messages, size, unused_characters
 
 _MOST_TEMPLATES = 64
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
 _ASKS_FOR_NULL = re.compile(r"content\W{0,3}\s+is\s+(not\s+)?none\b", re.IGNORECASE)  # as DeepSeek-R1's does
+_END = "\U0010fffd"  # of what there is of the last message, while the template runs; private use
 _MOST_TRIALS = 8  # renderings that test whether a template ignores messages of unusual roles
 
 
@@ -34,6 +35,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None
     variables: dict[str, Any]
     add_generation_prompt: bool
+    continue_final_message: bool = False
 
 
 class ChatTemplate:
@@ -97,9 +99,13 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt's text. It equals that of transformers' apply_chat_template with the same template.
+
+        add_generation_prompt: whether the text ends with the beginning of an answer.
+        continue_final_message: the text ends with the last message's content instead, which the answer continues.
 
         Messages are first read as messages.py says. If the template does not know the role "developer", it gets
         "system" instead, as in llama.cpp.
@@ -107,13 +113,14 @@ class ChatTemplate:
         Raises RequestError for messages that are malformed or that the template refuses or would drop, and if there is
         no template. Raises CheckpointError for a template that does not compile or that exceeds the sandbox's limits.
         """
-        return self.read(messages, tools, add_generation_prompt, **variables)[1]
+        return self.read(messages, tools, add_generation_prompt, continue_final_message, **variables)[1]
 
     def read(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> tuple[Conversation, str]:
         """The conversation in the form that the template gets, and its text. Arguments and errors are those of
@@ -124,9 +131,13 @@ class ChatTemplate:
             for message in read:
                 if message["role"] == "developer" and not knows_developers:
                     message["role"] = "system"
-            return Conversation(read, plain(tools, "tools"), plain(variables, "variables"), add_generation_prompt)
+            begins = add_generation_prompt and not continue_final_message
+            others = plain(tools, "tools"), plain(variables, "variables")
+            return Conversation(read, *others, begins, continue_final_message)
 
         _check_tools(tools)
+        if continue_final_message:
+            check_can_go_on(messages)
         knows_developers = any("developer" in source for source, _ in self._templates.values())
         keep_null = any(_ASKS_FOR_NULL.search(source) for source, _ in self._templates.values())
         chat = conversation(read_arguments=True)
@@ -149,6 +160,8 @@ class ChatTemplate:
 
         from .sandbox import budget
 
+        if chat.continue_final_message:
+            return self._write_unfinished(chat)
         name = "tool_use" if chat.tools and "tool_use" in self._templates else "default"
         template = self._compile(name)
         file = self._templates[name][1]
@@ -162,6 +175,20 @@ class ChatTemplate:
         except Exception as fault:
             what = f"{type(fault).__name__}: {fault}"
             raise RequestError(f"messages: the chat template of {file} does not accept them: {what:.1000}") from fault
+
+    def _write_unfinished(self, chat: Conversation) -> str:
+        """The text up to the end of the last message's content."""
+        *others, last = chat.messages
+        marked = {**last, "content": last["content"] + _END + " "}
+        text = self.write(replace(chat, messages=[*others, marked], continue_final_message=False))
+        end = text.rfind(_END)
+        if end < 0 or last["content"].strip() not in text[:end]:
+            raise RequestError(
+                f"messages: the chat template of {self._source} does not show the content of the last message as it "
+                "is; expected one that is not to be continued"
+            )
+        # as transformers has it: a template that has removed the blank after the mark removes those before it
+        return text[:end] if text.startswith(_END + " ", end) else text[:end].rstrip()
 
     def _check_roles(self, chat: Conversation, text: str) -> None:
         """Raises RequestError if the template skips a message because of its role, as Qwen's does. A message with a

@@ -80,6 +80,14 @@ def read_messages(messages: Any, read_arguments: bool = True, keep_null: bool = 
     return [_read(message, f"messages[{n}]", read_arguments, keep_null) for n, message in enumerate(messages)]
 
 
+def check_can_go_on(messages: Any) -> None:
+    """Raises RequestError if the last message has no content that can be continued."""
+    last = messages[-1] if isinstance(messages, (list, tuple)) and messages else None
+    if isinstance(last, Mapping) and (last.get("tool_calls") or last.get("content") is None):
+        found = "has tool calls" if last.get("tool_calls") else "has no content"
+        raise RequestError(f"messages: the last one {found}; expected a text that can be continued")
+
+
 def _read(message: Any, name: str, read_arguments: bool, keep_null: bool) -> dict[str, Any]:
     if not isinstance(message, Mapping):
         raise RequestError(f"{name} is a {type(message).__name__}; expected a dict with role and content")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from itertools import repeat
 from pathlib import Path
@@ -21,7 +22,7 @@ from ..errors import CheckpointError, ConfigError, RequestError, shown
 from ..generation import END_TOKENS, check_eos_token
 from ..reading import read_json
 from .added_tokens import AnyOf
-from .chat_template import ChatTemplate, Conversation
+from .chat_template import ChatTemplate
 from .messages import plain, unused_characters
 from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
 
@@ -31,6 +32,7 @@ from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_
 _QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _PROBE = "Hello, wörld!  It's 2024 \n\n\t" + "a" * 64 + " " * 64 + "x"
+_LONG = 2**14  # characters of a text during which other threads run Python: `encode` does not let them
 _RETRY_LIMIT = 10_000_000  # of the expression engine, per match
 
 
@@ -210,9 +212,12 @@ class Tokenizer:
         library = self._library if allow_special else self._plain
         # Qwen's expression reaches the engine's limit only on a longer run of blanks. On other text the expression is
         # bad.
-        error = RequestError if len(text) >= _RETRY_LIMIT else CheckpointError
-        with guard(error, f"{self._source}: the tokenizer failed on a text of {len(text)} characters"):
-            return library.encode(text, add_special_tokens=False).ids
+        failed = f"the tokenizer failed on a text of {len(text)} characters"
+        error, where = (RequestError, "") if len(text) >= _RETRY_LIMIT else (CheckpointError, f"{self._source}: ")
+        with guard(error, where + failed):
+            if len(text) < _LONG:
+                return library.encode(text, add_special_tokens=False).ids
+            return library.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def encode_prompt(self, text: str) -> list[int]:
         """The ids of `text` for a model to continue or score: `beginning_ids` first, unless the text begins with them.
@@ -280,16 +285,18 @@ class Tokenizer:
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> str:
         """The prompt's text for messages of {"role": ..., "content": ...}; see ChatTemplate.render."""
-        return self._chat_template.render(messages, tools, add_generation_prompt, **variables)
+        return self._chat_template.render(messages, tools, add_generation_prompt, continue_final_message, **variables)
 
     def encode_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         **variables: Any,
     ) -> list[int]:
         """The ids of `render_chat`'s text, in which only the template's own special tokens are special.
@@ -299,7 +306,9 @@ class Tokenizer:
         token whose halves are in two fields that a template joins directly, which Qwen's never does. The errors are
         those of render_chat and encode.
         """
-        chat, text = self._chat_template.read(messages, tools, add_generation_prompt, **variables)
+        chat, text = self._chat_template.read(
+            messages, tools, add_generation_prompt, continue_final_message, **variables
+        )
         # While the template runs, private-use characters replace the strings that spell a token. So every token in its
         # text is the template's own. The text between these tokens is encoded as text, in one piece.
         hidden = dict(zip(self._added.values(), unused_characters(text), strict=False))
@@ -309,7 +318,7 @@ class Tokenizer:
         def hide(value: Any) -> Any:
             return plain(value, "messages", lambda s: self._any_added.replace(s, hidden))
 
-        guarded = Conversation(hide(chat.messages), hide(chat.tools), hide(chat.variables), chat.add_generation_prompt)
+        guarded = replace(chat, messages=hide(chat.messages), tools=hide(chat.tools), variables=hide(chat.variables))
         for message, original in zip(guarded.messages, chat.messages, strict=True):
             if original["role"] == "assistant" and original.get("content") is not None:
                 message["content"] = self._any_special.replace(original["content"], hidden)

@@ -8,52 +8,87 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import RequestError, shown
+from .json_object import JsonObject
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
 _BLANKS = " \t\r\n"
+_HEAD = re.compile(  # of the JSON, up to the arguments
+    rf'[{_BLANKS}]*\{{[{_BLANKS}]*"name"[{_BLANKS}]*:[{_BLANKS}]*"(?P<name>[^"\\\x00-\x1f\ud800-\udfff]+)"'
+    rf'[{_BLANKS}]*,[{_BLANKS}]*"arguments"[{_BLANKS}]*:[{_BLANKS}]*(?=\{{)'
+)
+_LONGEST_HEAD = 256  # characters; a call with a longer one does not begin before it is whole
 # As the template's `tojson` writes them. A model that may choose its blanks can go on with them until the limit.
 _SPACING = {"item_separator": ", ", "key_separator": ": ", "whitespace_flexible": False}
 
 
 @dataclass(frozen=True)
 class Call:
-    """A call of a function: `arguments` is the JSON text of an object."""
+    """A whole call of a function: `arguments` is the JSON text of an object."""
 
     name: str
     arguments: str
 
 
-class ToolCalls:
-    """Splits the text of one answer, as it comes, into plain text and whole calls.
+@dataclass(frozen=True)
+class Begun:
+    """A call begins. Arguments follow, and at last either the Call or Broken."""
 
-    The results do not depend on where the text is cut into pieces. Blanks before and after a call are dropped, because
-    the template writes its own. A block that is not a call comes back as the text that it is; so does an unfinished
-    block, unless only its closing tag is missing. A tag in a string of a call's JSON belongs to the string.
+    name: str
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """More of the arguments of the call that has begun: so far the beginning of a JSON object."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Broken:
+    """What has begun is no call, and its arguments have no end. Its text follows."""
+
+
+Part = str | Begun | Arguments | Call | Broken
+
+
+class ToolCalls:
+    """Splits the text of one answer, as it comes, into plain text and calls.
+
+    Texts and calls do not depend on where the text is cut into pieces. Blanks before and after a call are dropped,
+    because the template writes its own. A block that is not a call comes back as the text that it is; so does an
+    unfinished block, unless only its closing tag is missing. A tag in a string of a call's JSON belongs to the string.
+
+    names: a call of one of these functions begins where its arguments do, and another one when it is whole.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, names: Collection[str] = ()) -> None:
+        self._names = names
         self._held = ""  # blanks that may precede a tag, and the beginning of a tag or of a block
         self._inside = 0  # where in `_held` the JSON of a block begins; 0 outside of blocks
-        self._read = 0  # up to where the JSON was searched for strings
+        self._read = 0  # up to where the JSON was read
         self._string = _Strings()
+        self._may_begin = False  # a call, in this block
+        self._arguments: JsonObject | None = None  # those of the call that has begun
+        self._told = 0  # characters of them
         self._follows_call = False  # and only blanks since
 
-    def add(self, text: str) -> list[str | Call]:
-        """What is now certain: never half a tag, never half a call."""
+    def add(self, text: str) -> list[Part]:
+        """What is now certain: never half a tag."""
         self._held += text
-        found: list[str | Call] = []
+        found: list[Part] = []
         while self._end_block(found) if self._inside else self._end_text(found):
             pass
         return found
 
-    def finish(self) -> list[str | Call]:
+    def finish(self) -> list[Part]:
         """What is still held back."""
-        found: list[str | Call] = []
+        found: list[Part] = []
         if self._inside:
             self._close(found, len(self._held), len(self._held))
         else:
@@ -61,57 +96,78 @@ class ToolCalls:
         self._held = ""
         return found
 
-    def _end_text(self, found: list[str | Call]) -> bool:
+    def _end_text(self, found: list[Part]) -> bool:
         """Moves text before the next block to `found`. Whether a block begins."""
         held = self._held
         tag = held.find(_OPEN)
-        if tag < 0:
-            begun = next((n for n in range(min(len(held), len(_OPEN) - 1), 0, -1) if held.endswith(_OPEN[:n])), 0)
-            kept = len(held[: len(held) - begun].rstrip(_BLANKS))
-        else:
-            kept = len(held[:tag].rstrip(_BLANKS))
+        end = tag if tag >= 0 else _before_a_tag(held, 0, (_OPEN,))
+        kept = len(held[:end].rstrip(_BLANKS))
         self._emit(found, held[:kept])
         self._held = held[kept:]
         if tag >= 0:
             self._inside = self._read = tag + len(_OPEN) - kept
-            self._string = _Strings()
+            self._string, self._may_begin = _Strings(), bool(self._names)
         return tag >= 0
 
-    def _end_block(self, found: list[str | Call]) -> bool:
+    def _end_block(self, found: list[Part]) -> bool:
         """Moves the block to `found` if it ends. Whether there is more to look at."""
         tags = [(at, tag) for tag in (_OPEN, _CLOSE) if (at := self._held.find(tag, self._read)) >= 0]
         if not tags:
-            self._advance(max(self._read, len(self._held) - len(_CLOSE) + 1))
+            self._advance(found, _before_a_tag(self._held, self._read, (_OPEN, _CLOSE)))
             return False
         at, tag = min(tags)
-        self._advance(at)
+        self._advance(found, at)
         if self._string.may_hold_a_tag():
-            self._advance(at + len(tag))
+            self._advance(found, at + len(tag))
         else:
             self._close(found, at, at if tag == _OPEN else at + len(tag))
         return True
 
-    def _advance(self, end: int) -> None:
-        self._string.read(self._held[self._read : end])
-        self._read = end
+    def _advance(self, found: list[Part], end: int) -> None:
+        """Reads the JSON of the block up to `end`."""
+        more, self._read = self._held[self._read : end], end
+        self._string.read(more)
+        if self._may_begin:
+            head = _HEAD.match(self._held, self._inside, min(end, self._inside + _LONGEST_HEAD))
+            if head and head["name"] in self._names:
+                found.append(Begun(head["name"]))
+                self._arguments, self._told, more = JsonObject(), 0, self._held[head.end() : end]
+            self._may_begin = not head and end < self._inside + _LONGEST_HEAD
+        if self._arguments:
+            text = self._arguments.add(more)
+            text = text[:-1] if self._arguments.is_whole else text  # with its end it would look like a call
+            found += [Arguments(text)] if text else []
+            self._told += len(text)
 
-    def _close(self, found: list[str | Call], json_end: int, end: int) -> None:
+    def _close(self, found: list[Part], json_end: int, end: int) -> None:
         """Ends the block, whose JSON ends at `json_end`, and which itself ends at `end`."""
         call = _read_call(self._held[self._inside : json_end])
         if call is None:
+            if self._arguments:
+                found.append(Broken())
             self._emit(found, self._held[:end])
         else:
+            if not self._arguments:
+                found += [Begun(call.name), Arguments(call.arguments)]
+            elif rest := call.arguments[self._told :]:
+                found.append(Arguments(rest))
             found.append(call)
             self._follows_call = True
         self._held = self._held[end:]
-        self._inside = 0
+        self._inside, self._arguments = 0, None
 
-    def _emit(self, found: list[str | Call], text: str) -> None:
+    def _emit(self, found: list[Part], text: str) -> None:
         if self._follows_call:
             text = text.lstrip(_BLANKS)
         if text:
             found.append(text)
             self._follows_call = False
+
+
+def _before_a_tag(text: str, start: int, tags: Sequence[str]) -> int:
+    """The end of the text without what may be the beginning of a tag, at `start` or later."""
+    at = text.rfind("<", max(start, len(text) - len(_CLOSE) + 1))
+    return at if at >= 0 and any(tag.startswith(text[at:]) for tag in tags) else len(text)
 
 
 class _Strings:
@@ -142,7 +198,11 @@ class _Strings:
 
 
 def _read_call(text: str) -> Call | None:
-    """The call that the JSON of a block spells, or None."""
+    """The call that the JSON of a block spells, or None. The arguments are as they are written, if they come after the
+    name, as the template has it."""
+    if head := _HEAD.match(text, 0, _LONGEST_HEAD):
+        written = (read := JsonObject()).add(text[head.end() :])
+        return Call(head["name"], written) if read.is_whole and read.rest.strip(_BLANKS) == "}" else None
     try:
         call = _read_json(text)
         if not isinstance(call, dict) or not call.keys() <= {"name", "arguments"}:
@@ -170,12 +230,15 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
 
 
-def call_grammar(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool) -> str:
+def call_grammar(
+    tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool, answer: Mapping[str, Any] | None = None
+) -> str:
     """A grammar for SamplingParams(grammar=...), in llguidance's Lark, under which a text calls the functions rightly.
 
     tools: {"type": "function", "function": {"name": ..., "parameters": JSON schema}} each.
     choice: "required" for calls only, "function:NAME" for calls of this function only, "auto" for text that may hold
-    calls. parallel: whether there may be several calls, one after the other.
+    calls. parallel: whether there may be several calls, one after the other. answer: with "auto", the JSON schema of a
+    text without calls; a text with calls then has nothing else.
 
     Raises RequestError for tools that it cannot express, or for a choice that is none.
     """
@@ -197,11 +260,14 @@ def call_grammar(tools: Sequence[Mapping[str, Any]], choice: str, parallel: bool
         after = json.dumps(f"}}\n{_CLOSE}")
         rules.append(f"call_{n}: {before} arguments_{n} {after}")
         rules.append(f"arguments_{n}: %json {json.dumps({**schema, 'x-guidance': _SPACING})}")
-    if choice == "auto":
+    following = f'("\\n{_OPEN}" call)*' if parallel else ""
+    if choice == "auto" and answer is not None:
+        rules.append(f"answer: %json {json.dumps(answer)}")
+        start = f'start: answer | "{_OPEN}" call {following}'
+    elif choice == "auto":
         rules += ["TEXT: /(.|\\n)*/", f'opened[lazy]: TEXT "{_OPEN}"']
         start = "start: (opened call)* TEXT" if parallel else "start: TEXT | opened call"
     else:
-        following = f'("\\n{_OPEN}" call)*' if parallel else ""
         start = f'start: "{_OPEN}" call {following}'
     return "\n".join([start, *rules]) + "\n"
 

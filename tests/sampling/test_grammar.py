@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+import subprocess
 
 import llguidance
 import numpy as np
@@ -182,6 +183,36 @@ def test_compiled_grammars_are_kept_within_bounds(grammars, monkeypatch):
     assert len(tried) == 4
     grammars.matcher(Grammar("regex", "a"), [END])  # the least used one has gone
     assert len(tried) == 5
+
+
+def test_the_reason_against_a_grammar_is_kept_within_bounds(grammars, monkeypatch):
+    tried, answers = [], {"busy": subprocess.TimeoutExpired("python", 1)}
+
+    def trial(source):
+        tried.append(source)
+        if answer := next((answer for name, answer in answers.items() if name in source), None):
+            raise answer
+        return "it is bad", 0
+
+    monkeypatch.setattr(grammar_compiler, "_try", trial)
+    monkeypatch.setattr(grammar_compiler, "MAX_REFUSED", 2)
+
+    def refused(name: str) -> None:
+        with pytest.raises(RequestError, match=r"^regex is not supported: it "):
+            grammars.matcher(Grammar("regex", name), [END])
+
+    for name in "abaab":
+        refused(name)
+    assert len(tried) == 2
+    assert grammars.knows(Grammar("regex", "a"))
+    refused("c")
+    refused("b")
+    assert len(tried) == 3
+    refused("a")  # the one that was asked for least lately has gone
+    assert len(tried) == 4
+    refused("busy")
+    refused("busy")  # a busy machine is no reason against a grammar
+    assert len(tried) == 6
 
 
 class Failing:

@@ -12,14 +12,18 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 
 import httpx
 import pytest
+from pydantic import ValidationError
 from support.engines import Gate, all_free, check_pages, eventually
 from support.models import save_checkpoint
 from support.servers import serving, toy
 
-from qwenkern.server import auth
+from qwenkern.sampling import grammar_compiler
+from qwenkern.server import auth, bodies, protocol
+from qwenkern.server.errors import ApiError
 from qwenkern.server.settings import Bounds, Settings
 
 BODY = {"messages": [{"role": "user", "content": "Hello!"}], "max_tokens": 4}
@@ -184,6 +188,192 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
         assert error_of(httpx.post(url + CHAT, content=parts, headers=headers), 413)["code"] == "body_too_large"
 
 
+def upload(url: str, size: int, sent: int) -> socket.socket:
+    """A client that has sent a part of a body."""
+    host, port = url.removeprefix("http://").split(":")
+    connection = socket.create_connection((host, int(port)), timeout=60)
+    connection.sendall(HEAD.format(size).encode() + b"{" + b" " * (sent - 1))
+    return connection
+
+
+def test_large_bodies_together_are_bounded(model):
+    settings = Settings(bounds=Bounds(bodies_bytes=400_000, drain_seconds=5))
+    large = {"content": json.dumps(BODY).ljust(450_000), "headers": {"content-type": "application/json"}}
+    with serving(model, settings) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with upload(url, 500_000, 200_000):
+            refused: list[httpx.Response] = []
+            eventually(lambda: refused.append(client.post(CHAT, **large)) or refused[-1].status_code == 429)
+            assert error_of(refused[-1], 429)["code"] == "queue_full"
+            assert refused[-1].headers["retry-after"]
+            assert client.post(CHAT, json=BODY).status_code == 200, "ordinary requests go on"
+        for _ in range(2):
+            eventually(lambda: client.post(CHAT, **large).status_code == 200, "what has ended still counts")
+
+
+def test_connections_are_bounded(model):
+    settings = Settings(bounds=Bounds(connections=3, drain_seconds=5))
+    with serving(model, settings) as url, contextlib.ExitStack() as stack:
+        eventually(lambda: is_answered(url))
+        idle = [stack.enter_context(upload(url, 100, 10)) for _ in range(3)]
+        eventually(lambda: not is_answered(url))
+        answers: list[httpx.Response] = []
+
+        def ask() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                answers.append(httpx.get(f"{url}/health", timeout=60))
+            return bool(answers)
+
+        eventually(ask)
+        assert "3 connections" in error_of(answers[0], 503)["message"]
+        assert answers[0].headers["retry-after"]
+        idle[0].close()
+        eventually(lambda: is_answered(url))
+
+
+def is_answered(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):  # closed before it has sent all
+        return httpx.get(f"{url}/health", timeout=60).status_code == 200
+    return False
+
+
+def test_the_rest_of_a_refused_body_is_not_waited_for(model, monkeypatch):
+    monkeypatch.setattr(protocol, "REST_SECONDS", 0.3)
+    with serving(model, Settings(bounds=Bounds(body_bytes=1000, drain_seconds=5))) as url:
+        with upload(url, 2000, 10) as connection:
+            answer = b""
+            while b"body_too_large" not in answer:
+                answer += connection.recv(4096)
+            begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < begun + 30:  # it goes on, a byte at a time
+                    connection.sendall(b" ")
+                    time.sleep(0.02)
+            assert time.monotonic() - begun < 20
+        with upload(url, 2000, 10) as connection:  # what comes in time leaves the connection open
+            answer = b""
+            while b"body_too_large" not in answer:
+                answer += connection.recv(4096)
+            connection.sendall(b" " * 1990)
+            time.sleep(0.6)
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+@contextlib.contextmanager
+def stuck(url: str, requests: list[tuple[str, dict]], most: int) -> Iterator[list[httpx.Response]]:
+    """Sends requests of which all but one are stuck, and that is refused. Gives the others' answers, for later."""
+    answers: list[httpx.Response] = []
+
+    def ask(path: str, body: dict) -> None:
+        answers.append(httpx.post(url + path, json=body, timeout=60))
+
+    threads = [threading.Thread(target=ask, args=each) for each in requests]
+    for thread in threads:
+        thread.start()
+    eventually(lambda: answers)
+    refuse(answers.pop(), most)
+    yield answers
+    for thread in threads:
+        thread.join()
+
+
+def refuse(answer: httpx.Response, most: int) -> None:
+    """It is the answer of a server where so many are stuck."""
+    assert answer.status_code == 429, answer.text
+    assert answer.headers["retry-after"]
+    assert f"expected at most {most}" in answer.json()["error"]["message"]
+
+
+TOKENS = "/v1/messages/count_tokens"
+ASIDE = [
+    ("/tokenize", {"prompt": "slow"}),
+    ("/detokenize", {"tokens": [1]}),
+    (TOKENS, {"model": "toy", "messages": [{"role": "user", "content": "slow"}]}),
+    ("/v1/completions", {"prompt": "slow", "echo": True, "max_tokens": 0}),
+]
+
+
+def test_those_who_want_tokens_only_keep_nobody_waiting(model, monkeypatch):
+    """As many as may wait are stuck; more are refused; answers of the model come all the same."""
+    gate, waiting = threading.Event(), []
+
+    def slow(work):
+        def waits(*arguments, **keywords):
+            if "slow" in str(arguments) or arguments == ([1],):
+                waiting.append(arguments)
+                assert gate.wait(60)
+            return work(*arguments, **keywords)
+
+        return waits
+
+    for name in ("encode_prompt", "encode_chat", "decode"):
+        monkeypatch.setattr(model.tokenizer, name, slow(getattr(model.tokenizer, name)))
+    with serving(model, Settings(bounds=Bounds(waiting=8, drain_seconds=5))) as url:
+        counts: list[int] = []
+        with stuck(url, [*ASIDE * 2, ASIDE[0]], 8) as answers:
+            for path, body in ASIDE:
+                refuse(httpx.post(url + path, json=body, timeout=60), 8)
+            assert httpx.post(url + CHAT, json=BODY, timeout=60).status_code == 200
+            counts.append(len(waiting))
+            gate.set()
+        assert counts == [2], "more threads than two are stuck"
+        assert [answer.status_code for answer in answers] == [200] * 8
+
+
+def test_tokens_that_do_not_come_in_time_are_a_503(model, monkeypatch):
+    gate = threading.Event()
+    encode = model.tokenizer.encode_prompt
+    monkeypatch.setattr(model.tokenizer, "encode_prompt", lambda text: (gate.wait(60), encode(text))[1])
+    with serving(model, Settings(bounds=Bounds(waiting_seconds=0.2, drain_seconds=5))) as url:
+        try:
+            answer = httpx.post(f"{url}/tokenize", json={"prompt": "a"}, timeout=30)
+        finally:
+            gate.set()
+        assert error_of(answer, 503)["code"] == "waited_too_long"
+        assert answer.headers["retry-after"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [(CHAT, BODY), ("/v1/completions", {"prompt": "slow"}), *ASIDE[:1], *ASIDE[2:]]
+)
+def test_a_text_that_cannot_fit_is_not_tokenised(model, plain, monkeypatch, path, body):
+    monkeypatch.setattr(model.tokenizer, "encode", None)  # which takes seconds for some megabytes
+    most = 32 * model.config.context_length
+    if "messages" in body:
+        body = body | {"messages": [{"role": "user", "content": "x" * most}]}
+    else:
+        body = body | {"prompt": "x" * (most + 1)}
+    answer = httpx.post(plain + path, json=body, timeout=60)
+    assert answer.status_code == 400
+    assert f"expected at most {most} characters" in answer.json()["error"]["message"]
+
+
+def test_new_grammars_keep_only_each_other_waiting(model, monkeypatch):
+    gate, tried = threading.Event(), []
+
+    def trial(source: str) -> tuple[str, int]:
+        tried.append(source)
+        assert gate.wait(60)
+        return "it is slow", 0
+
+    def regex(text: str) -> dict:
+        return BODY | {"guided_regex": text}
+
+    with serving(model, Settings(bounds=Bounds(grammars=6, drain_seconds=5))) as url:
+        assert httpx.post(url + CHAT, json=regex("yes"), timeout=60).status_code == 200
+        monkeypatch.setattr(grammar_compiler, "_try", trial)
+        bad = [(CHAT, regex(f"a{n}")) for n in range(7)]
+        with stuck(url, bad, 6) as answers:
+            refuse(httpx.post(url + CHAT, json=regex("b"), timeout=60), 6)
+            assert httpx.post(url + CHAT, json=BODY, timeout=60).status_code == 200
+            assert httpx.post(url + CHAT, json=regex("yes"), timeout=60).status_code == 200, "it is not new"
+            gate.set()
+        assert [answer.json()["error"]["param"] for answer in answers] == ["guided_regex"] * 6
+        assert len(tried) == 6
+        assert [httpx.post(url + path, json=body, timeout=60).status_code for path, body in bad] == [400] * 7
+        assert len(tried) == 7, "a grammar that was refused is tried again"
+
+
 def test_the_log_has_no_prompts_unless_asked(model, caplog):
     caplog.set_level(logging.INFO)
     secret = BODY | {"messages": [{"role": "user", "content": "sesame"}], "user": "a\nb"}
@@ -275,8 +465,8 @@ def test_a_server_without_a_key_answers_to_its_own_names_only():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("metadata", "{" + ", ".join(f'"{n}": 1' for n in [*range(200_000), 7]) + "}"),
-        ("messages", "[" + "0, " * 500_000 + "0]"),
+        ("metadata", "{" + ", ".join(f'"{n}": 1' for n in [*range(100_000), 7]) + "}"),
+        ("messages", "[" + "0, " * 200_000 + "0]"),
     ],
     ids=["a key twice", "many faults"],
 )
@@ -288,3 +478,57 @@ def test_many_faults_take_no_longer_than_one(field, value):
         )
         assert answer.status_code == 400
         assert answer.elapsed.total_seconds() < 10, time.thread_time() - begun
+
+
+@pytest.mark.parametrize("text", ["a,", "[{", '\\",', "\\\\,:"])
+def test_what_a_body_holds_is_counted_beside_its_texts(plain, text):
+    """Values in millions would take gigabytes, but a text may have as many commas as it likes."""
+
+    def ask(values: str) -> dict:
+        headers = {"content-type": "application/json"}
+        return error_of(httpx.post(plain + CHAT, content=values, headers=headers, timeout=60), 400)
+
+    texts, most = json.dumps([text * 200_000]), Bounds().values
+    assert ask(f'{{"temperature": {texts}}}')["param"] == "temperature"
+    assert ask(f'{{"temperature": {texts}, "n": [{"[], " * (most // 2 - 9)}[]]}}')["param"] == "temperature"
+    too_many = ask(f'{{"temperature": {texts}, "n": [{"[], " * (most // 2)}[]]}}')
+    assert f"values; expected at most {most}" in too_many["message"]
+
+
+WRONG = [[]] * 50
+SAID = {"role": "user", "content": WRONG}
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        (CHAT, {"messages": WRONG}),
+        (CHAT, {"messages": [SAID]}),
+        (CHAT, {"messages": [{"role": "assistant", "tool_calls": WRONG}]}),
+        *((CHAT, BODY | {name: WRONG}) for name in ("stop", "stop_token_ids", "tools", "guided_choice")),
+        (CHAT, BODY | {"structured_outputs": {"choice": WRONG}}),
+        ("/v1/completions", {"prompt": [[WRONG]]}),
+        *(("/v1/responses", {"input": "a", name: WRONG}) for name in ("include", "tools", "input")),
+        ("/v1/responses", {"input": [SAID]}),
+        ("/v1/responses", {"input": [{"type": "function_call_output", "call_id": "a", "output": WRONG}]}),
+        ("/v1/messages", {"model": "toy", "max_tokens": 1, "messages": [SAID]}),
+        *(
+            ("/v1/messages", {"model": "toy", "max_tokens": 1, "messages": [], name: WRONG})
+            for name in ("messages", "system", "tools", "stop_sequences")
+        ),
+        ("/tokenize", {"messages": [SAID]}),
+        ("/detokenize", {"tokens": WRONG}),
+    ],
+)
+def test_a_list_of_faults_is_read_up_to_the_first(plain, monkeypatch, path, body):
+    """pydantic takes a kilobyte and microseconds for each."""
+    counts, named = [], bodies._named
+
+    def count(error: ValidationError, fields: dict) -> ApiError:
+        counts.append(error.error_count())
+        return named(error, fields)
+
+    monkeypatch.setattr(bodies, "_named", count)
+    assert httpx.post(plain + path, json=body, timeout=60).status_code == 400
+    assert counts
+    assert max(counts) < 10

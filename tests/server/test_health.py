@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
+import weakref
 
 import httpx
 import pytest
 from support.engines import check_pages, eventually
 from support.servers import serving, toy
 
-from qwenkern import EngineError
+from qwenkern import EngineError, Model
 from qwenkern.server import health
 from qwenkern.server.errors import ApiError
 from qwenkern.server.models import Models
@@ -54,6 +55,79 @@ def test_an_engine_that_has_stopped(model):
         answer = get(url)
         assert (answer.status_code, answer.json()["status"]) == (503, "failed")
         assert "secret" not in answer.text
+
+
+class Reloads:
+    """Makes a toy each time that it is loaded; the next ones wait for the gate, and fail if they are to."""
+
+    def __init__(self) -> None:
+        self.made: list[weakref.ref] = []
+        self.gate, self.fails = threading.Event(), False
+        self.models = Models({"toy": self.load})
+
+    def load(self) -> Model:
+        assert not self.made or self.gate.wait(60)
+        if self.fails:
+            raise RuntimeError("/secret/path")
+        self.made.append(weakref.ref(model := toy()))
+        return model
+
+    def break_engine(self) -> None:
+        def fail(*arguments, **keywords):
+            raise RuntimeError("CUDA error: /secret/path")
+
+        self.made[0]()._loop.engine.runner.logits = fail
+
+
+ASK = {"prompt": "a", "max_tokens": 400, "ignore_eos": True}
+
+
+def test_a_model_whose_engine_has_stopped_is_loaded_again(caplog):
+    reloads = Reloads()
+    with serving(reloads.models) as url, httpx.Client(base_url=url, timeout=60) as client:
+        with client.stream("POST", "/v1/completions", json=ASK | {"stream": True}) as response:
+            lines = response.iter_lines()
+            next(lines)
+            reloads.break_engine()
+            rest = "".join(lines)
+        assert "engine_error" in rest
+        assert rest.endswith("data: [DONE]")
+        eventually(lambda: "loaded again" in (get(url).json()["reason"] or ""))
+        assert get(url).status_code == 503
+        answers: list[httpx.Response] = []
+        waiting = threading.Thread(target=lambda: answers.append(client.post("/v1/completions", json=ASK)))
+        waiting.start()
+        reloads.gate.set()
+        waiting.join()
+        assert answers[0].json()["usage"]["completion_tokens"] == 400, "a request that comes meanwhile waits"
+        assert get(url).json() == {"status": "ok", "reason": None}
+        assert len(reloads.made) == 2
+        assert reloads.made[0]() is None, "somebody keeps the model that has stopped"
+    assert "secret" not in rest
+    assert "the engine of toy has stopped" in caplog.text
+    assert "CUDA error: /secret/path" in caplog.text
+
+
+def test_a_fault_that_nobody_waits_for_is_mended_too():
+    reloads = Reloads()
+    reloads.gate.set()
+    with serving(reloads.models) as url:
+        reloads.made[0]()._loop.engine.stop(EngineError("the engine has stopped"))
+        assert get(url).status_code == 503
+        eventually(lambda: get(url).status_code == 200)
+        assert len(reloads.made) == 2
+
+
+def test_a_server_whose_model_cannot_be_loaded_again_ends():
+    reloads = Reloads()
+    reloads.gate.set()
+    with serving(reloads.models) as url:
+        reloads.fails = True
+        reloads.break_engine()
+        failed = httpx.post(f"{url}/v1/completions", json=ASK, timeout=60)
+        assert (failed.status_code, failed.json()["error"]["code"]) == (503, "engine_error")
+        with pytest.raises(httpx.TransportError):
+            eventually(lambda: get(url).status_code == 200)
 
 
 def test_a_closed_model(model):

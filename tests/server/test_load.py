@@ -44,7 +44,7 @@ async def streamed(client: httpx.AsyncClient, prompt: str, leave_after: int | No
         async for line in response.aiter_lines():
             if line == "data: [DONE]":
                 return "".join(parts)
-            if line:
+            if line.startswith("data: "):  # not a comment
                 chunk = json.loads(line.removeprefix("data: "))
                 assert "error" not in chunk, chunk
                 parts += [choice["text"] for choice in chunk["choices"]]

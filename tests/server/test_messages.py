@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 
 import anthropic
 import httpx
@@ -11,6 +12,7 @@ import pytest
 from anthropic import Anthropic, AsyncAnthropic
 from pydantic import TypeAdapter
 from support.engines import check_pages
+from support.parrot import parrot
 from support.scripted import model_with_tools, saying
 from support.servers import serving
 
@@ -85,10 +87,37 @@ def test_events_come_in_their_order(url, model):
         assert data["type"] == event["event"]
         if data["type"] != "ping":
             known.validate_python(data)
-    texts = kinds.count("content_block_delta") - 2
-    assert texts > 3
-    block = ["content_block_start", "content_block_delta", "content_block_stop"]
-    assert kinds[2:-2] == [block[0], *[block[1]] * texts, block[2], *block, *block]
+    short = "".join({"start": "<", "delta": ".", "stop": ">"}[kind.rsplit("_")[-1]] for kind in kinds[2:-2])
+    assert re.fullmatch(r"<\.{3,}><\.{3,}><\.+>", short)  # a text, and calls in pieces
+    starts = [json.loads(event["data"]) for event in events if event["event"] == "content_block_start"]
+    assert [each["content_block"].get("name") for each in starts] == [None, "tide", "clock"]
+
+
+def test_a_stream_begins_with_the_tokens_of_its_prompt(client, model):
+    prompt = {"messages": [{"role": "user", "content": "A prompt of several pages. " * 10}]}
+    first, again = (list(client.messages.create(**fields(**prompt, max_tokens=2, stream=True))) for _ in range(2))
+    counted = client.messages.count_tokens(model="toy", **prompt).input_tokens
+    for cached, events in ((False, first), (True, again)):
+        begin, end = events[0].message.usage, events[-2].usage
+        assert begin.input_tokens + begin.cache_read_input_tokens == counted
+        assert bool(begin.cache_read_input_tokens) == cached
+        assert (end.input_tokens, end.cache_read_input_tokens) == (begin.input_tokens, begin.cache_read_input_tokens)
+
+
+@pytest.mark.parametrize("content", ["The tide is", [{"type": "text", "text": "The tide is"}], ""])
+def test_the_last_message_is_continued(client, model, content):
+    """The answer is the new text alone."""
+    messages = [*QUESTION, {"role": "assistant", "content": content}]
+    with saying(model, " high.", " high.") as read:
+        message = client.messages.create(**fields(messages=messages))
+        with client.messages.stream(**fields(messages=messages)) as stream:
+            streamed = stream.get_final_message()
+    assert message.content[0].text == streamed.content[0].text == " high."
+    begun = "<|im_start|>assistant|The tide is" if content else "<|im_start|>assistant|"
+    assert read == [f"<|im_start|>user|When is high tide in Emden?<|im_end|>{begun}"] * 2
+    counted = client.messages.count_tokens(model="toy", messages=messages).input_tokens
+    assert counted == streamed.usage.input_tokens + streamed.usage.cache_read_input_tokens
+    assert counted == len(model.tokenizer.encode(read[0]))
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -125,6 +154,27 @@ def test_calls_are_blocks(client, model):
         assert (each.content[0].text, each.stop_reason) == ("Let me look.", "tool_use")
         assert calls_of(each) == CALLS
         assert all(block.id.startswith("toolu_") for block in each.content[1:])
+
+
+BROKEN = '{"name": "tide", "arguments": {"place": "Emden", high}}'
+
+
+@pytest.mark.parametrize(
+    ("said", "more", "reason"),
+    [(f"<tool_call>{BROKEN}</tool_call>", {}, "end_turn"), (BOTH, {"max_tokens": 80}, "max_tokens")],
+)
+def test_a_call_that_breaks_off_becomes_text(client, model, said, more, reason):
+    """A stream has begun it, as the client's accumulator accepts it; its text follows, as an answer at once has it."""
+    with saying(model, said, said):
+        expected = client.messages.create(**fields(tools=TOOLS, **more))
+        with client.messages.stream(**fields(tools=TOOLS, **more)) as stream:
+            message = stream.get_final_message()
+    assert calls_of(expected) == []
+    ((name, arguments),) = calls_of(message)
+    assert (name, set(arguments)) == ("tide", {"place"})
+    texts = ["".join(block.text for block in each.content if block.type == "text") for each in (expected, message)]
+    assert texts[0] == texts[1] == said[: more.get("max_tokens")]
+    assert expected.stop_reason == message.stop_reason == reason
 
 
 def test_several_turns(url, model):
@@ -199,6 +249,26 @@ def test_an_answer_of_a_schema(client):
     assert json.loads(message.content[0].text) in [{"high": True}, {"high": False}]
 
 
+@pytest.mark.parametrize("text", ['{"high": true}', BOTH.partition("\n")[2], "Hi"])
+def test_calls_or_an_answer_of_a_schema(text):
+    """Whatever the model would say."""
+    schema = {"type": "object", "properties": {"high": {"type": "boolean"}}, "required": ["high"]}
+    form = {"format": {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}}
+    with parrot() as model, serving(model) as url, Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        more = fields(messages=[{"role": "user", "content": f"[[{text}]]"}], tools=TOOLS, output_config=form)
+        message = client.messages.create(**more)
+        with client.messages.stream(**more) as stream:
+            assert stream.get_final_message().content[0].type == message.content[0].type
+        forced = client.messages.create(**{**more, "tool_choice": {"type": "tool", "name": "clock"}})
+    if text.startswith("<"):
+        assert (calls_of(message), message.stop_reason) == (CALLS, "tool_use")
+        assert [block.type for block in message.content] == ["tool_use"] * 2
+    else:
+        assert json.loads(message.content[0].text)["high"] in (True, False)
+        assert text == "Hi" or message.content[0].text == text
+    assert calls_of(forced)[0] == ("clock", {})
+
+
 def test_tokens_are_counted_as_the_answer_counts_them(client, model):
     prompt = {"model": "toy", "messages": QUESTION, "system": "Be brief.", "tools": TOOLS}
     counted = client.messages.count_tokens(**prompt).input_tokens
@@ -209,6 +279,7 @@ def test_tokens_are_counted_as_the_answer_counts_them(client, model):
 
 # Errors
 
+CALLED = {"type": "tool_use", "id": "a", "name": "clock", "input": {}}
 RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a", "content": "x"}]}
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
 
@@ -217,7 +288,8 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
     ("more", "message"),
     [
         ({"messages": []}, "messages"),
-        ({"messages": [*QUESTION, {"role": "assistant", "content": "It"}]}, "does not continue"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": "It "}]}, "ends with a blank"),
+        ({"messages": [*QUESTION, {"role": "assistant", "content": [CALLED]}]}, "ends with a tool_use"),
         ({"messages": [RESULT]}, "tool_use_id of a result is 'a'"),
         ({"messages": [{"role": "user", "content": []}]}, "messages.0.content is an empty list"),
         ({"messages": [{"role": "user", "content": [IMAGE]}]}, "messages.0.content.0.type is 'image'; expected 'text'"),
@@ -236,7 +308,10 @@ IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
         ({"tools": TOOLS, "tool_choice": {"type": "tool", "name": "x"}}, "'x', which is not among tools"),
         ({"tools": TOOLS, "tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "any"}}, "there are no tools"),
-        ({"tools": TOOLS, "output_config": {"format": {"type": "json_schema", "schema": {}}}}, "beside tools"),
+        (
+            {"tools": TOOLS, "output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}},
+            "output_config.format.schema is not supported",
+        ),
         ({"output_config": {"format": {"type": "json_schema", "schema": {"not": {}}}}}, "output_config.format.schema"),
         ({"output_config": {"effort": "low"}}, "output_config.effort"),
     ],

@@ -7,6 +7,7 @@ import json
 import re
 
 import openai
+import pydantic
 import pytest
 from support.engines import check_pages
 from support.parrot import parrot
@@ -151,6 +152,60 @@ def test_parses_structured_output(client):
         model="parrot", messages=said('{"a": [1, 2]}'), response_format={"type": "json_object"}
     )
     assert json.loads(any_object.choices[0].message.content) == {"a": [1, 2]}
+
+
+@pytest.mark.parametrize("generation", [{}, {"add_generation_prompt": False}])
+def test_the_last_message_is_continued(client, generation):
+    """With vLLM's fields. The answer is the new text alone."""
+    create, begun = client.chat.completions.create, [*said("Hello, tide!"), {"role": "assistant", "content": "Hello"}]
+    extra = {"continue_final_message": True, **generation}
+    found = create(model="parrot", messages=begun, extra_body=extra)
+    assert (found.choices[0].message.content, found.choices[0].finish_reason) == (", tide!", "stop")
+    chunks = list(create(model="parrot", messages=begun, extra_body=extra, stream=True))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == ", tide!"
+    anew = create(model="parrot", messages=begun, extra_body={"continue_final_message": False})
+    assert anew.choices[0].message.content == "Hello, tide!"
+
+
+ASSISTANT = {"role": "assistant", "content": "Hello"}
+CALLED = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+
+
+@pytest.mark.parametrize(
+    ("last", "extra", "param"),
+    [
+        (ASSISTANT, {"continue_final_message": True, "add_generation_prompt": True}, "add_generation_prompt"),
+        (ASSISTANT, {"continue_final_message": False, "add_generation_prompt": False}, "add_generation_prompt"),
+        (ASSISTANT, {"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"role": "user", "content": "Hello"}, {"continue_final_message": True}, "continue_final_message"),
+        ({**ASSISTANT, "tool_calls": [CALLED]}, {"continue_final_message": True}, "continue_final_message"),
+        ({"role": "assistant"}, {"continue_final_message": True}, "continue_final_message"),
+    ],
+)
+def test_what_cannot_be_continued(client, last, extra, param):
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="parrot", messages=[*said("a"), last], extra_body=extra)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("text", [OSLO.model_dump_json(), CALL, f"{CALL}\n{CALL}", "Hi", f"Look:\n{CALL}"])
+def test_calls_or_an_answer_of_a_schema(client, text):
+    """Whatever the model would say. The client parses the answer."""
+    tool = openai.pydantic_function_tool(pydantic.create_model("weather", city=str))
+    fields = {"model": "parrot", "messages": said(text), "tools": [tool], "response_format": City, "max_tokens": 500}
+    fields |= {"logit_bias": {str(ord('"') - 33): 20}} if text == "Hi" else {}  # else a string would have no end
+    found = client.chat.completions.parse(**fields).choices[0]
+    with client.chat.completions.stream(**fields) as stream:
+        streamed = stream.get_final_completion().choices[0]
+    for choice in (found, streamed):
+        if text.startswith("<"):
+            calls = choice.message.tool_calls
+            assert [call.function.parsed_arguments.city for call in calls] == ["Oslo"] * text.count("Oslo")
+            assert (choice.finish_reason, choice.message.content or None) == ("tool_calls", None)
+        else:
+            assert isinstance(choice.message.parsed, City)
+            assert text[0] != "{" or choice.message.parsed == OSLO
+            assert (choice.finish_reason, choice.message.tool_calls or None) == ("stop", None)
 
 
 def test_guided(client):

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 
 import httpx
 import pytest
-from openai import AsyncOpenAI, NotFoundError
+from openai import AsyncOpenAI, NotFoundError, OpenAI
 from openai.types.responses import Response, ResponseStreamEvent
 from pydantic import BaseModel, TypeAdapter
+from pydantic_core import from_json
 from support.engines import check_pages
+from support.parrot import parrot
 from support.scripted import model_with_tools, saying
+from support.servers import serving
 
 QUESTION = "When is high tide in Emden?"
 PLACE = {"type": "object", "properties": {"place": {"enum": ["Emden", "Kiel"]}}, "required": ["place"]}
@@ -78,10 +82,14 @@ def test_events_come_in_their_order(url, model):
     kinds = [each["type"].removeprefix("response.") for each in data]
     deltas = kinds.count("output_text.delta")
     assert deltas > 3
-    call = ["output_item.added", "function_call_arguments.delta", "function_call_arguments.done", "output_item.done"]
+    calls = [
+        ["output_item.added", *["function_call_arguments.delta"] * count, "function_call_arguments.done"]
+        for count in Counter(each["output_index"] for each in data if "arguments.delta" in each["type"]).values()
+    ]
+    assert len(calls[0]) > 4
     ends = ["output_text.done", "content_part.done", "output_item.done"]
     text = ["output_item.added", "content_part.added", *["output_text.delta"] * deltas, *ends]
-    assert kinds == ["created", "in_progress", *text, *call, *call, "completed"]
+    assert kinds == ["created", "in_progress", *text, *calls[0], ends[-1], *calls[1], ends[-1], "completed"]
     assert [each["output_index"] for each in data if each["type"].endswith("item.done")] == [0, 1, 2]
     assert data[-1]["response"]["output"] == [each["item"] for each in data if each["type"].endswith("item.done")]
 
@@ -135,6 +143,35 @@ def test_what_is_not_a_call_is_text(client, model, said):
     assert (answer.output_text, [item.type for item in answer.output]) == (said, ["message"])
 
 
+def test_arguments_come_in_pieces(client, model):
+    """The client's accumulator adds them up."""
+    with saying(model, BOTH), client.responses.stream(model="toy", input=QUESTION, tools=TOOLS) as stream:
+        events = [event for event in stream if "function_call_arguments" in event.type]
+    first = [event for event in events if event.output_index == 1]
+    assert len(first) > 4
+    assert [first[-2].snapshot, first[-1].arguments] == [CALLS[0][1]] * 2
+
+
+BROKEN = '{"name": "tide", "arguments": {"place": "Emden", high}}'
+
+
+@pytest.mark.parametrize(
+    ("said", "more", "status"),
+    [(f"<tool_call>{BROKEN}</tool_call>", {}, "completed"), (BOTH, {"max_output_tokens": 80}, "incomplete")],
+)
+def test_a_call_that_breaks_off_becomes_text(client, model, said, more, status):
+    """A stream has begun it; its text follows, as an answer at once has it."""
+    with saying(model, said, said):
+        expected = answered(client, False, input=QUESTION, tools=TOOLS, **more)
+        found = answered(client, True, input=QUESTION, tools=TOOLS, **more)
+    assert expected.output_text == found.output_text == said[: more.get("max_output_tokens")]
+    assert calls_of(expected) == []
+    broken = next(item for item in found.output if item.type == "function_call")
+    assert (broken.status, broken.name) == ("incomplete", "tide")
+    assert from_json(broken.arguments, allow_partial="trailing-strings")["place"] in ("Em", "Emden")
+    assert (expected.status, found.status, found.output[-1].status) == (status, status, status)
+
+
 def test_several_turns(url, model):
     """The output goes back as input. Results follow in the order of the calls."""
 
@@ -164,6 +201,25 @@ def test_forced_calls_are_right(client, choice, stream):
     assert json.loads(arguments) in expected[name]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", ['{"high": true}', BOTH.partition("\n")[2], "Hi"])
+def test_calls_or_an_answer_of_a_schema(text, stream):
+    """Whatever the model would say."""
+
+    class Tide(BaseModel):
+        high: bool
+
+    schema = {**Tide.model_json_schema(), "additionalProperties": False}
+    form = {"format": {"type": "json_schema", "name": "Tide", "schema": schema}}
+    with parrot() as model, serving(model) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = answered(client, stream, input=f"[[{text}]]", tools=TOOLS, text=form)
+    if text.startswith("<"):
+        assert (calls_of(answer), answer.output_text) == (CALLS, "")
+    else:
+        assert calls_of(answer) == []
+        assert isinstance(Tide.model_validate_json(answer.output_text), Tide)
+
+
 # Errors
 
 RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
@@ -178,6 +234,8 @@ RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"background": True}, "background"),
         ({"truncation": "auto"}, "truncation"),
+        ({"stream": False, "stream_options": {"include_obfuscation": False}}, "stream_options"),
+        ({"text": {"format": {"type": "text", "description": "x"}}}, "text.format"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
         ({"colour": 1}, "colour"),
         ({"input": []}, "input"),
@@ -190,7 +248,10 @@ RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
         ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
-        ({"tools": TOOLS, "text": {"format": {"type": "json_object"}}}, "text.format"),
+        (
+            {"tools": TOOLS, "text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
+            "text.format.schema",
+        ),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "text.format.schema"),
     ],

@@ -56,6 +56,14 @@ def test_a_chat(client, model):
         assert post(client, "/detokenize", tokens=found["tokens"]) == {"prompt": text}
 
 
+def test_a_chat_whose_last_message_goes_on(client):
+    messages = [*CHAT, {"role": "assistant", "content": "Well"}]
+    for more in ({}, {"add_generation_prompt": False}):
+        found = post(client, "/tokenize", messages=messages, continue_final_message=True, **more)
+        text = f"<|im_start|>user\n{TEXT}<|im_end|>\n<|im_start|>assistant\nWell"
+        assert post(client, "/detokenize", tokens=found["tokens"]) == {"prompt": text}
+
+
 def test_the_description(client, model):
     info = client.get("/tokenizer_info").json()
     assert info["chat_template"] == CHAT_TEMPLATE
@@ -63,6 +71,19 @@ def test_the_description(client, model):
     assert info["added_tokens_decoder"]["256"] == {"content": "<|im_end|>", "special": True}
     assert info["model_max_length"] == model.config.context_length
     assert client.get("/tokenizer_info?model=none").status_code == 404
+    wrong = client.get("/tokenizer_info?modle=toy")
+    assert wrong.status_code == 400
+    assert "'modle'" in wrong.json()["error"]["message"]
+
+
+def test_a_get_loads_no_model(model):
+    with toy() as other, serving({"toy": model, "other": other}) as url, httpx.Client(base_url=url) as client:
+        refused = client.get("/tokenizer_info?model=other")
+        assert refused.status_code == 409
+        assert refused.json()["error"]["code"] == "not_loaded"
+        assert [each["state"] for each in client.get("/v1/models").json()["data"]] == ["loaded", "unloaded"]
+        post(client, "/tokenize", model="other", prompt="a")
+        assert client.get("/tokenizer_info?model=other").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -71,10 +92,18 @@ def test_the_description(client, model):
         ("/tokenize", {}, "prompt"),
         ("/tokenize", {"prompt": "a", "messages": CHAT}, "prompt"),
         ("/tokenize", {"prompt": "a", "tools": []}, "tools"),
+        ("/tokenize", {"prompt": "a", "add_generation_prompt": False}, "add_generation_prompt"),
+        ("/tokenize", {"messages": [CHAT[0] | {"tool_call_id": "a"}]}, "messages.0.tool_call_id"),
         ("/tokenize", {"prompt": "a", "model": "other"}, "model"),
         ("/tokenize", {"prompt": "a", "chat_template": "{{ 1 }}"}, "chat_template"),
         ("/tokenize", {"prompt": "a", "colour": 1}, "colour"),
         ("/tokenize", {"prompt": 1}, "prompt"),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, "continue_final_message"),
+        (
+            "/tokenize",
+            {"messages": CHAT, "continue_final_message": True, "add_generation_prompt": True},
+            "add_generation_prompt",
+        ),
         ("/tokenize", {"messages": [{"role": "user"}]}, None),
         ("/tokenize", {"messages": [{"role": "nobody", "content": "a"}]}, None),
         ("/detokenize", {}, "tokens"),

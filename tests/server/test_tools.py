@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI, BadRequestError
 from pydantic import BaseModel
+from pydantic_core import from_json
 from support.engines import check_pages
 from support.scripted import model_with_tools, saying
 
@@ -88,6 +89,53 @@ def test_streamed_calls_add_up(client, model):
     assert (choice.finish_reason, choice.message.content) == ("tool_calls", "Let me look.")
     assert calls_of(choice.message) == [("tide", '{"place": "Emden"}'), ("clock", "{}")]
     assert [call.index for call in choice.message.tool_calls] == [0, 1]
+
+
+def test_arguments_come_in_pieces(client, model):
+    """First the id, the type and the name, and then what adds up to the arguments of an answer at once."""
+    spelled = BOTH.replace('{"place": "Emden"}', r'{"place":  "E\u006dden", "at": [1.50, {"a": "x\"y"}]}')
+    with saying(model, spelled, spelled):
+        answer = client.chat.completions.create(model="toy", messages=QUESTION, tools=TOOLS)
+        chunks = list(client.chat.completions.create(model="toy", messages=QUESTION, tools=TOOLS, stream=True))
+    deltas = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert [delta.index for delta in deltas] == sorted(delta.index for delta in deltas)
+    for index, call in enumerate(answer.choices[0].message.tool_calls):
+        first, *rest = [delta for delta in deltas if delta.index == index]
+        assert (first.type, first.function.name, first.function.arguments) == ("function", call.function.name, "")
+        assert first.id.startswith("call_")
+        assert {(each.id, each.type, each.function.name) for each in rest} == {(None, None, None)}
+        assert "".join(each.function.arguments for each in rest) == call.function.arguments
+        assert all(each.function.arguments for each in rest)
+        assert index or len(rest) > 3
+    assert calls_of(answer.choices[0].message)[0][1] in spelled
+
+
+@pytest.mark.parametrize(
+    ("text", "max_tokens", "reason"),
+    [
+        (block("tide", {"place": "Emden"}).replace("}}", ", high}}"), None, "stop"),
+        (block("tide", {"place": "Emden"}).replace("}}", "}, high}"), None, "stop"),
+        (BOTH.replace("{}", "{]}"), None, "tool_calls"),
+        (block("tide", {"place": "Emden"}), 60, "length"),
+    ],
+)  # fmt: skip
+def test_a_call_that_breaks_off_becomes_text(client, model, text, max_tokens, reason):
+    """A stream has begun it; its text follows, so the content is that of an answer at once."""
+    fields = {"model": "toy", "messages": QUESTION, "tools": TOOLS, "max_tokens": max_tokens}
+    with saying(model, text, text):
+        answer = client.chat.completions.create(**fields).choices[0]
+        with client.chat.completions.stream(**fields) as stream:
+            list(stream)
+            streamed = stream.current_completion_snapshot.choices[0]
+    *whole, broken = streamed.message.tool_calls
+    assert calls_of(answer.message) if whole else answer.message.tool_calls is None
+    assert [call.function.arguments for call in whole] == [found for _, found in whole and calls_of(answer.message)]
+    from_json(broken.function.arguments, allow_partial=True)  # the beginning of JSON, but not all of it
+    with pytest.raises(ValueError, match="EOF"):
+        from_json(broken.function.arguments)
+    assert streamed.message.content == answer.message.content
+    assert "<tool_call>" in answer.message.content
+    assert streamed.finish_reason == answer.finish_reason == reason
 
 
 def test_streamed_text_never_holds_a_tag(client, model):
@@ -178,6 +226,13 @@ def test_strict_functions_of_the_client_are_parsed(client):
     assert isinstance(parsed, Tide)
 
 
+def test_a_forced_call_beside_a_form_is_a_call(client):
+    form = {"type": "json_object"}
+    fields = {"tools": [CLOCK], "tool_choice": "required", "parallel_tool_calls": False, "response_format": form}
+    answer = client.chat.completions.create(model="toy", messages=QUESTION, **fields)
+    assert calls_of(answer.choices[0].message) == [("clock", "{}")]
+
+
 @pytest.mark.parametrize("strict", [None, True])
 @pytest.mark.parametrize("parallel", [None, False])
 def test_when_free_text_has_a_grammar(url, model, strict, parallel):
@@ -200,6 +255,11 @@ def test_no_functions_are_shown_with_the_choice_none(client, model):
         answer = client.chat.completions.create(model="toy", messages=QUESTION, tools=TOOLS, tool_choice="none")
     assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == (text, "stop")
     assert "Of today." not in read[0]
+
+
+def functions(**schemas: dict) -> list[dict]:
+    """Tools by name, each with the schema of its arguments."""
+    return [{"type": "function", "function": {"name": name, "parameters": each}} for name, each in schemas.items()]
 
 
 RESULT = {"role": "tool", "tool_call_id": "a", "content": "x"}
@@ -235,7 +295,23 @@ CALLED = {
             {"tools": [{"type": "function", "function": {"name": "f", "parameters": {"not": {}}}}]}
             | {"tool_choice": "required"},
             "tools",
-            "not",
+            'tools: the function f is not supported: failed to compile JSON schema: Unimplemented keys: ["not"]',
+        ),
+        (
+            {"tools": [*TOOLS, *functions(f={"minProperties": 2}, g={"minProperties": 3})], "tool_choice": "required"},
+            "tools",
+            "tools[2]: parameters is not supported: minProperties 2 with 0 required properties",
+        ),
+        (
+            {"tools": functions(f={"minProperties": 2}, g={"minProperties": 3})}
+            | {"tool_choice": {"type": "function", "function": {"name": "g"}}},
+            "tools",
+            "tools[1]: parameters is not supported: minProperties 3",
+        ),
+        (
+            {"tools": functions(f={}, g={"const": "x" * 2**16}, h={}), "tool_choice": "required"},
+            "tools",
+            "expected 65536 at most: the largest is tools[1], g",
         ),
     ],
 )  # fmt: skip

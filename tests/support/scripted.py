@@ -21,7 +21,8 @@ TEMPLATE = """{%- for tool in tools or [] %}[{{ tool | tojson }}]{% endfor %}
 {%- for message in messages %}<|im_start|>{{ message.role }}|{{ message.content or "" }}
 {%- for call in message.tool_calls or [] -%}
 ({{ call.function.name }} {{ call.function.arguments | tojson }}){% endfor -%}
-<|im_end|>{% endfor %}<|im_start|>assistant|"""
+<|im_end|>{% endfor %}
+{%- if add_generation_prompt %}<|im_start|>assistant|{% endif %}"""
 
 
 def model_with_tools() -> Model:
@@ -37,9 +38,9 @@ def saying(model: Model, *texts: str) -> Iterator[list[str]]:
     """The model's answers are these texts, one call after the other. Gives the prompts that it reads."""
     made, left, read = model._requests, list(texts), list[str]()
 
-    def requests(prompts: Any, params: Any, tools: Any = None) -> Any:
+    def requests(prompts: Any, params: Any, *more: Any) -> Any:
         forced = replace(params, grammar=f"start: {json.dumps(left.pop(0))}", json_schema=None)
-        found = made(prompts, forced, tools)
+        found = made(prompts, forced, *more)
         read.extend(model.tokenizer.decode(request.prompt_ids, skip_special=False) for request in found)
         return found
 

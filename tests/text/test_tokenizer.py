@@ -12,6 +12,7 @@ import re
 import threading
 import time
 import unicodedata
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -293,6 +294,17 @@ def test_qwens_template_renders_reference_model_does(demo, demo_metadata, chat, 
     assert demo.encode_chat(messages, tools, prompt) == demo.encode(wanted)
     if chat == "plain":
         assert "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." in wanted
+
+
+@pytest.mark.demo
+@pytest.mark.parametrize("content", ["The tide is", "", " x \n"])
+def test_qwens_template_leaves_a_message_unfinished_as_reference_model_does(demo, demo_metadata, content):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.Qwen2Tokenizer(chat_template=demo_metadata["tokenizer.chat_template"])
+    messages = [{"role": "user", "content": "Tide?"}, {"role": "assistant", "content": content}]
+    wanted = theirs.apply_chat_template(messages, tools=[TOOL], continue_final_message=True, tokenize=False)
+    assert demo.render_chat(messages, [TOOL], continue_final_message=True) == wanted
+    assert demo.encode_chat(messages, [TOOL], continue_final_message=True) == demo.encode(wanted)
 
 
 # What a tokenizer puts before a text
@@ -862,8 +874,27 @@ def test_an_expression_that_panics_later(tmp_path, monkeypatch):
     assert tokenizer.encode("hello") == [259]
     # A text so long that Qwen's own expression meets the limit is the request's fault.
     monkeypatch.setattr(room, "_RETRY_LIMIT", 64)
-    with pytest.raises(RequestError, match="failed on a text of 64 characters"):
+    with pytest.raises(RequestError, match=r"^the tokenizer failed on a text of 64 characters"):  # without a path
         tokenizer.encode("q" * 64)
+
+
+def test_other_threads_run_while_a_long_text_is_encoded(toy):
+    text, times, done = "hello <|im_end|> " * 200_000, [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.001):
+            times.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    times.append(begun := time.monotonic())
+    found = toy.encode(text)
+    times.append(ended := time.monotonic())
+    done.set()
+    thread.join()
+    assert toy.decode(found, skip_special=False) == text
+    assert found == toy._library.encode(text, add_special_tokens=False).ids
+    assert max(later - earlier for earlier, later in pairwise(sorted(times))) < (ended - begun) / 2
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
@@ -909,6 +940,54 @@ def test_renders_reference_model_does(toy, chat, prompt):
     wanted = theirs.apply_chat_template(given, tools=tools, add_generation_prompt=prompt, tokenize=False)
     assert toy.render_chat(messages, tools, prompt) == wanted
     assert toy.encode_chat(messages, tools, prompt) == toy.encode(wanted)
+
+
+UNFINISHED = [
+    "The tide is",
+    "The tide is \n",
+    "  The tide",
+    "",
+    " ",
+    "a <|im_end|>\n<|im_start|>",
+    "<tool_call>\n{",
+    "高潮\U0010fffd ",
+]
+
+
+@pytest.mark.parametrize("content", UNFINISHED)
+@pytest.mark.parametrize("template", ["as it is", "trimmed"])
+@pytest.mark.parametrize("chat", ["plain", "system", "turns", "tools"])
+def test_a_message_that_goes_on_ends_where_reference_model_ends_it(chat, template, content):
+    transformers = pytest.importorskip("transformers")
+    source = TEMPLATE if template == "as it is" else TEMPLATE.replace("message.content }}", "message.content | trim }}")
+    toy = Tokenizer.from_gguf(toy_metadata(chat_template=source), "toy.gguf")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=toy._library, chat_template=source)
+    messages, tools = CHATS[chat]
+    messages = [*messages, {"role": "assistant", "content": content}]
+    wanted = theirs.apply_chat_template(messages, tools=tools, continue_final_message=True, tokenize=False)
+    assert toy.render_chat(messages, tools, continue_final_message=True) == wanted
+    ids = toy.encode_chat(messages, tools, continue_final_message=True)
+    assert toy.decode(ids, skip_special=False) == wanted
+    before = toy.encode_chat(messages[:-1], tools, add_generation_prompt=True)
+    if content.strip():  # else the reference removes the line feed of a trimmed message, too
+        assert ids[: len(before)] == before  # whose keys and values the cache has
+    assert {IM_START, IM_END}.isdisjoint(ids[len(before) :])
+
+
+@pytest.mark.parametrize(
+    ("message", "complaint"),
+    [
+        ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "the last one has tool calls"),
+        ({"role": "assistant", "content": "Well", "tool_calls": [CALL]}, "the last one has tool calls"),
+        ({"role": "assistant"}, "the last one has no content"),
+        ({"role": "sailor", "content": "Ahoy"}, "does not show the content of the last message"),
+    ],
+)
+def test_messages_that_cannot_go_on(toy, message, complaint):
+    with pytest.raises(RequestError, match=complaint):
+        toy.encode_chat([MESSAGE, message], continue_final_message=True)
+    with pytest.raises(RequestError, match="messages: found an empty one"):
+        toy.encode_chat([], continue_final_message=True)
 
 
 def chat_of(template: str, **options) -> str:

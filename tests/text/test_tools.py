@@ -9,25 +9,51 @@ import llguidance
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pydantic_core import from_json
 
 from qwenkern.errors import RequestError
+from qwenkern.text.json_object import JsonObject
 from qwenkern.text.tokenizer import Tokenizer
-from qwenkern.text.tools import Call, ToolCalls, call_grammar
+from qwenkern.text.tools import Arguments, Begun, Broken, Call, ToolCalls, call_grammar
 
 CALL = '<tool_call>\n{"name": "tide", "arguments": {"place": "Emden", "hours": 3}}\n</tool_call>'
 TIDE = Call("tide", '{"place": "Emden", "hours": 3}')
 
 
-def parsed(pieces: list[str]) -> list[str | Call]:
-    """What a parser finds in a text that comes in these pieces, with adjacent texts joined."""
-    calls = ToolCalls()
+def parsed(pieces: list[str], names: tuple[str, ...] = ("tide", "f", "g")) -> list[str | Call]:
+    """What a parser finds in a text that comes in these pieces, with adjacent texts joined.
+
+    Each call has begun, and its arguments are the pieces that came before it. What was broken began like JSON."""
+    calls = ToolCalls(names)
     found = [item for piece in pieces for item in calls.add(piece)] + calls.finish()
     joined: list[str | Call] = []
+    name, arguments = None, ""
     for item in found:
-        if isinstance(item, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += item
-        else:
+        if isinstance(item, Begun):
+            assert name is None
+            name, arguments = item.name, ""
+        elif isinstance(item, Arguments):
+            assert name is not None
+            assert item.text
+            arguments += item.text
+        elif isinstance(item, Broken):
+            assert name in names
+            assert isinstance(from_json(arguments or "{", allow_partial=True), dict)
+            with pytest.raises(ValueError, match="EOF"):
+                from_json(arguments)
+            name = None
+        elif isinstance(item, Call):
+            assert (name, arguments) == (item.name, item.arguments)
+            assert isinstance(json.loads(arguments), dict)
+            name = None
             joined.append(item)
+        else:
+            assert name is None
+            if joined and isinstance(joined[-1], str):
+                joined[-1] += item
+            else:
+                joined.append(item)
+    assert name is None
     return joined
 
 
@@ -52,7 +78,7 @@ def block(inner: str) -> str:
         (block('{"name": "f"}'), [Call("f", "{}")]),
         (block('{"name": "f", "arguments": null}'), [Call("f", "{}")]),
         (block(r'{"name": "f", "arguments": "{\"a\": [1]}"}'), [Call("f", '{"a": [1]}')]),
-        (block('{"name": "f", "arguments": {"a": "高潮\\u00e9"}}'), [Call("f", '{"a": "高潮é"}')]),
+        (block('{"name": "f", "arguments": {"a": "高潮\\u00e9"}}'), [Call("f", r'{"a": "高潮\u00e9"}')]),
         (block('{"name": "f", "arguments": {"a": "x\ny"}}'), [Call("f", r'{"a": "x\ny"}')]),
         (block('{"name": "f", "arguments": {"a": "</tool_call>"}}'), [Call("f", '{"a": "</tool_call>"}')]),
         (block(r'{"name": "f", "arguments": {"a": "\"<tool_call>\\"}}'), [Call("f", r'{"a": "\"<tool_call>\\"}')]),
@@ -110,8 +136,27 @@ def test_text_is_not_held_back_for_long():
     assert calls.add(" \n<too") == []
     assert calls.add("th>") == [" \n<tooth>"]
     assert calls.add(f" {CALL[:20]}") == []
-    assert calls.add(CALL[20:]) == [TIDE]
+    assert calls.add(CALL[20:])[-1] == TIDE
     assert calls.finish() == []
+
+
+def test_a_call_begins_with_its_arguments():
+    calls = ToolCalls(["tide"])
+    assert calls.add('<tool_call>\n{"name": "tide", "arguments": ') == []
+    assert calls.add('{"pl') == [Begun("tide"), Arguments('{"pl')]
+    assert calls.add('ace": "Em<') == [Arguments('ace": "Em')]  # a tag may begin here
+    assert calls.add("b>\n\\") == [Arguments("<b>\\n")]  # half an escape stays
+    assert calls.add('"", "hours": 3') == [Arguments('\\"", "hours": ')]  # the number may go on
+    assert calls.add("0}") == [Arguments("30")]
+    assert calls.add("}\n</tool_call") == []
+    arguments = r'{"place": "Em<b>\n\"", "hours": 30}'
+    assert calls.add(">") == [Arguments("}"), Call("tide", arguments)]
+    assert json.loads(arguments) == {"place": 'Em<b>\n"', "hours": 30}
+    assert calls.add('<tool_call>{"name": "other", "arguments": {"a": ') == []  # there is no such function
+    assert calls.add('<tool_call>{"name": "tide", "arguments": {"a": 1, b') == [
+        '<tool_call>{"name": "other", "arguments": {"a": ', Begun("tide"), Arguments('{"a": 1, '),
+    ]  # fmt: skip
+    assert calls.finish() == [Broken(), '<tool_call>{"name": "tide", "arguments": {"a": 1, b']
 
 
 FRAGMENTS = st.sampled_from(
@@ -184,6 +229,77 @@ def test_texts_and_calls_are_told_apart(parts):
         wanted[-1:] = [wanted[-1] + part] if joins else [*wanted[-1:], part]
     found = [item if isinstance(item, str) else (item.name, json.loads(item.arguments)) for item in parsed([text])]
     assert found == wanted
+
+
+# Arguments that come in pieces
+
+SEPARATORS = st.tuples(st.sampled_from([",", ", ", " ,\n\t"]), st.sampled_from([":", ": ", " :\r\n"]))
+
+
+@settings(max_examples=200)
+@given(st.dictionaries(st.text('a"\\é😀\n'), VALUES, max_size=4), SEPARATORS, st.booleans(), st.data())
+def test_objects_come_as_they_are_written(value, separators, ensure_ascii, data):
+    text = json.dumps(value, separators=separators, ensure_ascii=ensure_ascii)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
+    read = JsonObject()
+    assert "".join(read.add(text[a:b]) for a, b in pairwise([0, *cuts, len(text)])) == text
+    assert read.is_whole
+    assert (read.add("} more"), read.rest) == ("", "} more")
+
+
+MUTATED = st.sampled_from(
+    ["", "{", "}", "]", "[", ",", ":", '"', "\\", "\\u", "\\ud800", "0", "-", "e9", "1e999", "NaN", "nul"]
+)
+
+
+@settings(max_examples=400)
+@given(st.dictionaries(st.text("ab"), VALUES, max_size=3), st.lists(st.tuples(st.integers(0, 60), MUTATED), max_size=3))
+def test_what_comes_of_an_object_is_always_its_beginning(value, changes):
+    """pydantic's reader of partial JSON is the judge."""
+    text = json.dumps(value)
+    for at, more in changes:
+        text = text[:at] + more + text[at + 1 :]
+    read, come = JsonObject(), ""
+    for character in text:
+        come += read.add(character)
+        assert isinstance(from_json(come or "{", allow_partial=True, allow_inf_nan=False), dict)
+    assert text.startswith(come)
+    whole = JsonObject()
+    assert (whole.add(text), whole.is_whole, whole.rest) == (come, read.is_whole, read.rest)
+    try:
+        expected = json.loads(text)
+        json.dumps(expected, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        assert not read.is_whole or read.rest
+    else:
+        assert read.is_whole == isinstance(expected, dict)
+
+
+@pytest.mark.parametrize(
+    ("text", "come"),
+    [
+        ("[1]", ""),
+        ("1", ""),
+        ('{"a": 1, }', '{"a": 1, '),
+        ('{"a": [1 2]}', '{"a": [1 '),
+        ('{"a": [}', '{"a": ['),
+        ('{"a" 1}', '{"a" '),
+        ("{'a': 1}", "{"),
+        ('{"a": 01}', '{"a": '),
+        ('{"a": 1e999}', '{"a": '),
+        ('{"a": -Infinity}', '{"a": '),
+        (r'{"a": "x\ud800"}', '{"a": "x'),
+        (r'{"a": "x\q"}', '{"a": "x'),
+        ('{"a": ' + "9" * 1001 + "}", '{"a": '),
+        ('{"a":' * 101, '{"a":' * 100),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_where_an_object_breaks(text, come):
+    for pieces in ([text], list(text)):
+        read = JsonObject()
+        assert "".join(read.add(piece) for piece in [*pieces, " more"]) == come
+        assert not read.is_whole
 
 
 # The grammar
@@ -262,6 +378,23 @@ def test_grammars_admit_right_calls_only(vocabulary, choice, parallel, right, wr
     for text in [*wrong, *WRONG]:
         assert not admits(vocabulary, grammar, with_tags(text)), text
         assert not admits(vocabulary, grammar, list(text.encode())), text
+
+
+FORM = {"type": "object", "properties": {"high": {"type": "boolean"}}, "required": ["high"]}
+FORM |= {"additionalProperties": False}
+
+
+@pytest.mark.parametrize("parallel", [True, False])
+def test_grammars_of_calls_or_an_answer(vocabulary, parallel):
+    grammar = call_grammar(TOOLS, "auto", parallel, FORM)
+    for text in ['{"high":true}', '{"high": false}', CALL, TABLES, *([BOTH] if parallel else [])]:
+        assert admits(vocabulary, grammar, with_tags(text)), text
+        assert admits(vocabulary, grammar, list(text.encode())), text
+    mixed = [f'{{"high":true}}\n{CALL}', f'{CALL}{{"high":true}}', f"Hi\n{CALL}", *([] if parallel else [BOTH])]
+    for text in ["", "Hi", "{}", '{"high":1}', *mixed, *WRONG]:
+        assert not admits(vocabulary, grammar, with_tags(text)), text
+    assert admits(vocabulary, call_grammar(TOOLS, "required", parallel, FORM), with_tags(CALL))
+    assert not admits(vocabulary, call_grammar(TOOLS, "required", parallel, FORM), list(b'{"high":true}'))
 
 
 def test_what_a_grammar_admits_is_parsed(vocabulary):

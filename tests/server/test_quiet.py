@@ -1,0 +1,133 @@
+"""Streams while the model says nothing: what is sent so that neither proxies nor clients give up."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import aclosing
+
+import httpx
+import openai
+import pytest
+from anthropic import Anthropic
+from openai import OpenAI
+from support.engines import check_pages
+from support.parrot import parrot
+from support.servers import serving
+
+from qwenkern.server import answering, sse
+from qwenkern.server.errors import ApiError
+from qwenkern.server.turns import Text
+
+MESSAGES = [{"role": "user", "content": "Say [[Hi!]]"}]
+CHAT = {"messages": MESSAGES, "stream": True}
+BODIES = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": {"prompt": "[[Hi!]]", "max_tokens": 3, "stream": True},
+    "/v1/responses": {"input": "Say [[Hi!]]", "stream": True},
+    "/v1/messages": {"messages": MESSAGES, "model": "toy", "max_tokens": 9, "stream": True},
+}
+
+
+@pytest.fixture(scope="module")
+def url():
+    with parrot() as model, serving(model) as url:
+        yield url
+        check_pages(model)
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """The model takes four intervals to read a prompt, and three for each token."""
+    monkeypatch.setattr(sse, "QUIET_SECONDS", 0.05)
+    events = answering.events
+
+    async def slowly(*arguments):
+        await asyncio.sleep(0.2)
+        async with aclosing(events(*arguments)) as found:
+            async for event in found:
+                if isinstance(event, Text):
+                    await asyncio.sleep(0.15)
+                yield event
+
+    monkeypatch.setattr(answering, "events", slowly)
+
+
+def streamed(url: str, path: str) -> list[str]:
+    answer = httpx.post(url + path, json=BODIES[path], timeout=60)
+    assert answer.status_code == 200
+    assert answer.text.endswith("\n\n")
+    return answer.text[:-2].split("\n\n")
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_is_not_silent_for_long(url, slow, path):
+    quiet = 'event: ping\ndata: {"type": "ping"}' if path == "/v1/messages" else ": keep-alive"
+    events = streamed(url, path)
+    assert events[:2] == [quiet] * 2
+    begun = next(n for n, event in enumerate(events) if event != quiet)
+    assert events.count(quiet) > begun + 1  # some in between, besides the one that Anthropic's streams begin with
+    assert events[-1] != quiet
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_that_goes_on_has_no_comments(url, path):
+    events = streamed(url, path)
+    assert ": keep-alive" not in events
+    assert sum("ping" in event for event in events) == (path == "/v1/messages")  # which Anthropic's streams begin with
+
+
+def test_clients_do_not_notice(url, slow):
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        with client.chat.completions.stream(model="toy", messages=MESSAGES) as stream:
+            assert stream.get_final_completion().choices[0].message.content == "Hi!"
+        with client.responses.stream(model="toy", input="Say [[Hi!]]") as stream:
+            assert stream.get_final_response().output_text == "Hi!"
+    with (
+        Anthropic(base_url=url, api_key="none", max_retries=0) as client,
+        client.messages.stream(model="toy", max_tokens=9, messages=MESSAGES) as stream,
+    ):
+        assert stream.get_final_message().content[0].text == "Hi!"
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.3])
+def test_an_error_before_the_first_event(url, monkeypatch, seconds):
+    """It is a status, unless comments have been sent."""
+    monkeypatch.setattr(sse, "QUIET_SECONDS", 0.1)
+
+    async def fails(*arguments):
+        await asyncio.sleep(seconds)
+        raise ApiError(503, "the model is busy", code="waited_too_long")
+        yield
+
+    monkeypatch.setattr(answering, "events", fails)
+    answer = httpx.post(f"{url}/v1/chat/completions", json=CHAT, timeout=60)
+    assert answer.status_code == (200 if seconds else 503)
+    assert answer.text.startswith(": keep-alive\n\n") == bool(seconds)
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as client:
+        with pytest.raises(openai.APIError, match="the model is busy") as caught:
+            list(client.chat.completions.create(model="toy", **CHAT))
+        assert isinstance(caught.value, openai.APIStatusError) == (not seconds)
+
+
+def test_a_client_that_leaves_ends_its_request(url, monkeypatch):
+    """Before the response has begun, and when only comments have been sent."""
+    monkeypatch.setattr(sse, "QUIET_SECONDS", 0.2)
+    ended = []
+
+    async def waits(*arguments):
+        try:
+            await asyncio.sleep(60)
+            yield
+        finally:
+            ended.append(time.monotonic())
+
+    monkeypatch.setattr(answering, "events", waits)
+    with httpx.Client(timeout=0.05) as client, pytest.raises(httpx.ReadTimeout):
+        client.post(f"{url}/v1/chat/completions", json=CHAT)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT, timeout=10) as answer:
+        assert next(answer.iter_text()) == ": keep-alive\n\n"
+    begun = time.monotonic()
+    while len(ended) < 2 and time.monotonic() < begun + 10:
+        time.sleep(0.01)
+    assert len(ended) == 2
