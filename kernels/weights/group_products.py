@@ -42,7 +42,7 @@ class GroupNumbers(NamedTuple):
 
     bits: int
     group: int  # values of a group
-    step: int  # the largest power of two that divides it
+    step: int  # values of a product: the largest power of two that divides it; for float32 at most 16
     has_offset: bool
     has_sub_scales: bool
     has_zeros: bool

@@ -215,10 +215,12 @@ class Grouped(Quantised, is_format=False):
 
     def triton_numbers(self) -> GroupNumbers:
         group = self.values_of_group
+        # Float32 products are added one after another: the more they are, the larger is the error.
+        most = 16 if self.dtype == torch.float32 else group
         return GroupNumbers(
             bits=self.bits,
             group=group,
-            step=group & -group,
+            step=min(group & -group, most),
             has_offset=self.has_minima,
             has_sub_scales=self.super_scales,
             has_zeros=self.zero is None,
