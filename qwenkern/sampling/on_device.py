@@ -90,7 +90,7 @@ class TokenStates:
         history[ids] = counts.int() * ONCE + SEEN
         history[list(sequence.end_ids)] |= IS_END
         bias = torch.zeros(self._vocabulary, dtype=torch.float32, device="cpu")
-        biases = sequence.params.logit_bias
-        bias[list(biases)] = torch.tensor(list(biases.values()), dtype=torch.float32, device="cpu")
+        ids, values = sequence.params.biases
+        bias[ids] = values
         upload(self.history[slot], history)
         upload(self.bias[slot], bias)

@@ -6,7 +6,11 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, Protocol
+
+import torch
+from torch import Tensor
 
 from ..arguments import flag, number, whole
 from ..errors import RequestError, shown
@@ -92,6 +96,12 @@ class SamplingParams:
         """Replaces None by the checkpoint's values (Generation.sampling), or else by neutral ones."""
         defaults: dict[str, Any] = {**_NEUTRAL, **sampling}
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
+
+    @cached_property
+    def biases(self) -> tuple[Tensor, Tensor]:
+        """The ids [N] int64 and the values [N] float32 of logit_bias, made once: there may be as many as tokens."""
+        ids = torch.tensor(list(self.logit_bias), dtype=torch.int64, device="cpu")
+        return ids, torch.tensor(list(self.logit_bias.values()), dtype=torch.float32, device="cpu")
 
     @property
     def is_greedy(self) -> bool:

@@ -33,7 +33,8 @@ def penalise(row: Tensor, sequence: SampledSequence) -> None:
             scores = torch.where(counts > 0, scores - less, scores)
         row[ids] = scores
     if params.logit_bias:
-        row[ids_like(params.logit_bias, row)] += torch.tensor(list(params.logit_bias.values()), **options_like(row))
+        ids, values = params.biases
+        row[ids.to(row.device)] += values.to(**options_like(row))
     if len(sequence.output_ids) < params.min_tokens:
         row[ids_like(sequence.end_ids, row)] = -math.inf
 

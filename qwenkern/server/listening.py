@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 
 import uvicorn
 
@@ -11,6 +12,8 @@ from . import protocol
 from .app import create_app
 from .models import Models
 from .settings import Settings
+
+FILES = 128  # that the process may have open beside its connections
 
 
 class Server(uvicorn.Server):
@@ -40,7 +43,7 @@ def server(models: Models, settings: Settings) -> Server:
         app,
         host=settings.host,
         port=settings.port,
-        http=protocol.Protocol,
+        http=protocol.at_most(_connections(settings.bounds.connections)),
         ws="none",
         loop="asyncio",
         lifespan="on",
@@ -53,3 +56,9 @@ def server(models: Models, settings: Settings) -> Server:
     )
     found = Server(config)
     return found
+
+
+def _connections(most: int) -> int:
+    """As many, or as the system lets this process have beside the files of models and of grammars' processes."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return most if allowed == resource.RLIM_INFINITY else max(1, min(most, allowed - FILES))

@@ -1,6 +1,6 @@
-"""HTTP as uvicorn speaks it, with four differences: what is not HTTP is answered in the form of the API's errors, a
-client that does not finish its headers is not waited for, neither is one that does not read its answer, and streams of
-many small parts are written without h11."""
+"""HTTP as uvicorn speaks it, with these differences: what is not HTTP is answered in the form of the API's errors; a
+client that does not finish its headers, does not read its answer, or goes on with a body after the answer is not waited
+for; connections are bounded; and streams of many small parts are written without h11."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ import sys
 from typing import Any
 
 import h11
-from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
+from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol, RequestResponseCycle
 
+from . import errors
+from .errors import ApiError
 from .sse import WRITE
 
 HEADER_SECONDS = 10.0  # in which the headers of a request must come, from its first byte or from the connection on
 MAX_HEADER_BYTES = 32 * 1024  # of a request line with its headers; uvicorn's h11_max_incomplete_event_size
 STALLED_SECONDS = 60.0  # in which a client must make room for more of its answer, once 64 KiB wait to be sent
+REST_SECONDS = 5.0  # in which the rest of a body must come whose request is answered already
 _PIECE = 4096
 
 
 class Protocol(H11Protocol):
     """One connection."""
 
+    most: int | None = None  # connections of the server
     _headers_due: asyncio.TimerHandle | None = None
     _room_due: asyncio.TimerHandle | None = None
 
@@ -44,6 +48,9 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        if self.most is not None and len(self.connections) > self.most:
+            self._refuse(503, f"the server has {self.most} connections, which is the most: try again later")
+            return
         self._wait_for_headers()
 
     def data_received(self, data: bytes) -> None:
@@ -56,6 +63,12 @@ class Protocol(H11Protocol):
             self._stop_waiting()
         elif self._headers_due is None:
             self._wait_for_headers()
+
+    def on_response_complete(self) -> None:
+        """Called after each answer."""
+        super().on_response_complete()
+        if self.conn.their_state is h11.SEND_BODY:  # the request was refused before it had ended
+            self.loop.call_later(REST_SECONDS, self._rest_is_late, self.cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -100,17 +113,26 @@ class Protocol(H11Protocol):
             self.transport.close()
         self._refuse(408, f"the headers of the request did not come within {HEADER_SECONDS:g} s")
 
+    def _rest_is_late(self, cycle: RequestResponseCycle) -> None:
+        if self.cycle is cycle and self.conn.their_state is h11.SEND_BODY:
+            self.transport.close()
+
     def _refuse(self, status: int, message: str) -> None:
         """Answers with an error, unless an answer has begun, and closes the connection."""
         if not self.transport.is_closing() and self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-            error: dict[str, Any] = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-            body = json.dumps({"error": error}).encode()
+            body = json.dumps(errors.openai_body(ApiError(status, message))).encode()
             headers = [
                 ("content-type", "application/json"),
                 ("content-length", str(len(body))),
                 ("connection", "close"),
+                *([("retry-after", "5")] if status == 503 else []),
             ]
             answer = h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status])
             for event in (answer, h11.Data(data=body), h11.EndOfMessage()):
                 self.transport.write(self.conn.send(event) or b"")
         self.transport.close()
+
+
+def at_most(connections: int) -> type[Protocol]:
+    """The protocol of a server with so many connections at most."""
+    return type("Bounded", (Protocol,), {"most": connections})

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 class Bounds:
     """The largest request, and the longest waits. A request beyond one of them gets an error that names it."""
 
+    connections: int = 1024  # more get 503
     body_bytes: int = 16 * 2**20
     bodies_bytes: int = 64 * 2**20  # of all bodies in memory, beyond the first 64 KiB of each; more get 429
     body_seconds: float = 30.0  # for a body to arrive

@@ -159,6 +159,20 @@ def test_logit_bias_forces_and_bans(logits):
     assert _choose(logits, FakeRow(SamplingParams(temperature=0, logit_bias={best: -math.inf}))) != best
 
 
+def test_a_bias_is_read_once_for_all_tokens(logits):
+    class Counted(dict):
+        reads = 0
+
+        def values(self):
+            self.reads += 1
+            return super().values()
+
+    row = FakeRow(SamplingParams(logit_bias={3: 100.0}, temperature=0))
+    object.__setattr__(row.params, "logit_bias", counted := Counted(row.params.logit_bias))
+    assert [_choose(logits, row) for _ in range(4)] == [3] * 4
+    assert counted.reads == 1, "a bias of all tokens would take milliseconds for each"
+
+
 def test_min_tokens_forbids_the_end(logits):
     best = logits.argmax().item()
     params = SamplingParams(temperature=0, min_tokens=2)

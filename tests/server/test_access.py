@@ -22,7 +22,7 @@ from support.models import save_checkpoint
 from support.servers import serving, toy
 
 from qwenkern.sampling import grammar_compiler
-from qwenkern.server import auth, bodies
+from qwenkern.server import auth, bodies, protocol
 from qwenkern.server.errors import ApiError
 from qwenkern.server.settings import Bounds, Settings
 
@@ -208,6 +208,55 @@ def test_large_bodies_together_are_bounded(model):
             assert client.post(CHAT, json=BODY).status_code == 200, "ordinary requests go on"
         for _ in range(2):
             eventually(lambda: client.post(CHAT, **large).status_code == 200, "what has ended still counts")
+
+
+def test_connections_are_bounded(model):
+    settings = Settings(bounds=Bounds(connections=3, drain_seconds=5))
+    with serving(model, settings) as url, contextlib.ExitStack() as stack:
+        eventually(lambda: is_answered(url))
+        idle = [stack.enter_context(upload(url, 100, 10)) for _ in range(3)]
+        eventually(lambda: not is_answered(url))
+        answers: list[httpx.Response] = []
+
+        def ask() -> bool:
+            with contextlib.suppress(httpx.TransportError):
+                answers.append(httpx.get(f"{url}/health", timeout=60))
+            return bool(answers)
+
+        eventually(ask)
+        assert "3 connections" in error_of(answers[0], 503)["message"]
+        assert answers[0].headers["retry-after"]
+        idle[0].close()
+        eventually(lambda: is_answered(url))
+
+
+def is_answered(url: str) -> bool:
+    with contextlib.suppress(httpx.TransportError):  # closed before it has sent all
+        return httpx.get(f"{url}/health", timeout=60).status_code == 200
+    return False
+
+
+def test_the_rest_of_a_refused_body_is_not_waited_for(model, monkeypatch):
+    monkeypatch.setattr(protocol, "REST_SECONDS", 0.3)
+    with serving(model, Settings(bounds=Bounds(body_bytes=1000, drain_seconds=5))) as url:
+        with upload(url, 2000, 10) as connection:
+            answer = b""
+            while b"body_too_large" not in answer:
+                answer += connection.recv(4096)
+            begun = time.monotonic()
+            with contextlib.suppress(ConnectionError):
+                while time.monotonic() < begun + 30:  # it goes on, a byte at a time
+                    connection.sendall(b" ")
+                    time.sleep(0.02)
+            assert time.monotonic() - begun < 20
+        with upload(url, 2000, 10) as connection:  # what comes in time leaves the connection open
+            answer = b""
+            while b"body_too_large" not in answer:
+                answer += connection.recv(4096)
+            connection.sendall(b" " * 1990)
+            time.sleep(0.6)
+            connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
+            assert connection.recv(12) == b"HTTP/1.1 200"
 
 
 @contextlib.contextmanager
