@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from support.models import save_checkpoint
 from support.servers import serving, toy
 
 from qwenkern.sampling import grammar_compiler
-from qwenkern.server import auth, bodies, protocol
+from qwenkern.server import auth, bodies, listening, protocol
 from qwenkern.server.errors import ApiError
 from qwenkern.server.settings import Bounds, Settings
 
@@ -228,6 +229,12 @@ def test_connections_are_bounded(model):
         assert answers[0].headers["retry-after"]
         idle[0].close()
         eventually(lambda: is_answered(url))
+
+
+@pytest.mark.parametrize(("allowed", "most"), [(200, 72), (20_000, 1024), (resource.RLIM_INFINITY, 1024), (64, 1)])
+def test_connections_leave_files_to_the_process(monkeypatch, allowed, most):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (allowed, allowed))
+    assert listening._connections(1024) == most
 
 
 def is_answered(url: str) -> bool:
