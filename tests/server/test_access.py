@@ -266,6 +266,29 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(model, monkeypatch):
             assert connection.recv(12) == b"HTTP/1.1 200"
 
 
+def test_bodies_in_chunks_of_a_few_bytes_are_refused(plain):
+    """They would take the server seconds to read, in which it does nothing else."""
+    host, port = plain.removeprefix("http://").split(":")
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {{}}\r\ntransfer-encoding: chunked\r\n\r\n"
+    for kind, status in (("application/json", b"400"), ("text/plain", b"415")):  # the second before there is a body
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(head.format(kind).encode())
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 8 << 20:
+                    connection.sendall(b"1\r\n \r\n" * 1000)
+                    sent += 6000
+                    if sent == 6000:
+                        time.sleep(0.2)  # in which the second is answered
+            assert sent < 8 << 20
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(12) in (b"HTTP/1.1 " + status, b"")
+    text = json.dumps(BODY).ljust(200_000)
+    parts = (text[at : at + 20].encode() for at in range(0, len(text), 20))
+    headers = {"content-type": "application/json"}
+    assert httpx.post(plain + CHAT, content=parts, headers=headers, timeout=60).status_code == 200
+
+
 @contextlib.contextmanager
 def stuck(url: str, requests: list[tuple[str, dict]], most: int) -> Iterator[list[httpx.Response]]:
     """Sends requests of which all but one are stuck, and that is refused. Gives the others' answers, for later."""
