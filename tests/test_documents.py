@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
+from typer.main import get_command
+
+from qwenkern.cli.commands import app
+from qwenkern.server.settings import Bounds
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -28,6 +33,25 @@ def test_a_page_lists_all_environment_variables():
     ]
     used = {name for file in files for name in re.findall(r"QWENKERN_[A-Z_]*[A-Z]", file.read_text(encoding="utf-8"))}
     assert sorted(named) == sorted(used)
+
+
+def section(page: str, heading: str) -> str:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+
+
+def test_a_page_lists_all_options_of_the_server():
+    options = {name for each in get_command(app).commands["serve"].params for name in each.opts}
+    assert set(re.findall(r"(?<=`)--?[a-z-]+", section("serving.md", "Options"))) == options - {"--help"}
+
+
+def test_a_page_lists_all_bounds_of_the_server():
+    found = {}
+    for names, values in re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", section("serving.md", "Bounds"), re.M):
+        unit = 2**20 if "MiB" in values else 1
+        numbers = [unit * int(number.replace(",", "")) for number in re.findall(r"\d+(?:,\d{3})*", values)]
+        found |= dict(zip(re.findall(r"\w+", names), numbers, strict=True))
+    assert found == dataclasses.asdict(Bounds())
 
 
 GENERATED = {"index.md", "contributing.md", "security.md", "changelog.md", "examples.md"}  # by docs/site/pages.py

@@ -1,0 +1,55 @@
+"""One browser, and one server of two models, for all tests of the page."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from support.browser import Browser, Visit, chromium
+from support.parrot import parrot
+from support.servers import serving, toy
+
+from qwenkern import Model
+
+
+@pytest.fixture(scope="session")
+def model() -> Iterator[Model]:
+    with toy() as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def repeating() -> Iterator[Model]:
+    with parrot() as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def url(model: Model, repeating: Model) -> Iterator[str]:
+    with serving({"toy": model, "parrot": repeating}) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser, url) -> Iterator[Callable[..., Visit]]:
+    """Opens the page. At the end nothing may have been said on the console, or asked of another origin."""
+    visits = []
+    with contextlib.ExitStack() as tabs:
+
+        def opened(at: str = url, settings: dict[str, Any] | None = None, **options: Any) -> Visit:
+            visits.append(Visit(tabs.enter_context(browser.tab(**options)), at, settings))
+            return visits[-1]
+
+        yield opened
+        for each in visits:
+            each.leave()
+    assert [each.console for each in visits] == [[]] * len(visits)
+    assert [each.elsewhere for each in visits] == [[]] * len(visits)
