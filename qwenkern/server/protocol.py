@@ -20,6 +20,7 @@ HEADER_SECONDS = 10.0  # in which the headers of a request must come, from its f
 MAX_HEADER_BYTES = 32 * 1024  # of a request line with its headers; uvicorn's h11_max_incomplete_event_size
 STALLED_SECONDS = 60.0  # in which a client must make room for more of its answer, once 64 KiB wait to be sent
 REST_SECONDS = 5.0  # in which the rest of a body must come whose request is answered already
+MAX_FRAMING = 64 * 1024  # bytes of a body's chunks beside what is in them, if they are more than that; each takes long
 _PIECE = 4096
 
 
@@ -27,6 +28,7 @@ class Protocol(H11Protocol):
     """One connection."""
 
     most: int | None = None  # connections of the server
+    _body, _framing = 0, 0  # bytes of the body of a request so far, and of what is around them
     _headers_due: asyncio.TimerHandle | None = None
     _room_due: asyncio.TimerHandle | None = None
 
@@ -55,10 +57,15 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         while data and not self.transport.is_closing():
-            # h11 measures headers that are incomplete: it must not get them all at once
-            piece = _PIECE if self.conn.their_state is h11.IDLE else len(data)
-            super().data_received(data[:piece])
-            data = data[piece:]
+            # h11 measures headers that are incomplete: it must not get them all at once; nor chunks in thousands
+            piece, cycle = data[:_PIECE], self.cycle
+            before = len(cycle.body) if cycle else 0
+            super().data_received(piece)
+            data = data[_PIECE:]
+            if self.conn.their_state is h11.SEND_BODY and self.cycle is cycle:
+                self._measure(len(piece), len(cycle.body) - before)
+            elif self.cycle is not cycle:
+                self._body = self._framing = 0
         if self.conn.their_state is not h11.IDLE:  # a request has begun, or the connection ends
             self._stop_waiting()
         elif self._headers_due is None:
@@ -93,6 +100,14 @@ class Protocol(H11Protocol):
             self._refuse(431, f"the request line and its headers have more than {MAX_HEADER_BYTES} bytes")
         else:
             self._refuse(400, "this is not a request of HTTP/1.1")
+
+    def _measure(self, read: int, found: int) -> None:
+        """Ends a request whose body comes in chunks of a few bytes."""
+        if self.cycle.response_complete and not any(name == b"transfer-encoding" for name, _ in self.headers):
+            return  # what still comes is thrown away, and takes no time
+        self._body, self._framing = self._body + found, self._framing + read - found
+        if self._framing > max(MAX_FRAMING, self._body):
+            self._refuse(400, "the chunks of the body have a few bytes each; expected larger ones")
 
     def _wait_for_headers(self) -> None:
         self._headers_due = self.loop.call_later(HEADER_SECONDS, self._headers_are_late)

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from support.models import save_checkpoint
 from support.servers import serving, toy
 
 from qwenkern.sampling import grammar_compiler
-from qwenkern.server import auth, bodies, protocol
+from qwenkern.server import auth, bodies, listening, protocol
 from qwenkern.server.errors import ApiError
 from qwenkern.server.settings import Bounds, Settings
 
@@ -230,6 +231,12 @@ def test_connections_are_bounded(model):
         eventually(lambda: is_answered(url))
 
 
+@pytest.mark.parametrize(("allowed", "most"), [(200, 72), (20_000, 1024), (resource.RLIM_INFINITY, 1024), (64, 1)])
+def test_connections_leave_files_to_the_process(monkeypatch, allowed, most):
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (allowed, allowed))
+    assert listening._connections(1024) == most
+
+
 def is_answered(url: str) -> bool:
     with contextlib.suppress(httpx.TransportError):  # closed before it has sent all
         return httpx.get(f"{url}/health", timeout=60).status_code == 200
@@ -257,6 +264,29 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(model, monkeypatch):
             time.sleep(0.6)
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert connection.recv(12) == b"HTTP/1.1 200"
+
+
+def test_bodies_in_chunks_of_a_few_bytes_are_refused(plain):
+    """They would take the server seconds to read, in which it does nothing else."""
+    host, port = plain.removeprefix("http://").split(":")
+    head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {{}}\r\ntransfer-encoding: chunked\r\n\r\n"
+    for kind, status in (("application/json", b"400"), ("text/plain", b"415")):  # the second before there is a body
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(head.format(kind).encode())
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 8 << 20:
+                    connection.sendall(b"1\r\n \r\n" * 1000)
+                    sent += 6000
+                    if sent == 6000:
+                        time.sleep(0.2)  # in which the second is answered
+            assert sent < 8 << 20
+            with contextlib.suppress(ConnectionError):
+                assert connection.recv(12) in (b"HTTP/1.1 " + status, b"")
+    text = json.dumps(BODY).ljust(200_000)
+    parts = (text[at : at + 20].encode() for at in range(0, len(text), 20))
+    headers = {"content-type": "application/json"}
+    assert httpx.post(plain + CHAT, content=parts, headers=headers, timeout=60).status_code == 200
 
 
 @contextlib.contextmanager
