@@ -40,6 +40,7 @@ from qwenkern.benchmarks.ops.timing import ceilings, circumstances, input_sets, 
 from qwenkern.benchmarks.reports import results
 from qwenkern.benchmarks.run import numbers
 from qwenkern.cli import terminal
+from qwenkern.conversion import CHOICES
 from qwenkern.kernels.environment import CONFIG_DIR
 from qwenkern.kernels.triton import tuning
 from qwenkern.kernels.weights import FORMATS
@@ -255,9 +256,8 @@ def main(
     place = torch.device("cuda" if device == "auto" and torch.cuda.is_available() else device.replace("auto", "cpu"))
     if place.type == "cpu" and not triton.knobs.runtime.interpret:
         raise typer.BadParameter("no GPU; expected one, or TRITON_INTERPRET=1 to try the tuner in the interpreter")
-    if weights not in FORMATS or (step and weights != DENSE):
-        possible = DENSE if step else f"one of {', '.join(FORMATS)}"
-        raise typer.BadParameter(f"{weights!r}; expected {possible}", param_hint="--weights")
+    if weights not in (possible := (DENSE, *CHOICES) if step else tuple(FORMATS)):
+        raise typer.BadParameter(f"{weights!r}; expected one of {', '.join(possible)}", param_hint="--weights")
     wanted = [name for name in op.split(",") if name]
     known = [case for case in CASES if weights == DENSE or ("weights" in case.takes and case.op != "embedding")]
     cases = [case for case in known if not wanted or case.name in wanted or case.op in wanted]
@@ -279,7 +279,7 @@ def main(
     if step:
         if place.type != "cuda":
             raise typer.BadParameter("a captured step needs a GPU; expected a device of type cuda", param_hint="--step")
-        _tune_step(config, chosen or [1, 16], context, end, folder, facts, console)
+        _tune_step(config, chosen or [1, 16], context, weights, end, folder, facts, console)
         console.print(f"wrote {folder}; used at the next import" + (f" with QWENKERN_CONFIG_DIR={root}" if out else ""))
         return
     table = Table("case", "tokens", "tried", "rejected", "winner", title=f"{model} on {facts['device']}")
@@ -310,12 +310,13 @@ def _tune_step(
     config: Config,
     sequences: list[int],
     context: int,
+    weights: str,
     end: float,
     folder: Path,
     facts: dict[str, Any],
     console: Console,
 ) -> None:
-    found = step_tuning.tune(config, sequences, context, end)
+    found = step_tuning.tune(config, sequences, context, end, weights)
     rejected = sum(each.seconds is None for each in found.tried)
     counts = ",".join(map(str, sequences))
     console.print(f"a step of {counts} sequences: {found.before * 1e6:.0f} us before, {found.after * 1e6:.0f} us now")
@@ -332,9 +333,11 @@ def _wrong(
     op: str, sizes: dict[str, int], winner: dict[str, int], config: Config, sequences: list[int], context: int
 ) -> str:
     """Why a kernel's results are wrong with this configuration, or an empty string."""
+    name, _, form = op.partition(".")
+    sizes_of_step = [Size(count, context, device="cuda", weights=form or DENSE) for count in sequences]
     for case in CASES:
-        if _TUNED_AS.get(case.op, case.op) == op:
-            for problem in problems(case, config, [Size(count, context, device="cuda") for count in sequences]):
+        if _TUNED_AS.get(case.op, case.op) == name:
+            for problem in problems(case, config, sizes_of_step):
                 if problem.lookup()[0] == sizes:
                     with tuning.trying(op, winner):
                         try:

@@ -19,9 +19,11 @@ import torch
 
 from qwenkern import Config
 from qwenkern.benchmarks.models.where import STEPS, loaded_step, model_and_cache
+from qwenkern.benchmarks.ops.inputs import DENSE
 from qwenkern.engine.capture import GraphCapture
 from qwenkern.kernels.triton import tuning
 from qwenkern.kernels.triton.tuning import Kernel, Overrides
+from qwenkern.kernels.weights import FORMATS
 
 WINS = 0.998  # of the best time so far; otherwise a change is noise
 ROUNDS = 4  # of readings, whose median counts
@@ -110,17 +112,20 @@ def tune(
     sequences: Sequence[int],
     context: int,
     deadline: float,
+    weights: str = DENSE,
     progress: Callable[[], None] = lambda: None,
 ) -> Found:
-    """Searches on the current GPU. The time of a step is the geometric mean over the numbers of sequences."""
+    """Searches on the current GPU, with weights of a format. The time of a step is the geometric mean over the numbers
+    of sequences."""
     device = torch.device("cuda")
-    model, cache = model_and_cache(config, max(sequences) * (context + 2 * STEPS + 64), device)
+    model, cache = model_and_cache(config, max(sequences) * (context + 2 * STEPS + 64), device, weights)
 
     def seconds() -> float:
         return statistics.geometric_mean(_step_seconds(model, cache, count, context) for count in sequences)
 
     with tuning.overriding() as overrides:
-        return search(seconds, overrides, tuning.SPACES, deadline, progress)
+        spaces = {tuning.named(op, form): space for op, space in tuning.SPACES.items() for form in FORMATS}
+        return search(seconds, overrides, spaces, deadline, progress)
 
 
 def _step_seconds(model: Any, cache: Any, sequences: int, context: int) -> float:

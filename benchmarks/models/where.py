@@ -27,9 +27,11 @@ from torch import Tensor
 
 from qwenkern import Config
 from qwenkern.benchmarks.ops.cases import CASES, Size
+from qwenkern.benchmarks.ops.inputs import DENSE
 from qwenkern.benchmarks.ops.timing import ceilings, circumstances, device_name
 from qwenkern.benchmarks.reports import results
 from qwenkern.cache import BlockTable, PagedCache
+from qwenkern.conversion import CHOICES, choose_conversion
 from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
 from qwenkern.kernels import c as c_backend
@@ -89,8 +91,8 @@ class Recorded(CallCapture):
 
 
 @torch.inference_mode()  # torch's graphs share tensors, and one made in this mode cannot be used outside
-def where(config: Config, sequences: int, context: int, device: torch.device) -> list[Part]:
-    """The parts of a decode step with random weights in bfloat16. Each sequence has ``context`` cached tokens."""
+def where(config: Config, sequences: int, context: int, device: torch.device, weights: str = DENSE) -> list[Part]:
+    """The parts of a decode step with random weights of a format. Each sequence has ``context`` cached tokens."""
     most = (
         MAX_TOKENS if device.type == "cuda" else c_backend.prepared().limits.max_few_tokens
     )  # for which our kernels run
@@ -99,12 +101,12 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
     most = config.context_length - (2 * STEPS if device.type == "cuda" else 0)  # each replay on a GPU appends a token
     if context > most:
         raise ValueError(f"--where: {context} tokens; expected at most {most}, the context")
-    step, capturer = _step(config, sequences, context, device)
+    step, capturer = _step(config, sequences, context, device, weights)
     layers = config.num_hidden_layers
     seconds = _on_cpu(layers, capturer.recorded) if isinstance(capturer, Recorded) else _on_gpu(layers, step)
     copy = ceilings(device).copy
     cases = {case.name: case for case in CASES}
-    size = Size(sequences, context, device=str(device))
+    size = Size(sequences, context, device=str(device), weights=weights)
 
     def roofline(name: str, launches: int) -> float | None:
         return cases[name].bytes_moved(config, size) * launches / copy if name in cases else None
@@ -112,17 +114,22 @@ def where(config: Config, sequences: int, context: int, device: torch.device) ->
     return [Part(name, len(each), roofline(name, len(each)), sum(each)) for name, each in seconds.items()]
 
 
-def _step(config: Config, sequences: int, context: int, device: torch.device) -> tuple[CapturedStep, Capture]:
+def _step(
+    config: Config, sequences: int, context: int, device: torch.device, weights: str
+) -> tuple[CapturedStep, Capture]:
     """A captured step, loaded with sequences that have all tokens but the last in the cache."""
     capturer = GraphCapture(device) if device.type == "cuda" else Recorded()
-    model, cache = model_and_cache(config, sequences * (context + 2 * STEPS + 64), device)
+    model, cache = model_and_cache(config, sequences * (context + 2 * STEPS + 64), device, weights)
     return loaded_step(model, cache, sequences, context, capturer), capturer
 
 
-def model_and_cache(config: Config, tokens: int, device: torch.device) -> tuple[Qwen2, PagedCache]:
-    """A model with random weights in bfloat16, and a cache for so many tokens, which it fills with random numbers."""
-    model = Qwen2(config, torch.bfloat16, device)
-    initialise(model, 0)
+def model_and_cache(
+    config: Config, tokens: int, device: torch.device, weights: str = DENSE
+) -> tuple[Qwen2, PagedCache]:
+    """A model with random weights of a format (DENSE, or what ``quantize=`` takes), with activations in bfloat16, and a
+    cache for so many tokens, which it fills with random numbers."""
+    model = Qwen2(config, torch.bfloat16, device, allocated=False)
+    initialise(model, 0, None if weights == DENSE else choose_conversion(weights).quantised)
     cache = PagedCache(config, tokens, torch.bfloat16, device)
     for layer in cache.pages:
         for tensor in layer.tensors:
@@ -227,20 +234,28 @@ def labels(names: Iterable[str], linears: Sequence[str], layers: int) -> Iterabl
 
 
 def show(
-    model: str, sequences: Sequence[int], contexts: Sequence[int], device: torch.device, json_file: Path | None = None
+    model: str,
+    sequences: Sequence[int],
+    contexts: Sequence[int],
+    device: torch.device,
+    weights: str = DENSE,
+    json_file: Path | None = None,
 ) -> None:
     """Prints a table for each number of sequences and cached tokens."""
     console, rows = Console(width=None if Console().is_terminal else 120), []
+    if weights not in (DENSE, *CHOICES):
+        raise typer.BadParameter(f"--where: {weights}; expected {DENSE} or one of {', '.join(CHOICES)}")
+    form = "bfloat16" if weights == DENSE else weights
     for count, context in product(sequences, contexts):
         try:
-            parts = where(Config.from_name(model), count, context, device)
+            parts = where(Config.from_name(model), count, context, device, weights)
         except ValueError as error:
             raise typer.BadParameter(str(error)) from error
-        title = f"{model}, bfloat16, {count} sequences of {context} tokens, on {device_name(device)}"
+        title = f"{model}, {form}, {count} sequences of {context} tokens, on {device_name(device)}"
         console.print(table(title, parts))
         rows += [{"sequences": count, "context": context, **asdict(part)} for part in parts]
         if json_file:  # after each size, because the run may be interrupted
-            facts = circumstances(device) | {"model": model, "ceilings": asdict(ceilings(device))}
+            facts = circumstances(device) | {"model": model, "weights": weights, "ceilings": asdict(ceilings(device))}
             results.save(json_file, facts | {"rows": rows})
 
 

@@ -146,8 +146,9 @@ class ScaledPages(TokenPages, is_format=False):
         values = wide(values)
         most = values.abs().amax(-1)
         finite, counts = most.isfinite(), most >= SMALLEST
-        scales = torch.where(counts, most / self.largest, 0.0)
-        inverse = torch.where(finite & counts, self.largest / most, 0.0)[..., None]
+        largest = torch.full_like(most, self.largest)  # torch multiplies by the reciprocal of a Python number
+        scales = torch.where(counts, most / largest, 0.0)
+        inverse = torch.where(finite & counts, largest / most, 0.0)[..., None]
         codes = self._encode(torch.where(finite[..., None], values, 0.0) * inverse)
         return codes, torch.where(finite, scales, math.nan).to(self.k_scales.dtype)
 

@@ -167,7 +167,10 @@ def multiply(
             after = tl.minimum(start + BLOCK_K, k_end - BLOCK_K) if EVEN_K else start + BLOCK_K
             next_groups = LOAD_GROUPS(weight, ROWS, args, first, after, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
             piece = LOAD(weight, ROWS, args, first, start, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
-            x = tl.load(x_rows + k, mask=mask, other=other)
+            if FORM is None:
+                x = tl.load(x_rows + k, mask=mask, other=other)
+            else:
+                x = _load_x(x_ptr, tokens, num_tokens, x_stride, start, k_end, BLOCK_K, SLICES, EVEN_K)
             x = OPERAND(_streamed_x(x, norm_weight_ptr, scales, k, mask, other), FORM)
             acc = MULTIPLY(piece, groups, x, acc, FORM)
             groups = next_groups
@@ -220,6 +223,34 @@ def _resident_x(
         scales = tl.rsqrt(tl.sum(h * h, axis=1) / k_size + eps)
         x = _normalised(h, scales[:, None], norm_weight)
     return tl.permute(tl.reshape(x, [BLOCK_T, SLICES, BLOCK_K // SLICES]), [1, 0, 2])
+
+
+@triton.jit
+def _load_x(
+    x_ptr,
+    tokens,
+    num_tokens,
+    x_stride,
+    start,
+    k_end,
+    BLOCK_K: tl.constexpr,
+    SLICES: tl.constexpr,
+    EVEN_K: tl.constexpr,
+):
+    """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES].
+
+    Packed formats read single values of eight tokens at once. So in shared memory 16 bytes of one token lie beside
+    those of the next one: with whole rows behind each other, all eight would lie in one bank. The tensor is loaded in
+    one dimension because Triton chooses the order of several ones."""
+    CHUNK: tl.constexpr = 8
+    BLOCK_T: tl.constexpr = tokens.shape[0]
+    at = tl.arange(0, BLOCK_K * BLOCK_T)
+    k = start + at // (CHUNK * BLOCK_T) * CHUNK + at % CHUNK
+    token = tl.minimum(at // CHUNK % BLOCK_T, num_tokens - 1)
+    mask = None if EVEN_K else k < k_end
+    x = tl.load(x_ptr + token * x_stride + k, mask=mask, other=None if EVEN_K else 0.0)
+    x = tl.reshape(x, [SLICES, BLOCK_K // SLICES // CHUNK, BLOCK_T, CHUNK])
+    return tl.reshape(tl.permute(x, [0, 2, 1, 3]), [SLICES, BLOCK_T, BLOCK_K // SLICES])
 
 
 @triton.jit

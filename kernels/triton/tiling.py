@@ -26,7 +26,7 @@ for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_
         "PREFETCH_LINES": (0, 8, 16, 32, 64),
         "num_warps": (2, 4, 8),
         "num_stages": (2, 3, 4, 5, 6, 8),
-    } | ({"SPLIT_K": (1, 2, 4, 8)} if _op in ("linear", "norm_linear") else {})
+    } | ({"SPLIT_K": (1, 2, 3, 4, 6, 8)} if _op in ("linear", "norm_linear") else {})
 
 
 PAIRED = ("norm_qkv_rope", "norm_swiglu_linear")  # ops whose tiles have rows of two places of the weight
@@ -61,8 +61,8 @@ def _sound(chosen: dict[str, Any], heuristic: dict[str, Any], k: int) -> dict[st
         ahead = block_k if chosen["AHEAD"] else 0
         programs = chosen["PROGRAMS"] or heuristic["PROGRAMS"]
         return chosen | {"BLOCK_K": block_k, "AHEAD": ahead, "SPLIT_K": 1, "PROGRAMS": programs}
-    least = k - (split_k - 1) * cdiv(cdiv(k, block_k), split_k) * block_k  # of K, in the last split
-    return chosen | {"AHEAD": chosen["AHEAD"] if chosen["AHEAD"] <= least else 0, "PROGRAMS": 0}
+    ahead = chosen["AHEAD"] if chosen["AHEAD"] <= _least(k, block_k, split_k) else 0
+    return chosen | {"AHEAD": ahead, "PROGRAMS": 0}
 
 
 def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str, Any]:
@@ -136,7 +136,26 @@ def packed_config(
         chosen = chosen | {"SPLIT_K": cdiv(cdiv(k, chosen["BLOCK_K"]), blocks), "PROGRAMS": 0}  # none is empty
     if op in PAIRED:
         chosen = chosen | {"BLOCK_N": max(chosen["BLOCK_N"], 2 * kind.row_tile)}
-    return chosen | {"num_warps": min(chosen["num_warps"], chosen["BLOCK_K"] // 32), "AHEAD": 0}
+    chosen = chosen | {"num_warps": min(chosen["num_warps"], chosen["BLOCK_K"] // 32)}
+    return chosen | {"AHEAD": _ahead(chosen, device, n, k, form) if itemsize == 2 else 0}
+
+
+def _ahead(chosen: dict[str, Any], device: tuning.Device, n: int, k: int, form: Any) -> int:
+    """How much of a packed row is loaded before the wait: one block, if every program has one. A program that loops
+    over tiles would keep the block in registers, and no second program would fit beside it. Small groups have so many
+    scales that a second block of them spills."""
+    if device.backend != "cuda" or device.capability < 90 or form.step < 64:  # before 90: no dependent launch
+        return 0
+    block_k, split_k, programs = chosen["BLOCK_K"], chosen["SPLIT_K"], chosen["PROGRAMS"]
+    if programs:
+        loops = cdiv(n, chosen["BLOCK_N"]) > programs * device.num_sms
+        return 0 if loops or k != block_k else block_k
+    return block_k if block_k <= _least(k, block_k, split_k) else 0
+
+
+def _least(k: int, block_k: int, split_k: int) -> int:
+    """The values of K in the last split."""
+    return k - (split_k - 1) * cdiv(cdiv(k, block_k), split_k) * block_k
 
 
 def _packed(
@@ -162,9 +181,11 @@ def _packed(
             "num_warps": max(1, min(8, block_k // 128)),
             "num_stages": stages,
         }
-    block_k = 1024 if form.step >= 32 else 512
-    while 2 * block_k * (block_n * row // k + 1 + MAX_TOKENS * itemsize) > memory or block_k >= 2 * k:
+    block_k = (1024 if form.step >= 32 else 512) * 2 // itemsize
+    unpacked = 0 if itemsize == 2 else block_n * itemsize  # float32 values pass through shared memory
+    while block_k * (2 * (block_n * row // k + 1 + MAX_TOKENS * itemsize) + unpacked) > memory or block_k >= 2 * k:
         block_k //= 2
+    memory -= block_k * unpacked
     split_k = 1 if paired or op == "lm_head" else max(1, min(round(2 * device.num_sms * block_n / n), 8, k // 1024))
     neighbours = 1 if n * split_k <= device.num_sms * block_n else 2  # programs on one multiprocessor
     stages = memory // neighbours // (block_k * (block_n * row // k + 1 + tokens * itemsize))

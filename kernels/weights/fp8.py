@@ -65,7 +65,8 @@ class Fp8(Quantised):
         step = max(1, CHUNK // matrix.shape[1])
         for start in range(0, len(matrix), step):
             values = matrix[start : start + step].to(torch.float32)
-            scales = values.abs().amax(1).div_(LARGEST)
+            scales = values.abs().amax(1)
+            scales /= torch.full_like(scales, LARGEST)  # on a GPU torch multiplies by the reciprocal of a number
             scales[scales == 0] = 1
             # the clamp is for quotients that round to more than LARGEST, which float8_e4m3fn has as NaN
             codes = (values / scales[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)

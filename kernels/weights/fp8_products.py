@@ -73,7 +73,18 @@ def operand(x, FORM: tl.constexpr):
 @triton.jit
 def multiply(piece, groups, x, acc, FORM: tl.constexpr):
     weights = _unpack(piece, x.dtype)
-    return acc + dot(weights, x, tl.zeros(acc.shape, tl.float32)) * groups[None, :, None]
+    if x.dtype == tl.float32:
+        # The more products are added one after another, the larger is the error: sums of 32, and sums of those.
+        SLICES: tl.constexpr = acc.shape[0]
+        PARTS: tl.constexpr = x.shape[1] // 32
+        weights = tl.permute(tl.reshape(weights, [SLICES, acc.shape[1], PARTS, 32]), [0, 2, 1, 3])
+        weights = tl.reshape(weights, [SLICES * PARTS, acc.shape[1], 32])
+        zeros = tl.zeros([SLICES * PARTS, acc.shape[1], acc.shape[2]], tl.float32)
+        parts = dot(weights, tl.reshape(x, [SLICES * PARTS, 32, acc.shape[2]]), zeros)
+        products = tl.sum(tl.reshape(parts, [SLICES, PARTS, acc.shape[1], acc.shape[2]]), axis=1)
+    else:
+        products = dot(weights, x, tl.zeros(acc.shape, tl.float32))
+    return acc + products * groups[None, :, None]
 
 
 @triton.jit

@@ -166,22 +166,26 @@ def multiply(piece, groups, x, acc, FORM: tl.constexpr):
         shape: tl.constexpr = [BATCH // 2, BLOCK_N, 2, 16]
         weights = tl.permute(tl.reshape(weights, shape), [2, 0, 1, 3])
     weights = tl.reshape(weights, [BATCH, BLOCK_N, values.shape[1]])
-    if FORM.has_zeros:
-        zero = zeros.to(tl.float32)[:, :, None]
-        products = tl.broadcast_to(-(zero + BASE) * sums, [BATCH, BLOCK_N, BLOCK_T])
-    elif FORM.zero + BASE != 0:
-        products = tl.broadcast_to(sums * -(FORM.zero + BASE), [BATCH, BLOCK_N, BLOCK_T])
-    else:
-        products = tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32)
     scale = floats(scales)
     if FORM.has_sub_scales:
         scale *= sub_scales.to(tl.float32)
-    products = dot(weights, values, products) * scale[:, :, None]
     if FORM.has_offset:
         offset = floats(minima)
         if FORM.has_sub_scales:
             offset *= -sub_minima.to(tl.float32)
-        products += offset[:, :, None] * sums
+        # The offset of a group is about its scale times the middle of the codes: what cancels is subtracted first.
+        factor = offset - scale * (FORM.zero + BASE)
+        products = dot(weights, values, tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32))
+        products = products * scale[:, :, None] + factor[:, :, None] * sums
+    else:
+        if FORM.has_zeros:
+            zero = zeros.to(tl.float32)[:, :, None]
+            products = tl.broadcast_to(-(zero + BASE) * sums, [BATCH, BLOCK_N, BLOCK_T])
+        elif FORM.zero + BASE != 0:
+            products = tl.broadcast_to(sums * -(FORM.zero + BASE), [BATCH, BLOCK_N, BLOCK_T])
+        else:
+            products = tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32)
+        products = dot(weights, values, products) * scale[:, :, None]
     # The warps share a batch member by member, so a thread has all that it adds here.
     return acc + tl.sum(tl.reshape(products, [BATCH // SLICES, SLICES, BLOCK_N, BLOCK_T]), axis=0)
 

@@ -26,7 +26,7 @@ from ..kernels.weights import Dense
 # their workspaces.
 OF_A_PROCESS = 512 << 20
 _LAUNCH = 32 << 10  # of a launch in a captured CUDA graph
-_LAUNCHES_OF_A_STEP, _LAUNCHES_OF_A_PROMPT, _PROMPT_LENGTHS = 6, 10, 9  # a layer has so many; engine/capture.py
+_LAUNCHES_OF_A_STEP, _LAUNCHES_OF_A_PROMPT, _PROMPT_LENGTHS = 6, 10, 16  # a layer has so many; engine/capture.py
 _PACKED = 2  # matrices that are multiplied by as one: gate and up
 _LOGITS_OF_A_SEQUENCE = 4  # rows of 4-byte numbers: logits, their probabilities, history and bias
 

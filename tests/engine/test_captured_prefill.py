@@ -185,11 +185,11 @@ def test_deterministic_pads_each_prompt_by_its_own_length(monkeypatch):
 
 def test_a_prompt_gets_the_shortest_length_that_takes_it():
     capture = GraphCapture.__new__(GraphCapture)  # without a GPU
-    for tokens in (1, 15, 16, 17, 97, 128, 500, 512):
+    for tokens in (1, 15, 16, 17, 97, 128, 500, 512, 513, 1025, 2048):
         rows = capture.padded_prompt(tokens)
         assert rows == min(length for length in PROMPT_LENGTHS if length >= tokens)
         assert rows <= max(16, 2 * tokens - 2)
-    assert capture.padded_prompt(513) is None
+    assert capture.padded_prompt(2049) is None
 
 
 @pytest.mark.parametrize("has_run", [False, True])
@@ -233,7 +233,7 @@ WIDE = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1,
 @pytest.mark.gpu
 @pytest.mark.parametrize("length", [1, 16, 17, 100, 300, 512])
 def test_a_captured_prompt_has_the_bits_of_one_that_is_not(length):
-    model = tiny_model(WIDE, torch.bfloat16, device="cuda")
+    model = tiny_model(WIDE, torch.bfloat16, device="cuda", prefix_cache=False)
     found = [model.generate([prompt(length)], max_tokens=1, logprobs=5, temperature=0)[0].logprobs for _ in range(4)]
     [this] = model._runner.prefills._passes.values()
     assert this._captured is not None

@@ -183,8 +183,8 @@ def test_graphs_are_counted_as_they_are_captured():
         padded = {GraphCapture.padded(None, count) for count in range(1, sequences + 1)}  # type: ignore[arg-type]
         assert captured_steps(sequences) == len(padded)
     assert len(PROMPT_LENGTHS) == allowances._PROMPT_LENGTHS
-    assert layout_of(SMALL, GPU).graphs(1) == 36 * (6 * 1 + 10 * 9) * 32768
-    assert layout_of(SMALL, GPU, quantize="int4").graphs(1) == 36 * (6 * 1 + 20 * 9) * 32768
+    assert layout_of(SMALL, GPU).graphs(1) == 36 * (6 * 1 + 10 * 16) * 32768
+    assert layout_of(SMALL, GPU, quantize="int4").graphs(1) == 36 * (6 * 1 + 20 * 16) * 32768
     assert layout_of(SMALL, CPU).graphs(1) == 0
 
 

@@ -195,8 +195,8 @@ MUTATIONS = [
     Mutation(
         "minima subtracted",
         "weights/group_products.py",
-        "products += offset[:, :, None] * sums",
-        "products -= offset[:, :, None] * sums",
+        "factor = offset - scale",
+        "factor = -offset - scale",
         test_the_linears,
         {"form": "q4_1"} | _F32,
     ),
