@@ -9,6 +9,8 @@ import typer
 from qwenkern import Model
 from qwenkern.cli import terminal
 
+PATIENCE = 3600  # seconds that a request may wait for its start: the prompts of 64 callers take a CPU minutes
+
 
 def random_model(size: str, device: str, cache_tokens: int, threads: int | None = None) -> Model:
     """A size of the family in bfloat16."""
@@ -25,7 +27,7 @@ def main(
     """Serve a model with random weights at 127.0.0.1."""
     from qwenkern.server import listening  # only here: the benchmark itself runs without the extra qwenkern[serve]
     from qwenkern.server.models import Models
-    from qwenkern.server.settings import Settings
+    from qwenkern.server.settings import Bounds, Settings
     from qwenkern.server.source import TOGETHER, Source
 
     def load() -> Model:
@@ -34,7 +36,7 @@ def main(
             loaded.warm_up(TOGETHER)
         return loaded
 
-    settings = Settings(port=port)
+    settings = Settings(port=port, bounds=Bounds(waiting_seconds=PATIENCE))
     bounds = settings.bounds
     listening.run(Models({model: Source.of(load)}, None, bounds.waiting_seconds, bounds.waiting), settings)
 

@@ -131,7 +131,8 @@ def llama_server(file: Path, threads: int, callers: int, tokens: int) -> Iterato
 @contextmanager
 def qwenkern_server(model: str, device: str, threads: int, cache_tokens: int) -> Iterator[QwenkernServer]:
     """`qwenkern serve` as users start it. Raises FileNotFoundError if the extra qwenkern[serve] is not installed."""
-    with _server(["qwenkern", "serve"], model, device, threads, cache_tokens) as server:
+    patient = ["--bound", f"waiting_seconds={random_server.PATIENCE}"]
+    with _server(["qwenkern", "serve", *patient], model, device, threads, cache_tokens) as server:
         yield server
 
 

@@ -16,6 +16,8 @@ class StopStrings:
 
     def add(self, text: str) -> str:
         """Adds a piece of text. Returns the text that is certain not to belong to a stop string."""
+        if not self.strings:
+            return text
         self.held += text
         matches = [(at, stop) for stop in self.strings if (at := self.held.find(stop)) >= 0]
         if matches:

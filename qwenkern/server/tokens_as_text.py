@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 from ..Model import Model
@@ -14,7 +15,11 @@ LEAST = -9999.0  # JSON has no -inf
 
 def token_text(model: Model, token_id: int) -> tuple[str, list[int]]:
     """A token as text and as bytes. A part of a character is spelled as OpenAI does: bytes:\\xe4\\xbd."""
-    raw = model.tokenizer.token_bytes(token_id) if model.tokenizer else b""
+    return _as_text(model.tokenizer.token_bytes(token_id) if model.tokenizer else b"")
+
+
+@lru_cache(maxsize=2**12)  # with log-probabilities, each token of an answer stands among some others
+def _as_text(raw: bytes) -> tuple[str, list[int]]:
     try:
         return raw.decode(), list(raw)
     except UnicodeDecodeError:

@@ -10,7 +10,7 @@ import json
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
@@ -261,11 +261,7 @@ class Tokenizer:
             raise RequestError(f"token id is {shown(token_id)}; expected 0 to {self.vocab_size - 1}")
         if token_id in self._added:
             return self._added[token_id].encode()
-        token = self._library.id_to_token(token_id) or ""
-        try:
-            return bytes(_BYTE_OF[character] for character in token)
-        except KeyError:  # it is not spelled in the byte alphabet, so it is its own text
-            return token.encode()
+        return _bytes_of(self._library.id_to_token(token_id) or "")
 
     def id_of(self, token: str) -> int | None:
         """The id of a token by its spelling in the vocabulary ("<|im_end|>", "Ġthe"), or None."""
@@ -343,6 +339,15 @@ class Tokenizer:
         shown = self.token_bytes(token_id)
         # operator.index, because an id may be a tensor's element, whose hash is not that of its value.
         return b"" if skip_special and operator.index(token_id) in self.special_ids else shown
+
+
+@lru_cache(maxsize=2**13)  # most of a text is of few tokens
+def _bytes_of(token: str) -> bytes:
+    """The bytes of a token of the vocabulary."""
+    try:
+        return bytes(_BYTE_OF[character] for character in token)
+    except KeyError:  # it is not spelled in the byte alphabet, so it is its own text
+        return token.encode()
 
 
 def _spells_bytes(decoder: Any) -> bool:
