@@ -67,6 +67,7 @@ class Scheduler:
         # In batch-invariant mode pages are found again in whole chunks, which begin at a page.
         self._unit = math.lcm(limits.prefill_chunk, cache.page_size) if limits.batch_invariant else cache.page_size
         self.running: dict[Request, None] = {}  # those that have pages, in the order of their start
+        self._shortest_first = True  # the order of the last chunk of prompts
         self.reset()
 
     def reset(self) -> None:
@@ -239,13 +240,17 @@ class Scheduler:
         return True
 
     def _prompts(self, decoding: list[Request]) -> list[Scheduled]:
-        """A chunk of the prompts that are not computed yet, in their order. A prompt whose logits are all requested is
-        read by itself, because it has many rows of logits, and so is any prompt in batch-invariant mode."""
+        """A chunk of the prompts that are not computed yet: in their order, and in every other chunk those with the
+        fewest tokens to read first. So a short prompt does not wait for a long one, which is read at half of the speed
+        at least. A prompt whose logits are all requested is read by itself, because it has many rows of logits, and so
+        is any prompt in batch-invariant mode."""
         scheduled: list[Scheduled] = []
+        self._shortest_first = not self._shortest_first
+        place = _place_of_short if self._shortest_first else _place
         is_invariant = self.limits.batch_invariant
         watched = not is_invariant and any(request.is_streamed for request in decoding)
         budget = self.pace.chunk() if watched else self.limits.prefill_chunk
-        for request in sorted(filter(_is_read, self.running), key=_place):
+        for request in sorted(filter(_is_read, self.running), key=place):
             if scheduled and request.on_logits:
                 continue
             scheduled.append(Scheduled(request, request.pending_ids(budget)))
@@ -276,6 +281,11 @@ class Scheduler:
 def _place(request: Request) -> float:
     """The place of a request in the order."""
     return request.arrived - PRIORITY * request.params.priority
+
+
+def _place_of_short(request: Request) -> tuple[float, int, float]:
+    """The place of a request in the order of prompts by their length, among those of its priority."""
+    return -request.params.priority, request.num_pending, request.arrived
 
 
 def _is_read(request: Request) -> bool:

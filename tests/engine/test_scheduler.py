@@ -236,10 +236,38 @@ def starts(engine: Engine, requests) -> list:
 def test_who_came_first_is_served_first():
     model = clockwork(NotCaptured(), cache_tokens=256)
     engine = engine_of(model)
-    requests = [request_of(model, length) for length in (250, 20, 200, 30, 10)]
+    requests = [request_of(model, length) for length in (250, 20, 240, 10, 30)]
     for request in requests:
         engine.add(request)
-    assert starts(engine, requests) == requests, "those of 20 and 10 tokens would have found room at once"
+    assert starts(engine, requests) == requests, "those of 20, 10 and 30 tokens would have found room earlier"
+
+
+def test_a_short_prompt_does_not_wait_for_a_long_one():
+    model = clockwork(NotCaptured(), cache_tokens=2048)
+    engine = engine_of(model)
+    with engine:
+        engine.add(long := request_of(model, 400))
+        engine.step()
+        engine.add(short := request_of(model, 20))
+        for _ in range(2):
+            engine.step()
+        assert short.output_ids
+        assert 400 - 40 - 2 * 40 <= long.num_pending < 400 - 40
+
+
+def test_short_prompts_do_not_stop_a_long_one():
+    model = clockwork(NotCaptured(), cache_tokens=2048)
+    engine = engine_of(model)
+    with engine:
+        engine.add(long := request_of(model, 400))
+        chunks = 0
+        while not long.output_ids:
+            engine.add(request_of(model, 40, max_tokens=1))
+            engine.step()
+            chunks += 1
+        assert chunks <= 2 * 400 // 40 + 1
+        for request in list(engine.scheduler.running):
+            engine.abort(request)
 
 
 def test_a_higher_priority_starts_earlier_and_no_request_starves(clock):
@@ -269,7 +297,7 @@ def test_a_prompt_of_higher_priority_is_read_before_one_that_is_being_read(clock
             engine.step()
         assert urgent.output_ids
         assert long.num_cached < 100
-        assert [each for each in starts(engine, [long, urgent, usual]) if each is not urgent] == [long, usual]
+        assert [each for each in starts(engine, [long, urgent, usual]) if each is not urgent] == [usual, long]
 
 
 def test_a_stream_of_urgent_requests_does_not_starve_another(clock):
