@@ -45,7 +45,7 @@ class Protocol(H11Protocol):
         if self.flow.write_paused and not self.cycle.disconnected:
             await self.flow.drain()
         if not self.cycle.disconnected:
-            has_chunks = self.conn.their_http_version == b"1.1"
+            has_chunks = (self.conn.their_http_version or b"") >= b"1.1"  # as h11 has announced it
             self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if has_chunks else part)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
