@@ -18,7 +18,8 @@ from .sse import WRITE
 
 HEADER_SECONDS = 10.0  # in which the headers of a request must come, from its first byte or from the connection on
 MAX_HEADER_BYTES = 32 * 1024  # of a request line with its headers; uvicorn's h11_max_incomplete_event_size
-STALLED_SECONDS = 60.0  # in which a client must make room for more of its answer, once 64 KiB wait to be sent
+STALLED_SECONDS = 60.0  # in which a client must take ROOM bytes of what waits to be sent, or all of it
+ROOM = 64 * 1024
 REST_SECONDS = 5.0  # in which the rest of a body must come whose request is answered already
 MAX_FRAMING = 64 * 1024  # bytes of a body's chunks beside what is in them, if they are more than that; each takes long
 _PIECE = 4096
@@ -73,9 +74,13 @@ class Protocol(H11Protocol):
 
     def on_response_complete(self) -> None:
         """Called after each answer."""
+        cycle = self.cycle
+        self._watch_room()
         super().on_response_complete()
-        if self.conn.their_state is h11.SEND_BODY:  # the request was refused before it had ended
-            self.loop.call_later(REST_SECONDS, self._rest_is_late, self.cycle)
+        if self.cycle is not cycle:  # the next request was there already
+            self._body = self._framing = 0
+        elif self.conn.their_state is h11.SEND_BODY:  # the request was refused before it had ended
+            self.loop.call_later(REST_SECONDS, self._rest_is_late, cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -85,13 +90,12 @@ class Protocol(H11Protocol):
     def pause_writing(self) -> None:
         """Called when much waits to be sent: the answer then pauses."""
         super().pause_writing()
-        self._stop_waiting_for_room()
-        self._room_due = self.loop.call_later(STALLED_SECONDS, self.transport.abort)
+        self._watch_room()
 
     def resume_writing(self) -> None:
         """Called when the client has taken most of it."""
-        self._stop_waiting_for_room()
         super().resume_writing()
+        self._watch_room()
 
     def send_400_response(self, msg: str) -> None:
         """Called where h11 has raised an error."""
@@ -116,6 +120,18 @@ class Protocol(H11Protocol):
         if self._headers_due is not None:
             self._headers_due.cancel()
             self._headers_due = None
+
+    def _watch_room(self, before: int | None = None) -> None:
+        """Ends the connection of a client that does not read what waits: more than 64 KiB, or the end of an answer.
+        before: the bytes that waited STALLED_SECONDS ago."""
+        self._stop_waiting_for_room()
+        waiting = self.transport.get_write_buffer_size()
+        if not waiting or not (self.flow.write_paused or self.cycle.response_complete):
+            return
+        if before is not None and before - waiting < min(before, ROOM):
+            self.transport.abort()
+        else:
+            self._room_due = self.loop.call_later(STALLED_SECONDS, self._watch_room, waiting)
 
     def _stop_waiting_for_room(self) -> None:
         if self._room_due is not None:

@@ -23,7 +23,7 @@ from support.models import save_checkpoint
 from support.servers import serving, toy
 
 from qwenkern.sampling import grammar_compiler
-from qwenkern.server import auth, bodies, listening, protocol
+from qwenkern.server import auth, bodies, listening, page, protocol
 from qwenkern.server.errors import ApiError
 from qwenkern.server.settings import Bounds, Settings
 
@@ -287,6 +287,73 @@ def test_bodies_in_chunks_of_a_few_bytes_are_refused(plain):
     parts = (text[at : at + 20].encode() for at in range(0, len(text), 20))
     headers = {"content-type": "application/json"}
     assert httpx.post(plain + CHAT, content=parts, headers=headers, timeout=60).status_code == 200
+
+
+def test_a_request_behind_another_has_the_time_of_its_own_body(model, monkeypatch):
+    monkeypatch.setattr(protocol, "REST_SECONDS", 0.3)
+    with serving(model) as url:
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps(BODY)
+        first = "GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(f"{first}{HEAD.format(len(body))}{body[:9]}".encode())
+            time.sleep(0.8)
+            connection.sendall(body[9:].encode())
+            answers = b""
+            while answers.count(b"HTTP/1.1 200") < 2:
+                part = connection.recv(4096)
+                assert part, answers
+                answers += part
+
+
+@contextlib.contextmanager
+def slow_reader(url: str, path: str) -> Iterator[socket.socket]:
+    """A client that has asked for a path, and whose buffer is small."""
+    host, port = url.removeprefix("http://").split(":")
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.settimeout(60)
+        client.connect((host, int(port)))
+        client.sendall(f"GET {path} HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n".encode())
+        yield client
+
+
+@pytest.fixture
+def small_buffers(monkeypatch):
+    """The kernel takes little of an answer. Gives the sizes of what had not been sent when connections ended."""
+    made, lost, ended = protocol.Protocol.connection_made, protocol.Protocol.connection_lost, []
+
+    def connection_made(self, transport) -> None:
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        made(self, transport)
+
+    monkeypatch.setattr(protocol.Protocol, "connection_made", connection_made)
+    monkeypatch.setattr(
+        protocol.Protocol, "connection_lost", lambda self, error: (ended.append(self), lost(self, error))[1]
+    )
+    return ended
+
+
+def test_the_end_of_an_answer_that_nobody_reads_is_not_waited_for(model, monkeypatch, small_buffers):
+    """Fewer bytes than stop a stream would else keep the connection for ever."""
+    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
+    monkeypatch.setattr(page, "_page", lambda: (b"x" * 50_000, {"ETag": "a"}))
+    with serving(model) as url:
+        before = len(small_buffers)
+        with slow_reader(url, "/"):
+            eventually(lambda: len(small_buffers) > before, "the connection stays")
+
+
+def test_a_large_answer_may_be_read_slowly(model, monkeypatch, small_buffers):
+    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(page, "_page", lambda: (b"x" * 1_000_000, {"ETag": "a"}))
+    with serving(model) as url, slow_reader(url, "/") as client:
+        begun, read = time.monotonic(), 0
+        while part := client.recv(4096):
+            read += len(part)
+            time.sleep(max(0.0, begun + read / 500_000 - time.monotonic()))
+        assert read > 1_000_000
+        assert time.monotonic() - begun > 1.5
 
 
 @contextlib.contextmanager
