@@ -256,7 +256,8 @@ def serving(document: dict[str, Any]) -> Shown:
         speed = _spread(row["tokens_per_second"], "", digits=1)
         name = ENGINES.get(row["engine"], row["engine"])
         rows.append([str(row["callers"]), name, speed, _spread(row.get("speedup"), ""), *waits])
-    said = f"{document['model']}, {document['requests']} requests of each caller. {_when(document)}"
+    requests = f"{document['requests']} request{'s' if document['requests'] > 1 else ''} of each caller"
+    said = f"{document['model']}, {requests}. {_when(document)}"
     waits_of = [f"{what}, median / 99 % within, s" for what in ("time to first token", "gap between tokens")]
     return said, ["callers", "engine", "tokens/s of all", "speed-up", *waits_of], rows
 
