@@ -15,7 +15,7 @@ import torch
 from support.models import TINY, save_checkpoint, tiny_model
 from support.servers import serving, toy
 
-from qwenkern import CheckpointError, RequestError
+from qwenkern import CheckpointError, EngineError, RequestError
 from qwenkern.allocation import give_back
 from qwenkern.config import Config
 from qwenkern.server.errors import ApiError
@@ -66,6 +66,27 @@ async def touch(models: Models, name: str | None = None) -> None:
 
 def ran(coroutine) -> None:
     asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+def test_the_end_of_the_server_is_no_loss_of_a_model_that_loads_again(loads):
+    async def body():
+        models, lost = loads.models("a"), []
+        models.on_loss = lost.append
+        await touch(models)
+        entry = models.entry("a")
+        entry.model._loop.engine.stop(EngineError("the engine has stopped"))
+        loads.gate, loads.error = threading.Event(), EngineError("the server stops")
+        models.mend(entry)
+        again = entry.loading
+        while len(loads.names) < 2:
+            await asyncio.sleep(0.01)
+        loads.gate.set()
+        models.close()
+        with pytest.raises(ApiError):
+            await again
+        assert lost == []
+
+    ran(body())
 
 
 def test_a_model_is_loaded_when_it_is_asked_for_and_once(loads):
