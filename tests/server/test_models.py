@@ -20,6 +20,7 @@ from qwenkern.allocation import give_back
 from qwenkern.config import Config
 from qwenkern.server.errors import ApiError
 from qwenkern.server.models import Models
+from qwenkern.server.service import Threads
 from qwenkern.server.source import Size, Source, size_of, source
 
 
@@ -85,6 +86,34 @@ def test_the_end_of_the_server_is_no_loss_of_a_model_that_loads_again(loads):
         with pytest.raises(ApiError):
             await again
         assert lost == []
+
+    ran(body())
+
+
+def test_what_waits_for_a_thread_is_dropped_with_its_caller():
+    """Else large bodies of callers that are gone would be in memory, and count nowhere."""
+
+    class Large:
+        pass
+
+    async def body():
+        threads, gate = Threads("test", 1), threading.Event()
+        first = asyncio.ensure_future(threads.do(gate.wait, 60))
+        await asyncio.sleep(0)
+        large = Large()
+        found = weakref.ref(large)
+        second = asyncio.ensure_future(threads.do(repr, large))
+        del large
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait({second})
+        del second
+        gc.collect()
+        assert found() is None
+        gate.set()
+        assert await first
+        assert await threads.do(max, 1, 2) == 2
+        threads.close()
 
     ran(body())
 
