@@ -5,10 +5,10 @@
         prompt 0   prompt 1   padding
        │▒▒▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒▒▒│░░░░░░░│    the padding is a sequence of its own, in the cache's spare page
 
-A pass has about ten launches a layer. Below some hundred tokens the GPU is done with them before the host has launched
-the next. The first pass of a length runs op by op, which compiles and loads its kernels, and the second one is captured
-with these: so a capture takes no longer than a pass does without one. All passes of a length have the same number of
-rows, whether they are captured or not, and so the same bits.
+A pass has about ten launches a layer. With up to some thousand tokens, as capture.py has it, the GPU is done with them
+before the host has launched the next. The first pass of a length runs op by op, which compiles and loads its kernels,
+and the second one is captured with these: so a capture takes no longer than a pass does without one. All passes of a
+length have the same number of rows, whether they are captured or not, and so the same bits.
 """
 
 from __future__ import annotations

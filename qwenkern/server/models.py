@@ -121,7 +121,7 @@ class Models:
 
     def _mended(self, loading: asyncio.Future[Model]) -> None:
         error = None if loading.cancelled() else loading.exception()
-        if isinstance(error, ApiError) and error.code == FAILED:
+        if isinstance(error, ApiError) and error.code == FAILED and not self._is_closed:  # which ends a loading
             self.on_loss(error)
 
     def close(self) -> None:

@@ -28,11 +28,18 @@ class Threads:
         if self._most is not None and self._callers >= self._most:
             message = f"{self._callers} requests of this kind wait already; expected at most {self._most}"
             raise ApiError(429, f"{message}: try again later", code="queue_full", headers={"Retry-After": "5"})
+        call = [work, *arguments]  # the pool keeps what waits in it, even if the caller is gone
+
+        def run() -> T:
+            do, *given = call
+            return do(*given)
+
         self._callers += 1
         try:
-            return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+            return await asyncio.get_running_loop().run_in_executor(self._pool, run)
         finally:
             self._callers -= 1
+            call.clear()
 
     def close(self) -> None:
         self._pool.shutdown(wait=False, cancel_futures=True)

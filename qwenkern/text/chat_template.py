@@ -48,7 +48,7 @@ class ChatTemplate:
     def __init__(self, templates: Mapping[str, tuple[str, str]], tokens: Mapping[str, str], source: str) -> None:
         self._templates = dict(templates)
         self._tokens = dict(tokens)
-        self._source = source
+        self._source = Path(source).name or source  # a server tells it to clients, who must not learn the folder
         self._compiled: dict[str, Any] = {}
 
     @classmethod
@@ -173,8 +173,8 @@ class ChatTemplate:
         except (SecurityError, OverflowError, RecursionError) as fault:  # OverflowError: a range too large
             raise CheckpointError(f"{file}: the chat template exceeds its limits: {fault}") from fault
         except Exception as fault:
-            what = f"{type(fault).__name__}: {fault}"
-            raise RequestError(f"messages: the chat template of {file} does not accept them: {what:.1000}") from fault
+            what, name = f"{type(fault).__name__}: {fault}", Path(file).name
+            raise RequestError(f"messages: the chat template of {name} does not accept them: {what:.1000}") from fault
 
     def _write_unfinished(self, chat: Conversation) -> str:
         """The text up to the end of the last message's content."""

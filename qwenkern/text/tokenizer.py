@@ -324,8 +324,9 @@ class Tokenizer:
         rendered = self._chat_template.write(guarded)
         if rendered.translate(shown) != text:
             raise RequestError(
-                f"messages: they spell special tokens, and the chat template of {self._source} reads or changes those; "
-                "expected contents without them, or encode(render_chat(...)) if you trust the contents"
+                "messages: they spell special tokens, and the chat template of "
+                f"{Path(self._source).name} reads or changes those; expected contents without them, or "
+                "encode(render_chat(...)) if you trust the contents"
             )
         ids, end = [], 0
         for start, following in self._any_added.places(rendered):

@@ -15,11 +15,12 @@ import torch
 from support.models import TINY, save_checkpoint, tiny_model
 from support.servers import serving, toy
 
-from qwenkern import CheckpointError, RequestError
+from qwenkern import CheckpointError, EngineError, RequestError
 from qwenkern.allocation import give_back
 from qwenkern.config import Config
 from qwenkern.server.errors import ApiError
 from qwenkern.server.models import Models
+from qwenkern.server.service import Threads
 from qwenkern.server.source import Size, Source, size_of, source
 
 
@@ -66,6 +67,55 @@ async def touch(models: Models, name: str | None = None) -> None:
 
 def ran(coroutine) -> None:
     asyncio.run(asyncio.wait_for(coroutine, 60))
+
+
+def test_the_end_of_the_server_is_no_loss_of_a_model_that_loads_again(loads):
+    async def body():
+        models, lost = loads.models("a"), []
+        models.on_loss = lost.append
+        await touch(models)
+        entry = models.entry("a")
+        entry.model._loop.engine.stop(EngineError("the engine has stopped"))
+        loads.gate, loads.error = threading.Event(), EngineError("the server stops")
+        models.mend(entry)
+        again = entry.loading
+        while len(loads.names) < 2:
+            await asyncio.sleep(0.01)
+        loads.gate.set()
+        models.close()
+        with pytest.raises(ApiError):
+            await again
+        assert lost == []
+
+    ran(body())
+
+
+def test_what_waits_for_a_thread_is_dropped_with_its_caller():
+    """Else large bodies of callers that are gone would be in memory, and count nowhere."""
+
+    class Large:
+        pass
+
+    async def body():
+        threads, gate = Threads("test", 1), threading.Event()
+        first = asyncio.ensure_future(threads.do(gate.wait, 60))
+        await asyncio.sleep(0)
+        large = Large()
+        found = weakref.ref(large)
+        second = asyncio.ensure_future(threads.do(repr, large))
+        del large
+        await asyncio.sleep(0)
+        second.cancel()
+        await asyncio.wait({second})
+        del second
+        gc.collect()
+        assert found() is None
+        gate.set()
+        assert await first
+        assert await threads.do(max, 1, 2) == 2
+        threads.close()
+
+    ran(body())
 
 
 def test_a_model_is_loaded_when_it_is_asked_for_and_once(loads):

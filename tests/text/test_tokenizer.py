@@ -1048,6 +1048,28 @@ def test_messages_that_are_refused(toy, messages, message):
             call(messages)
 
 
+@pytest.mark.parametrize(
+    ("template", "more", "message"),
+    [
+        ("{{ raise_exception('no') }}", {}, "of tokenizer_config.json does not accept them"),
+        ("{{ messages[0].content | upper }}", {"continue_final_message": True}, "does not show the content"),
+        ("{{ messages[0].content | replace('|', '') }}", {}, "reads or changes those"),
+        ("{% if messages[0].role == 'user' %}hello{% endif %}", {}, "ignores the role"),
+        (None, {}, "needs a chat template"),
+    ],
+)
+def test_a_refusal_does_not_tell_the_folder(tmp_path, template, more, message):
+    """A server tells its clients."""
+    folder = toy_folder(tmp_path)
+    file = folder / "tokenizer_config.json"
+    fields = {name: value for name, value in json.loads(file.read_text()).items() if name != "chat_template"}
+    file.write_text(json.dumps(fields | ({"chat_template": template} if template else {})))
+    said = [{"role": "nobody" if "role" in message else "user", "content": "hello <|im_end|>"}]
+    with pytest.raises(RequestError, match=message) as refused:
+        Tokenizer.from_folder(folder).encode_chat(said, **more)
+    assert str(tmp_path) not in str(refused.value)
+
+
 @pytest.mark.parametrize("tools", ["tide", {"name": "tide"}, [print]])
 def test_tools_that_are_refused(toy, tools):
     with pytest.raises(RequestError, match=r"tools: found .* expected a list of dicts"):
