@@ -150,6 +150,8 @@ def multiply(
             early = LOAD(weight, ROWS, args, first, k_start, k_end, FORM, BLOCK_N, AHEAD, SLICES, True)
             early_groups = LOAD_GROUPS(weight, ROWS, args, first, k_start, k_end, FORM, BLOCK_N, AHEAD, SLICES, True)
         at = k_start + AHEAD
+        if EVEN_K:  # nothing masks what lies beyond a split of one block
+            at = tl.minimum(at, k_end - BLOCK_K)
         groups = LOAD_GROUPS(weight, ROWS, args, first, at, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
         PREFETCH(weight, ROWS, args, first, k_start + AHEAD, k_end, FORM, BLOCK_N, PREFETCH_LINES)
         wait(PDL)
@@ -245,10 +247,10 @@ def _load_x(
     CHUNK: tl.constexpr = 8
     BLOCK_T: tl.constexpr = tokens.shape[0]
     at = tl.arange(0, BLOCK_K * BLOCK_T)
-    k = start + at // (CHUNK * BLOCK_T) * CHUNK + at % CHUNK
+    column = start + at // (CHUNK * BLOCK_T) * CHUNK + at % CHUNK
     token = tl.minimum(at // CHUNK % BLOCK_T, num_tokens - 1)
-    mask = None if EVEN_K else k < k_end
-    x = tl.load(x_ptr + token * x_stride + k, mask=mask, other=None if EVEN_K else 0.0)
+    mask = None if EVEN_K else column < k_end
+    x = tl.load(x_ptr + token * x_stride + column, mask=mask, other=None if EVEN_K else 0.0)
     x = tl.reshape(x, [SLICES, BLOCK_K // SLICES // CHUNK, BLOCK_T, CHUNK])
     return tl.reshape(tl.permute(x, [0, 2, 1, 3]), [SLICES, BLOCK_T, BLOCK_K // SLICES])
 
