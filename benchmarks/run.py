@@ -247,7 +247,7 @@ def main(
 ) -> None:
     """Time the kernels next to torch, torch.compile and other libraries that are installed."""
     if in_a_step:
-        where.show(model, numbers(tokens or "1"), numbers(context), _place(device), weights, json_file)
+        where.show(model, numbers(tokens or "1"), numbers(context), _place(device), json_file, weights)
         return
     before = results.load(base) if base else []
     if bool(side_a) != bool(side_b):

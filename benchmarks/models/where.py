@@ -238,8 +238,8 @@ def show(
     sequences: Sequence[int],
     contexts: Sequence[int],
     device: torch.device,
-    weights: str = DENSE,
     json_file: Path | None = None,
+    weights: str = DENSE,
 ) -> None:
     """Prints a table for each number of sequences and cached tokens."""
     console, rows = Console(width=None if Console().is_terminal else 120), []
