@@ -14,25 +14,25 @@ from support.servers import serving, toy
 from qwenkern import Model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def model() -> Iterator[Model]:
     with toy() as model:
         yield model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def repeating() -> Iterator[Model]:
     with parrot() as model:
         yield model
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def url(model: Model, repeating: Model) -> Iterator[str]:
     with serving({"toy": model, "parrot": repeating}) as url:
         yield url
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Browser]:
     with chromium() as browser:
         yield browser
