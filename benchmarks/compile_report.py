@@ -13,7 +13,7 @@ The rules:
 - A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks,
   except where that was measured to be faster.
 - A loop that unpacks quantised weights has few instructions for it, and on an H100 it issues its instructions in about
-  the time in which its bytes arrive (offline/unpacking.py has both limits).
+  the time in which its bytes arrive (offline/unpacking.py has both limits, and says why only loops are judged).
 - From sm_90 on, a kernel uses programmatic dependent launch.
 - On an H100, what an op of 3B's decode step loads takes at most 1.3 times as long through the L2 cache as the bytes of
   the op take from memory (offline/traffic.py). With quantised weights, what the CTAs read of x again may take longer,
@@ -174,7 +174,7 @@ def examine(model: str, name: str, tokens: int, key: str, weights: str = DENSE, 
         if key in RESIDENT and launch.tile:
             matrix = next(each for each in OPS[case.op].wrap(inputs, {})[0] if isinstance(each, Weight))
             row.issue_seconds = unpacking.seconds_to_issue(launch, code, matrix.shape)
-            if launch.tile.form:
+            if launch.tile.form and launch.tile.loops:
                 a_weight = matrix.nbytes / math.prod(matrix.shape)
                 found = unpacking.unpacking(launch.tile, code, a_weight)
                 row.a_weight, row.issued = found.a_weight, found.issued

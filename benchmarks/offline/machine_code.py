@@ -61,6 +61,7 @@ class Tile:
     tokens: int
     streams_x: bool  # x comes block by block
     has_norm: bool
+    loops: bool = True  # False: it has one tile, loaded before the wait, and no loop
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,9 @@ def _tile(given: dict[str, Any]) -> Tile | None:
         return None
     form = given["FORM"] if isinstance(given["FORM"], (GroupNumbers, Fp8Numbers)) else None
     rows, depth, tokens = given["BLOCK_N"], given["BLOCK_K"], given["BLOCK_T"]
-    return Tile(form, rows, depth, tokens, not given["RESIDENT"], given["norm_weight_ptr"] is not None)
+    streams = not given["RESIDENT"]
+    loops = streams or given["LOOPS"] or not given["AHEAD"]
+    return Tile(form, rows, depth, tokens, streams, given["norm_weight_ptr"] is not None, loops)
 
 
 def occupancy(key: str, code: Code) -> int:

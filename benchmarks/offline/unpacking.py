@@ -18,6 +18,9 @@ An H100 executes 64 of them a cycle on each SM. While a weight of b bits arrives
 0.6 b: 2.5 with int4. So all limits leave time for the rest.
 
 **All instructions** of the loop have a limit on an H100, too: a warp scheduler issues one a cycle.
+
+A program with one tile, loaded before the wait, has no loop. What it does once, for x and for addresses, cannot be told
+from what it does for each weight, so it is not judged. The same format is judged in ops whose programs loop.
 """
 
 from __future__ import annotations
