@@ -288,9 +288,11 @@ def test_the_command_for_quantised_weights(ops, tmp_path, monkeypatch):
     assert [each.op for each in found] == ["linear.int4"]
 
 
-@pytest.mark.parametrize(("options", "message"), [((), "expected one of dense"), (("--step",), "expected dense")])
-def test_a_format_that_is_not_tuned(options, message):
-    name = "int4" if options else "int5"
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [("int5", (), "expected one of dense"), ("q4_k", ("--step",), "expected one of dense, int8, int4, fp8")],
+)
+def test_a_format_that_is_not_tuned(name, options, message):
     done = CliRunner().invoke(app, ["--op", "o_proj", "--weights", name, *options])
     assert done.exit_code == 2
     assert message in " ".join(done.output.replace("│", " ").split())
