@@ -31,6 +31,8 @@ from qwenkern.benchmarks.ops.inputs import DENSE
 from qwenkern.benchmarks.ops.timing import ceilings, circumstances, device_name
 from qwenkern.benchmarks.reports import results
 from qwenkern.cache import BlockTable, PagedCache
+from qwenkern.checkpoint.formats import form_of
+from qwenkern.checkpoint.packing import EMBEDDING, HEAD
 from qwenkern.conversion import CHOICES, choose_conversion
 from qwenkern.engine.capture import CallCapture, Capture, GraphCapture
 from qwenkern.engine.captured_step import CapturedStep
@@ -106,9 +108,10 @@ def where(config: Config, sequences: int, context: int, device: torch.device, we
     seconds = _on_cpu(layers, capturer.recorded) if isinstance(capturer, Recorded) else _on_gpu(layers, step)
     copy = ceilings(device).copy
     cases = {case.name: case for case in CASES}
-    size = Size(sequences, context, device=str(device), weights=weights)
+    forms = {"lm_head": form_of(HEAD, weights), "embedding": form_of(EMBEDDING, weights)}
 
     def roofline(name: str, launches: int) -> float | None:
+        size = Size(sequences, context, device=str(device), weights=forms.get(name, weights))
         return cases[name].bytes_moved(config, size) * launches / copy if name in cases else None
 
     return [Part(name, len(each), roofline(name, len(each)), sum(each)) for name, each in seconds.items()]
@@ -128,8 +131,9 @@ def model_and_cache(
 ) -> tuple[Qwen2, PagedCache]:
     """A model with random weights of a format (DENSE, or what ``quantize=`` takes), with activations in bfloat16, and a
     cache for so many tokens, which it fills with random numbers."""
-    model = Qwen2(config, torch.bfloat16, device, allocated=False)
-    initialise(model, 0, None if weights == DENSE else choose_conversion(weights).quantised)
+    with torch.inference_mode(False):  # a mode of this thread, and other threads round on a CPU
+        model = Qwen2(config, torch.bfloat16, device, allocated=False)
+        initialise(model, 0, None if weights == DENSE else choose_conversion(weights).quantised)
     cache = PagedCache(config, tokens, torch.bfloat16, device)
     for layer in cache.pages:
         for tensor in layer.tensors:
