@@ -1,4 +1,4 @@
-"""One browser, and one server of two models, for all tests of the page."""
+"""A browser for each file, and one server of two models, for the tests of the page."""
 
 from __future__ import annotations
 
@@ -14,26 +14,28 @@ from support.servers import serving, toy
 from qwenkern import Model
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def model() -> Iterator[Model]:
     with toy() as model:
         yield model
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def repeating() -> Iterator[Model]:
     with parrot() as model:
         yield model
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="session")
 def url(model: Model, repeating: Model) -> Iterator[str]:
     with serving({"toy": model, "parrot": repeating}) as url:
         yield url
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
+    """Playwright's event loop runs in this thread as long as the browser does, and other tests need one of their own:
+    so each file of tests has a browser."""
     with chromium() as browser:
         yield browser
 
