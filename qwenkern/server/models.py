@@ -59,9 +59,8 @@ class Models:
         self._patience = patience
         self._most_waiting = most_waiting
         self.is_ready = False  # a model has been loaded since the start
-        self.on_loss: Callable[[BaseException], None] = lambda _: (
-            None
-        )  # a model that has stopped cannot be loaded again
+        # Called if a model whose engine has stopped cannot be loaded again.
+        self.on_loss: Callable[[BaseException], None] = lambda _: None
         self._is_starting = False
         self._is_closed = False
         self._one = asyncio.Lock()  # one model is loaded at a time
