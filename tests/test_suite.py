@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ def test_a_group_stays_on_one_worker(request: pytest.FixtureRequest) -> None:
     """pytest 9.2 does not read what pytest-xdist 3.8 writes: then times are taken beside other tests, and what a whole
     file shares is made by each worker."""
     assert request.node.nodeid.endswith("@one worker")
+
+
+def test_no_test_changes_the_time_of_other_threads() -> None:
+    """`support.clock.set_clock` changes it for the modules under test."""
+    patched = re.compile(r"""setattr\((["'](time|asyncio)\.|([a-z_]+\.)*(time|asyncio), )""")
+    found = [str(file.relative_to(TESTS)) for file in TESTS.rglob("*.py") if patched.search(file.read_text())]
+    assert not found
 
 
 BARE = """

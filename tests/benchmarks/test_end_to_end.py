@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import typer
+from support.clock import set_clock
 from support.models import TINY, tiny_model
 from typer.testing import CliRunner
 
@@ -254,7 +255,7 @@ def test_a_decode_rate_is_what_more_tokens_cost_more(monkeypatch):
         nonlocal now
         now += 3.0 + 0.5 * (count - 1)
 
-    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    set_clock(monkeypatch, peers, perf_counter=lambda: now)
     assert peers.timed(generate)([[1, 2], [3, 4]], 8) == Reading(3.0, 4.0)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine.test_decode import NotCaptured
+from support.clock import set_clock
 from support.clockwork import clockwork, tokens_of
 from support.engines import PATIENCE, Gate, check_pages, eventually, read, run_all
 from support.models import tiny_model
@@ -219,7 +220,7 @@ def engine_of(model, **limits: Any) -> Engine:
 def clock(monkeypatch):
     """The time, which stands still until a test moves it."""
     now = [1000.0]
-    monkeypatch.setattr("time.monotonic", lambda: now[0])
+    set_clock(monkeypatch, monotonic=lambda: now[0])
     return now
 
 
@@ -408,7 +409,7 @@ def test_a_chunk_under_a_stream_is_bounded_by_the_time_that_it_takes(clock):
 
 def test_the_pace(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(pace_module.time, "monotonic", lambda: now[0])
+    set_clock(monkeypatch, pace_module, monotonic=lambda: now[0])
     pace = Pace(2048, 0.25)
     assert pace.chunk() == 2048, "nothing is known yet"
 
