@@ -64,8 +64,8 @@ class Models:
         self._is_starting = False
         self._is_closed = False
         self._one = asyncio.Lock()  # one model is loaded at a time
-        self._changed = asyncio.Event()  # a request has left its model
-        self._thread: threading.Thread | None = None  # that loads or unloads
+        self._changed = asyncio.Event()  # a request has left its model, or a model is gone
+        self._threads: list[threading.Thread] = []  # that load or unload
 
     @property
     def names(self) -> list[str]:
@@ -129,8 +129,9 @@ class Models:
         for entry in self.entries.values():
             if entry.model:
                 entry.model.close()
-        if self._thread:
-            self._thread.join(PATIENCE)
+        until = time.monotonic() + PATIENCE
+        for thread in self._threads:
+            thread.join(max(0.0, until - time.monotonic()))
 
     def entry(self, name: str | None) -> Entry:
         """The model of this name; None: the first one. Raises ApiError 404."""
@@ -169,10 +170,11 @@ class Models:
     async def _load(self, entry: Entry, old: list[Model] | None = None) -> Model:
         begun = time.monotonic()
         try:
+            if old:  # at once: the model that is being loaded may wait for this memory
+                await self._drop_stopped(old)
+                entry.size = Size(0, None)
+                self._changed.set()
             async with self._one:
-                if old:
-                    await self._drop_stopped(old)
-                    entry.size = Size(0, None)
                 entry.size = await self._make_room(entry)
                 log.info("loading %s: %.2f GB", entry.name, entry.size.bytes / 1e9)
                 model = await self._in_thread(lambda: entry.source.load(entry.size.tokens, self._progress_of(entry)))
@@ -249,8 +251,9 @@ class Models:
             except BaseException as error:
                 result.set_exception(error)
 
-        self._thread = threading.Thread(target=run, name="qwenkern-models", daemon=True)
-        self._thread.start()
+        thread = threading.Thread(target=run, name="qwenkern-models", daemon=True)
+        self._threads = [*filter(threading.Thread.is_alive, self._threads), thread]
+        thread.start()
         return await asyncio.wrap_future(result)
 
 

@@ -92,6 +92,35 @@ def test_the_end_of_the_server_is_no_loss_of_a_model_that_loads_again(loads):
     ran(body())
 
 
+def test_a_model_gets_the_memory_of_one_whose_engine_has_stopped(loads):
+    """The stopped model waits until no other model is being loaded, and that one waits for its memory."""
+
+    async def body():
+        models = loads.models("a", "b", memory=15)
+        entry, leave = models.entry("a"), asyncio.Event()
+
+        async def use():
+            async with models.use("a") as model:
+                await leave.wait()
+                model._loop.engine.stop(EngineError("the engine has stopped"))
+
+        using = asyncio.ensure_future(use())
+        while not entry.model:
+            await asyncio.sleep(0.01)
+        waiting = asyncio.ensure_future(touch(models, "b"))
+        while not models._one.locked():
+            await asyncio.sleep(0.01)
+        leave.set()
+        await using
+        assert entry.has_stopped
+        await asyncio.wait_for(waiting, 30)
+        await touch(models, "a")
+        assert loads.names == ["a", "b", "a"]
+        models.close()
+
+    ran(body())
+
+
 def test_what_waits_for_a_thread_is_dropped_with_its_caller():
     """Else large bodies of callers that are gone would be in memory, and count nowhere."""
 
