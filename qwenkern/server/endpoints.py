@@ -136,6 +136,6 @@ async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
         working.result()
     finally:
         leaving.cancel()
-        if not working.done():
+        while not working.done():  # again, because wait_for of Python 3.11 loses one that comes as its work ends
             working.cancel()
-            await asyncio.wait({working})
+            await asyncio.wait({working}, timeout=1.0)

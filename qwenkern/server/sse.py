@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -48,7 +48,7 @@ class EventStream(Response):
             await send({"type": "http.response.body", "body": event, "more_body": True})
 
         write = scope.get("extensions", {}).get(WRITE, write)
-        async with aclosing(self._rest) as rest:
+        async with aclosing(self._rest) as rest, _ended(self._first):
             await send({"type": "http.response.start", "status": 200, "headers": _HEADERS})
             keeping = asyncio.ensure_future(self._keep_alive(write))
             try:
@@ -74,6 +74,17 @@ class EventStream(Response):
                 await write(self._quiet)
             self._is_quiet = True
             await asyncio.sleep(QUIET_SECONDS)
+
+
+@asynccontextmanager
+async def _ended(first: asyncio.Future[bytes]) -> AsyncIterator[None]:
+    """Cancels what waits for the first event, if it still waits at the end: its generator cannot be closed before."""
+    try:
+        yield
+    finally:
+        if not first.done():
+            first.cancel()
+            await asyncio.wait({first})
 
 
 async def stream(

@@ -11,11 +11,12 @@ import openai
 import pytest
 from anthropic import Anthropic
 from openai import OpenAI
+from starlette.requests import ClientDisconnect
 from support.engines import check_pages
 from support.parrot import parrot
 from support.servers import serving
 
-from qwenkern.server import answering, sse
+from qwenkern.server import answering, endpoints, sse
 from qwenkern.server.errors import ApiError
 
 MESSAGES = [{"role": "user", "content": "Say [[Hi!]]"}]
@@ -129,3 +130,50 @@ def test_a_client_that_leaves_ends_its_request(url, monkeypatch):
     while len(ended) < 2 and time.monotonic() < begun + 10:
         time.sleep(0.01)
     assert len(ended) == 2
+
+
+def test_a_client_that_leaves_before_the_headers_are_sent_ends_its_request(monkeypatch):
+    monkeypatch.setattr(sse, "QUIET_SECONDS", 0.01)
+    ended = []
+
+    async def waits():
+        try:
+            await asyncio.sleep(60)
+            yield b""
+        finally:
+            ended.append(True)
+
+    async def send(message):
+        await asyncio.sleep(60)
+
+    async def body():
+        response = await sse.stream(waits(), sse.openai_error)
+        sending = asyncio.ensure_future(response({"type": "http"}, None, send))
+        await asyncio.sleep(0.01)
+        sending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await sending
+        assert ended
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_a_lost_cancellation_is_repeated():
+    """wait_for of Python 3.11 returns its result if the cancellation comes together with it."""
+    cancelled = []
+
+    async def work():
+        while len(cancelled) < 2:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(True)
+
+    async def gone():
+        return {"type": "http.disconnect"}
+
+    async def body():
+        with pytest.raises(ClientDisconnect):
+            await endpoints._while_connected(work(), gone)
+
+    asyncio.run(asyncio.wait_for(body(), 30))
