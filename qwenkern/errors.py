@@ -33,7 +33,7 @@ class NonFiniteError(Error, ArithmeticError):
 
 
 class EngineError(Error, RuntimeError):
-    """A forward pass failed, or the engine has stopped: the message has the reason."""
+    """A forward pass failed, the engine has stopped, or the machine is too busy: the message has the reason."""
 
     def again(self) -> EngineError:
         """The same error for another caller. Raising an error adds to its traceback, so each caller gets one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..errors import RequestError
+from ..errors import EngineError, RequestError
 from . import grammar_trial
 from .grammar import Grammar
 from .matcher import Matcher
@@ -71,7 +72,7 @@ class Grammars:
         """A matcher for a new text. ``end_ids`` end the text where the grammar may end.
 
         Raises RequestError for a grammar that llguidance does not support, with its reason, or that takes more time or
-        memory than the bounds in grammar_trial.py."""
+        memory than the bounds in grammar_trial.py; EngineError if the machine is too busy to tell."""
         return Matcher(self.compiled(grammar).deep_copy(), lambda: self._again(grammar), self._width, end_ids)
 
     def knows(self, grammar: Grammar) -> bool:
@@ -82,7 +83,7 @@ class Grammars:
     def compiled(self, grammar: Grammar) -> Any:
         """llguidance's matcher at the beginning of a text. A new grammar takes 0.1 to some seconds, and is kept.
 
-        Raises RequestError as ``matcher``."""
+        Raises RequestError and EngineError as ``matcher``."""
         self.prepare()
         return self._known(grammar) or self._tried(grammar)
 
@@ -106,10 +107,7 @@ class Grammars:
         with self._trials:
             if known := self._known(grammar):  # another request had it compiled meanwhile
                 return known
-            try:
-                reason, size = _try(source)
-            except subprocess.TimeoutExpired:  # the machine is busy; another time it may take less
-                raise RequestError(f"{grammar.kind} is not supported: {_TOOK}") from None
+            reason, size = _try(source)
             if reason:
                 reason = f"{grammar.kind} is not supported: {reason}"
                 with self._lock:
@@ -144,16 +142,23 @@ class Grammars:
 def _try(source: str) -> tuple[str, int]:
     """Compiles a grammar in a process of its own. Returns the reason against it, or "", and the bytes that it takes.
 
-    Raises subprocess.TimeoutExpired."""
+    Raises EngineError if that says nothing about the grammar, because the machine has no time or memory for it now."""
     import llguidance
 
     if not sys.executable:  # within a program that embeds Python: only llguidance's own bounds hold
         return "", 0
     # -I -S: no site-packages, whose start takes longer than the trial
     command = [sys.executable, "-I", "-S", grammar_trial.__file__, str(Path(llguidance.__file__).parents[1])]
-    done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=_PATIENCE)
-    if done.returncode:
+    try:
+        done = subprocess.run(command, input=source, capture_output=True, text=True, timeout=_PATIENCE)
+    except subprocess.TimeoutExpired:
+        raise EngineError(f"a grammar was not compiled within {_PATIENCE:g} s, because the machine is busy") from None
+    if done.returncode == -signal.SIGKILL:  # the bounds end it in other ways, before
+        raise EngineError("the system has killed the process that compiles a grammar; it may lack memory")
+    if done.returncode in (-signal.SIGXCPU, -signal.SIGABRT) or "MemoryError" in done.stderr:
         return _TOOK, 0
+    if done.returncode:
+        return f"llguidance fails on it (status {done.returncode})", 0
     reason, size = json.loads(done.stdout)
     return _plain(reason), size
 

@@ -6,7 +6,6 @@ import json
 import math
 import random
 import re
-import subprocess
 
 import llguidance
 import numpy as np
@@ -16,7 +15,7 @@ from pydantic import BaseModel
 from support.sampled_rows import FakeRow
 from support.toy_tokenizer import END, byte_tokenizer
 
-from qwenkern import RequestError, SamplingParams
+from qwenkern import EngineError, RequestError, SamplingParams
 from qwenkern.sampling import Grammars, grammar_compiler, grammar_trial, matcher, sample
 from qwenkern.sampling.grammar import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Grammar, grammar_of
 
@@ -186,7 +185,7 @@ def test_compiled_grammars_are_kept_within_bounds(grammars, monkeypatch):
 
 
 def test_the_reason_against_a_grammar_is_kept_within_bounds(grammars, monkeypatch):
-    tried, answers = [], {"busy": subprocess.TimeoutExpired("python", 1)}
+    tried, answers = [], {"busy": EngineError("the machine is busy")}
 
     def trial(source):
         tried.append(source)
@@ -210,9 +209,42 @@ def test_the_reason_against_a_grammar_is_kept_within_bounds(grammars, monkeypatc
     assert len(tried) == 3
     refused("a")  # the one that was asked for least lately has gone
     assert len(tried) == 4
-    refused("busy")
-    refused("busy")  # a busy machine is no reason against a grammar
+    for _ in range(2):  # a busy machine is no reason against a grammar
+        with pytest.raises(EngineError, match="busy"):
+            grammars.matcher(Grammar("regex", "busy"), [END])
     assert len(tried) == 6
+
+
+TRIAL = """
+import os, resource, signal, sys, time
+{}
+"""
+
+
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [
+        ("resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\nwhile True: pass", "it takes more than"),
+        ("bytes(1 << 50)", "it takes more than"),
+        ("os.abort()", "it takes more than"),  # as Rust does where there is no memory
+        ("sys.exit(7)", "llguidance fails on it (status 7)"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "llguidance fails on it (status -11)"),
+        ("os.kill(os.getpid(), signal.SIGKILL)", None),
+        ("time.sleep(60)", None),
+    ],
+)
+def test_how_a_trial_ends(tmp_path, monkeypatch, happens, reason):
+    """A trial that says nothing about the grammar is an error of this machine, not of the request."""
+    (tmp_path / "trial.py").write_text(TRIAL.format(happens))
+    monkeypatch.setattr(grammar_compiler.grammar_trial, "__file__", str(tmp_path / "trial.py"))
+    if reason:
+        found, size = grammar_compiler._try("")
+        assert found.startswith(reason)
+        assert size == 0
+    else:
+        monkeypatch.setattr(grammar_compiler, "_PATIENCE", 1.0)
+        with pytest.raises(EngineError, match=r"busy|killed"):
+            grammar_compiler._try("")
 
 
 class Failing:
