@@ -37,6 +37,20 @@ def test_of_equal_logits_the_lower_id_comes_first(count):
     assert torch.equal(ids, expected.indices[:, :count])
 
 
+@pytest.mark.parametrize("values", [10**6, 3000])  # with 3,000, some of the largest are equal
+@pytest.mark.parametrize("count", [1, 20, 64])
+def test_the_most_likely_of_a_large_vocabulary(count, values):
+    numbers = random.Random(f"{count}/{values}")
+    rows = [[numbers.randint(-values, values) / 7 for _ in range(128 * 300)] for _ in range(6)]
+    rows[0][77], rows[1][30_000] = math.inf, math.nan
+    rows[2][:40] = [values] * 40  # all in one run
+    for logits in (torch.tensor(rows[:3]), torch.tensor(rows[3:])):
+        found, ids = most_likely(logits, count)
+        expected = logits.sort(dim=-1, descending=True, stable=True)
+        assert torch.equal(found.nan_to_num(1e9), expected.values[:, :count].nan_to_num(1e9))
+        assert torch.equal(ids, expected.indices[:, :count])
+
+
 @pytest.mark.parametrize("size", [500, 128, 1280])
 def test_the_largest_logit_is_greedy_of_equal_ones_the_lowest_id(size):
     numbers = random.Random(size)
