@@ -262,6 +262,16 @@ def serving(document: dict[str, Any]) -> Shown:
     return said, ["callers", "engine", "tokens/s of all", "speed-up", *waits_of], rows
 
 
+def structured(document: dict[str, Any]) -> Shown:
+    """What structured output costs."""
+    rows = []
+    for row in document["rows"]:
+        times = [_spread(row[name], "", digits=1) for name in ("free_ms", "schema_ms")]
+        rows.append([str(row["sequences"]), row["case"], *times, _spread(row["ratio"], "", digits=3)])
+    headings = ["sequences", "tokens", "free text, ms a step", "JSON schema, ms a step", "times as long"]
+    return f"{document['model']}. {_when(document)}", headings, rows
+
+
 def engine(document: dict[str, Any]) -> Shown:
     """What the engine saves and costs."""
     rows = [[f"speculation: {row['case']}", f"{_spread(row['speedup'], '')} x"] for row in document["rows"]]
@@ -338,6 +348,7 @@ MAKERS = {
     "quality": (shown(quality), "*/quality*.json"),
     "serving": (shown(serving), "*/serving*.json"),
     "engine": (shown(engine), "*/engine*.json"),
+    "structured": (shown(structured), "*/structured*.json"),
     "contention": (shown(contention), "*/contention*.json"),
 }
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

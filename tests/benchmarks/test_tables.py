@@ -85,6 +85,14 @@ def test_shares_with_other_work_are_shown():
     assert tables.contention({**facts, "twice": True, "rows": [row]})[1][2] == "two processes at once, tokens/s"
 
 
+def test_the_cost_of_structured_output():
+    facts = {"device": "d", "torch": "t", "triton": "t", "date": "2026-01-01", "model": "m"}
+    row = {"sequences": 8, "case": "greedy", "free_ms": [40, 39, 41], "schema_ms": [41, 40, 44.44]}
+    _, headings, rows = tables.structured({**facts, "rows": [row | {"ratio": [1.025, 1.0, 1.1]}]})
+    assert len(headings) == 5
+    assert rows == [["8", "greedy", "40.0 (39.0 to 41.0)", "41.0 (40.0 to 44.4)", "1.025 (1.000 to 1.100)"]]
+
+
 def test_every_result_is_dated():
     files = [file for file in Path(tables.RESULTS).rglob("*.json")]
     assert files
