@@ -79,9 +79,9 @@ def types_only(module: str) -> set[str]:
 @cache
 def picture() -> dict[str, int]:
     """Each room that the picture names, a folder with its slash or a file, and the line that it stands in."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Rooms")[2]
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Modules")[2]
     drawn = re.search(r"```\w*\n(.*?)```", text, re.S)
-    assert drawn, "docs/architecture.md has no picture under `Rooms`"
+    assert drawn, "docs/architecture.md has no picture under `Modules`"
     found: dict[str, int] = {}
     for number, line in enumerate(drawn[1].splitlines()):
         for name in re.findall(r"[\w/]+(?:\.py|/)(?=\s|$)", line):
@@ -107,7 +107,7 @@ def test_the_picture_has_every_room():
 
 
 def test_the_table_says_what_each_room_holds():
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Rooms")[2]
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Modules")[2]
     table = "\n".join(re.findall(r"^\|.*", text, re.M))
     for name in picture():
         assert f"`{name}`" in table, f"docs/architecture.md does not say what {name} holds"
