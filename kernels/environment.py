@@ -66,8 +66,8 @@ def _activations(name: str, text: str) -> str:
 
 CACHE = Variable(
     "QWENKERN_CACHE",
-    "The folder for downloads (`models/`) and for what was compiled and measured for a CPU (`compiled/`). It may begin "
-    "with `~`, or be relative to the current folder",
+    "The folder for downloads (`models/`), and for compiled C functions and their measurements (`compiled/`). The path "
+    "may begin with `~`, or be relative to the current folder",
     "`$XDG_CACHE_HOME/qwenkern` if `XDG_CACHE_HOME` is an absolute path, else `~/.cache/qwenkern`",
     _text,
 )
@@ -80,8 +80,9 @@ THREADS = Variable(
 )
 CPU_ACTIVATIONS = Variable(
     "QWENKERN_CPU_ACTIVATIONS",
-    "What a CPU multiplies quantised weights by: `exact` keeps activations finer than bfloat16, as two planes of int8. "
-    "`int8` rounds them to one plane: faster for many tokens, and less exact",
+    "The precision of activations in products with quantised weights on a CPU. `exact` splits them into two planes of "
+    "int8, which is finer than bfloat16. `int8` rounds them to one plane, which is faster for many tokens, and less "
+    "exact",
     "`exact`",
     _activations,
 )
@@ -94,14 +95,14 @@ CPU_TARGET = Variable(
 )
 KERNELS = Variable(
     "QWENKERN_KERNELS",
-    "`reference` runs every op in torch, without Triton or C. `triton` runs the kernels",
+    "`reference` runs every op in torch, without Triton or C. `triton` runs the kernels: Triton on a GPU, C on a CPU",
     "`triton`",
     _kernels,
 )
 CONFIG_DIR = Variable(
     "QWENKERN_CONFIG_DIR",
     "A folder of tuned launch configurations. The kernels look there before they use the configurations in the "
-    "package. `qwenkern tune` writes there",
+    "package. `qwenkern tune` writes there, unless `--out` names another folder",
     "only the configurations in the package",
     _text,
 )
@@ -113,14 +114,14 @@ FOLLOW_LINKS = Variable(
 )
 REQUIRE_C = Variable(
     "QWENKERN_REQUIRE_C",
-    "`1` makes it an error that a package is built without C functions",
+    "`1` makes it an error to build a package without C functions",
     "a warning",
     _is_one,
 )
 API_KEY = Variable(
     "QWENKERN_API_KEY",
-    "A key that callers of `qwenkern serve` must have, beside those of `--api-key-file`",
-    "only the keys of `--api-key-file`; without any, everybody may call",
+    "A key that clients of `qwenkern serve` may send, beside those of `--api-key-file`",
+    "only the keys of `--api-key-file`; without any key, everybody may call",
     _text,
 )
 LLAMA_CPP = Variable(
