@@ -102,7 +102,7 @@ class Loaded:
         prefill_chunk: prompt tokens per pass.
         deterministic: a prompt gives the same bits in every batch. Without it, only decode steps of up to 16 sequences
             on our kernels are batch-invariant. It costs throughput, not latency: prompts are read one by one, at most
-            16 sequences decode together (one if the linears run in torch, as in float32 on a CPU), and a sequence
+            16 sequences decode together (one if the linears run in torch, as in float16 on a CPU), and a sequence
             starts only when the cache has room for its prompt and its max_tokens.
         threads: CPU threads of this process, torch's included. None: QWENKERN_THREADS, else one for each physical core
             that the process may run on, but not more than its cgroup's quota and torch allow.
