@@ -10,7 +10,7 @@ DOCS := .venv/docs-ready
 demo: $(READY)  ## text by a real model (491 MB, fetched once into the user's cache)
 	$(BIN)/qwenkern generate --model demo "Write a Python function that says whether a number is prime."
 
-test: $(READY)  ## not `python -m pytest`, which would put kernels/ on the path under its bare name
+test: $(READY)  ## the whole suite
 	$(BIN)/pytest -q -n $(WORKERS) --dist loadgroup $(ARGS)
 
 quick: $(READY)  ## a few cases of each test that is not slow: in every room, in less than three minutes

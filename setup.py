@@ -134,12 +134,7 @@ setup(
     package_dir={"qwenkern.kernels": "kernels", "qwenkern.benchmarks": "benchmarks"},
     packages=[
         *find_packages(include=["qwenkern", "qwenkern.*"]),
-        *(f"qwenkern.{name}" for name in find_packages(include=["kernels", "kernels.*"])),
-        "qwenkern.benchmarks",
-        "qwenkern.benchmarks.models",
-        "qwenkern.benchmarks.offline",
-        "qwenkern.benchmarks.ops",
-        "qwenkern.benchmarks.reports",
+        *(f"qwenkern.{name}" for name in find_packages(include=["kernels", "kernels.*", "benchmarks", "benchmarks.*"])),
     ],
     py_modules=["qwenkern_start"],
     package_data={

@@ -1,4 +1,4 @@
-"""qwenkern: Qwen2.5 language models on fused Triton kernels.
+"""qwenkern: Qwen2.5 language models on fused kernels: Triton on a GPU, C on a CPU.
 
 >>> import qwenkern
 >>> model = qwenkern.Model.from_pretrained("demo")

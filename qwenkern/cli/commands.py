@@ -32,7 +32,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    help="Qwen2.5 language models on fused Triton kernels.",
+    help="Qwen2.5 language models on fused kernels: Triton on a GPU, C on a CPU.",
 )
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Name, hub id, folder of safetensors, or .gguf file.")]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
@@ -52,6 +55,15 @@ def test_tokens_requests_and_times(model):
         assert after["qwenkern_e2e_request_latency_seconds_bucket|+Inf|toy"] == 2
         assert after["qwenkern_http_requests_total|POST|/v1/chat/completions|200"] == 2
         assert after["qwenkern_num_requests_running|toy"] == 0
+
+
+def test_the_documentation_lists_every_metric(model):
+    text = (Path(__file__).parents[2] / "docs" / "serving.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`(qwenkern_[a-z0-9_]+)`", text.partition("## Metrics")[2]))
+    with serving(model) as url:
+        answer = httpx.get(f"{url}/metrics").text
+    families = [family for family in parse(answer) if family.name.startswith("qwenkern_")]
+    assert documented == {each.name + "_total" * (each.type == "counter") for each in families}
 
 
 def test_what_runs_now(model):
