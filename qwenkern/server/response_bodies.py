@@ -201,7 +201,12 @@ class ResponsesBody(Body):
                 call = {"id": item.call_id, "type": "function", "function": function}
                 found[-1].setdefault("tool_calls", []).append(call)
             else:
-                found.append({"role": item.role, "content": _text(item.content, f"{place}.content")})
+                text = _text(item.content, f"{place}.content")
+                if item.role == "assistant" and found and found[-1].get("tool_calls"):  # text after an answer's calls
+                    before = found[-1]["content"]
+                    found[-1]["content"] = text if before is None else f"{before}\n{text}"
+                else:
+                    found.append({"role": item.role, "content": text})
         return in_order_of_calls(found, "call_id")
 
 

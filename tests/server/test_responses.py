@@ -191,6 +191,18 @@ def test_several_turns(url, model):
     assert f"{called}<|im_start|>tool|15:00<|im_end|><|im_start|>tool|12:00<|im_end|>" in read[1]
 
 
+def test_text_after_a_call_goes_back_as_input():
+    """A stream has its items in the order of the text: then the result of a call follows a message."""
+    conversation: list = [{"role": "user", "content": f"[[{BOTH} That is all.]]"}]
+    with parrot() as model, serving(model) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        answer = answered(client, True, input=conversation, tools=TOOLS)
+        assert [item.type for item in answer.output] == ["message", "function_call", "function_call", "message"]
+        conversation += answer.output
+        for item in answer.output[1:3]:
+            conversation.append({"type": "function_call_output", "call_id": item.call_id, "output": "[[At three.]]"})
+        assert answered(client, False, input=conversation, tools=TOOLS).output_text == "At three."
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "tide"}])
 def test_forced_calls_are_right(client, choice, stream):
