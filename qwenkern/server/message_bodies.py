@@ -115,6 +115,7 @@ class PromptBody(Body):
         "service_tier": (("auto", "standard_only"), "there is one tier"),
         "speed": (("standard",), "there is one speed"),
         "thinking": (({"type": "disabled"},), "the model does not think before it answers"),
+        "thread": ((), "nothing is stored; expected the whole conversation as messages"),
         "user_profile_id": ((), _NOT_HERE),
         "workspace_id": ((), _NOT_HERE),
     }

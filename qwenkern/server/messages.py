@@ -26,7 +26,10 @@ from .turns import CallArguments, CallBegun, Finished, Started, Text, ToolCall, 
 def as_error(error: ApiError) -> dict[str, Any]:
     """The form of Anthropic's API."""
     kind = KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
-    return {"type": "error", "error": {"type": kind, "message": error.message}}
+    told: dict[str, Any] = {"type": kind, "message": error.message}
+    if error.param == "thread" and error.code == "unsupported_parameter":  # clients then send the whole conversation
+        told["details"] = {"error_code": "thread_unsupported_request", "unsupported": ["thread"]}
+    return {"type": "error", "error": told}
 
 
 async def create(service: Service, request: Request, body: MessagesBody) -> Response:

@@ -269,6 +269,21 @@ def test_calls_or_an_answer_of_a_schema(text):
     assert calls_of(forced)[0] == ("clock", {})
 
 
+def test_the_client_runs_tools():
+    """It asks the server to keep the conversation first, and sends all of it once the server has refused that."""
+
+    @anthropic.beta_tool
+    def tide(place: str) -> str:
+        """Of today."""
+        return f"[[At three in {place}.]]"
+
+    call = '<tool_call>\n{"name": "tide", "arguments": {"place": "Emden"}}\n</tool_call>'
+    messages = [{"role": "user", "content": f"[[{call}]]"}]
+    with parrot() as model, serving(model) as url, Anthropic(base_url=url, api_key="none", max_retries=0) as client:
+        runner = client.beta.messages.tool_runner(model="toy", max_tokens=100, messages=messages, tools=[tide])
+        assert runner.until_done().content[0].text == "At three in Emden."
+
+
 def test_tokens_are_counted_as_the_answer_counts_them(client, model):
     prompt = {"model": "toy", "messages": QUESTION, "system": "Be brief.", "tools": TOOLS}
     counted = client.messages.count_tokens(**prompt).input_tokens
