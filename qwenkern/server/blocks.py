@@ -21,11 +21,10 @@ def read(kinds: Mapping[str, type[Body]], value: Any, place: str, default: str |
     kind = value.get("type", default)
     if not isinstance(kind, str) or kind not in kinds:
         raise wrong(f"{place}.type is {shown(kind)}; expected {' or '.join(map(repr, kinds))}", f"{place}.type")
-    fields = {name: item for name, item in value.items() if item is not None}
     try:
-        return kinds[kind].model_validate(fields)
+        return kinds[kind].model_validate(value)
     except ValidationError as error:
-        told = bodies._named(error, fields)
+        told = bodies._named(error, value)
         param = f"{place}.{told.param}" if told.param else place
         raise ApiError(400, f"{place}.{told.message}", param=param, code=told.code) from None
 

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, FailFast, ValidationError
+from pydantic import BaseModel, ConfigDict, FailFast, ValidationError, model_validator
 from starlette.requests import Request
 
 from ..errors import shown
@@ -31,6 +31,11 @@ class Body(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
     REFUSED: ClassVar[Refused] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_nulls(cls, fields: Any) -> Any:
+        return {n: v for n, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
 
     def names(self) -> dict[str, str]:
         """Arguments of the model's calls -> the fields of this body that they come from."""

@@ -8,7 +8,7 @@ import uuid
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 from starlette.requests import Request
@@ -41,7 +41,8 @@ class Message(Body):
     refusal: None = None
     audio: None = None
     function_call: None = None
-    annotations: Annotated[list[Any], Field(max_length=0)] | None = None
+    annotations: list[Any] | None = Field(None, max_length=0, exclude=True)
+    parsed: Any = Field(None, exclude=True)  # OpenAI's client adds what it has read in the content
 
 
 class TextPart(Body):
@@ -64,7 +65,7 @@ def conversation(messages: Sequence[Message]) -> list[dict[str, Any]]:
                 raise blocks.wrong(f"{place} is in a message of the {message.role}; expected one of the {role}", place)
         for k, part in enumerate(message.content if isinstance(message.content, list) else []):
             blocks.read(_PARTS, part, f"messages.{n}.content.{k}")
-    return in_order_of_calls([message.model_dump(exclude_none=True, exclude={"annotations"}) for message in messages])
+    return in_order_of_calls([message.model_dump(exclude_none=True) for message in messages])
 
 
 class Tool(Body):

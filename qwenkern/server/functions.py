@@ -37,6 +37,7 @@ class Function(Body):
 class CalledFunction(Body):
     name: Annotated[str, Field(min_length=1)]
     arguments: str  # JSON text, if the model wrote any
+    parsed_arguments: Any = Field(None, exclude=True)  # OpenAI's client adds what it has read in them
 
 
 class CallMade(Body):
@@ -45,6 +46,7 @@ class CallMade(Body):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
+    index: int | None = Field(None, exclude=True)  # of the call, from a stream
 
 
 @dataclass(frozen=True)

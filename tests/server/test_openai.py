@@ -208,6 +208,33 @@ def test_calls_or_an_answer_of_a_schema(client, text):
             assert (choice.finish_reason, choice.message.tool_calls or None) == ("stop", None)
 
 
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client, for what it has parsed itself
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("text", [OSLO.model_dump_json(), f"{CALL}\n{CALL}"])
+def test_an_answer_goes_back_as_a_message(client, text, stream):
+    """With all that the client has added to it: what it has parsed, and the places of calls in a stream."""
+    tool = openai.pydantic_function_tool(pydantic.create_model("weather", city=str))
+    fields = {"model": "parrot", "tools": [tool], "response_format": City}
+    if stream:
+        with client.chat.completions.stream(**fields, messages=said(text)) as events:
+            message = events.get_final_completion().choices[0].message
+    else:
+        message = client.chat.completions.parse(**fields, messages=said(text)).choices[0].message
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "[[Rain.]]"} for call in message.tool_calls or []]
+    messages = [*said(text), message, *(results or said("Rain."))]
+    answer = client.chat.completions.create(model="parrot", tools=[tool], messages=messages)
+    assert answer.choices[0].message.content == "Rain."
+
+
+@pytest.mark.parametrize("more", [{"reasoning_content": None, "parsed": {"a": 1}}, {"tool_calls": None, "x": None}])
+def test_null_in_a_message_means_absent(client, model, more):
+    """Other servers' answers have such fields, and clients send them back."""
+    messages = [*said("one"), {"role": "assistant", "content": "one"}, *said("two")]
+    found = client.chat.completions.create(model="parrot", messages=[messages[0], {**messages[1], **more}, messages[2]])
+    assert found.choices[0].message.content == "two"
+    assert found.usage.prompt_tokens == len(model.tokenizer.encode_chat(messages))
+
+
 def test_guided(client):
     create = client.chat.completions.create
     regex = create(model="parrot", messages=said("x"), extra_body={"guided_regex": "[ab]{3}c"})
