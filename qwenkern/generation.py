@@ -100,7 +100,7 @@ class Generation:
     sampling        values for the fields of SamplingParams that a caller leaves None
     max_new_tokens  the most tokens after a prompt if a caller gives no max_tokens; None: no limit
     max_length      the same for the prompt and the new tokens together; max_new_tokens overrides it
-    source          the file that they come from, for messages
+    source          the name of the file that they come from, without its folder: a server tells it to clients
     """
 
     end_ids: frozenset[int] = frozenset()
@@ -138,7 +138,7 @@ class Generation:
             sampling=sampling,
             max_new_tokens=fields.get("max_new_tokens"),
             max_length=fields.get("max_length"),
-            source=source,
+            source=Path(source).name or source,
         )
         return generation.with_ends(fields, vocab_size, source)
 
@@ -159,7 +159,7 @@ class Generation:
         if sampling:
             sampling.setdefault("temperature", 1.0)
         _warn_of_others(metadata, source)
-        return cls(end_ids=frozenset(ends.values()), sampling=sampling, source=source)
+        return cls(end_ids=frozenset(ends.values()), sampling=sampling, source=Path(source).name or source)
 
     def with_ends(self, fields: Mapping[str, Any], vocab_size: int, source: str) -> Generation:
         """The same with the ids of `eos_token_id` in ``fields``: an id, or a list of ids."""
