@@ -104,9 +104,13 @@ def _prepared(model: Model, body: CompletionBody) -> list[_Prompt]:
         prompts.check(ids)
         text = ""
         if body.echo:
-            text = prompt if isinstance(prompt, str) else model.tokenizer.decode(ids) if model.tokenizer else ""
+            text = prompt if isinstance(prompt, str) else _text(model, ids)
         found.append(_Prompt(ids, text))
     return found
+
+
+def _text(model: Model, ids: list[int]) -> str:
+    return model.tokenizer.decode(ids, skip_special=False) if model.tokenizer else ""
 
 
 def _to_fill_in(tokenizer: Tokenizer | None, prompt: str | list[int], suffix: str) -> list[int]:
@@ -171,10 +175,11 @@ async def _answers(
     ]
 
 
-def _echo(prompt: _Prompt, writing: CompletionLogprobs) -> dict[str, Any] | None:
-    """The log-probabilities of an echoed prompt."""
+def _echo(model: Model, prompt: _Prompt) -> dict[str, Any] | None:
+    """The log-probabilities of an echoed prompt, whose text has its special tokens."""
     if prompt.logprobs is None:
         return None
+    writing = CompletionLogprobs(model, skip_special=False)
     return _joined(writing.first(prompt.ids[0]), writing.of(prompt.logprobs))
 
 
@@ -183,13 +188,13 @@ def _joined(*parts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _choice(answer: Answer, model: Model, body: CompletionBody, turn: Turn, prompts: list[_Prompt]) -> dict[str, Any]:
-    writing, logprobs = CompletionLogprobs(model, turn.params.skip_special_tokens), None
-    text = answer.text
+    echoed, logprobs = "", None
     if body.echo:
         prompt = prompts[answer.index // turn.params.n]
-        text, logprobs = prompt.text + text, _echo(prompt, writing)
+        echoed, logprobs = prompt.text, _echo(model, prompt)
+    text = echoed + answer.text
     if body.logprobs is not None:
-        own = writing.of(answer.logprobs)
+        own = CompletionLogprobs(model, turn.params.skip_special_tokens, len(echoed)).of(answer.logprobs)
         logprobs = _joined(logprobs, own) if logprobs else own
     choice = {"index": answer.index, "text": text, "logprobs": logprobs, "finish_reason": answer.finished.reason}
     return choice | ({"token_ids": answer.token_ids} if body.return_token_ids else {})
@@ -216,12 +221,13 @@ async def _chunks(
 
     async with service.models.use(body.model) as model:
         prompts, turn = await _read(service, model, body, turn)
-        n = turn.params.n
-        writing = [CompletionLogprobs(model, turn.params.skip_special_tokens) for _ in range(n * len(body.prompts))]
+        n, skip_special = turn.params.n, turn.params.skip_special_tokens
+        echoed = [len(prompt.text) for prompt in prompts] or [0] * len(body.prompts)
+        writing = [CompletionLogprobs(model, skip_special, begin) for begin in echoed for _ in range(n)]
         if body.echo and body.max_tokens == 0:
             for answer in await _answers(service, model, body, turn, prompts):
                 prompt = prompts[answer.index // n]
-                yield chunk(answer.index, prompt.text, _echo(prompt, writing[answer.index]))
+                yield chunk(answer.index, prompt.text, _echo(model, prompt))
                 yield chunk(answer.index, "", None, answer.finished.reason)
                 usage.add(answer.finished, turn)
         else:
@@ -233,7 +239,8 @@ async def _chunks(
                             logprobs = writing[index].of(event.logprobs) if event.logprobs else None
                             yield chunk(index, event.text, logprobs, token_ids=event.token_ids)
                     elif isinstance(event, Started) and body.echo:
-                        yield chunk(index, prompts[index // n].text, _echo(prompts[index // n], writing[index]))
+                        prompt = prompts[index // n]
+                        yield chunk(index, prompt.text, _echo(model, prompt))
                     elif isinstance(event, Finished):
                         usage.add(event, turn)
                         yield chunk(index, "", None, event.reason)

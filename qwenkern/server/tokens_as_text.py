@@ -41,15 +41,15 @@ def chat_logprobs(logprobs: Sequence[TokenLogprob], model: Model) -> dict[str, A
 
 
 class CompletionLogprobs:
-    """For /v1/completions: lists with an item for each token, written as the tokens of one answer come.
+    """For /v1/completions: lists with an item for each token, written as the tokens of one answer come, or of a prompt.
 
     ``text_offset`` is where the text of a token begins. A token that ends a character begins where the character
     does."""
 
-    def __init__(self, model: Model, skip_special: bool) -> None:
+    def __init__(self, model: Model, skip_special: bool, begin: int = 0) -> None:
         self._model = model
         self._detokenizer = Detokenizer(model.tokenizer, skip_special=skip_special) if model.tokenizer else None
-        self._length = 0  # of the text so far
+        self._length = begin  # of the text so far, with what is echoed before it
 
     def first(self, token_id: int) -> dict[str, Any]:
         """The first token of a prompt, which has no log-probability."""

@@ -82,6 +82,17 @@ def test_an_echoed_prompt_is_scored(post, model, max_tokens):
     assert logprobs["text_offset"][: len(ids)] == list(range(len(ids)))
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["a<|im_start|>b", [64, 257, 65]])
+def test_offsets_of_an_echo_are_those_of_its_text(post, prompt, stream):
+    """Special tokens of the prompt are in it."""
+    answer = post(prompt=prompt, echo=True, logprobs=0, max_tokens=3, logit_bias={"66": 100}, stream=stream)
+    choices = [each["choices"][0] for each in (streamed(answer) if stream else [answer.json()])]
+    assert "".join(choice["text"] for choice in choices) == "a<|im_start|>bccc"
+    places = [choice["logprobs"]["text_offset"] for choice in choices if choice["logprobs"]]
+    assert [place for each in places for place in each] == [0, 1, 13, 14, 15, 16]
+
+
 def test_a_long_prompt_is_scored_in_several_passes(post, model):
     ids = torch.randint(0, 256, (200,), generator=torch.Generator().manual_seed(0)).tolist()
     found = post(prompt=ids, echo=True, logprobs=1, max_tokens=1).json()["choices"][0]["logprobs"]
