@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,15 @@ from torch import Tensor
 
 from ..errors import RequestError
 
-SLOW = 1.0  # seconds of processor time for one mask: others wait for it
+EACH = 0.01  # seconds of processor time for each token; most grammars take less than a tenth of it
+SLOW = 1.0  # seconds that the texts of one call may take beyond that: all other requests wait for them
+R = TypeVar("R")
+
+
+class Debt:
+    """What the texts of one call have taken beyond EACH for each token."""
+
+    seconds = 0.0
 
 
 class Mask(NamedTuple):
@@ -70,11 +78,14 @@ class Matcher:
     otherwise ``mask`` does. llguidance's state is shared by the texts of one grammar. Where it fails, the text is
     followed again by a state of its own, so that what another text did to the shared one ends no other."""
 
-    def __init__(self, state: Any, fresh: Callable[[], Any], width: int, end_ids: Iterable[int]) -> None:
+    def __init__(
+        self, state: Any, fresh: Callable[[], Any], width: int, end_ids: Iterable[int], debt: Debt | None = None
+    ) -> None:
         self._state = state  # llguidance.LLMatcher
         self._fresh = fresh  # makes one that shares nothing with others
         self._width = width
         self._end_ids = frozenset(end_ids)
+        self._debt = debt or Debt()
         self._taken: list[int] = []
         self._mask: Mask | None = None  # of the next place
         self._error: RequestError | None = None
@@ -103,8 +114,8 @@ class Matcher:
         """Whether the mask allows a token, mostly without the mask. Raises RequestError as ``mask``."""
         if not self._mask and not self._error and token not in self._end_ids:
             # where the grammar forces a text, the mask has one of its spellings, and validate_tokens takes all
-            forced = self._state.compute_ff_tokens()
-            if forced[0] == token if forced else self._state.validate_tokens([token]) == 1:
+            forced = self.forced()
+            if forced[0] == token if forced else self.accepted([token]) == 1:
                 return True
         return self.mask().allows(token)
 
@@ -112,36 +123,43 @@ class Matcher:
         """Goes on by a token that the mask allows, and that does not end the text."""
         self._mask = None
         self._taken.append(token)
-        if not self._state.consume_token(token):
+        self._debt.seconds = max(0.0, self._debt.seconds - EACH)
+        if not self._timed(self._state.consume_token, token):
             self._restart()
         self.has_ended = not self._error and self._state.is_stopped()
 
     def forced(self) -> list[int]:
         """The tokens that must come next, as the tokenizer would write them. May be empty."""
-        return [] if self._error else list(self._state.compute_ff_tokens())
+        return [] if self._error else list(self._timed(self._state.compute_ff_tokens))
 
     def accepted(self, draft: Sequence[int]) -> int:
         """How many tokens of a draft the grammar takes."""
-        return 0 if self._error else int(self._state.validate_tokens(list(draft)))
+        return 0 if self._error else int(self._timed(self._state.validate_tokens, list(draft)))
 
     def _computed(self) -> Mask | None:
         """None if llguidance fails."""
-        begin = time.thread_time()
-        bits: bytes = self._state.compute_bitmask()
+        bits: bytes = self._timed(self._state.compute_bitmask)
         if self._state.is_error():
             return None
-        if (took := time.thread_time() - begin) > SLOW:
-            self._fail(f"one step of it took {took:.1f} s, and {SLOW:.0f} s is the most")
         return _mask(bits, self._width, self._end_ids)
+
+    def _timed(self, call: Callable[..., R], *arguments: Any) -> R:
+        """Has llguidance do something. Fails if that has taken too long, since all requests of the engine wait."""
+        begin = time.thread_time()
+        result = call(*arguments)
+        self._debt.seconds += time.thread_time() - begin
+        if self._debt.seconds > SLOW:
+            self._fail(f"it has taken {SLOW:g} s more than {1000 * EACH:g} ms for each token, which is the most")
+        return result
 
     def _restart(self) -> None:
         """Follows the text again from its beginning."""
         try:
-            self._state = self._fresh()
+            self._state = self._timed(self._fresh)
         except RequestError as error:
             self._error = error
             return
-        if not self._state.consume_tokens(self._taken):
+        if not self._timed(self._state.consume_tokens, self._taken):
             self._fail(self._state.get_error())
 
     def _fail(self, reason: str) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 import random
 import re
+from types import SimpleNamespace
 
 import llguidance
 import numpy as np
@@ -16,7 +17,7 @@ from support.sampled_rows import FakeRow
 from support.toy_tokenizer import END, byte_tokenizer
 
 from qwenkern import EngineError, RequestError, SamplingParams
-from qwenkern.sampling import Grammars, grammar_compiler, grammar_trial, matcher, sample
+from qwenkern.sampling import Debt, Grammars, grammar_compiler, grammar_trial, matcher, sample
 from qwenkern.sampling.grammar import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Grammar, grammar_of
 
 WIDTH = 503  # more logits than the tokenizer has ids
@@ -289,8 +290,39 @@ def test_a_matcher_that_fails_ends_its_row_alone(grammars, quick):
 
 def test_a_mask_that_takes_too_long_ends_the_text(grammars, quick, monkeypatch):
     monkeypatch.setattr(matcher, "SLOW", -1.0)
-    with pytest.raises(RequestError, match="one step of it took"):
+    with pytest.raises(RequestError, match="it has taken -1 s more than 10 ms for each token"):
         grammars.matcher(Grammar("regex", "a"), [END]).mask()
+
+
+def test_texts_of_one_call_may_take_so_long_together(grammars, quick, monkeypatch):
+    """Also where no mask is computed, as for a greedy text on a CPU: each of llguidance's answers counts."""
+    now, step = [0.0], [0.0]
+
+    def thread_time() -> float:
+        now[0] += step[0]
+        return now[0]
+
+    monkeypatch.setattr(matcher, "time", SimpleNamespace(thread_time=thread_time))
+    grammar, debt = Grammar("regex", "[ab]*"), Debt()
+    found, sibling, other = (grammars.matcher(grammar, [END], each) for each in (debt, debt, None))
+    (token,) = byte_tokenizer(WIDTH).encode("a")
+    step[0] = matcher.EACH / 4
+    for _ in range(1000):  # a text may take that for ever
+        assert found.allows(token)
+        found.accept(token)
+    step[0] = 0.35
+    assert found.allows(token)  # llguidance is asked twice
+    sibling.accept(token)
+    for each in (found, sibling):
+        with pytest.raises(RequestError, match=r"cannot go on after .* tokens: it has taken 1 s more than 10 ms"):
+            each.allows(token) and each.allows(token)
+    step[0] = 0.6  # to compile it again, and to follow the text again
+    again = grammars.matcher(grammar, [END])
+    again._state = Failing(again._state, 0)
+    with pytest.raises(RequestError, match="it has taken 1 s more"):
+        again.mask()
+    step[0] = 0.1
+    assert other.allows(token)
 
 
 class Words:
