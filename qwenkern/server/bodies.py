@@ -35,7 +35,7 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _without_nulls(cls, fields: Any) -> Any:
-        return {n: v for n, v in fields.items() if v is not None} if isinstance(fields, dict) else fields
+        return _without_nulls(fields)
 
     def names(self) -> dict[str, str]:
         """Arguments of the model's calls -> the fields of this body that they come from."""
@@ -89,9 +89,9 @@ def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
     fields = _json(raw, bounds)
     if not isinstance(fields, dict):
         raise ApiError(400, f"the body is {shown(fields)}; expected a JSON object", code="invalid_json")
-    fields = {name: value for name, value in fields.items() if value is not None}
+    fields = _without_nulls(fields)
     for name, (neutral, reason) in model.REFUSED.items():
-        if name in fields and (value := fields.pop(name)) not in neutral:
+        if name in fields and _without_nulls(value := fields.pop(name)) not in neutral:
             message = f"{name} is {shown(value)}, which this server does not support: {reason}"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
     known = {field.alias or name for name, field in model.model_fields.items()}
@@ -101,6 +101,10 @@ def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
         return model.model_validate(fields)
     except ValidationError as error:
         raise _named(error, fields) from None
+
+
+def _without_nulls(value: Any) -> Any:
+    return {name: each for name, each in value.items() if each is not None} if isinstance(value, dict) else value
 
 
 def _json(raw: bytes, bounds: Bounds) -> Any:

@@ -62,8 +62,12 @@ _ITEMS: dict[str, type[Body]] = {
 }
 
 
-class Tool(Function):
+class Typed(Body):
     type: Literal["function"]
+
+
+class Tool(Function, Typed):  # in this order, the type is the first that is read: others have no name
+    """A function that the model may call."""
 
 
 class Format(Body):

@@ -258,7 +258,7 @@ RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"include": ["message.output_text.logprobs"], "top_logprobs": 21}, "top_logprobs"),
-        ({"tools": [{"type": "web_search"}]}, "tools.0.name"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}}, "tool_choice"),
         (
             {"tools": TOOLS, "text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}},
@@ -276,6 +276,13 @@ def test_what_is_refused(url, fields, param):
         error = answer.json()["error"]
         assert (error["type"], error["param"]) == ("invalid_request_error", param), error
         assert param.split(".")[-1] in error["message"]
+
+
+def test_fields_that_ask_for_nothing(client):
+    """As the response itself has them."""
+    reasoning = client.responses.create(model="toy", input=QUESTION, max_output_tokens=1).reasoning.model_dump()
+    assert set(reasoning.values()) == {None}
+    assert client.responses.create(model="toy", input=QUESTION, max_output_tokens=1, reasoning=reasoning).output
 
 
 def test_an_unknown_model(client):
