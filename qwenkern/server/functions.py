@@ -76,8 +76,9 @@ class Functions:
         if choice == "required" and not functions:
             raise _wrong("tool_choice is 'required', and there are no tools; expected at least one", "tool_choice")
         shown_to_model = [] if choice == "none" else functions
+        read = {"name", "description", "parameters"}
         tools = [
-            {"type": "function", "function": function.model_dump(exclude_none=True, exclude={"strict"})}
+            {"type": "function", "function": function.model_dump(exclude_none=True, include=read)}
             for function in shown_to_model
         ]
         is_strict = any(function.strict for function in shown_to_model)
