@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -16,6 +16,8 @@ from .settings import Bounds
 from .turns import Turn
 
 LOGPROBS = "message.output_text.logprobs"
+_Key = Annotated[str, Field(max_length=64)]  # of metadata, with OpenAI's bounds
+_Value = Annotated[str, Field(max_length=512)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -116,7 +118,7 @@ class ResponsesBody(Body):
     instructions: str | None = None
     include: Some[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     max_output_tokens: int | None = None
-    metadata: dict[str, str] | None = None  # comes back in the response
+    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None  # comes back in the response
     parallel_tool_calls: bool | None = None
     prompt_cache_key: str | None = None  # all requests share one cache, so each finds what has its key
     safety_identifier: str | None = None  # for the log

@@ -47,12 +47,10 @@ async def _events(service: Service, turn: Turn, writing: _Writing) -> AsyncGener
         service.models.use(writing.body.model) as model,
         aclosing(answering.events(service, model, turn)) as events,
     ):
-        begun = writing.begin()
         async for event in events:
-            found = b"".join(writing.events(event, model))
-            if begun or found:
-                yield begun + found
-            begun = b""
+            begun = writing.begin() if isinstance(event, Started) else b""  # not before: a prompt may be too long
+            if found := begun + b"".join(writing.events(event, model)):
+                yield found
 
 
 class _Writing:

@@ -250,6 +250,8 @@ RESULT = {"type": "function_call_output", "call_id": "a", "output": "x"}
         ({"stream": False, "stream_options": {"include_obfuscation": False}}, "stream_options"),
         ({"text": {"format": {"type": "text", "description": "x"}}}, "text.format"),
         ({"reasoning": {"effort": "high"}}, "reasoning"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"metadata": {str(n): "x" for n in range(17)}}, "metadata"),
         ({"colour": 1}, "colour"),
         ({"input": []}, "input"),
         ({"input": [RESULT]}, "call_id"),
