@@ -128,14 +128,14 @@ def choice_of(value: str | Mapping[str, Any] | None, name_at: Sequence[str]) -> 
         name: Any = value
         for key in name_at:
             name = name.get(key) if isinstance(name, Mapping) else None
-        if isinstance(name, str):
+        if isinstance(name, str) and value == {"type": "function", **_nested(name_at, name)}:
             return f"function:{name}"
-    expected = {"type": "function", **_nested(name_at)}
+    expected = {"type": "function", **_nested(name_at, "NAME")}
     raise _wrong(f"tool_choice is {shown(value)}; expected 'none', 'auto', 'required' or {expected}", "tool_choice")
 
 
-def _nested(keys: Sequence[str]) -> dict[str, Any]:
-    return {keys[0]: _nested(keys[1:]) if len(keys) > 1 else "NAME"}
+def _nested(keys: Sequence[str], name: str) -> dict[str, Any]:
+    return {keys[0]: _nested(keys[1:], name) if len(keys) > 1 else name}
 
 
 def in_order_of_calls(messages: Sequence[dict[str, Any]], id_name: str = "tool_call_id") -> list[dict[str, Any]]:

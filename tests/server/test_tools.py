@@ -277,6 +277,11 @@ CALLED = {
         ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "tide"}}, "tool_choice", "expected 'none'"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "t"}}}, "tool_choice", "'t', which"),
         ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools"}}, "tool_choice", "expected 'none'"),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "tide"}, "mode": "auto"}},
+            "tool_choice",
+            "expected 'none'",
+        ),
         ({"tools": [TIDE, TIDE]}, "tools", "tools has tide twice"),
         ({"tools": [CLOCK] * 129}, "tools", "129 functions; expected at most 128"),
         ({"tools": [{"type": "custom", "custom": {}}]}, "tools.0.type", "custom"),
