@@ -43,6 +43,7 @@ class Message(Body):
     function_call: None = None
     annotations: list[Any] | None = Field(None, max_length=0, exclude=True)
     parsed: Any = Field(None, exclude=True)  # OpenAI's client adds what it has read in the content
+    provider_specific_fields: Any = Field(None, exclude=True)  # litellm adds what it has no field for
 
 
 class TextPart(Body):

@@ -91,6 +91,10 @@ def test_litellm(url, monkeypatch: pytest.MonkeyPatch):
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "Hello"
     called = litellm.completion(messages=said(CALL), tools=[TOOL], tool_choice="auto", **server)
     assert called.choices[0].message.tool_calls[0].function.name == "weather"
+    answer = called.choices[0].message
+    result = {"role": "tool", "tool_call_id": answer.tool_calls[0].id, "content": "[[Rain.]]"}
+    told = litellm.completion(messages=[*said(CALL), answer, result], tools=[TOOL], **server)
+    assert told.choices[0].message.content == "Rain."
     typed = litellm.completion(messages=said(OSLO.model_dump_json()), response_format=City, **server)
     assert City.model_validate_json(typed.choices[0].message.content) == OSLO
     later = asyncio.run(litellm.acompletion(messages=said("Later"), **server))
