@@ -302,8 +302,9 @@ class Model(Loaded):
         params: SamplingParams,
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
+        shorten: bool = False,
     ) -> list[Request]:
-        return self._prompts.requests(prompts, params, tools, continue_final_message)
+        return self._prompts.requests(prompts, params, tools, continue_final_message, shorten)
 
 
 def _first_of_each(requests: list[Request]) -> list[Request]:

@@ -40,8 +40,11 @@ class Prompts:
         params: SamplingParams,
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
+        shorten: bool = False,
     ) -> list[Request]:
-        """Checked requests, n for each prompt in order. The first of each n has the others as its siblings."""
+        """Checked requests, n for each prompt in order. The first of each n has the others as its siblings.
+
+        shorten: whether max_tokens is reduced to the tokens that the context still has room for, and not refused."""
         params = params.with_defaults(self.generation.sampling)
         self._check_params(params)
         requests = []
@@ -50,7 +53,7 @@ class Prompts:
             ids = self.encode(prompt, tools, continue_final_message)
             self.check(ids)
             end_ids = self._end_ids(params, is_chat=not isinstance(prompt, str) and not is_ids(prompt))
-            max_tokens = self._max_tokens(len(ids), params)
+            max_tokens = self._max_tokens(len(ids), params, shorten)
             group = [
                 Request(
                     prompt_ids=ids,
@@ -124,9 +127,9 @@ class Prompts:
         # the last sampled token need not be cached, so a full context still gives one token
         return max(1, room - num_tokens), f"the {where} is {room}"
 
-    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams) -> int:
+    def _max_tokens(self, num_prompt_tokens: int, params: SamplingParams, shorten: bool) -> int:
         """The number of tokens that may follow the prompt. RequestError if more are requested than there is room
-        for."""
+        for, unless ``shorten``."""
         room, limit = self._room_after(num_prompt_tokens)
         if params.max_tokens is None:
             wanted = self.generation.max_tokens_after(num_prompt_tokens)
@@ -136,12 +139,12 @@ class Prompts:
                     f"{num_prompt_tokens} of a prompt; expected max_tokens, which overrides that"
                 )
             return room if wanted is None else min(wanted, room)
-        if params.max_tokens > room:
+        if params.max_tokens > room and not shorten:
             raise RequestError(
                 f"the prompt's {num_prompt_tokens} tokens and max_tokens {params.max_tokens} make "
                 f"{num_prompt_tokens + params.max_tokens}, and {limit}"
             )
-        return params.max_tokens
+        return min(params.max_tokens, room)
 
     def _check_params(self, params: SamplingParams) -> None:
         width = self.config.vocab_size

@@ -11,7 +11,7 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..engine import AsyncCall, Request
 from ..engine.engine import Output
@@ -30,11 +30,19 @@ class Answer:
     """A whole answer."""
 
     index: int  # prompt_index * n + sample_index
-    text: str
+    parts: list[str | ToolCall]  # texts, not empty, and calls, in the order in which the model wrote them
     token_ids: list[int]
     logprobs: list[TokenLogprob]  # empty if not requested
     finished: Finished
-    tool_calls: list[ToolCall] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of its text, without the calls."""
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        return [part for part in self.parts if isinstance(part, ToolCall)]
 
 
 async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
@@ -125,7 +133,8 @@ async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]
     try:
         if grammar and not model.grammars.knows(grammar):
             await service.grammars.do(model.grammars.compiled, grammar)
-        requests = await service.in_pool(model._requests, turn.prompts, turn.params, turn.tools or None, turn.continues)
+        how = turn.params, turn.tools or None, turn.continues, turn.shortens
+        requests = await service.in_pool(model._requests, turn.prompts, *how)
     except RequestError as error:
         if turn.tools and turn.params.grammar and str(error).startswith("grammar"):  # not the client's, but the calls'
             raise without_grammar(error, turn.params.grammar) from None
@@ -189,12 +198,16 @@ class _Writing:
     def answer(self) -> Answer:
         """All of an answer that has ended."""
         request = self._request
-        parts = self._split(request.text, is_last=True)
+        parts: list[str | ToolCall] = []
+        for part in self._split(request.text, is_last=True):
+            if isinstance(part, str) and part and parts and isinstance(parts[-1], str):
+                parts[-1] += part
+            elif part and isinstance(part, str | ToolCall):
+                parts.append(part)
         return Answer(
             index=self._index,
-            text="".join(part for part in parts if isinstance(part, str)),
+            parts=parts,
             token_ids=list(request.output_ids),
             logprobs=list(request.logprobs),
             finished=self.finished(),
-            tool_calls=[part for part in parts if isinstance(part, ToolCall)],
         )

@@ -170,7 +170,7 @@ async def _answers(
         return await answering.answers(service, model, turn)
     n = turn.params.n
     return [
-        Answer(index, "", [], [], Finished(index, "length", None, len(prompts[index // n].ids), 0, 0))
+        Answer(index, [], [], [], Finished(index, "length", None, len(prompts[index // n].ids), 0, 0))
         for index in range(n * len(prompts))
     ]
 

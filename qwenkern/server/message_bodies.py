@@ -207,6 +207,7 @@ class MessagesBody(PromptBody):
             params,
             tools=functions.tools,
             continues=self.continues,
+            shortens=True,  # clients send 16,384 or 32,000 unasked
             is_streamed=bool(self.stream),
         )
 

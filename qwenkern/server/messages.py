@@ -41,9 +41,13 @@ async def create(service: Service, request: Request, body: MessagesBody) -> Resp
         return await sse.stream(events, lambda error: _event(**as_error(error)), quiet=_event("ping"))
     async with service.models.use(body.model) as model:
         (answer,) = await answering.answers(service, model, turn)
-    content: list[dict[str, Any]] = [{"type": "text", "text": answer.text}] if answer.text else []
-    content += [{**_tool_use(call), "input": json.loads(call.arguments)} for call in answer.tool_calls]
-    message = {**_message(message_id, body), "content": content, **_end(answer.finished)}
+    content = [
+        {"type": "text", "text": part}
+        if isinstance(part, str)
+        else {**_tool_use(part), "input": json.loads(part.arguments)}
+        for part in answer.parts
+    ]
+    message = {**_message(message_id, body), "content": content, **_end(answer.finished, body)}
     return JSONResponse({**message, "usage": _usage(answer.finished)})
 
 
@@ -66,9 +70,11 @@ def _message(message_id: str, body: MessagesBody) -> dict[str, Any]:
     return {**message, "content": [], "stop_reason": None, "stop_sequence": None}
 
 
-def _end(finished: Finished) -> dict[str, Any]:
+def _end(finished: Finished, body: MessagesBody) -> dict[str, Any]:
     if finished.reason == "stop" and isinstance(finished.stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": finished.stop_reason}
+    if finished.reason == "length" and finished.num_tokens < body.max_tokens:
+        return {"stop_reason": "model_context_window_exceeded", "stop_sequence": None}
     reasons = {"length": "max_tokens", "tool_calls": "tool_use"}
     return {"stop_reason": reasons.get(finished.reason, "end_turn"), "stop_sequence": None}
 
@@ -121,7 +127,7 @@ async def _events(service: Service, body: MessagesBody, turn: Turn, message_id: 
             elif not isinstance(event, Finished):
                 found += _event("content_block_stop", index=index)
             else:
-                found += _event("message_delta", delta=_end(event), usage=_usage(event))
+                found += _event("message_delta", delta=_end(event, body), usage=_usage(event))
                 found += _event("message_stop")
             if found:
                 yield found

@@ -33,9 +33,12 @@ async def create(service: Service, request: Request, body: ResponsesBody) -> Res
         return await sse.stream(_events(service, turn, writing), writing.error)
     async with service.models.use(body.model) as model:
         (answer,) = await answering.answers(service, model, turn)
-        events: list[Event] = [Text(0, answer.text, answer.token_ids, answer.logprobs)] if answer.text else []
-        for call in answer.tool_calls:
-            events += [CallBegun(0, call.id, call.name), CallArguments(0, call.arguments), call]
+        events: list[Event] = []
+        for part in answer.parts:
+            if isinstance(part, str):  # the first text has the log-probabilities of all tokens
+                events.append(Text(0, part, logprobs=[] if events else answer.logprobs))
+            else:
+                events += [CallBegun(0, part.id, part.name), CallArguments(0, part.arguments), part]
         for event in [*events, answer.finished]:
             for _ in writing.events(event, model):
                 pass

@@ -22,6 +22,7 @@ class Turn:
     params: SamplingParams
     tools: list[dict[str, Any]] = field(default_factory=list)  # {"type": "function", "function": {...}} each
     continues: bool = False  # the answers continue the last message
+    shortens: bool = False  # max_tokens is reduced to the room that the context has after the prompt
     is_streamed: bool = False  # the client reads the text as it comes
 
 

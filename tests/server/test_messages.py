@@ -299,6 +299,37 @@ RESULT = {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "a"
 IMAGE = {"type": "image", "source": {"type": "url", "url": "http://127.0.0.1/"}}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_and_calls_keep_their_order(client, model, stream):
+    said = BOTH.replace("</tool_call>\n<tool_call>", "</tool_call>\nAnd the time.\n<tool_call>") + "That is all."
+    with saying(model, said):
+        if stream:
+            with client.messages.stream(**fields(tools=TOOLS)) as events:
+                message = events.get_final_message()
+        else:
+            message = client.messages.create(**fields(tools=TOOLS))
+    found = [block.text.strip() if block.type == "text" else block.name for block in message.content]
+    assert found == ["Let me look.", "tide", "And the time.", "clock", "That is all."]
+
+
+def test_max_tokens_may_be_more_than_the_context(client, model, url):
+    """Clients send large numbers unasked. The answer then ends with the context."""
+    room = model.config.context_length - client.messages.count_tokens(model="toy", messages=QUESTION).input_tokens
+    full = [*QUESTION, {"role": "assistant", "content": "a" * (room - 40)}]
+    room = model.config.context_length - client.messages.count_tokens(model="toy", messages=full).input_tokens
+    assert 0 < room < 50
+    fit = fields(messages=full, extra_body={"temperature": 0})
+    for max_tokens, reason in ((16_000, "model_context_window_exceeded"), (room, "max_tokens"), (3, "max_tokens")):
+        message = client.messages.create(**fit | {"max_tokens": max_tokens})
+        assert (message.stop_reason, message.usage.output_tokens) == (reason, min(room, max_tokens))
+        with client.messages.stream(**fit | {"max_tokens": max_tokens}) as stream:
+            assert stream.get_final_message().stop_reason == reason
+    full[-1]["content"] += "b" * 50
+    refused = httpx.post(f"{url}/v1/messages", json=fields(messages=full), timeout=60)
+    assert refused.status_code == 400
+    assert "context length" in refused.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

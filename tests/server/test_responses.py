@@ -94,6 +94,15 @@ def test_events_come_in_their_order(url, model):
     assert data[-1]["response"]["output"] == [each["item"] for each in data if each["type"].endswith("item.done")]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_text_and_calls_keep_their_order(client, model, stream):
+    said = BOTH.replace("</tool_call>\n<tool_call>", "</tool_call>\nAnd the time.\n<tool_call>") + "That is all."
+    with saying(model, said):
+        output = answered(client, stream, input=QUESTION, tools=TOOLS).output
+    found = [item.name if item.type == "function_call" else item.content[0].text.strip() for item in output]
+    assert found == ["Let me look.", "tide", "And the time.", "clock", "That is all."]
+
+
 def test_whole_responses_are_of_the_form_that_is_documented(url, model):
     with saying(model, BOTH):
         body = httpx.post(f"{url}/v1/responses", json={"input": QUESTION, "tools": TOOLS}, timeout=60).json()
