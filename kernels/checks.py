@@ -18,7 +18,7 @@ from .recording import is_recording
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INTEGERS = (torch.int32, torch.int64)
-SMALL = 64  # up to so many numbers, Python finds the range faster than torch
+SMALL = 64  # for up to 64 numbers, Python finds the range faster than torch
 
 
 def check_tensor(

@@ -7,7 +7,7 @@
         yield                                            # if a backend takes the arguments, it runs
         return ...                                       # here (dispatch.py); else the reference follows
 
-The decorator ``op`` turns it into the public function, and registers it as torch.ops.qwenkern.<its name> for
+The decorator ``op`` makes the public function of it, and registers torch.ops.qwenkern.<its name> for
 torch.compile, autograd and tracing. Eager calls without gradients skip torch's dispatcher, which would add tens of
 microseconds to a call.
 """
@@ -78,7 +78,7 @@ def op(
                 remember(key, found)
             return _run(found, args, keywords)
 
-        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder keeps the first's
+        if not hasattr(torch.ops.qwenkern, name):  # a second copy of this folder uses the op of the first copy
             _register_with_torch(body, values, eager, fake or reference, mutates, gradient)
 
         @functools.wraps(body)
@@ -95,7 +95,7 @@ def op(
                 return values.call_torch(name, args, keywords)
             first = given[0] if given and isinstance(given[0], Tensor) else _first_tensor(given)
             if first is not None and first.is_meta and not is_served("meta"):
-                shapes_only = all(each.is_meta for each in _tensors(given))  # else a check raises
+                shapes_only = all(each.is_meta for each in _tensors(given))  # if not, a check raises
                 return values.call_torch(name, args, keywords) if shapes_only else eager(*args, **keywords)
             return eager(*args, **keywords) if first is None or first.is_cpu else on_gpu(*args, **keywords)
 
@@ -134,7 +134,7 @@ class _Values:
         self.places = [(at, names[at], kinds[each]) for at, each in enumerate(annotations) if each in kinds]
 
     def wrap(self, args: tuple, keywords: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-        """Turns tensors into dense weights, and pairs of tensors into dense pages, where the contract expects those."""
+        """Turns tensors into dense weights, and pairs of tensors into dense pages, where the contract has those."""
         for at, name, as_value in self.places:
             if at < len(args):
                 if isinstance(args[at], (Tensor, tuple, list)):
@@ -183,7 +183,7 @@ def _register_with_torch(
         parameters.append(
             inspect.Parameter(f"{name}_format", inspect.Parameter.KEYWORD_ONLY, default="dense", annotation=str)
         )
-    result = typing.get_args(hints["return"])[2]  # of Generator[None, None, ...]
+    result = typing.get_args(hints["return"])[2]  # the third argument of Generator
 
     def through_torch(function: Callable) -> Callable:
         @functools.wraps(body)
@@ -255,7 +255,7 @@ def _is_for_torch(given: Iterable[Any]) -> bool:
 
 
 def _is_traced() -> bool:
-    """Whether torch traces the call. It would not see what a kernel does, so the trace would lack the op."""
+    """Whether torch traces the call. torch does not see what a kernel does, so the trace would lack the op."""
     return (
         torch.jit.is_tracing()
         or torch._C._functorch.peek_interpreter_stack() is not None

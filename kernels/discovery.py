@@ -36,5 +36,5 @@ def register_format(
 
 
 def _defines(cls: type, base: type, name: str) -> bool:
-    """Whether a class overrides this member of its base. getattr would bind class methods, and never compare equal."""
+    """Whether a class overrides this member of its base. getattr binds class methods, which never compare equal."""
     return inspect.getattr_static(cls, name, None) is not inspect.getattr_static(base, name, None)

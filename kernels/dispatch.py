@@ -60,10 +60,10 @@ class Backend:
     ``serves(kind)`` says whether the backend runs on a type of device ("cuda", "cpu", "meta"). ``refuses(x)`` gets an
     op's first tensor; it returns the reason why no op of this backend takes that tensor, or None. ``prepare`` returns
     the reason why the backend cannot run here, or None. Its first call may compile, measure and write to the log; later
-    calls cost nothing. A ``refuses`` must do none of these. ``invariant_tokens`` returns in how large a batch linears
-    are batch-invariant: up to so many tokens in one call, the other tokens do not change a token's bits.
-    ``is_recorded`` says whether calls of this backend on a CPU can be recorded and replayed (c/recorded_calls.py). A
-    call of another backend ends the recording with CannotRecord."""
+    calls cost nothing. ``refuses`` must do none of these. ``invariant_tokens`` returns the largest number of tokens in
+    one call for which linears are batch-invariant: the other tokens do not change a token's bits. ``is_recorded`` says
+    whether calls of this backend on a CPU can be recorded and replayed (c/recorded_calls.py). A call of another backend
+    ends the recording with CannotRecord."""
 
     name: str
     serves: Callable[[str], bool]
@@ -123,8 +123,8 @@ def _takes_all(*args: Any, **keywords: Any) -> None:
 
 
 def serving(name: str, first: Tensor, *args: Any, **keywords: Any) -> Implementation | None:
-    """The implementation that runs an op with these arguments, which have passed the checks. None: the reference runs.
-    The device and dtype of ``first`` decide which backends are asked."""
+    """The implementation that runs an op with these arguments, which have passed the checks, or None if the reference
+    runs. The device and dtype of ``first`` decide which backends are asked."""
     kind = first.device.type
     refusal: str | None = None
     for backend in backends(kind):
@@ -185,8 +185,8 @@ def is_served(kind: str) -> bool:
 
 
 def invariant_tokens(weights: Iterable[Weight]) -> int:
-    """In how large a batch linears with these weights are batch-invariant: up to so many tokens in one call, the other
-    tokens do not change a token's bits. 1 if torch runs one of them."""
+    """The largest number of tokens in one call for which linears with these weights are batch-invariant: the other
+    tokens do not change a token's bits. 1 if torch runs one of the linears."""
     different = {(weight.format, weight.dtype, weight.shape): weight for weight in weights}
     found = []
     for weight in different.values():
@@ -212,7 +212,7 @@ def _warn_once(refusal: str) -> None:
 
 
 _dependent = threading.local()
-Kept = dict[Any, Tensor]  # by what the kernels that made them need
+Kept = dict[Any, Tensor]  # a kernel chooses the keys of its own tensors
 
 
 @contextlib.contextmanager
@@ -235,10 +235,10 @@ def dependent_launches(kept: Kept | None = None, on: bool = True) -> Iterator[No
 
 
 def launches_dependently() -> bool | None:
-    """Whether kernels are launched dependently. None: in a captured graph only."""
+    """Whether kernels are launched with programmatic dependent launch; None if only those in a captured graph are."""
     return getattr(_dependent, "on", None)
 
 
 def kept_tensors() -> Kept | None:
-    """What the caller of ``dependent_launches`` keeps, or None."""
+    """The tensors that the caller of ``dependent_launches`` keeps, or None."""
     return getattr(_dependent, "kept", None)

@@ -3,9 +3,9 @@
 A variable is read each time it is used, never at import. An empty value counts as unset. The table in
 docs/environment.md has the same rows, and a test compares the two.
 
-This file lies in kernels/, the lowest room, because the ops read variables too. It imports nothing of the package above
-it, because Hugging Face's `kernels` library loads this folder under a name of its own. It imports the standard library
-only, because setup.py loads it before anything is installed."""
+This file lies in kernels/, the lowest package, because the ops read variables too. It imports nothing from the packages
+above, because Hugging Face's `kernels` library loads this folder under a name of its own. It imports only the standard
+library, because setup.py loads it before anything is installed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
-MOST_THREADS = 1024  # a larger number is taken for a mistake: each thread costs memory
+MOST_THREADS = 1024  # a larger number is refused as a mistake: each thread costs memory
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,7 @@ VARIABLES: tuple[Variable, ...] = (
 
 
 def cache_folder() -> Path:
-    """The folder of caches, as the variables name it. It may be relative, and may begin with ``~``. XDG_CACHE_HOME
+    """The folder of caches that the variables name. The path may be relative, and may begin with ``~``. XDG_CACHE_HOME
     counts only if it is absolute, as the XDG specification demands."""
     shared = os.environ.get("XDG_CACHE_HOME", "")
     return Path(CACHE.get() or Path(shared if os.path.isabs(shared) else "~/.cache", "qwenkern"))

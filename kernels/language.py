@@ -24,8 +24,8 @@ def dot(a, b, acc):
 def precise_dot(a, b, acc):
     """a [M, K] times b [K, N], added to acc [M, N] float32, for operands of any dtype.
 
-    `dot` of float32 adds K products one after another, and its error grows with K. This adds a half or a quarter of
-    them, then the sums in a tree."""
+    `dot` of float32 adds K products one after another, so its error grows with K. `precise_dot` adds each half or
+    quarter of the products, and then these sums in a tree."""
     if a.dtype == tl.float32 and a.shape[1] > 16:
         PARTS: tl.constexpr = 2 if a.shape[1] == 32 else 4  # type: ignore[annotation-unchecked]
         rows = a.reshape(a.shape[0], PARTS, a.shape[1] // PARTS).permute(1, 0, 2)
@@ -35,9 +35,9 @@ def precise_dot(a, b, acc):
         return dot(a, b, acc)
 
 
-# The approximations of a GPU err by up to 2 ** -22 (PTX ISA: ex2.approx, lg2.approx, div.full), four roundings of
-# float32. That is nothing beside a rounding of the result to two bytes. Where the result stays float32 (``dtype``),
-# these functions err by about one rounding.
+# The error of a GPU's approximations is up to 2 ** -22 (PTX ISA: ex2.approx, lg2.approx, div.full), as much as four
+# roundings of float32. It does not matter if the result is rounded to two bytes. If the result stays float32
+# (``dtype``), these functions have an error of about one rounding.
 
 
 @triton.jit
@@ -45,8 +45,8 @@ def exp2(x, dtype: tl.constexpr):
     """2 ** x for a float32 x of at most 127; 0 below -126.5."""
     if dtype == tl.float32:
         x = tl.where(x < -127.0, -127.0, x)  # keeps NaN
-        shifted = x + 12582912.0  # 1.5 * 2 ** 23: the sum is rounded to a whole number, which its low bits hold
-        f = x - (shifted - 12582912.0)  # the Taylor series of 2 ** f, whose next term is below 2 ** -27
+        shifted = x + 12582912.0  # 1.5 * 2 ** 23: the sum has x, rounded to a whole number, in its low bits
+        f = x - (shifted - 12582912.0)  # below: the Taylor series of 2 ** f; the next term is below 2 ** -27
         y = 1.525273380405984e-5 * f + 1.540353039338161e-4
         y = ((y * f + 1.3333558146428443e-3) * f + 9.618129107628477e-3) * f + 5.550410866482158e-2
         y = ((y * f + 0.24022650695910072) * f + 0.6931471805599453) * f + 1.0
@@ -59,11 +59,11 @@ def exp2(x, dtype: tl.constexpr):
 def log2(x, dtype: tl.constexpr):
     """The logarithm of a float32 x that is positive, finite, and not subnormal."""
     if dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # of sqrt(1/2)
+        bits = x.to(tl.int32, bitcast=True) - 0x3F3504F3  # minus the bits of sqrt(1/2)
         exponent = bits >> 23
         m = ((bits & 0x7FFFFF) + 0x3F3504F3).to(tl.float32, bitcast=True)  # sqrt(1/2) to sqrt(2)
         s = tl.div_rn(m - 1.0, m + 1.0)
-        z = s * s  # log(m) = 2 artanh(s), whose next term is below 2 ** -29
+        z = s * s  # below: the series of log(m) = 2 artanh(s); the next term is below 2 ** -29
         y = ((0.2222222222222222 * z + 0.2857142857142857) * z + 0.4) * z + 0.6666666666666666
         return exponent.to(tl.float32) + 1.4426950408889634 * (y * z * s + 2.0 * s)
     else:
@@ -80,10 +80,10 @@ def divide(x, y, dtype: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr):
-    """x, which is float32, in another dtype, rounded to nearest even.
+    """A float32 x in another dtype, rounded to nearest even.
 
     Triton's interpreter truncates when it converts to bfloat16, and loses the carry when it rounds to e4m3. So under
-    the interpreter the bits are rounded here first."""
+    the interpreter this function rounds the bits first."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -92,7 +92,7 @@ def cast(x, dtype: tl.constexpr):
         bits = x.to(tl.int32, bitcast=True)
         bits += 0x7FFFF + ((bits >> 20) & 1)
         wide = (bits & -1048576).to(tl.float32, bitcast=True)
-        small = (x + 24576.0) - 24576.0  # below 2 ** -6, e4m3 has multiples of 2 ** -9: the spacing at 24576
+        small = (x + 24576.0) - 24576.0  # below 2 ** -6, e4m3's numbers are 2 ** -9 apart, as float32's at 24576
         x = tl.where(tl.abs(x) < 0.015625, small, wide)
     return x.to(dtype)
 
@@ -105,14 +105,15 @@ def round_to(x, dtype: tl.constexpr):
 
 @triton.jit
 def block_of(BLOCK_K: tl.constexpr, SLICES: tl.constexpr):
-    """The places along K of a block, [SLICES, 1, BLOCK_K / SLICES]."""
+    """The indices along K within a block, [SLICES, 1, BLOCK_K / SLICES]."""
     width: tl.constexpr = BLOCK_K // SLICES
     return tl.arange(0, SLICES)[:, None, None] * width + tl.arange(0, width)[None, None, :]
 
 
 @triton.jit
 def masked_or(x, MASK: tl.constexpr, bits):
-    """x & MASK | bits, of int32. For two constants PTX's and, or become two instructions, and lop3 one."""
+    """x & MASK | bits, of int32. Written with the operators, it becomes two instructions if MASK and bits are
+    constants; lop3 is one."""
     if INTERPRETED or not tl.target_info.is_cuda():
         return x & MASK | bits
     else:
@@ -134,7 +135,7 @@ def masked_xor(x, MASK: tl.constexpr, bits):
 
 @triton.jit
 def masked_else(x, MASK: tl.constexpr, other):
-    """The bits of x that MASK has, and else those of other, of int32."""
+    """int32 with the bits of x where MASK has ones, and those of other where it has zeros."""
     if INTERPRETED or not tl.target_info.is_cuda():
         return x & MASK | other & ~MASK
     else:
@@ -145,7 +146,7 @@ def masked_else(x, MASK: tl.constexpr, other):
 
 @triton.jit
 def subtract_bf16x2(a, b):
-    """a - b of pairs of bfloat16 in int32, where the differences are bfloat16, too."""
+    """a - b of pairs of bfloat16 in int32. The differences must be exact in bfloat16."""
     if INTERPRETED or not tl.target_info.is_cuda():
         low = (a << 16).to(tl.float32, bitcast=True) - (b << 16).to(tl.float32, bitcast=True)
         high = (a & -65536).to(tl.float32, bitcast=True) - (b & -65536).to(tl.float32, bitcast=True)
@@ -158,13 +159,13 @@ def subtract_bf16x2(a, b):
 
 @triton.jit
 def scaled_bf16x2(a, SCALE: tl.constexpr):
-    """Pairs of bfloat16 in int32, times SCALE, a pair of equal powers of two: exact products."""
+    """a times SCALE, both pairs of bfloat16 in int32. SCALE has the same power of two twice: the products are exact."""
     if INTERPRETED or not tl.target_info.is_cuda():
         scale = tl.full([1], SCALE & -65536, tl.int32).to(tl.float32, bitcast=True)
         low = (a << 16).to(tl.float32, bitcast=True) * scale
         high = (a & -65536).to(tl.float32, bitcast=True) * scale
         return ((low.to(tl.int32, bitcast=True) >> 16) & 0xFFFF) | high.to(tl.int32, bitcast=True)
-    else:  # less zero, which keeps the sign of a zero
+    else:  # the third operand is -0, which keeps the sign of a product that is zero
         return tl.inline_asm_elementwise(
             "fma.rn.bf16x2 $0, $1, $2, $3;", "=r,r,r,r", [a, SCALE, -0x7FFF8000], dtype=tl.int32, is_pure=True, pack=1
         )
@@ -184,10 +185,10 @@ def launch_dependents(PDL: tl.constexpr):
 
 @triton.jit
 def wait(PDL: tl.constexpr):
-    """For programmatic dependent launch: waits until the kernel before this one has written its results.
+    """For programmatic dependent launch: waits until the previous kernel has written its results.
 
-    The code before this call overlaps with the kernel before. It may read weights, which no kernel writes; it must not
-    read what an earlier kernel may write."""
+    The code before this call overlaps with the previous kernel. That code may read weights, which no kernel writes. It
+    must not read what an earlier kernel may write."""
     if PDL:
         gdc_wait()
 
@@ -213,7 +214,7 @@ def prefetch(pointers, mask):
 
 @triton.jit
 def trap_unless(condition):
-    """Ends the kernel with an error of the device, as torch's own kernels do, unless the condition holds everywhere."""
+    """Ends the kernel with a device error, as torch's own kernels do, unless the condition is true for all elements."""
     if INTERPRETED or not tl.target_info.is_cuda():
         tl.device_assert(condition)
     else:

@@ -12,9 +12,9 @@ NAME = "kernels"
 
 
 def hand_over() -> None:
-    """Loads Hugging Face's library under the name `kernels`. If it is not installed, leaves an empty module without
-    file and version, as Python makes one for a folder that is no package. transformers then finds the library
-    missing."""
+    """Loads Hugging Face's library under the name `kernels`. If the library is not installed, leaves an empty module
+    without a file and a version, like the one that Python makes for a folder without __init__.py. transformers then
+    takes the library for missing."""
     ours = sys.modules.pop(NAME)
     del sys.modules[__name__]
     elsewhere = [entry for entry in sys.path if not _is_here(os.path.join(entry or os.curdir, NAME))]

@@ -1,7 +1,7 @@
-"""Changes logits by what a sequence's tokens, biases and masks say.
+"""Applies each sequence's penalties, biases and mask to its logits.
 
-Rows of logits find their sequence's tensors by slots, so that a captured step serves sequences that come and go. Bytes
-moved: 16 R V and R V / 8 of the mask.
+A row of logits finds its sequence's tensors by a slot number, so one captured step serves changing sequences. Bytes
+moved: 16 R V, and R V / 8 of the mask.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import check_device, check_range, check_tensor
 from .contract import Steps, op
 
-SEEN, IS_END, ONCE = 1, 2, 4  # parts of a number of the history
+SEEN, IS_END, ONCE = 1, 2, 4  # summands of a number in the history
 
 
 @op()
@@ -23,16 +23,17 @@ def penalise(
 ) -> Steps[Tensor]:
     """Logits [R, V] float32 after these steps, in this order, each rounded to float32:
 
-    1. A token that was seen: a logit above 0 is divided by the repetition penalty (Keskar et al. 2019,
-       arXiv:1909.05858), another multiplied by it.
-    2. One that the output has n > 0 times: less presence + frequency * n.
-    3. Plus its bias.
-    4. -inf for an end of the text while the number of early tokens is above 0.
-    5. -inf where the mask does not allow it.
+    1. The token was seen: a logit above 0 is divided by the repetition penalty (Keskar et al. 2019, arXiv:1909.05858),
+       any other logit is multiplied by it.
+    2. The output has the token n > 0 times: presence + frequency * n is subtracted.
+    3. The token's bias is added.
+    4. The token ends the text, and the number of early tokens left is above 0: the logit becomes -inf.
+    5. The mask does not allow the token: the logit becomes -inf.
 
-    settings is [4, R] float32: repetition penalty (above 0), presence penalty, frequency penalty, early tokens left.
-    Row r reads the slot slots[r] (int64) of: history [S, V] int32, 4 n + 2 (an end) + 1 (seen); bias [S, V] float32;
-    allowed [S, ceil(V / 32)] int32, whose bit t % 32 of word t // 32 allows token t. On a GPU slots are not checked."""
+    settings is [4, R] float32: repetition penalty (above 0), presence penalty, frequency penalty, early tokens left
+    (the text may not end before them). Row r reads row slots[r] (int64) of three tensors: history [S, V] int32 is
+    4 n + 2 (if the token ends the text) + 1 (if it was seen); bias [S, V] is float32; allowed [S, ceil(V / 32)] is
+    int32, and bit t % 32 of word t // 32 allows token t. On a GPU the values of slots are not checked."""
     name = "penalise"
     check_tensor(name, "logits", logits, ("R", "V"), dtypes=(torch.float32, torch.float64))
     rows, vocabulary = logits.shape

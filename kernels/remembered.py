@@ -1,8 +1,8 @@
-"""The implementation that ran an op on a GPU for arguments like these: the checks and the choice of a backend read
-shapes, strides, dtypes, devices and numbers, and would find the same again.
+"""Remembers which implementation runs an op on a GPU for arguments of one kind. The checks and the choice of a backend
+read only shapes, strides, dtypes, devices and numbers there, so they find the same for equal ones.
 
-All layers of a pass have like arguments, so the first layer is checked for all of them: the checks take up to 20 us,
-and the look-up 5. On a CPU the checks also read the values of tensors, and nothing is remembered."""
+All layers of a forward pass have arguments of the same kind, so only the first layer is checked: the checks take up to
+20 us, the look-up 5 us. On a CPU the checks also read the values of tensors, and nothing is remembered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def remember(key: tuple[Any, ...], implementation: Implementation) -> None:
 
 
 def signature(name: str, args: tuple[Any, ...], keywords: dict[str, Any]) -> tuple[Any, ...] | None:
-    """All that the checks of an op and the choice of a backend depend on. None if they read values, too."""
+    """All that the checks of an op and the choice of a backend depend on; None if they also read values of tensors."""
     key: list[Any] = [name, KERNELS.get()]
     try:
         if not _append(args, key):
@@ -38,7 +38,7 @@ def signature(name: str, args: tuple[Any, ...], keywords: dict[str, Any]) -> tup
             key += keywords
             if not _append(keywords.values(), key):
                 return None
-    except RuntimeError:  # torch's, for a layout without sizes or strides; the checks say what is wrong
+    except RuntimeError:  # from torch, for a layout without sizes or strides; the checks say what is wrong
         return None
     return tuple(key)
 

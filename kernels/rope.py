@@ -4,8 +4,8 @@
     rotated[i + D/2]   = round(x[i + D/2] * cos[i] + x[i] * sin[i])
 
 cos_sin [context, D] is float32, with cosines in the first half of a row and sines in the second. Products and sums are
-float32 and are rounded once. v is copied. Rotating by the negative angle is the inverse, and the gradient. Bytes moved:
-2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of the table.
+float32 and are rounded once. v is copied. Rotation by the negative angle is the inverse, and computes the gradient.
+Bytes moved: 2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of the table.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Triton, or a stand-in where Triton is not installed. The stand-in lets files with kernels be imported; no kernel is
-launched then. The ops run in C, which needs torch and a C compiler only, or in torch."""
+"""Triton, or a stand-in where Triton is not installed. With the stand-in, files with kernels can be imported, but no
+kernel is launched. The ops run in C, which needs only torch and a C compiler, or in torch."""
 
 from __future__ import annotations
 
