@@ -29,13 +29,13 @@ class Pages:
       the L2 cache.
     - ``triton_scale_k`` and ``triton_scale_v`` (pages, kv_head, page, token, mask), both or neither: the factors
       [tokens] in float32 of the tiles that are loaded. A kernel multiplies scores and softmax weights by them.
-    - ``triton_query`` (pages, kv_head, q, column) returns the tile q in q's dtype, as these keys need it.
-    - ``triton_most_keys`` is the most keys of a tile of prefill attention, where decoding more would spill registers.
-      (On sm_90 the kernel has other tiles, and no limit.)
+    - ``triton_query`` (pages, kv_head, q, column) returns the tile of q, adapted to the stored keys, in q's dtype.
+    - ``triton_most_keys`` is the largest number of keys in a tile of prefill attention; to decode more would spill
+      registers. (On sm_90 the kernel has other tiles, and no limit.)
     - ``triton_whole_heads`` says that a store gets tiles [heads, D / 2] of whole heads, because a scale depends on all
       values of a head.
 
-    For C: kernels/c/pages.py makes the struct of each format. C's ops refuse a format that it does not list."""
+    For C: kernels/c/pages.py makes the struct of each format. C's ops refuse a format that pages.py does not list."""
 
     __slots__ = ()
     format: ClassVar[str]
@@ -67,12 +67,12 @@ class Pages:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors, in the order of ``names``."""
+        """The format's tensors, in the order of ``names``."""
         raise NotImplementedError
 
     @property
     def tensors_by_page(self) -> tuple[Tensor, ...]:
-        """The first of its tensors, which have a row for each page."""
+        """The tensors that have a row for each page. They are the first ones of ``tensors``."""
         raise NotImplementedError
 
     @property
@@ -112,7 +112,7 @@ class Pages:
 
     @classmethod
     def bytes_per_token(cls, num_kv_heads: int, head_dim: int, dtype: torch.dtype) -> int:
-        """The bytes of one token's keys and values in one layer, rounded up, without what belongs to no token."""
+        """The bytes of one token's keys and values in one layer, rounded up, without what all tokens share."""
         page, meta = 1024, torch.device("meta")
         two, one = (cls.allocate(count, page, num_kv_heads, head_dim, dtype, meta).nbytes for count in (2, 1))
         return -(-(two - one) // page)

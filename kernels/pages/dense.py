@@ -18,7 +18,7 @@ class DensePagesArguments(NamedTuple):
     k_token_stride: Any
     k_head_stride: Any
     v: Any  # [num_pages, page_size, Hkv, D]
-    v_page_stride: Any  # None, like the next two: those of k. The compiler then computes the offsets of both once.
+    v_page_stride: Any  # None (as the next two) if equal to k's: the compiler then computes the offsets of both once
     v_token_stride: Any
     v_head_stride: Any
 
@@ -34,7 +34,7 @@ def _v_strides(pages):
 @triton.jit
 def _load_k(pages, kv_head, page, token, column, mask):
     head = pages.k + kv_head.to(tl.int64) * pages.k_head_stride
-    at = token * pages.k_token_stride + column  # apart from the page: the same in each turn of a loop over pages
+    at = token * pages.k_token_stride + column  # without the page, so it is the same in each iteration over pages
     return tl.load(head + page * pages.k_page_stride + at, mask=mask, other=None if mask is None else 0.0)
 
 
@@ -48,7 +48,7 @@ def _load_v(pages, kv_head, page, token, column, mask):
 
 @triton.jit
 def _prefetch(pages, kv_head, page, token, mask, HEAD_DIM: tl.constexpr):
-    line: tl.constexpr = 1024 // pages.k.dtype.element_ty.primitive_bitwidth  # elements of 128 bytes
+    line: tl.constexpr = 1024 // pages.k.dtype.element_ty.primitive_bitwidth  # elements in a cache line of 128 bytes
     column = (tl.arange(0, max(1, HEAD_DIM // line)) * line)[None, :]
     page_stride, token_stride, head_stride = _v_strides(pages)
     k = pages.k + kv_head.to(tl.int64) * pages.k_head_stride + page * pages.k_page_stride

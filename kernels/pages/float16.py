@@ -1,7 +1,7 @@
 """Keys and values in float16, whatever q's dtype is.
 
-Half of float32, and far more exact than bfloat16: a cached value loses 2 ** -12 of itself. Finite values beyond 65,504
-are stored as that, with their sign; infinities and NaN stay what they are.
+float16 takes half the memory of float32 and is more exact than bfloat16: the relative rounding error is up to 2 ** -11,
+not 2 ** -8. Finite values beyond 65,504 are stored as 65,504 with their sign; infinities and NaN stay as they are.
 """
 
 from __future__ import annotations

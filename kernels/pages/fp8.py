@@ -2,9 +2,10 @@
 
     bits of a code     s eeee mmm      (-1)**s * 2**(e - 7) * (1 + m / 8), or 2**-6 * m / 8 where e is 0
 
-The kernels convert by whole numbers, so they also run on GPUs without e4m3: with its bits at the place where float16
-has its exponent, a code is 2 ** -8 of its value. (In float32's place decode attention spilled registers on an H100.)
-The channels of int8.py would not help: a step is relative to each value.
+The kernels convert with integer operations, so they also run on GPUs without e4m3: with the bits of a code at their
+places in a float16, the float16 is 2 ** -8 of the code's value. (With a float32 in place of the float16, decode
+attention spilled registers on an H100.) The channels of int8.py would not help, because rounding errors are relative to
+each value.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def _load_v(pages, kv_head, page, token, column, mask):
 def _codes(x):
     sign = (x.to(tl.int32, bitcast=True) >> 24) & 0x80
     size = tl.abs(x)
-    small = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF  # multiples of 2 ** -9: the spacing there
+    small = (size + 16384.0).to(tl.int32, bitcast=True) & 0xF  # multiples of 2 ** -9, as far apart as floats at 16384
     bits = size.to(tl.int32, bitcast=True)
     bits = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     return (tl.where(size < 0.015625, small, bits) | sign).to(tl.uint8)

@@ -3,10 +3,11 @@
     k[t, h, d] = code(k_pages[t, h, d]) * k_scales[t, h]       and v likewise
     scale      = (largest absolute value of the head) / LARGEST
 
-A head that has a NaN or an infinity is NaN throughout, so that the model reports it. A head whose values are all below
-2 ** -100 is zero.
+A head with a NaN or an infinity is stored as NaN throughout, so that the model reports it. A head whose values are all
+below 2 ** -100 is stored as zero.
 
-Attention multiplies scores by the scales of k, and softmax weights by the scales of v: there is one for D codes.
+Attention multiplies scores by the scales of k, and softmax weights by the scales of v. That is one product where the D
+codes of a head would take D.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from . import dense
 from .tokens import TokenPages
 
 SMALLEST = 2.0**-100
-UNIT = tl.constexpr(128.0)  # float16 has few exponents: a softmax weight times a scale could become subnormal
+UNIT = tl.constexpr(128.0)  # keeps a softmax weight times a scale from becoming subnormal in float16
 _BITS_OF_SMALLEST = tl.constexpr(27 << 23)
 _BITS_OF_INFINITY = tl.constexpr(0x7F800000)
 
@@ -38,7 +39,7 @@ class ScaledPagesArguments(NamedTuple):
     v_scales: Any
     scales_page_stride: Any
     scales_token_stride: Any
-    like: Any  # of q's dtype; what else it is, the format says
+    like: Any  # of q's dtype; the format decides what it holds
     v_page_stride: Any = None
 
 
@@ -78,7 +79,7 @@ def store_heads(
 ):
     head = slot * num_kv_heads + kv_head
     low, high = low.to(tl.float32), high.to(tl.float32)
-    # Compared as whole numbers, infinity and NaN are the largest.
+    # Compared as integers, the bits of infinity and NaN are the largest.
     of_low, of_high = low.to(tl.int32, bitcast=True) & 0x7FFFFFFF, high.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     bits = tl.max(tl.maximum(of_low, of_high), axis=1)[:, None]
     finite, counts = bits < _BITS_OF_INFINITY, bits >= _BITS_OF_SMALLEST
@@ -146,7 +147,7 @@ class ScaledPages(TokenPages, is_format=False):
         values = wide(values)
         most = values.abs().amax(-1)
         finite, counts = most.isfinite(), most >= SMALLEST
-        largest = torch.full_like(most, self.largest)  # torch multiplies by the reciprocal of a Python number
+        largest = torch.full_like(most, self.largest)  # a tensor: torch multiplies by the reciprocal of a Python number
         scales = torch.where(counts, most / largest, 0.0)
         inverse = torch.where(finite & counts, largest / most, 0.0)[..., None]
         codes = self._encode(torch.where(finite[..., None], values, 0.0) * inverse)

@@ -1,4 +1,4 @@
-"""What the formats here have in common: a row for each token, in one tensor of keys and one of values."""
+"""The base class of all formats here: one tensor of keys and one of values, with a row for each token."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from .base import Pages
 
 
 class TokenPages(Pages, is_format=False):
-    """``k`` and ``v`` [num_pages, page_size, Hkv, D], then any other tensors. ``code`` is the dtype of k and v. In
-    the dense format it is None, for q's dtype. In the others the last tensor has q's dtype. It is empty and called
-    ``like``, unless it has another use."""
+    """``k`` and ``v`` [num_pages, page_size, Hkv, D], then any other tensors. ``code`` is the dtype of k and v, or None
+    in the dense format, which has q's dtype. In the other formats the last tensor has q's dtype. This tensor is empty
+    and called ``like``, unless it has another use."""
 
     __slots__ = ()
     code: ClassVar[torch.dtype | None] = None

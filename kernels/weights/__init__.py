@@ -1,5 +1,5 @@
-"""Formats of weights. An op takes a weight as one value, whatever tensors its format consists of. Each format has a
-file.
+"""Formats of weights. An op takes a weight as one value; its format decides which tensors the value has. Each format
+has a file.
 
 To add a format, write a file here with a subclass of Weight. Every file here is
 imported. ``Weight`` says what each member must do; ``dense.py`` is the example.
@@ -37,13 +37,13 @@ def as_weight(value: Any, form: str = "dense") -> Any:
 
 
 def check_weight(op: str, name: str, weight: Any, x: Tensor) -> None:
-    """Raises unless this is a weight [N, K] for x [T, K], of its dtype."""
+    """Raises ValueError or TypeError unless this is a weight [N, K] for x [T, K], with x's dtype."""
     _check_type(op, name, weight)
     weight.check(op, name, ("N", x.shape[1]), x)
 
 
 def check_matrix(op: str, name: str, weight: Any) -> None:
-    """Raises unless this is a weight [V, K]."""
+    """Raises ValueError or TypeError unless this is a weight [V, K]."""
     _check_type(op, name, weight)
     weight.check(op, name, ("V", "K"))
 

@@ -20,36 +20,39 @@ class Weight:
     ``names`` are the names of the tensors as parameters of a layer. The dense format has one tensor, "weight".
 
     For Triton: ``triton_arguments`` returns the named tuple of tensors and numbers that a kernel gets (a field may not
-    be called values, because Triton uses that name), and ``triton_numbers`` the numbers that it is compiled for: None,
-    or of packed formats a named tuple with ``step``, ``has_offset`` and ``has_sub_scales`` (group_products.py). A
-    kernel takes these @triton.jit functions as constants (FORM is ``triton_numbers``, ROWS(args, tile, places, BLOCK_N)
-    returns the rows at these places of a tile):
+    be called values, because Triton uses that name). ``triton_numbers`` returns the numbers that a kernel is compiled
+    for: None, or for packed formats a named tuple with ``step``, ``has_offset`` and ``has_sub_scales``
+    (group_products.py). A kernel takes these @triton.jit functions as constants (FORM is ``triton_numbers``;
+    ROWS(args, tile, places, BLOCK_N) returns the rows at these places of a tile):
 
         triton_load(weight, ROWS, args, tile, start, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
-            loads BLOCK_K columns from ``start`` on, of a tile. Those from ``k_end`` on count as zero; EVEN_K says that
-            there are none.
+            loads BLOCK_K columns of a tile from ``start`` on. Columns from ``k_end`` on count as zero; EVEN_K says
+            that there are none.
         triton_load_groups(the same arguments)
-            what groups of those values have in common. A kernel loads it one tile or block earlier.
+            loads the scales, zero points and offsets of these columns' groups. A kernel calls it one tile or block
+            earlier.
         triton_operand(x, FORM)
-            of tokens x [SLICES, BLOCK_T, BLOCK_K / SLICES], zero from k_end on: what triton_multiply takes.
+            makes the operand of triton_multiply from tokens x [SLICES, BLOCK_T, BLOCK_K / SLICES], which are zero
+            from k_end on.
         triton_multiply(piece, groups, x, acc, FORM)
-            what was loaded times the operand, added to acc [SLICES, BLOCK_N, BLOCK_T] float32. The sum over SLICES
-            is the result. Each token's bits are the same whatever tokens are beside it.
+            adds the product of the loaded values with the operand to acc [SLICES, BLOCK_N, BLOCK_T] float32. The sum
+            over SLICES is the result. A token's bits do not depend on the other tokens.
         triton_prefetch(weight, ROWS, args, tile, k_start, k_end, FORM, BLOCK_N, LINES)
-            prefetches the first LINES cache lines of each row, or of each tile of rows, into the L2 cache
+            prefetches the first LINES cache lines of each row, or of each tile of rows, into the L2 cache.
 
-    ``triton_dequantise`` may be defined beside them, for many tokens and for the embedding; without it, torch
+    A format may also define ``triton_dequantise``, for many tokens and for the embedding; without it, torch
     dequantises:
 
         triton_dequantise(weight, rows, start, k_size, FORM, BLOCK_K, EVEN_K)
-            values [rows, BLOCK_K] in float32 from column ``start`` on, of these rows (int64). Those from ``k_size`` on
-            may be any; EVEN_K says that there are none.
+            returns values [rows, BLOCK_K] of these rows (int64) in float32, from column ``start`` on. Columns from
+            ``k_size`` on may have any value; EVEN_K says that there are none.
 
-    Triton's ops refuse a format that lacks them, a weight for which ``triton_refuses`` gives a reason, and all on a
-    CUDA device of a lower compute capability than ``triton_capability`` (major * 10 + minor). ``row_tile`` is the
-    number of rows that a format keeps together: a tile of a kernel begins at a multiple of it.
+    Triton's ops refuse a format without these functions, a weight for which ``triton_refuses`` gives a reason, and any
+    weight on a CUDA device of a lower compute capability than ``triton_capability`` (major * 10 + minor). ``row_tile``
+    is the number of rows that a format keeps together: a kernel's tile begins at a multiple of it.
 
-    For C: kernels/c/weights.py makes the struct of each format. C's ops refuse a format that it does not list."""
+    For C: kernels/c/weights.py makes the struct of each format. C's ops refuse a format that weights.py does not
+    list."""
 
     __slots__ = ()
     format: ClassVar[str]
@@ -79,7 +82,7 @@ class Weight:
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Its tensors, in the order of ``names``."""
+        """The format's tensors, in the order of ``names``."""
         raise NotImplementedError
 
     @property

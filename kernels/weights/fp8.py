@@ -20,8 +20,8 @@ LARGEST = torch.finfo(torch.float8_e4m3fn).max  # 448
 
 
 class Fp8(Quantised):
-    """``codes`` [N, K] and ``scales`` [N] have the bits of their floats as integers, because the tests convert every
-    float tensor to float64."""
+    """``codes`` [N, K] and ``scales`` [N] are stored as integers with the bits of the floats, because the tests convert
+    every float tensor to float64."""
 
     format = "fp8"
     names = ("codes", "scales", "like")
@@ -43,8 +43,8 @@ class Fp8(Quantised):
 
     @classmethod
     def from_codes(cls, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Fp8:
-        """Of codes [N, K] (float8_e4m3fn) and scales [N] (float32). ``dtype`` is that of the matrix. Shares the memory
-        of both."""
+        """A weight of codes [N, K] (float8_e4m3fn) and scales [N] (float32). ``dtype`` is that of the matrix. The
+        weight shares the memory of both."""
         empty = torch.empty(0, dtype=dtype, device=codes.device)
         return cls(codes.view(torch.uint8), scales.view(torch.int32), empty)
 
@@ -66,9 +66,9 @@ class Fp8(Quantised):
         for start in range(0, len(matrix), step):
             values = matrix[start : start + step].to(torch.float32)
             scales = values.abs().amax(1)
-            scales /= torch.full_like(scales, LARGEST)  # on a GPU torch multiplies by the reciprocal of a number
+            scales /= torch.full_like(scales, LARGEST)  # a tensor: torch on a GPU multiplies by a number's reciprocal
             scales[scales == 0] = 1
-            # the clamp is for quotients that round to more than LARGEST, which float8_e4m3fn has as NaN
+            # a quotient may round to more than LARGEST, which would become NaN in float8_e4m3fn
             codes = (values / scales[:, None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
             self.codes[start : start + step] = codes.view(torch.uint8)
             self.scales[start : start + step] = scales.view(torch.int32)

@@ -1,14 +1,15 @@
-"""Triton functions over fp8 weights (fp8.py): for the few-token linear kernels, and to dequantise rows.
+"""Triton functions for fp8 weights (fp8.py): for the few-token linear kernels, and to dequantise rows.
 
-e4m3 has four exponent bits and three mantissa bits, and bfloat16 has eight and seven. Moved to their places in
-bfloat16, the bits of e4m3 are its number times 2 ** -120: the biases of the exponents are 7 and 127. This holds for
-subnormal numbers, too. So a multiplication by 2 ** 120 makes the exact number:
+e4m3 has four exponent bits and three mantissa bits; bfloat16 has eight and seven. At their places in bfloat16, the bits
+of an e4m3 number stand for the number times 2 ** -120, because the biases of the exponents are 7 and 127. This is also
+true of subnormal numbers. So a multiplication by 2 ** 120 gives the exact number:
 
     e4m3                    s eeee mmm
     bfloat16         s 0000 eeee mmm 0000
 
-Four codes are loaded as one word, and two of them are moved at a time. A product's values of k are in the order in
-which codes leave the words, so that a thread unpacks its own operands of the matrix instruction from whole words:
+Four codes are loaded as one word, and two of them are converted at a time. The values of k in a product are in the
+order in which the codes leave the words, so that a thread unpacks its operands of the matrix instruction from whole
+words:
 
     values of k          0 2 1 3 | 4 6 5 7 | ...
 
@@ -33,7 +34,7 @@ class Fp8Arguments(NamedTuple):
 
 
 class Fp8Numbers(NamedTuple):
-    """What a kernel is compiled for, named as in group_products.py: the linear kernels and their tiles read it."""
+    """The constants of a kernel, named as in group_products.py: the linear kernels and tiling.py read them."""
 
     has_sub_scales: bool = False
     has_offset: bool = False
@@ -74,7 +75,8 @@ def operand(x, FORM: tl.constexpr):
 def multiply(piece, groups, x, acc, FORM: tl.constexpr):
     weights = _unpack(piece, x.dtype)
     if x.dtype == tl.float32:
-        # The more products are added one after another, the larger is the error: sums of 32, and sums of those.
+        # The error grows with the number of products that are added one after another. So 32 are added at a time, and
+        # then these sums.
         SLICES: tl.constexpr = acc.shape[0]
         PARTS: tl.constexpr = x.shape[1] // 32
         weights = tl.permute(tl.reshape(weights, [SLICES, acc.shape[1], PARTS, 32]), [0, 2, 1, 3])
@@ -124,7 +126,7 @@ def prefetch(
 
 @triton.jit
 def dequantise(weight, rows, start, k_size, FORM: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """As group_rows.dequantise."""
+    """See ``triton_dequantise`` of Weight."""
     k = start + tl.arange(0, BLOCK_K)[None, :]
     mask = None if EVEN_K else tl.broadcast_to(k < k_size, [rows.shape[0], BLOCK_K])
     codes = tl.load(weight.codes + rows[:, None] * weight.stride + k, mask=mask, other=None if EVEN_K else 0)

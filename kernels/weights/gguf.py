@@ -1,5 +1,5 @@
-"""The block formats of GGUF files, in the layout of grouped.py. ggml's ggml-common.h defines their values. Files of
-these formats are repacked as they load, without a change of any value.
+"""The block formats of GGUF files, in the layout of grouped.py. ggml's ggml-common.h defines their values. Weights of
+these formats are repacked when a file is loaded, without a change of any value.
 
     values of a block   32: q4_0 q4_1 q5_0 q5_1 q8_0        256: q2_k q3_k q4_k q5_k q6_k
 

@@ -1,18 +1,18 @@
-"""Triton functions over the layout of grouped.py, for the few-token linear kernels.
+"""Triton functions for the layout of grouped.py, for the few-token linear kernels.
 
-Codes are multiplied as they are: a bfloat16 holds 128 + code exactly. What a group has in common, its scale, its zero
-point and its offset, is applied once to its sum, in float32:
+The kernels multiply codes, not values: a bfloat16 holds 128 + code exactly. The scale, zero point and offset of a group
+are applied once, to its sum in float32:
 
     out[n, t] = sum over groups of  scale[n, g] (dot(code + BASE, x) - (zero[n, g] + BASE) sum(x)) + offset[n, g] sum(x)
 
-The products of DEPTH values of k, which one group has, are a matrix product of their own; all of a block are a batch of
-products, whose members the warps share. (If a group has 16 values, the first halves of all words come before the
-second halves.) A product's values of k are in the order in which codes leave the packed words:
+DEPTH values of k from one group are one matrix product. The products of a block are a batch, which the warps divide
+among themselves. (If a group has 16 values, the first halves of all words come before the second halves.) The values of
+k in a product are in the order in which the codes leave the packed words:
 
     16 values of k       0  8  4 12 | 1  9  5 13 | 2 10  6 14 | 3 11  7 15        word j holds the j-th quarter
 
-A word has values k and k + 8 at the same place of its two halves. So one instruction with a mask, and a shift before
-it, makes a pair of bfloat16, and a thread unpacks its own operands of the matrix instruction from whole words.
+A word has the values k and k + 8 at the same place of its two halves. So a shift and one instruction with a mask make a
+pair of bfloat16, and a thread unpacks its operands of the matrix instruction from whole words.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class GroupArguments(NamedTuple):
     zeros: Any  # uint8 [N / 16, groups, 16], or None
     places: Any  # int32 [4], the numbers 0 to 3; or None
     tiles: Any  # K / 32
-    groups: Any  # of a row
+    groups: Any  # groups of a row
 
 
 class GroupNumbers(NamedTuple):
-    """What a kernel is compiled for."""
+    """The constants of a kernel."""
 
     bits: int
     group: int  # values of a group
@@ -46,8 +46,8 @@ class GroupNumbers(NamedTuple):
     has_offset: bool
     has_sub_scales: bool
     has_zeros: bool
-    zero: int  # if there are no zeros
-    middle: int  # of the codes: what float16 and float32 values are taken from, for small numbers
+    zero: int  # the format's zero point, if there is no ``zeros``
+    middle: int  # subtracted from codes in float16 and float32, to keep the numbers small
 
 
 @triton.jit
@@ -55,15 +55,15 @@ def load(
     weight, ROWS: tl.constexpr, args, tile, start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """The packed words of a tile. A tuple holds no None in Triton: what a format lacks is something else there, which
-    nothing reads."""
+    """The packed words of a tile. A tuple in Triton cannot hold None, so in place of a tensor that the format lacks
+    the tuple has another one, which nobody reads."""
     STEP: tl.constexpr = max(min(FORM.step, BLOCK_K // SLICES), 32)  # values of k of whole words
     WORDS: tl.constexpr = 8 if FORM.bits == 8 else 4
     codes = _words(weight.codes, weight.tiles, ROWS, args, tile, start, k_end, WORDS, STEP, BLOCK_N, BLOCK_K, EVEN_K)
     high = codes
     places = codes
     if weight.high is not None:
-        # Of what is loaded, and not of tl.arange, Triton makes the operands in the registers where they are needed.
+        # Loaded and not from tl.arange, because then Triton makes the operands in the registers that need them.
         places = tl.load(weight.places + tl.arange(0, 4))
         high = _words(
             weight.high, weight.tiles, ROWS, args, tile, start, k_end, FORM.bits - 4, STEP, BLOCK_N, BLOCK_K, EVEN_K
@@ -76,7 +76,7 @@ def load_groups(
     weight, ROWS: tl.constexpr, args, tile, start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr, SLICES: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """What the groups of a tile have: [batch, BLOCK_N] of each tensor, as it lies in memory."""
+    """The values of each tensor for the groups of a tile, [batch, BLOCK_N], with the dtype that memory has."""
     DEPTH: tl.constexpr = min(FORM.step, BLOCK_K // SLICES)
     local = tl.arange(0, BLOCK_N)
     row_tile = ROWS(args, tile, local // 16 * 16, BLOCK_N) // 16
@@ -117,8 +117,8 @@ def _words(
     ptr, tiles, ROWS: tl.constexpr, args, tile, start, k_end, WORDS: tl.constexpr, STEP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr,
 ):  # fmt: skip
-    """Packed words [BLOCK_K / STEP, BLOCK_N, STEP / 32, WORDS]. They are loaded as they lie in memory, tile row by tile
-    row, so that a copy has 16 bytes."""
+    """Packed words [BLOCK_K / STEP, BLOCK_N, STEP / 32, WORDS]. They are loaded in the order of memory, tile row by
+    tile row, so that an asynchronous copy has 16 bytes."""
     SIZE: tl.constexpr = STEP // 32 * WORDS * 16  # words of a tile row
     at = tl.arange(0, BLOCK_N // 16 * SIZE)
     row_tile = ROWS(args, tile, at // SIZE * 16, BLOCK_N) // 16
@@ -141,7 +141,7 @@ def operand(x, FORM: tl.constexpr):
     HALVES: tl.constexpr = max(1, 32 // DEPTH)
     x = tl.reshape(x, [SLICES, BLOCK_T, BATCH // SLICES // HALVES, HALVES, DEPTH // 16, 2, 2, 4])
     x = tl.reshape(tl.permute(x, [3, 0, 2, 4, 7, 6, 5, 1]), [BATCH, DEPTH, BLOCK_T])
-    # As a matrix product, because its order of summation does not depend on the number of tokens.
+    # The sums are a matrix product, whose order of summation does not depend on the number of tokens.
     ones = tl.full([BATCH, 16, DEPTH], 1.0, tl.float32).to(x.dtype)
     sums = tl.max(dot(ones, x, tl.zeros([BATCH, 16, BLOCK_T], tl.float32)), axis=1)
     return x, sums[:, None, :]
@@ -173,7 +173,8 @@ def multiply(piece, groups, x, acc, FORM: tl.constexpr):
         offset = floats(minima)
         if FORM.has_sub_scales:
             offset *= -sub_minima.to(tl.float32)
-        # The offset of a group is about its scale times the middle of the codes: what cancels is subtracted first.
+        # The offset of a group is about its scale times the middle of the codes. The two nearly cancel, so they are
+        # subtracted first.
         factor = offset - scale * (FORM.zero + BASE)
         products = dot(weights, values, tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32))
         products = products * scale[:, :, None] + factor[:, :, None] * sums
@@ -186,14 +187,14 @@ def multiply(piece, groups, x, acc, FORM: tl.constexpr):
         else:
             products = tl.zeros([BATCH, BLOCK_N, BLOCK_T], tl.float32)
         products = dot(weights, values, products) * scale[:, :, None]
-    # The warps share a batch member by member, so a thread has all that it adds here.
+    # Each warp has whole products of the batch, so a thread already holds all numbers that it adds here.
     return acc + tl.sum(tl.reshape(products, [BATCH // SLICES, SLICES, BLOCK_N, BLOCK_T]), axis=0)
 
 
 @triton.jit
 def _unpack_nibbles(codes, high, places, dtype: tl.constexpr, BITS: tl.constexpr, MIDDLE: tl.constexpr):
-    """Codes [batch, rows, K / 32, 4] of up to 6 bits, in the order of ``operand``: in bfloat16 with 128 added, in other
-    dtypes less MIDDLE."""
+    """Codes of up to 6 bits from words [batch, rows, K / 32, 4], in the order of ``operand``: in bfloat16 plus 128, in
+    other dtypes minus MIDDLE."""
     first = tl.join(_pair(codes, high, places, 0, 0, dtype, BITS), _pair(codes, high, places, 0, 1, dtype, BITS))
     second = tl.join(_pair(codes, high, places, 1, 0, dtype, BITS), _pair(codes, high, places, 1, 1, dtype, BITS))
     # [batch, rows, tile, j, place, half] -> [batch, rows, tile, half, j, place]
@@ -203,7 +204,7 @@ def _unpack_nibbles(codes, high, places, dtype: tl.constexpr, BITS: tl.constexpr
 
 @triton.jit
 def _pair(codes, high, places, HALF: tl.constexpr, PLACE: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr):
-    """Values k = 16 HALF + 4 PLACE + j and k + 8 of the words j, in 16 bits each."""
+    """The codes k = 16 HALF + 4 PLACE + j and k + 8 of each word j, in 16 bits each."""
     pair = masked_or(codes >> (8 * PLACE + 4 * HALF), 0x000F000F, 0x43004300 if dtype == tl.bfloat16 else 0)
     if BITS == 5:
         bits = high >> places[None, None, None, :]
@@ -225,7 +226,7 @@ def _right(bits, PLACES: tl.constexpr):
 
 @triton.jit
 def _unpack_bytes(codes, dtype: tl.constexpr):
-    """Codes [batch, rows, K / 32, 8] of 8 bits, in the order of ``operand``, less 128."""
+    """Codes of 8 bits from words [batch, rows, K / 32, 8], in the order of ``operand``, minus 128."""
     return _split(tl.join(_byte_pair(codes, 0, dtype), _byte_pair(codes, 1, dtype)), dtype)
 
 
@@ -233,7 +234,7 @@ def _unpack_bytes(codes, dtype: tl.constexpr):
 def _byte_pair(codes, PLACE: tl.constexpr, dtype: tl.constexpr):
     pair = codes >> (8 * PLACE)
     if dtype == tl.bfloat16:
-        # 128 + the low seven bits, less 128 or 256
+        # 128 + the low seven bits, minus 128 or 256
         return subtract_bf16x2(masked_or(pair, 0x007F007F, 0x43004300), masked_xor(pair, 0x00800080, 0x43804380))
     else:
         return (pair & 0x00FF00FF) - 0x00800080
@@ -241,7 +242,7 @@ def _byte_pair(codes, PLACE: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def _split(pairs, dtype: tl.constexpr):
-    """[...] of pairs -> [..., 2]"""
+    """Splits pairs [...] into values [..., 2]."""
     if dtype == tl.bfloat16:
         low = pairs.to(tl.int16).to(dtype, bitcast=True)
         return tl.join(low, (pairs >> 16).to(tl.int16).to(dtype, bitcast=True))
@@ -255,7 +256,7 @@ def prefetch(
     weight, ROWS: tl.constexpr, args, tile, k_start, k_end, FORM: tl.constexpr, BLOCK_N: tl.constexpr,
     LINES: tl.constexpr,
 ):  # fmt: skip
-    """Of each tile of 16 rows the first LINES cache lines of codes."""
+    """Prefetches the first LINES cache lines of codes of each tile of 16 rows."""
     if LINES > 0:
         WORDS: tl.constexpr = 8 if FORM.bits == 8 else 4
         row_tile = ROWS(args, tile, tl.arange(0, BLOCK_N // 16) * 16, BLOCK_N) // 16

@@ -1,8 +1,8 @@
-"""Triton function over the layout of grouped.py that dequantises rows: for the embedding, and for products with so many
-tokens that the library computes them.
+"""Triton function that dequantises rows in the layout of grouped.py: for the embedding, and for many tokens, whose
+products the library computes.
 
-The four or eight words that a row has in a tile are shifted by the place of each of their values. 2 ** 23 + code is
-exact in float32, with the code in its lowest bits, so a mask makes a float of it."""
+A row has four or eight words in a tile. Each word is shifted by the place of each of its codes. 2 ** 23 + code is exact
+in float32 and has the code in its lowest bits, so a mask makes a float of it."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ MAGIC = tl.constexpr(0x4B000000)  # the bits of 2 ** 23
 
 @triton.jit
 def dequantise(weight, rows, start, k_size, FORM: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """Values [rows, BLOCK_K] in float32, from column ``start`` on, where rows (int64) says which."""
-    STEP: tl.constexpr = min(FORM.step, BLOCK_K)  # values that are surely of one group
+    """Values [rows, BLOCK_K] of these rows (int64) in float32, from column ``start`` on."""
+    STEP: tl.constexpr = min(FORM.step, BLOCK_K)  # consecutive values, aligned to STEP, are of one group
     shape: tl.constexpr = [rows.shape[0], BLOCK_K // STEP, STEP]
     k = start + tl.arange(0, BLOCK_K // STEP)[None, :] * STEP
     of_group = (rows // 16 * (weight.groups * 16) + rows % 16)[:, None] + k // FORM.group * 16
@@ -44,7 +44,7 @@ def dequantise(weight, rows, start, k_size, FORM: tl.constexpr, BLOCK_K: tl.cons
 
 @triton.jit
 def _codes(weight, rows, start, k_size, FORM: tl.constexpr, BLOCK_K: tl.constexpr, EVEN_K: tl.constexpr):
-    """2 ** 23 + code of BLOCK_K values of each row, in any shape whose order is theirs."""
+    """2 ** 23 + code of BLOCK_K values of each row, in their order, in any shape."""
     BLOCK_R: tl.constexpr = rows.shape[0]
     TILES: tl.constexpr = BLOCK_K // 32
     byte = tl.arange(0, 4)[None, None, None, :, None] * 8

@@ -1,4 +1,4 @@
-"""The layout of quantised weights: integer codes, with scales for groups of them along K.
+"""The layout of quantised weights: integer codes, with a scale for each group of codes along K.
 
     w[n, k] = scale[n, g] * (code[n, k] - zero) + offset[n, g]          g = k // (values of a group)
 
@@ -6,7 +6,7 @@
     zero     a number of the format, or `zeros`
     offset   nothing, or `minima`, or in formats with sub-scales -(`minima` * `sub_minima`)
 
-Codes are unsigned. They lie in tiles of 16 rows and 32 values of k, so that the tiles of 16 rows follow each other in
+Codes are unsigned. They lie in tiles of 16 rows and 32 values of k; the tiles of the same 16 rows follow each other in
 memory. The 32 values of a row are eight words of four bytes: byte t of word b is value k = 16 (b // 4) + 4 t + b % 4.
 
     codes, up to 6 bits   word (j, row), j < 4: low halves of its bytes are word j, high halves word j + 4; low 4 bits
@@ -38,17 +38,17 @@ from .rounding import Rounded, nearest
 from .tiles import DEPTH, ROWS, pack, unpack
 
 SUPER = 256  # values that share a scale of sub-scales
-GROUPS = (128, 64, 32)  # values of a group, where the format does not say how many: the first that divides K
-_IN_CACHE = 1 << 18  # values that a CPU rounds at a time, in many passes: 1 MiB as float32
-_BITS = {torch.int16: torch.float16, torch.int32: torch.float32}  # of a tensor of scales -> its floats
+GROUPS = (128, 64, 32)  # values of a group, if the format does not fix their number: the first that divides K
+_IN_CACHE = 1 << 18  # values that a CPU rounds at a time: 1 MiB as float32 stays in the cache between the passes
+_BITS = {torch.int16: torch.float16, torch.int32: torch.float32}  # dtype of stored bits -> dtype of the floats
 
 
 class Grouped(Quantised, is_format=False):
     """Codes of ``bits`` bits. A subclass is a format.
 
-    ``group`` is the number of values of a group; if it is None, the shape of ``zeros`` says it. ``zero`` is subtracted
-    from every code; if it is None, ``zeros`` has it for each group. ``super_scales`` says that scales (and minima) are
-    products of a float16 and a small integer."""
+    ``group`` is the number of values of a group; if it is None, the shape of ``zeros`` gives the number. ``zero`` is
+    subtracted from every code; if it is None, ``zeros`` has a zero point for each group. ``super_scales`` says that
+    scales (and minima) are products of a float16 and a small integer."""
 
     bits: ClassVar[int]
     group: ClassVar[int | None] = 32
@@ -90,8 +90,8 @@ class Grouped(Quantised, is_format=False):
 
     @classmethod
     def shapes(cls, rows: int, columns: int, group: int | None = None) -> dict[str, tuple[int, ...]]:
-        """The shape of each tensor but ``like``. ``group`` is for formats that do not say it; by default the first of
-        GROUPS that divides the columns. Raises ValueError for a size that the format does not have."""
+        """The shape of each tensor but ``like``. ``group`` is for formats that do not fix it; the default is the first
+        of GROUPS that divides the columns. Raises ValueError for a size that the format does not have."""
         group = cls.group or group or next((each for each in GROUPS if columns % each == 0), DEPTH)
         multiple = SUPER if cls.super_scales else max(group, DEPTH)
         if rows % ROWS or columns % multiple or not rows or not columns:
@@ -135,9 +135,9 @@ class Grouped(Quantised, is_format=False):
 
     @classmethod
     def from_codes(cls, codes: Tensor, dtype: torch.dtype, **of_groups: Tensor) -> Grouped:
-        """A weight of codes [N, K] (uint8) and of what the format has beside them, row by row: ``scales`` and
-        ``minima`` [N, groups] in float16 (scales also in float32), ``sub_scales``, ``sub_minima`` and ``zeros`` [N,
-        groups] in small integers. ``dtype`` is that of the matrix.
+        """A weight of codes [N, K] (uint8) and the format's other tensors, row by row: ``scales`` and ``minima``
+        [N, groups] in float16 (scales also in float32); ``sub_scales``, ``sub_minima`` and ``zeros`` [N, groups] in
+        small integers. ``dtype`` is that of the matrix.
 
         Raises ValueError for a size that the format does not have."""
         rows, columns = codes.shape
@@ -215,7 +215,7 @@ class Grouped(Quantised, is_format=False):
 
     def triton_numbers(self) -> GroupNumbers:
         group = self.values_of_group
-        # Float32 products are added one after another: the more they are, the larger is the error.
+        # Float32 products are added one after another, so the error grows with their number.
         most = 16 if self.dtype == torch.float32 else group
         return GroupNumbers(
             bits=self.bits,
@@ -233,13 +233,13 @@ class Grouped(Quantised, is_format=False):
         return unpack(self.codes, self.high)
 
     def of_groups(self) -> dict[str, Tensor]:
-        """What ``from_codes`` takes beside the codes, row by row."""
+        """The keyword arguments of ``from_codes``, row by row."""
         parts = {name: getattr(self, name) for name in self.names if name not in ("codes", "high", "like")}
         floats = {name: part.view(_BITS[part.dtype]) if part.dtype in _BITS else part for name, part in parts.items()}
         return {name: part.transpose(1, 2).flatten(0, 1) for name, part in floats.items()}
 
     def is_finite(self) -> bool:
-        """Whether all scales and minima are finite numbers, and so all values."""
+        """Whether all scales and minima are finite numbers. Then all values are finite."""
         floats = [part for part in (self.scales, self.minima) if part is not None]
         return all(bool(part.view(_BITS[part.dtype]).isfinite().all()) for part in floats)
 

@@ -1,5 +1,5 @@
-"""Integer formats with a scale and a zero point for each group of any multiple of 32 values: those of GPTQ, AWQ and
-compressed-tensors, and of weights that are quantised as they load. The layout is that of grouped.py."""
+"""Integer formats with a scale and a zero point for each group of values; a group's size is a multiple of 32. They
+serve GPTQ, AWQ and compressed-tensors files, and weights that are quantised at load. grouped.py defines the layout."""
 
 from __future__ import annotations
 

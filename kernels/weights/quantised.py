@@ -1,4 +1,4 @@
-"""What quantised formats have in common, whatever their codes are. grouped.py and fp8.py are the two kinds."""
+"""The base class of quantised formats. grouped.py has the formats of integer codes, fp8.py that of e4m3 codes."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ Own = TypeVar("Own", bound="Quantised")
 
 
 class Quantised(Weight, is_format=False):
-    """``codes`` and the format's other tensors have ``row_tile`` rows of the matrix in each of their first indices. The
-    last tensor, ``like``, is empty. Its dtype is that of the matrix."""
+    """One index of the first dimension of ``codes`` and of the format's other tensors stands for ``row_tile`` rows of
+    the matrix. The last tensor, ``like``, is empty. Its dtype is that of the matrix."""
 
     __slots__ = ()
     codes: Tensor
@@ -60,5 +60,5 @@ class Quantised(Weight, is_format=False):
         return type(self)(*[each[start // tile : stop // tile] for each in self.tensors[:-1]], self.like)
 
     def _matrix(self) -> Tensor:
-        """The values [N, K] in ``dtype``, computed at once."""
+        """The values [N, K] in ``dtype``, computed all at once."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
-"""Rounds a matrix to the codes and scales of a quantised format (grouped.py): to the nearest code, with the range of
-codes for each group that has the least squared error among some that clip the group's largest values."""
+"""Rounds a matrix to the codes and scales of a quantised format (grouped.py). For each group several ranges of codes
+are tried, some of which clip the group's largest values. The one with the least squared error is used, and each value
+gets the nearest code."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .grouped import Grouped
 
-SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8, 0.75)  # of a group's range
+SHRINK = (1.0, 0.97, 0.94, 0.91, 0.88, 0.85, 0.8, 0.75)  # factors of a group's whole range that are tried
 SUB_SCALES, SIGNED_SUB_SCALES = 63, 127  # the largest sub-scale
 
 
 class Rounded(NamedTuple):
-    """What Grouped.from_codes takes."""
+    """Arguments of Grouped.from_codes."""
 
     codes: Tensor  # [N, K] uint8
     of_groups: dict[str, Tensor]
@@ -36,7 +37,7 @@ def nearest(matrix: Tensor, form: type[Grouped], group: int) -> Rounded:
     least = values.amin(-1, keepdim=True).clamp_(max=0)
     most = values.amax(-1, keepdim=True).clamp_(min=0)
     if form.zero and not form.has_minima:
-        # the value of the largest magnitude gets code 0, because there is one more code below the zero than above it
+        # the value of the largest magnitude gets code 0, because there is one more code below the zero point than above
         width = torch.where(most > -least, most, least) / -form.zero
     else:
         width = (most - least) / (form.levels - 1)
@@ -73,8 +74,8 @@ def _codes(values: Tensor, form: type[Grouped], found: Range) -> Tensor:
 
 
 def _squared_error(values: Tensor, form: type[Grouped], found: Range) -> Tensor:
-    """The squared error of each group, [N, groups, 1]: few passes over the values, since it is computed for many
-    ranges."""
+    """The squared error of each group, [N, groups, 1]. It is computed for several ranges, so it makes few passes over
+    the values."""
     inverse = torch.where(found.step == 0, 0.0, 1 / found.step)
     exact = torch.addcmul(found.zero - found.low * inverse, values, inverse)  # codes before they are rounded
     missed = exact.round().clamp_(0, form.levels - 1).sub_(exact).square_().sum(-1, keepdim=True)
@@ -82,7 +83,7 @@ def _squared_error(values: Tensor, form: type[Grouped], found: Range) -> Tensor:
 
 
 def _stored(form: type[Grouped], step: Tensor, low: Tensor) -> tuple[Range, dict[str, Tensor]]:
-    """The range as the format stores it, and what it stores."""
+    """The range as the stored numbers give it, and the tensors to store."""
     step, low = step.squeeze(-1), low.squeeze(-1)
     if form.super_scales:
         scales, sub_scales, step = _in_two(step, form, SIGNED_SUB_SCALES if form.signed_sub_scales else SUB_SCALES)
@@ -104,7 +105,8 @@ def _stored(form: type[Grouped], step: Tensor, low: Tensor) -> tuple[Range, dict
 
 
 def _in_two(values: Tensor, form: type[Grouped], most: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Values [N, groups] as one float16 for SUPER values of k times small integers, and their products."""
+    """Values [N, groups] as products of a float16 for each SUPER values of k and a small integer for each group: the
+    floats, the integers, and the products."""
     assert form.group is not None
     each = values.unflatten(1, (-1, 256 // form.group))
     scales = (each.abs().amax(-1, keepdim=True) / most).half()

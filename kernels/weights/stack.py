@@ -22,8 +22,8 @@ class Stack(Weight, is_format=False):
 
     @classmethod
     def of_tensors(cls, tensors: Sequence[Tensor], form: str) -> Stack:
-        """The stack of the format ``form``. The tensors of its parts follow each other. Raises ValueError for a format
-        that there is not, or another number of tensors."""
+        """The stack of the format ``form``. The tensors of its parts follow each other. Raises ValueError for an
+        unknown format or a wrong number of tensors."""
         left, parts = list(tensors), []
         for name in form.split("+"):
             if name not in FORMATS:
@@ -94,9 +94,9 @@ class Stack(Weight, is_format=False):
 
 
 def joined(parts: Sequence[Weight]) -> Weight:
-    """Weights of the same number of columns as one, one below the other: of one format where neighbours have the same
-    format and the same groups, and otherwise a Stack. Copies the tensors that it joins, unless they follow each other
-    in one memory, as in a mapped file."""
+    """Weights with the same number of columns as one weight, one below the other. Neighbours of the same format and
+    group size become one weight of that format; if several weights remain, the result is a Stack. Copies the tensors
+    that it joins, unless they follow each other in memory, as in a mapped file."""
     runs: list[list[Weight]] = []
     for part in parts:
         if runs and _are_alike(runs[-1][0], part):
@@ -119,7 +119,7 @@ def _one_below_the_other(parts: Sequence[Weight]) -> Weight:
 
 
 def _cat(tensors: Sequence[Tensor]) -> Tensor:
-    """As torch.cat of tensors that differ in their first sizes only: a view if they follow each other in one memory."""
+    """torch.cat of tensors that differ only in their first size; a view if they follow each other in memory."""
     first, end = tensors[0], tensors[0].storage_offset()
     memory = first.untyped_storage().data_ptr()
     for each in tensors:

@@ -1,6 +1,6 @@
-"""Packs codes into the words of grouped.py's tiles, and takes them out again, in torch.
+"""Packs codes into the words of grouped.py's tiles, and unpacks them, in torch.
 
-In between, codes are bytes [tile row, tile, half, j, row, t]: value k = 16 half + 4 t + j of a tile."""
+The intermediate layout is bytes [tile row, tile, half, j, row, t]: value k = 16 half + 4 t + j of a tile."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def pack(codes: Tensor, bits: int) -> tuple[Tensor, Tensor | None]:
 
 
 def unpack(codes: Tensor, high: Tensor | None) -> Tensor:
-    """The codes [N, K] of ``codes`` and ``high``, whose tiles may have any number of rows."""
+    """The codes [N, K] that ``codes`` and ``high`` hold. Their tiles may have any number of rows."""
     parts = _parts(codes, high)
     tile_rows, tiles, _, _, rows, _ = parts.shape
     return parts.permute(0, 4, 1, 2, 5, 3).reshape(tile_rows * rows, tiles * DEPTH)
