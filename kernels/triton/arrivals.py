@@ -1,5 +1,5 @@
-"""Counters for programs that divide a sum: the last one to arrive adds up the parts. A counter is zero before and after
-each kernel."""
+"""Counters for programs that compute parts of one sum: the last program to finish adds up the parts. A counter is zero
+before and after each kernel."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from .launching import next_power_of_2
 def arrivals(x: Tensor, count: int) -> Tensor:
     """At least ``count`` counters [int32] on the device of x.
 
-    A captured step keeps its counters, and its kernels use them in turn (dispatch.dependent_launches). Any other call
-    gets its own: they may lie in somebody else's memory pool, which gives the memory to others after the call
+    A captured step keeps its counters, and its kernels use them one after another (dispatch.dependent_launches). Any
+    other call allocates its own: the memory may come from another library's pool, which reuses it after the call
     (torch.compile's CUDA graphs do so, also in their warm-up run)."""
     kept = kept_tensors()
     if kept is None:

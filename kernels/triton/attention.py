@@ -3,8 +3,8 @@ cache. Each sequence is one page, and the kernels read pages of any strides, so 
 
     out[b, i, h] = softmax(scale * q[b, h, i] . k[b, h // group, : p + 1]) v[b, h // group, : p + 1]    p = Tk - Tq + i
 
-One query a sequence runs as decode_attention, several run as prefill_attention. What those files say of rounding and of
-bytes moved holds here too.
+One query per sequence runs as decode_attention, several run as prefill_attention. Rounding and bytes moved are as those
+files say.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from .prefill_attention import refuses_paged as refuses_many
 
 
 def _places(batch: int, queries: int, keys: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """block_tables, lengths and query_starts of ``batch`` sequences that have one page each. They are made for each
-    call: they may lie in somebody else's memory pool, which gives the memory to others (torch.compile's CUDA graphs do
-    so, also in their warm-up run)."""
+    """block_tables, lengths and query_starts of ``batch`` sequences that have one page each. Each call makes new ones:
+    the memory may come from another library's pool, which reuses it after the call (torch.compile's CUDA graphs do so,
+    also in their warm-up run)."""
     counts = torch.arange(batch + 1, dtype=torch.int32, device=device)
     return counts[:batch, None], counts.new_full((batch,), keys), counts * queries
 

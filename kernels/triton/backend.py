@@ -25,7 +25,7 @@ def _serves(kind: str) -> bool:
     return kind == "cuda" or tuning.is_offline() or (INTERPRETED and kind == "cpu")
 
 
-OLDEST = 80  # compute capability; for older GPUs Triton makes no matrix instructions, and tiles exceed shared memory
+OLDEST = 80  # compute capability; on older GPUs Triton uses no matrix instructions, and tiles exceed shared memory
 
 
 def _refuses(x: Tensor) -> str | None:
@@ -49,9 +49,9 @@ def _prepare() -> None:
 
 @functools.cache
 def ensure_cache() -> tempfile.TemporaryDirectory | None:
-    """Makes sure that Triton can write compiled kernels. Its cache folder is below the user's home, or is named by
-    TRITON_CACHE_DIR. If that folder cannot be written to, a launch would fail; then a temporary folder of this process
-    takes its place, and a warning says so."""
+    """Makes sure that Triton can write compiled kernels. Its cache folder is below the user's home, or TRITON_CACHE_DIR
+    names it. If that folder is not writable, every launch would fail. Then a temporary folder of this process takes its
+    place, and a warning says so."""
     folder = triton.knobs.cache.dir
     try:
         os.makedirs(folder, exist_ok=True)
@@ -67,8 +67,8 @@ def ensure_cache() -> tempfile.TemporaryDirectory | None:
 
 
 def refuses_format(what: str, value: Weight | Pages, piece: Callable | None) -> str | None:
-    """The reason why no kernel takes weights or pages of this format here, or None. ``piece`` is the function of the
-    format that the kernel would call."""
+    """The reason why no kernel takes weights or pages of this format here, or None. ``piece`` is the format's function
+    that the kernel would call."""
     if piece is None:
         return f"{what} of the format {value.format}"
     if value.triton_capability:

@@ -16,7 +16,7 @@ from .launching import planned
 
 @triton.jit
 def tokens_of_split(length, BLOCK_N: tl.constexpr, NUM_SPLITS: tl.constexpr, MIN_TOKENS: tl.constexpr):
-    """The tokens of each split but the last: whole tiles, of which number only the length decides."""
+    """The number of tokens in each split but the last: whole tiles, whose number depends only on the length."""
     return tl.maximum(tl.cdiv(tl.cdiv(length, BLOCK_N), NUM_SPLITS) * BLOCK_N, MIN_TOKENS)
 
 

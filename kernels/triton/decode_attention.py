@@ -15,13 +15,13 @@ Each split writes a normalised result and the log2 of its sum of exponentials. A
 of the splits (combine_splits.py). On an H100, for one sequence of 1,024 tokens of Qwen2.5-3B, two kernels took 5.8 and
 1.9 us; one kernel, with the sum in the program that arrives last, took 15.8.
 
-A short sequence takes a chain of latencies and hardly any time to move its bytes. So a split has at least MIN_TOKENS
-tokens, and where the caller promises that lengths and block tables are settled (dispatch.dependent_launches), a program
-reads them and prefetches its first tiles while the kernel before still runs.
+For a short sequence, the latencies of dependent loads take more time than the bytes. So a split has at least MIN_TOKENS
+tokens. If the caller promises that earlier kernels do not change lengths and block tables
+(dispatch.dependent_launches), a program reads them and prefetches its first tiles while the previous kernel still runs.
 
 Bytes moved: 2 Hkv D elements for each cached token, q and out, and 8 D bytes for the partial result of each head and
-split. The pages' format converts a tile of k or v to q's dtype where it loads it. If the tokens of a format have
-scales, those of k multiply the scores and those of v the weights, which are fewer values than k and v.
+split. The pages' format converts a tile of k or v to q's dtype as it loads the tile. If a format has a scale per token,
+the scores are multiplied by those of k and the softmax weights by those of v, because k and v have more values.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ tuning.SPACES["decode_attention"] = {
 
 @tuning.remember
 def _config(device: tuning.Device, num_kv_heads: int, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
-    """One long sequence gets as many splits as the device has multiprocessors for each key-value head. num_stages keeps
-    up to three tiles in flight, as many as fit into half of the shared memory.
+    """One long sequence gets multiprocessors / Hkv splits, rounded down to a power of two. num_stages keeps up to three
+    tiles in flight, as many as fit into half of the shared memory.
 
     BLOCK_N, NUM_SPLITS, MIN_TOKENS and num_warps determine the order of summation. For batch invariance they do not
     depend on the number of sequences."""
@@ -91,7 +91,7 @@ def _page_of(table, sequence, token, PAGE_SIZE: tl.constexpr):
 
 @triton.jit
 def _offset_in_page(token, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """The offset of a tile's first token. It is the constant 0 where a tile is a page."""
+    """The offset in its page of a tile's first token. It is the constant 0 if a tile is a page."""
     if PAGE_SIZE is None:
         return token
     else:
@@ -99,7 +99,7 @@ def _offset_in_page(token, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
 
 
 @planned
-@triton.jit(do_not_specialize=["num_tokens", "splits", "block_tables_stride"])  # they vary from call to call
+@triton.jit(do_not_specialize=["num_tokens", "splits", "block_tables_stride"])  # these vary from call to call
 def _decode_attention_kernel(
     out_ptr,  # [S, Hq, D], written here if there is one split
     parts_ptr,  # [S, Hq, splits, D] float32, or None if there is one split
@@ -109,14 +109,14 @@ def _decode_attention_kernel(
     block_tables_ptr,  # [S, P], or None
     lengths_ptr,  # [S], or None: num_tokens each
     num_tokens,
-    splits,  # that parts and logs have room for
+    splits,  # the splits that fit in parts and logs
     q_stride,  # of a sequence; heads are dense
     block_tables_stride,
     scale,
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
     PREFETCH: tl.constexpr,
-    SCALE_K: tl.constexpr,  # these three, too, or None
+    SCALE_K: tl.constexpr,  # this and the next two are of the pages' format, too, or None
     SCALE_V: tl.constexpr,
     QUERY: tl.constexpr,
     PAGE_SIZE: tl.constexpr,  # None: sequence s is page s
@@ -127,7 +127,7 @@ def _decode_attention_kernel(
     NUM_SPLITS: tl.constexpr,
     MIN_TOKENS: tl.constexpr,
     PREFETCH_TILES: tl.constexpr,
-    SETTLED: tl.constexpr,  # no kernel that may still run writes lengths and block tables
+    SETTLED: tl.constexpr,  # whether no kernel that may still run writes lengths and block tables
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(1)
@@ -175,7 +175,7 @@ def _decode_attention_kernel(
         for tile in range(start, end, BLOCK_N):
             token = (_offset_in_page(tile, BLOCK_N, PAGE_SIZE) + row).to(tl.int64)
             this_page = page
-            # Load the next page number early, to hide its latency. The last one of all is loaded twice.
+            # Load the next page number early, to hide its latency. The last page number is loaded twice.
             following = tl.where(tile + BLOCK_N < end, tile + BLOCK_N, next_start)
             page = _page_of(table, sequence, tl.minimum(following, length - 1), PAGE_SIZE)
             k = LOAD_K(pages, kv_head, this_page, token, column, tile + row < end)
@@ -219,8 +219,8 @@ def _launch_decode_attention(
     (num_sequences, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
     group = num_q_heads // num_kv_heads
     splits = 1 if logs is None else logs.shape[2]
-    # At most 4 programs a multiprocessor, twice what it holds at a time. A captured step has splits for a whole
-    # context, and most of them are empty.
+    # At most 4 programs per multiprocessor, twice as many as it holds at a time. A captured step has enough splits for
+    # a whole context, and most of them are empty.
     programs = min(splits, triton.cdiv(4 * tuning.device_of(q).num_sms, num_kv_heads * num_sequences))
     options = pdl_options(q)
     settled = options["PDL"] and (launches_dependently() or tuning.is_offline())

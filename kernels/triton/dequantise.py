@@ -1,4 +1,4 @@
-"""Dequantises rows of a weight: consecutive ones, for a product that the library computes, or those of ids.
+"""Dequantises rows of a weight: consecutive rows, for a product that the library computes, or the rows of given ids.
 
     out[r] = round(row first + r)    or    out[r] = round(row ids[r])
 
@@ -7,8 +7,8 @@ the R rows as they are packed, and R K elements of out.
 
     program (r, c):  BLOCK_R rows and BLOCK_K columns
 
-Of consecutive rows a program has 16, because those lie together in packed formats: a thread loads 16 bytes of them at
-once. Rows of ids may lie anywhere, and a program has one.
+A program has 16 consecutive rows, because packed formats store 16 rows together: a thread loads 16 bytes at once. The
+rows of ids may lie anywhere, so a program has one.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _dequantise_kernel(
     num_rows,  # R
     n_size,
     k_size,
-    ROWS: tl.constexpr,  # of the weight's format, and so is the one after it
+    ROWS: tl.constexpr,  # this and the next are of the weight's format
     FORM: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -68,7 +68,7 @@ def dequantise_rows(out: Tensor, weight: Weight, first: int) -> None:
 
 def dequantise_ids(out: Tensor, weight: Weight, ids: Tensor) -> None:
     """Fills out [R, K] with the rows of a weight that ids [R] select. As in torch's indexing, a negative id counts from
-    the end, and one that is out of range ends the context of the device with an error."""
+    the end. An id out of range is a device error, after which the process can no longer use the device."""
     _launch(out, ids, weight, 0)
 
 

@@ -1,5 +1,5 @@
-"""Rows of the embedding table. One kernel dequantises those of a quantised table (dequantise.py). Torch's indexing
-copies those of a dense one, which is a single kernel, too."""
+"""Rows of the embedding table. One kernel dequantises the rows of a quantised table (dequantise.py). Torch's indexing,
+also a single kernel, copies the rows of a dense table."""
 
 from __future__ import annotations
 

@@ -1,27 +1,27 @@
-"""The shared part of the linear kernels for few tokens (1 to 16). A decode step spends most of its time here, reading
-weights.
+"""The shared part of the linear kernels for few tokens (1 to 16). A decode step spends most of its time in these
+kernels, on reading weights.
 
 The kernels compute x [T, K] times weight [N, K] transposed. A tile has BLOCK_N rows of the weight, which are multiplied
 with all tokens. Two designs differ in where x is kept:
 
-    resident   K fits one block. A program normalises x once, keeps it in registers, and reads tile after tile.
-    streamed   A program has one tile, and reads it and x block by block along K. SPLIT_K programs may share a tile.
+    resident   K fits one block. A program normalises x once, keeps x in registers, and reads tile after tile.
+    streamed   A program has one tile, and reads the tile and x by blocks along K. SPLIT_K programs may share a tile.
 
     weight [N, K]      K ───────────────►            x [T, K]: read by every program, from the L2 cache
-      program 0  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓                 ▓ is loaded before the kernel before this one has ended
+      program 0  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓                 ▓ is loaded before the previous kernel has ended
       program 1  ▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓▓
       program 0  ░░░░░░░░░░░░░░░░░░░░                 resident: ░ is the next tile of the program
       program 1  ░░░░░░░░░░░░░░░░░░░░
 
 Weights do not depend on earlier kernels. So with dependent launch a program loads its first tile (streamed: the first
-AHEAD values of each row) into shared memory before it waits for them, and the memory is busy while the kernels before
-it run out. On an H100 this takes a step of Qwen2.5-3B from 2.6 to 2.4 ms.
+AHEAD values of each row) into shared memory before it waits for the earlier kernels, and the memory stays busy while
+they end. On an H100 this reduces a decode step of Qwen2.5-3B from 2.6 to 2.4 ms.
 
 The weight is the left operand of the tensor cores, so a single token needs a single column. Warps divide a tile along
-K, as a batch of products whose sums are added at the end. Along N a tile has 16 rows for all warps: each warp would
-compute the whole product and issue several times as many dependent instructions. BLOCK_N stays below 64, because from
-64 rows on Hopper uses another instruction (wgmma), which sums in another order. Below 64 the products are
-batch-invariant.
+K, as a batch of products whose sums are added at the end. They do not divide it along N, where a tile may have only 16
+rows: each warp would compute the whole product and issue several times as many dependent instructions. BLOCK_N stays
+below 64, because from 64 rows on Hopper uses another instruction (wgmma), which sums in another order. Below 64 the
+products are batch-invariant.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ import triton.language as tl
 
 from ..language import block_of, cast, launch_dependents, round_to, wait
 
-MAX_TOKENS = 16  # with more tokens, torch's matrix product is as fast
+MAX_TOKENS = 16  # for more tokens, torch's matrix product is as fast
 MAX_HIDDEN = 32768  # the norm keeps a row in a program's registers
 ROWS_AT_ONCE = tl.constexpr(16384)  # values of x that a streaming program loads at once for the norm
 
@@ -47,7 +47,7 @@ def _normalised(x, scales, norm_weight):
 @triton.jit
 def _scales(x_ptr, num_tokens, tokens, k_size, x_stride, eps, BLOCK_T: tl.constexpr, BLOCK_ROW: tl.constexpr):
     """1 / sqrt(mean(x^2) + eps) of each token: [BLOCK_T]. Several rows are loaded at once. All threads lie along a row,
-    so the order of its sum does not depend on how many they are."""
+    so the order of its sum does not depend on the number of rows."""
     ROWS: tl.constexpr = min(BLOCK_T, max(1, ROWS_AT_ONCE // BLOCK_ROW))
     k = tl.arange(0, BLOCK_ROW)[None, :]
     scales = tl.zeros([BLOCK_T], tl.float32)
@@ -62,13 +62,13 @@ def _scales(x_ptr, num_tokens, tokens, k_size, x_stride, eps, BLOCK_T: tl.conste
 
 @triton.jit
 def reads_nothing(args, tile, tokens, num_tokens, BLOCK_N: tl.constexpr):
-    """BEFORE of an epilogue that needs the products only."""
+    """BEFORE for an epilogue that needs only the products."""
     return (tokens,)
 
 
 @triton.jit
 def multiply(
-    args,  # of the op's own functions
+    args,  # for the op's own functions
     x_ptr,  # [T, K]
     norm_weight_ptr,  # [K], or None: no norm
     weight,  # [N, K], the named tuple of its format
@@ -79,7 +79,7 @@ def multiply(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD: tl.constexpr,  # this and the next five are of the weight's format
     LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
@@ -99,16 +99,17 @@ def multiply(
     RESIDENT: tl.constexpr,
     LOOPS: tl.constexpr,  # a program has several tiles
     PREFETCH_LINES: tl.constexpr,
-    STAGES: tl.constexpr,  # None: num_stages, for the operands of products only; else for all that a loop loads
+    STAGES: tl.constexpr,  # pipeline stages of all loads in a loop; None: num_stages, and only operands of products
     PDL: tl.constexpr,
 ):
-    """Multiplies the rows of the program's tiles with all tokens, and runs the epilogue of each tile. Columns of the
-    products beyond the last token are to be ignored."""
+    """Multiplies the rows of the program's tiles with all tokens, and runs the epilogue of each tile. The epilogue must
+    ignore the products' columns beyond the last token."""
     launch_dependents(PDL)
     first = tl.program_id(0)
     tokens = tl.arange(0, BLOCK_T)
     zeros = tl.zeros([SLICES, BLOCK_N, BLOCK_T], tl.float32)
-    # What groups have in common is loaded a turn earlier, into registers, where it is too small to be copied ahead.
+    # Scales and zero points of groups that are too small for an asynchronous copy are loaded into registers, one
+    # iteration earlier.
     CARRIED: tl.constexpr = FORM is not None and not FORM.has_sub_scales
     if RESIDENT:
         tl.static_assert(SPLIT_K == 1)
@@ -116,7 +117,7 @@ def multiply(
         if AHEAD > 0:
             early = LOAD(weight, ROWS, args, first, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
             early_groups = LOAD_GROUPS(weight, ROWS, args, first, 0, k_size, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
-        elif FORM is not None:  # packed weights: in the L2 cache, because their first tile would take registers
+        elif FORM is not None:  # packed weights go into the L2 cache, because their first tile would take registers
             PREFETCH(weight, ROWS, args, first, 0, k_size, FORM, BLOCK_N, PREFETCH_LINES)
         if LOOPS and PREFETCH_LINES > 0 and first + step < num_tiles:
             PREFETCH(weight, ROWS, args, first + step, 0, k_size, FORM, BLOCK_N, PREFETCH_LINES)
@@ -150,7 +151,7 @@ def multiply(
             early = LOAD(weight, ROWS, args, first, k_start, k_end, FORM, BLOCK_N, AHEAD, SLICES, True)
             early_groups = LOAD_GROUPS(weight, ROWS, args, first, k_start, k_end, FORM, BLOCK_N, AHEAD, SLICES, True)
         at = k_start + AHEAD
-        if EVEN_K:  # nothing masks what lies beyond a split of one block
+        if EVEN_K:  # there is no mask, so stay within a split that has only one block
             at = tl.minimum(at, k_end - BLOCK_K)
         groups = LOAD_GROUPS(weight, ROWS, args, first, at, k_end, FORM, BLOCK_N, BLOCK_K, SLICES, EVEN_K)
         PREFETCH(weight, ROWS, args, first, k_start + AHEAD, k_end, FORM, BLOCK_N, PREFETCH_LINES)
@@ -160,7 +161,7 @@ def multiply(
         if norm_weight_ptr is not None:
             scales = _scales(x_ptr, num_tokens, tokens, k_size, x_stride, eps, BLOCK_T, BLOCK_ROW)
         acc = zeros
-        # Columns beyond the last token read the last token again.
+        # The columns beyond the last token read the last token again.
         x_rows = x_ptr + tl.minimum(tokens, num_tokens - 1)[None, :, None] * x_stride
         for start in tl.range(k_start + AHEAD, k_end, BLOCK_K, num_stages=STAGES):
             k = start + block_of(BLOCK_K, SLICES)
@@ -213,8 +214,8 @@ def _resident_x(
     SLICES: tl.constexpr,
     EVEN_K: tl.constexpr,
 ):
-    """The (normalised) tokens, [SLICES, BLOCK_T, BLOCK_K / SLICES]. All threads
-    lie along a row, so the order of its sum does not depend on the number of tokens."""
+    """The tokens, normalised if there is a norm, [SLICES, BLOCK_T, BLOCK_K / SLICES]. All threads lie along a row, so
+    the order of its sum does not depend on the number of tokens."""
     k = tl.arange(0, BLOCK_K)[None, :]
     mask = None if EVEN_K else k < k_size
     other = None if EVEN_K else 0.0
@@ -241,9 +242,9 @@ def _load_x(
 ):
     """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES].
 
-    Packed formats read single values of eight tokens at once. So in shared memory 16 bytes of one token lie beside
-    those of the next one: with whole rows behind each other, all eight would lie in one bank. The tensor is loaded in
-    one dimension because Triton chooses the order of several ones."""
+    Packed formats read single values of eight tokens at once. So in shared memory, 16 bytes of one token lie beside
+    16 bytes of the next one: if whole rows followed each other, all eight values would lie in one bank. The tensor is
+    loaded with one dimension, because Triton would choose the order of several dimensions itself."""
     CHUNK: tl.constexpr = 8
     BLOCK_T: tl.constexpr = tokens.shape[0]
     at = tl.arange(0, BLOCK_K * BLOCK_T)
@@ -257,7 +258,7 @@ def _load_x(
 
 @triton.jit
 def _streamed_x(x, norm_weight_ptr, scales, k, mask, other):
-    """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES], (normalised)."""
+    """A block of the tokens [SLICES, BLOCK_T, BLOCK_K / SLICES], normalised if there is a norm."""
     if norm_weight_ptr is not None:
         norm_weight = tl.load(norm_weight_ptr + k, mask=mask, other=other)
         x = _normalised(x.to(tl.float32), scales[None, :, None], norm_weight)

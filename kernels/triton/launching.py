@@ -3,11 +3,12 @@
     kernel[grid](*arguments, **constants)     first: Triton binds, specialises, compiles and launches
                                               then:  one look-up, then Triton's own launcher of the compiled kernel
 
-Triton compiles a kernel again if a constant or an option changes, or the type of an argument, or what it knows of an
-argument's value: that an address is a multiple of 16, and a number equal to 1 or a multiple of 16. The key of a plan is
-stricter: it has the numbers themselves, the dtype and the alignment of each tensor, and the device.
+Triton compiles a kernel again if a constant, an option or the type of an argument changes. It also does so if these
+facts change: whether an address is a multiple of 16, and whether an integer is 1 or a multiple of 16. The key of a plan
+is stricter: it has the value of each number (of an integer from 16 to 2**31 - 1 only whether 16 divides it), the dtype
+and the alignment of each tensor, and the device.
 
-The binder takes about 20 us for each launch, and a plan about 5.
+The binder takes about 20 us per launch, a plan about 5 us.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Planned:
     def _launch(self, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         hooks = triton.knobs.runtime
         if self.kernel.pre_run_hooks or _is_hooked(hooks.launch_enter_hook) or _is_hooked(hooks.launch_exit_hook):
-            self.kernel[grid](*arguments, **constants)  # somebody profiles; a plan would not tell them
+            self.kernel[grid](*arguments, **constants)  # a profiler has set a hook, which a plan would not call
             return
         driver = triton.runtime.driver.active
         device = driver.get_current_device()
@@ -62,7 +63,7 @@ class Planned:
     def _keep(self, key: tuple[Any, ...], compiled: Any, given: int, constants: dict[str, Any]) -> None:
         names = self.kernel.arg_names[given:]
         if not isinstance(compiled, CompiledKernel) or not all(name in constants for name in names):
-            return  # an argument by keyword or by default: Triton binds these
+            return  # an argument is passed by keyword or by default, which only Triton's binder handles
         if len(self._plans) >= MOST_PLANS:
             self._plans.clear()
         run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
@@ -75,8 +76,8 @@ class Planned:
 
 
 def _describe(arguments: tuple[Any, ...], key: list[Any], values: list[Any]) -> None:
-    """Appends to the key what a compiled kernel depends on, and to the values what Triton's launcher takes: addresses
-    for tensors, so that it need not ask each for it again."""
+    """Appends to the key all that a compiled kernel depends on, and to the values the arguments for Triton's launcher.
+    In place of a tensor it gets the address, so that it need not ask the tensor again."""
     for each in arguments:
         kind = type(each)
         if kind is int:
@@ -95,14 +96,15 @@ def _describe(arguments: tuple[Any, ...], key: list[Any], values: list[Any]) -> 
             _describe(each, key, inner)
             values.append(tuple(inner))
         else:
-            key.append((kind, each))  # 1, 1.0 and True are equal, and no two of them are one type to Triton
+            key.append((kind, each))  # 1, 1.0 and True are equal, but have different types in Triton
             values.append(each)
 
 
 @functools.cache
 def hash_functions() -> tuple[str, ...]:
     """Hashes all functions for Triton, always in the same order. Triton's hash of a function also depends on which of
-    those that it calls were hashed before it. In another order a process would not find what another has compiled."""
+    the functions that it calls were hashed earlier. With another order, a process would not find in the cache what
+    another process has compiled."""
     package, functions = __name__.rpartition(".triton.")[0], list[JITFunction]()
     for name in sorted(name for name in sys.modules if name.startswith(f"{package}.")):
         found = vars(sys.modules[name]).values()
@@ -112,7 +114,7 @@ def hash_functions() -> tuple[str, ...]:
 
 
 def cdiv(n: int, block: int) -> int:
-    """How many blocks n needs. As triton.cdiv, which is also for kernels, and on the host takes 3 us."""
+    """The number of blocks that n elements need. triton.cdiv, which also works in kernels, takes 3 us on the host."""
     return -(-n // block)
 
 

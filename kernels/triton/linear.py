@@ -1,9 +1,9 @@
-"""The ops of ../linear.py. For few tokens (1 to 16) each op is one kernel; few_tokens.py has the picture. More tokens
-run rms_norm, a product (many_tokens.py) and swiglu one after the other.
+"""The ops of ../linear.py. For few tokens (1 to 16) each op is one kernel; few_tokens.py has the picture. For more
+tokens, rms_norm, a product (many_tokens.py) and swiglu run one after the other.
 
-The epilogue computes in float32. out is rounded once, or twice with an addend: before and after it is added.
+The epilogue computes in float32. out is rounded once, or with an addend twice: before and after the addition.
 
-A tile of gate_up has as many rows of up as of gate, so that one program has both values of an output:
+A tile of gate_up has the same number of rows of gate and of up, so that one program has both values of an output:
 
     weight [2 F, K]     ░░ program 0   ▒▒ program 1 ...   │   ░░ program 0   ▒▒ program 1 ...
                         0              gate               F              up                2 F
@@ -44,7 +44,7 @@ class LinearArguments(NamedTuple):
 
 @triton.jit
 def _rows(args, tile, places, BLOCK_N: tl.constexpr):
-    # Rows beyond the last read the last row again; their results are not stored.
+    # The rows beyond the last one read the last row again; their results are not stored.
     return tl.minimum(tl.cast(tile, tl.int64) * BLOCK_N + places, args.n_size - 1)
 
 
@@ -106,7 +106,7 @@ def _linear_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD: tl.constexpr,  # this and the next five are of the weight's format
     LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
@@ -215,7 +215,7 @@ def norm_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weight, bias
 
 
 def _by_parts(run: Callable[[Weight, Tensor | None], Tensor], weight: Stack, bias: Tensor | None) -> Tensor:
-    """The results of the parts of a weight beside each other."""
+    """Runs the op for each part of a weight, and concatenates the results."""
     sizes = [len(part) for part in weight.parts]
     biases = [None] * len(sizes) if bias is None else bias.split(sizes)
     return torch.cat([run(part, each) for part, each in zip(weight.parts, biases, strict=True)], dim=1)

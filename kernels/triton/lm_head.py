@@ -30,7 +30,7 @@ from .linear import refuses_norm
 from .many_tokens import few_enough, product, slices
 from .tiling import tiling
 
-MAX_TOP_K = 16  # for a larger k the logits are computed, and torch sorts them
+MAX_TOP_K = 16  # for a larger k, the kernel computes the logits and torch sorts them
 
 
 class HeadArguments(NamedTuple):
@@ -71,7 +71,7 @@ def _store_candidates(args, tile, logits, inputs, tokens, num_tokens):
         best_id = tl.min(tl.where(logits == best[None, :], ids, 0x7FFFFFFF), axis=0)
         tl.store(head.candidates + at + place, best, mask=tokens < num_tokens)
         tl.store(head.candidate_ids + at + place, best_id, mask=tokens < num_tokens)
-        # Exclude the taken row: it comes after everything, even after the rows beyond the vocabulary.
+        # Exclude the taken row: it now sorts last, even after the rows beyond the vocabulary.
         ids = tl.where(ids == best_id[None, :], 0x7FFFFFFF, ids)
         logits = tl.where(ids == 0x7FFFFFFF, float("-inf"), logits)
 
@@ -88,7 +88,7 @@ def _lm_head_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD: tl.constexpr,  # this and the next five are of the weight's format
     LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
@@ -130,8 +130,8 @@ def _top_k_kernel(
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Sorts by descending logit; of equal logits the lower id comes first. Each place takes the best candidate that
-    comes after the candidate of the place before."""
+    """Sorts by descending logit; of equal logits the lower id comes first. Each place gets the best candidate that
+    comes after the candidate of the previous place."""
     token = tl.program_id(0)
     wait_for_inputs(PDL)
     value = float("inf")
@@ -151,7 +151,7 @@ def _top_k_kernel(
         value = tl.max(best, axis=0)
         taken = tl.min(tl.where(best == value, best_id, 0x7FFFFFFF), axis=0)
         tl.store(values_ptr + token * TOP_K + place, value)
-        # With fewer than TOP_K logits above -inf no id is left. Then 0 is stored, which is a valid row of the table.
+        # If fewer than TOP_K logits are above -inf, no id is left. Then 0 is stored, which is a valid row of the table.
         tl.store(ids_ptr + token * TOP_K + place, tl.where(taken == 0x7FFFFFFF, 0, taken).to(tl.int64))
 
 

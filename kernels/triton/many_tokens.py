@@ -1,21 +1,21 @@
-"""Products of more than 16 tokens with a weight: the library's product, over packed weights after a kernel that
-dequantises.
+"""Products of more than 16 tokens with a weight: the library's product. A kernel dequantises packed weights first, in
+several iterations over their rows.
 
     weight [N, K], packed                       scratch [rows, K], 16 bits             out [T, N]
-    ░░░░░░░░░░░░░ rows of a turn  ─ kernel ─►  ▒▒▒▒▒▒▒▒▒▒▒▒▒  ─ library's product ─►  │▒▒▒▒│    │    │
-    ░░░░░░░░░░░░░ of the next one                                                      turn 0
+    ░░░░░░░░░░░░░ iteration 0     ─ kernel ─►  ▒▒▒▒▒▒▒▒▒▒▒▒▒  ─ library's product ─►  │▒▒▒▒│    │    │
+    ░░░░░░░░░░░░░ iteration 1                                                       iteration 0
 
-A turn has at most SCRATCH bytes of dequantised rows, so that a prefill needs little memory, and an L2 cache of 50 MB
-keeps much of what the kernel writes for the product. All turns are equally long: a short last one would leave
-multiprocessors idle. In a captured graph the scratch lies in the pool of the graphs, which all layers share.
+An iteration has at most SCRATCH bytes of dequantised rows, so that a prefill needs little memory, and an L2 cache of
+50 MB keeps many of the dequantised rows for the product. All iterations have equally many rows: a short last one would
+leave multiprocessors idle. In a captured graph the scratch lies in the graphs' memory pool, which all layers share.
 
-A kernel that dequantises tiles within the product would write nothing, and would dequantise each tile again for every
-128 tokens, beside products that the library runs at 790 TFLOP/s on an H100. gate_up of Qwen2.5-3B in int4 has 23.6 MB.
-With 512 tokens its product takes 58 us. Dequantising takes 38 us if all of the 90 MB go to memory, and 17 us of integer
-and float32 operations if they stay in the L2 cache.
+A kernel that dequantises tiles within the product would write no rows to memory. But it would dequantise each tile
+again for every 128 tokens, and the library's products run at 790 TFLOP/s on an H100. gate_up of Qwen2.5-3B in int4 has
+23.6 MB. Its product with 512 tokens takes 58 us. Dequantising takes 38 us if all of the 90 MB go to memory, and 17 us
+of integer and float32 operations if they stay in the L2 cache.
 
-Packed weights are small beside that: 3 times 23.6 MB are read before 90 MB are written once. So up to PACKED_TOKENS
-tokens run the few-token kernel for 16 tokens at a time. The tokens of a slice get the bits that they get alone.
+Packed weights are small in comparison: reading 23.6 MB three times moves fewer bytes than writing 90 MB once. So up to
+PACKED_TOKENS tokens run in the few-token kernel, 16 tokens at a time. A token's bits do not depend on the other slices.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ PACKED_TOKENS = 3 * MAX_TOKENS
 
 
 def few_enough(x: Tensor, weight: Weight) -> bool:
-    """Whether the few-token kernels take so many tokens, in ``slices`` of them."""
+    """Whether the few-token kernels take this number of tokens, in ``slices``."""
     return len(x) <= (MAX_TOKENS if isinstance(weight, Dense) else PACKED_TOKENS)
 
 
 def slices(*tensors: Any) -> Iterator[tuple[Any, ...]]:
-    """What each launch of a few-token kernel gets of some tensors [T, ...], of which some may be None."""
+    """The slices of tensors [T, ...] for each launch of a few-token kernel. None stays None."""
     size = len(tensors[0])
     if size <= MAX_TOKENS:
         yield tensors
@@ -71,8 +71,8 @@ def product(x: Tensor, weight: Weight, bias: Tensor | None = None, addend: Tenso
 
 
 def _turns(weight: Weight) -> Iterator[tuple[int, Tensor]]:
-    """All rows of a weight, dequantised: the number of the first, and some rows [R, K], which the next turn
-    overwrites."""
+    """All rows of a weight, dequantised in several iterations: the number of the first row, and rows [R, K], which the
+    next iteration overwrites."""
     parts, before = weight.parts if isinstance(weight, Stack) else (weight,), 0
     columns, itemsize = weight.shape[1], weight.dtype.itemsize
     by_kernel = [part for part in parts if part.triton_dequantise is not None]
@@ -91,6 +91,6 @@ def _turns(weight: Weight) -> Iterator[tuple[int, Tensor]]:
 
 
 def rows_of_a_turn(rows: int, columns: int, itemsize: int) -> int:
-    """A multiple of the rows that a program of the library's product takes, unless one turn has all rows."""
+    """The number of rows of an iteration: a multiple of the rows of a tile of the library's product, or all rows."""
     most = max(1, SCRATCH // (BLOCK * columns * itemsize))  # blocks
     return min(rows, BLOCK * cdiv(rows, BLOCK * cdiv(rows, BLOCK * most)))

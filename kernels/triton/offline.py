@@ -1,7 +1,7 @@
-"""Compiles the kernels of a device that need not be there. Ops on meta tensors then launch nothing.
+"""Compiles kernels for a device that need not be present. Ops on meta tensors compile and launch nothing.
 
 with compiling(device):
-    kernels.rms_norm(x, weight, eps)   # of meta tensors: Triton's cache has the kernel now
+    kernels.rms_norm(x, weight, eps)   # on meta tensors; then Triton's cache has the kernel
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from . import tuning
 
 
 class OfflineDriver:
-    """Replaces the driver of a card. Triton keeps its compiled kernels by device number."""
+    """Stands in for the driver of a GPU. Triton keeps compiled kernels by device number."""
 
     def __init__(self, device: tuning.Device) -> None:
         self.number = f"offline {device.name}"
@@ -48,8 +48,8 @@ def active(device: tuning.Device) -> Iterator[None]:
 @contextlib.contextmanager
 def compiling(device: tuning.Device, share: int = 0, shares: int = 1) -> Iterator[list[str]]:
     """In this context ops on meta tensors compile the kernels that they would launch, and keep them in Triton's cache.
-    Of several processes that do the same, each compiles its share: every ``shares``-th of the kernels, from the one of
-    number ``share`` on. Returns the names of the kernels that were compiled or found in the cache."""
+    Several processes can divide the work: each compiles every ``shares``-th kernel, starting with number ``share``.
+    Yields a list, to which the names of the kernels that were compiled or found in the cache are added."""
     run, seen, compiled = JITFunction.run, set(), list[str]()
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **constants: Any) -> None:

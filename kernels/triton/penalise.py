@@ -1,4 +1,4 @@
-"""Changes logits by what a sequence's tokens, biases and masks say.
+"""Applies each sequence's penalties, biases and mask to its logits.
 
 out = (penalised(logit) by history) + bias, or -inf        each operation rounded to float32, as in torch
 
@@ -87,7 +87,7 @@ def penalise(logits: Tensor, slots: Tensor, settings: Tensor, history: Tensor, b
         logits.stride(0),
         settings.stride(0),
         **chosen,
-        enable_fp_fusion=False,  # a product and a sum are rounded one by one
+        enable_fp_fusion=False,  # a product and a sum are each rounded
         **pdl_options(logits),
     )
     return out

@@ -3,10 +3,10 @@
     out[i, h] = softmax(scale * q[i, h] . k[: p + 1, h // group]) v[: p + 1, h // group]     row i has position p
 
 q is [T, Hq, D], with sequences packed without padding: rows query_starts[s] to query_starts[s + 1] are the last tokens
-of sequence s, of which the cache has lengths[s]. k_pages and v_pages are [num_pages, page_size, Hkv, D]. Token t is row
-t % page_size of the page block_tables[s, t // page_size]. Scores and sums are float32. The softmax weights are rounded
-to v's dtype. Operations: 4 Hq D for each pair of query and key; without a cached prefix, half of the pairs are masked.
-Bytes moved: q, out, and 2 Hkv D elements for each cached token.
+of sequence s; the cache has all its lengths[s] tokens. k_pages and v_pages are [num_pages, page_size, Hkv, D]. Token t
+is row t % page_size of the page block_tables[s, t // page_size]. Scores and sums are float32. The softmax weights are
+rounded to v's dtype. Operations: 4 Hq D for each pair of query and key; without a cached prefix, half of the pairs are
+masked. Bytes moved: q, out, and 2 Hkv D elements for each cached token.
 
     program (head, tile)          keys ───────────►
       tile of sequence 0          ▒▒▒▒▒▒▒▒▚              ▒ whole tiles without a mask, ▚ the diagonal with a mask
@@ -34,7 +34,7 @@ from .launching import planned
 
 HEAD_DIMS = (16, 32, 64, 128, 256)
 SMALLEST_TILE = 32  # of BLOCK_M
-LARGE_PAGE = 128  # where a sequence is one page, tiles are chosen as for pages of this size
+LARGE_PAGE = 128  # if a sequence is one page, tiles are chosen as for pages of this size
 
 tuning.SPACES["prefill_attention"] = {
     "BLOCK_M": (64, 128),
@@ -47,11 +47,11 @@ tuning.SPACES["prefill_attention"] = {
 
 @tuning.remember
 def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int) -> dict[str, Any]:
-    """More queries a tile reuse each key more often; a tile of keys is at most two pages.
+    """With more queries per tile, each key is used more often. A tile of keys is at most two pages.
 
     On sm_90 two CTAs of four warps run on an SM: while one computes its softmax, the tensor cores work for the other.
-    One loop with a branch is faster there. Elsewhere Triton would divide a tile of scores among warps along the keys
-    if a branch lay between the two products, and exchange sums through shared memory."""
+    One loop with a branch is faster there. On other devices, a branch between the two products would make Triton divide
+    a tile of scores among warps along the keys, and exchange sums through shared memory."""
     block_m, block_n = (128, 64) if itemsize == 2 else (32, 16)  # float32 is for comparisons; its speed does not matter
     num_warps = 4 if itemsize != 2 and head_dim <= 64 else 8
     if head_dim > 128 and itemsize == 2:  # larger sums would not fit the registers
@@ -60,7 +60,7 @@ def _config(device: tuning.Device, head_dim: int, page_size: int, itemsize: int)
         block_m, num_warps = 64, 4
     block_n = _keys_of_tile(block_n, page_size)
     tiles = (device.shared_memory - 1024 - block_m * head_dim * itemsize) // (2 * block_n * head_dim * itemsize)
-    in_flight = max(1, min(2 if head_dim <= 128 and itemsize == 2 else 1, tiles))  # tiles of keys; more spill
+    in_flight = max(1, min(2 if head_dim <= 128 and itemsize == 2 else 1, tiles))  # tiles of keys; more would spill
     heuristic = {
         "BLOCK_M": block_m,
         "BLOCK_N": block_n,
@@ -98,7 +98,7 @@ def _sequence_of(query_starts_ptr, num_sequences, tile, BLOCK_M: tl.constexpr):
 
 @triton.jit
 def _pages_of(table, tile, last, BLOCK_N: tl.constexpr, PAGE_SIZE: tl.constexpr):
-    """The numbers of the pages of a tile: two if it is longer than a page. The sequence has no page behind ``last``."""
+    """The numbers of a tile's pages: two if the tile is longer than a page. ``last`` is the sequence's last page."""
     page = tl.load(table + tl.minimum(tile // PAGE_SIZE, last)).to(tl.int64)
     second = page
     if BLOCK_N > PAGE_SIZE:
@@ -115,7 +115,7 @@ def _causal(scores, keys, positions):
 def _attend(
     acc,  # [BLOCK_M, D] float32
     total,  # [BLOCK_M] float32, sum of exponentials
-    best,  # [BLOCK_M] float32, largest score times factor
+    best,  # [BLOCK_M] float32, the largest score times factor
     q,  # [BLOCK_M, D]
     positions,  # [BLOCK_M]
     pages,  # the named tuple of their format
@@ -123,11 +123,11 @@ def _attend(
     table,
     start,
     end,
-    seen_by_all,  # all queries see the keys before it
+    seen_by_all,  # all queries see the keys before this position
     factor,
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
-    SCALE_K: tl.constexpr,  # these two, too, or None
+    SCALE_K: tl.constexpr,  # this and the next are of the pages' format, too, or None
     SCALE_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -142,7 +142,7 @@ def _attend(
     last = tl.maximum(end - 1, 0) // SIZE
     page, second = _pages_of(table, start, last, BLOCK_N, SIZE)
     for tile in range(start, end, BLOCK_N):
-        # A row's offset in its page is the same in every turn if a tile is a page or two. Only the pages change then.
+        # If a tile is one or two pages, a row's offset in its page is the same in every iteration.
         offset = row % SIZE if BLOCK_N >= SIZE else tile % SIZE + row
         token = offset.to(tl.int64)[:, None]
         this_page = tl.where(row < SIZE, page, second)[:, None] if BLOCK_N > SIZE else page
@@ -163,7 +163,7 @@ def _attend(
             scores = _causal(scores, tile + row, positions)
         new_best = tl.maximum(best, tl.max(scores, axis=1) * factor)
         weights = tl.exp2(tl.fma(scores, factor, -new_best[:, None]))
-        shrink = tl.exp2(best - new_best)  # exactly 1 where the maximum stays
+        shrink = tl.exp2(best - new_best)  # exactly 1 if the maximum stays the same
         total = total * shrink + tl.sum(weights, axis=1)
         v = LOAD_V(pages, kv_head, this_page, token, column, mask)
         if SCALE_V is not None:
@@ -185,10 +185,10 @@ def _prefill_attention_kernel(
     num_sequences,
     q_stride,  # of a token; heads are dense
     block_tables_stride,
-    factor,  # of the scores, positive: the softmax is one of powers of 2
+    factor,  # scores are multiplied by it; positive, and includes log2(e), because the softmax uses powers of 2
     LOAD_K: tl.constexpr,  # of the pages' format
     LOAD_V: tl.constexpr,
-    SCALE_K: tl.constexpr,  # these three, too, or None
+    SCALE_K: tl.constexpr,  # this and the next two are of the pages' format, too, or None
     SCALE_V: tl.constexpr,
     QUERY: tl.constexpr,
     GROUP: tl.constexpr,
@@ -212,7 +212,7 @@ def _prefill_attention_kernel(
 
     length = tl.load(lengths_ptr + sequence).to(tl.int32)
     rows = first + tl.arange(0, BLOCK_M)
-    # Rows beyond the last query compute the last query again; their results are not stored.
+    # The rows beyond the last query compute the last query again; their results are not stored.
     positions = tl.minimum(rows, query_end - 1) - query_end + length
     column = tl.arange(0, HEAD_DIM)[None, :]
     at = tl.minimum(rows, query_end - 1).to(tl.int64)[:, None]
@@ -270,7 +270,7 @@ def attend(
     """prefill_attention over pages of any strides, if the last dimension is contiguous. The kernel takes ``page_size``
     as the page size. Without one, each sequence is one page."""
     q = q if q.stride(1) == q.shape[2] else q.contiguous()
-    if scale < 0:  # the kernel finds the largest score before it scales
+    if scale < 0:  # the kernel takes the maximum of the scores before it multiplies them by the factor
         q, scale = -q, -scale
     out = q.new_empty(q.shape)
     (num_tokens, num_q_heads, head_dim), num_kv_heads = q.shape, pages.num_kv_heads
@@ -289,7 +289,7 @@ def attend(
         len(lengths),
         q.stride(0),
         block_tables.stride(0),
-        max(scale, 1e-30) * LOG2_E.value,  # a masked score, -inf, times 0 would be NaN
+        max(scale, 1e-30) * LOG2_E.value,  # a masked score is -inf, and -inf times 0 would be NaN
         LOAD_K=pages.triton_load_k,
         LOAD_V=pages.triton_load_v,
         SCALE_K=pages.triton_scale_k,

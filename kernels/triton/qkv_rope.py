@@ -48,7 +48,7 @@ class RopeArguments(NamedTuple):
 def _place(tile, BLOCK_N: tl.constexpr, HEAD_DIM: tl.constexpr):
     """The head of a tile, and the tile's first element in each half of that head."""
     tiles: tl.constexpr = HEAD_DIM // BLOCK_N
-    tile = tl.cast(tile, tl.int32)  # under the interpreter the variable of a loop is a plain number
+    tile = tl.cast(tile, tl.int32)  # under the interpreter, a loop variable is a Python number
     return tile // tiles, tile % tiles * (BLOCK_N // 2)
 
 
@@ -127,7 +127,7 @@ def _norm_qkv_rope_kernel(
     k_size,
     x_stride,
     eps,
-    LOAD: tl.constexpr,  # of the weight's format, and so are the five after it
+    LOAD: tl.constexpr,  # this and the next five are of the weight's format
     LOAD_GROUPS: tl.constexpr,
     OPERAND: tl.constexpr,
     MULTIPLY: tl.constexpr,
@@ -204,8 +204,8 @@ def norm_qkv_rope(
     pages: Pages,
     slots: Tensor,
 ) -> Tensor:
-    """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache. A tile of the one kernel is a
-    part of a head, so it does not take pages whose scales depend on a whole head."""
+    """Runs one kernel if it takes the arguments, else norm_linear and rope_and_cache. A tile of the kernel is a part
+    of a head, so the kernel does not take pages whose scales depend on a whole head."""
     fits = not isinstance(weight, Stack) and pages.head_dim // 2 % weight.row_tile == 0 and not pages.triton_whole_heads
     if len(x) > MAX_TOKENS or not fits or refuses_norm(x, weight) or refuses_pages(pages):
         qkv = norm_linear(x, norm_weight, eps, weight, bias)

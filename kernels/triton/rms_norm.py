@@ -32,7 +32,7 @@ tuning.SPACES["rms_norm"] = {"ROWS": (1, 2, 4, 8), "num_warps": (1, 2, 4, 8, 16)
 
 @tuning.remember
 def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
-    """Several narrow rows a program, if there are still at least 4 programs for every multiprocessor."""
+    """A program has several narrow rows if at least 4 programs per multiprocessor remain."""
     block = next_power_of_2(hidden)
     together = max(1, min(4096 // block, rows // (4 * device.num_sms)))
     together = 1 << (together.bit_length() - 1)
@@ -64,7 +64,7 @@ def _rms_norm_kernel(
     mask = (rows < num_rows) & (columns < hidden)
     dtype = x_ptr.dtype.element_ty
 
-    wait_for_inputs(PDL)  # before the weight, too: in a user's graph an optimiser may have just written it
+    wait_for_inputs(PDL)  # before the weight is read, too: in a user's graph an optimiser may have just written it
     weight = tl.load(weight_ptr + columns, mask=columns < hidden, other=0.0).to(tl.float32)
     x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
@@ -106,7 +106,7 @@ def _launch_rms_norm(
 
 
 def _rows(x: Tensor) -> Tensor:
-    """x [..., H] as the launcher takes it, and without a view where it is already so: each costs 2 us."""
+    """x [..., H] as the launcher takes it. No view is made if x already has that shape, because a view costs 2 us."""
     return x if x.dim() == 2 or x.is_contiguous() else x.reshape(-1, x.shape[-1])
 
 

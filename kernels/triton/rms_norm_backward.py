@@ -8,8 +8,8 @@ grad, grad_residual and x are [T, H] with any row stride; x is the rows that wer
 the forward pass saves only x and the weight. Between the roundings everything is float32. Bytes moved: 4 T H elements
 (rms_norm: 3 T H) and 2 H, and 8 P H bytes for the partial sums of grad_w of P programs.
 
-    program p:  rows p * rows_each .. (p + 1) * rows_each - 1, one after another, each whole in registers; their sum
-                goes to row p of parts [P, H]
+    program p:  rows p * rows_each .. (p + 1) * rows_each - 1, one after another, each whole in registers; the sum of
+                their contributions to grad_w goes to row p of parts [P, H]
     then, in a second kernel, program c:  columns c * BLOCK .. of parts, summed in the order of the rows
 
 The order of every sum is fixed, so equal inputs give equal bits.
@@ -36,8 +36,8 @@ tuning.SPACES["rms_norm_backward"] = {"rows_each": (1, 2, 4, 8, 16, 32), "num_wa
 
 @tuning.remember
 def _config(device: tuning.Device, hidden: int, rows: int) -> dict[str, Any]:
-    """As many programs as the GPU holds at a time, but at least 4 rows a program: its partial sum costs as much as 2
-    rows."""
+    """As many programs as the GPU holds at a time, but at least 4 rows per program, because a program's partial sum
+    costs as much as 2 rows."""
     block = next_power_of_2(hidden)
     programs = device.num_sms * max(1, 8192 // block)
     heuristic = {"rows_each": max(4, cdiv(rows, programs)), "num_warps": min(16, max(1, block // 512))}
@@ -69,7 +69,7 @@ def _rms_norm_backward_kernel(
     mask = columns < hidden
     dtype = x_ptr.dtype.element_ty
 
-    wait_for_inputs(PDL)  # before the weight, too: in training, an optimiser's kernel may have just written it
+    wait_for_inputs(PDL)  # before the weight is read, too: an optimiser's kernel may have just written it
     weight = tl.load(weight_ptr + columns, mask=mask, other=0.0).to(tl.float32)
     part = tl.zeros([BLOCK_H], tl.float32)
     for row in range(first, tl.minimum(first + rows_each, num_rows)):

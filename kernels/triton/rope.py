@@ -4,8 +4,9 @@
     rotated[i + D/2]   = round(x[i + D/2] * cos[i] + x[i] * sin[i])
 
 qkv is [T, (Hq + 2 Hkv) D] with any row stride, its heads in the order q, k, v. cos_sin [context, D] is float32, with
-cosines in the first half of a row. Products and sums are float32 and are rounded once. v is copied. Rotating by the
-negative angle is the inverse, and the gradient. Bytes moved: 2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of the table.
+cosines in the first half of a row. Products and sums are float32 and are rounded once. v is copied. Rotation by the
+negative angle is the inverse, and computes the gradient. Bytes moved: 2 T (Hq + 2 Hkv) D elements, and 4 T D bytes of
+the table.
 
     program (t, p):  heads p * HEADS .. of token t; q goes to its output, k and v into the slot of the token
 """
@@ -34,7 +35,7 @@ tuning.SPACES["rope_and_cache"] = {"HEADS": (1, 2, 4, 8, 16, 32), "num_warps": (
 @tuning.remember
 def _config(device: tuning.Device, tokens: int, heads: int, head_dim: int) -> dict[str, Any]:
     """A program takes all heads of a token, or fewer if there are not enough tokens to fill the GPU."""
-    together, least = next_power_of_2(heads), max(4, 512 // head_dim)  # 512 fill a warp's 128-bit loads
+    together, least = next_power_of_2(heads), max(4, 512 // head_dim)  # 512 elements fill a warp's 128-bit loads
     while together > least and (tokens * cdiv(heads, together) < 2 * device.num_sms or together * head_dim > 4096):
         together //= 2
     heuristic = {"HEADS": together, "num_warps": max(1, together * head_dim // 1024)}
@@ -45,7 +46,7 @@ def _config(device: tuning.Device, tokens: int, heads: int, head_dim: int) -> di
 @triton.jit
 def _rope_kernel(
     q_out_ptr,  # [T, Hq, D]
-    pages,  # the named tuple of their format; without v, k is stored to row t as to a slot
+    pages,  # the named tuple of their format; if there are no slots, row t of k_out is slot t
     q_ptr,  # [T, Hq, D]
     k_ptr,  # [T, Hkv, D]
     v_ptr,  # [T, Hkv, D], or None: there is no v
@@ -66,7 +67,7 @@ def _rope_kernel(
     HALF: tl.constexpr = HEAD_DIM // 2
     token = tl.program_id(0).to(tl.int64)
     heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
-    # broadcast, so the loads of the table have the layout of the loads of q
+    # Broadcast, so that the loads of the table have the layout of the loads of q.
     column = tl.broadcast_to(tl.arange(0, HALF)[None, :], [HEADS, HALF])
     dtype = q_ptr.dtype.element_ty
 
@@ -88,7 +89,7 @@ def _rope_kernel(
     k_from = k_ptr + token * k_stride + k_heads * HEAD_DIM + column
     first = tl.where(is_q, tl.load(q_from, mask=is_q), tl.load(k_from, mask=is_k)).to(tl.float32)
     second = tl.where(is_q, tl.load(q_from + HALF, mask=is_q), tl.load(k_from + HALF, mask=is_k)).to(tl.float32)
-    if v_ptr is not None:  # load v before the first store, so all loads are in flight together
+    if v_ptr is not None:  # load v before the first store, so that all loads are in flight together
         v_heads = k_heads - num_kv_heads
         is_v = (v_heads >= 0) & (v_heads < num_kv_heads)
         v_from = v_ptr + token * k_stride + v_heads * HEAD_DIM + column
@@ -148,7 +149,7 @@ def _refuses_heads(head_dim: int) -> str | None:
 
 
 def refuses_pages(pages: Pages) -> str | None:
-    """The reason why the kernel does not store k and v to such pages, or None."""
+    """The reason why the kernel does not store k and v to pages of this format, or None."""
     if reason := refuses_format("pages", pages, pages.triton_store_k):
         return reason
     return _refuses_heads(pages.head_dim)

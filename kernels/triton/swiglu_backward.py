@@ -30,7 +30,7 @@ for _op in ("swiglu", "swiglu_backward"):
 
 @tuning.remember
 def config(op: str, device: tuning.Device, rows: int, columns: int) -> dict[str, Any]:
-    """Wide blocks if there are many rows; narrower ones if fewer rows must fill all multiprocessors."""
+    """Wide blocks for many rows; narrower blocks if a few rows must fill all multiprocessors."""
     block = 2048
     while block > 256 and rows * cdiv(columns, block) < 2 * device.num_sms:
         block //= 2

@@ -13,8 +13,8 @@ from .backend import pdl_options
 from .few_tokens import MAX_TOKENS
 from .launching import cdiv, next_power_of_2
 
-RESIDENT = 4096  # bytes of a row of x that is kept in registers
-IN_FLIGHT = 65536  # bytes of weight in flight for each program: more than bandwidth x latency of a multiprocessor
+RESIDENT = 4096  # the most bytes of a row of x that is kept in registers
+IN_FLIGHT = 65536  # bytes of weight in flight for each program: more than a multiprocessor's bandwidth x latency
 
 
 for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_head"):
@@ -29,7 +29,7 @@ for _op in ("linear", "norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "lm_
     } | ({"SPLIT_K": (1, 2, 3, 4, 6, 8)} if _op in ("linear", "norm_linear") else {})
 
 
-PAIRED = ("norm_qkv_rope", "norm_swiglu_linear")  # ops whose tiles have rows of two places of the weight
+PAIRED = ("norm_qkv_rope", "norm_swiglu_linear")  # ops whose tiles have rows from two places in the weight
 
 
 @tuning.remember
@@ -53,8 +53,8 @@ def config(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize
 
 
 def _sound(chosen: dict[str, Any], heuristic: dict[str, Any], k: int) -> dict[str, Any]:
-    """The chosen configuration without fields that its design does not have: a tuned one may be of the other design,
-    because the nearest sizes are taken."""
+    """The chosen configuration without fields that its design does not have. A tuned configuration may be of the other
+    design, because the entry with the nearest sizes is taken."""
     block_k, split_k = chosen["BLOCK_K"], chosen["SPLIT_K"]
     if heuristic["PROGRAMS"]:  # resident
         block_k = heuristic["BLOCK_K"]
@@ -66,11 +66,11 @@ def _sound(chosen: dict[str, Any], heuristic: dict[str, Any], k: int) -> dict[st
 
 
 def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str, Any]:
-    """One block holds a whole row. A program has the tile that is loaded first and two others in shared memory."""
+    """One block holds a whole row. A program has its first tile and two more tiles in shared memory."""
     block_k = next_power_of_2(k)
     tile = 16 * block_k * itemsize
     programs = max(1, min(4, (device.shared_memory - 16384) // (3 * tile)))
-    tiles = cdiv(cdiv(n, 16), programs * device.num_sms)  # of a program
+    tiles = cdiv(cdiv(n, 16), programs * device.num_sms)  # tiles of a program
     return {
         "BLOCK_N": 16,
         "BLOCK_K": block_k,
@@ -78,14 +78,14 @@ def _resident(device: tuning.Device, n: int, k: int, itemsize: int) -> dict[str,
         "SPLIT_K": 1,
         "PROGRAMS": programs,
         "PREFETCH_LINES": cdiv(block_k * itemsize, 128),
-        "num_warps": max(1, min(8, block_k * itemsize // 512)),  # with shorter slices their rows lie in the same banks
+        "num_warps": max(1, min(8, block_k * itemsize // 512)),  # rows of shorter slices would lie in the same banks
         "num_stages": 3 if tiles > 2 else 1,
     }
 
 
 def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int) -> dict[str, Any]:
-    """A program needs two blocks in shared memory at least, and two programs share a multiprocessor if there are so
-    many."""
+    """A program needs at least two blocks in shared memory. Two programs share a multiprocessor if there are more
+    programs than multiprocessors."""
     wide = 1024 // itemsize
     shapes = [(32, wide), (32, wide // 2)]
     if n < 64 * device.num_sms:  # with 32 rows there would be too few programs
@@ -110,9 +110,9 @@ def _streamed(op: str, device: tuning.Device, n: int, k: int, tokens: int, items
         "BLOCK_K": block_k,
         "AHEAD": ahead,
         "SPLIT_K": split_k,
-        "PROGRAMS": 0,  # one for each tile
+        "PROGRAMS": 0,  # 0: one program for each tile
         "PREFETCH_LINES": 4 * block_k * itemsize // 128,
-        "num_warps": 8 if ahead > block_k and device.capability == 90 else 4,  # more were not tried elsewhere
+        "num_warps": 8 if ahead > block_k and device.capability == 90 else 4,  # 8 were tried only on sm_90
         "num_stages": 1 + max(1, blocks),
     }
 
@@ -122,8 +122,8 @@ def packed_config(
     op: str, device: tuning.Device, n: int, k: int, tokens: int, itemsize: int, row: int, kind: type[Weight], form: Any
 ) -> dict[str, Any]:
     """The configuration of a linear kernel over a packed weight [N, K] whose rows take ``row`` bytes. ``itemsize`` is
-    that of x, ``form`` the weight's ``triton_numbers``. What determines the order of summation does not depend on the
-    number of tokens."""
+    that of x, ``form`` the weight's ``triton_numbers``. The fields that determine the order of summation do not depend
+    on the number of tokens."""
     heuristic = chosen = _packed(op, device, n, k, tokens, itemsize, row, kind.row_tile, form)
     if itemsize == 2:
         chosen = tuning.lookup(tuning.named(op, kind.format), device, {"n": n, "k": k}, heuristic)
@@ -132,8 +132,8 @@ def packed_config(
         chosen = chosen | {"BLOCK_K": heuristic["BLOCK_K"], "SPLIT_K": 1, "PROGRAMS": programs}
     else:
         split_k = min(chosen["SPLIT_K"], cdiv(k, chosen["BLOCK_K"]))
-        blocks = cdiv(cdiv(k, chosen["BLOCK_K"]), split_k)  # of a split
-        chosen = chosen | {"SPLIT_K": cdiv(cdiv(k, chosen["BLOCK_K"]), blocks), "PROGRAMS": 0}  # none is empty
+        blocks = cdiv(cdiv(k, chosen["BLOCK_K"]), split_k)  # blocks of a split
+        chosen = chosen | {"SPLIT_K": cdiv(cdiv(k, chosen["BLOCK_K"]), blocks), "PROGRAMS": 0}  # no split is empty
     if op in PAIRED:
         chosen = chosen | {"BLOCK_N": max(chosen["BLOCK_N"], 2 * kind.row_tile)}
     chosen = chosen | {"num_warps": min(chosen["num_warps"], chosen["BLOCK_K"] // 32)}
@@ -141,9 +141,9 @@ def packed_config(
 
 
 def _ahead(chosen: dict[str, Any], device: tuning.Device, n: int, k: int, form: Any) -> int:
-    """How much of a packed row is loaded before the wait: one block, if every program has one. A program that loops
-    over tiles would keep the block in registers, and no second program would fit beside it. Small groups have so many
-    scales that a second block of them spills."""
+    """The number of values of a packed row that a program loads before it waits for earlier kernels: one block, if
+    every program has a block. A program that loops over tiles would keep the block in registers, and no second program
+    would fit on its multiprocessor. Small groups have so many scales that those of a second block spill."""
     if device.backend != "cuda" or device.capability < 90 or form.step < 64:  # before 90: no dependent launch
         return 0
     block_k, split_k, programs = chosen["BLOCK_K"], chosen["SPLIT_K"], chosen["PROGRAMS"]
@@ -154,7 +154,7 @@ def _ahead(chosen: dict[str, Any], device: tuning.Device, n: int, k: int, form: 
 
 
 def _least(k: int, block_k: int, split_k: int) -> int:
-    """The values of K in the last split."""
+    """The number of values of K in the last split."""
     return k - (split_k - 1) * cdiv(cdiv(k, block_k), split_k) * block_k
 
 
@@ -166,7 +166,7 @@ def _packed(
     memory = device.shared_memory - 8192 - 512 * block_n  # partial sums of the warps
     block_k = max(32, next_power_of_2(k))
     tile = block_n * row * block_k // k
-    # Groups of 16 values have so many products that those of a whole row do not fit the registers.
+    # With groups of 16 values, a whole row has more products than fit in registers.
     if k * itemsize <= RESIDENT and form.step >= 32 and tile + 2 * MAX_TOKENS * block_k * itemsize <= memory:
         if n < 32 * device.num_sms and not paired:  # with 32 rows there would be too few programs
             tile, block_n = tile * 16 // block_n, 16
@@ -195,7 +195,7 @@ def _packed(
         "SPLIT_K": split_k,
         "PROGRAMS": 0,
         "PREFETCH_LINES": next_power_of_2(row * block_k // k * row_tile // 64) if on_cuda else 0,
-        # Groups of 16 values with an offset would spill registers otherwise.
+        # With fewer warps, groups of 16 values with an offset would spill registers.
         "num_warps": max(1, min(8, block_k // (64 if form.step < 32 and form.has_offset else 128))),
         "num_stages": 1 + max(1, min(5, stages - 1)),
     }
@@ -207,15 +207,15 @@ def padded(tokens: int, device: tuning.Device) -> int:
 
 
 def tiling(op: str, x: Tensor, weight: Weight, most_rows: int = MAX_TOKENS * 2) -> tuple[int, int, dict[str, Any]]:
-    """The number of tiles of a kernel that calls ``multiply``, the number of its programs for each split, and its
+    """For a kernel that calls ``multiply``: the number of tiles, the number of programs for each split, and the
     constants. A tile has at most ``most_rows`` rows."""
     num_tokens, k_size = x.shape
     device = tuning.device_of(x)
     block_t = padded(num_tokens, device)
     form = weight.triton_numbers()
     if form is not None:  # packed
-        # With one column, Triton 3.7 puts the sums of a warp's products of a batch in the same registers
-        # (tests/ptx/test_foreign.py has the case).
+        # With one column, Triton 3.7 puts the sums of all products that a warp has of a batch in the same registers,
+        # which is wrong (tests/ptx/test_foreign.py has the case).
         block_t = max(2, block_t)
         row, kind = weight.nbytes // len(weight), type(weight)
         found = packed_config(op, device, len(weight), k_size, block_t, x.element_size(), row, kind, form)

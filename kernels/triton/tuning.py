@@ -1,14 +1,14 @@
-"""Chooses the launch configuration of a kernel from the device and the sizes: a tuned one if there is a file of them,
-else the kernel's own heuristic.
+"""Chooses the launch configuration of a kernel from the device and the sizes: a tuned configuration if there is a tuned
+file, else that of the kernel's own heuristic.
 
 A tuned file is ``tuned/<device>/<op>.json``. The folder that QWENKERN_CONFIG_DIR names is searched first, and has the
-same layout below it:
+same layout:
 
     {"op": "linear", "device": "NVIDIA H100 80GB HBM3", "triton": "3.6.0", "date": "2026-11-24",
      "entries": [{"sizes": {"n": 2048, "k": 11008}, "config": {"BLOCK_K": 512, "num_stages": 4}}]}
 
 The entry whose sizes are nearest, measured in logarithms, overrides fields of the heuristic's configuration. A kernel
-over packed weights has a file for each format of them: ``linear.int4.json``.
+over packed weights has one file per format, such as ``linear.int4.json``.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Trial:
 
 
 def remember(function: Callable) -> Callable:
-    """Like functools.cache; ``forget`` clears it."""
+    """Like functools.cache; ``forget`` clears the cache."""
     cached = functools.cache(function)
     _remembered.append(cached)
     return cached
@@ -99,8 +99,8 @@ def trying(op: str, config: dict[str, Any]) -> Iterator[Trial]:
 
 @dataclass
 class Overrides:
-    """Configurations that a tuner tries for several kernels at once, and those that the kernels have without it. Both
-    are kept by op and sizes."""
+    """Configurations that a tuner tries for several kernels at once, and the configurations that the kernels have
+    without a tuner. The keys of both are the op and the sizes."""
 
     chosen: dict[Kernel, dict[str, Any]] = field(default_factory=dict)
     own: dict[Kernel, dict[str, Any]] = field(default_factory=dict)
@@ -109,7 +109,7 @@ class Overrides:
 @contextlib.contextmanager
 def overriding() -> Iterator[Overrides]:
     """In this context the fields of ``chosen[op, sizes]`` override the configuration of the op's kernel for these
-    sizes. Call ``forget`` after a change of them."""
+    sizes. Call ``forget`` after each change of ``chosen``."""
     global _overrides
     before, _overrides = _overrides, Overrides()
     forget()
@@ -121,12 +121,12 @@ def overriding() -> Iterator[Overrides]:
 
 
 def named(op: str, form: str) -> str:
-    """The name by which the kernel of an op over weights of a format is tuned."""
+    """The name under which an op's kernel for weights of a format is tuned, such as "linear.int4"."""
     return op if form == "dense" else f"{op}.{form}"
 
 
 def space(name: str) -> dict[str, tuple[int, ...]]:
-    """The search space of a kernel by such a name."""
+    """The search space of the kernel with this name (see ``named``)."""
     return SPACES.get(name.partition(".")[0], {})
 
 
@@ -142,10 +142,10 @@ def is_offline() -> bool:
 
 @contextlib.contextmanager
 def offline(device: Device) -> Iterator[None]:
-    """In this context ops on meta tensors launch their kernels as on this device. It serves compiling without a GPU."""
+    """In this context ops on meta tensors choose and launch kernels as on this device, to compile without a GPU."""
     global _offline
     before, _offline = _offline, device
-    REMEMBERED.clear()  # the choices for meta tensors are those for a device
+    REMEMBERED.clear()  # the choices for meta tensors depend on the device
     try:
         yield
     finally:
@@ -198,14 +198,14 @@ def _nearest(
                 f"a tuned configuration sets {', '.join(sorted(unknown))}, and the kernel has {', '.join(heuristic)}"
             )
         for name, value in entry["config"].items():
-            if name in space and not _is_alike(value, space[name]):  # else Triton raises in a forward pass
+            if name in space and not _is_alike(value, space[name]):  # Triton would raise in a forward pass
                 raise ValueError(f"a tuned configuration sets {name} to {value}; expected a value like {space[name]}")
     return min(entries, key=lambda entry: _distance(entry["sizes"], sizes))["config"]
 
 
 def _is_alike(value: int, tried: tuple[int, ...]) -> bool:
-    """Whether a value is one that the tuner tries, or at most the largest of them, and a power of two if all of them
-    are."""
+    """Whether the tuner tries a value, or the value is from 1 to the largest that it tries; if all that it tries are
+    powers of two, the value must be one, too."""
     powers = all(each & (each - 1) == 0 for each in tried)
     return value in tried or (0 < value <= max(tried) and not (powers and value & (value - 1)))
 
