@@ -1,12 +1,12 @@
 """The C backend: the ops of the graph on a CPU, in bfloat16 and float32. The library is compiled with the package, or
-else at the first use.
+at the first use.
 
-For one token, torch reads bfloat16 weights at half of the memory's bandwidth. C reads them at the full bandwidth, and
-keeps no second copy of them. It multiplies many tokens near the processor's peak. choose.py measures once which
-instructions are fastest. If there is neither a library nor a compiler, a warning says so once, and torch runs.
+For one token, torch reads bfloat16 weights at half of the memory's bandwidth. The C functions read weights at the full
+bandwidth, keep no second copy of them, and multiply many tokens near the processor's peak. choose.py measures once
+which instructions are fastest. If there is neither a library nor a compiler, a warning says so once, and torch runs.
 
 An op has the signature of its contract. ``refuses_<op>`` has the same arguments; it returns the reason why C does not
-take them, or None. A refusal compiles, allocates and measures nothing: ``prepare`` does that.
+take them, or None. It compiles, allocates and measures nothing: ``prepare`` does that.
 
     Python, named like the contracts                 C
     linear, lm_head, qkv_rope                        linear.h, linear_few_tokens.c, linear_many_tokens.c;

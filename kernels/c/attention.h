@@ -1,7 +1,7 @@
 /* Attention of some queries over one block of cached tokens. Decode and prefill share these functions.
  *
  *     q [rows, D] x keys ─► scores [rows, BLOCK] ─► weights: exp(score - maximum) ─► sums [rows, D] += weights x values
- *                                                     each row has its maximum, and its total of the weights
+ *                                                     each row has its own maximum, and the sum of its weights
  *
  * keys are panels [PANELS, D / PER, WIDE]. values are rows [BLOCK / PER, D] of operands. The pages' format packs both
  * (dense_pages.h). A later block may have a larger maximum of a row. The row's sums are then scaled down, as in
@@ -49,19 +49,19 @@ static void begin(attended *so_far, long rows) {
     }
 }
 
-/* The number that is subtracted from scores before exp. If all scores so far are -infinity, it is 0: the exponentials
- * are then 0, and no infinities are subtracted. A score of +infinity makes the row's result NaN, as in torch. */
+/* The number that is subtracted from scores before exp. If all scores so far are -infinity, the number is 0: then the
+ * exponentials are 0, and no infinities are subtracted. A score of +infinity makes the row NaN, as in torch. */
 static inline float base_of(float maximum) { return maximum == -INFINITY ? 0 : maximum; }
 
-/* Scores, of which the first `seen` stay; the others become -infinity */
+/* The first `seen` scores; the others become -infinity */
 ALWAYS floats masked(floats scores, long seen) {
     static const float lanes[] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     pairs hidden = (pairs)(load(lanes) >= (float)seen);
     return (floats)((hidden & 0xFF800000) | (~hidden & (pairs)scores));
 }
 
-/* Turns `columns` scores of a row into weights. The row sees the first `seen` of them. Its sums so far are scaled to the
- * new maximum. */
+/* Turns `columns` scores of a row into weights. The row sees the first `seen` of them. Its sums so far are scaled to
+ * the new maximum. */
 static void soften(operand *weights, float *scores, attended *so_far, long row, long columns, long seen, long D,
                    float scale) {
     floats highest = {0}, total = {0};
@@ -89,8 +89,8 @@ static void soften(operand *weights, float *scores, attended *so_far, long row, 
         for (long d = 0; d < D; d += LANES) store(so_far->sums[row] + d, load(so_far->sums[row] + d) * old);
 }
 
-/* Attends with `rows` queries q [rows, D] to one packed block. They are rows `start` .. of so_far. Row r sees the first
- * `seen` + r / group tokens of the block. What no row sees is not read. */
+/* Attends with `rows` queries q [rows, D] to one packed block. The queries are rows `start` .. of so_far. Row r sees
+ * the first `seen` + r / group tokens of the block. Tokens that no row sees are not read. */
 static void attend(attended *so_far, long start, const operand *q, const operands *keys, const operands *values,
                    long rows, long seen, long group, long D, float scale) {
     float scores[ROWS][BLOCK] __attribute__((aligned(64)));

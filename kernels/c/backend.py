@@ -1,4 +1,4 @@
-"""The C backend of CPUs. Each op registers in the file named like its contract; ops.py lists them."""
+"""The C backend of CPUs. A file named like a contract registers the contract's ops; ops.py lists these files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from . import build
 
 
 def _refuses(x: Tensor) -> str | None:
-    """The reason why no op takes this first tensor, or None. The tensor may be of integers."""
+    """The reason why no op takes this tensor as its first one, or None. The tensor may have integers."""
     return build.refuses_dtype(x.dtype) if x.is_floating_point() and x.dtype not in build.DTYPES else None
 
 

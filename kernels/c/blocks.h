@@ -22,10 +22,10 @@ enum {
 };
 
 typedef struct {
-    long values, bytes; /* of a block */
+    long values, bytes; /* values and bytes of a block */
     int bits;           /* of a code as it is repacked */
     int groups;         /* of a block with sub-scales; 0: it has none */
-    int scale, minimum; /* the bytes before these; minimum -1: there is none */
+    int scale, minimum; /* their offsets in bytes; minimum -1: there is none */
 } block_form;
 
 static const block_form BLOCK_FORMS[BLOCK_FORMATS] = {
@@ -36,7 +36,7 @@ static const block_form BLOCK_FORMS[BLOCK_FORMATS] = {
     [q5_k_blocks] = {256, 176, 5, 8, 0, 2},     [q6_k_blocks] = {256, 210, 6, 16, 208, -1},
 };
 
-/* Low halves of 16 bytes, then their high halves */
+/* The low halves of 16 bytes, then the high halves */
 ALWAYS void read_halves(uint8_t *codes, const uint8_t *from) {
     for (int i = 0; i < 16; i++) codes[i] = from[i] & 15;
     for (int i = 0; i < 16; i++) codes[16 + i] = from[i] >> 4;
@@ -58,8 +58,8 @@ ALWAYS uint32_t bit_of_eight(const uint8_t *from, int shift) {
     return (eight >> shift & 0x0101010101010101) * 0x0102040810204080 >> 56;
 }
 
-/* The codes of the values PART * part .. of a block, as numbers from 0 on: a signed code plus the zero of its format.
- * They lack their fifth bits, if these are one bit of a code. */
+/* The codes of the values PART * part .. of a block, as numbers from 0 on: signed codes plus the format's zero. Codes
+ * of 5 bits come without their fifth bits, which block_fifth_bits returns. */
 ALWAYS void block_codes(uint8_t *codes, const int format, const uint8_t *block, int part) {
     switch (format) {
         case q4_0_blocks:
@@ -96,7 +96,7 @@ ALWAYS void block_codes(uint8_t *codes, const int format, const uint8_t *block, 
     }
 }
 
-/* Those fifth bits: bit i is that of value PART * part + i */
+/* The fifth bits of these codes: bit i is that of value PART * part + i */
 ALWAYS uint32_t block_fifth_bits(const int format, const uint8_t *block, int part) {
     uint32_t bits = 0;
     if (format == q5_0_blocks) memcpy(&bits, block + 2, sizeof bits);

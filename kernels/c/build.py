@@ -1,7 +1,7 @@
 """The library of C functions that this process uses. It was built with the package, or is compiled here at the first
 use.
 
-``prepare`` finds or compiles the library, loads it and measures, once. The other functions return what it found."""
+``prepare`` finds or compiles the library, loads it and measures, once. The other functions return its results."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class Prepared(NamedTuple):
     target: Target
     origin: str
     limits: Any
-    multiplies: bool  # C multiplies many tokens, because it is about as fast as torch or faster
-    prefetch_distance: int  # how many bytes in advance weights are prefetched
-    prefetch_of_codes: dict[int, int]  # the same of quantised weights, by the bits of a word: 4 or 8
+    multiplies: bool  # whether C multiplies many tokens, because it is about as fast as torch or faster
+    prefetch_distance: int  # how many bytes in advance dense weights are prefetched
+    prefetch_of_codes: dict[int, int]  # the same for quantised weights, by the bits of a code: 4 or 8
 
 
 def prepare() -> str | None:
@@ -67,8 +67,8 @@ def prepare() -> str | None:
 
 
 def prepared() -> Prepared:
-    """The result of ``prepare``, which is called if nobody has called it yet. Raises RuntimeError if C cannot run
-    here."""
+    """The library and its measurements. Calls ``prepare`` if nobody has called it yet. Raises RuntimeError if C cannot
+    run here."""
     if not isinstance(_found, Prepared) and (reason := prepare()):
         raise RuntimeError(f"the C kernels cannot run here: {reason}")
     assert isinstance(_found, Prepared)
@@ -181,7 +181,7 @@ def _prefetched(distance: int) -> str:
 
 
 def _first(candidates: list[Target]) -> tuple[Loaded | None, str]:
-    """The first of the targets whose library loads, and the first problem. A warning reports the problem and what runs
+    """The library of the first target that loads, and the first problem. A warning reports the problem and what runs
     instead."""
     found, problem = None, None
     for each in candidates:
@@ -223,7 +223,7 @@ def _load(target: Target) -> Loaded:
             compiler.compile_to(file, target.flags)
             kept.tidy(folder)
             return _open(file, target, "compiled on this machine")
-        except (OSError, compiler.Refused) as error:  # a disk that is full, read-only or mounted noexec
+        except (OSError, compiler.Refused) as error:  # such as a disk that is full, read-only or mounted noexec
             logger.warning("qwenkern: cannot keep what it compiles in %s: %s", folder, error)
     with tempfile.TemporaryDirectory() as place:
         compiler.compile_to(Path(place, name), target.flags)

@@ -1,11 +1,11 @@
-/* The arguments of every op. C compiles this file, and calls.py reads it, so they are declared once.
+/* The arguments of every op. C compiles this file, and calls.py reads it, so each struct is declared once.
  *
  *     Python                                    this file                       C
  *     make.silu_mul(out=..., gate=..., ...) ──► silu_mul_args ──► call ──► silu_mul(const silu_mul_args *, worker *)
  *
- * calls.py reads the lists and the structs below as text, so they keep to a simple form. An op NAME has a struct
- * NAME_args. A field is a pointer, a long, a double, or a struct of those. A pointer, a long and a double have 8 bytes
- * each. A tensor that an op only reads is const.
+ * calls.py reads the lists and the structs below as text, so their syntax is simple. An op NAME has a struct NAME_args.
+ * A field is a pointer, a long, a double, or a struct of these. A pointer, a long and a double have 8 bytes each. A
+ * tensor that an op only reads is const.
  *
  * Shapes: T tokens, S sequences, Hq query heads, Hkv key-value heads, D head_dim, F a row of the MLP. A linear has
  * in_features K and out_features N. Strides count values, not bytes, unless a name says otherwise. */
@@ -59,10 +59,10 @@ typedef bf16 real;
 typedef struct {        /* a matrix [rows, columns] in one of the formats of weights.h or grouped_weight.h */
     const void *values; /* null: there is no weight */
     long row_bytes;     /* from a row to the next one; of dense weights */
-    long format;        /* its place in EACH_WEIGHT_FORMAT, and behind those in EACH_GROUPED_FORMAT */
+    long format;        /* its index in EACH_WEIGHT_FORMAT, followed by EACH_GROUPED_FORMAT */
     const void *high, *scales, *minima, *sub_scales, *sub_minima, *zeros; /* of grouped weights; values are the codes */
     long group;                                                           /* columns that share an entry of scales */
-    long scales_are_floats;                                               /* or 16-bit floats */
+    long scales_are_floats;                                               /* 0: scales are 16-bit floats */
 } weight;
 
 typedef struct {          /* the keys and values that a layer has cached, in one of the formats of pages.h */
@@ -73,10 +73,10 @@ typedef struct {          /* the keys and values that a layer has cached, in one
     const real *channels; /* [Hkv, D], or null */
     long page_size;       /* tokens of a page */
     long num_heads;       /* Hkv */
-    long format;          /* its place in EACH_PAGES_FORMAT */
+    long format;          /* its index in EACH_PAGES_FORMAT */
 } pages;
 
-typedef struct {        /* out = the rows of table with the numbers ids */
+typedef struct {        /* out = the rows of table that ids select */
     real *out;          /* [T, K], dense */
     weight table;       /* [V, K] */
     const int64_t *ids; /* [T] */
@@ -104,7 +104,7 @@ typedef struct {             /* out = (norm of) x times weight transposed, with 
     const real *addend;      /* [T, N], or null */
     long num_tokens, out_features, in_features, x_stride, addend_stride, out_stride;
     long out_is_float;
-    long planes;            /* of int8 that stand for x, where the weight is grouped: 2, or 1 */
+    long planes;            /* of a grouped weight: the int8 planes that represent x, 2 or 1 */
     long prefetch_distance; /* bytes in advance that weights are prefetched; 0: no prefetch */
     double eps;
 } linear_args;
@@ -127,13 +127,13 @@ typedef struct {              /* q and k, rotated */
     double sign; /* of the angles: -1 rotates back */
 } apply_rope_args;
 
-typedef struct { /* q_out = q, rotated; k, rotated, and v go to their slots */
+typedef struct { /* q_out = q, rotated; the rotated k, and v, go to their slots */
     real *q_out; /* [T, Hq, D], dense */
     pages cache;
     const real *qkv;          /* [T, Hq + 2 Hkv, D], heads dense */
     const int64_t *positions; /* [T] */
     const int64_t *slots;     /* [T]: page * page_size + place in the page */
-    const float *cos_sin;     /* as above */
+    const float *cos_sin;     /* as in apply_rope_args */
     long num_tokens, num_q_heads, num_kv_heads, head_dim, qkv_stride;
 } rope_and_cache_args;
 
@@ -171,7 +171,7 @@ typedef struct {           /* a matrix [N, K] in blocks of a GGUF file, as the t
     uint8_t *finite;       /* [N / 16]: whether the scales and minima of 16 rows are finite numbers */
     const uint8_t *blocks; /* [N, blocks of a row], as the file has them */
     long rows, columns;
-    long format; /* its place in EACH_BLOCK_FORMAT */
+    long format; /* its index in EACH_BLOCK_FORMAT */
 } repack_args;
 
 typedef struct {           /* the codes of a matrix [N, K] in words of GPTQ, AWQ or compressed-tensors */
@@ -180,10 +180,10 @@ typedef struct {           /* the codes of a matrix [N, K] in words of GPTQ, AWQ
     long rows, columns;
     long bits; /* 4 or 8 */
     long order;
-    long flip; /* bits of each word that are turned */
+    long flip; /* bits of each word that are inverted */
 } repack_words_args;
 
-typedef struct {         /* what the ops take, and the sizes that determine their scratch; limits.c has the values */
+typedef struct {         /* limits of the ops, and the sizes that determine their scratch; limits.c has the values */
     long max_few_tokens; /* most tokens of a linear that reads its weights once, row by row */
     long in_features_multiple; /* in_features is a multiple of it */
     long norm_multiple;        /* the size of a normalised row is a multiple of it */

@@ -1,8 +1,8 @@
-"""Makes calls of C functions. calls.h declares their arguments; this file reads it, and has one function for each op.
+"""Makes calls of C functions. calls.h declares their arguments; this file reads calls.h and has a function per op.
 
-``make.silu_mul(out=..., gate=..., up=..., num_tokens=..., ...)`` returns a Call. Its keywords are the fields of
-``silu_mul_args``: a tensor or None for a pointer, a number for a long or a double, and a tuple of its fields for a
-struct within the struct (weights.py and pages.py make those). A missing or unknown keyword raises TypeError."""
+``make.silu_mul(out=..., gate=..., up=..., num_tokens=..., ...)`` returns a Call. The keywords are the fields of
+``silu_mul_args``: a tensor or None for a pointer, a number for a long or a double, and for an inner struct the tuple of
+its fields (weights.py and pages.py make these tuples). A missing or unknown keyword raises TypeError."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _COMMENT = re.compile(r"/\*.*?\*/", re.DOTALL)
 _LIST = re.compile(r"#define EACH_(\w+)\(\w+\)((?:.*\\\n)*.*)")
 _STRUCT = re.compile(r"typedef struct \{(.*?)\}\s*(\w+);", re.DOTALL)
 _DECLARATION = re.compile(r"(const )?(\w+) (.+)", re.DOTALL)
-_CODES = {"long": "l", "double": "d"}  # of the module struct; a pointer is P
+_CODES = {"long": "l", "double": "d"}  # format characters of Python's module struct; a pointer is P
 
 
 class Field(NamedTuple):
     """A field of a struct. ``weight.values`` is the field ``values`` of the inner struct ``weight``."""
 
     name: str
-    code: str  # as the module struct has it: P, l or d
+    code: str  # the format character of Python's module struct: P, l or d
     is_const: bool  # C only reads what the pointer points to
     is_real: bool = False  # the pointer points to activations
 
@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 
 
 def read(text: str) -> Layout:
-    """Reads the lists and the structs of a header in the form of calls.h. Raises ValueError for a field of another
+    """Reads the lists and the structs of a header with the syntax of calls.h. Raises ValueError for a field of another
     type."""
     text = _COMMENT.sub("", text)
     lists = {name: tuple(re.findall(r"\((\w+)\)", body)) for name, body in _LIST.findall(text)}
@@ -114,7 +114,7 @@ def _maker(op: str) -> Callable[..., Call]:
 
 
 def _place(name: str, fields: tuple[Field, ...]) -> str:
-    """The expression for a field: weight.values is the first element of the tuple that is passed as ``weight``."""
+    """The Python expression for a field: weight.values is the first element of the tuple passed as ``weight``."""
     outer, _, inner = name.partition(".")
     if not inner:
         return outer
@@ -123,7 +123,7 @@ def _place(name: str, fields: tuple[Field, ...]) -> str:
 
 
 def _no_address(op: str, name: str, tensor: Tensor) -> int:
-    """The address 0 of an empty tensor. Raises TypeError for any other tensor, which must have an address."""
+    """The address 0 of an empty tensor. Raises TypeError for any other tensor, which should have an address."""
     if tensor.numel():
         raise TypeError(
             f"{op}: {name}, of shape {list(tensor.shape)}, has no memory; expected a tensor whose values lie in memory "

@@ -46,7 +46,7 @@ static void *multiply_add_part(void *given) {
     for (long round = 0; round < rounds; round++)
 #pragma GCC unroll 16
         for (int s = 0; s < SUMS; s++) {
-            KEEP(y); /* else the compiler moves the product out of the loop */
+            KEEP(y); /* without this the compiler moves the product out of the loop */
             sums[s] += x * y;
         }
 #pragma GCC unroll 16
@@ -71,8 +71,8 @@ static void *multiply_add_pairs_part(void *given) {
 }
 #endif
 
-/* Runs a function in `threads` threads at once, this one included. If the system gives fewer, this thread does the
- * rest. */
+/* Runs a function in `threads` threads at once, this one included. If the system allows fewer, this thread does the
+ * rest of the work. */
 static double in_threads(void *(*function)(void *), work *parts, int threads) {
     pthread_t others[MOST_THREADS];
     int started = 1;
@@ -89,8 +89,8 @@ static double in_threads(void *(*function)(void *), work *parts, int threads) {
 
 static int at_most(int threads) { return threads < MOST_THREADS ? threads : MOST_THREADS; }
 
-/* Reads `bytes` bytes at `data` once, each thread its part. The result depends on the data, so no read can be skipped.
- * */
+/* Reads `bytes` bytes at `data` once; each thread reads a part. The result depends on the data, so the compiler cannot
+ * skip a read. */
 EXPORTED double read_memory(const void *data, long bytes, int threads) {
     work parts[MOST_THREADS] = {0};
     long part = bytes / (threads = at_most(threads)) / 64 * 64;
@@ -98,8 +98,9 @@ EXPORTED double read_memory(const void *data, long bytes, int threads) {
     return in_threads(read_part, parts, threads);
 }
 
-/* The number of operations (a multiply-add counts as two) in `rounds` rounds of each thread: of float32 here, and of
- * pairs of bfloat16 added to float32 in the next function, which returns 0 if the processor has no such instruction. */
+/* The number of operations (a multiply-add counts as two) in `rounds` rounds of each thread. This function multiplies
+ * float32. The next one multiplies pairs of bfloat16 and adds them to float32; it returns 0 if the processor has no
+ * such instruction. */
 EXPORTED double multiply_add(long rounds, int threads) {
     work parts[MOST_THREADS] = {0};
     for (int t = 0; t < at_most(threads); t++) parts[t].count = rounds;

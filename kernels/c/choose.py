@@ -2,9 +2,9 @@
 
 Products: pairs of bfloat16 are twice as fast as float32 on one maker's processors and half as fast on another's. torch
 may use a matrix unit that is faster than both. Weights: some processors prefetch far enough in advance by themselves,
-and others need prefetch instructions. The measurements time the C functions themselves, in turns, as processor time of
-one thread, so other programs disturb them little. A choice is kept for later processes only if both halves of its
-readings lead to the same choice. The date and the load average of the measurement are kept with it."""
+and others need prefetch instructions. The measurements run the C functions alternately, and count the processor time of
+one thread, so other programs disturb them little. A choice is kept for later processes only if both halves of the
+readings lead to it. The date and the load average of the measurement are kept with the choice."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SECONDS = 0.15  # the time for more readings after the first ROUNDS
-ROUNDS = 4  # the least number of rounds: two in each half
+SECONDS = 0.15  # the time for more rounds after the first ROUNDS
+ROUNDS = 4  # the smallest number of rounds: two in each half
 TOKENS = 128
 DISTANCES = (0, 4096, 16384)  # bytes in advance that weights are prefetched
-GROUPED_DISTANCES = (0, 1024, 4096)  # the same of quantised weights, whose codes are one stream of memory
+GROUPED_DISTANCES = (0, 1024, 4096)  # the same for quantised weights, whose codes are one stream of memory
 WEIGHTS = 128 << 20  # bytes, more than the caches of most processors
-CLEARLY = 1.1  # torch multiplies many tokens if it is more than so many times as fast as C
+CLEARLY = 1.1  # torch multiplies many tokens if it is more than 1.1 times as fast as C
 NEARLY = 0.97  # a shorter distance is preferred if it reaches this share of the best speed
 _renewing = False
 measured: dict[str, str] = {}  # by question: the date and load of the measurement in use
@@ -81,7 +81,7 @@ def multiplies(loaded: Loaded) -> bool:
 
 
 def prefetch(loaded: Loaded) -> int:
-    """How many bytes in advance weights are best prefetched."""
+    """The best prefetch distance of dense weights, in bytes."""
 
     def ways() -> dict[int, Callable[[], object]]:
         x, w = _ones(1, 1024), Dense(_ones(WEIGHTS // 2048, 1024))
@@ -91,8 +91,8 @@ def prefetch(loaded: Loaded) -> int:
 
 
 def prefetch_of_codes(loaded: Loaded, bits: int) -> int:
-    """How many bytes in advance the codes of quantised weights are best prefetched. ``bits`` is 4 or 8; formats of 5
-    and 6 bits have the codes of 4."""
+    """The best prefetch distance of the codes of quantised weights, in bytes. ``bits`` is 4 or 8; formats of 5 and 6
+    bits store four bits of each code as formats of 4 bits do."""
 
     def ways() -> dict[int, Callable[[], object]]:
         kind, rows = FORMATS[{4: "q4_0", 8: "q8_0"}[bits]], WEIGHTS // (1024 * bits // 8)
@@ -103,14 +103,14 @@ def prefetch_of_codes(loaded: Loaded, bits: int) -> int:
 
 
 def _shortest(seconds: Mapping[int, float]) -> int:
-    """The shortest of the distances that are nearly as fast as the fastest."""
+    """The shortest of the distances that are nearly as fast as the fastest one."""
     best = min(seconds.values())
     return next(distance for distance in sorted(seconds) if NEARLY * seconds[distance] <= best)
 
 
 def _written(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of ones, in huge pages where the system has them, as weights are. Memory of zeros that nobody wrote
-    would be one page."""
+    """A tensor of ones, like weights in huge pages if the system has them. Memory of zeros that nobody has written
+    would all be one physical page."""
     tensor = torch.empty(shape, dtype=dtype, device="cpu")
     start, end = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
     if hasattr(mmap, "MADV_HUGEPAGE") and start < end:
@@ -154,7 +154,8 @@ def _linear(loaded: Loaded, x: torch.Tensor, weight: Weight, distance: int = 0) 
 
 
 def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callable[[Mapping], Any], *about: str) -> Any:
-    """The remembered answer, or else the one that ``rule`` picks from the measured seconds of each way."""
+    """The remembered answer, or if there is none, the answer that ``rule`` picks from the measured seconds of each
+    way."""
     known = None if _renewing else remembered(question, answers, *about)
     if known is not None:
         return known
@@ -162,7 +163,7 @@ def _choice(question: str, answers: list, ways: Callable[[], dict], rule: Callab
     with (
         _disable_current_modes(),
         threads.one_in_torch(),
-    ):  # not under a trace or a recording
+    ):  # torch's modes, such as a trace or a recording, are off while the ways run
         readings = _readings(ways())
     chosen, agreed = decide(readings, rule)
     logger.info(
@@ -186,7 +187,7 @@ def _now() -> str:
 
 @contextlib.contextmanager
 def renewing() -> Iterator[None]:
-    """In this context everything is measured, even what is remembered."""
+    """In this context everything is measured, even if an answer is remembered."""
     global _renewing
     _renewing = True
     try:
@@ -200,7 +201,7 @@ def _fastest(seconds: Mapping) -> Any:
 
 
 def _readings(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]]:
-    """The seconds of each way, timed in turns. A first round of warm-up does not count."""
+    """The seconds of each way; each round times every way once. A first round of warm-up does not count."""
     readings: dict[Any, list[float]] = {way: [] for way in ways}
     for run in ways.values():
         run()
@@ -216,7 +217,7 @@ def _readings(ways: Mapping[Any, Callable[[], object]]) -> dict[Any, list[float]
 
 
 def decide(readings: Mapping[Any, list[float]], rule: Callable[[Mapping], Any]) -> tuple[Any, bool]:
-    """What ``rule`` picks from the best readings, and whether it picks the same from each half of the readings."""
+    """The answer that ``rule`` picks from the best readings, and whether it picks the same from each half of them."""
     whole, *halves = (
         rule({way: min(seconds[part]) for way, seconds in readings.items()})
         for part in (slice(None), slice(0, None, 2), slice(1, None, 2))

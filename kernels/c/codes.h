@@ -1,4 +1,4 @@
-/* Numbers of 8 and 16 bits, as quantised weights and cache pages have them, as floats and back. */
+/* Converts between floats and the 8-bit and 16-bit numbers of quantised weights and cache pages. */
 #ifndef CODES_H
 #define CODES_H
 #include "vectors.h"
@@ -14,7 +14,7 @@ ALWAYS floats half_to_float(halves x) {
 #else
     pairs bits = __builtin_convertvector(x, pairs), size = (bits & 0x7FFF) << 13;
     pairs is_large = (pairs)(size >= 0x0F800000); /* infinity or NaN */
-    floats value = (floats)size * 0x1p112f;       /* also if subnormal: the biases of the exponents differ by 112 */
+    floats value = (floats)size * 0x1p112f;       /* the biases of the exponents differ by 112; also if subnormal */
     return (floats)((is_large & (size | 0x7F800000)) | (~is_large & (pairs)value) | (bits & 0x8000) << 16);
 #endif
 }

@@ -19,11 +19,11 @@ from pathlib import Path
 SOURCES = Path(__file__).parent
 FLAGS = ("-O3", "-ffp-contract=fast", "-fno-math-errno", "-pthread", "-shared", "-fPIC", "-fvisibility=hidden")
 ANSWER, COMPILE = 10, 300  # the compiler's time limits in seconds: for its version, and for the C files
-SLOWEST = ("grouped_products.c", "float_activations.c")  # compiled first, because other files do not wait for them
+SLOWEST = ("grouped_products.c", "float_activations.c")  # started first, so that they run beside all other files
 
 
 class CompilerError(Exception):
-    """The compiler failed. The message is one line."""
+    """The compiler fails. The message is one line."""
 
 
 class NoCompiler(CompilerError):

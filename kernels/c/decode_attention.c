@@ -1,8 +1,8 @@
 /* Attention of one query token a sequence over its cached tokens, split over the tokens (flash decoding).
  *
  *                    cached tokens ─────────────────────►
- *     sequence 0     ▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒│▒▒▒          a task: DECODE_SPLIT tokens of a sequence, with as many
- *     sequence 1     ▒▒▒▒▒▒▒▒│▒▒                             key-value heads as have ROWS queries together
+ *     sequence 0     ▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒│▒▒▒          a task: DECODE_SPLIT tokens of a sequence, and several
+ *     sequence 1     ▒▒▒▒▒▒▒▒│▒▒                             key-value heads with at most ROWS query heads together
  *
  *     part [group, D + 2] of a split and a head:  | sum of exp(score - maximum) v [D] | sum of exp | maximum |
  *
@@ -16,7 +16,7 @@ static float *part_of(const decode_attention_args *args, long sequence, long hea
     return args->scratch + ((sequence * args->num_kv_heads + head) * args->splits + split) * part;
 }
 
-/* Attends with `heads` key-value heads of a sequence, from `head` on, to one split of its tokens */
+/* Attends with the queries of `heads` key-value heads of a sequence, from `head` on, to one split of its tokens */
 static void attend_split(const decode_attention_args *args, long sequence, long head, long heads, long split) {
     const long D = args->head_dim, group = args->group, length = args->lengths[sequence];
     const int32_t *block_table = args->block_tables + sequence * args->block_table_stride;
@@ -62,12 +62,12 @@ static void combine(real *out, const float *parts, long splits, long stride, lon
 
 void decode_attention(const decode_attention_args *args, worker *me) {
     const long S = args->num_sequences, Hkv = args->num_kv_heads, group = args->group, D = args->head_dim;
-    long longest = 0; /* in splits */
+    long longest = 0; /* the splits of the longest sequence */
     for (long s = 0; s < S; s++)
         if (ceil_div(args->lengths[s], DECODE_SPLIT) > longest) longest = ceil_div(args->lengths[s], DECODE_SPLIT);
     long few = S * longest * Hkv / (TASKS_PER_THREAD * me->num_threads); /* heads of a task that leave enough tasks */
     long together = least(least(Hkv, ROWS / group), few > 1 ? few : 1),
-         of_heads = ceil_div(Hkv, together); /* heads of a task; tasks a split */
+         of_heads = ceil_div(Hkv, together); /* heads of a task; tasks of a split */
     for (long task = first_task(me, S * longest * of_heads); task >= 0; task = next_task(me)) {
         long head = task % of_heads * together, split = task / of_heads % longest, s = task / of_heads / longest;
         if (split * DECODE_SPLIT < args->lengths[s]) attend_split(args, s, head, least(together, Hkv - head), split);

@@ -1,6 +1,6 @@
 /* The cache format `dense`: keys and values in the type of activations.
  *
- * pages.h says what the functions of a format are. Only this file knows this one. */
+ * pages.h lists the functions of a format. Only this file knows the layout of this format. */
 #ifndef DENSE_PAGES_H
 #define DENSE_PAGES_H
 #include "vectors.h"

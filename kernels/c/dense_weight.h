@@ -3,7 +3,7 @@
  *     values ──► row 0   | k = 0 | 1 | 2 | ...        row_bytes from here
  *                row 1   | k = 0 | 1 | 2 | ...     ◄─ to here
  *
- * Only this file knows the format. Another format is another file with the same functions. */
+ * Only this file knows the layout. Each format has a file with the same functions. */
 #ifndef DENSE_WEIGHT_H
 #define DENSE_WEIGHT_H
 #include "panels.h"
@@ -12,7 +12,7 @@ ALWAYS const real *dense_row(const weight *w, long row) {
     return (const real *)((const char *)w->values + row * w->row_bytes);
 }
 
-/* One value. It specifies what the faster functions below read. */
+/* One value. This function defines what the faster functions below read. */
 static inline float dense_value(const weight *w, long row, long k) { return to_float(dense_row(w, row)[k]); }
 
 /* The part of the weight that begins at this row and at value k, a multiple of LINE */
@@ -27,7 +27,7 @@ ALWAYS void dense_prefetch(const weight *w, long row, long k, long distance) {
     __builtin_prefetch((const char *)(dense_row(w, row) + k) + distance, 0, 2);
 }
 
-/* For few tokens: the operands at place k of a row */
+/* For few tokens: the operands at index k of a row */
 ALWAYS operands dense_operands(const weight *w, long row, long k) { return operands_at(dense_row(w, row), k); }
 
 /* For many tokens: packs the first rows of WIDE weights, K values of each, as a panel. K is a multiple of STEP. */

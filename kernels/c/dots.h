@@ -1,15 +1,15 @@
-/* Integer products of a tile of codes with x: the instructions of each kind of processor. This file knows no format.
+/* Integer products of a tile of codes with x, by the instructions of each kind of processor. This file knows no format.
  *
- *     codes   `quads`: a row a lane, with four codes of the row in its bytes       | row 0 | row 1 | ...
- *     x       the same four values for all rows, broadcast: int8 (a plane) in 32 bits, or where AS_WORDS int16 in 64 bits
+ *     codes   `quads`: each lane has four codes of a row in its bytes              | row 0 | row 1 | ...
+ *     x       the same four values for all rows, broadcast: int8 (a plane) in 32 bits, or if AS_WORDS int16 in 64 bits
  *
  * So there is no shuffle, and no sum across lanes.
  *
  *     instruction            products of        which sums are exact
  *     dpbusd (VNNI)          uint8 x int8       four in 32 bits
  *     sdot (NEON)            int8 x int8        four in 32 bits
- *     maddubs (AVX2)         uint8 x int8       two in 16 bits: 8 times with codes of 4 bits, 4 of 5, 2 of 6, not of 8
- *     madd (AVX2)            int16 x int16      two in 32 bits: the fastest with codes of 8 bits, and of 6 in two planes
+ *     maddubs (AVX2)         uint8 x int8       two in 16 bits: these add 8 of 4-bit codes, 4 of 5, 2 of 6, none of 8
+ *     madd (AVX2)            int16 x int16      two in 32 bits: fastest for codes of 8 bits, and of 6 in two planes
  */
 #ifndef DOTS_H
 #define DOTS_H
@@ -18,7 +18,7 @@
 #define TILE_ROWS 16
 #define PARTS (TILE_ROWS / LANES) /* registers of 16 rows */
 
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));   /* a row a lane */
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));   /* one row per lane */
 typedef int16_t words __attribute__((vector_size(4 * LANES)));  /* two of each row */
 typedef uint32_t quads __attribute__((vector_size(4 * LANES))); /* four codes of a row in each lane */
 
@@ -41,12 +41,12 @@ typedef __m256i whole;
 #endif
 
 #ifdef HAS_SDOT
-#define SIGNED_BYTES 1 /* codes of 8 bits come as int8, 128 less */
+#define SIGNED_BYTES 1 /* codes of 8 bits are int8: the code minus 128 */
 #else
 #define SIGNED_BYTES 0
 #endif
 
-/* Whether x comes as int16 for codes of so many bits */
+/* Whether x is int16 for codes of BITS bits */
 #ifdef HAS_MADD
 #define AS_WORDS(BITS, PLANES) ((BITS) == 8 || ((BITS) == 6 && (PLANES) == 2))
 #else
@@ -71,7 +71,7 @@ ALWAYS ints add_words(words sums, const int times) {
 #ifdef HAS_SDOT
 ALWAYS ints add_sdots(ints sums, quads code, const int8_t *x, const int b) {
     int8x16_t four = vld1q_s8(x + b / 4 * 16);
-    switch (b % 4) { /* the instruction has the number in it */
+    switch (b % 4) { /* the instruction needs the number as a constant */
         case 0:
             return (ints)vdotq_laneq_s32((int32x4_t)sums, (int8x16_t)code, four, 0);
         case 1:
@@ -84,13 +84,13 @@ ALWAYS ints add_sdots(ints sums, quads code, const int8_t *x, const int b) {
 }
 #endif
 
-/* In which order the dwords b of a group's `count` codes are added: two that share a word of nibbles (grouped_weight.h) one
- * after the other */
+/* The I-th of a group's COUNT dwords to be added. Two dwords that share a word of nibbles (grouped_weight.h) follow
+ * each other. */
 #define CODE_AT(COUNT, I) ((COUNT) == 8 ? (I) % 2 * 4 + (I) / 2 : (I))
 
-/* The sum of the products of a group of values, while they are added */
+/* The sum of the products of a group of values, during the summation */
 typedef struct {
-    ints total;        /* what is added already; from the beginning what the caller adds to the products */
+    ints total;        /* the sum so far; it starts with a number from the caller */
     ints high;         /* VNNI, sdot: products with hi; AS_WORDS: products of odd bytes */
     words highs, lows; /* maddubs: products with hi, and with lo */
 } running;
@@ -101,9 +101,9 @@ typedef struct {
  *     planes == 1:  X(i) = hi[i]
  *     AS_WORDS:      x is int16, X of t = 0, 2, 1, 3 of b = 0, then of b = 1, ...
  *
- * After i = 0, 1, ... count - 1 the total is complete. Codes are unsigned and have `bits` bits (see SIGNED_BYTES). bits,
- * planes, count and i are constants in every caller. x is loaded for each part of the rows, so that compilers keep it in
- * a register for adjacent ones only. */
+ * After i = 0, 1, ... count - 1 the total is complete. Codes are unsigned and have `bits` bits (see SIGNED_BYTES).
+ * bits, planes, count and i are constants in every caller. x is loaded for each part of the rows, so that compilers
+ * keep it in a register only between adjacent uses. */
 ALWAYS void add_code(const int bits, const int planes, const int count, const int i, running *sum, quads code,
                      const int8_t *x) {
     const int b = CODE_AT(count, i), is_last = i + 1 == count;
@@ -120,7 +120,7 @@ ALWAYS void add_code(const int bits, const int planes, const int count, const in
 #elif defined(HAS_MADD)
     if (AS_WORDS(bits, planes)) {
         sum->total += (ints)X86(madd_epi16)((whole)(code & 0x00FF00FF), four_of(x + 8 * b));
-        KEEP(sum->total); /* added now: else the compiler has the products of all b in registers at once */
+        KEEP(sum->total); /* add now: otherwise the compiler holds the products of all b in registers at once */
         ints odd = (ints)X86(madd_epi16)(X86(srli_epi16)((whole)code, 8), four_of(x + 8 * b + 4));
         sum->high = i ? sum->high + odd : odd;
         KEEP(sum->high);

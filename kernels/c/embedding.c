@@ -2,7 +2,7 @@
 #include "team.h"
 #include "weights.h"
 
-#define SOME 256 /* values of a quantised row in a task */
+#define SOME 256 /* values of a quantised row that a task has */
 
 ALWAYS void dequantised(const int format, real *out, const weight *table, long row, long k, long end, long K) {
     weight known = *table;

@@ -2,7 +2,7 @@
  *
  *     bits of a code     s eeeee mmmmmmmmmm     (-1)^s * 2^(e - 15) * (1 + m / 1024), or 2^-24 * m where e is 0
  *
- * Finite values beyond 65504 are stored as 65504. pages.h says what the functions of a format are. */
+ * Finite values beyond 65504 are stored as 65504. pages.h lists the functions of a format. */
 #ifndef FLOAT16_PAGES_H
 #define FLOAT16_PAGES_H
 #include "codes.h"

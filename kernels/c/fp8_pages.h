@@ -1,8 +1,8 @@
-/* The cache format `fp8`: e4m3, times the scale of a token's head.
+/* The cache format `fp8`: e4m3 numbers, times the scale of a token's head.
  *
  *     bits of a code     s eeee mmm     (-1)^s * 2^(e - 7) * (1 + m / 8), or 2^-9 * m where e is 0
  *
- * NaN has a code, which is never stored. pages.h says what the functions of a format are. */
+ * NaN has a code, which is never stored. pages.h lists the functions of a format. */
 #ifndef FP8_PAGES_H
 #define FP8_PAGES_H
 #include "codes.h"
@@ -16,7 +16,7 @@ static inline float fp8_decode(uint8_t code) {
     return code >> 7 ? -size : size;
 }
 
-/* As float16, whose exponent has one bit more: its bias is larger by 8 */
+/* By way of float16, whose exponent has one bit more and a bias that is larger by 8 */
 ALWAYS floats fp8_load(const uint8_t *codes) {
     bytes values;
     memcpy(&values, codes, sizeof values);

@@ -1,18 +1,18 @@
-/* The inner loop of linears over grouped weights, for any number of tokens.
+/* The inner loop of linears with grouped weights, for any number of tokens.
  *
  *     16 rows of the weight:   tile  tile  tile ...  k ──►
  *                               │ unpacked once, to registers
  *                               ▼
- *     x as planes:             each token's 32 values of the tile's k        sums [tokens, 16 rows]: a row a lane
+ *     x as planes:             each token's 32 values of the tile's k        sums [tokens, 16 rows]: one row per lane
  *
- * What is computed, in this order for every token, whatever the other tokens and the number of threads:
+ * What is computed. The order is the same for any other tokens and any number of threads:
  *
  *     sum = 0;  for each group g of 16 or 32 values:
  *         dot = sum over the group of (code - zero) * X                      exact, in int32
  *         sum += dot * (scale * factor);  sum += offset * (factor * sum of X)                                        */
 #include "grouped_products.h"
 
-/* What the tiles of a span share, for a part of the rows */
+/* The numbers that the tiles of a span share, for a part of the rows */
 typedef struct {
     floats scale, offset, zero;
 } span_facts;
@@ -76,7 +76,7 @@ ALWAYS void add_tile(const grouped_kind kind, const int planes, floats *sums, co
     }
 }
 
-/* The same for one token and all parts of a tile. Codes are unpacked when they are multiplied, and x is loaded once. */
+/* The same for one token and all parts of a tile. Codes are unpacked just before the product, and x is loaded once. */
 ALWAYS void add_tile_once(const grouped_kind kind, const int planes, floats *sums, const tile_row *w, long tile,
                           const span_facts *span, const token_block *x) {
     const int groups = kind.per_tile, count = 8 / groups;

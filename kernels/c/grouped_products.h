@@ -5,9 +5,9 @@
 
 #define MAX_BLOCK_TOKENS 32 /* tokens that are multiplied with a tile before the next tile is unpacked */
 
-typedef union {    /* what a token's values of a group add, beside their products with codes */
-    int32_t start; /* - zero * sum of X, where zero is a constant */
-    float sum;     /* factor * sum of X, where there are minima; sum of X, where each group has its zero */
+typedef union {    /* the term that a token's values in a group add to their products with codes */
+    int32_t start; /* - zero * sum of X, if zero is a constant */
+    float sum;     /* factor * sum of X, if there are minima; sum of X, if each group has its own zero */
 } group_term;
 
 typedef struct {       /* tokens as planes (planes.h), tile after tile of K */
@@ -18,6 +18,6 @@ typedef struct {       /* tokens as planes (planes.h), tile after tile of K */
 } token_block;
 
 /* sums [tokens, 16] = the products of the tokens with the 16 rows of w from `row` on. Weights are prefetched `distance`
- * bytes in advance, if that is not 0. */
+ * bytes in advance; 0: no prefetch. */
 void grouped_products(float *sums, const weight *w, long row, long K, const token_block *x, long planes, long distance);
 #endif

@@ -1,8 +1,9 @@
-/* Weights whose values are codes with a scale for 16, 32 or more of them: the formats of kernels/weights/grouped.py.
+/* Weights whose values are codes, with a scale for each group of 16, 32 or more: the formats of
+ * kernels/weights/grouped.py.
  *
- *     w[n][k] = scale * (code - zero) + offset        scale, zero and offset are those of the group of row n that k is in
+ *     w[n][k] = scale * (code - zero) + offset        scale, zero and offset of k's group in row n
  *
- * The matrix lies in tiles of 16 rows x 32 k. The tiles of 16 rows are one after the other, along k.
+ * The matrix is stored in tiles of 16 rows x 32 k. The tiles of the same 16 rows follow each other along k.
  *
  *     codes of up to 6 bits                row 0        row 1        ...  row 15
  *                          word 0     | dword 0, 4 | dword 0, 4 |       |        |   low nibbles: the low four bits of
@@ -11,10 +12,10 @@
  *     codes of 8 bits: words 0 to 7, word j = dword j
  *     high: the fifth and sixth bits       word 0 (of 6 bits: words 0 and 1)
  *
- *     dword b of a row: its values 16 (b / 4) + 4 t + b % 4, t = 0 to 3, in its bytes
+ *     dword b of a row: byte t is the row's value 16 (b / 4) + 4 t + b % 4, t = 0 to 3
  *
- * Whatever belongs to a group (scales, minima, ...) is [16 rows], so a register has the values of adjacent rows, and
- * sums of rows need no other order. The formats differ in the facts below, which the compiler knows in every loop. */
+ * The numbers of a group (scales, minima, ...) are also stored for 16 rows together, so a register has those of
+ * adjacent rows, in the order of the sums. The formats differ in the facts below, which are constants in every loop. */
 #ifndef GROUPED_WEIGHT_H
 #define GROUPED_WEIGHT_H
 #include "codes.h"
@@ -23,7 +24,7 @@
 
 typedef struct {
     int bits;       /* of a code: 4, 5, 6 or 8 */
-    int per_tile;   /* groups of a row in a tile: 1, or 2 where a group has 16 values */
+    int per_tile;   /* groups of a row in a tile: 1, or 2 if a group has 16 values */
     int zero;       /* the same for all groups; -1: each has its own (zeros) */
     int has_minima; /* offset = minima; with sub scales -(minima * sub_minima) */
     int sub_scales; /* 1: scale = scales * sub_scales, with scales for 256 values; 2: sub_scales are signed */
@@ -51,7 +52,7 @@ ALWAYS grouped_kind kind_of(const int format) {
 }
 #undef GROUPED_KIND
 
-/* What is taken off codes of 8 bits as they are unpacked */
+/* The number that is subtracted from codes of 8 bits when they are unpacked */
 #define ZERO_OF_BYTES(KIND) (SIGNED_BYTES && (KIND).bits == 8 ? 128 : 0)
 #define CODE_WORDS(KIND) ((KIND).bits == 8 ? 8 : 4) /* words of a row in a tile */
 #define HIGH_WORDS(KIND) ((KIND).bits == 5 ? 1 : (KIND).bits == 6 ? 2 : 0)
@@ -62,7 +63,7 @@ ALWAYS quads load_quads(const uint32_t *from) {
     return values;
 }
 
-/* One value of a matrix whose rows have K values. It specifies what the faster functions below read. */
+/* One value of a matrix whose rows have K values. This function defines what the faster functions below read. */
 static inline float grouped_value(const weight *w, long row, long k, long K) {
     const grouped_kind kind = kind_of((int)w->format);
     const long tile = row / TILE_ROWS * (K / TILE_K) + k / TILE_K, lane = row % TILE_ROWS;
@@ -74,7 +75,7 @@ static inline float grouped_value(const weight *w, long row, long k, long K) {
     if (kind.bits == 5) code |= (high[0] >> (shift + b) & 1) << 4;
     if (kind.bits == 6) code |= (high[b / 4 * TILE_ROWS] >> (shift + b % 4 * 2) & 3) << 4;
 
-    const long values = kind.sub_scales ? 256 : w->group; /* that share an entry of scales */
+    const long values = kind.sub_scales ? 256 : w->group; /* values that share an entry of scales */
     const long of_scales = (row / TILE_ROWS * (K / values) + k / values) * TILE_ROWS + lane;
     const long of_group = (tile * kind.per_tile + place * kind.per_tile / TILE_K) * TILE_ROWS + lane;
     float scale, offset = 0, zero = kind.zero;
@@ -96,7 +97,7 @@ typedef struct {
     const uint8_t *sub_scales, *sub_minima, *zeros;
     long tiles;      /* of a row: K / 32 */
     long span;       /* tiles that share an entry of scales */
-    long are_floats; /* scales; else they have 16 bits */
+    long are_floats; /* 1: scales are floats; 0: they have 16 bits */
 } tile_row;
 
 ALWAYS tile_row tile_row_of(const int format, const weight *w, long row, long K) {

@@ -1,7 +1,7 @@
 """The folder that keeps compiled libraries and measured choices from one process to the next.
 
-Its libraries are loaded and run, so no other user may be able to write to it. If that cannot be ensured, nothing is
-kept, and everything else works."""
+Libraries from this folder are loaded and run, so no other user may be able to write to it. If that cannot be ensured,
+nothing is kept, and everything else works."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ _OURS = re.compile(r"[0-9a-f]{16}-[a-z0-9.-]+\.(so|json)|choice-[a-z-]+-[0-9a-f]
 
 
 def folder() -> Path | None:
-    """The folder ``compiled`` in the folder of caches. None if it cannot be made or others may write to it; a warning
-    says so once. A relative path is resolved once, against the current folder at the first call."""
+    """The folder ``compiled`` in the folder of caches. None if the folder cannot be made or others may write to it; a
+    warning says so once. A relative path is resolved once, against the current folder at the first call."""
     return _made(str(cache_folder()))
 
 
@@ -67,9 +67,9 @@ def _made(root: str) -> Path | None:
         mode = 0o755 if as_root else 0o700  # a container's user may read what root built into its image
         if not path.is_dir():
             path.mkdir(mode=mode, parents=True, exist_ok=True)
-            path.chmod(mode)  # independent of the umask
+            path.chmod(mode)  # because the umask may remove rights
         elif not trusted(path) and path.stat().st_uid == os.getuid():
-            path.chmod(mode)  # an earlier version made it with the umask's rights
+            path.chmod(mode)  # an earlier version made the folder with the umask's rights
         if not trusted(path):
             reason = "others may write to it"
         elif not os.access(path, os.R_OK | os.X_OK):

@@ -36,7 +36,6 @@ def decode_scratch(num_sequences: int, num_q_heads: int, splits: int, head_dim: 
 
 
 def prefill_scratch(limits: Any, lengths: list[int], num_kv_heads: int, head_dim: int) -> int:
-    """Scratch of prefill_attention: the packed keys and values of every block of cached tokens and every key-value
-    head."""
+    """Scratch of prefill_attention: the packed keys and values of each block of cached tokens and key-value head."""
     blocks = sum(-(-length // limits.prefill_block) for length in lengths)
     return 2 * blocks * num_kv_heads * head_dim * limits.prefill_block

@@ -1,5 +1,6 @@
-/* A linear layer. A grouped weight has one form of the product. Few tokens read a dense weight row by row; for many
- * tokens it is packed first. torch multiplies many tokens of float by a dense weight. linear.h has the picture. */
+/* A linear layer. The product with a grouped weight has one implementation. A dense weight is read row by row for few
+ * tokens, and packed first for many. torch multiplies many tokens of float by a dense weight. linear.h has the picture.
+ */
 #include "linear.h"
 
 void linear(const linear_args *args, worker *me) {

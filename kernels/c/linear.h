@@ -1,4 +1,4 @@
-/* The prologue and the epilogue of a linear layer. Its two forms of the product share them.
+/* The prologue and the epilogue of a linear layer, which all implementations of the product share.
  *
  *     x ──► RMSNorm ──► rows [T, K] of operands                      prologue:  normed_rows
  *                                          │
@@ -7,7 +7,7 @@
  *                                          │
  *              SwiGLU, + bias, + addend ──► out [T, N]               epilogue:  finish
  *
- * What is computed. Values are rounded where kernels/reference.py rounds them, except that products stay in float:
+ * What is computed. Values are rounded where the reference (kernels/linear.py) rounds them, but products stay in float:
  *
  *     for each token t and each row n of weight:
  *         value = sum over k of rows[t][k] * weight[n][k]
@@ -20,7 +20,7 @@
 
 #define MAX_FEW_TOKENS 16 /* most tokens for which the weight is read once, row by row */
 #define PANEL_DEPTH \
-    (PANELS == 1 ? 1024 : 512) /* values of a row that are packed at a time; the panels fit the L2 cache */
+    (PANELS == 1 ? 1024 : 512) /* values of a row that are packed at a time; the panels fit in the L2 cache */
 #define NORMED 4096            /* values of a row that are normalised at a time */
 
 ACROSS_FILES void linear_few_tokens(const linear_args *args, worker *me);
@@ -51,8 +51,8 @@ static const operand *normed_rows(const linear_args *args, worker *me) {
     return rows;
 }
 
-/* Writes out[token][row .. row + some] from the values of a product; some is at most LANES. `up` is null, or the values
- * of the product with up. */
+/* Writes out[token][row .. row + some] from the values of a product; `some` is at most LANES. `up` is null, or has the
+ * values of the product with up. */
 static inline void finish(const linear_args *args, floats value, const float *up, long token, long row, long some) {
     if (args->bias) value += load_some(args->bias + row, some);
     if (up) value = rounded(silu(rounded(value))) * rounded(load(up));

@@ -1,7 +1,7 @@
 """Linear layers in C, with their prologue (the norm) and their epilogue. kernels/linear.py says what each op computes.
 
-linear.h has the picture. linear_few_tokens.c and linear_many_tokens.c have the two forms of the product with a dense
-weight, and linear_grouped.c the one with a quantised weight."""
+linear.h has the picture. linear_few_tokens.c and linear_many_tokens.c have the two implementations of the product with
+a dense weight; linear_grouped.c has that with a quantised weight."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ def norm_swiglu_linear(x: Tensor, norm_weight: Tensor, eps: float, weight: Weigh
     return product(x, norm_weight, eps, gate, up=up)
 
 
-# Bytes in advance that codes are prefetched for several tokens. A processor that streams fast enough for one token may
-# not fetch ahead while it multiplies a tile with others.
+# How many bytes in advance codes are prefetched for several tokens. A processor that prefetches well enough for one
+# token may not do so while it multiplies a tile with the other tokens.
 BETWEEN_TOKENS = 4096
-TILE_ROWS = 16  # of a quantised weight, which can be cut between tiles only
+TILE_ROWS = 16  # rows of a tile; a quantised weight can be cut only between tiles
 
 
 def refuses_product(x: Tensor, weight: Weight) -> str | None:

@@ -1,5 +1,5 @@
-/* The product of a linear for up to MAX_FEW_TOKENS tokens. The weight is read from memory once, in its memory order,
- * which a processor prefetches best. Everything else stays in the caches.
+/* The product of a linear for up to MAX_FEW_TOKENS tokens. The weight is read from memory once, in the order of memory,
+ * which a processor prefetches best. All other data stay in the caches.
  *
  *     weight [N, K]      k ─────────────────────────►       rows [T, K] of x, in parts of K
  *       ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒ ┐                                   that fit the L1 cache:
@@ -12,8 +12,8 @@
  *
  *     for each row n, for each token t:   sum = 0;  for k:  sum += weight[n][k] * rows[t][k]
  *
- * A sum has LANES partial sums, each added up in the order of k. Neither the other tokens nor the number of threads
- * change a bit of it. */
+ * A sum has LANES partial sums, each added up in the order of k. Its bits do not depend on the other tokens or the
+ * number of threads. */
 #include "linear.h"
 
 #include <stdatomic.h>
@@ -23,7 +23,7 @@
 #define ROW_BLOCK 16 /* rows whose sums are kept between the parts of K */
 
 /* How many tokens and rows have their sums in registers at a time. AVX2 has registers for 8 sums. Products of pairs are
- * fast, so reading the weight fewer times gains more than sums of more rows. */
+ * fast, so it is better to read the weight fewer times (more tokens) than to have sums of more rows. */
 #ifdef PAIRS
 #define GROUP 8
 #define ROWS_WITH(TOKENS) ((TOKENS) > 4 ? 2 : 4)
@@ -39,7 +39,7 @@ static long l1_bytes(void) {
 #ifdef _SC_LEVEL1_DCACHE_SIZE
     if (!size) size = sysconf(_SC_LEVEL1_DCACHE_SIZE);
 #endif
-    if (size < 1 << 15) size = 1 << 15; /* also if it is unknown */
+    if (size < 1 << 15) size = 1 << 15; /* also if the size is unknown */
     atomic_store_explicit(&known, size, memory_order_relaxed);
     return size - (1 << 14);
 }
@@ -49,7 +49,7 @@ typedef struct {      /* a part [depth] of K, of some rows of the weight and som
     const operand *x; /* beginning at the first token and the part's first value */
     long x_stride, depth;
     long distance;         /* bytes in advance that the weight is prefetched */
-    floats (*sums)[GROUP]; /* [rows]: the sums of the parts before this one; unused in the first part */
+    floats (*sums)[GROUP]; /* [rows]: the sums of the earlier parts; unused in the first part */
     float *out;            /* [tokens, RUN]: the sums, written in the last part */
     int is_first, is_last;
 } part;
@@ -84,7 +84,7 @@ ALWAYS void add_part(const int format, const int rows, const int tokens, const p
                 for (int r = 0; r < rows; r++) sums[r][t] = add_products(sums[r][t], weights[r], token);
             }
 #pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) KEEP(weights[r]); /* keep it in its register */
+            for (int r = 0; r < rows; r++) KEEP(weights[r]); /* keep the weights in registers */
         }
     }
 #pragma GCC unroll 4
@@ -117,7 +117,8 @@ static add_part_of *const SEVERAL_ROWS[WEIGHT_FORMATS][GROUP] = {EACH_WEIGHT_FOR
 static add_part_of *const ONE_ROW[WEIGHT_FORMATS][GROUP] = {EACH_WEIGHT_FORMAT(ROW_NAMES)};
 
 /* out [T, RUN] = x [T, K] times the first `rows` rows of w. ROW_BLOCK rows are multiplied with all tokens before the
- * next ROW_BLOCK rows. GROUP tokens run at a time, over parts of K so short that those of x stay in the L1 cache. */
+ * next ROW_BLOCK rows. GROUP tokens are multiplied at a time, over parts of K so short that x's part stays in the L1
+ * cache. */
 static void multiply_run(float *out, const operand *x, const weight *w, long rows, long T, long K, long distance) {
     floats sums[ROW_BLOCK][GROUP];
     long groups = ceil_div(T, GROUP);
@@ -148,7 +149,7 @@ void linear_few_tokens(const linear_args *args, worker *me) {
     const operand *x = normed_rows(args, me);
     const long T = args->num_tokens, N = args->out_features, K = args->in_features;
     const int has_up = args->up.values != 0, format = (int)args->weight.format;
-    const long run = N < TASKS_PER_THREAD * me->num_threads * RUN ? ROW_BLOCK : RUN; /* short: keeps threads busy */
+    const long run = N < TASKS_PER_THREAD * me->num_threads * RUN ? ROW_BLOCK : RUN; /* short runs keep threads busy */
     for (long task = first_task(me, ceil_div(N, run)); task >= 0; task = next_task(me)) {
         float sums[MAX_FEW_TOKENS][RUN], ups[MAX_FEW_TOKENS][RUN];
         long start = task * run, rows = least(run, N - start);

@@ -1,5 +1,5 @@
-/* A linear over a grouped weight (grouped_weight.h), for any number of tokens. x becomes planes of int8 (planes.h), in
- * blocks of tokens that fit the L2 cache. Every task multiplies some tiles' rows with one block:
+/* A linear with a grouped weight (grouped_weight.h), for any number of tokens. x is converted to planes of int8
+ * (planes.h), in blocks of tokens that fit in the L2 cache. A task multiplies the rows of some tiles with one block:
  *
  *     x [T, K] ──► RMSNorm ──► planes of a block [K / 32, tokens, 32]            prologue
  *                                      │
@@ -7,13 +7,13 @@
  *                                      │
  *              SwiGLU, + bias, + addend ──► out [T, N]                           epilogue: finish
  *
- * Neither the other tokens nor the number of threads change a bit of a token's result. */
+ * The bits of a token's result do not depend on the other tokens or the number of threads. */
 #include "grouped_products.h"
 #include "linear.h"
 
-#define RUN_TILES 4    /* 16 rows each, in a task, if there is enough work */
-#define RUN_LENGTH 256 /* tiles times tokens that are enough for a task: short tasks end at about the same time */
-#define X_TILES 16     /* tiles of a token in a task of the prologue, at least */
+#define RUN_TILES 4    /* tiles of 16 rows in a task, if there is enough work */
+#define RUN_LENGTH 256 /* tiles times tokens that are enough for a task: with short tasks, threads end together */
+#define X_TILES 16     /* the least number of tiles of a token in a task of the prologue */
 
 /* The planes of all tokens, in the scratch memory, and how they are divided into blocks */
 typedef struct {
@@ -23,7 +23,7 @@ typedef struct {
     long blocks;
 } grouped_x;
 
-/* Bytes of a token's values of a tile */
+/* Bytes of a token's values in a tile */
 static long tile_bytes(const linear_args *args) {
     return X_BYTES(kind_of((int)args->weight.format).bits, args->planes);
 }
@@ -82,7 +82,8 @@ ALWAYS void write_planes(const linear_args *args, const int planes, const real *
 ACROSS_FILES void linear_grouped(const linear_args *args, worker *me) {
     const long T = args->num_tokens, N = args->out_features, K = args->in_features;
     const grouped_x x = grouped_x_of(args);
-    /* With fewer tokens than threads, threads share a token. Each of them sums its squares for the norm. */
+    /* With fewer tokens than threads, several threads share a token. Each of them computes the whole sum of squares for
+     * the norm. */
     const long x_tiles = K / TILE_K, parts = least(ceil_div(me->num_threads, T ? T : 1), ceil_div(x_tiles, X_TILES));
     for (long task = first_task(me, T * parts); task >= 0; task = next_task(me)) {
         const long token = task / parts, part = task % parts;

@@ -14,7 +14,7 @@
  *     for each row n, for each token t:   sum = 0;  for k:  sum += weight[n][k] * rows[t][k] */
 #include "linear.h"
 
-#define LEAST_TOKENS 96 /* least tokens of a task; packing then costs little beside the products */
+#define LEAST_TOKENS 96 /* least tokens of a task, so that packing costs little compared with the products */
 
 /* Packs BLOCK rows from n on (or half of them from w and half from up), K values from k on, as panels. Rows beyond N
  * repeat the last row. */
@@ -34,8 +34,8 @@ static void pack_rows(operands *panels, const linear_args *args, long n, long k,
 
 /* scratch holds the rows [T, K] of x, and then for each thread sums [T, BLOCK] and panels [PANEL_DEPTH, BLOCK].
  *
- * A task is BLOCK rows of the weight and a part of the tokens. It has all tokens if that keeps every thread busy,
- * because each part of the tokens packs the rows again. */
+ * A task is BLOCK rows of the weight and a part of the tokens. If there are enough tasks, a task has all tokens,
+ * because the rows are packed again for each part of the tokens. */
 void linear_many_tokens(const linear_args *args, worker *me) {
     const operand *x = normed_rows(args, me);
     const long T = args->num_tokens, N = args->out_features, K = args->in_features;

@@ -1,4 +1,4 @@
-/* The operands of products. `operands` fill a register; a lane holds one float, or a pair of bfloat16.
+/* The operands of products. An `operands` is a register; each lane holds one float, or a pair of bfloat16.
  *
  *     a row of bf16             | 0 1 2 3 ... STEP-1 | ...
  *     operands, without PAIRS   | 0 2 4 ... | 1 3 5 ... |      widened to float: even places of a STEP, then odd ones
@@ -6,12 +6,12 @@
  *     of a row of float         | 0 1 2 ... |                  in the order of the row
  *
  * targets.py sets PAIRS if the processor multiplies pairs of bfloat16 and adds both products to a float. Both factors
- * of a product have the order of operands, so the order does not change a sum of products. */
+ * of a product have the same order, so each value meets its counterpart. */
 #ifndef OPERANDS_H
 #define OPERANDS_H
 #include "vectors.h"
 
-#define LINE 32 /* the length of a multiplied row is a multiple of it; as many bf16 are in a cache line */
+#define LINE 32 /* the length of a multiplied row is a multiple of it; 32 bf16 are a cache line */
 
 #ifdef PAIRS
 typedef bf16 operand;
@@ -29,7 +29,7 @@ ALWAYS operands load_operands(const operand *from) {
     return values;
 }
 
-/* The operands at place `at` of a row */
+/* The operands at index `at` of a row */
 ALWAYS operands operands_at(const real *row, long at) {
 #if defined(PAIRS) || defined(FLOAT_ACTIVATIONS)
     return load_operands(row + at);
@@ -63,7 +63,7 @@ ALWAYS void to_operands(operand *to, const real *from, long K) {
 #endif
 }
 
-/* Takes four values of two vectors, by their places in both */
+/* Takes values of two vectors, by their indices in both */
 #ifdef __clang__
 #define SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
 #else /* gcc has __builtin_shufflevector from version 12 on */

@@ -7,14 +7,14 @@
  *
  *     k_scales      one float for each D codes: [slots, Hkv]; null if the format has none
  *
- * v has the same layout. A value is the code's number, times its scale, times its channel.
+ * v has the same layout. A value is the code's number, times its scale, times the factor of its channel.
  *
  * A format FORMAT has a file FORMAT_pages.h, and its name is listed in EACH_PAGES_FORMAT (calls.h). The file defines:
  *
  *     FORMAT_code        the type of a code
  *     FORMAT_largest     the largest number of a code, which a scale maps to the head's largest value; 0: no scales
- *     FORMAT_channels    1: keys have channels
- *     FORMAT_decode      the number of one code. It specifies what FORMAT_load reads.
+ *     FORMAT_channels    1: keys have a factor for each channel
+ *     FORMAT_decode      the number of one code. It defines what FORMAT_load reads.
  *     FORMAT_load        the numbers of LANES codes
  *     FORMAT_encode      stores the LANES codes of the numbers nearest to x
  *
@@ -95,7 +95,7 @@ ALWAYS const real *channels_of(const int format, const pages *p, long head, long
     return has_channels(format) ? p->channels + head * D : 0;
 }
 
-/* One value of a key (or with of_v of a value). It specifies what pages_block reads. */
+/* One element of a key, or if of_v, of a value. This function defines what pages_block reads. */
 static inline float pages_value(const pages *p, int of_v, long slot, long head, long D, long d) {
     const int format = (int)p->format;
     float x = decode_one(format, codes_of(format, of_v ? p->v : p->k, p, slot, head, D), d);

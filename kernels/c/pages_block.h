@@ -18,7 +18,7 @@ ALWAYS cached cached_head(const int format, void *k_or_v, float *scales, const p
     return found;
 }
 
-/* LANES values at place d; channels are null for a value and where keys have none */
+/* LANES values at index d; channels are null for a value, and if keys have none */
 ALWAYS floats cached_floats(const int format, const cached *from, const real *channels, long d) {
     floats x = decode(format, from->codes, d);
     if (largest_of(format)) x *= from->scale;
@@ -26,7 +26,7 @@ ALWAYS floats cached_floats(const int format, const cached *from, const real *ch
     return format == dense_pages ? x : rounded(x);
 }
 
-/* A register of activations at place d, in the order of the row */
+/* A register of activations at index d, in the order of the row */
 ALWAYS pairs cached_register(const int format, const cached *from, const real *channels, long d) {
     if (format == dense_pages) return load_pairs((const real *)from->codes + d);
     pairs found;
@@ -86,7 +86,7 @@ ALWAYS void pack_block(const int format, operands *keys, operands *values, const
 }
 
 /* Packs a head's keys and values of BLOCK tokens. Tokens from `count` on are set to 0, because their memory may hold
- * anything. Meanwhile the next_count tokens of the next block are prefetched. */
+ * anything. The next_count tokens of the next block are prefetched at the same time. */
 static inline void pages_block(operands *keys, operands *values, const pages *p, const long *slots, long count,
                                const long *next_slots, long next_count, long head, long D) {
     switch (p->format) {

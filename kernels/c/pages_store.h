@@ -4,8 +4,8 @@
  *     scale = m / largest
  *     code  = the code nearest to x * (largest / m)
  *
- * A head with a NaN or an infinity gets the scale NaN, so that the model reports it. If all values are below LEAST_VALUE,
- * the scale is 0. */
+ * A head with a NaN or an infinity gets the scale NaN, so that the model reports it. If all values are below
+ * LEAST_VALUE, the scale is 0. */
 #ifndef PAGES_STORE_H
 #define PAGES_STORE_H
 #define LEAST_VALUE 0x1p-100f
@@ -15,9 +15,9 @@ ALWAYS floats to_store(const real *x, const real *channels, long d) {
     return channels ? value / load_reals(channels + d) : value;
 }
 
-/* The largest |x| of a head; NaN if there is one */
+/* The largest |x| of a head, or NaN if the head has one */
 ALWAYS float largest_value(const real *x, const real *channels, long D) {
-    pairs most = {0}; /* compared as whole numbers, infinity and NaN are the largest */
+    pairs most = {0}; /* compared as integers, the bits of infinity and NaN are the largest */
     for (long d = 0; d < D; d += LANES) {
         pairs size = (pairs)to_store(x, channels, d) & 0x7FFFFFFF, is_more = (pairs)(size > most);
         most = (is_more & size) | (~is_more & most);

@@ -1,11 +1,11 @@
 /* Products of many rows: out [rows, columns] = a [rows, K] times b, with b packed as panels.
  *
- * A panel is [K / PER, WIDE]. The values of WIDE columns that are multiplied by the same value of a (or PER values) are
- * adjacent, so one value of a is multiplied by whole registers:
+ * A panel is [K / PER, WIDE]. The values of WIDE columns that are multiplied by the same value of a (with PAIRS: by the
+ * same PER values) are adjacent, so one value of a is multiplied by whole registers:
  *
  *                        panel of b        k │ [ WIDE columns ]
  *                                            ▼ [ WIDE columns ]
- *     a: TALL rows of  k ──────►    out [TALL, WIDE]: TALL x VECTORS registers of sums, while k goes through the panel
+ *     a: TALL rows of  k ──────►    out [TALL, WIDE]: TALL x VECTORS registers of sums, over all k of the panel
  *
  * What is computed:
  *
@@ -74,7 +74,7 @@ ALWAYS void multiply_rows(const int rows, const int vectors, float *out, long ou
 #pragma GCC unroll 4
         for (int j = 0; j < vectors; j++) {
             columns[j] = b[k * b_stride + j];
-            KEEP(columns[j]); /* loaded once, not again for every row */
+            KEEP(columns[j]); /* load once, not again for every row */
         }
 #pragma GCC unroll 6
         for (int i = 0; i < rows; i++) add_row(vectors, sums[i], a + i * a_stride + PER * k, columns);
@@ -96,8 +96,8 @@ DEFINE_MULTIPLY(multiply_1, 1, VECTORS)
 DEFINE_MULTIPLY(narrow_multiply_6, 6, 1)
 DEFINE_MULTIPLY(narrow_multiply_1, 1, 1)
 
-/* multiply_rows for any number of rows up to TALL. A sum is added in the order of a's columns, whatever the other rows.
- * */
+/* multiply_rows for any number of rows up to TALL. A sum is added in the order of a's columns, and does not depend on
+ * the other rows. */
 static inline void multiply(float *out, long out_stride, const operand *a, long a_stride, const operands *b,
                             long b_stride, long steps, long rows, int adds) {
     if (rows == TALL) {

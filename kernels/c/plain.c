@@ -8,7 +8,7 @@
 #include "team.h"
 #include "weights.h"
 
-/* Rounds to what activations hold */
+/* Rounds to the type of activations */
 static float to_activation(float x) { return to_float(to_real(x)); }
 
 static float plain_silu(float x) { return x / (1 + expf(-x)); }

@@ -1,18 +1,19 @@
 /* x as int8, for products with codes: 32 values become one or two planes with a common factor.
  *
  *     X = 128 * hi + lo,  x ~ factor * X        two planes: finer than bfloat16        |hi| <= 127, |lo| <= 64
- *     X = hi,             x ~ factor * X        one plane, where QWENKERN_CPU_ACTIVATIONS=int8
+ *     X = hi,             x ~ factor * X        one plane, if QWENKERN_CPU_ACTIVATIONS=int8
  *
- * The values have the order of a tile's codes (grouped_weight.h): byte 16 h + 4 c + t of a plane is value 16 h + 4 t + c. */
+ * The values have the order of a tile's codes (grouped_weight.h): byte 16 h + 4 c + t of a plane is value
+ * 16 h + 4 t + c. */
 #ifndef PLANES_H
 #define PLANES_H
 #include "dots.h"
 
 #define TILE_K 32       /* values of a row in a tile */
-#define SMALLEST 1e-30f /* 32 values of which none is larger count as zeros: their factor could be subnormal */
+#define SMALLEST 1e-30f /* if none of 32 values is larger, they count as zeros: their factor could be subnormal */
 
 typedef struct {
-    float factor; /* NaN where a value is not finite, so that every product with them is NaN */
+    float factor; /* NaN if a value is not finite, so that every product with these values is NaN */
     int sums[2];  /* of X, over the first 16 values and over the others */
 } plane_facts;
 
@@ -33,7 +34,7 @@ ALWAYS void store_bytes(int8_t *to, const ints *values) {
 #endif
 }
 
-/* 16 integers of 16 bits, in the order of a plane, but of each four the third before the second */
+/* 16 integers of 16 bits, in the order of a plane, but in each four the third comes before the second */
 ALWAYS void store_words(int8_t *to, const ints *values) {
 #if LANES == 16
     const __m256i order = _mm256_setr_epi16(0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15);
@@ -74,8 +75,8 @@ ALWAYS int largest_int(ints x) {
 }
 #endif
 
-/* Writes 32 values for codes of so many bits, X_BYTES of them: to[0..31] = hi, and with two planes to[32..63] = lo; or
- * where AS_WORDS X in 16 bits */
+/* Writes 32 values, X_BYTES bytes, for products with codes of `bits` bits: to[0..31] = hi, and with two planes
+ * to[32..63] = lo; if AS_WORDS, X in 16 bits */
 ALWAYS plane_facts to_planes(int8_t *to, const int bits, const int planes, const floats *x) {
     const int parts = TILE_K / LANES, half = parts / 2;
     pairs largest_bits = {0};

@@ -58,7 +58,7 @@ void prefill_attention(const prefill_attention_args *args, worker *me) {
     for (long task = first_task(me, blocks); task >= 0; task = next_task(me)) pack_task(args, packed, task, size);
     barrier(me);
     for (long task = first_task(me, tasks); task >= 0; task = next_task(me)) {
-        long s = 0, tasks_before = 0, blocks_before = 0; /* of the sequences earlier than s */
+        long s = 0, tasks_before = 0, blocks_before = 0; /* before: of the sequences earlier than s */
         for (;; s++) {
             long of_sequence = Hkv * ceil_div(query_starts[s + 1] - query_starts[s], tokens);
             if (task < tasks_before + of_sequence) break;

@@ -37,9 +37,9 @@ def _floats(size: int) -> Tensor:
 
 
 class RecordedCalls:
-    """The C calls of a function, recorded once and replayed together. This is to C ops what a CUDA graph is to kernels:
-    a replay runs no Python and allocates nothing, and one team of threads runs all calls. The calls use the memory that
-    their tensors had when they were recorded."""
+    """The C calls of a function, recorded once and replayed together, like kernels in a CUDA graph: a replay runs no
+    Python and allocates nothing, and one team of threads runs all calls. The calls use the memory that their tensors
+    had when they were recorded."""
 
     def __init__(self) -> None:
         self.ops: list[str] = []
@@ -53,7 +53,7 @@ class RecordedCalls:
     def record(self) -> Iterator[None]:
         """Records the C calls made in this context, without running them. Raises CannotRecord if an operation of torch
         would compute something."""
-        build.prepare()  # here, where torch may compute
+        build.prepare()  # before the recording, during which torch may not compute
         with recording(self), _OnlyViews():
             yield
         self._packed = b"".join(self.calls)
@@ -88,7 +88,7 @@ def run(call: Call, team: int | None = None) -> None:
 
 
 def play(calls: bytes, count: int, team: int | None = None) -> None:
-    """Runs ``count`` calls that lie one after the other in ``calls``."""
+    """Runs ``count`` calls, which follow each other in the bytes ``calls``."""
     build.prepared().library.run(calls, count, team or threads.count())
 
 

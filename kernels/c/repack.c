@@ -1,8 +1,8 @@
-/* Moves the blocks of GGUF files to tiles of 16 rows and 32 values, exactly. blocks.h has the blocks, and
- * kernels/weights/grouped.py the tiles.
+/* Repacks the blocks of GGUF files to tiles of 16 rows and 32 values, without a change of any value. blocks.h defines
+ * the blocks, and kernels/weights/grouped.py the tiles.
  *
- *     a row   | block: d, codes of 32 values | block | ...           codes  | tile: word 0 of 16 rows, word 1, ... | tile
- *     16 rows of blocks                                      ──►     scales | 16 rows | 16 rows | ...
+ *     a row   | block: d, codes of 32 values | block | ...        codes  | tile: word 0 of 16 rows, word 1, ... | tile
+ *     16 rows of blocks                                      ──►  scales | 16 rows | 16 rows | ...
  *
  * A task is a row of tiles: 16 rows of blocks. */
 #include "blocks.h"
@@ -10,7 +10,7 @@
 
 #define TILE 16 /* rows of a tile */
 
-/* Sixteen bytes to four words: byte t of word j is byte 4 t + j. The words go to the same row of a tile. */
+/* Writes sixteen bytes as four words to one row of a tile: byte t of word j is byte 4 t + j. */
 ALWAYS void store_row(uint32_t *words, const uint8_t *bytes) {
     const uint32_t even = 0x00FF00FF, half = 0xFFFF;
     uint32_t w[4];
@@ -23,7 +23,7 @@ ALWAYS void store_row(uint32_t *words, const uint8_t *bytes) {
     words[3 * TILE] = b >> 16 | (d & ~half);
 }
 
-/* Four groups of four bits, each to the low half of a byte */
+/* Moves each of four groups of four bits to the low half of a byte */
 ALWAYS uint32_t spread(uint32_t bits) {
     return (bits & 0x000F) | (bits & 0x00F0) << 4 | (bits & 0x0F00) << 8 | (bits & 0xF000) << 12;
 }
@@ -39,7 +39,7 @@ ALWAYS uint32_t upper_bits(const uint8_t *codes) {
     return bits;
 }
 
-/* The codes of 32 values of a row, at that row of a tile. `fifth` are their fifth bits, where `bits` is 5. */
+/* Writes the codes of 32 values of a row to that row of a tile. `fifth` has their fifth bits if `bits` is 5. */
 ALWAYS void pack_codes(uint32_t *codes, uint32_t *high, const uint8_t *from, uint32_t fifth, const int bits) {
     if (bits == 8) {
         store_row(codes, from);

@@ -1,4 +1,4 @@
-"""Moves the blocks of GGUF files to the layout of kernels/weights/grouped.py, in C (repack.c, blocks.h)."""
+"""Repacks the blocks of GGUF files to the layout of kernels/weights/grouped.py, in C (repack.c, blocks.h)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ FORMATS = {name: number for number, name in enumerate(LAYOUT.lists["BLOCK_FORMAT
 
 
 def repack(tasks: Sequence[tuple[Tensor, Grouped]]) -> list[bool]:
-    """Sets the values of each weight [N, K] to those of its blocks: uint8, contiguous, N rows of them. The weights lie
-    on the CPU, and their formats are some of FORMATS. Returns for each whether all values are finite.
+    """Sets the values of each weight [N, K] to those of its blocks: a contiguous tensor of N rows, uint8. The weights
+    lie on the CPU, and have formats of FORMATS. Returns for each weight whether all values are finite.
 
-    One team of threads does all: to start one takes as long as a small matrix."""
+    One team of threads repacks all weights, because to start a team takes as long as to repack a small matrix."""
     finite = [torch.empty(len(weight) // ROWS, dtype=torch.uint8, device="cpu") for _, weight in tasks]
     calls = [_call(blocks, weight, each) for (blocks, weight), each in zip(tasks, finite, strict=True)]
     play(b"".join(packed for _, packed, _ in calls), len(calls))

@@ -1,15 +1,15 @@
-/* Moves the codes of GPTQ, AWQ and compressed-tensors to tiles of 16 rows and 32 values (kernels/weights/grouped.py),
- * exactly. A task is a row of tiles.
+/* Repacks the codes of GPTQ, AWQ and compressed-tensors to tiles of 16 rows and 32 values (kernels/weights/grouped.py),
+ * without a change of any code. A task is a row of tiles.
  *
- * GPTQ and compressed-tensors have words of codes that follow each other along a row, the first in the lowest bits. AWQ
- * has words of eight rows. */
+ * A word of GPTQ and compressed-tensors has consecutive codes of a row, the first in the lowest bits. A word of AWQ has
+ * codes of eight rows. */
 #include "team.h"
 #include "vectors.h"
 
 #define TILE 16 /* rows of a tile */
 
-/* Four words of eight codes: 32 values of a row, to that row of a tile. Bits 4 j and 4 (j + 4) of a word are values j and
- * j + 4 of its eight, which are neighbours in word j of the tile. */
+/* Writes four words of eight codes, 32 values of a row, to that row of a tile. The codes at bits 4 j and 4 (j + 4) of a
+ * word are values j and j + 4 of its eight, which are neighbours in word j of the tile. */
 ALWAYS void four_bits(uint32_t *to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint32_t pair = 0x000F000F, half = 0xFFFF;
     for (int j = 0; j < 4; j++) {
@@ -20,14 +20,15 @@ ALWAYS void four_bits(uint32_t *to, uint32_t a, uint32_t b, uint32_t c, uint32_t
     }
 }
 
-/* Four words of four codes: 16 values of a row. Byte t of word j of the tile is byte j of word t. */
+/* Writes four words of four codes, 16 values of a row. Byte t of word j of the tile is byte j of word t. */
 ALWAYS void eight_bits(uint32_t *to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     for (int j = 0; j < 4; j++)
         to[j * TILE] =
             (a >> 8 * j & 255) | (b >> 8 * j & 255) << 8 | (c >> 8 * j & 255) << 16 | (d >> 8 * j & 255) << 24;
 }
 
-/* A row of tiles. `across` is the distance from a row's word to that of the next row, `along` to the row's next word. */
+/* Repacks a row of tiles. `across` is the distance in words to the same word of the next row, `along` to the row's next
+ * word. */
 ALWAYS void along_rows(const repack_words_args *args, long tile_row, const int bits, const long across,
                        const long along) {
     const long tiles = args->columns / 32;
@@ -45,7 +46,7 @@ ALWAYS void along_rows(const repack_words_args *args, long tile_row, const int b
     }
 }
 
-/* Row r of eight is in these bits of their word. */
+/* The lowest bit of each row's code in the word of its eight rows */
 static const uint32_t awq_shift[TILE] = {0, 16, 4, 20, 8, 24, 12, 28, 0, 16, 4, 20, 8, 24, 12, 28};
 
 ALWAYS void awq(const repack_words_args *args, long tile_row) {

@@ -1,10 +1,10 @@
-"""Tensors as the rows that C loops over, and the number of threads for an op."""
+"""Tensors as rows that C loops over, and the number of threads for an op."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-SMALL = 1 << 15  # elements that one thread finishes before it could wake another thread
+SMALL = 1 << 15  # one thread finishes so few elements before it could wake another thread
 
 
 def rows(x: Tensor) -> Tensor:
@@ -18,5 +18,5 @@ def dense_heads(x: Tensor) -> Tensor:
 
 
 def team_of(elements: int) -> int | None:
-    """The number of threads for an op over so many elements. None: all threads."""
+    """The number of threads for an op with this number of elements. None: all threads."""
     return 1 if elements <= SMALL else None

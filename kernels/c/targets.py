@@ -17,10 +17,10 @@ class Target(NamedTuple):
     """A set of processor instructions that a library is compiled for."""
 
     name: str
-    machine: str  # as `uname -m` has it on Linux
-    flags: tuple[str, ...]  # of gcc and clang
+    machine: str  # what `uname -m` prints on Linux
+    flags: tuple[str, ...]  # for gcc and clang
     needs: frozenset[str] = frozenset()  # required features, by their names in Linux's /proc/cpuinfo
-    floats: str | None = None  # if this target multiplies pairs of bfloat16: the one that widens them to float32
+    floats: str | None = None  # if this target multiplies pairs of bfloat16: the target that widens them to float32
 
 
 # The features of the x86-64 levels. Linux calls lzcnt abm, and SSE 3 pni; it lists AVX only if osxsave is on.
@@ -70,8 +70,8 @@ def machine(name: str | None = None) -> str:
 
 
 def native() -> Target:
-    """The target of this processor with all its features, for processors that no fixed target fits. It is compiled on
-    the machine only."""
+    """The target of this processor with all its features, for processors that no fixed target fits. No wheel has it; it
+    is compiled on this machine."""
     flag = "-march=native" if machine() == "x86_64" else "-mcpu=native"
     return Target("native", machine(), (flag,))
 
@@ -109,7 +109,7 @@ def features() -> frozenset[str]:
 
 
 def listed(cpuinfo: Path) -> frozenset[str]:
-    """The features that all processors of a /proc/cpuinfo share. It has lines for each core, and cores may differ."""
+    """The features that all processors of a /proc/cpuinfo share. The file lists each core, and cores may differ."""
     try:
         lines = cpuinfo.read_text(errors="replace").splitlines()
     except OSError:

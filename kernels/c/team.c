@@ -5,14 +5,14 @@
  *     thread 2   ▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒▒  │           ▒▒▒▒▒ │
  *
  * If torch uses OpenMP, they are torch's own threads: Python sets `parallel` to GOMP_parallel of the process, because
- * two thread pools would compete for the cores. Otherwise this file starts its own threads. In both cases a thread
- * waits in this file. It spins for at most PATIENCE and then sleeps, so waiting costs little if other programs need the
- * cores. If spinning was in vain, because there are more threads than cores, the thread spins for half as long the next
- * time.
+ * two thread pools would compete for the cores. Otherwise this file starts its own threads. In both cases this file has
+ * the code that waits. A thread spins for at most PATIENCE and then sleeps, so waiting costs little if other programs
+ * need the cores. If the thread had to sleep, because there are more threads than cores, it spins for half as long the
+ * next time.
  *
- * A loop is divided into equal ranges, one a thread. A thread takes tasks from its own range one by one, and then from
- * the ranges of the others. So a thread reads adjacent memory, and a thread that lost its core delays only the task
- * that it is running. */
+ * A loop is divided into equal ranges, one per thread. A thread takes tasks from its own range one by one, and then
+ * from the ranges of the other threads. So a thread reads adjacent memory, and a thread that lost its core delays only
+ * the task that it is running. */
 #include "team.h"
 
 #include <pthread.h>
@@ -21,9 +21,9 @@
 #include <string.h>
 #include <time.h>
 
-#define PATIENCE 100000 /* ns: longer than the tasks of a team differ, shorter than a time slice */
+#define PATIENCE 100000 /* ns: longer than the differences between a team's tasks, shorter than a time slice */
 #define IMPATIENCE 1000 /* ns: patience stays at or above twice this */
-#define ON_STACK 16     /* threads whose shares fit the caller's stack, which may be small */
+#define ON_STACK 16     /* threads whose shares fit in the caller's stack, which may be small */
 #define STACK (1 << 20) /* bytes of a thread's stack: attention needs a quarter; the default of some systems is less */
 
 /* OpenMP's functions. Python sets them if torch uses OpenMP; otherwise they are null. */
@@ -46,10 +46,10 @@ typedef struct {
 } share;
 
 struct team {
-    int threads; /* at most */
+    int threads; /* the most threads */
     const call *calls;
     long count;
-    share *shares; /* [2, threads]: of this loop and of the next one */
+    share *shares; /* [2, threads]: for this loop and for the next one */
     atomic_int joined;
     barrier_state barrier;
 };
@@ -154,7 +154,7 @@ static void work_in_region(void *of) {
     work(team, atomic_fetch_add(&team->joined, 1), present());
 }
 
-/* This file's own threads, started when they are first needed. Each waits for a team; all of them wait for its end. */
+/* This file's own threads, started when they are first needed. They wait for a team, run it, and wait for its end. */
 static struct {
     pthread_mutex_t mutex; /* one caller at a time */
     int threads;
@@ -180,7 +180,7 @@ static void *wait_for_teams(void *of) {
     return 0;
 }
 
-/* A fork copies no other thread, neither these nor OpenMP's, and a lock may be held by one of them */
+/* For the child of a fork: it has no other threads (these or OpenMP's), and one of them may have held a lock */
 static void forget_threads(void) {
     parallel = 0;
     memset(&pool, 0, sizeof pool);

@@ -1,6 +1,6 @@
 /* A call of an op, and the team of threads that runs it.
  *
- * `run` (team.c) runs any number of calls with one team. Every thread enters each op. An op shares its loops out to the
+ * `run` (team.c) runs any number of calls with one team. Every thread enters each op. An op divides its loops among the
  * threads, and ends each loop with a barrier:
  *
  *     for (long task = first_task(me, tasks); task >= 0; task = next_task(me)) ...
@@ -11,10 +11,10 @@
 #define TEAM_H
 #include "calls.h"
 
-#define EXPORTED __attribute__((visibility("default"))) /* for Python; the rest is hidden: others use such names */
+#define EXPORTED __attribute__((visibility("default"))) /* for Python; other names are hidden from other libraries */
 
 typedef struct {
-    long op;       /* its place in EACH_OP */
+    long op;       /* its index in EACH_OP */
     long is_float; /* 1: activations are float, 0: bf16 */
     union {
 #define ARGUMENTS(OP) OP##_args OP;
@@ -29,17 +29,17 @@ enum {
 #undef NUMBER
 };
 
-#define TASKS_PER_THREAD 4 /* of a loop, at least, if there is enough work */
+#define TASKS_PER_THREAD 4 /* the least number of tasks of a loop per thread, if there is enough work */
 
 typedef struct team team;
 typedef struct {
     team *team;
     int index, num_threads; /* this thread's number, and the number of threads */
-    int loops;              /* loops that it has begun */
-    int victim;             /* the share that it takes tasks from: 0 its own, 1 the next thread's, ... */
+    int loops;              /* loops that this thread has begun */
+    int victim;             /* the share from which this thread takes tasks: 0 its own, 1 the next thread's, ... */
     long num_tasks;         /* of the present loop */
-    long num_taken;         /* with one thread only: tasks that it has taken */
-    long patience;          /* ns that it spins before it sleeps */
+    long num_taken;         /* only in a team of one thread: tasks that it has taken */
+    long patience;          /* ns that this thread spins before it sleeps */
 } worker;
 
 long first_task(worker *me, long num_tasks); /* this thread's first task of a loop, or -1 */

@@ -1,8 +1,8 @@
 """The number of threads that the C functions use.
 
-The default is one thread a physical core: two threads on one core share its multipliers, and do not read memory faster.
-The number is lower if a cpuset, a cgroup's quota or torch allows fewer, because a thread that waits for processor time
-delays all the others."""
+The default is one thread per physical core: two threads on one core share its multipliers, and do not read memory
+faster. The number is lower if a cpuset, a cgroup's quota or torch allows fewer, because a thread that waits for
+processor time delays all the others."""
 
 from __future__ import annotations
 
@@ -34,7 +34,8 @@ def count() -> int:
 
 
 def use(threads: int) -> None:
-    """Sets the number of threads of this process from now on, those of torch included. Raises ValueError."""
+    """Sets the number of threads of this process from now on, also for torch. Raises ValueError for a number that is
+    not allowed."""
     global _asked
     if not isinstance(threads, int) or isinstance(threads, bool) or not 1 <= threads <= MOST:
         raise ValueError(f"threads is {threads!r}; expected a whole number from 1 to {MOST}")
@@ -65,11 +66,12 @@ def allowed() -> frozenset[int]:
     """The logical processors of this process's affinity mask, which taskset and cpusets set."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
-    return frozenset(range(os.cpu_count() or 1))  # on macOS torch.get_num_threads() counts the fast cores
+    return frozenset(range(os.cpu_count() or 1))  # on macOS torch.get_num_threads() counts only the fast cores
 
 
 def physical_cores(processors: frozenset[int], system: Path = Path("/sys/devices/system/cpu")) -> int:
-    """The number of physical cores of these logical processors. If the system does not say, each counts as a core."""
+    """The number of physical cores of these logical processors. If the system gives no cores, each processor counts as
+    a core."""
     cores = set()
     for processor in processors:
         try:
@@ -103,8 +105,8 @@ def cgroup_quota(process: Path = Path("/proc/self/cgroup"), root: Path = Path("/
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """A group's folder and the folders above it. In a container the path may be the host's; then the mount itself is
-    the group's folder."""
+    """A group's folder and the folders above it. In a container the path may be that of the host; then the mount itself
+    is the group's folder."""
     inner = Path(path.lstrip("/"))
     return [mount / inner, *(mount / above for above in inner.parents)]
 

@@ -4,8 +4,8 @@
  *     in a register floats  |   0   |   1   | ...      LANES float32: 16 with AVX-512, 8 with AVX2, else 4 (NEON)
  *                   pairs   | 0 | 1 | 2 | 3 | ...      2 LANES bf16, two in each lane, the first in the low half
  *
- * Values are rounded to `real` where kernels/reference.py rounds them to activations. A sum over a row has LANES partial sums, so
- * its last bits differ between vector widths. On one machine they depend on the row only. */
+ * Values are rounded to `real` where the references of the contracts round them to activations. A sum over a row has
+ * LANES partial sums, so its last bits differ between vector widths. On one machine they depend only on the row. */
 #ifndef VECTORS_H
 #define VECTORS_H
 #include "calls.h"
@@ -63,7 +63,7 @@ ALWAYS floats low(pairs x) { return (floats)(x << 16); }
 
 ALWAYS floats high(pairs x) { return (floats)(x & 0xFFFF0000); }
 
-/* Explicit instructions: compilers convert between 16 and 32 bits in more steps than the processor needs */
+/* Written with the processor's instructions, because compilers convert between 16 and 32 bits in more steps */
 ALWAYS floats widen_halves(halves values) {
 #if LANES == 16
     return (floats)((pairs)_mm512_cvtepu16_epi32((__m256i)values) << 16);
@@ -91,7 +91,7 @@ ALWAYS halves narrow_floats(floats x) {
 #endif
 }
 
-/* Activations in memory, as floats, and rounded to what activations hold */
+/* Loads activations as floats, stores floats as activations, and rounds floats to the type of activations */
 #ifdef FLOAT_ACTIVATIONS
 typedef floats reals;
 ALWAYS floats widen_reals(reals values) { return values; }
@@ -157,7 +157,7 @@ ALWAYS void store_some_floats(float *to, floats values, long count) {
     else memcpy(to, &values, sizeof values);
 }
 
-ALWAYS float sum(floats x) { /* by halves, which keeps it in vector registers */
+ALWAYS float sum(floats x) { /* adds halves, so that the sums stay in vector registers */
 #if LANES == 16
     float8 eights[2];
     memcpy(eights, &x, sizeof x);
@@ -180,7 +180,7 @@ ALWAYS floats larger(floats a, floats b) { /* b where a is NaN */
     return (floats)((larger & (pairs)a) | (~larger & (pairs)b));
 }
 
-ALWAYS float largest(floats x) { /* of numbers; by halves, as sum */
+ALWAYS float largest(floats x) { /* of numbers, not NaN; compares halves, as sum adds them */
 #if LANES == 16
     return _mm512_reduce_max_ps((__m512)x);
 #elif LANES == 8
@@ -193,11 +193,11 @@ ALWAYS float largest(floats x) { /* of numbers; by halves, as sum */
 #endif
 }
 
-/* exp(x) for x <= 0: 2^n times the Taylor series of exp around 0 on half of an octave */
+/* exp(x) for x <= 0: 2^n times the Taylor series of exp(r) for |r| <= ln(2) / 2 */
 ALWAYS floats exponential(floats x) {
-    pairs normal = ~(pairs)(x <= -87.0f); /* all ones or zero; below, the result is subnormal: zero. NaN stays NaN */
+    pairs normal = ~(pairs)(x <= -87.0f); /* a mask; otherwise the result is subnormal and becomes 0. NaN stays NaN */
     x = (floats)((pairs)x & normal);
-    floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the integer nearest is in the low bits */
+    floats shifted = x * 1.44269504f + 12582912.0f; /* 1.5 * 2^23: the nearest integer is in the low bits */
     floats n = shifted - 12582912.0f;
     floats r = (x - n * 0.693145752f) - n * 1.42860677e-6f; /* ln 2 in two parts */
     floats series = r * (1.0f / 5040) + 1.0f / 720;
@@ -215,7 +215,7 @@ ALWAYS floats exponential(floats x) {
 ALWAYS floats silu(floats x) {
     pairs negative = (pairs)(x < 0);
     floats e = exponential((floats)((pairs)x | 0x80000000));
-    floats numerator = (floats)((negative & (pairs)e) | (~negative & 0x3F800000)); /* or 1 */
+    floats numerator = (floats)((negative & (pairs)e) | (~negative & 0x3F800000)); /* e, or 1 */
     return x * numerator / (1 + e);
 }
 #endif
