@@ -1,4 +1,4 @@
-"""From the arguments of a Triton launch to the parameters of its kernel, and the memory that they point into."""
+"""Converts the arguments of a Triton launch to the parameters of its kernel, and makes the memory they point into."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .values import Array
 
 @dataclass
 class Map:
-    """A tensor descriptor as the kernel takes it, and Triton's choices for it."""
+    """A tensor descriptor that the kernel takes, and Triton's choices for it."""
 
     descriptor: TensorDescriptor
     choices: dict[str, Any]
 
     def encode(self, start: int) -> bytes:
-        """The innermost dimension is the last of the descriptor's, and the first of a map's."""
+        """The bytes of the tensor map. The innermost dimension is the last one of a descriptor, the first of a map."""
         given, size = self.descriptor, self.descriptor.base.element_size()
         return tensor_maps.encode(
             start,
@@ -42,12 +42,12 @@ class Map:
 
 @dataclass
 class Parameter:
-    name: str  # of the argument that it is, or is part of
+    name: str  # the argument that the parameter is, or is a part of
     value: Any
 
 
 def parameters(compiled: CompiledKernel, given: Mapping[str, Any]) -> list[Parameter]:
-    """What a kernel has parameters for, of the arguments of a launch by their names."""
+    """The parameters of a kernel, from the arguments of a launch by name."""
     maps = iter(compiled.metadata.tensordesc_meta or ())
     return [
         Parameter(name, value)
@@ -57,8 +57,8 @@ def parameters(compiled: CompiledKernel, given: Mapping[str, Any]) -> list[Param
 
 
 def _values(value: Any, type_: Any, maps: Iterator[dict[str, Any]]) -> Iterator[Any]:
-    """By its type in Triton's signature: nothing of a constant, and each field of a tuple. ``maps``: Triton's choices
-    for descriptors, none where it makes pointers of them."""
+    """The parameters of one argument, by its type in Triton's signature: none for a constant, one for each field of a
+    tuple. ``maps`` has Triton's choices for descriptors; it is empty if Triton makes pointers of them."""
     if isinstance(type_, tuple):
         for each in zip(value, type_, strict=True):
             yield from _values(*each, maps)
@@ -75,13 +75,13 @@ def _values(value: Any, type_: Any, maps: Iterator[dict[str, Any]]) -> Iterator[
 
 
 class Storages:
-    """The memory that some parameters point into, each of which may be part of a storage: only its elements may be
-    touched. And that of tensor maps, and of a kernel's own ``scratch``.
+    """The memory that parameters point into, of tensor maps, and of a kernel's own ``scratch``. A tensor may be part of
+    a storage: a kernel may touch only the elements of tensors.
 
-    Meta tensors have zeros, or what ``fill`` has for their name."""
+    Elements of meta tensors are zeros, or the value that ``fill`` has for the argument's name."""
 
     def __init__(self, given: Sequence[Parameter], scratch: int, fill: Mapping[str, float] | None = None) -> None:
-        self.names: list[str] = []  # of the argument that a buffer was first met in
+        self.names: list[str] = []  # for each buffer, the first argument that points into it
         self._of: dict[Any, int] = {}  # buffer by storage
         self._tensors: list[Tensor] = []  # all bytes of each storage
         buffers: list[tuple[Array | int, Array | None]] = []
@@ -104,8 +104,8 @@ class Storages:
             self.memory.contents(self._maps[id(map_)])[:] = np.frombuffer(data, np.uint8)
 
     def bits(self, given: Sequence[Parameter], names: Sequence[str]) -> dict[str, int]:
-        """By the names of the kernel's parameters. Behind the given ones Triton has some of its own: for tensor maps
-        that the kernel makes, and for its profiler."""
+        """The bits of the kernel's parameters, by name. After the given parameters Triton has some of its own: for
+        tensor maps that the kernel makes, and for its profiler."""
         bits = [self._bits(each.value) for each in given]
         spare = len(names) - len(bits)
         if not 0 <= spare <= 2:
@@ -113,11 +113,11 @@ class Storages:
         return dict(zip(names, bits + [self.memory.address(self._scratch), 0][:spare], strict=True))
 
     def start(self, buffer: int) -> int:
-        """Where the storage lies on this machine."""
+        """The address of the storage on this machine."""
         return self._tensors[buffer].data_ptr()
 
     def take_back(self) -> None:
-        """What the kernel has written."""
+        """Copies the memory that the kernel has written back to the tensors."""
         for buffer, whole in enumerate(self._tensors):
             whole.copy_(torch.from_numpy(self.memory.contents(buffer)))
 
@@ -139,7 +139,7 @@ def _key(tensor: Tensor) -> Any:
 
 
 def _buffer(tensor: Tensor, fill: float | None) -> tuple[Array | int, Array | None]:
-    """A storage's bytes, and which of them may be touched: none so far, or of a meta tensor all."""
+    """A storage's bytes, and which of them may be touched: none so far; of a meta tensor, all."""
     size = tensor.untyped_storage().nbytes()
     if tensor.is_meta:
         if fill is None:
@@ -151,7 +151,7 @@ def _buffer(tensor: Tensor, fill: float | None) -> tuple[Array | int, Array | No
 
 
 def _touch(tensor: Tensor, valid: Array | None) -> None:
-    """The elements of a tensor may be touched."""
+    """Marks the elements of a tensor as memory that may be touched."""
     if valid is None:
         return
     size = tensor.element_size()

@@ -1,8 +1,9 @@
-"""Bulk copies between global and shared memory, of tensors' boxes or of bytes in a row (section
-9.7.9.25), through the asynchronous proxy.
+"""Bulk copies between global and shared memory, of boxes of tensors or of consecutive bytes (section 9.7.9.25), through
+the asynchronous proxy.
 
-To shared memory: the bytes land when nobody can go on without them, in any order, and are counted in an mbarrier; who
-has waited for that may read them. To global memory: they are read until the lane has waited for its group."""
+To shared memory: the bytes arrive, in any order, only when no warp can go on without them. An mbarrier counts them, and
+a warp that has waited for the mbarrier may read them. To global memory: the copy may read its bytes until the lane has
+waited for its group."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @dataclass
 class ToShared:
     number: int
-    places: Array  # in shared memory, of 16 bytes each
+    places: Array  # addresses in shared memory, of 16 bytes each
     data: Array
     mbarrier: Mbarrier
 
@@ -36,7 +37,7 @@ class ToShared:
 class ToGlobal:
     warp: int
     lane: int
-    read: Array  # places in shared memory
+    read: Array  # addresses in shared memory
     write: Callable[[], None]
 
 
@@ -45,8 +46,8 @@ class Groups:
     """Bulk copies to global memory of one lane."""
 
     open: list[ToGlobal] = field(default_factory=list)
-    committed: list[list[ToGlobal]] = field(default_factory=list)  # shared memory may still be read
-    unwritten: list[list[ToGlobal]] = field(default_factory=list)  # has been read, and global memory not yet written
+    committed: list[list[ToGlobal]] = field(default_factory=list)  # may still read shared memory
+    unwritten: list[list[ToGlobal]] = field(default_factory=list)  # have read it, but not yet written global memory
 
 
 class BulkCopies:
@@ -54,16 +55,16 @@ class BulkCopies:
         self._cta = cta
         self._to_shared: list[ToShared] = []
         self._groups: dict[tuple[int, int], Groups] = {}  # by warp and lane
-        self.maps: dict[int, bool] = {}  # tensor maps that this CTA wrote, by address: whether a fence stands behind
+        self.maps: dict[int, bool] = {}  # tensor maps that this CTA wrote, by address: whether a fence followed
 
     def load(self, warp: int, places: Array, data: Array, at: int) -> None:
-        """Bytes [n, 16] to shared memory, counted in the mbarrier at a byte of it."""
+        """Begins a copy of bytes [n, 16] to shared memory, counted in the mbarrier at address ``at``."""
         mbarrier = self._cta.mbarriers.find(warp, at)
         self._cta.shared.begin_bulk_write(warp, places)
         self._to_shared.append(ToShared(self._cta.clocks.number(), places, data, mbarrier))
 
     def arrives(self, random: Random) -> bool:
-        """Some copy lands, if there is one."""
+        """Completes a random copy to shared memory. Returns whether there was one."""
         if not self._to_shared:
             return False
         copy = self._to_shared.pop(random.randrange(len(self._to_shared)))
@@ -72,7 +73,7 @@ class BulkCopies:
         return True
 
     def store(self, warp: int, lane: int, places: Array, write: Callable[[Array], None]) -> None:
-        """Bytes of shared memory, 16 at each place, to global memory: ``write`` does it."""
+        """Begins a copy of shared memory, 16 bytes at each address, to global memory, which ``write`` writes."""
         data = self._cta.shared.begin_async_read(warp, places)
         self._cta.stores(warp)
         copy = ToGlobal(warp, lane, places, lambda: write(data))
@@ -85,7 +86,7 @@ class BulkCopies:
             groups.open = []
 
     def wait(self, warp: int, lane: int, most: int, only_read: bool) -> None:
-        """Until ``most`` groups, the latest ones, may still be under way."""
+        """Completes groups until at most the latest ``most`` are under way."""
         groups = self._groups.get((warp, lane))
         if not groups:
             return
@@ -105,7 +106,7 @@ class BulkCopies:
                 raise Fault(f"releases what was stored, while a bulk copy of warp {warp} may still write global memory")
 
     def end(self) -> None:
-        """All warps have ended."""
+        """Completes the copies after all warps have ended. Raises Fault if shared memory may still be used."""
         place = f"[CTA {self._cta.place} in {self._cta.program.name}]"
         if self._to_shared:
             raise Fault(f"ends while a bulk copy may still write shared memory {place}")

@@ -1,5 +1,5 @@
-"""What comes next, and waiting (sections 9.7.12 control flow, 9.7.13 synchronization). The lanes of a warp stay
-together: a branch that they do not all take is a fault."""
+"""Control flow and synchronization (sections 9.7.12, 9.7.13). The lanes of a warp stay together: a branch that only
+some of them take is a fault."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def trap(instruction: Instruction, program: Program) -> Step:
 @decodes("bar")
 @decodes("barrier")
 def bar(instruction: Instruction, program: Program) -> Step:
-    """9.7.13.1: a barrier of all warps of a CTA, or of as many threads as the second operand says. 9.7.13.3: of all
-    lanes of a warp, which are together anyway."""
+    """9.7.13.1: a barrier of all warps of a CTA, or of the number of threads in the second operand. 9.7.13.3: a barrier
+    of all lanes of a warp, which are together anyway."""
     number, *count = instruction.operands
     if instruction.opcode == "bar.warp.sync" and number == Number(-1):
         return lambda warp: warp.all_together("bar.warp.sync")
@@ -80,7 +80,7 @@ def bar(instruction: Instruction, program: Program) -> Step:
 
 @decodes("fence")
 def fence(instruction: Instruction, program: Program) -> Step:
-    """Between the ordinary and the asynchronous proxy."""
+    """Fences, such as the one between the ordinary and the asynchronous proxy."""
     if "tensormap::generic" in instruction.modifiers:
         return tensor_maps.acquire(instruction, program)
     only(instruction, ("proxy", "async", "shared::cta", "shared::cluster"))
@@ -91,7 +91,7 @@ def fence(instruction: Instruction, program: Program) -> Step:
 
 @decodes("elect")
 def elect(instruction: Instruction, program: Program) -> Step:
-    """One lane, always the same."""
+    """Elects one lane, always the same."""
     only(instruction, ("sync",))
     chosen, mask = instruction.operands
     number, predicate = items(chosen)
@@ -109,7 +109,7 @@ def elect(instruction: Instruction, program: Program) -> Step:
 
 @decodes("setmaxnreg")
 def setmaxnreg(instruction: Instruction, program: Program) -> Step:
-    """Moves registers between warps, of which there are enough here."""
+    """Moves registers between warps. It has no effect here, because warps have enough registers."""
     only(instruction, ("inc", "dec", "sync", "aligned", "u32"))
     (count,) = instruction.operands
     if not isinstance(count, Number) or count.bits % 8 or not 24 <= count.bits <= 256:
@@ -119,7 +119,7 @@ def setmaxnreg(instruction: Instruction, program: Program) -> Step:
 
 @decodes("griddepcontrol")
 def griddepcontrol(instruction: Instruction, program: Program) -> Step:
-    """9.7.13.14: programmatic dependent launch. Until a warp has waited, the kernel before may not have written."""
+    """9.7.13.14: programmatic dependent launch. Before the wait, the previous kernel's results may be missing."""
     (action,) = instruction.modifiers
     if action == "launch_dependents":
         return lambda warp: warp.cta.lets_dependents_start(warp.waits)

@@ -1,5 +1,5 @@
-"""Asynchronous copies from global to shared memory (section 9.7.9.25), in groups. What is copied is read at once, and
-lands when its warp has waited for it, which is as late as may be."""
+"""Asynchronous copies from global to shared memory (section 9.7.9.25), in groups. A copy reads its bytes at once, and
+writes them as late as allowed: when its warp waits for it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _commit(warp: Warp) -> None:
 
 
 def _wait(warp: Warp, most: int) -> None:
-    """Until ``most`` groups, the latest ones, may still be under way."""
+    """Completes groups until at most the latest ``most`` are under way."""
     warp.all_together("cp.async.wait_group")
     while len(warp.under_way.copy_groups) > most:
         for places, data in warp.under_way.copy_groups.pop(0):

@@ -1,9 +1,9 @@
-"""Triton's launches on a device that is not there: compiled for it, and run here.
+"""Runs Triton's launches as on a device that is not present: compiled for the device, and run by this runner.
 
     with device(DEVICES["sm_90"], seed=1):
         out = kernels.linear(x, weight)  # of tensors on the CPU
 
-Needs a process in which Triton compiles, that is, one without TRITON_INTERPRET."""
+The process must run without TRITON_INTERPRET, so that Triton compiles."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from qwenkern.kernels.triton.offline import active
 from .arguments import Storages, parameters
 from .launch import Kernel, Launch
 
-Change = Callable[[str, str], str]  # from a kernel's name and PTX to the PTX that is run instead
-Watch = Callable[[str, Launch, Storages], AbstractContextManager[None]]  # around each launch; the name is the kernel's
+Change = Callable[[str, str], str]  # takes a kernel's name and PTX, and returns the PTX that is run
+Watch = Callable[[str, Launch, Storages], AbstractContextManager[None]]  # entered for each launch, by the kernel's name
 
 
 @contextlib.contextmanager
@@ -36,9 +36,9 @@ def device(
     settled: Collection[str] = (),
     watch: Watch = lambda name, launch, storages: contextlib.nullcontext(),
 ) -> Iterator[None]:
-    """While it lasts, kernels run as on this device: CPU tensors are its memory. From sm_90 on they are launched
-    dependently, as in a captured graph; before they wait they may read the arguments with the names ``settled`` only,
-    which no kernel that may still run writes (steps.py holds a sequence of launches against that)."""
+    """In this context kernels run as on this device: CPU tensors are its memory. From sm_90 on they are launched with
+    dependent launch, as in a captured graph. Before the wait they may read only the arguments named in ``settled``,
+    which no kernel that may still run writes (steps.py checks this for a sequence of launches)."""
     compile_ = JITFunction.run
     kernels: dict[str, Kernel] = {}
     launches = 0
@@ -69,7 +69,7 @@ def device(
         return compiled
 
     def undisturbed(self: JITFunction, *args: Any, **keywords: Any) -> CompiledKernel:
-        with _disable_current_modes():  # torch's operations here are none of the caller's
+        with _disable_current_modes():  # the caller's torch modes must not see the operations here
             return run(self, *args, **keywords)
 
     with (

@@ -1,10 +1,10 @@
-"""What goes wrong: in the program that is run, or because it cannot be run here."""
+"""Exceptions: an error of the program that is run, or an instruction that the runner lacks."""
 
 from __future__ import annotations
 
 
 class Fault(Exception):
-    """The program does what a kernel must not do."""
+    """The program does something that a kernel must not do."""
 
 
 class Unknown(Exception):

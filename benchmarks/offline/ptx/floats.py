@@ -1,9 +1,9 @@
 """Floating point (sections 9.7.3 single precision, 9.7.4 half precision, 9.7.5 mixed precision, 9.7.6 comparison) and
 conversions (9.7.9.22).
 
-Each result is rounded once, to nearest even. That is what .rn asks for; add and mul without it may be fused by ptxas,
-which this does not try. The approximations ex2, lg2, rsqrt, rcp and div.full, for which the specification gives a bound
-of one or two units in the last place, are rounded from float64 here. Payloads of NaN are not kept to."""
+Each result is rounded once, to nearest even, as .rn requires. ptxas may fuse add and mul without .rn; the runner does
+not. The approximations ex2, lg2, rsqrt, rcp and div.full are rounded from float64 here; the specification allows errors
+of one or two units in the last place. Payloads of NaN are not those of a GPU."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def _flushing(compute: Compute) -> Compute:
 
 
 def fma_f32(x: Array, y: Array, z: Array) -> Array:
-    """The product is exact in float64. The sum there is rounded, and may be taken for a tie only where it looks like
-    one, or is subnormal in float32: then once more, with care."""
+    """x * y + z. The product is exact in float64, but the sum is rounded there. Rounding it again to float32 can be
+    wrong only if the sum looks like a tie or is subnormal in float32. Such sums are computed again with odd_sum."""
     product = x.astype(F64) * y
     total = product + z
     looks_like_tie = total.view(U64) & U64(0x1FFFFFFF) == U64(0x10000000)
@@ -44,7 +44,7 @@ def _wide(x: Array) -> Array:
 
 
 def _half(wide: Compute, narrow: Compute) -> dict[str, Compute]:
-    """Arithmetic of two bytes. Products of two are exact in float64."""
+    """Arithmetic with operands of two bytes. A product of two is exact in float64."""
     return {
         "add": lambda x, y: narrow(odd_sum(wide(x), wide(y))),
         "sub": lambda x, y: narrow(odd_sum(wide(x), -wide(y))),
@@ -54,7 +54,7 @@ def _half(wide: Compute, narrow: Compute) -> dict[str, Compute]:
 
 
 def minimum(x: Array, y: Array) -> Array:
-    """9.7.3.11: of a number and NaN the number; -0 is less than +0."""
+    """9.7.3.11: the minimum of a number and NaN is the number; -0 is less than +0."""
     return np.where(x == y, (x.view(U32) | y.view(U32)).view(F32), np.fmin(x, y))
 
 
@@ -68,7 +68,7 @@ def _unordered(x: Array, y: Array) -> Array:
 
 COMPARISONS: dict[str, Compute] = {
     "eq": operator.eq,
-    "ne": lambda x, y: (x < y) | (x > y),  # ordered: false where one of them is NaN
+    "ne": lambda x, y: (x < y) | (x > y),  # ordered: false if one of them is NaN
     "lt": operator.lt,
     "le": operator.le,
     "gt": operator.gt,
@@ -135,13 +135,13 @@ for kind, wide, narrow in (("bf16", _wide_bf16, to_bf16), ("f16", _wide, to_f16)
 
 
 def _saturated(x: Array, result: np.dtype) -> Array:
-    """.sat: of integers out of range, the nearest one."""
+    """.sat: an integer out of range becomes the nearest one."""
     to, of = np.iinfo(result), np.iinfo(x.dtype)
     return x.clip(max(to.min, of.min), min(to.max, of.max)).astype(result)
 
 
 def _to_integer(x: Array, result: np.dtype) -> Array:
-    """Of whole numbers in float64: those out of range become the nearest one, NaN 0, or in 64 bits the highest bit."""
+    """Converts integers in float64. Those out of range become the nearest one; NaN becomes 0, or 1 << 63 in 64 bits."""
     limits = np.iinfo(result)
     highest = float(2 ** (limits.bits - (limits.min < 0)))
     below, above = x <= float(limits.min), x >= highest

@@ -40,7 +40,7 @@ def mad_lo(x: Array, y: Array, z: Array) -> Array:
 
 
 def div(x: Array, y: Array) -> Array:
-    """Towards zero, where numpy rounds down."""
+    """Integer division, rounded towards zero; numpy rounds down."""
     if np.count_nonzero(y) != y.size:
         raise Fault("division of integers by zero")
     quotient = x // y
@@ -48,13 +48,13 @@ def div(x: Array, y: Array) -> Array:
 
 
 def rem(x: Array, y: Array) -> Array:
-    """Of the sign of x."""
+    """The remainder, with the sign of x."""
     return x - div(x, y) * y
 
 
 def bfe(x: Array, position: Array, length: Array) -> Array:
-    """9.7.1.19: ``length`` bits from ``position`` on, of each of which the low 8 bits count; beyond them the sign, that
-    is the last bit of the field that x has."""
+    """9.7.1.19: extracts ``length`` bits of x from bit ``position`` on (the low 8 bits of these two count). The upper
+    bits of a signed result are the sign: the last bit of the field within x."""
     at, size = (each.astype(np.int64) & 0xFF for each in (position, length))
     bits = x.astype(np.int64) & 0xFFFFFFFF
     inside = np.minimum(size, np.maximum(32 - at, 0))
@@ -72,15 +72,15 @@ def shl(x: Array, amount: Array) -> Array:
 
 
 def shr(x: Array, amount: Array) -> Array:
-    """9.7.8.9: likewise; signed integers are filled with their sign."""
+    """9.7.8.9: an amount beyond the width counts as the width; signed integers are filled with their sign."""
     bits = 8 * x.dtype.itemsize
     shifted = x >> np.minimum(amount, bits - 1).astype(x.dtype)
     return shifted if x.dtype.kind == "i" else np.where(amount < bits, shifted, x.dtype.type(0))
 
 
 def prmt(x: Array, y: Array, selector: Array) -> Array:
-    """9.7.9.7: each byte of the result by four bits of the selector: the number of one of the eight bytes of x and y,
-    or with 8 added its sign in all bits."""
+    """9.7.9.7: four bits of the selector choose each byte of the result: the index of one of the eight bytes of x and
+    y; plus 8, all bits of the result are the sign of that byte."""
     pair = x.astype(np.uint64) | y.astype(np.uint64) << np.uint64(32)
     result = np.zeros_like(x)
     for place in range(4):
@@ -92,7 +92,7 @@ def prmt(x: Array, y: Array, selector: Array) -> Array:
 
 
 def lop3(x: Array, y: Array, z: Array, table: Array) -> Array:
-    """9.7.8.6: each bit of the result is that of the table whose number the bits of x, y and z are."""
+    """9.7.8.6: the bits of x, y and z at a place are the index of a bit of the table, which is the result's bit."""
     result = np.zeros_like(x)
     for number in range(8):
         chosen = [each if number >> 2 - place & 1 else ~each for place, each in enumerate((x, y, z))]

@@ -1,5 +1,5 @@
-"""Between the lanes of a warp (sections 9.7.9.7 shfl, 9.7.13.13 redux, 9.7.14.5 mma, ldmatrix, stmatrix). All lanes
-must take part."""
+"""Instructions that combine the lanes of a warp (sections 9.7.9.7 shfl, 9.7.13.13 redux, 9.7.14.5 mma, ldmatrix,
+stmatrix). All lanes must take part."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LANE = np.arange(LANES)
 
 
 def _every_lane(operand: Operand, program: Program) -> Source:
-    """A mask of lanes, which must name all."""
+    """Reads a mask of lanes. Raises Fault unless the mask has all lanes."""
     read = source(operand, TYPES["b32"], program)
 
     def check(warp: Warp) -> Array:
@@ -31,7 +31,7 @@ def _every_lane(operand: Operand, program: Program) -> Source:
 
 
 def _spread(warp: Warp) -> None:
-    """Each lane's result depends on all lanes."""
+    """If an operand has no value in some lane, no lane's result has one, because it depends on all lanes."""
     if warp.without is not None:
         warp.without = WHOLE
 
@@ -46,8 +46,8 @@ def _together(instruction: Instruction, step: Step) -> Step:
 
 @decodes("shfl")
 def shfl(instruction: Instruction, program: Program) -> Step:
-    """9.7.9.7: a register of another lane. c has the last lane to read, and which bits of lanes make segments; beyond
-    them a lane reads itself."""
+    """9.7.9.7: reads a register of another lane. c has the last lane to read, and the bits of a lane's number that
+    select its segment; beyond a segment a lane reads itself."""
     only(instruction, ("sync", "bfly", "idx", "up", "down", "b32"))
     to, of, b, c, mask = instruction.operands
     write = target(to, TYPES["b32"])
@@ -101,12 +101,12 @@ def redux(instruction: Instruction, program: Program) -> Step:
     return _together(instruction, step)
 
 
-# 9.7.14.5.15: a matrix of 8 rows and 8 columns of two bytes in one register a lane: lane l has the columns 2 (l mod 4)
-# and the next one of row l // 4. So the registers of 32 lanes are the matrix, row by row.
+# 9.7.14.5.15: a matrix of 8 x 8 elements of two bytes is in one register of each lane: lane l has columns 2 (l mod 4)
+# and 2 (l mod 4) + 1 of row l // 4. So the registers of the 32 lanes are the matrix, row by row.
 
 
 def _matrices(instruction: Instruction, registers: Operand) -> tuple[int, bool]:
-    """Their number, and whether they are transposed."""
+    """The number of matrices, and whether they are transposed."""
     only(instruction, ("sync", "aligned", "m8n8", "x1", "x2", "x4", "trans", "shared", "shared::cta", "b16"))
     (count,) = (int(each[1:]) for each in instruction.modifiers if each in ("x1", "x2", "x4"))
     if len(items(registers)) != count:
@@ -116,7 +116,7 @@ def _matrices(instruction: Instruction, registers: Operand) -> tuple[int, bool]:
 
 @decodes("ldmatrix")
 def ldmatrix(instruction: Instruction, program: Program) -> Step:
-    """9.7.14.5.15: lanes 8 i to 8 i + 7 have the addresses of the rows of matrix i."""
+    """9.7.14.5.15: loads matrices. Lanes 8 i to 8 i + 7 have the addresses of the rows of matrix i."""
     to, at = instruction.operands
     count, transposed = _matrices(instruction, to)
     writes, addresses = [target(each, TYPES["b32"]) for each in items(to)], address(at, program)
@@ -160,9 +160,9 @@ ELEMENTS: dict[str, Callable[[Array], Array]] = {
 
 @decodes("mma")
 def mma(instruction: Instruction, program: Program) -> Step:
-    """9.7.14.5.8: D [16, 8] = A [16, 16] B [16, 8] + C, products of two bytes, sums in float32. In which order a tensor
-    core sums, and how it rounds on the way, is not specified. Here each sum is made in float64, in one order for all
-    elements, and rounded once: off by half a unit in the last place of float32, and hardly more."""
+    """9.7.14.5.8: D [16, 8] = A [16, 16] B [16, 8] + C, with operands of two bytes and sums in float32. The order of a
+    tensor core's sums and its intermediate roundings are not specified. Here each sum is computed in float64, in one
+    order for all elements, and rounded once: the error is hardly more than half a unit in the last place of float32."""
     *head, result, a_type, b_type, c_type = instruction.modifiers
     if head != ["sync", "aligned", "m16n8k16", "row", "col"] or (result, c_type) != ("f32", "f32"):
         raise Unknown("shape or types")
@@ -176,8 +176,8 @@ def mma(instruction: Instruction, program: Program) -> Step:
     c, elements = [source(each, TYPES["f32"], program) for each in items(sources[2])], ELEMENTS[a_type]
 
     def step(warp: Warp) -> None:
-        # Registers 0 and 1 of A are its upper left and lower left quarter, 2 and 3 the right ones. B has its columns
-        # as rows. Of C and D, registers 0 and 1 are the even and odd columns of the upper half.
+        # Registers 0 and 1 of A are its upper left and lower left quarter, 2 and 3 the right quarters. B is stored with
+        # its columns as rows. Registers 0 and 1 of C and D are the even and odd columns of the upper half.
         left = np.array([read(warp) for read in a]).view(U16).reshape(2, 2, 8, 8).transpose(1, 2, 0, 3)
         right = np.array([read(warp) for read in b]).view(U16).reshape(2, 8, 8).transpose(1, 0, 2)
         added = np.array([read(warp) for read in c], F64).reshape(2, 2, 8, 4).transpose(0, 2, 3, 1)

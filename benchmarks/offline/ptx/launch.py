@@ -1,4 +1,4 @@
-"""A CTA and a grid: which warp goes on when. CTAs come in any order, several of them at once, and warps take turns at
+"""Runs a CTA and a grid, and chooses which warp runs next. Several CTAs run at once, in any order. Warps alternate at
 barriers and after atomic operations, in an order that a seed fixes."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .table import decode
 from .values import LANES
 from .warp import Step, Stop, Warp
 
-RESIDENT = 6  # CTAs at once
+RESIDENT = 6  # CTAs that run at once
 
 Grid = tuple[int, int, int]
 
@@ -33,9 +33,9 @@ class Kernel:
 
 @dataclass
 class Launch:
-    """``arguments``: the bits of the kernel's parameters, by their names; of one that is passed by value, as a tensor
-    map is, its address in ``memory``. ``is_dependent``: griddepcontrol.wait must come before global memory is
-    touched."""
+    """``arguments``: the bits of the kernel's parameters, by name; for a parameter that is passed by value, such as a
+    tensor map, its address in ``memory``. ``is_dependent``: griddepcontrol.wait must come before accesses to global
+    memory."""
 
     kernel: Kernel
     grid: Grid
@@ -44,10 +44,10 @@ class Launch:
     shared_bytes: int
     num_warps: int
     is_dependent: bool = False
-    waits_first: bool = False  # after the run: a CTA had waited before it let the next kernel start
+    waits_first: bool = False  # after the run: whether some CTA waited before it let the next kernel start
 
     def run(self, seed: int) -> None:
-        """Raises Fault at the first thing that is wrong."""
+        """Runs the grid. Raises Fault at the first error."""
         random = Random(seed)
         places = list(itertools.product(*map(range, self.grid)))
         random.shuffle(places)
@@ -62,7 +62,7 @@ class Launch:
                     self.waits_first |= not cta.early_start
 
     def run_one(self, place: Grid, random: Random) -> None:
-        """One CTA, without the others."""
+        """Runs one CTA, without the others."""
         cta = Cta(self, place, random.randrange(LANES))
         with np.errstate(all="ignore"):
             while not cta.go_on(random):
@@ -91,11 +91,11 @@ class Cta:
         self.early_start = False
 
     def lets_dependents_start(self, early: bool) -> None:
-        """``early``: by a warp that has not yet waited itself."""
+        """``early``: the warp that does so has not yet waited itself."""
         self.early_start |= early
 
     def go_on(self, random: Random) -> bool:
-        """One warp, up to its next stop. True: all have ended."""
+        """Runs one warp up to its next stop. Returns whether all warps have ended."""
         warp = random.choice(self._running)
         stop = warp.run()
         if stop is Stop.TURN:
@@ -116,7 +116,7 @@ class Cta:
         return not self._running
 
     def _arrive(self, warp: Warp) -> None:
-        """At the barrier ``warp.barrier``."""
+        """The warp arrives at the barrier ``warp.barrier``."""
         number, count = warp.barrier
         waiting = self._at_barrier.setdefault(number, [])
         waiting.append(warp)
@@ -131,7 +131,7 @@ class Cta:
         self._polling = []
 
     def _unblock(self, random: Random) -> None:
-        """Nobody can go on: something arrives that is under way, as late as it may."""
+        """If no warp can go on, completes something that is under way, such as a bulk copy: as late as allowed."""
         if self.bulk.arrives(random):
             if self.mbarriers.take_completed():
                 self._wake()
@@ -160,8 +160,8 @@ class Cta:
                 raise self._not_covered(other, warp)
 
     def releases(self, warp: int) -> None:
-        """An atomic operation of a warp tells other CTAs that what was stored may be read (section 8: causality order).
-        It speaks for the other warps only where a barrier stands between."""
+        """An atomic operation of a warp tells other CTAs that they may read what was stored (section 8: causality
+        order). It covers stores of other warps only if a barrier comes between."""
         self._released[warp] = self.clocks.now
         seen = self.clocks.known[warp].seen
         for other, moment in enumerate(self._stored):

@@ -1,9 +1,9 @@
-"""mbarrier objects in shared memory (section 9.7.13): a phase is complete when as many arrivals have come as the
-object was made for, and all bytes of the bulk copies that they announced. Then the next phase begins.
+"""mbarrier objects in shared memory (section 9.7.13). A phase is complete when all arrivals that the object was
+initialized for have come, and all bytes that they announced for bulk copies. Then the next phase begins.
 
-What was done before an arrival is known to who sees the phase complete. In the object's eight bytes stands its number;
-so what overwrites them ends it, as mbarrier.inval does. Whether initialization is ordered before a bulk copy uses the
-object is not checked: Triton makes no fence there."""
+A warp that sees the phase complete knows of everything before its arrivals. The object's eight bytes hold its number,
+so a write over them ends the object, as mbarrier.inval does. It is not checked whether initialization is ordered before
+a bulk copy that uses the object: Triton makes no fence there."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ class Mbarrier:
     at: int  # byte of shared memory
     count: int
     pending: int  # arrivals that the phase lacks
-    gathered: Knowledge  # of who has arrived in this phase
-    completed: Knowledge  # of the phase before
-    bytes: int = 0  # that bulk copies have yet to write; below 0 if they come before they are announced
+    gathered: Knowledge  # the knowledge of the warps that have arrived in this phase
+    completed: Knowledge  # the same of the previous phase
+    bytes: int = 0  # bytes that bulk copies have yet to write; below 0 if they arrive before they are announced
     phase: int = 0
 
     def __str__(self) -> str:
@@ -98,7 +98,7 @@ class Mbarriers:
         return True
 
     def take_completed(self) -> bool:
-        """Whether a phase was completed since this was last asked."""
+        """Whether a phase was completed since the last call."""
         some, self.some_completed = self.some_completed, False
         return some
 
@@ -126,7 +126,7 @@ def mbarrier(instruction: Instruction, program: Program) -> Step:
 
 
 def _active(warp: Warp, *values: Array) -> list[tuple[int, ...]]:
-    """For each lane that takes part, its values."""
+    """The values of each lane that takes part."""
     lanes = range(LANES) if warp.active is None else np.nonzero(warp.active)[0]
     return [tuple(int(value[lane]) for value in values) for lane in lanes]
 
@@ -158,8 +158,8 @@ def _inval(instruction: Instruction, program: Program) -> Step:
 
 
 def _arrive(instruction: Instruction, program: Program) -> Step:
-    """One arrival, or as many as the last operand says; with .expect_tx that is a number of bytes. The
-    state that it returns is not supported."""
+    """One arrival, or the number of arrivals in the last operand; with .expect_tx that operand is a number of bytes.
+    The state that the instruction returns is not supported."""
     only(instruction, ("arrive", "expect_tx", *HOW))
     to, place, *rest = instruction.operands
     if to != Name("_"):
@@ -191,7 +191,7 @@ def _expect_tx(instruction: Instruction, program: Program) -> Step:
 
 
 def _wait(instruction: Instruction, program: Program) -> Step:
-    """Whether the phase of this parity is complete. One that is not lets other warps go on."""
+    """Tests whether the phase of this parity is complete. If it is not, other warps run first."""
     only(instruction, ("try_wait", "test_wait", "parity", *HOW))
     if "parity" not in instruction.modifiers or len(instruction.operands) not in (3, 4):
         raise Unknown("an mbarrier's state")

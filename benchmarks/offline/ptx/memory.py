@@ -1,4 +1,4 @@
-"""Global memory (section 5.1.4): the buffers that a kernel's arguments point into, and which of their bytes it may
+"""Global memory (section 5.1.4): the buffers that a kernel's arguments point into, and the bytes that the kernel may
 touch."""
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from .faults import Fault
 from .values import U8, Array, Type
 
 SIZES = (1, 2, 4, 8, 16)  # bytes that a thread may move at once
-BASE = 0x7F_0000_0000_00  # so high that an address cut to 32 bits leads nowhere
-ALIGNMENT = 256  # of a buffer; also at least as many bytes lie between two of them
+BASE = 0x7F_0000_0000_00  # so high that an address cut to 32 bits is outside all buffers
+ALIGNMENT = 256  # of a buffer; also the least number of bytes between two buffers
 
 
 def rows_of(flat: Array) -> dict[int, Array]:
@@ -23,13 +23,14 @@ def rows_of(flat: Array) -> dict[int, Array]:
 
 class Observer(Protocol):
     def access(self, how: str, offsets: Array, size: int, early: bool) -> None:
-        """``size`` bytes at each of these offsets of the memory, touched by an instruction of a warp: "load", "copy"
-        (cp.async), "bulk load", "store", "bulk store", "atomic" or "prefetch"; before griddepcontrol.wait, or not."""
+        """An instruction of a warp touches ``size`` bytes at each of these offsets of the memory. ``how`` is "load",
+        "copy" (cp.async), "bulk load", "store", "bulk store", "atomic" or "prefetch". ``early``: before
+        griddepcontrol.wait."""
 
 
 class GlobalMemory:
-    """Buffers of bytes, far from each other, and for each which bytes of it are elements of an argument. Of a buffer
-    there may be the size only: it has zeros, and takes no memory before it is touched."""
+    """Buffers of bytes, far from each other, and which bytes of each are elements of an argument. A buffer may be given
+    by its size only: then its bytes are zeros, and it takes no memory before it is touched."""
 
     def __init__(self, buffers: Sequence[tuple[Array | int, Array | None]]) -> None:
         self.starts, self.lengths = [], [data if isinstance(data, int) else len(data) for data, _ in buffers]
@@ -47,11 +48,11 @@ class GlobalMemory:
                 self._gaps[start:end] = ~valid
         self._rows, self._gap_rows = rows_of(self._bytes), rows_of(self._gaps)
         self.observers: list[Observer] = []
-        self._settled: dict[int, Array] | None = None  # rows of bool: what may be read before griddepcontrol.wait
+        self._settled: dict[int, Array] | None = None  # rows of bool: allowed reads before griddepcontrol.wait
         self._judges_early = True
 
     def __len__(self) -> int:
-        """Bytes, with the gaps between buffers."""
+        """The number of bytes, with the gaps between buffers."""
         return len(self._bytes)
 
     def _ends(self) -> list[int]:
@@ -79,7 +80,7 @@ class GlobalMemory:
         return rows
 
     def load(self, addresses: Array, size: int, early: bool = False, how: str = "load") -> Array:
-        """Bytes [n, size]. ``early``: before griddepcontrol.wait."""
+        """Loads bytes [n, size]. ``early``: before griddepcontrol.wait."""
         rows = self.check(addresses, size)
         if early and self._judges_early and not self._is_settled(rows, size):
             raise Fault("reads global memory before griddepcontrol.wait")
@@ -87,7 +88,7 @@ class GlobalMemory:
         return self._rows[size].take(rows, axis=0)
 
     def store(self, addresses: Array, data: Array, early: bool = False, how: str = "store") -> None:
-        """Bytes [n, size]."""
+        """Stores bytes [n, size]."""
         size = data.shape[1]
         rows = self.check(addresses, size)
         if early and self._judges_early:
@@ -98,7 +99,7 @@ class GlobalMemory:
             raise Fault("two lanes store different values to one address of global memory")
 
     def atomic(self, address: Array, compute: Callable[[Array], Array], type_: Type, early: bool) -> Array:
-        """One element, which is what ``compute`` makes of it afterwards. Returns it as it was."""
+        """Replaces one element by ``compute`` of it. Returns the old value."""
         size = type_.bits // 8
         rows = self.check(address, size)
         if early and self._judges_early:
@@ -113,7 +114,7 @@ class GlobalMemory:
         self._tell("prefetch", addresses, 1, early)
 
     def settle(self, buffers: Collection[int]) -> None:
-        """No kernel that may still run writes these buffers: they may be read before griddepcontrol.wait."""
+        """Allows reads of these buffers before griddepcontrol.wait: no kernel that may still run writes them."""
         settled = np.zeros(len(self._bytes), np.bool_)
         for buffer in buffers:
             settled[self.starts[buffer] : self.starts[buffer] + self.lengths[buffer]] = True
@@ -123,7 +124,7 @@ class GlobalMemory:
         return self._settled is not None and bool(np.all(self._settled[size].take(rows, axis=0)))
 
     def leave_early_accesses(self) -> None:
-        """They are no faults: an observer judges them."""
+        """Raises no Fault for accesses before griddepcontrol.wait, because an observer judges them."""
         self._judges_early = False
 
     def _tell(self, how: str, addresses: Array, size: int, early: bool) -> None:

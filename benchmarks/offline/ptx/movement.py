@@ -1,4 +1,4 @@
-"""Between registers and memory (section 9.7.9 data movement; 9.7.13.5 atom)."""
+"""Data movement between registers and memory (section 9.7.9; 9.7.13.5 atom)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .table import decodes
 from .values import LANES, TYPES, U8, Array, Type, constant
 from .warp import HIGH, LOW, NOTHING, WHOLE, Step, Stop, Warp, address, items, only, source, target
 
-CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")  # 9.7.9.1: hints, that change no value
+CACHE = ("ca", "cg", "cs", "lu", "cv", "wb", "wt")  # 9.7.9.1: hints, which change no value
 TYPE_NAMES = tuple(TYPES)
 
 
@@ -33,7 +33,7 @@ def mov(instruction: Instruction, program: Program) -> Step:
 
 
 def _pack(to: Operand, of: Vector, type_: Type, program: Program) -> Step:
-    """9.7.9.4: a register from two parts, the lower one first."""
+    """9.7.9.4: packs two parts into a register, the lower part first."""
     low, high = (source(each, TYPES[f"b{type_.bits // 2}"], program) for each in of.items)
     write = target(to, type_)
 
@@ -68,7 +68,7 @@ def _unpack(to: Vector, of: Operand, type_: Type, program: Program) -> Step:
 
 @decodes("selp")
 def selp(instruction: Instruction, program: Program) -> Step:
-    """9.7.6.3. Of the source that is not chosen it does not matter whether it has a value."""
+    """9.7.6.3. The source that is not chosen need not have a value."""
     type_ = TYPES[instruction.modifiers[0]]
     only(instruction, TYPE_NAMES)
     to, *sources, chooser = instruction.operands
@@ -92,7 +92,7 @@ def selp(instruction: Instruction, program: Program) -> Step:
 
 @decodes("ld")
 def ld(instruction: Instruction, program: Program) -> Step:
-    """9.7.9.8, of weak loads."""
+    """9.7.9.8, only weak loads."""
     if instruction.modifiers[0] == "param":
         return _ld_param(instruction, program)
     count, type_ = _moved(instruction)
@@ -127,7 +127,7 @@ def _ld_param(instruction: Instruction, program: Program) -> Step:
 
 @decodes("st")
 def st(instruction: Instruction, program: Program) -> Step:
-    """9.7.9.11, of weak stores."""
+    """9.7.9.11, only weak stores."""
     count, type_ = _moved(instruction)
     at, of = instruction.operands
     reads = [source(each, type_, program, wider=True) for each in items(of)]
@@ -149,7 +149,7 @@ def st(instruction: Instruction, program: Program) -> Step:
 
 
 def _moved(instruction: Instruction) -> tuple[int, Type]:
-    """How many elements of which type a thread loads or stores."""
+    """The number and type of the elements that a thread loads or stores."""
     only(instruction, ("global", "shared", "shared::cta", "v2", "v4", "v8", *CACHE, *TYPE_NAMES))
     if ("global" in instruction.modifiers) == any(each.startswith("shared") for each in instruction.modifiers):
         raise Unknown("generic addresses")
@@ -180,8 +180,7 @@ def _store_shared(warp: Warp, places: Array, data: Array) -> None:
 
 @decodes("prefetch")
 def prefetch(instruction: Instruction, program: Program) -> Step:
-    """9.7.9.15: a hint, which may come before griddepcontrol.wait. That it leads to an argument is asked for all the
-    same."""
+    """9.7.9.15: a hint, which may come before griddepcontrol.wait. Its address must still be one of an argument."""
     only(instruction, ("global", "L1", "L2"))
     addresses = address(instruction.operands[0], program)
 
@@ -208,7 +207,7 @@ def _with(compute: Callable[[Array, Array], Array], value: Array, before: Array)
 
 @decodes("atom")
 def atom(instruction: Instruction, program: Program) -> Step:
-    """9.7.13.5, on integers. Lanes take their turns in order, and other warps and CTAs after each instruction."""
+    """9.7.13.5, on integers. Lanes operate in their order; other warps and CTAs may run after each instruction."""
     *_, name, kind = instruction.modifiers
     orders = ("relaxed", "acquire", *RELEASES)
     only(instruction, ("global", "gpu", "sys", *orders, *ATOMIC, "u32", "s32", "u64", "s64", "b32", "b64"))

@@ -1,8 +1,8 @@
-"""What each warp of a CTA knows of the others' accesses to memory: vector clocks.
+"""Vector clocks: what each warp of a CTA knows of the other warps' accesses to memory.
 
-Time is one counter for the CTA; each access is stamped with the present moment. A barrier, or an mbarrier's phase that
-completes, hands on what some warps know to others. An access is ordered behind another one if its warp knows of that
-warp's moment."""
+Time is one counter for the CTA, and each access is stamped with the present moment. A barrier, or a completed phase of
+an mbarrier, passes the knowledge of some warps to others. An access is ordered after an access of another warp if its
+warp knows of that access's moment."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LAST = 0xFFFF_FFF0  # moments end here
 
 @dataclass
 class Knowledge:
-    """What somebody knows of: per warp the latest moment of its accesses, the latest one that also has a
-    fence.proxy.async behind it, and which bulk copies have arrived."""
+    """Known accesses: for each warp the latest known moment, and the latest one that a fence.proxy.async followed; and
+    the bulk copies that are known to have arrived."""
 
     seen: Array
     fenced: Array
@@ -42,15 +42,15 @@ class Clocks:
         self.now = 1
         self.known = [nothing(num_warps) for _ in range(num_warps)]
         self._numbers = 0
-        self.floor = [0] * num_warps  # up to here a warp knows of everything; of its own accesses it always knows
+        self.floor = [0] * num_warps  # up to this moment a warp knows of all accesses of the others
 
     def number(self) -> int:
-        """Of a bulk copy."""
+        """A new number for a bulk copy."""
         self._numbers += 1
         return self._numbers
 
     def release(self, warp: int) -> Knowledge:
-        """What others may learn from this warp now, of which its own accesses are a part."""
+        """The knowledge that this warp passes to others now, including its own accesses."""
         known = self.known[warp]
         given = Knowledge(known.seen.copy(), known.fenced.copy(), set(known.copies))
         given.seen[warp] = self._next()
@@ -61,7 +61,7 @@ class Clocks:
         self._set_floor(warp)
 
     def barrier(self, warps: Sequence[int]) -> None:
-        """All of these know what each of them knows."""
+        """Each of these warps then knows what any of them knew."""
         common = nothing(len(self.known))
         for warp in warps:
             common.join(self.known[warp])
@@ -71,7 +71,7 @@ class Clocks:
             self._set_floor(warp)
 
     def fence(self, warp: int) -> None:
-        """fence.proxy.async: what this warp knows of is ordered before asynchronous accesses from here on."""
+        """fence.proxy.async: the accesses that this warp knows of are ordered before later asynchronous accesses."""
         known = self.known[warp]
         np.maximum(known.fenced, known.seen, out=known.fenced)
         known.fenced[warp] = self._next()

@@ -1,6 +1,6 @@
-"""From the text of a PTX module with one kernel to its instructions (sections 4 to 6: syntax, state spaces, operands).
+"""Parses the text of a PTX module with one kernel to instructions (sections 4 to 6: syntax, state spaces, operands).
 
-Of directives only those that declare parameters and registers are kept, and the lines of the source."""
+Only the directives that declare parameters and registers, and the lines of the source, are kept."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .faults import Unknown
 
 @dataclass(frozen=True)
 class Register:
-    slot: int  # its place among the registers of a thread
+    slot: int  # its index among the registers of a thread
     type: str  # as declared: "b32"
     name: str
 
 
 @dataclass(frozen=True)
 class Number:
-    bits: int  # an integer as it is, a float's bits
+    bits: int  # the value of an integer, or the bits of a float
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TensorAddress:
 
 
 Operand = Register | Number | Name | Address | Vector | TensorAddress
-BY_VALUE = "bytes"  # the type of a parameter that is no number, but a piece of memory
+BY_VALUE = "bytes"  # the type of a parameter that is a piece of memory, not a number
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,8 @@ def parse(text: str) -> Program:
 
 
 def _statements(text: str) -> Iterator[tuple[str, str, str, str, str]]:
-    """Labels, braces, lines of the source, and what ends with a semicolon: one of them is not empty."""
+    """Labels, braces, lines of the source, and statements, which end with a semicolon. One item of each tuple is not
+    empty."""
     text = text[text.index("{") :]
     text = _LINE.sub(lambda found: f".loc {found[1]}\n" if found[1] else "", text)
     at = 0
@@ -150,12 +151,12 @@ class _Scope:
         self._start = len(program.instructions)
 
     def label(self, name: str) -> None:
-        """A label counts between its braces only (section 4.4)."""
+        """A label is visible only between its braces (section 4.4)."""
         self._labels[name] = f"{name}@{self._start}" if self._outer else name
         self._program.labels[self._labels[name]] = len(self._program.instructions)
 
     def close(self) -> None:
-        """From here on the labels' names may have other meanings."""
+        """Ends the scope of the labels, whose names may be used again."""
         instructions = self._program.instructions
         for at in range(self._start, len(instructions)) if self._outer else ():
             operands = tuple(
@@ -231,7 +232,7 @@ def _operand(text: str, scope: _Scope) -> Operand:
 
 
 def _integer(text: str) -> int:
-    """Section 4.5.1: decimal, hexadecimal, octal or binary, with a U where it is unsigned."""
+    """Section 4.5.1: decimal, hexadecimal, octal or binary, with a U if it is unsigned."""
     sign, digits = (-1, text[1:]) if text.startswith("-") else (1, text)
     digits = digits.rstrip("U")
     if re.fullmatch(r"0[0-7]+", digits):

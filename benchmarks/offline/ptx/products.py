@@ -1,9 +1,9 @@
 """Products of warp groups (section 9.7.15, wgmma): four warps multiply tiles of shared memory, asynchronously. Each
-warp has 16 of the 64 rows of A and D, and is followed on its own; all four must take the same products.
+warp has 16 of the 64 rows of A and D, and runs by itself; all four must take the same products.
 
-D lands in its registers when the warp has waited for the product's group, which is as late as may be. Until then it is
-a fault to read D, to write D, or to write the registers of A, and so is a product whose registers were written since
-the last wgmma.fence. For sums the same holds as for mma (lanes.py): made in float64, rounded once an instruction."""
+D is written to its registers as late as allowed: when the warp has waited for the product's group. Until then it is a
+fault to read D, to write D, or to write the registers of A. A product whose registers were written since the last
+wgmma.fence is also a fault. Sums are computed as for mma (lanes.py): in float64, rounded once per instruction."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROWS, WARPS = 64, 4
 
 @dataclass(frozen=True)
 class Descriptor:
-    """9.7.15.5.1.2.2: where a matrix lies in shared memory."""
+    """9.7.15.5.1.2.2: the place of a matrix in shared memory."""
 
     start: int
     leading: int
@@ -42,8 +42,8 @@ class Descriptor:
         return cls(start, leading, stride, SWIZZLES[bits >> 62])
 
     def places(self, rows: int, transposed: bool) -> Array:
-        """Addresses of 16 bytes each. Of [rows, K], where K has 32 bytes: [rows, 2]. Transposed, [K, rows] of two
-        bytes: [16, rows // 8]."""
+        """The addresses of the matrix's pieces of 16 bytes: [rows, 2] for a matrix [rows, K] with rows of 32 bytes;
+        [16, rows // 8] for a transposed one, [K, rows] of two bytes each."""
         places = self.start + _offsets(rows, transposed, self.leading, self.stride, self.row)
         pattern = self.row // 16 - 1  # bits 4 and up are exchanged with those three above
         return places ^ ((places >> 7 & pattern) << 4)
@@ -51,7 +51,7 @@ class Descriptor:
 
 @functools.lru_cache(maxsize=256)
 def _offsets(rows: int, transposed: bool, leading: int, stride: int, row: int) -> Array:
-    """The canonical layouts of 9.7.15.5.1: core matrices of 8 times 16 bytes, side by side in the rows of a pattern."""
+    """The canonical layouts of 9.7.15.5.1: core matrices of 8 x 16 bytes, side by side in the rows of a pattern."""
     if not transposed:
         at, chunk = np.arange(rows)[:, None], np.arange(2)[None, :]
         return at % 8 * row + at // 8 * stride + chunk * (leading if row == 16 else 16)
@@ -63,7 +63,7 @@ def _offsets(rows: int, transposed: bool, leading: int, stride: int, row: int) -
 
 
 class WarpGroups:
-    """Which products each warp group takes: an instruction and its descriptors."""
+    """The products that each warp group takes: an instruction and its descriptors."""
 
     def __init__(self, num_warps: int) -> None:
         self._taken: list[list[tuple[int, ...]]] = [[] for _ in range(-(-num_warps // WARPS))]
@@ -100,7 +100,7 @@ def wgmma(instruction: Instruction, program: Program) -> Step:
 
 
 def _fence(warp: Warp) -> None:
-    """9.7.15.7.1: what the registers have in them now is what products may use."""
+    """9.7.15.7.1: products may use the present contents of the registers."""
     warp.all_together("wgmma.fence")
     warp.under_way.fenced = {slot: warp.registers[slot] for slot in warp.cta.program.product_slots}
 
@@ -113,7 +113,7 @@ def _commit(warp: Warp) -> None:
 
 
 def _wait(warp: Warp, most: int) -> None:
-    """9.7.15.7.3: until ``most`` groups, the latest ones, may still be under way."""
+    """9.7.15.7.3: completes groups until at most the latest ``most`` are under way."""
     warp.all_together("wgmma.wait_group")
     groups = warp.under_way.product_groups
     while len(groups) > most:
@@ -144,7 +144,7 @@ def _land(warp: Warp, sums: Sums) -> None:
 
 
 def _multiply(instruction: Instruction, program: Program) -> Step:
-    """9.7.15.5.2: D [64, N] = A [64, 16] B [16, N] + D, of elements of two bytes."""
+    """9.7.15.5.2: D [64, N] = A [64, 16] B [16, N] + D, where A and B have elements of two bytes."""
     _, *head, shape, result, a_type, b_type = instruction.modifiers
     if head != ["sync", "aligned"] or result != "f32" or a_type != b_type or a_type not in ELEMENTS:
         raise Unknown("shape or types")
@@ -200,12 +200,12 @@ def _constant(number: Number) -> Source:
     return lambda warp: value
 
 
-# A warp's part of a matrix, bits [rows, 16], and what describes it
+# Returns a warp's part of a matrix, bits [rows, 16], and the bits of its descriptor, or 0
 Load = Callable[[Warp, int | None, list[Array]], tuple[Array, int]]
 
 
 def _fragment(registers: list[Register], program: Program) -> Load:
-    """A in registers, as mma's."""
+    """Loads A from registers, in the layout of mma's A."""
     reads = [source(each, TYPES["b32"], program) for each in registers]
     if len(reads) != 4:
         raise Unknown("registers of A")
@@ -218,7 +218,7 @@ def _fragment(registers: list[Register], program: Program) -> Load:
 
 
 def _tile(operand: Operand, rows: int, transposed: bool, program: Program) -> Load:
-    """A matrix in shared memory, or a quarter of its rows."""
+    """Loads a matrix from shared memory, or a quarter of its rows."""
     descriptor = source(operand, TYPES["b64"], program)
 
     def load(warp: Warp, quarter: int | None, read: list[Array]) -> tuple[Array, int]:
@@ -252,7 +252,7 @@ def _check_fenced(warp: Warp, registers: tuple[Register, ...]) -> None:
 
 
 def _sums(warp: Warp, registers: tuple[Register, ...], shape: str, columns: int, adds: bool) -> Sums:
-    """Those of a product that is under way, which one of the same shape may go on with, or what the registers have."""
+    """The sums that a product adds to: those of a product of the same shape that is under way, or the registers'."""
     under_way = warp.under_way
     if all(each.slot not in under_way.sums for each in registers):
         value = np.zeros((16, columns), F32)

@@ -1,12 +1,12 @@
-"""A CTA's shared memory (section 5.1.6), and whether an access to it is ordered behind the accesses of other warps.
+"""A CTA's shared memory (section 5.1.6), and checks that each access is ordered after the accesses of other warps.
 
-For each byte is kept who wrote it last and when, and when each warp has read it last. Instead of a moment there may be:
-an asynchronous copy is under way to it, a bulk copy has written it, nothing was ever written. Two writes of one value
-are no race.
+For each byte, it is stored which warp wrote it last and when, and when each warp read it last. In place of the moment
+of the last write there may be a mark: an asynchronous copy to the byte is under way, a bulk copy has written it, or
+nothing was ever written. Two writes of the same value are no race.
 
-Products of warp groups and bulk copies go through another path to memory, the asynchronous proxy (section 8.6): what
-ordinary stores have written is seen there behind a fence.proxy.async only. What cp.async has written counts as seen:
-the specification does not say so, but CUTLASS's and Triton's products read it without a fence."""
+Products of warp groups and bulk copies use another path to memory, the asynchronous proxy (section 8.6), which sees
+data of ordinary stores only after a fence.proxy.async. Data that cp.async has written counts as seen: the specification
+does not say so, but CUTLASS's and Triton's products read such data without a fence."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from .memory import rows_of
 from .order import LAST, Clocks
 from .values import U8, U32, Array
 
-COPIED, COPYING, UNWRITTEN = LAST + 1, LAST + 2, LAST + 3  # where else the moment of the last write stands
-BY_COPY = 1 << 8  # beside the number of a warp whose cp.async has written
+COPIED, COPYING, UNWRITTEN = LAST + 1, LAST + 2, LAST + 3  # marks in place of the moment of the last write
+BY_COPY = 1 << 8  # added to the number of the warp if its cp.async has written
 
 
 class SharedMemory:
@@ -27,21 +27,21 @@ class SharedMemory:
         self._clocks, num_warps = clocks, len(clocks.known)
         self._rows = rows_of(np.full(room, 0xEE, U8))
         self._written = rows_of(np.full(room, UNWRITTEN, U32))
-        self._writer = rows_of(np.zeros(room, U32))  # a warp, or a bulk copy's number
+        self._writer = rows_of(np.zeros(room, U32))  # the number of a warp or of a bulk copy
         self._read = [rows_of(np.zeros(room, U32)) for _ in range(num_warps)]
         self._last_read = [0] * num_warps
-        self._reading = np.zeros(room // 16, np.int32)  # of 16 bytes: how many asynchronous reads are under way
+        self._reading = np.zeros(room // 16, np.int32)  # for each 16 bytes, the asynchronous reads that are under way
         self._num_reading = 0
 
     def load(self, warp: int, addresses: Array, size: int) -> Array:
-        """Bytes [n, size] at addresses int64 [n], for one warp."""
+        """A warp loads bytes [n, size] at addresses int64 [n]."""
         rows = self._check(addresses, size)
         self._check_read(warp, rows, addresses, size)
         self._note_read(warp, rows, size)
         return self._rows[size].take(rows, axis=0)
 
     def store(self, warp: int, addresses: Array, data: Array) -> None:
-        """Bytes [n, size]."""
+        """A warp stores bytes [n, size]."""
         size = data.shape[1]
         rows = self._check(addresses, size)
         raced = self._check_write(warp, rows, addresses, size, data)
@@ -57,7 +57,7 @@ class SharedMemory:
             raise Fault("two lanes store different values to one address of shared memory")
 
     def store_object(self, warp: int, addresses: Array, data: Array) -> None:
-        """An mbarrier: who knows of the store may use it, also through the asynchronous proxy."""
+        """Stores an mbarrier: a warp that knows of the store may use it, also through the asynchronous proxy."""
         size = data.shape[1]
         rows = self._check(addresses, size)
         self._check_write(warp, rows, addresses, size, None)
@@ -76,7 +76,7 @@ class SharedMemory:
         self._written[size][rows] = COPYING
 
     def end_copy(self, warp: int, addresses: Array, data: Array) -> None:
-        """The warp that asked for it has waited for it; the others need a barrier to know of that."""
+        """The warp that began the copy has waited for it. The other warps need a barrier to know of the copy."""
         size = data.shape[1]
         rows = addresses // size
         self._rows[size][rows] = data
@@ -92,14 +92,14 @@ class SharedMemory:
         self._written[16][rows] = COPYING
 
     def end_bulk_write(self, number: int, addresses: Array, data: Array) -> None:
-        """Who waits for the copy's mbarrier knows of it."""
+        """The copy has arrived. A warp that waits for its mbarrier knows of it."""
         rows = addresses // 16
         self._rows[16][rows] = data
         self._written[16][rows] = COPIED
         self._writer[16][rows] = number
 
     def begin_async_read(self, warp: int, addresses: Array) -> Array:
-        """Bytes [n, 16]. Until ``end_async_read`` nobody may write them."""
+        """Reads bytes [n, 16]. Until ``end_async_read`` nobody may write them."""
         rows = self._check(addresses, 16)
         self._check_read(warp, rows, addresses, 16)
         self._check_fenced(warp, rows, addresses, "reads")
@@ -108,7 +108,7 @@ class SharedMemory:
         return self._rows[16].take(rows, axis=0)
 
     def end_async_read(self, warp: int, addresses: Array) -> None:
-        """The warp has waited for it."""
+        """The warp has waited for the read."""
         rows = addresses // 16
         np.subtract.at(self._reading, rows, 1)
         self._num_reading -= 1
@@ -140,7 +140,7 @@ class SharedMemory:
             raise Fault(f"reads {self._what(unknown, rows, addresses, size)}")
 
     def _check_write(self, warp: int, rows: Array, addresses: Array, size: int, data: Array | None) -> Array | None:
-        """Returns where another warp, unknown to this one, has written the same value (bool [n, size])."""
+        """Returns where another warp wrote the same value without this warp's knowledge (bool [n, size])."""
         seen = self._clocks.known[warp].seen
         for other, last in enumerate(self._last_read):
             if other != warp and last > seen[other]:
@@ -179,7 +179,7 @@ class SharedMemory:
             )
 
     def _unknown(self, warp: int, written: Array, writer: Array) -> Array:
-        """Which writes this warp knows nothing of."""
+        """The writes that this warp does not know of."""
         known = self._clocks.known[warp]
         ordinary = written < COPIED
         by = np.where(ordinary, writer & (BY_COPY - 1), 0)

@@ -1,21 +1,21 @@
-"""Holds a sequence of launches, such as a decode step, against what programmatic dependent launch lets overlap.
+"""Checks a sequence of launches, such as a decode step, for races that programmatic dependent launch makes possible.
 
     with recorded(DEVICES["sm_90"], seed=1) as step:
         model.greedy(batch, cache)  # on the CPU, with dependent launches
     step.check()
 
-A kernel may start when each CTA of the one before has executed griddepcontrol.launch_dependents, or has ended. Behind
-griddepcontrol.wait all kernels before it have ended: the one before has, which had waited for the one before that.
-Before its wait there may still run
+A kernel may start when each CTA of the previous kernel has executed griddepcontrol.launch_dependents, or has ended.
+After griddepcontrol.wait all earlier kernels have ended, because each of them has waited for the one before it. Before
+a kernel's wait, these may still run:
 
-- the kernel before;
-- if each of its CTAs let dependents start before it had waited, also the one before that, and so on.
+- the previous kernel;
+- the kernel before that one, if each CTA of the previous kernel let dependents start before it had waited; and so on.
 
-So what a kernel reads before its wait none of these may write, and what it writes there none of them may read or write.
-A torch operation is taken for a kernel that is launched as usual: it starts when all before it have ended. It reads its
-arguments and writes its results, or what it changes in place.
+None of these may write what the kernel reads before its wait, or read or write what the kernel writes before its wait.
+A torch operation counts as a kernel without dependent launch: it starts when all earlier ones have ended. It reads its
+arguments and writes its results, or the tensors that it changes in place.
 
-Each byte counts, and memory that is given back and used again is the same memory. Prefetches touch nothing."""
+Each byte is checked, and memory that is freed and allocated again is the same memory. Prefetches touch nothing."""
 
 from __future__ import annotations
 
@@ -56,11 +56,11 @@ NO_KERNEL = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_str
 
 @dataclass
 class Ran:
-    """A kernel, or a torch operation: what it touched, as intervals [n, 2] of addresses on this machine."""
+    """A kernel or a torch operation, and what it touched, as intervals [n, 2] of addresses on this machine."""
 
     name: str
-    is_dependent: bool  # it may start before the one before it has ended
-    waits_first: bool  # it lets the next one start only when some CTA has waited, or ended
+    is_dependent: bool  # it may start before the previous kernel has ended
+    waits_first: bool  # it lets the next kernel start only when some CTA has waited, or ended
     names: list[tuple[int, int, str]]  # the first argument in a storage: its start, its end, its name
     early_reads: Array = field(default_factory=lambda: NONE)  # before its wait
     early_writes: Array = field(default_factory=lambda: NONE)
@@ -81,7 +81,7 @@ class Step:
         self.ran = list(ran)
 
     def ended(self) -> list[int]:
-        """For each launch, how many of those before it have ended when it starts."""
+        """For each launch, the number of earlier launches that have ended when it starts."""
         counts: list[int] = []
         for at, launch in enumerate(self.ran):
             if not launch.is_dependent or at == 0:
@@ -116,7 +116,8 @@ class Step:
 
 @contextlib.contextmanager
 def recorded(this: tuning.Device, seed: int, change: Change = lambda name, ptx: ptx) -> Iterator[Step]:
-    """Kernels run as in ``device``, and what they touch before their wait is no fault yet."""
+    """In this context kernels run as in ``device``, but accesses before their wait raise nothing: ``check`` judges
+    them."""
     step = Step()
 
     @contextlib.contextmanager
@@ -156,7 +157,7 @@ class _Touched:
 
     @staticmethod
     def _intervals(launch: Launch, storages: Storages, touched: Array) -> Array:
-        """Of the arguments: a kernel's own scratch memory is nobody else's."""
+        """The touched intervals of the arguments. A kernel's own scratch memory is left out, as nobody else uses it."""
         found = [NONE]
         for buffer in range(len(storages.names)):
             start = launch.memory.starts[buffer]
@@ -167,7 +168,7 @@ class _Touched:
 
 
 def _as_on_a_gpu() -> AbstractContextManager[Any]:
-    """There no op looks at the values of its arguments."""
+    """In this context no op reads the values of its arguments, as on a GPU."""
     stack = contextlib.ExitStack()
     for name, module in list(sys.modules.items()):
         if name.startswith("qwenkern.kernels") and hasattr(module, "can_look_at"):
@@ -207,7 +208,7 @@ def _same_storage(one: Tensor, other: Tensor) -> bool:
 
 
 def _whole(tensors: list[Tensor]) -> Array:
-    """From the first to the last byte of each tensor."""
+    """The interval from the first to the last byte of each tensor."""
     found = [NONE]
     for tensor in tensors:
         if tensor.numel():
@@ -222,7 +223,7 @@ def _first_common(some: Array, others: Array) -> int | None:
     if not len(some) or not len(others):
         return None
     others = others[np.argsort(others[:, 0])]
-    ends = np.maximum.accumulate(others[:, 1])  # of all that start no later
+    ends = np.maximum.accumulate(others[:, 1])  # the largest end of all intervals that start no later
     for start, end in some[np.argsort(some[:, 0])]:
         last = int(np.searchsorted(others[:, 0], end)) - 1  # the last one that starts before this one ends
         if last >= 0 and ends[last] > start:

@@ -1,4 +1,4 @@
-"""The instructions by their names: those that compute a register from others, and those that do more."""
+"""Looks up instructions by name: those that compute a register from others, and those that do more."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Computation:
     wider: bool  # operands may have more bits than their types
 
 
-COMPUTATIONS: dict[tuple[str, int], Computation] = {}  # by their whole names, and how many sources: "add.s32", 2
-DECODERS: dict[str, Decoder] = {}  # by what stands before the first dot: "ld"
+COMPUTATIONS: dict[tuple[str, int], Computation] = {}  # by whole name and number of sources: "add.s32", 2
+DECODERS: dict[str, Decoder] = {}  # by the name up to the first dot: "ld"
 
 
 def define(opcode: str, compute: Callable[..., Array], result: str, *sources: str, wider: bool = False) -> None:
@@ -44,7 +44,7 @@ def decodes(name: str) -> Callable[[Decoder], Decoder]:
 
 
 def decode(instruction: Instruction, program: Program) -> Step:
-    """What a warp does for an instruction. Raises Unknown with its text."""
+    """The function that runs an instruction for a warp. Raises Unknown with the text of an unknown instruction."""
     try:
         computation = COMPUTATIONS.get((instruction.opcode, len(instruction.operands) - 1))
         if computation:
@@ -64,7 +64,7 @@ def _computed(computation: Computation, instruction: Instruction, program: Progr
     destination, *operands = instruction.operands
     write = target(destination, computation.result, wider)
     reads = [source(each, of, program, wider) for each, of in zip(operands, computation.sources, strict=True)]
-    if len(reads) == 2:  # most of them
+    if len(reads) == 2:  # most instructions
         x, y = reads
 
         def step(warp: Warp) -> None:

@@ -1,10 +1,10 @@
-"""Tensor maps (section 5.5.8): 128 bytes that say where a tensor of up to five dimensions lies in global memory, and
-which boxes of it bulk copies move. NVIDIA does not say what stands in which byte; here it is this:
+"""Tensor maps (section 5.5.8): 128 bytes that describe a tensor of up to five dimensions in global memory, and the
+boxes of it that bulk copies move. NVIDIA does not document the bytes; here they are:
 
     0 address, 8 rank - 1, 12 element type, 16 interleaving, 20 swizzling, 24 fill, 28 five sizes of the box,
     48 five sizes, 68 five strides of elements, 88 four strides in bytes
 
-Of dimensions the innermost is the first."""
+The innermost dimension is the first."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .warp import Step, Warp, address, only, source
 
 SIZE = 128
 LAYOUT = struct.Struct("<Q5I5I5I5I4Q8x")
-# Where tensormap.replace puts a field : byte and size, of the first of several
+# The byte and the size of each field of tensormap.replace; of several fields, those of the first
 FIELDS = {
     "global_address": (0, 8),
     "rank": (8, 4),
@@ -78,7 +78,7 @@ class TensorMap:
         return int(np.prod(self.box)) * self.element
 
     def elements(self, at: Sequence[int]) -> tuple[Array, Array]:
-        """Of the box at these coordinates: the addresses of its elements (int64), and which lie in the tensor."""
+        """The addresses (int64) of the box's elements at these coordinates, and which of them lie in the tensor."""
         places, inside = np.full(1, self.start, np.int64), np.ones(1, bool)
         for start, count, size, stride in zip(
             reversed(at), reversed(self.box), reversed(self.sizes), reversed(self.strides), strict=True
@@ -89,8 +89,8 @@ class TensorMap:
         return places, inside
 
     def places(self, to: int) -> Array:
-        """Addresses in shared memory of the box's pieces of 16 bytes, in order: bits 4 and up are exchanged with those
-        three above (section 5.5.6)."""
+        """Addresses in shared memory of the box's pieces of 16 bytes, in order. Bits 4 and up of an address are
+        combined by XOR with the bits three places above (section 5.5.6)."""
         if to % 128:
             raise Fault(f"misaligned: a bulk copy of a tensor at byte {to} of shared memory")
         places = to + np.arange(0, self.bytes, 16)
@@ -106,7 +106,7 @@ def encode(
     swizzle: int,
     fill: int = 0,
 ) -> bytes:
-    """``strides`` in bytes, without the innermost dimension's."""
+    """The bytes of a tensor map. ``strides`` are in bytes, without that of the innermost dimension."""
     rank = len(sizes)
 
     def five(values: Sequence[int]) -> list[int]:
@@ -125,7 +125,7 @@ def tensormap(instruction: Instruction, program: Program) -> Step:
 
 
 def _replace(instruction: Instruction, program: Program) -> Step:
-    """A field of a map in shared memory."""
+    """Replaces a field of a map in shared memory."""
     only(instruction, ("replace", "tile", *FIELDS, "shared", "shared::cta", "b1024", "b32", "b64"))
     (name,) = (each for each in instruction.modifiers if each in FIELDS)
     place, *which, value = instruction.operands
@@ -149,7 +149,7 @@ def _replace(instruction: Instruction, program: Program) -> Step:
 
 
 def _copy(instruction: Instruction, program: Program) -> Step:
-    """A map from shared to global memory, for who makes fence.proxy.tensormap."""
+    """Copies a map from shared to global memory. A CTA may use it after a fence.proxy.tensormap."""
     known = ("cp_fenceproxy", "global", "shared::cta", "tensormap::generic", "release", "gpu", "sync", "aligned")
     only(instruction, known)
     to, of, size = instruction.operands

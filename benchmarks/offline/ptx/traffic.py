@@ -2,9 +2,9 @@
 
     traffic("sm_90", lambda: kernels.linear(x, weight))  # of meta tensors, without memory for their elements
 
-An instruction of a warp moves the sectors of 32 bytes that its lanes touch, each once. Nothing is taken to stay in the
-L1 cache: two instructions that touch one sector count twice. Loads through L1 may move less on a card; streams, which
-cp.async and bulk copies read past it, do not."""
+An instruction of a warp moves the sectors of 32 bytes that its lanes touch, each once. The L1 cache is not modelled:
+two instructions that touch one sector count twice. On a GPU, loads through L1 may move fewer bytes; cp.async and bulk
+copies, which bypass it, do not."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ KINDS = {"load": "loaded", "copy": "loaded", "bulk load": "loaded", "store": "st
 
 @dataclass
 class Traffic:
-    """Bytes by the name of the argument that they belong to. Of a prefetch, the lines of 128 bytes that it brings into
-    L2, which is other traffic: from memory to L2."""
+    """Bytes by the name of the argument that they belong to. A prefetch counts lines of 128 bytes, which is other
+    traffic: from memory to L2."""
 
     kernel: str
     grid: Grid
@@ -47,7 +47,7 @@ class Traffic:
 
     @property
     def bytes(self) -> int:
-        """Loads and stores of the program, in all."""
+        """The bytes of all loads and stores of the program."""
         return sum(self.loaded.values()) + sum(self.stored.values()) + sum(self.atomic.values())
 
     @property
@@ -76,12 +76,12 @@ def traffic(
     place: Callable[[Grid], Grid] = lambda grid: (0, 0, 0),
     fill: Mapping[str, float] | None = None,
 ) -> list[Traffic]:
-    """For every kernel that ``call`` starts, in order: what the program at ``place(grid)`` moves on ``DEVICES[key]``.
+    """The traffic of the program at ``place(grid)`` on ``DEVICES[key]``, for each kernel that ``call`` starts.
 
-    The tensors of ``call`` are meta tensors. Their elements are zeros, or what ``fill`` says for the argument with
-    their name: ``{"lengths_ptr": 1024}``. Other programs do not run; what the last program to arrive does is missing.
-    Raises Fault if the program does what it must not do, and Unknown for an instruction that is missing here. Needs a
-    process without TRITON_INTERPRET."""
+    The tensors of ``call`` are meta tensors. Their elements are zeros, or the value that ``fill`` has for the name of
+    the argument: ``{"lengths_ptr": 1024}``. Other programs do not run, so the work of the program that arrives last is
+    missing. Raises Fault for an error of the program, and Unknown for an instruction that the runner lacks. The process
+    must run without TRITON_INTERPRET."""
     found: list[Traffic] = []
     this, compile_ = machine_code.DEVICES[key], JITFunction.run
 

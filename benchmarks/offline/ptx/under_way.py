@@ -1,4 +1,4 @@
-"""What a warp has begun and not yet waited for: asynchronous copies and products, in groups."""
+"""Asynchronous copies and products that a warp has begun and not yet waited for, in groups."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .values import Array
 
 @dataclass
 class Sums:
-    """D of products while it is not in its registers."""
+    """The matrix D of products, before it is written to its registers."""
 
     registers: tuple[Register, ...]
     shape: str
@@ -21,8 +21,8 @@ class Sums:
 
 @dataclass
 class Product:
-    read: list[Array]  # places of shared memory
-    registers: list[tuple[Register, Array | None]]  # of A, and what was in them
+    read: list[Array]  # addresses in shared memory
+    registers: list[tuple[Register, Array | None]]  # the registers of A, and their contents
     sums: Sums
 
 
@@ -35,4 +35,4 @@ class UnderWay:
     products: list[Product] = field(default_factory=list)
     product_groups: list[list[Product]] = field(default_factory=list)
     sums: dict[int, Sums] = field(default_factory=dict)  # by register
-    fenced: dict[int, Array | None] | None = None  # what the registers of products had in them at the last wgmma.fence
+    fenced: dict[int, Array | None] | None = None  # the contents of products' registers at the last wgmma.fence

@@ -28,7 +28,7 @@ class Type:
 
     @property
     def stored(self) -> type[np.generic]:
-        """How a register of this width is kept."""
+        """The numpy type in which a register of this width is kept."""
         return STORED[self.bits]
 
 
@@ -56,17 +56,17 @@ def widen(bits: Array) -> Array:
 
 
 def odd_sum(x: Array, y: Array) -> Array:
-    """x + y of float64, and where that is not exact the neighbour of it whose last bit is odd. Rounded to a format of
-    51 bits or fewer this gives what the exact sum gives (Boldo and Melquiond 2008, Emulation of FMA and correctly
-    rounded sums). The error of the sum is exact by Knuth's two-sum."""
+    """x + y in float64, rounded to odd: if the sum is not exact, the neighbour whose last bit is odd. A second rounding
+    to a format of 51 bits or fewer then gives the rounded exact sum (Boldo and Melquiond 2008, Emulation of FMA and
+    correctly rounded sums). The error of the sum is exact by Knuth's two-sum."""
     total = x + y
     moved = total - x
     return _to_odd(total, (x - (total - moved)) + (y - moved))
 
 
 def _to_odd(rounded: Array, error: Array) -> Array:
-    """``rounded`` + ``error`` is exact, and rounded to nearest: float32 or float64 with an odd last bit, unless it is
-    exact or not finite."""
+    """Rounds ``rounded`` + ``error``, an exact sum whose nearest number is ``rounded``, to odd: float32 or float64 with
+    an odd last bit, unless the sum is exact or not finite."""
     integers = np.int64 if rounded.dtype == F64 else np.int32
     bits: Array = rounded.view(integers)
     inexact = (error != 0) & np.isfinite(error) & np.isfinite(rounded) & (bits & 1 == 0)

@@ -1,8 +1,8 @@
 """A warp: 32 lanes that take each instruction together, and how its operands are read and written.
 
-A register has no value before it is written, and after a guarded load not in the lanes that took no part. What is
-computed from it has none, either. That becomes a fault when
-the value is used as an address or as the predicate of a guard, or is stored."""
+A register has no value before it is written. After a guarded load, it has no value in the lanes that took no part. The
+result of a computation with such a register has no value either. That becomes a fault when the result is used as an
+address or as the predicate of a guard, or is stored."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
 
 
 class Stop(enum.Enum):
-    """Why a warp stops for another one to go on."""
+    """The reason why a warp stops and another one runs."""
 
     BARRIER = enum.auto()
     TURN = enum.auto()  # it may go on at once
-    POLL = enum.auto()  # what it asks for may be there when others have gone on
+    POLL = enum.auto()  # it waits for something that may happen when others have run
     END = enum.auto()
 
 
@@ -34,9 +34,9 @@ Step = Callable[["Warp"], Stop | None]
 Source = Callable[["Warp"], Array]
 Target = Callable[["Warp", Array], None]
 
-STEPS = 2_000_000  # of one warp between two stops, at most: a loop that does not end is a fault
+STEPS = 2_000_000  # the most instructions of a warp between two stops: a loop that does not end is a fault
 EVERY, NO = np.full(LANES, True), np.full(LANES, False)
-LOW, HIGH = 1, 2  # bits: a half of a register has no value
+LOW, HIGH = 1, 2  # flags: the low or the high half of a register has no value
 NOTHING, WHOLE = np.zeros(LANES, np.uint8), np.full(LANES, LOW | HIGH, np.uint8)
 _GARBAGE = {bits: np.full(LANES, 0x7FDEAD01_7FDEAD01 & ((1 << bits) - 1)).astype(STORED[bits]) for bits in STORED}
 
@@ -45,13 +45,13 @@ class Warp:
     def __init__(self, cta: Cta, number: int) -> None:
         self.cta, self.number = cta, number
         self.registers: list[Array | None] = [None] * len(cta.program.registers)
-        self.undefined: dict[int, Array] = {}  # by register that was written, what of each lane has no value: see LOW
-        self.without: Array | None = None  # likewise, of the operands of the present instruction
+        self.undefined: dict[int, Array] = {}  # for written registers, the flags (LOW, HIGH) of each lane
+        self.without: Array | None = None  # the same flags for the operands of the present instruction
         self.active: Array | None = None  # lanes that take part in the present instruction; None: all
         self.at = 0  # the next instruction
-        self.waits = cta.is_dependent  # until griddepcontrol.wait
+        self.waits = cta.is_dependent  # True until griddepcontrol.wait
         self.under_way = UnderWay()
-        self.barrier = (0, cta.num_warps)  # the one it is at, and for how many warps
+        self.barrier = (0, cta.num_warps)  # the barrier at which it waits, and the number of warps of that barrier
         lane = np.arange(LANES, dtype=U32)
         self.special = {"%tid.x": lane + U32(LANES * number), "%laneid": lane, "%tid.y": lane * 0, "%tid.z": lane * 0}
         for prefix, sizes in (("%ctaid", cta.place), ("%nctaid", cta.grid), ("%ntid", (LANES * cta.num_warps, 1, 1))):
@@ -59,7 +59,7 @@ class Warp:
                 self.special[f"{prefix}.{axis}"] = np.full(LANES, size, U32)
 
     def run(self) -> Stop:
-        """Up to the next stop."""
+        """Runs up to the next stop."""
         steps = self.cta.steps
         try:
             for _ in range(STEPS):
@@ -77,7 +77,7 @@ class Warp:
             raise Fault(f"{fault} [{place}: {instruction.text}]") from None
 
     def lanes(self) -> Array | None:
-        """Numbers of the active lanes; None: all."""
+        """The numbers of the active lanes; None: all."""
         return None if self.active is None else np.nonzero(self.active)[0]
 
     def write(self, register: int, bits: Array) -> None:
@@ -96,11 +96,11 @@ class Warp:
             self.undefined[register] = missing
 
     def lacks(self, missing: Array) -> None:
-        """An operand, or half of it, has no value in some lanes."""
+        """Notes that an operand, or half of it, has no value in some lanes."""
         self.without = missing if self.without is None else self.without | missing
 
     def need(self, what: str) -> None:
-        """Raises if an operand has no value in an active lane."""
+        """Raises Fault if an operand has no value in an active lane."""
         if self.without is None:
             return
         missing = self.without if self.active is None else self.without * self.active
@@ -115,7 +115,7 @@ class Warp:
 
 def source(operand: Operand, type_: Type, program: Program, wider: bool = False, copied: bool = False) -> Source:
     """Reads an operand as elements of a type. ``wider``: its register may have more bits, which are cut off (section
-    9.4.1). ``copied``: where one half has no value, the other one still counts, as in a packed type."""
+    9.4.1). ``copied``: if one half has no value, the other half still has one, as in a packed type."""
     if isinstance(operand, Number):
         value = constant(operand.bits, type_)
         return lambda warp: value
@@ -148,7 +148,7 @@ def source(operand: Operand, type_: Type, program: Program, wider: bool = False,
 
 
 def _named(name: Name, type_: Type, program: Program) -> Source:
-    """A special register (section 10), the address of shared memory, which is 0, or that of a parameter."""
+    """Reads a special register (section 10), the address of shared memory, which is 0, or that of a parameter."""
     if name.text in program.shared and type_.bits >= 32:
         value = constant(0, type_)
         return lambda warp: value
@@ -166,8 +166,8 @@ def _named(name: Name, type_: Type, program: Program) -> Source:
 
 
 def target(operand: Operand, type_: Type, wider: bool = False) -> Target:
-    """Writes elements of a type to a register. ``wider``: it may have more bits, and a signed integer's sign fills
-    them (section 9.4.1)."""
+    """Writes elements of a type to a register. ``wider``: the register may have more bits, which a signed integer's
+    sign fills (section 9.4.1)."""
     if operand == Name("_"):
         return lambda warp, value: None
     if not isinstance(operand, Register):
@@ -184,7 +184,7 @@ def target(operand: Operand, type_: Type, wider: bool = False) -> Target:
 
 
 def address(operand: Operand, program: Program) -> Source:
-    """int64."""
+    """Reads an address, as int64."""
     if not isinstance(operand, Address):
         raise Unknown(f"address {operand}")
     offset = np.int64(operand.offset)
@@ -200,7 +200,7 @@ def items(operand: Operand) -> Sequence[Operand]:
 
 
 def guarded(step: Step, register: Register, negated: bool, program: Program) -> Step:
-    """Section 9.3: only lanes whose predicate holds take part, and without one the warp goes on."""
+    """Section 9.3: only lanes whose predicate is true take part; if there are none, the warp goes on."""
     read = source(register, PRED, program)
     every, no = EVERY.tobytes(), NO.tobytes()
     if negated:
