@@ -1,10 +1,11 @@
-"""Compiles the kernels that on_gpu.py launches, for a GPU that is not here, into one file to carry there.
+"""Compiles the kernels that on_gpu.py launches, on a machine without the GPU, into one file for the machine with it.
 
     python benchmarks/carry.py --out kernels.tar.xz                       for an H100: benchmarks and GPU tests
-    python benchmarks/on_gpu.py --out results --kernels kernels.tar.xz    there
+    python benchmarks/on_gpu.py --out results --kernels kernels.tar.xz    on the machine with the GPU
 
-Both machines need the same version of Triton. A kernel that the file lacks is compiled there. The benchmarks' launches
-are recorded on tensors without memory, the tests' on a CPU, without comparing results (tests/support/compile_only.py).
+Both machines need the same version of Triton. The second machine compiles a kernel that the file lacks. The launches of
+the benchmarks are recorded on meta tensors, those of the tests on a CPU, without comparing results
+(tests/support/compile_only.py).
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from qwenkern.sampling import Drawing
 
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 META = torch.device("meta")
-STEPS = tuple(itertools.product((1, 16), (None, Drawing())))  # of end_to_end.py and where.py
-PROMPTS = ((1, 128), (1, 2048), (16, 128), (2, 2048))  # sequences and tokens of a pass
+STEPS = tuple(itertools.product((1, 16), (None, Drawing())))  # decode steps of end_to_end.py and where.py
+PROMPTS = ((1, 128), (1, 2048), (16, 128), (2, 2048))  # sequences, and tokens of each, of a forward pass
 
 
 class Traced(CallCapture):
@@ -58,7 +59,7 @@ def launch_case(model: str, name: str, tokens: int) -> None:
 
 @torch.inference_mode()
 def launch_model(model: str) -> None:
-    """The decode steps and the passes over prompts, with two layers, which launch what more layers launch."""
+    """Decode steps and prompts, with two layers, which launch the same kernels as more layers."""
     fields = vars(Config.from_name(model))
     config = Config(**fields | {"num_hidden_layers": 2})
     module = Qwen2(config, torch.bfloat16, META)
@@ -72,7 +73,7 @@ def launch_model(model: str) -> None:
 
 
 def compile_task(arch: str, folder: str, dependent: tuple[bool, ...], task: tuple[str, ...]) -> int:
-    """One of the functions above, by its name, with its arguments. Returns how many kernels it launched."""
+    """Runs one of the functions above, by its name. Returns the number of kernels that it launched."""
     name, *arguments = task
     with compiling(DEVICES[arch], dependent, Path(folder)) as names:
         {"case": launch_case, "model": launch_model}[name](*arguments)  # type: ignore[operator]
@@ -80,7 +81,7 @@ def compile_task(arch: str, folder: str, dependent: tuple[bool, ...], task: tupl
 
 
 def compile_tests(arch: str, folder: str, jobs: int) -> str:
-    """Runs the kernels' tests under the plugin. Returns pytest's last line; what fails there does not matter."""
+    """Runs the kernels' tests with the plugin compile_only. Returns pytest's last line. Failures do not matter."""
     environment = os.environ | {"TRITON_INTERPRET": "0", KERNELS.name: "triton", "PYTHONPATH": _path()}
     environment |= {"COMPILE_ONLY_FOR": arch, "COMPILE_ONLY_INTO": folder}
     command = [sys.executable, "-m", "pytest", "-q", "--tb=no", "-p", "support.compile_only", "-p", "no:cacheprovider"]

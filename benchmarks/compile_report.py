@@ -7,19 +7,20 @@
 The rules:
 
 - A kernel has no spills and no stack.
-- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits. Three
-  kinds have less: v in 8 bits, x beside codes that are signed bytes, and the upper bits that are dequantised.
+- An access has 128 bits, if the CTA moves enough bytes at once to give each thread 128 bits. Three kinds of access have
+  fewer: v in 8 bits, x if the codes are signed bytes, and upper bits that are dequantised.
 - The attention kernels and the few-token linears have matrix instructions.
-- A kernel needs no more shared memory than the device has, and has no tile there whose rows lie in the same banks,
-  except where that was measured to be faster.
-- A loop that unpacks quantised weights has few instructions for it, and on an H100 it issues its instructions in about
-  the time in which its bytes arrive (offline/unpacking.py has both limits, and says why only loops are judged).
+- A kernel needs no more shared memory than the device has, and has no tile in it whose rows lie in the same banks,
+  except where such a tile was measured to be faster.
+- A loop that unpacks quantised weights has few instructions for this, and on an H100 the loop issues its instructions
+  in about the time in which its bytes arrive (offline/unpacking.py has both limits, and says why only loops are
+  judged).
 - From sm_90 on, a kernel uses programmatic dependent launch.
-- On an H100, what an op of 3B's decode step loads takes at most 1.3 times as long through the L2 cache as the bytes of
-  the op take from memory (offline/traffic.py). With quantised weights, what the CTAs read of x again may take longer,
+- On an H100, the loads of an op of 3B's decode step take at most 1.3 times as long through the L2 cache as the op's
+  bytes take from memory (offline/traffic.py). With quantised weights, the CTAs' repeated reads of x may take longer,
   but not longer than the same op takes in bfloat16.
-- A kernel of a layer of that step fits on an SM beside the one before, or it requests bytes before it waits for that
-  one (offline/neighbours.py).
+- A kernel in a layer of that step fits on an SM beside the previous kernel, or it requests bytes before it waits for
+  the previous kernel (offline/neighbours.py).
 
 If a rule is broken, the exit code is 1. The rules do not apply to AMD's code, which is only listed.
 """
@@ -58,17 +59,17 @@ from qwenkern.kernels.weights import FORMATS as WEIGHT_FORMATS
 from qwenkern.kernels.weights.group_products import GroupNumbers
 
 MODELS = ("qwen2.5-0.5b", "qwen2.5-3b", "qwen2.5-7b", "qwen2.5-72b")
-COUNTED = "qwen2.5-3b", "sm_90"  # for which traffic is counted and neighbours are judged, on the PTX runner
-MOST_L2 = 1.3  # times as long as from memory
+COUNTED = "qwen2.5-3b", "sm_90"  # the PTX runner counts traffic and judges neighbours for these
+MOST_L2 = 1.3  # the most time through the L2 cache, as a multiple of the time from memory
 WARP = 32
-# The formats of weights that are compiled for every architecture, and those for sm_90 besides; and of the cache.
+# The formats of weights that are compiled for every architecture; more formats for sm_90; the formats of the cache.
 WEIGHTS, MORE_WEIGHTS, PAGES = (
     ("int4", "q6_k", "int8", "fp8"),
     ("q4_0", "q4_k", "q5_0", "q5_k", "q8_0"),
     ("float16", "int8", "fp8"),
 )
-ONLY_DENSE = ("qkv", "lm_head")  # of what takes weights: others have the same loops
-DEQUANTISED = ("embedding", "gate_up")  # whose many tokens or rows are dequantised by a kernel
+ONLY_DENSE = ("qkv", "lm_head")  # cases with weights that are compiled dense only: others have the same loops
+DEQUANTISED = ("embedding", "gate_up")  # cases for which a kernel dequantises many tokens or rows
 ON_TENSOR_CORES: tuple[str, ...] = (
     "_decode_attention_kernel",
     "_prefill_attention_kernel",
@@ -78,18 +79,18 @@ ON_TENSOR_CORES: tuple[str, ...] = (
 ON_TENSOR_CORES += ("_norm_qkv_rope_kernel",)
 
 ATTENTION = ("_decode_attention_kernel", "_prefill_attention_kernel")
-# A tile of v in 8 bits is copied in pieces of 64 bits. The tensor cores read a column of v at a time, and so Triton
-# puts eight values together in shared memory: a 128-bit access in bfloat16. The sectors of memory stay whole.
+# A tile of v in 8 bits is copied in pieces of 64 bits. The tensor cores read a column of v at a time, so Triton puts
+# eight values together in shared memory: a 128-bit access in bfloat16. Whole sectors of memory are still read.
 BYTES_OF_V = ("v", 8)
 # Codes that are signed bytes need no sum of x. The product is then the only use of a streamed tile of x, and Triton
 # swizzles the tile by four values. x comes from the L2 cache; the codes themselves have 128 bits.
-SIGNED_BYTES = 8, 128  # bits and zero of the form
-# One line of it loads codes and upper bits, of which a tile has 4 or 8 bytes for each thread. What is known of a line
-# is its largest tile and its narrowest instruction.
+SIGNED_BYTES = 8, 128  # bits and zero of the format
+# One line of this kernel loads codes and upper bits. A tile has 4 or 8 bytes of upper bits for each thread. The report
+# knows only the largest tile and the narrowest instruction of a line.
 OF_UPPER_BITS = "_dequantise_kernel", "bits"
 
-# Here tiles whose rows lie in the same banks were faster than the tiles without them (docs/tuning-log.md): `down` takes
-# eight warps then, and reads 16 bytes a cycle from shared memory, where an SM of an H100 gets 14.5 from its memory.
+# For this kernel, tiles whose rows lie in the same banks were faster than other tiles (docs/tuning-log.md): `down` then
+# has eight warps, and reads 16 bytes per cycle from shared memory; an SM of an H100 gets 14.5 from memory.
 CONFLICTS_MEASURED = {("_linear_kernel", "sm_90")}
 
 
@@ -108,16 +109,16 @@ class Row:
     broken: list[str]
     loaded: int | None = None  # bytes from global memory, if they were counted (offline/traffic.py)
     early: int | None = None  # bytes requested before the wait
-    prologue: int | None = None  # instructions of a warp from there to the first matrix product
+    prologue: int | None = None  # instructions of a warp from the wait to the first matrix product
     weights: str = DENSE  # the format of the matrix
     pages: str = DENSE  # the format of the cache
-    a_weight: float | None = None  # instructions that unpack it, if it is quantised (offline/unpacking.py)
-    issued: float | None = None  # the time of all instructions of a turn over that of its bytes, on an H100
-    issue_seconds: float | None = None  # of all turns, on an H100's SM that has most of them
+    a_weight: float | None = None  # instructions that unpack one weight, if it is quantised (offline/unpacking.py)
+    issued: float | None = None  # on an H100: time to issue a loop iteration's instructions / time of its bytes
+    issue_seconds: float | None = None  # the same time for all iterations, on the SM that has most of them
 
     @property
     def formats(self) -> str:
-        """What is not dense of it, as text."""
+        """The formats that are not dense, as text."""
         return " ".join([self.weights] * (self.weights != DENSE) + [f"{self.pages} pages"] * (self.pages != DENSE))
 
 
@@ -146,7 +147,7 @@ def broken_rules(key: str, launch: Launch, code: Code) -> list[str]:
 
 
 def _least_width(launch: Launch, access: Access) -> int:
-    """The bits that an access must have where the rule covers it."""
+    """The bits that an access must have if the rule covers it."""
     if (launch.name, access.name) == OF_UPPER_BITS:
         return 32
     form = launch.tile.form if launch.tile else None
@@ -187,7 +188,7 @@ def examine(model: str, name: str, tokens: int, key: str, weights: str = DENSE, 
 
 
 def count_traffic(rows: list[Row], case: Case, config: Config, size: Size, inputs: tuple[Any, ...]) -> None:
-    """Adds their traffic to the kernels of a case, and a broken rule to the first if it is too much."""
+    """Adds the traffic to the kernels of a case, and a broken rule to the first kernel if the traffic is too much."""
     fill = {"lengths_ptr": size.context}
     for row, each in zip(rows, traffic(DEVICES[COUNTED[1]], lambda: case.run(*inputs), fill), strict=True):
         row.loaded, row.early, row.prologue = each.loaded, each.early, each.prologue
@@ -198,7 +199,7 @@ def count_traffic(rows: list[Row], case: Case, config: Config, size: Size, input
 
 
 def judge_neighbours(rows: list[Row], tokens: int, quantize: str = DENSE) -> Table:
-    """Says how many programs of each kernel of a step find room beside the kernel before, and adds broken rules."""
+    """Says how many programs of each kernel of a step fit beside the previous kernel, and adds broken rules."""
     model, key = COUNTED
     mine = [row for row in rows if (row.model, row.tokens, row.arch, row.pages) == (model, tokens, key, DENSE)]
     formats = plan.formats(quantize)
@@ -272,8 +273,8 @@ def main(
 def variants(
     case: Case, tokens: int, key: str, weights: Sequence[str], pages: Sequence[str], everything: bool = False
 ) -> list[tuple[str, str]]:
-    """The formats of weights and pages in which a case is compiled; first the dense ones. ``weights`` and ``pages`` are
-    what was asked for; if nothing was, the formats of the report."""
+    """The formats of weights and pages in which a case is compiled, dense ones first. ``weights`` and ``pages`` are the
+    formats that the user asked for; if there are none, the report's own formats are used."""
     if list(weights) == [DENSE] and not pages:
         return [(DENSE, DENSE)]
     asked = bool(weights or pages)

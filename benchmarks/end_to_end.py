@@ -8,12 +8,12 @@
     python benchmarks/end_to_end.py --busy 2                          decoding with two busy processes
     python benchmarks/end_to_end.py --twice                           two processes that decode at once
 
-The engines take turns; the compiled one comes last, with qwenkern alone. qwenkern runs in bfloat16, or with --quantize
-on quantised weights; the others run in bfloat16. transformers runs on the memory of qwenkern's bfloat16 weights:
-unchanged, with qwenkern's or Liger's kernels, or compiled. llama.cpp's programs read a bfloat16 GGUF file made of these
-weights, or (`llama.cpp file`) the quantised GGUF file that the model came from. Each round measures the roofline and
-takes one reading of every engine. Speed-ups and shares are those within a round. A decode step must read every weight
-and the cached keys and values, so its limit is the bandwidth of a loop that only reads. The limit of a prompt is the
+Each round measures the roofline and takes one reading of every engine. Compiled transformers is measured last, in
+rounds with qwenkern alone. qwenkern runs in bfloat16, or with --quantize on quantised weights; the others run in
+bfloat16. transformers uses the memory of qwenkern's bfloat16 weights: unchanged, with qwenkern's or Liger's kernels, or
+compiled. llama.cpp's programs read a bfloat16 GGUF file made of these weights, or (`llama.cpp file`) the quantised GGUF
+file that the model came from. Speed-ups and shares are those within a round. A decode step must read every weight and
+the cached keys and values, so its limit is the bandwidth of a loop that only reads. The limit of a prompt is the
 multiply-add peak.
 """
 
@@ -49,7 +49,7 @@ from qwenkern.kernels.c import build
 from qwenkern.kernels.environment import THREADS
 
 PEERS = ("bfloat16", "transformers", "patched", "liger", "compiled", "llama.cpp", "llama.cpp file")
-STORED = "stored"  # of --quantize: the file's own formats
+STORED = "stored"  # a value of --quantize: the file's own formats
 MISSING = (ImportError, FileNotFoundError)  # raised if a peer is not installed
 
 
@@ -62,8 +62,8 @@ def measure(
     repeats: int,
     limits: Callable[[], Roofline],
 ) -> tuple[list[dict[str, Any]], list[Roofline]]:
-    """A row for each engine, and the roofline of each round. The engines are read in turns. A speed-up is the speed of
-    the first engine over that of another one. The row of an engine that fails has its error."""
+    """A row for each engine, and the roofline of each round. Each round takes one reading of every engine. A speed-up
+    is the speed of the first engine over that of another one. The row of an engine that fails has its error."""
     prompts, failed, found = random_prompts(config, batch, prompt), {}, []
     readings: dict[str, list[peers.Reading]] = {name: [] for name in engines}
     for turn in range(repeats + 1):
@@ -73,10 +73,10 @@ def measure(
                 continue
             try:
                 reading = engine.read(prompts, new)
-            except Exception as error:  # that a peer cannot do this is a result
+            except Exception as error:  # the failure of a peer is a result
                 failed[name] = f"{type(error).__name__}: {error}".splitlines()[0][:200]
                 continue
-            if turn:  # the first turn warms up
+            if turn:  # the first round warms up
                 readings[name].append(reading)
         if turn:
             found.append(limit)
@@ -105,8 +105,8 @@ def measure(
 
 
 def in_turns(names: list[str]) -> list[list[str]]:
-    """The engines that take turns. "compiled" takes turns with qwenkern alone, after the others: compiling may take
-    minutes, and a run that is ended meanwhile has kept the others' results."""
+    """The engines that share rounds. "compiled" shares rounds with qwenkern alone, after the others: compiling may take
+    minutes, and if the run is ended during this time, the others' results are already kept."""
     quick = [name for name in names if name != "compiled"]
     return [quick, [names[0], "compiled"]] if "compiled" in names else [quick]
 
@@ -118,8 +118,8 @@ def random_prompts(config: Config, batch: int, length: int) -> list[list[int]]:
 
 def load(model: str, device: torch.device, layers: int, room: int, quantize: str = "") -> Model:
     """The model in bfloat16, or with ``quantize`` on quantised weights with the default dtypes. The name of a size of
-    the family gives random weights, with ``layers`` layers if not 0. Each call computes all of its tokens: readings
-    repeat their prompts."""
+    the family gives random weights, with ``layers`` layers if not 0. The model has no prefix cache, because readings
+    repeat their prompts and each must compute all tokens."""
     how: dict[str, Any] = {"prefix_cache": False, "speculate": False}
     how |= {"quantize": None if quantize == STORED else quantize} if quantize else {"dtype": "bfloat16"}
     if model.lower() not in FAMILY:
@@ -142,7 +142,7 @@ def make(
     if name == "bfloat16":
         return peers.qwenkern(dense())
     if name.startswith("llama.cpp"):
-        llama_cpp.find("llama-bench")  # before it writes a file of gigabytes for nothing
+        llama_cpp.find("llama-bench")  # raises before a file of gigabytes is written in vain
         if name == "llama.cpp":
             peers.write_gguf(dense(), file := folder / "model.gguf")
         assert file
@@ -152,7 +152,7 @@ def make(
 
 
 def decoder(name: str, model: str, layers: int, threads: int, prompt: int, new: int, quantize: str) -> contention.Rate:
-    """Measures the decode rate of one sequence on a CPU, in a process with nothing else."""
+    """Measures the decode rate of one sequence on a CPU, in a process that does nothing else."""
     use(threads)
     loaded = load(model, torch.device("cpu"), layers, prompt + new + 64, quantize if name == "qwenkern" else "")
     return rate(make(name, loaded, lambda: loaded, None, Path(), threads), loaded.config, prompt, new)

@@ -3,10 +3,10 @@
     python benchmarks/engine.py                       the demo model on a CPU
     python benchmarks/engine.py --json FILE
 
-- own work: the time of a step around a model that computes nothing, and with 10,000 requests that wait.
-- speculation: the time of a text with it and without it, in turns; the texts must be equal to the last bit.
-- next turn: the time to the first token of a conversation's second turn, against that of the first.
-- gap: the longest time between two tokens of a stream while a long prompt is read.
+- own work: the time of a step with a model that computes nothing, also while 10,000 requests wait.
+- speculation: the time of a text with and without speculation, alternately; the texts must be equal to the last bit.
+- next turn: the time to the first token of a conversation's second turn, compared with the first turn.
+- gap: the longest time between two tokens of a stream while the engine reads a long prompt.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def tasks() -> dict[str, list[str]]:
 
 
 def speculation(fast: Model, plain: Model, new: int, repeats: int) -> list[dict[str, Any]]:
-    """A row for each kind of text: how many times as fast it is with speculation."""
+    """A row for each kind of text, with the speed-up by speculation."""
     rows, middle = [], results.middle_and_ends
     kinds: dict[str, Run] = {}
     for name, questions in tasks().items():
@@ -66,10 +66,10 @@ def speculation(fast: Model, plain: Model, new: int, repeats: int) -> list[dict[
         ratios, rates = [], []
         for turn in range(repeats + 1):
             (slow, before), (quick, now) = timed(plain, run), timed(fast, run)
-            # of prompts that share passes, the bits depend on which prompts do
+            # if prompts share forward passes, the bits depend on which prompts share one
             if name != TOGETHER and [each.logprobs for each in before] != [each.logprobs for each in now]:
                 raise RuntimeError(f"{name}: speculation has changed a text or its log-probabilities")
-            if turn:  # the first one fills the prefix cache and captures
+            if turn:  # the first round fills the prefix cache and captures the steps
                 ratios.append(slow / quick)
                 rates.append(sum(each.num_tokens for each in now) / quick)
         rows.append({"case": name, "speedup": middle(ratios), "tokens_per_second": middle(rates)})
@@ -95,7 +95,7 @@ def timed(model: Model, run: Run) -> tuple[float, list[Completion]]:
 
 
 def next_turn(model: Model, tokens: int) -> dict[str, float]:
-    """Seconds to the first token of a first turn of so many tokens, and of the second turn."""
+    """Seconds to the first token, in a conversation's first turn, which has ``tokens`` tokens, and in its second."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     assert model.tokenizer
     ids = model.tokenizer.encode(text * (1 + 6 * tokens // len(text)))[:tokens]
@@ -115,7 +115,7 @@ def first_token(model: Model, messages: list[dict[str, Any]]) -> tuple[float, st
 
 
 def gap(model: Model, tokens: int) -> dict[str, float]:
-    """The longest and the median gap of a stream while another caller's prompt of so many tokens is read."""
+    """The longest and the median gap of a stream while the engine reads another prompt of ``tokens`` tokens."""
     stream = model.stream([1] * 20, replace(GREEDY, max_tokens=2000, ignore_eos=True))
     times = [time.perf_counter() for _, _ in zip(range(20), stream, strict=False)]
     alone = statistics.median(after - before for before, after in pairwise(times))
@@ -131,7 +131,7 @@ def gap(model: Model, tokens: int) -> dict[str, float]:
 
 
 class Nothing(CallCapture):
-    """Captures no step, so that a model of any kind runs."""
+    """Captures no step, so that any object can stand in for the model."""
 
     def padded(self, sequences: int) -> None:
         return None

@@ -1,11 +1,11 @@
-"""Times the host: Python and launches for each op, and the first token of a prompt.
+"""Times the work of the host: Python and launches for each op, and the first token of a prompt.
 
     python benchmarks/host.py --model qwen2.5-3b --tokens 1,128 --json host.json
-    python benchmarks/host.py --prompts 128,512                 also the first token of such prompts, on a GPU
+    python benchmarks/host.py --prompts 128,512                 also the first token of prompts this long, on a GPU
 
-Each op is timed twice: bound by Triton and checked in every call, and with the launch plans and the choices that are
-remembered. Without a GPU the ops run on meta tensors, as on an H100, with a launcher that does nothing: what is timed
-is Python alone, and torch's own meta kernels.
+Each op is timed twice: with checks and Triton's binder in every call, and with remembered launch plans and choices of
+backends. Without a GPU the ops run on meta tensors, as on an H100, with a launcher that does nothing. Then the time is
+that of Python and of torch's own meta kernels.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from qwenkern.engine.capture import GraphCapture
 from qwenkern.kernels.triton import launching, tuning
 from qwenkern.kernels.triton.offline import active
 
-CALLS = 50  # between two looks at the clock: fewer launches than a GPU queues
+CALLS = 50  # calls between two readings of the clock: fewer launches than a GPU queues
 READINGS = 15
 ON_LIBRARY = ("norm_linear", "norm_qkv_rope", "norm_swiglu_linear", "linear", "lm_head", "lm_head_top_k", "embedding")
 
 
 @dataclass(frozen=True)
 class Row:
-    """What the host takes for one call, in microseconds."""
+    """The host's time for one call, in microseconds."""
 
     case: str
     tokens: int
-    bound: float  # bound by Triton and checked in every call
+    bound: float  # with checks and Triton's binder in every call
     remembered: float
 
 
 @dataclass(frozen=True)
 class FirstToken:
-    """From a prompt to its first token, in milliseconds."""
+    """The time from a prompt to its first token, in milliseconds."""
 
     prompt: int
     op_by_op: float
@@ -72,7 +72,7 @@ def _nothing_remembered() -> Iterator[None]:
 
 
 def _nothing(*args: Any) -> None:
-    """In place of a launch."""
+    """Does nothing, in place of a launch."""
 
 
 @contextlib.contextmanager
@@ -90,8 +90,8 @@ def _without_a_gpu() -> Iterator[None]:
 
 
 def _microseconds(call: Callable[[], Any], on_gpu: bool) -> float:
-    """The least of some readings: what is more than that, others on the machine took. Without a GPU nothing waits, so
-    the time of this process alone counts."""
+    """The smallest of several readings, because other processes on the machine only add to the time. Without a GPU the
+    host waits for nothing, so the processor time of this process counts."""
     clock = time.perf_counter if on_gpu else time.process_time
     readings = []
     for _ in range(READINGS):
@@ -106,13 +106,13 @@ def _microseconds(call: Callable[[], Any], on_gpu: bool) -> float:
 
 @torch.inference_mode()
 def ops(config: Config, tokens: list[int], device: torch.device, context: int) -> list[Row]:
-    """A row for each case and number of tokens. On the device "meta", only for the ops that run on our kernels."""
+    """A row for each case and number of tokens. On the device "meta", only ops that run on our kernels have rows."""
     rows, on_gpu = [], device.type == "cuda"
     with contextlib.nullcontext() if on_gpu else _without_a_gpu():
         for case in CASES:
             for count in tokens:
                 if not on_gpu and count > 16 and case.op in ON_LIBRARY:
-                    continue  # torch's products of meta tensors take longer than those of a GPU
+                    continue  # for products, torch takes longer on meta tensors than on a GPU
                 inputs = case.inputs(config, Size(count, context, device=str(device)))
                 call = functools.partial(case.run, *inputs)
                 call()
@@ -125,7 +125,7 @@ def ops(config: Config, tokens: list[int], device: torch.device, context: int) -
 
 
 def first_tokens(config: Config, prompts: list[int], device: torch.device) -> list[FirstToken]:
-    """The time of a whole `generate` of one token."""
+    """The times of whole calls of `generate` for one token."""
     model = Model.from_config(config, device=device, dtype="bfloat16", cache_tokens=4096, prefix_cache=False)
 
     def milliseconds(prompt: int) -> float:

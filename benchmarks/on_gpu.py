@@ -8,7 +8,7 @@
 
 It needs no network. `pip install --no-build-isolation --no-deps -e .` installs a bare checkout. Each part is a program
 with a time limit, so a part that fails or hangs does not stop the others. The next part gets the time that a part does
-not use. At most eight files come out, the tuner's included.
+not use. At most eight files are written, the tuner's included.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LOG = "on_gpu.log"  # of all parts
-QUICK = ("qwenkern", "eager", "library", "sdpa")  # providers for which only our own kernels are compiled
+QUICK = ("qwenkern", "eager", "library", "sdpa")  # providers that compile nothing but our own kernels
 
 
 @dataclass
 class Part:
     name: str
     command: list[str]
-    seconds: float  # at most
-    interpreted: bool = False  # a dry run uses Triton's interpreter; the other parts use the torch references
+    seconds: float  # the time limit
+    interpreted: bool = False  # in a dry run this part uses Triton's interpreter; others use the torch references
 
 
 def parts(out: Path, dry: bool, tune: float) -> list[Part]:
@@ -56,7 +56,7 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
         sizes, slow = ["--tokens", "1", "--seconds", "0.05", "--op", "rms_norm,swiglu"], ["qwenkern", "transformers"]
     pytest = [python, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-p", "no:benchmark"]
     pytest += ["-c", str(ROOT / "pyproject.toml")]
-    # A file that cannot be imported must not stop the others. Most of the time is compilation, on the host.
+    # A test file that cannot be imported must not stop the others. Most of the time is compilation, on the host.
     workers = ["-n", str(max(1, min(14, (os.cpu_count() or 1) - 2)))] if importlib.util.find_spec("xdist") else []
     on_gpu = ["-m", "gpu", *workers, "--continue-on-collection-errors", *kernel_tests()]
     whole = [python, str(here / "end_to_end.py"), *model]
@@ -94,7 +94,7 @@ def parts(out: Path, dry: bool, tune: float) -> list[Part]:
 
 
 def kernel_names() -> tuple[list[str], list[str]]:
-    """The cases, those of a decode step first; and the providers that are slow to start, with ours to compare with."""
+    """The cases, those of a decode step first; and the providers that are slow to start, with our own to compare."""
     from qwenkern.benchmarks.offline.plan import LAYER
     from qwenkern.benchmarks.ops.cases import CASES
     from qwenkern.benchmarks.ops.providers import PROVIDERS
@@ -116,7 +116,7 @@ def check_installed() -> None:
 
 
 def use_kernels(file: Path) -> None:
-    """Gives all parts a folder of compiled kernels, which they add theirs to."""
+    """Gives all parts a folder of compiled kernels, to which they add their own."""
     from qwenkern.benchmarks.offline.carried import unpack
 
     folder = Path(tempfile.mkdtemp(prefix="qwenkern-kernels-"))
@@ -161,7 +161,7 @@ def run(part: Part, out: Path, env: dict[str, str]) -> dict[str, Any]:
             outcome = "passed" if status == 0 else f"failed with {status}"
         except subprocess.TimeoutExpired:
             outcome = f"ended after {part.seconds:.0f} s"
-        finally:  # also its workers, which would disturb the next parts
+        finally:  # end also the part's workers, which would disturb the next parts
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()

@@ -1,4 +1,4 @@
-"""Prints what a decode step of Qwen2.5-3B should take on an H100, as docs/gpu.md has it.
+"""Prints the predicted time of a decode step of Qwen2.5-3B on an H100, as in docs/gpu.md.
 
 python benchmarks/plan.py                      from results/compiled/sm_90.json
 python benchmarks/plan.py --quantize int4      with quantised weights (int4: and an int8 head), beside bfloat16

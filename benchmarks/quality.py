@@ -8,9 +8,9 @@ distribution, and how often the most probable token stays the same.
 
 Two divergences are measured for each case, over the same text:
 
-    arithmetic   from the same quantised weights, multiplied in float32 with a float32 cache: what rounding of
-                 activations and of the cache costs, not the weights' rounding
-    whole        from the model before it was quantised, also in float32: what a user loses
+    arithmetic   from the same quantised weights, multiplied in float32 with a float32 cache: the cost of rounding
+                 activations and the cache, without that of rounding the weights
+    whole        from the model before it was quantised, also in float32: the whole loss of a user
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from qwenkern.config import FAMILY
 from qwenkern.kernels.environment import KERNELS
 
 WINDOW = 256  # tokens that are computed at once
-SHARE = 16  # tokens of each text
+SHARE = 16  # tokens that are used of each text
 TEXTS = Path(__file__).resolve().parents[1] / "tests" / "data" / "texts.json"  # in a checkout
 
 

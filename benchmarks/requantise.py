@@ -4,8 +4,8 @@ matrix rounded to one format by the gguf library.
     python benchmarks/requantise.py demo demo-q8_0.gguf --to q8_0
     python benchmarks/requantise.py FILE.gguf OUT.gguf --to q4_0
 
-The values are rounded twice, by the first file and by the second. That is nothing for speed, but do not judge the
-format's quality by it.
+The values are rounded twice, in the first file and in the second. This does not change the speed, but do not judge the
+format's quality by the new file.
 """
 
 from __future__ import annotations

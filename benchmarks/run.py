@@ -72,7 +72,7 @@ def measure(
             functions[provider.name] = function
         except ImportError:
             continue  # not installed
-        except Exception as error:  # that a peer fails is a result, not the end of the run
+        except Exception as error:  # the failure of a peer is a result, not the end of the run
             said = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             rows.append(Row(*key, provider.name, None, error=said, weights=size.weights, pages=size.pages))
     calls = {name: [_bound(function, inputs) for inputs in given[name]] for name, function in functions.items()}
@@ -205,8 +205,8 @@ def _cases(names: str) -> list[Case]:
 
 
 def variants(case: Case, weights: list[str], pages: list[str]) -> list[tuple[str, str]]:
-    """The formats of weights and of pages in which a case is timed: those of its arguments. None if another format
-    than the dense one was asked for, and it has no such argument."""
+    """The formats of weights and of pages in which a case is timed. There are none if the user asked for a format other
+    than the dense one, and the case has no argument with a format."""
     of_weights = weights if "weights" in case.takes else [DENSE]
     of_pages = pages if "pages" in case.takes else [DENSE]
     is_asked = DENSE in weights and DENSE in pages

@@ -2,8 +2,8 @@
 
     python benchmarks/sanitizer.py
 
-Where the tool is not installed, one line says so, and the exit code is 0. racecheck knows shared memory only; races in
-global memory are what the PTX runner and the repeated tests look for.
+If the tool is not installed, one line says so, and the exit code is 0. racecheck checks only shared memory; the PTX
+runner and the repeated tests look for races in global memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKS = ("memcheck", "racecheck", "synccheck")
-FAILED = 97  # the exit code for what the tool finds
+FAILED = 97  # the exit code if the tool finds an error
 # One case of each kernel: under the tool a kernel takes 10 to 100 times as long.
 TESTS = {
     "test_linear.py": "test_programs_share_a_tile",
@@ -51,7 +51,7 @@ def main() -> int:
     if tool is None:
         print("left out: compute-sanitizer is not installed (it is a part of the CUDA toolkit)")
         return 0
-    # Each tensor is an allocation of its own, so that memcheck sees an access between two of them.
+    # Each tensor is an allocation of its own, so that memcheck sees an access between two tensors.
     environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     found = {}
     for check in CHECKS:

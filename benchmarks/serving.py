@@ -1,16 +1,16 @@
-"""Measures many callers at once: how much all of them get, and how long each waits, with other engines in one run.
+"""Measures many callers at once: the tokens per second of all, and the waits of each, with other engines in one run.
 
     python benchmarks/serving.py                                                     the demo model on a CPU
     python benchmarks/serving.py --peers "qwenkern serve,llama.cpp server" --callers 1,4,16,64 --json FILE
     python benchmarks/serving.py --model qwen2.5-3b --device cuda --peers "qwenkern serve,transformers"
 
-Each caller sends a request, reads its tokens as they come, and then sends the next one. The callers begin one after the
-other. Prompts and answers have random lengths, the same for every engine. The tokens are random, and others in each
-round, so that no engine finds a prompt again. The engines take turns. "qwenkern" is the engine called directly;
-`qwenkern serve` and llama.cpp's server answer over HTTP on loopback, each in a process of its own, from the same file;
-transformers runs its continuous batching on the same weights in bfloat16. The name of a size of the family gives random
-weights in bfloat16. On a GPU, every engine first runs a round that does not count, so that all have compiled and
-captured what they run.
+Each caller sends a request, reads its tokens as they arrive, and then sends the next request. The callers begin one
+after the other. Prompts and answers have random lengths, the same for every engine. The tokens are random and differ
+between rounds, so that no engine has a prompt in its prefix cache. Each round runs every engine once. "qwenkern" is the
+engine called directly; `qwenkern serve` and llama.cpp's server answer over HTTP on loopback, each in a process of its
+own, from the same file; transformers runs its continuous batching on the same weights in bfloat16. The name of a size
+of the family gives random weights in bfloat16. On a GPU, every engine first runs a round that does not count, in which
+it compiles and captures.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from qwenkern.hub.names import resolve
 
 PEERS = ("qwenkern serve", "llama.cpp server", "transformers")
 PROMPTS, ANSWERS = (64, 1024), (16, 256)  # tokens, the least and the most
-TOKENS = PROMPTS[1] + ANSWERS[1]  # the most of a request
+TOKENS = PROMPTS[1] + ANSWERS[1]  # the most tokens of a request
 Maker = Callable[[int], AbstractContextManager[services.Service]]
 STAGGER = 0.25  # seconds between the first requests of two callers
 
@@ -94,7 +94,8 @@ def serve(service: services.Service, work: list[list[Ask]], stagger: float = STA
 
 
 def figures(found: list[Timed], work: list[list[Ask]]) -> dict[str, float]:
-    """What a run gave: tokens a second of all callers, and the median and 99th percentile of two waits, in seconds."""
+    """The figures of a run: tokens per second of all callers, and the median and 99th percentile of two waits, in
+    seconds."""
     seconds = max(each.tokens[-1] for each in found)
     firsts = [each.tokens[0] - each.sent for each in found]
     gaps = [after - before for each in found for before, after in zip(each.tokens, each.tokens[1:], strict=False)]
@@ -112,8 +113,8 @@ def figures(found: list[Timed], work: list[list[Ask]]) -> dict[str, float]:
 
 
 def summary(readings: dict[str, list[dict[str, float]]]) -> list[dict[str, Any]]:
-    """A row for each engine: the median, the least and the most of each figure, and of the speed-up of the first engine
-    over it, round by round."""
+    """A row for each engine: the median, the least and the most of each figure, and of the first engine's speed-up over
+    this engine, computed within each round."""
     mine, rows = next(iter(readings)), []
     for name, found in readings.items():
         row: dict[str, Any] = {"engine": name}
@@ -188,14 +189,15 @@ def load(model: str, place: torch.device, cache_tokens: int, **how: Any) -> Mode
 
 
 def warm_up(service: services.Service, work: list[list[Ask]], place: torch.device) -> None:
-    """Runs requests that do not count. The first of their tokens is another, so that no engine finds a prompt again."""
+    """Runs requests that do not count. Their first token differs, so that no later prompt is in a prefix cache."""
     few = [[Ask([7] * 70, 4)]] * 2
     many = [[Ask([0, *ask.prompt[1:]], ask.new) for ask in asks[:1]] for asks in work]
     serve(service, few if place.type == "cpu" else many)
 
 
 def engines(loaded: Model, model: str, names: list[str], threads: int) -> dict[str, Maker]:
-    """What makes each engine ready, for a number of callers. Ours and llama.cpp have room for the same tokens."""
+    """For each engine, the function that starts it for a number of callers. Our cache and llama.cpp's hold equally many
+    tokens."""
     makers: dict[str, Maker] = {"qwenkern": lambda _: services.qwenkern(loaded)}
     is_random, place = model.lower() in FAMILY, loaded.device.type
     if "qwenkern serve" in names:

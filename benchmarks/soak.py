@@ -2,9 +2,9 @@
 
     python benchmarks/soak.py --minutes 20 --json FILE
 
-Callers in threads generate, stream and leave early, ask for several answers, for JSON and for log-probabilities, and
-come back with a longer conversation. After each period all pages must be free or kept for later prompts, and the
-memory of the process is read. The first third of the run warms up; after it the memory should stay where it is.
+Callers in threads generate, stream and stop early, ask for several answers, for JSON and for log-probabilities, and
+continue conversations. After each period all pages must be free or in the prefix cache, and the memory of the process
+is read. The first third of the run warms up; after that the memory should not grow.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qwenkern.cli import terminal
 
 SCHEMA = {"type": "object", "properties": {"name": {"type": "string", "maxLength": 20}}, "required": ["name"]}
 TEXT = "the quick brown fox jumps over a lazy dog and then reads one more page of an old book"
-PERIODS = 30  # in which the memory is read
+PERIODS = 30  # the memory is read after each period
 
 
 def one(model: Model, choose: random.Random) -> str:
@@ -55,7 +55,7 @@ def one(model: Model, choose: random.Random) -> str:
 
 
 def run(model: Model, callers: int, seconds: float, seed: int) -> Counter[str]:
-    """Has callers send requests until the time is over. Returns how many there were of each kind."""
+    """Runs callers that send requests until the time is over. Returns the number of requests of each kind."""
     until = time.monotonic() + seconds
 
     def caller(index: int) -> Counter[str]:
@@ -81,7 +81,7 @@ def main(
     memory: list[int] = []
     for period in range(PERIODS):
         counts += run(loaded, callers, 60 * minutes / PERIODS, period)
-        while not loaded._loop.is_idle:  # those that left early
+        while not loaded._loop.is_idle:  # wait for streams that were stopped early
             time.sleep(0.01)
         if loaded.cache.num_free_pages != loaded.cache.num_pages:
             raise RuntimeError(

@@ -1,11 +1,11 @@
-"""Measures what structured output costs: texts in the form of a JSON schema against free texts, in turns.
+"""Measures what structured output costs: texts that follow a JSON schema and free texts, alternately.
 
     python benchmarks/structured.py                    the demo model on a CPU
     python benchmarks/structured.py --json FILE
 
-Both have the same prompts and as many tokens. The time of a step is that of a whole call by its tokens; the prompts are
-in the prefix cache. Without speculation each step gives each sequence one token, so the times can be compared. A last
-row has speculation on for both: what the schema forces is then guessed.
+Both have the same prompts and equally many tokens. The time of a step is the time of a whole call divided by its
+tokens; the prompts are in the prefix cache. Without speculation, each step gives each sequence one token, so the times
+can be compared. In the last row both have speculation: then it also guesses the text that the schema forces.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ CITY = {
     "required": ["name", "country", "population", "is_capital"],
     "additionalProperties": False,
 }
-SCHEMA = {"type": "array", "items": CITY, "minItems": 100}  # it does not end before the tokens do
+SCHEMA = {"type": "array", "items": CITY, "minItems": 100}  # the array does not end before the last token
 REGIONS = ("Europe", "Asia", "Africa", "South America", "North America", "Oceania", "Scandinavia", "the Alps")
 HOW = {
     "greedy": SamplingParams(temperature=0),
@@ -51,7 +51,7 @@ def prompts(count: int) -> list[list[dict[str, Any]]]:
 
 
 def step(model: Model, count: int, params: SamplingParams, new: int) -> float:
-    """Seconds a step, in texts of so many tokens."""
+    """Seconds per step, in texts of ``new`` tokens."""
     params = replace(params, max_tokens=new, ignore_eos=True)
     begin = time.perf_counter()
     found = model.generate(prompts(count), params)
@@ -62,13 +62,13 @@ def step(model: Model, count: int, params: SamplingParams, new: int) -> float:
 
 
 def row(model: Model, count: int, how: str, new: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds a step without and with the schema, and the ratio of the rounds."""
+    """Milliseconds per step without and with the schema, and the ratios within the rounds."""
     kinds = {"free_ms": HOW[how], "schema_ms": replace(HOW[how], json_schema=json.dumps(SCHEMA))}
     times: dict[str, list[float]] = {name: [] for name in kinds}
     for turn in range(rounds + 1):
         for name in sorted(kinds, reverse=turn % 2 == 1):
             seconds = step(model, count, kinds[name], new)
-            if turn:  # the first one fills the prefix cache and compiles the grammar
+            if turn:  # the first round fills the prefix cache and compiles the grammar
                 times[name].append(seconds * 1e3)
     ratios = [formed / free for free, formed in zip(times["free_ms"], times["schema_ms"], strict=True)]
     case = f"{how}, {'with' if model.speculate else 'without'} speculation"

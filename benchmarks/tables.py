@@ -2,7 +2,8 @@
 
     make results        python benchmarks/tables.py
 
-It replaces the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->` and leaves the rest of a document alone.
+The program replaces the text between `<!-- NAME:begin -->` and `<!-- NAME:end -->`, and leaves the rest of a document
+alone.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def planned(compiled: list[dict[str, Any]]) -> str:
 
 
 def planned_quantised(compiled: list[dict[str, Any]], quantize: Sequence[str] = plan.WEIGHTS) -> str:
-    """The same step with quantised weights, beside bfloat16's; and the two widest shapes by themselves."""
+    """The same step with quantised weights and with bfloat16 weights; and the two widest shapes by themselves."""
     config = Config.from_name("qwen2.5-3b")
     heads = ["op", "weights", "MB from memory", "MB through L2", "instructions, µs", "latency, µs", "predicted µs"]
     heads += ["predicted µs in bfloat16", "ratio"]
@@ -100,7 +101,7 @@ def _beside(part: plan.Part, dense: plan.Part, form: str) -> list[str]:
 
 
 def _part(part: plan.Part, took: dict[str, float]) -> list[str]:
-    """A row of the plan. ``took``: the measured seconds of each part of the step."""
+    """A row of the plan. ``took`` has the measured seconds of each part of the step."""
     moved = [f"{each / 1e6:.1f}" if each else "" for each in (part.bytes, part.loaded, part.early)]
     times = [part.latency, part.seconds, took.get(part.op, 0.0)]
     return [part.op, str(part.launches), *moved, *(f"{each * 1e6:.1f}" if each else "" for each in times)]
@@ -191,7 +192,7 @@ def end_to_end(document: dict[str, Any]) -> Shown:
 
 
 def quality(document: dict[str, Any]) -> Shown:
-    """What the rounding of weights, activations and cache costs, for each case of quality.py."""
+    """The cost of rounding weights, activations and the cache, for each case of quality.py."""
     headings = ["weights", "activations", "cache", "mean KL, arithmetic", "same token", "mean KL, whole", "same token"]
     rows = []
     for row in document["rows"]:
@@ -263,7 +264,7 @@ def serving(document: dict[str, Any]) -> Shown:
 
 
 def structured(document: dict[str, Any]) -> Shown:
-    """What structured output costs."""
+    """The cost of structured output."""
     rows = []
     for row in document["rows"]:
         times = [_spread(row[name], "", digits=1) for name in ("free_ms", "schema_ms")]
@@ -273,7 +274,7 @@ def structured(document: dict[str, Any]) -> Shown:
 
 
 def engine(document: dict[str, Any]) -> Shown:
-    """What the engine saves and costs."""
+    """The savings and costs of the engine."""
     rows = [[f"speculation: {row['case']}", f"{_spread(row['speedup'], '')} x"] for row in document["rows"]]
     turns, gaps = document["next_turn"], document["gap"]
     rows.append(
@@ -318,7 +319,7 @@ def _whole_model(document: dict[str, Any]) -> str:
 
 
 def _weights(document: dict[str, Any]) -> str:
-    """What qwenkern's weights are, in words."""
+    """The format of qwenkern's weights, in words."""
     form = document.get("quantize", "")
     return {"": "bfloat16", "stored": "quantised as its file is"}.get(form, form)
 

@@ -45,9 +45,9 @@ from qwenkern.kernels.environment import CONFIG_DIR
 from qwenkern.kernels.triton import tuning
 from qwenkern.kernels.weights import FORMATS
 
-NEAR_THE_ROOFLINE = 1.03  # times the time of the roofline: the search ends
-HOPELESS = 1.3  # times the best time so far: one reading is enough
-WINS = 0.98  # of the heuristic's time; otherwise the heuristic stays
+NEAR_THE_ROOFLINE = 1.03  # the search ends at this multiple of the roofline time
+HOPELESS = 1.3  # above this multiple of the best time so far, one reading is enough
+WINS = 0.98  # a candidate must be below this share of the heuristic's time; otherwise the heuristic stays
 
 
 @dataclass
@@ -174,12 +174,12 @@ def _try(problem: Problem, chosen: dict[str, int], best: float) -> Candidate:
             problem.check()
             first = problem.seconds(patience=0.0)
             return Candidate(chosen, first if first > HOPELESS * best else problem.seconds())
-        except Exception as error:  # it does not compile, does not fit, or is wrong
+        except Exception as error:  # the kernel does not compile, does not fit, or is wrong
             return Candidate(chosen, None, f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 
 def _compile_time_fault(problem: Problem) -> str:
-    """Why a candidate need not run: it spills, or needs too much shared memory."""
+    """The reason why a candidate need not run (it spills, or needs too much shared memory), or an empty string."""
     from qwenkern.benchmarks.offline.machine_code import launches_on, read
 
     device = tuning.device_of(problem.sets[0][0][0])
@@ -332,7 +332,7 @@ def _tune_step(
 def _wrong(
     op: str, sizes: dict[str, int], winner: dict[str, int], config: Config, sequences: list[int], context: int
 ) -> str:
-    """Why a kernel's results are wrong with this configuration, or an empty string."""
+    """The reason why a kernel's results are wrong with this configuration, or an empty string."""
     name, _, form = op.partition(".")
     sizes_of_step = [Size(count, context, device="cuda", weights=form or DENSE) for count in sequences]
     for case in CASES:

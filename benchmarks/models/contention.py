@@ -48,7 +48,7 @@ def busy(count: int) -> Iterator[None]:
 
 
 def calm_and_busy(engines: dict[str, Rate], count: int, repeats: int) -> list[dict[str, Any]]:
-    """Tokens per second on the idle machine and with ``count`` busy processes, in turns; the share is that within a
+    """Tokens per second on the idle machine and with ``count`` busy processes, alternately. The share is that within a
     round."""
     calm: dict[str, list[float]] = {name: [] for name in engines}
     disturbed: dict[str, list[float]] = {name: [] for name in engines}
@@ -63,7 +63,7 @@ def calm_and_busy(engines: dict[str, Rate], count: int, repeats: int) -> list[di
 
 
 def alone_and_together(pairs: dict[str, tuple[Rate, Rate]], repeats: int) -> list[dict[str, Any]]:
-    """Tokens per second of each of two processes, while the other one waits and while both decode, in turns."""
+    """Tokens per second of each of two processes, alternately while the other one waits and while both decode."""
     rows = []
     for name, pair in pairs.items():
         alone: tuple[list[float], list[float]] = ([], [])
@@ -96,8 +96,8 @@ def _row(name: str, calm: list[float], disturbed: list[float]) -> dict[str, Any]
 
 @contextlib.contextmanager
 def process(make: Callable[..., Rate], *given: Any) -> Iterator[Rate]:
-    """Runs the engine that ``make(*given)`` makes in a process of its own, which ends with the block. The result takes
-    a reading. It raises RuntimeError if the reading fails in the process."""
+    """Runs the engine that ``make(*given)`` makes in a process of its own, which ends with the block. Yields a function
+    that takes a reading. The function raises RuntimeError if the reading fails in the process."""
     context = multiprocessing.get_context("spawn")
     mine, its = context.Pipe()
     worker = context.Process(target=_serve, args=(its, make, given), daemon=True)

@@ -1,7 +1,8 @@
 """Measures llama.cpp with its own programs: `llama-bench` for one sequence, `llama-batched-bench` for several at once.
 
-The programs are in the folder that QWENKERN_LLAMA_CPP names, else on PATH. Each reading is one run of a program. It
-loads the file, warms up, and takes the times itself. They include neither loading nor the choice of the next token."""
+The programs are in the folder that QWENKERN_LLAMA_CPP names, or on PATH. Each reading is one run of a program, which
+loads the file, warms up, and takes the times itself. The times include neither loading nor the choice of the next
+token."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from qwenkern.kernels.environment import LLAMA_CPP
 
 LIMIT = 900  # seconds that a program may take
 FACTS = "build_number build_commit cpu_info backends n_threads n_batch n_ubatch flash_attn load_mode type_k type_v"
-# The fastest of those tried on two cores; see docs/performance.md.
+# The fastest of the options that were tried on two cores; see docs/performance.md.
 SETTINGS = ("--flash-attn", "on")
 
 

@@ -14,7 +14,7 @@ from qwenkern import Model
 from qwenkern.benchmarks.models import llama_cpp as programs
 from qwenkern.checkpoint.packing import unpacked
 
-Generate = Callable[[list[list[int]], int], Any]  # prompts, and how many tokens to add to each
+Generate = Callable[[list[list[int]], int], Any]  # takes prompts, and the number of tokens to add to each
 
 
 @dataclass(frozen=True)
@@ -22,16 +22,16 @@ class Reading:
     """One measurement of an engine."""
 
     first: float  # seconds until every prompt's first token
-    rate: float  # tokens per second after it, of all sequences together
+    rate: float  # tokens per second after that, of all sequences together
 
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine, and what its share of the roofline is computed from."""
+    """An engine, and the facts from which its share of the roofline is computed."""
 
-    read: Callable[[list[list[int]], int], Reading]  # prompts of equal length, and how many tokens after the first
+    read: Callable[[list[list[int]], int], Reading]  # takes prompts of equal length, and the tokens after the first
     weights: int  # bytes of weights that a decode step reads
-    in_16_bits: bool = True  # False: its products are not those of the multiply-add peak
+    in_16_bits: bool = True  # False: the multiply-add peak does not limit its products
     facts: dict[str, Any] = field(default_factory=dict)
 
 
@@ -61,7 +61,7 @@ def qwenkern(model: Model) -> Engine:
 
 
 def step_weights(model: Model) -> int:
-    """Bytes of weights that a decode step reads: all, except an embedding that is not also the head."""
+    """Bytes of weights that a decode step reads: all weights, except an embedding that is not also the head."""
     module = model.module
     embedding = 0 if model.config.tie_word_embeddings else module.model.embed_tokens.value.nbytes
     return sum(each.nbytes for each in module.parameters()) - embedding
@@ -83,14 +83,14 @@ def with_liger(peer: Any) -> Any:
 
 
 def transformers(model: Model, static: bool = False, change: Callable[[Any], Any] = lambda peer: peer) -> Engine:
-    """transformers on our weights: eager with its dynamic cache, or compiled with a static one. ``change`` is applied
+    """transformers on our weights: eager with its dynamic cache, or compiled with a static cache. ``change`` is applied
     to the model first."""
     from transformers import CompileConfig
 
     peer = change(transformers_model(model))
     device = next(model.module.parameters()).device
     compiled: dict[str, Any] = {"cache_implementation": "static"}
-    if device.type == "cpu":  # there transformers compiles only on request
+    if device.type == "cpu":  # on a CPU transformers compiles only on request
         compiled["compile_config"] = CompileConfig(mode="default")
         compiled["compile_config"]._compile_all_devices = True
 

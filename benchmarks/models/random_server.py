@@ -1,4 +1,4 @@
-"""A server as `qwenkern serve` runs it, with random weights, which need no files: a program that services.py starts."""
+"""A program that services.py starts: the server of `qwenkern serve`, with random weights, which need no files."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 from qwenkern import Model
 from qwenkern.cli import terminal
 
-PATIENCE = 3600  # seconds that a request may wait for its start: the prompts of 64 callers take a CPU minutes
+PATIENCE = 3600  # seconds that a request may wait for its start: 64 callers' prompts keep a CPU busy for minutes
 
 
 def random_model(size: str, device: str, cache_tokens: int, threads: int | None = None) -> Model:

@@ -15,8 +15,8 @@ from qwenkern import Config
 from qwenkern.benchmarks.ops.timing import ceilings
 from qwenkern.kernels import c as c_backend
 
-BYTES = 1 << 28  # read by the loop: more than any cache of a processor with a few cores
-ROUNDS = 4_000_000  # each has at least a dozen vector multiply-adds in each thread; about 10 ms
+BYTES = 1 << 28  # the loop reads so many: more than any cache of a processor with a few cores
+ROUNDS = 4_000_000  # a round is at least a dozen vector multiply-adds of each thread; all take about 10 ms
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Roofline:
     """Both limits of a device."""
 
     bandwidth: float  # bytes per second of a loop that only reads; on a GPU, of a copy
-    float32: float  # operations per second, a multiply-add is two; 0: not measured
-    bfloat16: float  # the same for bfloat16 products summed in float32; 0: the processor has none
+    float32: float  # operations per second; a multiply-add is two; 0: not measured
+    bfloat16: float  # the same for bfloat16 products summed in float32; 0: the processor has no such instruction
 
     @property
     def peak(self) -> float:

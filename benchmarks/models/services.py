@@ -1,7 +1,7 @@
-"""The engines of serving.py: each takes requests of several callers at any time, and gives tokens as they come.
+"""The engines of serving.py: each takes requests of several callers at any time, and streams their tokens.
 
-All callers are coroutines of one event loop, whatever the engine is: a thread for each would take the processor and the
-interpreter's lock from an engine in the same process.
+For every engine, all callers are coroutines of one event loop: a thread for each caller would take the processor and
+the interpreter's lock from an engine in the same process.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from qwenkern import Model, SamplingParams
 from qwenkern.benchmarks.models import llama_cpp, peers, random_server
 from qwenkern.engine import AsyncCall
 
-READY = 300  # seconds in which a server must have loaded its model, and on a GPU compiled its kernels
-SHARE = 0.4  # of a GPU's free memory, for the cache of transformers
+READY = 300  # seconds for a server to load its model, and on a GPU to compile its kernels
+SHARE = 0.4  # share of a GPU's free memory for the cache of transformers
 
 
 class Service(Protocol):
     """An engine that is ready."""
 
     def stream(self, prompt: list[int], new: int) -> AsyncIterator[int]:
-        """Generates ``new`` tokens after a prompt, greedily. Yields how many have come, whenever some have."""
+        """Generates ``new`` tokens after a prompt, greedily. Yields the number of new tokens whenever some arrive."""
 
 
 class Qwenkern:
@@ -62,7 +62,7 @@ class LlamaServer:
             "ignore_eos": True,
             "cache_prompt": False,
             "stream": True,
-            "timings_per_token": True,  # an event has no tokens of its own while a character is not whole
+            "timings_per_token": True,  # counts tokens, also in events without text because a character is incomplete
         }
         seen = 0
         async with aclosing(_events(self._port, "/completion", body)) as events:
@@ -96,8 +96,8 @@ class QwenkernServer:
 
 
 async def _events(port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[dict[str, Any], None]:
-    """The events of a streamed answer. No server here splits an event among chunks of HTTP, so their sizes, which stand
-    on lines of their own, need not be read: the callers' own work is part of what is measured."""
+    """The events of a streamed answer. Skips the sizes of the HTTP chunks, which are on lines of their own, because no
+    server here splits an event between chunks. The work of the callers is part of the measured time."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     content = json.dumps(body).encode()
     fields = f"Host: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {len(content)}\r\nConnection: close"
@@ -161,7 +161,7 @@ def _free_port() -> int:
 
 @contextmanager
 def _running(command: list[str], port: int) -> Iterator[None]:
-    """A server in a process of its own, from when it is healthy."""
+    """Runs a server in a process of its own. The block begins when the server is healthy."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         until = time.monotonic() + READY
@@ -192,7 +192,7 @@ class Transformers:
     async def stream(self, prompt: list[int], new: int) -> AsyncGenerator[int, None]:
         results: asyncio.Queue[Any] = asyncio.Queue()
         name, seen = f"request {id(results)}", 0
-        self._manager.register_result_handler(name, results.put_nowait)  # is called in the event loop that runs now
+        self._manager.register_result_handler(name, results.put_nowait)  # transformers calls it in this event loop
         self._manager.add_request(prompt, request_id=name, max_new_tokens=new, streaming=True, eos_token_id=-1)
         while seen < new:
             result = await results.get()
@@ -205,7 +205,8 @@ class Transformers:
 
 @contextmanager
 def transformers(model: Model) -> Iterator[Transformers]:
-    """With its own defaults. On a GPU its cache takes less of the memory than by default: it is not alone there."""
+    """transformers with its defaults. On a GPU its cache has less memory than by default, because other engines share
+    the GPU."""
     from transformers import ContinuousBatchingConfig, GenerationConfig
 
     peer = peers.transformers_model(model)

@@ -1,10 +1,10 @@
 """Searches the launch configurations of a decode step, each timed within the whole step.
 
-A kernel by itself and the same kernel in a step have different best configurations. In a step, the kernels before and
-after it run at the same time: a kernel that needs less shared memory lets the next one load its first weights early.
+A kernel by itself and the same kernel in a step have different best configurations. In a step, neighbouring kernels
+overlap: a kernel that needs less shared memory lets the next one load its first weights early.
 
-The search changes one field of one kernel at a time. The fastest change of a kernel stays before the next kernel is
-searched, and the search goes round until nothing changes or the time is over.
+The search changes one field of one kernel at a time. It keeps the fastest change of a kernel and goes on to the next
+kernel, again and again until no kernel changes or the time is over.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from qwenkern.kernels.triton import tuning
 from qwenkern.kernels.triton.tuning import Kernel, Overrides
 from qwenkern.kernels.weights import FORMATS
 
-WINS = 0.998  # of the best time so far; otherwise a change is noise
-ROUNDS = 4  # of readings, whose median counts
+WINS = 0.998  # a change wins if its time is below this share of the best time so far; otherwise it is noise
+ROUNDS = 4  # readings of a time, which is their median
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A step with a kernel's configuration changed: its seconds, or why it did not run."""
+    """A step with a changed configuration of one kernel: its seconds, or the reason why it did not run."""
 
     kernel: Kernel
     changes: dict[str, int]
@@ -41,7 +41,7 @@ class Reading:
 
 @dataclass
 class Found:
-    """What a search found: the seconds before and after it, the configurations that changed, and all readings."""
+    """The result of a search: the seconds before and after it, the configurations that changed, and all readings."""
 
     before: float
     after: float
@@ -102,7 +102,7 @@ def _read(kernel: Kernel, changes: dict[str, int], seconds: Callable[[], float])
     tuning.forget()
     try:
         return Reading(kernel, changes, seconds())
-    except Exception as error:  # it does not compile, or does not fit
+    except Exception as error:  # the kernel does not compile, or does not fit
         return Reading(kernel, changes, None, f"{type(error).__name__}: {error}".splitlines()[0][:200])
 
 

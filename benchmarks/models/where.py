@@ -1,10 +1,10 @@
-"""Shows where the time of a decode step goes: the bandwidth limit of each op, its time, and the time between kernels.
+"""Shows how the time of a decode step is spent: the bandwidth limit of each op, its time, and the time between kernels.
 
     qwenkern bench --where --model qwen2.5-3b --tokens 1 --context 1024 --json where.json
 
 On a GPU, the captured step is replayed under torch's profiler. Kernels with dependent launch overlap, so a kernel's
-time begins at the end of the kernel before it. The time in which no kernel ran is a row of its own, so the rows add up
-to the step. On a CPU, each recorded call is timed by itself, between whole steps. The step's time beyond the sum of the
+time begins when the previous kernel ends. The time in which no kernel ran is a row of its own, so the rows add up to
+the step. On a CPU, each recorded call is timed by itself, between whole steps. The step's time beyond the sum of the
 calls is a row of its own.
 """
 
@@ -44,7 +44,7 @@ from qwenkern.sampling import Drawing
 STEPS = 20
 BETWEEN = "between kernels"
 OTHER = "torch's own kernels"
-# The op of each kernel or recorded call. If one serves several ops, their order in a layer says which.
+# The op of each kernel or recorded call. If a kernel serves several ops, the order in a layer decides which op it is.
 NAMES = {
     "_norm_qkv_rope_kernel": "qkv_rope",
     "rope_and_cache": "rope_and_cache",
@@ -129,9 +129,9 @@ def _step(
 def model_and_cache(
     config: Config, tokens: int, device: torch.device, weights: str = DENSE
 ) -> tuple[Qwen2, PagedCache]:
-    """A model with random weights of a format (DENSE, or what ``quantize=`` takes), with activations in bfloat16, and a
-    cache for so many tokens, which it fills with random numbers."""
-    with torch.inference_mode(False):  # a mode of this thread, and other threads round on a CPU
+    """A model with random weights of a format (DENSE, or a value of ``quantize=``), with activations in bfloat16, and a
+    cache for ``tokens`` tokens, filled with random numbers."""
+    with torch.inference_mode(False):  # the mode is of this thread only, and on a CPU other threads quantise weights
         model = Qwen2(config, torch.bfloat16, device, allocated=False)
         initialise(model, 0, None if weights == DENSE else choose_conversion(weights).quantised)
     cache = PagedCache(config, tokens, torch.bfloat16, device)
@@ -150,7 +150,7 @@ def loaded_step(model: Qwen2, cache: PagedCache, sequences: int, context: int, c
         table.length = context - 1
     step.load(cache.batch([(table, [0]) for table in tables]))
     for table in tables:
-        cache.release(table)  # nobody else takes pages while the step is timed
+        cache.release(table)  # nobody else allocates pages while the step is timed
     return step
 
 
@@ -189,8 +189,8 @@ def _on_gpu(layers: int, step: CapturedStep) -> dict[str, list[float]]:
 
 
 def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[float]]:
-    """The time of each kernel of a step, as the median over the steps. It begins when all earlier kernels have ended,
-    or at the kernel's own start if that is later. ``BETWEEN`` is the time in which no kernel ran."""
+    """The time of each kernel of a step, as the median over the steps. A kernel's time begins when all earlier kernels
+    have ended, or at its own start if that is later. ``BETWEEN`` is the time in which no kernel ran."""
     wholes = whole_steps(sorted(spans, key=lambda span: span.start), steps)
     names = list(labels((span.name for span in wholes[0]), GPU_LINEARS, layers))
     costs: list[list[float]] = [[] for _ in names]
@@ -209,8 +209,9 @@ def charge(spans: Sequence[Span], steps: int, layers: int) -> dict[str, list[flo
 
 
 def whole_steps(spans: Sequence[Span], steps: int) -> list[Sequence[Span]]:
-    """The steps of which the profiler saw every kernel. It may lose some, at the beginning or between. A step then
-    begins behind the rarest kernel, which runs once a step. Raises RuntimeError if fewer than half are alike."""
+    """The steps of which the profiler saw every kernel. The profiler may lose some, at the beginning or later. If it
+    did, the rarest kernel, which runs once per step, marks the end of each step. Raises RuntimeError if fewer than half
+    of the steps are alike."""
     if spans and len(spans) % steps == 0:
         size = len(spans) // steps
         found = [spans[first : first + size] for first in range(0, len(spans), size)]

@@ -1,10 +1,10 @@
-"""Kernels compiled on one machine and used on another, which has the GPU.
+"""Kernels that are compiled on one machine and used on another, which has the GPU.
 
-Triton keeps a compiled kernel in a folder whose name is a hash: of Triton's own files, the kernel's source and
-signature, the assembler's version and the architecture, the launch options (dependent launch is one), and some
-environment variables (triton/runtime/cache.py, get_cache_key; no GPU is among them). ``compiling`` writes down the
-parts that the kernel decides. ``unpack`` computes the hash anew with what the other machine decides, so only the
-version of Triton must be the same. A kernel that was not carried is compiled there as usual.
+Triton keeps a compiled kernel in a folder whose name is a hash of several parts: Triton's own files, the kernel's
+source and signature, the assembler's version and the architecture, the launch options (dependent launch is one), and
+some environment variables (triton/runtime/cache.py, get_cache_key; no GPU is among them). ``compiling`` stores the
+parts that depend on the kernel. ``unpack`` computes the hash anew with the parts that depend on the other machine, so
+only the version of Triton must be the same. The other machine compiles a kernel that was not carried.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ CARRIED = (".json", ".cubin")  # the files of a kernel that a launch needs
 
 @contextlib.contextmanager
 def compiling(device: tuning.Device, dependent: Sequence[bool], folder: Path) -> Iterator[list[str]]:
-    """In this context kernels are compiled for the device into Triton's cache ``folder``, and not launched, whatever
-    tensors they get; yields the names of those compiled. ``dependent`` says whether with dependent launch, or without,
-    or both."""
+    """In this context kernels are compiled for the device into Triton's cache ``folder``, and not launched, for tensors
+    of any device. Yields the names of the compiled kernels. ``dependent`` says whether to compile with dependent
+    launch, without it, or both."""
     run, names = JITFunction.run, []
 
     def compile_only(self: JITFunction, *args: Any, grid: Any, warmup: bool, **keywords: Any) -> CompiledKernel:
@@ -73,7 +73,7 @@ def _recording(folder: Path) -> Callable[..., str]:
 
 
 def pack(folder: Path, file: Path) -> int:
-    """Writes the kernels of a cache folder that were compiled under ``compiling`` to an archive. Returns how many."""
+    """Writes the kernels that ``compiling`` compiled into a cache folder to an archive. Returns their number."""
     count = 0
     with tarfile.open(file, "w:xz") as archive:
         _add(archive, "triton", triton.__version__.encode())
@@ -89,8 +89,8 @@ def pack(folder: Path, file: Path) -> int:
 
 
 def unpack(file: Path, folder: Path) -> int:
-    """Puts an archive's kernels where Triton looks for them if ``folder`` is its cache. Returns how many. Raises
-    ValueError if another version of Triton made it."""
+    """Puts an archive's kernels where Triton finds them if ``folder`` is its cache. Returns their number. Raises
+    ValueError if the archive is from another version of Triton."""
     kernels: dict[str, dict[str, bytes]] = {}
     version = ""
     with tarfile.open(file, "r:xz") as archive:
@@ -116,7 +116,7 @@ def unpack(file: Path, folder: Path) -> int:
 
 
 def _key_here(parts: dict[str, Any]) -> str:
-    """The key of a kernel on this machine, as get_cache_key has it."""
+    """The key of a kernel on this machine, as get_cache_key computes it."""
     hashed = {name: mock.Mock(**{"hash.return_value": parts[name]}) for name in ("source", "options")}
     backend = make_backend(GPUTarget("cuda", parts["arch"], 32))
     return cache.get_cache_key(hashed["source"], backend, hashed["options"], _variables())

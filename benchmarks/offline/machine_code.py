@@ -48,20 +48,20 @@ RESIDENT = {
 }
 
 
-REGISTERS = 65536  # of an SM
+REGISTERS = 65536  # registers of an SM
 
 
 @dataclass(frozen=True)
 class Tile:
-    """What a CTA of a few-token linear does in one turn of its loop."""
+    """The work of a CTA of a few-token linear in one iteration of its loop."""
 
-    form: GroupNumbers | Fp8Numbers | None  # of weights that it unpacks
+    form: GroupNumbers | Fp8Numbers | None  # the format of the weights that it unpacks
     rows: int
     depth: int  # values of K
     tokens: int
-    streams_x: bool  # x comes block by block
+    streams_x: bool  # x is read block by block
     has_norm: bool
-    loops: bool = True  # False: it has one tile, loaded before the wait, and no loop
+    loops: bool = True  # False: the CTA has one tile, loaded before the wait, and no loop
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Launch:
     grid: tuple[int, ...]
     kernel: CompiledKernel
     pdl: bool
-    tile: Tile | None = None  # of a few-token linear
+    tile: Tile | None = None  # only of a few-token linear
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class Access:
     """The loads or stores of global memory of one line of a kernel."""
 
     kind: str  # "load" or "store"
-    name: str  # of the loaded value, as in the kernel
+    name: str  # the name of the loaded value in the kernel
     line: str  # "file.py:12"
-    tile: int  # bytes that a CTA moves there at once
-    width: int  # bits of its narrowest instruction
+    tile: int  # bytes that a CTA moves at once at this line
+    width: int  # bits of the narrowest instruction
     element: int = 0  # bits of a value
 
 
@@ -98,15 +98,15 @@ class Code:
     warps: int
     accesses: list[Access] = field(default_factory=list)
     matrix: dict[str, int] = field(default_factory=dict)  # tensor-core instructions by name
-    waits: int = 0  # of griddepcontrol.wait, for programmatic dependent launch
-    releases: int = 0  # of griddepcontrol.launch_dependents
+    waits: int = 0  # instructions griddepcontrol.wait, for programmatic dependent launch
+    releases: int = 0  # instructions griddepcontrol.launch_dependents
     clashes: int = 0  # kinds of tiles in shared memory whose rows lie in the same banks
-    turn: int = 0  # instructions of the largest loop that has matrix products; of the kernel if there is none
-    unpacking: int = 0  # those of them that take codes out of words: masks, shifts and permutations of bytes
+    turn: int = 0  # instructions of the largest loop that has matrix products; of the kernel if there is no such loop
+    unpacking: int = 0  # those of ``turn`` that take codes out of words: masks, shifts and permutations of bytes
 
     @property
     def held(self) -> int:
-        """The registers that a CTA occupies: a warp gets them in units of 256."""
+        """The registers that a CTA occupies. A warp gets registers in units of 256."""
         return self.warps * -(-self.registers * 32 // 256) * 256
 
 
@@ -142,8 +142,8 @@ def _tile(given: dict[str, Any]) -> Tile | None:
 
 
 def occupancy(key: str, code: Code) -> int:
-    """The CTAs that an SM of ``DEVICES[key]`` holds at a time. Each takes 1 KiB of shared memory more than it
-    requests."""
+    """The number of CTAs that an SM of ``DEVICES[key]`` holds at a time. Each CTA takes 1 KiB of shared memory more
+    than it requests."""
     warps, programs, shared = RESIDENT[key]
     return min(programs, warps // code.warps, REGISTERS // code.held, shared * 1024 // (code.shared + 1024))
 
@@ -182,7 +182,7 @@ def read(kernel: CompiledKernel) -> Code:
 
 
 def loop(sass: str) -> list[str]:
-    """The opcodes of the largest loop that has matrix products; of the whole kernel if there is none."""
+    """The opcodes of the largest loop that has matrix products; of the whole kernel if there is no such loop."""
     instructions = [(int(at, 16), opcode, rest) for at, opcode, rest in _INSTRUCTION.findall(sass)]
     found: list[str] = []
     for at, opcode, rest in instructions:
@@ -230,8 +230,8 @@ _PTX = re.compile(
 
 
 def accesses(ttgir: str, ptx: str) -> list[Access]:
-    """The tiles that a kernel moves, by line, without scalars. The sizes come from Triton's last representation, in
-    which a load is still one operation. The instructions come from PTX."""
+    """The tiles that a kernel moves, by line, without scalars. The sizes come from TTGIR, the last representation of
+    Triton in which a load is one operation. The instructions come from PTX."""
     locations = dict(_LOCATION.findall(ttgir))
     tiles: dict[tuple[str, str], tuple[str, int, int]] = {}
     for name, store, shape, bits, location in _TILE.findall(ttgir):
@@ -254,7 +254,7 @@ def accesses(ttgir: str, ptx: str) -> list[Access]:
 
 
 def _line(location: str, locations: dict[str, str]) -> str:
-    """The innermost file and line of a location, which may be named, or inlined somewhere."""
+    """The innermost file and line of a location, which may be named or inlined."""
     text = locations[location]
     while not (found := _FILE.search(text)):
         text = locations[_search(r"#loc\d*", text)[0]]

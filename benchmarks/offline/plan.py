@@ -1,10 +1,10 @@
 """Predicts the time of a decode step on an H100 from its bytes and its machine code, to compare with a measurement.
 
-A kernel takes the longer of two times: its bytes from memory at the bandwidth that reading reaches, and what its
-programs load through the L2 cache at that one's. Before it come latencies that no other work hides: the boundary
-between two kernels, a chain of loads of which each needs the one before, and what a program computes before its first
-matrix product. Programs that do not fit the device at once repeat the last two. What a kernel requests before it waits
-for the kernel before (with dependent launch) arrives in that time:
+A kernel takes the longer of two times: that of its bytes from memory, at the bandwidth that reading reaches, and that
+of its programs' loads through the L2 cache, at the cache's bandwidth. Before that come latencies that no other work
+hides: the boundary between two kernels, a chain of dependent loads, and a program's instructions before its first
+matrix product. If the programs do not all fit on the device at once, the last two repeat. The bytes that a kernel
+requests before it waits for the previous kernel (with dependent launch) arrive during these latencies:
 
     latency = NODE + (TRIP * TRIPS + ISSUE * instructions of a warp) * max(1, programs / programs at once)
     time = max(early bytes / READ, latency) + max(other bytes / READ, other loaded bytes / L2)
@@ -13,14 +13,16 @@ A few-token linear takes at least
 
     latency + instructions of its loops / (RATE * SCHEDULERS * CLOCK)     of the SM that has most (offline/unpacking.py)
 
-because they need what the kernel before has written. The bytes arrive meanwhile. With bfloat16 weights this is shorter
-than the time above. RATE, the instructions that a warp scheduler issues in a cycle, was not measured: 1 is the most.
+because the loops need the results of the previous kernel. The bytes arrive during the loops. With bfloat16 weights this
+time is shorter than the time above. RATE, the number of instructions that a warp scheduler issues in a cycle, was not
+measured; it is at most 1.
 
-The constants were measured on an H100 on 2026-11-26: reading alone (lm_head of one token reads 622 MB in 199 us), the
-same bytes again and again from the L2 cache (lm_head of 16 tokens loaded 1,927 MB in 388 us when each program read all
-tokens again), and a chain of small kernels in a graph. TRIP follows from kernels that move hardly any bytes: combine
-took 1.9 to 2.7 us, and decode_attention, when it had four such loads and stores, 4.9 to 5.8 us. ISSUE is five cycles of
-1.755 GHz: the latency of an instruction where a scheduler has two warps, of which each waits for its own results.
+The constants were measured on an H100 on 2026-11-26: reading alone (lm_head of one token reads 622 MB in 199 us),
+repeated reads of the same bytes from the L2 cache (lm_head of 16 tokens loaded 1,927 MB in 388 us when each program
+read all tokens again), and a chain of small kernels in a graph. TRIP follows from kernels that move hardly any bytes:
+combine took 1.9 to 2.7 us, and decode_attention, when it had four dependent loads and stores, 4.9 to 5.8 us. ISSUE is
+five cycles of 1.755 GHz: the latency of an instruction if a scheduler has two warps that each wait for their own
+results.
 """
 
 from __future__ import annotations
@@ -41,13 +43,13 @@ PAPER, READ, L2 = 3.35e12, 3.05e12, 4.9e12  # bytes/s of an H100: its data sheet
 MULTIPROCESSORS = 132
 NODE = 0.76e-6  # seconds from a kernel to the next one, with dependent launch
 TORCH_NODE = 1.8e-6  # seconds for a torch kernel of a few bytes in a graph: 12 took 21.5 us
-TRIP = 0.6e-6  # seconds for a load from memory and what depends on it
+TRIP = 0.6e-6  # seconds for a load from memory and the instructions that depend on it
 RATE = 1.0
 LAYER = ("qkv_rope", "decode_attention", "o_proj", "gate_up", "down")
 STEP = (*LAYER, "lm_head_top_k")
 WEIGHTS = ("int4", "int8", "q4_k")  # formats of whole models that have a plan; with int4 the head has int8
-ISSUE = 5 / 1.755e9  # seconds for an instruction of a warp, among few others
-TRIPS = 2  # of a kernel, behind its wait: what the kernel before has written; the store at the end
+ISSUE = 5 / 1.755e9  # seconds for an instruction of a warp, if the SM has few warps
+TRIPS = 2  # of a kernel, after its wait: the load of the previous kernel's results; the store at the end
 TORCH_NODES = 12  # of a greedy step: slots, embedding, ids, positions, lengths, the check, the copy to the host
 # sequences, cached tokens of each, the target as a share of the tokens per second at the data sheet's bandwidth
 TARGETS = ((1, 1024, 0.85), (1, 32768, 0.80), (16, 1024, 0.75))
@@ -61,9 +63,9 @@ class Part:
     launches: int
     bytes: int = 0  # from memory
     loaded: int = 0  # through the L2 cache
-    early: int = 0  # of the bytes from memory, requested before the wait
+    early: int = 0  # the part of the bytes from memory that is requested before the wait
     issue: float = 0.0  # seconds to issue the instructions that unpack weights
-    latency: float = 0.0  # before the first other byte
+    latency: float = 0.0  # before the first of the other bytes
     seconds: float = 0.0
 
 
@@ -83,8 +85,8 @@ def step(
     quantize: str = DENSE,
     rate: float = RATE,
 ) -> list[Part]:
-    """The ops of one step. ``compiled`` are the kernels of the compile report, with their traffic. Raises ValueError if
-    it has none for this ``quantize``."""
+    """The ops of one step. ``compiled`` has the kernels of the compile report, with their traffic. Raises ValueError if
+    there are none for this ``quantize``."""
     cases = {case.name: case for case in CASES}
     parts = []
     for name, form in formats(quantize).items():
@@ -100,8 +102,8 @@ def step(
 def part(
     op: str, times: int, kernels: list[dict[str, Any]], case: Case, config: Config, size: Size, rate: float = RATE
 ) -> Part:
-    """The launches of one op. Its bytes from memory are those of its first kernel; what other kernels of it load, the
-    first has written."""
+    """The launches of one op. Only its first kernel reads bytes from memory; the op's other kernels load what the first
+    one has written."""
     moved = case.bytes_moved(config, size)
     counted = case.bytes_moved(config, Size(size.tokens, weights=size.weights))  # at the report's context
     first, *others = kernels
@@ -125,7 +127,7 @@ def part(
 
 
 def latency(row: dict[str, Any]) -> float:
-    """Seconds until the first matrix product of a kernel, if no byte of its weights is missing then."""
+    """Seconds until the first matrix product of a kernel, if its weights have arrived by then."""
     turns = max(1.0, math.prod(row["grid"]) / (MULTIPROCESSORS * row["occupancy"]))
     return NODE + turns * (TRIP * TRIPS + ISSUE * row["prologue"])
 
@@ -135,7 +137,7 @@ def tokens_per_second(parts: list[Part], sequences: int) -> float:
 
 
 def on_paper(parts: list[Part], sequences: int) -> float:
-    """Tokens per second if a step only moved its bytes, at the data sheet's bandwidth."""
+    """Tokens per second if a step did nothing but move its bytes at the data sheet's bandwidth."""
     return sequences * PAPER / sum(each.bytes for each in parts)
 
 

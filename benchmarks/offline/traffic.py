@@ -1,8 +1,8 @@
 """Counts the bytes that a launch loads from global memory, and its instructions before the first matrix product, by
 running a few of its CTAs on the PTX runner.
 
-What every CTA reads again, such as the tokens of a few-token linear, comes from the L2 cache, whose bandwidth is less
-than twice that of the memory on an H100. So a kernel may be bound by bytes that its roofline does not count.
+Data that every CTA reads again, such as the tokens of a few-token linear, come from the L2 cache. On an H100 its
+bandwidth is less than twice that of the memory. So bytes that the roofline does not count may limit a kernel.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from qwenkern.benchmarks.offline.ptx.warp import Step, Stop, Warp
 from qwenkern.kernels.triton import tuning
 from qwenkern.kernels.triton.offline import active
 
-SECTOR = 32  # bytes that the L2 cache moves at least
-LINE = 128  # that a prefetch brings
+SECTOR = 32  # the fewest bytes that the L2 cache moves
+LINE = 128  # bytes that a prefetch moves
 SAMPLES = 3  # CTAs that are run: the first, the middle one and the last
 
 
 @dataclass(frozen=True)
 class Traffic:
-    """Of all CTAs of a launch, in bytes."""
+    """The traffic of all CTAs of a launch, in bytes."""
 
     kernel: str
-    loaded: int  # from global memory, through the L2 cache; what a warp loads in one instruction counts once
-    early: int  # of these and of prefetches: requested before griddepcontrol.wait
-    prologue: int  # a warp's instructions from that wait to its first matrix product; all, if it has none
+    loaded: int  # from global memory, through the L2 cache; bytes that a warp loads in one instruction count once
+    early: int  # the part of ``loaded`` and of prefetches that is requested before griddepcontrol.wait
+    prologue: int  # a warp's instructions from that wait to its first matrix product; all, if it has no product
 
 
 class _Prologue:
@@ -83,7 +83,7 @@ class _Counter:
 
 def traffic(device: tuning.Device, call: Callable[[], Any], fill: Mapping[str, float]) -> list[Traffic]:
     """The traffic of every kernel that ``call`` starts on meta tensors, in order. ``fill`` has the values of small
-    arguments that a kernel's course depends on, by their names; others are zero."""
+    arguments that decide what a kernel does, by name; other arguments are zeros."""
     found: list[Traffic] = []
     compile_ = JITFunction.run
 

@@ -1,8 +1,8 @@
 """The cases of the benchmarks: each op at each of its places in the model, with its inputs, bytes and operations.
 
 A case is an op at one place. The sizes come from a Config. The formulas count each input as read once and each output
-as written once, as the kernels' docstrings do. A Size may name a format of weights, or of the cache's pages: then those
-of the case have it, and their bytes are those of the packed tensors.
+as written once, as the kernels' docstrings do. A Size may name a format of weights, or of the cache's pages. Then the
+case's weights or pages have this format, and their bytes are those of the packed tensors.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Case:
     bytes_moved: Callable[[Config, Size], int]  # raises ValueError if the format has no matrix of that size
     operations: Callable[[Config, Size], int]  # floating-point operations; a multiply-add is two
     tokens: tuple[int, ...] = FEW + MANY
-    takes: tuple[str, ...] = ()  # which fields of a Size matter to it: "weights", "pages"
+    takes: tuple[str, ...] = ()  # the formats of a Size that the case uses: "weights", "pages"
 
     def run(self, *inputs: Any) -> Any:
         return getattr(kernels, self.op)(*inputs)

@@ -1,4 +1,4 @@
-"""Whether a result is right: held against the torch reference in float64 before its time counts."""
+"""Checks a result before its time counts: compares it with the torch reference in float64."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from qwenkern.kernels.weights import FORMATS as WEIGHTS
 from qwenkern.kernels.weights import Dense
 
 DENSE = Dense.format  # the name of the dense format of weights, and of pages
-ROUNDED = 64  # rows of a quantised matrix that are made; a multiple of the rows of a tile
+ROUNDED = 64  # rows of a quantised matrix that are quantised; a multiple of the rows of a tile
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def normal(size: Size, *shape: int, scale: float = 1.0) -> Tensor:
 
 
 def matrix(size: Size, rows: int, columns: int) -> Tensor | Weight:
-    """A random matrix. In a quantised format a few of its rows are repeated, because rounding takes long."""
+    """A random matrix. In a quantised format, a few rows are repeated to fill it, because quantising takes long."""
     if size.weights == DENSE:
         return normal(size, rows, columns, scale=columns**-0.5)
     if size.device == "meta":
@@ -94,7 +94,7 @@ def token_bytes(config: Config, size: Size) -> int:
 
 
 def dequantised(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Inputs with the dense matrices and pages that quantised ones stand for."""
+    """Inputs with quantised matrices and pages dequantised."""
     return tuple(_dequantised(each) for each in inputs)
 
 
@@ -163,7 +163,7 @@ def rows(size: Size, *numbers: float) -> Tensor:
 
 
 def penalise(config: Config, size: Size) -> tuple[Any, ...]:
-    """Tokens that were seen and others, a few of them ends."""
+    """Inputs with tokens that were seen and others; a few tokens end a text."""
     logits, slots = some_logits(config, size), torch.arange(size.tokens, device=size.device)
     history = torch.randint(0, 16, logits.shape, dtype=torch.int32, device=size.device)
     allowed = torch.full((size.tokens, -(-config.vocab_size // 32)), -1, dtype=torch.int32, device=size.device)
@@ -171,7 +171,7 @@ def penalise(config: Config, size: Size) -> tuple[Any, ...]:
 
 
 def draw(config: Config, size: Size) -> tuple[Any, ...]:
-    """Without top_k, so that all of the vocabulary counts."""
+    """Inputs without top_k, so that the whole vocabulary counts."""
     logits = some_logits(config, size)
     return logits, logits.amax(-1), rows(size, 0.8, math.inf, 0.95, 0.0), rows(size, 0.5)[0]
 
@@ -181,7 +181,7 @@ def in_heads(config: Config, size: Size, heads: int) -> Tensor:
 
 
 def embedding(config: Config, size: Size) -> tuple[Any, ...]:
-    """One row for each token, of lm_head's table if they are tied."""
+    """Inputs for one row per token; the table is lm_head's if the two are tied."""
     ids = torch.randint(config.vocab_size, (size.tokens,), device=size.device)
     return ids, matrix(size, *head_shape(config))
 

@@ -1,5 +1,5 @@
 """The providers of an op: our kernel, its torch reference, and other libraries that are installed. With quantised
-weights or pages, "dense" is our kernel on what they stand for.
+weights or pages, "dense" is our kernel on the dequantised ones.
 
 A provider makes a function for a case. The function takes the case's inputs and returns what the op returns. The
 provider returns None if it does not implement the op. Other libraries are imported only when they are used.
@@ -30,8 +30,8 @@ class Provider:
     function: Callable[[Case], Function | None]
     same: bool = True  # computes exactly the op, so that its result can be checked
     gpu_only: bool = False
-    takes_formats: bool = False  # others get the dense matrices and pages that quantised ones stand for
-    only_quantised: bool = False  # left out where nothing is quantised, because it would be another provider
+    takes_formats: bool = False  # False: the provider gets quantised matrices and pages dequantised
+    only_quantised: bool = False  # left out if nothing is quantised, because it would repeat another provider
 
 
 def _ours(case: Case) -> Function:
@@ -50,7 +50,7 @@ def _compiled(case: Case) -> Function | None:
 
 
 def _library(case: Case) -> Function | None:
-    """The vendor's matrix product without what is fused with it: a lower limit of the time, not the same op."""
+    """The vendor's matrix product without the fused ops: a lower limit of the time, not the same op."""
     found: dict[str, Function] = {
         "linear": lambda x, weight, bias, addend: F.linear(x, weight),
         "norm_linear": lambda x, norm, eps, weight, bias: F.linear(x, weight, bias),

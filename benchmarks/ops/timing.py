@@ -1,4 +1,4 @@
-"""Times several functions in turns, on inputs that are not in the cache, and measures the device's limits.
+"""Times several functions alternately, on inputs that are not in the cache, and measures the device's limits.
 
 On a GPU, the calls over all input sets are captured in a CUDA graph and replayed, so that the host's time does not
 count. A function that waits for the host cannot be captured. It is timed call by call between events. On a CPU, the
@@ -28,7 +28,7 @@ from qwenkern.kernels import Pages, Weight, dependent_launches
 from qwenkern.kernels.environment import COMMIT
 
 Calls = Sequence[Callable[[], Any]]  # one function on each set of inputs
-LEAST_SECONDS = 200e-6  # of one reading on a GPU: well above the resolution of its clock
+LEAST_SECONDS = 200e-6  # the shortest reading on a GPU: well above the resolution of its clock
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Spread:
 
 
 def side_by_side(calls: Mapping[str, Calls], device: torch.device, seconds: float = 1.0) -> dict[str, list[float]]:
-    """The readings of each function, in seconds per call. All readings take about ``seconds``. The functions take
-    turns. Ratios are those of readings in one round. Another function begins each round, so that no function always
-    follows the same one."""
+    """The readings of each function, in seconds per call. All readings take about ``seconds``. A round takes one
+    reading of every function, so that ratios can be computed within a round. Each round begins with another function,
+    so that no function always follows the same one."""
     make = _gpu_reader if device.type == "cuda" else _cpu_reader
     readers = {name: make(each, index / len(calls)) for index, (name, each) in enumerate(calls.items())}
     for read in readers.values():
@@ -165,10 +165,10 @@ def ceilings(device: torch.device) -> Ceilings:
     source = torch.ones((2 << 30) if gpu else (1 << 28), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     size = 8192 if gpu else 512
-    # random values, because a card that toggles fewer bits draws less power and runs faster
+    # random values, because a GPU that toggles fewer bits draws less power and runs faster
     left, right = (torch.randn(size, size, device=device).to(torch.bfloat16) for _ in range(2))
     calls: dict[str, Callable[[], Any]] = {"copy": lambda: target.copy_(source), "matrix": lambda: left @ right}
-    if gpu:  # not from a graph: there the copy is a memcpy node, which reached 2.4 instead of 3.0 TB/s on an H100
+    if gpu:  # without a graph: in a graph the copy is a memcpy node, which reached 2.4, not 3.0 TB/s on an H100
         best = {name: min(_between_events(call, 3) for _ in range(10)) for name, call in calls.items()}
     else:
         readings = side_by_side({name: [call] for name, call in calls.items()}, device, 0.5)
@@ -190,7 +190,7 @@ def _cpu_name() -> str:
 
 
 def circumstances(device: torch.device) -> dict[str, Any]:
-    """What every result must name: device, versions, commit and date."""
+    """The facts that every result must name: device, versions, commit and date."""
     found = {
         "device": device_name(device),
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
@@ -211,7 +211,7 @@ def _commit() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a program prints; empty if it is missing or fails."""
+    """The output of a program; empty if the program is missing or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError):

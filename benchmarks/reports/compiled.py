@@ -1,4 +1,4 @@
-"""What the compile report prints and stores: a row for each kernel, and the limits of each case on an H100."""
+"""The table and the file of the compile report: a row for each kernel, and the limits of each case on an H100."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of results."""
+"""Draws pictures of results."""
 
 from __future__ import annotations
 

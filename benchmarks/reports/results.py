@@ -90,7 +90,7 @@ class Change:
 
 
 def changes(before: Sequence[Row], now: Sequence[Row], least: float = 0.05) -> list[Change]:
-    """The rows that changed by more than ``least``, and whose middle halves of the readings do not overlap."""
+    """The rows that changed by more than ``least``, and whose ranges from the 20th to the 80th percentile are apart."""
     old = {row.key: row.seconds for row in before}
     found = []
     for row in now:
@@ -105,7 +105,7 @@ def changes(before: Sequence[Row], now: Sequence[Row], least: float = 0.05) -> l
 
 
 def ratios(theirs: Sequence[float], ours: Sequence[float]) -> Spread:
-    """The spread of the ratios of readings of the same rounds."""
+    """The spread of the ratios of readings in the same rounds."""
     return Spread.of([a / b for a, b in zip(theirs, ours, strict=True)])
 
 
