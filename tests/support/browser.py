@@ -1,4 +1,4 @@
-"""Chromium, and the page of a server in it as somebody uses it."""
+"""Chromium, and the page of a server in it, used as a person uses it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ PATIENCE = 30_000  # milliseconds; the machine may be busy
 
 @contextlib.contextmanager
 def chromium() -> Iterator[Browser]:
-    """Debian's Chromium without a window. Skips the test where there is none, unless the environment requires it."""
+    """Debian's Chromium without a window. Skips the test if it is missing, unless the environment requires it."""
     program = shutil.which("chromium")
     if not program:
         _missing("there is no program chromium")
@@ -39,7 +39,7 @@ def _missing(reason: str) -> None:
 
 
 class Browser:
-    """Chromium's tabs, which tests use again: to open one takes longer than most of what a test does in it."""
+    """Chromium's tabs, which tests reuse: to open a tab takes longer than most tests."""
 
     def __init__(self, chromium: Any) -> None:
         self._chromium = chromium
@@ -47,7 +47,7 @@ class Browser:
 
     @contextlib.contextmanager
     def tab(self, **options: Any) -> Iterator[Any]:
-        """A tab without what an earlier test has left in it."""
+        """A tab without the data of earlier tests."""
         free = self._free.setdefault(repr(options), [])
         page = free.pop() if free else self._opened(**options)
         yield page
@@ -69,9 +69,9 @@ class Browser:
 
 
 class Visit:
-    """The page in a tab, and what it should not have done.
+    """The page in a tab, and notes of everything that it should not do.
 
-    settings: what somebody has typed into the page's settings before."""
+    settings: values that a user typed into the page's settings on an earlier visit."""
 
     def __init__(self, page: Any, url: str, settings: dict[str, Any] | None = None) -> None:
         self.page = page
@@ -118,11 +118,12 @@ class Visit:
         self.input.press("Enter")
 
     def is_answered(self, count: int = 1) -> None:
-        """Waits until so many answers are there, and the last has ended."""
+        """Waits until there are ``count`` answers and the last one has ended."""
         self.page.locator("#messages > .assistant .tools:visible").nth(count - 1).wait_for()
 
     def until(self, expression: str) -> None:
-        """Waits until it is true. (Playwright's own wait evaluates text inside the page, which the policy forbids.)"""
+        """Waits until the expression is true. (Playwright's own wait evaluates text in the page, which the page's
+        content security policy forbids.)"""
         until = time.monotonic() + PATIENCE / 1000
         while not self.page.evaluate(expression):
             assert time.monotonic() < until, f"it does not come true: {expression}"
@@ -138,11 +139,11 @@ class Visit:
         self.until("document.getAnimations().every((each) => each.playState === 'finished')")
 
     def messages(self) -> list[dict[str, Any]]:
-        """As the page keeps them while its tab is open."""
+        """The messages that the page keeps while its tab is open."""
         return json.loads(self.page.evaluate("sessionStorage.getItem('qwenkern.chat')"))["messages"]
 
     def says(self, text: str) -> None:
-        """Has the server give this answer to every question, a few characters at a time."""
+        """Makes the server give this answer to every question, a few characters at a time."""
         body = events(*re.findall("(?s).{1,7}", text))
         self.page.route(
             "**/v1/chat/completions",
@@ -151,7 +152,7 @@ class Visit:
 
 
 def events(*texts: str) -> str:
-    """A streamed answer, as a model would give it."""
+    """A streamed answer, like one from a model."""
     chunks: list[dict[str, Any]] = [
         {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}]} for text in texts
     ]

@@ -1,4 +1,4 @@
-"""A time that a test moves itself, for the modules that it tests."""
+"""A clock that a test sets, for the modules that it tests."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 
 class Clock:
-    """In place of the module ``time``: one of its functions is the test's."""
+    """Stands in for the module ``time``, with some functions replaced by the test's."""
 
     def __init__(self, **functions: Callable[[], float]) -> None:
         self.__dict__.update(functions)
@@ -22,10 +22,10 @@ class Clock:
 
 
 def set_clock(monkeypatch: pytest.MonkeyPatch, *modules: ModuleType, **functions: Callable[[], float]) -> None:
-    """Gives modules, by default all of the engine, a ``time`` with other functions, such as ``monotonic``.
+    """Replaces functions of ``time``, such as ``monotonic``, in some modules (by default, in all of the engine).
 
-    Patching the module ``time`` itself would reach the event loops of servers that other tests keep in threads: one
-    that computes its next timer from both clocks sleeps for as long as they differ."""
+    A patch of the module ``time`` itself would reach the event loops of servers that other tests keep in threads. A
+    loop that computes its next timer from both clocks sleeps for as long as they differ."""
     if not modules:
         modules = tuple(module for name, module in sys.modules.items() if name.startswith("qwenkern.engine"))
     for module in modules:

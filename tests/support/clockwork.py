@@ -1,5 +1,5 @@
-"""A model that computes nothing: its next token is a sum over all tokens that its pages hold. So wrong pages, and
-tokens that are lost or written twice, give another text."""
+"""A model without layers: its next token is a sum over all tokens that its pages hold. So the text changes if a page is
+wrong, or if a token is lost or written twice."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ SMALL = replace(
 
 
 class Sums:
-    """In place of the layers: keeps token ids as keys, and makes the most likely token from all of a sequence's."""
+    """Stands in for the layers: stores token ids as keys, and computes the most likely token from all ids of a
+    sequence."""
 
     def __init__(self, vocabulary: int, capture: Any = None) -> None:
         self._noise = np.linspace(0, 1, vocabulary, dtype=np.float32)
@@ -31,7 +32,7 @@ class Sums:
 
     def forward(self, batch: Batch, cache: PagedCache, rows: torch.Tensor | None = None) -> torch.Tensor:
         if not getattr(self._capture, "running", True):
-            self._capture.run_until(lambda: False)  # a GPU runs what was launched before
+            self._capture.run_until(lambda: False)  # like a GPU, first runs everything launched earlier
         pages = cache.pages[0].k[:, :, 0, 0].numpy()
         slots = batch.slots.numpy()
         pages[slots // cache.page_size, slots % cache.page_size] = batch.ids
@@ -44,7 +45,7 @@ class Sums:
         return torch.from_numpy(logits)
 
     def next(self, past: np.ndarray) -> int:
-        """The most likely token after these."""
+        """The most likely token after these tokens."""
         return _next(past, len(self._noise))
 
     def greedy(self, batch: Batch, cache: PagedCache) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,14 +60,14 @@ def clockwork(capture: Capture, dtype: torch.dtype = torch.float32, **keywords: 
 
 
 def with_layers(model, layers: Sums, capture: Capture | None = None):
-    """The model, with these in place of its layers."""
+    """The model, with ``layers`` in place of its own."""
     model.module.forward, model.module.greedy = layers.forward, layers.greedy
     model.module.model.forward, model.module.logits = layers.forward, lambda logits: logits
     return with_capture(model, capture)
 
 
 def tokens_of(request: Request, vocabulary: int = SMALL.vocab_size) -> list[int]:
-    """The greedy text of a request by itself, from the definition."""
+    """The greedy text of a request that runs alone, computed from the definition."""
     ids = list(request.prompt_ids)
     while len(ids) < len(request.prompt_ids) + request.max_tokens:
         ids.append(_next(ids, vocabulary))

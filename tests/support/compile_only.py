@@ -1,4 +1,4 @@
-"""A pytest plugin: the kernels' tests compile what they launch on a GPU, and compare nothing (benchmarks/carry.py)."""
+"""A pytest plugin: the kernels' tests only compile the kernels that they launch on a GPU (benchmarks/carry.py)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def pytest_configure(config: pytest.Config) -> None:
     folder = Path(os.environ["COMPILE_ONLY_INTO"])
     stack.enter_context(compiling(DEVICES[os.environ["COMPILE_ONLY_FOR"]], (False,), folder))
     config.add_cleanup(stack.close)
-    # The tests have imported these functions by their names, so the functions themselves change.
+    # The tests have already imported these functions by name, so their code is replaced.
     references.assert_matches_reference.__code__ = _launches_only.__code__
     for name in ("assert_as_close_as", "assert_nearly_equal", "assert_roughly_equal"):
         getattr(tolerances, name).__code__ = _passes.__code__
@@ -36,6 +36,7 @@ def _passes(*args: Any, **keywords: Any) -> bool:
 
 
 def _launches_only(ops: Any, name: str, *args: Any, changed: Any = (), padding: int = 0, **keywords: Any) -> Any:
-    """In place of assert_matches_reference, whose names it sees: runs the op on guarded copies of its arguments."""
+    """The new code of assert_matches_reference, whose global names it uses: runs the op on guarded copies of its
+    arguments."""
     mine = [mapped(lambda each: guard(each, padding if each.dim() > 1 else 0), arg) for arg in args]  # noqa: F821
     return getattr(ops, name)(*(own(ops, arg) for arg in mine), **keywords)  # noqa: F821

@@ -1,4 +1,4 @@
-"""What a CUDA error ends that leaves a process without its GPU: one worker, not the run."""
+"""Ends one worker, not the whole run, if a CUDA error leaves a process without its GPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 def is_lost() -> bool:
-    """Whether this process has lost its GPU. After an illegal access every later call fails, and nothing mends it."""
+    """Whether this process has lost its GPU. After an illegal access, every later call of the process fails."""
     try:
         torch.cuda.synchronize()
     except RuntimeError:
@@ -19,8 +19,8 @@ def is_lost() -> bool:
 
 
 class EndsAfterCudaError:
-    """Ends the process after the failed test that lost it the GPU, when the test's reports have been sent. Under
-    pytest-xdist a new worker then runs the other tests, and the failed one is reported once more, as a crash."""
+    """Ends the process after a failed test because of which it lost the GPU, when the test's reports have been sent.
+    With pytest-xdist, a new worker then runs the other tests, and the failed test is reported once more, as a crash."""
 
     def __init__(self, is_lost: Callable[[], bool] = is_lost) -> None:
         self._is_lost, self._has_failed = is_lost, False
@@ -43,6 +43,6 @@ class EndsAfterCudaError:
 
 
 def register(config: pytest.Config) -> None:
-    """In a process that runs tests, which the controller of pytest-xdist does not."""
+    """Registers the plugin in processes that run tests, which the controller of pytest-xdist does not."""
     if "PYTEST_XDIST_WORKER" in os.environ or not getattr(config.option, "numprocesses", None):
         config.pluginmanager.register(EndsAfterCudaError())

@@ -1,4 +1,4 @@
-"""Draws by sorting, and what to draw from."""
+"""Draws by sorting, and logits and settings for draws."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def sorted_draw(logits, temperature, top_k, top_p, min_p, uniform):
-    """The definition in words of the docs: sort, filter, then walk until the weights pass the random number."""
+    """The definition in the docs: sort, filter, then add weights until their sum exceeds the random number."""
     order = sorted(range(len(logits)), key=lambda token: (-logits[token].item(), token))
     scaled = (logits[order] - logits[order[0]]) / torch.tensor(temperature)
     portions = scaled.exp()
@@ -33,7 +33,7 @@ def sorted_draw(logits, temperature, top_k, top_p, min_p, uniform):
 
 
 def some_logits(numbers, vocabulary):
-    """Of several kinds: a wide range, few different values, all the same, and tokens that are forbidden."""
+    """Logits of several kinds: a wide range, few different values, all equal, and forbidden tokens."""
     generator = torch.Generator().manual_seed(numbers.randrange(2**31))
     logits = torch.randn(vocabulary, generator=generator) * numbers.choice([0.01, 1.0, 3.0, 30.0])
     kind = numbers.randrange(5)

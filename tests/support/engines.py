@@ -1,4 +1,4 @@
-"""Engines that a test steps itself, and what a model's own engine has left behind."""
+"""Engines that a test steps itself, and checks of what a model's own engine leaves behind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PATIENCE = 60  # seconds after which something counts as hanging
 
 
 def eventually(condition: Callable[[], Any], message: str = "") -> None:
-    """Waits until the condition holds: another thread, which steps the engine, makes it so."""
+    """Waits until the condition is true, which depends on another thread that steps the engine."""
     until = time.monotonic() + PATIENCE
     while not condition():
         assert time.monotonic() < until, message or "it does not come true"
@@ -28,7 +28,7 @@ def all_free(model) -> bool:
 
 
 def check_pages(model) -> None:
-    """All pages are free after the pass in progress."""
+    """All pages are free after the forward pass in progress."""
     eventually(lambda: all_free(model), "pages or requests are left")
 
 
@@ -58,18 +58,18 @@ def with_capture(model, capture: Capture | None):
 
 
 def read(stream, count: int) -> None:
-    """Reads so many tokens of a stream, also where they have no text."""
+    """Reads ``count`` tokens of a stream, also those without text."""
     for _ in range(count):
         stream._take(next(stream._call))
 
 
 class Gate:
-    """Has the thread of a model's engine wait before each step until the test lets it go on."""
+    """Makes the thread of a model's engine wait before each step until the test lets it go on."""
 
     def __init__(self, model) -> None:
         self._engine, self._allowed, self._done = model._loop.engine, threading.Semaphore(0), 0
         self._is_open = False
-        self.has_come = threading.Event()  # the thread is about to make a step
+        self.has_come = threading.Event()  # set when the thread waits before a step
 
     def __enter__(self) -> Gate:
         step = self._engine.step
@@ -96,7 +96,7 @@ class Gate:
         self._allowed.release()
 
     def steps(self, count: int) -> None:
-        """Lets the thread make so many steps, and waits for them."""
+        """Lets the thread make ``count`` steps, and waits for them."""
         until = self._done + count
         self._allowed.release(count)
         eventually(lambda: self._done >= until, "the engine has no step to make")

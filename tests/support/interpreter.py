@@ -1,4 +1,4 @@
-"""Triton's interpreter, without work whose results it throws away: the kernels' tests take half the time."""
+"""Removes useless work from Triton's interpreter, so that the kernels' tests take half the time."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from triton.runtime import interpreter
 
 
 def spare_useless_work() -> None:
-    """Of triton 3.7; what another version does not have stays as it is there.
+    """For triton 3.7. Parts that another version lacks are left alone.
 
-    A launch replaces the functions of ``triton.language`` by the interpreter's, and restores them when it ends. Each
-    call of a device function within it does so again, although nothing is left to replace. Each sum, difference and
-    product of integers is computed in int64, too, and compared with the bounds of its type, for an assertion that is
-    off."""
+    A launch replaces the functions of ``triton.language`` by the interpreter's, and restores them at its end. Each call
+    of a device function during the launch does so again, although nothing is left to replace. Each sum, difference and
+    product of integers is also computed in int64 and compared with the bounds of its type, for an assertion that is
+    off. This function removes both."""
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _unless_replaced(interpreter._patch_lang)
     options = interpreter.interpreter_builder.options

@@ -1,4 +1,4 @@
-"""Requests that a server must refuse: any number of them, the same for the same seed, no two alike."""
+"""Requests that a server must refuse: any number, the same for the same seed, no two equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Headers = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True)
 class Malformed:
-    """A request, and which answers to it are right."""
+    """A request, and the answers that are right for it."""
 
     kind: str
     path: str
@@ -32,11 +32,11 @@ class Malformed:
     headers: Headers = JSON
     statuses: tuple[int, ...] = BAD_REQUEST
     names: str = ""  # what the message or `param` must name
-    is_anthropic: bool = field(default=False)  # errors have the form of that API
+    is_anthropic: bool = field(default=False)  # errors have the format of Anthropic's API
 
 
 def malformed(count: int, max_body_bytes: int, seed: int = 0) -> Iterator[Malformed]:
-    """``count`` requests. Bodies longer than ``max_body_bytes`` are among them."""
+    """``count`` requests. Some bodies are longer than ``max_body_bytes``."""
     choose, seen = random.Random(seed), set()
     makers: list[Callable[[], Malformed]] = [
         *[lambda: _field(choose)] * 12,
@@ -63,7 +63,7 @@ def _some_body(choose: random.Random) -> tuple[Route, dict[str, Any]]:
 
 
 def _salted(choose: random.Random, body: dict[str, Any]) -> dict[str, Any]:
-    """A copy of a body that nobody has sent before, so that requests differ where their fault is the same."""
+    """A copy of a body with unique text, so that requests with the same fault differ."""
     body = copy.deepcopy(body)
     turns = body.get("messages") or body.get("input")
     if isinstance(turns, list):
@@ -80,13 +80,13 @@ def _case(kind: str, route: Route, body: bytes, **others: Any) -> Malformed:
 
 
 def _dumped(choose: random.Random, body: Any) -> bytes:
-    """As JSON, in one of the ways that clients write it."""
+    """The body as JSON, in one of the styles that clients use."""
     options = {"ensure_ascii": choose.random() < 0.5, "indent": choose.choice([None, None, 1])}
     return json.dumps(body, **options).encode()
 
 
 def _field(choose: random.Random) -> Malformed:
-    """A value that its field does not take."""
+    """A field with a value that it does not take."""
     route, body = _some_body(choose)
     name = choose.choice(list(route.wrong))
     body[name] = choose.choice(route.wrong[name])(choose)
@@ -105,7 +105,7 @@ def _field(choose: random.Random) -> Malformed:
         for other in LIMITS - {name}:
             body.pop(other, None)
     statuses = (400, 404) if name in ("model", "previous_response_id") else BAD_REQUEST
-    said = "token" if name in LIMITS or name == "tokens" else name  # whether too many or none, some token is named
+    said = "token" if name in LIMITS or name == "tokens" else name  # the message about tokens always has this word
     return _case(f"field {name}", route, _dumped(choose, body), statuses=statuses, names=said)
 
 
@@ -119,7 +119,7 @@ def _unknown(choose: random.Random) -> Malformed:
 
 
 def _absent(choose: random.Random) -> Malformed:
-    """Without a field that must be there, or with null for it."""
+    """A body without a required field, or with null for it."""
     route = choose.choice([route for route in ROUTES if route.needed])
     body, name = _salted(choose, choose.choice(route.bodies)), choose.choice(route.needed)
     if choose.random() < 0.5:
@@ -227,7 +227,7 @@ def _path(choose: random.Random) -> Malformed:
 
 
 def _too_large(choose: random.Random, most: int) -> Malformed:
-    """A body over the limit: with its true length, with a length only, or in chunks without one."""
+    """A body over the limit: with its length, with a header that only claims such a length, or in chunks."""
     route, body = _some_body(choose)
     kind = choose.choice(["length", "said", "chunks"])
     if kind == "said":

@@ -28,7 +28,7 @@ TINY = Config(
 
 
 def tiny_model(config: Config = TINY, dtype: torch.dtype = torch.float32, **keywords: Any) -> Model:
-    """A random model whose logits are far enough apart for greedy text to be interesting."""
+    """A random model whose logits differ so much that its greedy text is varied."""
     model = Model.from_config(config, dtype=dtype, **{"device": "cpu"} | keywords)
     with torch.no_grad():
         for name, parameter in model.module.named_parameters():
@@ -40,7 +40,7 @@ def tiny_model(config: Config = TINY, dtype: torch.dtype = torch.float32, **keyw
 
 
 def reference_model(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForCausalLM:
-    """transformers' model with the same weights, computed in ``dtype``; in the dtype of ours it shares their memory."""
+    """transformers' model with the same weights, computed in ``dtype``. In our model's dtype it shares their memory."""
     config = model.config
     fields = {name: getattr(config, name) for name in _SHARED}
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_theta}
@@ -55,14 +55,14 @@ def reference_model(model: Model, dtype: torch.dtype | None = None) -> Qwen2ForC
     dtype = dtype or model.dtype
     weights = {name: tensor.to(dtype) for name, tensor in unpacked(model).items()}
     theirs.load_state_dict(weights, strict=True, assign=True)
-    # its buffers are not in the state
+    # the buffers of the rotary embedding are not in the state
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(theirs.config).to(model.device)
     return theirs.eval()
 
 
 def in_other_orders(model: PreTrainedModel, count: int = 8) -> Iterator[PreTrainedModel]:
-    """transformers' model, and the same function with its hidden units numbered otherwise, so that sums over them have
-    other orders: what rounding does to it, not what it did to one order of them."""
+    """transformers' model, and copies that compute the same function with the hidden units in another order. Sums over
+    hidden units then have other orders, so the copies show the effect of rounding in general."""
     yield model
     for seed in range(1, count):
         order = torch.randperm(model.config.hidden_size, generator=torch.Generator().manual_seed(seed))
@@ -74,9 +74,9 @@ def in_other_orders(model: PreTrainedModel, count: int = 8) -> Iterator[PreTrain
 
 def renumbered(name: str, parameter: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     """A parameter of transformers' layers, or its gradient, with hidden units in this order."""
-    if any(part in name for part in ("o_proj", "down_proj", "norm")):  # these write hidden units
+    if any(part in name for part in ("o_proj", "down_proj", "norm")):  # these parameters write hidden units
         return parameter[order]
-    return parameter[:, order] if name.endswith("weight") else parameter  # and these read them
+    return parameter[:, order] if name.endswith("weight") else parameter  # the others read hidden units
 
 
 def unpacked(model: Model) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ _SHARED = (
 
 
 def save_checkpoint(model: Model, folder: Path) -> None:
-    """Writes a folder as the hub has them: config.json, model.safetensors, tokenizer.json, chat template."""
+    """Writes a folder as on the hub: config.json, model.safetensors, tokenizer.json, chat template."""
     config = model.config
     fields = {name: getattr(config, name) for name in _SHARED}
     dtype = str(model.dtype).removeprefix("torch.")

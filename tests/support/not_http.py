@@ -1,4 +1,4 @@
-"""Bytes that are not a request of HTTP/1.1, or one that a server should not take."""
+"""Bytes that are no HTTP/1.1 request, or a request that a server should not take."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PROXIED = [b"CONNECT a:1", b"GET http://a/b", b"OPTIONS *"]
 
 
 def not_http(count: int, seed: int = 1) -> Iterator[tuple[str, bytes]]:
-    """``count`` of them, each with what kind it is."""
+    """``count`` byte strings, each with the name of its kind."""
     choose = random.Random(seed)
     for _ in range(count):
         yield choose.choice(list(_of_each_kind(choose).items()))

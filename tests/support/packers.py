@@ -1,5 +1,5 @@
 """Writes quantised checkpoints from known integers, as the formats' specifications describe them: code by code and bit
-by bit, in plain numpy, so that a wrong reader cannot agree with them by being wrong in the same way."""
+by bit, in plain numpy. So an error in the reader is not repeated here."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ MATRICES = {
     "mlp.up_proj": (256, 128),
     "mlp.down_proj": (128, 256),
 }  # [N, K]
-AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # of a word's nibbles, the lowest first (AutoAWQ, WQLinear_GEMM)
+AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)  # the columns of a word's nibbles, the lowest first (AutoAWQ, WQLinear_GEMM)
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Integers:
 def integers(
     shape: tuple[int, int], bits: int, group: int, symmetric: bool = False, dtype=torch.float16, seed: int = 0
 ) -> Integers:
-    """Random ones that have every code and, unless they are symmetric, every zero point."""
+    """A random matrix that has every code and, unless it is symmetric, every zero point."""
     random, (rows, columns) = np.random.default_rng(seed + sum(shape)), shape
     count = columns // (columns if group == -1 else group)
     codes = random.integers(0, 1 << bits, shape)
@@ -71,7 +71,7 @@ def integers(
 
 
 def packed(codes: np.ndarray, bits: int, axis: int, order: tuple[int, ...] | None = None) -> Tensor:
-    """int32 words along an axis, the first code in the lowest bits, or codes in this order within each word."""
+    """Packs codes into int32 words along an axis, the first code in the lowest bits, or in ``order`` within a word."""
     codes = np.moveaxis(codes, axis, -1)
     each = 32 // bits
     words = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] // each)), np.uint64)
@@ -136,8 +136,8 @@ def write_checkpoint(
     change: Callable[[dict[str, Tensor]], None] = lambda tensors: None,
     **fields: Any,
 ) -> dict[str, Tensor]:
-    """A folder with random dense tensors and, for each of MATRICES, those that ``tensors`` makes. ``change`` may alter
-    them all. Returns the dense ones."""
+    """Writes a folder with random dense tensors and, for each of MATRICES, the tensors that ``tensors`` makes.
+    ``change`` may alter all tensors. Returns the dense ones."""
     generator = torch.Generator().manual_seed(0)
 
     def dense(*shape: int) -> Tensor:

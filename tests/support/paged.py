@@ -1,4 +1,4 @@
-"""Paged caches for the tests of attention: pages in random order, and NaN in everything that may not be read."""
+"""Paged caches for the tests of attention: pages in random order, with NaN wherever nothing may be read."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def paged_cache(
     device: torch.device,
     spare_pages: int = 1,
 ) -> tuple[DensePages, Tensor, Tensor]:
-    """pages, block_tables, lengths. Page 0 is NaN throughout, and stands in every table beyond the sequence's own
-    pages; NaN too are the tokens of a last page that the sequence does not have."""
+    """pages, block_tables, lengths. Page 0 is all NaN, and every table has it after the sequence's own pages. On a last
+    page, the tokens beyond the sequence's length are also NaN."""
     counts = [-(-length // page_size) for length in lengths]
     order = 1 + torch.randperm(sum(counts), generator=torch.Generator().manual_seed(1))
     shape = (1 + sum(counts), page_size, num_kv_heads, head_dim)

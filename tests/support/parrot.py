@@ -1,9 +1,9 @@
-"""A model whose answer a test writes into the prompt: it repeats what stands in the last [[double brackets]].
+"""A model whose answer a test writes into the prompt: it repeats the text in the last [[double brackets]].
 
     user: Say [[Hello!]]   ─►   assistant: Hello!
 
-So a test knows what the model would say, whatever client carries the prompt. Penalties, grammars and end ids act on it
-as on any other model.
+So a test knows the model's answer, whichever client sends the prompt. Penalties, grammars and end ids act on this model
+as on any other.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES = replace(
     TINY, vocab_size=264, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, head_dim=16, max_position_embeddings=8192,
 )  # fmt: skip
-TEMPLATE = (  # shows tools and calls, as Qwen2.5's does
+TEMPLATE = (  # writes tools and calls, like Qwen2.5's template
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content or '' }}"
     "{% for call in message.tool_calls or [] %}<tool_call>{{ call.function | tojson }}</tool_call>{% endfor %}"
@@ -34,7 +34,7 @@ TEMPLATE = (  # shows tools and calls, as Qwen2.5's does
 
 
 class Repeats(Sums):
-    """In place of the layers."""
+    """Stands in for the layers."""
 
     def next(self, past: Sequence[int] | np.ndarray) -> int:
         text = "".join(chr(int(token)) for token in past)
@@ -51,7 +51,7 @@ class _Uncaptured(CallCapture):
 
 
 def parrot() -> Model:
-    """Such a model, which reads and writes bytes as text."""
+    """The model, which reads and writes bytes as text."""
     template = ChatTemplate.from_gguf({"tokenizer.chat_template": TEMPLATE}, {"eos_token": "<|im_end|>"}, "parrot")
     tokenizer = Tokenizer(byte_library(), "parrot", SIZES.vocab_size, chat_template=template)
     return with_layers(tiny_model(SIZES, tokenizer=tokenizer), Repeats(SIZES.vocab_size), _Uncaptured())

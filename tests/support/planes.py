@@ -1,4 +1,4 @@
-"""Products of quantised weights on a CPU, where x becomes planes of int8: the results, and how far they may be off."""
+"""Products with quantised weights on a CPU, for which x is converted to planes of int8: checks of their errors."""
 
 from __future__ import annotations
 

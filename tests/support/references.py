@@ -27,8 +27,8 @@ _ALLOCATIONS = {
 
 
 class guarded_allocations(TorchDispatchMode, AbstractContextManager):
-    """While it lasts, what an op allocates is full of poison (NaN, or the least integer) and lies between canaries,
-    which must be intact afterwards. The canaries are a finite number, so that NaN written there shows."""
+    """In this context, memory that an op allocates is full of poison (NaN, or the least integer) and lies between
+    canaries, which must be intact afterwards. A canary is a finite number, so that NaN written there shows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,16 +51,16 @@ class guarded_allocations(TorchDispatchMode, AbstractContextManager):
 
 
 def assert_rounds_like_reference(ops: ModuleType, name: str, *args: Any) -> None:
-    """The op rounds where the reference rounds: hardly an element differs. One rounding more or less would change
-    more."""
+    """The op rounds where the reference rounds: hardly any element differs. One rounding more or less would change many
+    elements."""
     outs, peers = getattr(ops, name)(*(own(ops, arg) for arg in args)), getattr(reference, name)(*args)
     for out, peer in zip(*((each if isinstance(each, tuple) else (each,)) for each in (outs, peers)), strict=True):
         assert_nearly_equal(out, peer)
 
 
 def tensors_left_behind(call: Callable[[], Any]) -> list[tuple[int, ...]]:
-    """The shapes of the tensors that are there after a call and its result are gone, and were not there before. Whose
-    memory they lie in is the caller's affair: torch.compile gives it to others."""
+    """The shapes of the tensors that a call leaves behind after its result is gone. An op must not keep tensors,
+    because their memory may belong to its caller: torch.compile reuses it."""
 
     def living() -> dict[int, Tensor]:
         gc.collect()
@@ -72,7 +72,7 @@ def tensors_left_behind(call: Callable[[], Any]) -> list[tuple[int, ...]]:
 
 
 def mapped(function: Callable[[Tensor], Tensor], arg: Any) -> Any:
-    """An argument of an op, ``function`` applied to it or to each tensor of a weight, of pages, or of a pair."""
+    """An argument of an op, with ``function`` applied to it or to each tensor of a weight, of pages, or of a pair."""
     if isinstance(arg, Tensor):
         return function(arg)
     if isinstance(arg, Stack):
@@ -83,14 +83,14 @@ def mapped(function: Callable[[Tensor], Tensor], arg: Any) -> Any:
 
 
 def tensors_of(arg: Any) -> Sequence[Tensor]:
-    """Those that an argument of an op consists of; a number has none."""
+    """The tensors of an op's argument; a number has none."""
     if isinstance(arg, (Weight, Pages)):
         return arg.tensors
     return arg if isinstance(arg, (list, tuple)) else [arg] if isinstance(arg, Tensor) else []
 
 
 def own(ops: ModuleType, arg: Any) -> Any:
-    """An argument as a value of ``ops``, which may be a broken copy of the kernels with classes of its own."""
+    """An argument in the classes of ``ops``, which may be a broken copy of the kernels with classes of its own."""
     if isinstance(arg, Weight):
         return ops.weights.as_weight(list(arg.tensors), arg.format)
     return ops.pages.FORMATS[arg.format](*arg.tensors) if isinstance(arg, Pages) else arg
@@ -98,7 +98,7 @@ def own(ops: ModuleType, arg: Any) -> Any:
 
 def guard(tensor: Tensor, padding: int = 0) -> Tensor:
     """A copy inside a larger buffer full of poison, with ``padding`` poisoned elements after each row."""
-    if not tensor.numel():  # it carries a dtype
+    if not tensor.numel():  # an empty tensor stands for its dtype
         return tensor.clone()
     rows, width = tensor.numel() // tensor.shape[-1], tensor.shape[-1]
     stride = width + padding
@@ -113,7 +113,7 @@ def guard(tensor: Tensor, padding: int = 0) -> Tensor:
 def assert_matches_reference(
     ops: ModuleType, name: str, *args: Any, changed: Sequence[int] = (), padding: int = 0, **keywords: Any
 ) -> Any:
-    """Runs an op on guarded copies of its arguments; every float result, and every argument at the positions
+    """Runs an op on guarded copies of its arguments. Every float result, and every argument at the positions
     ``changed``, must be as close to the reference in float64 as the reference in the same dtype is. Returns the op's
     result."""
     mine = [mapped(lambda each: guard(each, padding if each.dim() > 1 else 0), arg) for arg in args]
@@ -146,8 +146,8 @@ def random(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0,
 
 
 def exact(*shape: int, dtype: torch.dtype, device: torch.device, seed: int = 0, steps: int = 64) -> Tensor:
-    """Whole numbers up to ``steps`` over 64. Their products and sums have fewer bits than float32 keeps, so any order
-    of summing gives the same: bits that no matrix library promises may be asked for."""
+    """Integers up to ``steps``, divided by 64. Their products and sums have fewer bits than float32 keeps, so any order
+    of summation gives the same bits, and a test may compare bits, which no matrix library guarantees otherwise."""
     generator = torch.Generator().manual_seed(hash((shape, seed)))
     return (torch.randint(-steps, steps + 1, shape, generator=generator) / 64).to(device, dtype)
 

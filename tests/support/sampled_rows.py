@@ -1,4 +1,4 @@
-"""A sequence as sampling needs it."""
+"""A stand-in for a sequence, with the fields that sampling needs."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (a schema a line)
-"""JSON schemas of the kind that people write: a list, and a generator of as many more as a test wants."""
+"""JSON schemas of the kind that people write: a list, and a generator of any number of others."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ Schema = dict[str, Any]
 
 
 def schemas(count: int) -> Iterator[tuple[str, Schema]]:
-    """So many schemas, each with a name: those of the list first, then generated ones. Always the same."""
+    """``count`` schemas, each with a name: those of the list first, then generated ones. Always the same."""
     yield from list(WRITTEN.items())[:count]
     for number in range(count - len(WRITTEN)):
         yield f"generated {number}", Maker(number).root()
 
 
 def obj(properties: Schema, required: list[str] | None = None, **more: Any) -> Schema:
-    """A closed object, whose properties are all required unless said otherwise."""
+    """A closed object. All properties are required unless ``required`` is given."""
     needed = list(properties) if required is None else required
     return {"type": "object", "properties": properties, "required": needed, "additionalProperties": False} | more
 
@@ -174,7 +174,7 @@ class Maker:
 
     def _union(self, depth: int) -> Schema:
         how = self._random.choice(["anyOf", "anyOf", "oneOf"])
-        if how == "oneOf" and self._random.random() < 0.7:  # told apart by a constant
+        if how == "oneOf" and self._random.random() < 0.7:  # a constant distinguishes the alternatives
             tags = self._random.sample(WORDS, 2)
             return {"oneOf": [obj({"type": {"const": tag}, "value": self._any(depth + 1)}) for tag in tags]}
         return {how: [self._any(depth + 1) for _ in range(self._random.randint(2, 3))]}
@@ -183,7 +183,7 @@ class Maker:
         ready = [name for name, schema in self._defs.items() if schema]
         if not ready or self._random.random() < 0.5:
             name = f"Def{len(self._defs)}"
-            self._defs[name] = {}  # not ready: others must not lead back here without a way out
+            self._defs[name] = {}  # not ready: a reference to it now could make an endless recursion
             if self._random.random() < 0.3:
                 again = {"anyOf": [{"$ref": f"#/$defs/{name}"}, {"type": "null"}]}
                 self._defs[name] = obj({"item": self._any(3), "next": again})

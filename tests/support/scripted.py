@@ -1,4 +1,4 @@
-"""A model that says what a test wants, through the whole engine: a grammar admits one text only."""
+"""A model that gives the answers that a test wants, through the whole engine: a grammar admits only that text."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def model_with_tools() -> Model:
 
 @contextlib.contextmanager
 def saying(model: Model, *texts: str) -> Iterator[list[str]]:
-    """The model's answers are these texts, one call after the other. Gives the prompts that it reads."""
+    """In this context the model answers with these texts, one per call. Yields the list of prompts that it reads."""
     made, left, read = model._requests, list(texts), list[str]()
 
     def requests(prompts: Any, params: Any, *more: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Which tests a quick run has."""
+"""Selects the tests of a quick run."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ FEW = 2  # cases of a test
 
 
 def quick(items: Iterable[pytest.Item]) -> set[pytest.Item]:
-    """At most FEW cases of each test, at equal distances from the first to the last; none that is marked slow, or that
-    cannot run here."""
+    """At most FEW cases of each test, at equal distances from the first to the last, without cases that are marked slow
+    or cannot run here."""
     tests: dict[str, list[pytest.Item]] = {}
     for item in items:
         absent = item.get_closest_marker("gpu") and not torch.cuda.is_available()

@@ -28,8 +28,8 @@ def toy(config: Config = TINY, **keywords: Any) -> Model:
 def serving(
     models: Model | Mapping[str, Model] | Models, settings: Settings | None = None, wait: bool = True
 ) -> Iterator[str]:
-    """Serves a model as "toy", models by name, or Models, in a thread. Gives the base URL, without a slash at its
-    end. Does not close models that it was given as such. wait: until the first of them is loaded."""
+    """Serves a model as "toy", models by name, or Models, in a thread. Yields the base URL, without a slash at its end.
+    Does not close a Model that it was given. ``wait``: whether to wait until the first model is loaded."""
     if isinstance(models, Model):
         models = {"toy": models}
     if not isinstance(models, Models):
@@ -37,7 +37,7 @@ def serving(
         models = Models({name: lambda name=name: given[name] for name in given})
         models.close = lambda: None  # the test may serve them again
     server = listening.server(models, settings or Settings(bounds=Bounds(drain_seconds=5)))
-    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # else asyncio sets no TCP_NODELAY
+    with socket.socket(proto=socket.IPPROTO_TCP) as listener:  # without the protocol, asyncio sets no TCP_NODELAY
         listener.bind(("127.0.0.1", 0))
         listener.listen(512)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -1,4 +1,4 @@
-"""What the tests of clients ask of the parrot (parrot.py), and the key of its server."""
+"""Messages that the tests of clients send to the parrot (parrot.py), and the key of its server."""
 
 from __future__ import annotations
 
@@ -20,5 +20,5 @@ OSLO = City(name="Oslo", people=700_000)
 
 
 def said(text: str, role: str = "user") -> list[dict]:
-    """Messages after which the model says this."""
+    """Messages after which the model answers with this text."""
     return [{"role": role, "content": f"Say [[{text}]]"}]

@@ -1,4 +1,4 @@
-"""Whole GGUF files of small models, with a tokenizer, as the gguf library writes them."""
+"""Whole GGUF files of small models, with a tokenizer, written by the gguf library."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _NAMES = {
 
 
 def llama_name(name: str) -> str:
-    """llama.cpp's name of a tensor with this name of Hugging Face's."""
+    """llama.cpp's name of the tensor that has this name in Hugging Face's checkpoints."""
     stem, _, kind = name.rpartition(".")
     if not stem.startswith("model.layers."):
         return f"{_NAMES[stem]}.{kind}"
@@ -44,7 +44,8 @@ def write_gguf(
     others: Mapping[str, GGMLQuantizationType] | None = None,
     tokenizer: bool = True,
 ) -> None:
-    """A model of random blocks with small scales. ``others``: the types of some matrices, by Hugging Face's names."""
+    """Writes a model of random blocks with small scales. ``others``: the types of some matrices, by Hugging Face's
+    names."""
     writer = GGUFWriter(path, "qwen2")
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -84,7 +85,7 @@ def _values(random: np.random.Generator, shape: tuple[int, ...], kind: GGMLQuant
     return blocks.reshape(*shape[:-1], -1)
 
 
-# where a block has its scale and its minimum
+# The offsets of a block's scale and minimum
 _SCALES = {
     "Q4_1": (0, 2),
     "Q5_1": (0, 2),

@@ -1,4 +1,4 @@
-"""A tokenizer of 256 bytes and two special tokens, for models whose weights mean nothing."""
+"""A tokenizer of 256 bytes and two special tokens, for models with random weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,6 @@ def byte_library() -> tokenizers.Tokenizer:
 
 
 def byte_tokenizer(vocab_size: int) -> Tokenizer:
-    """The same as a Tokenizer; ids up to ``vocab_size`` that have no token are silent."""
+    """The same as a Tokenizer; ids below ``vocab_size`` without a token have no text."""
     template = ChatTemplate.from_gguf({"tokenizer.chat_template": CHAT_TEMPLATE}, {}, "toy")
     return Tokenizer(byte_library(), "toy", vocab_size, chat_template=template)

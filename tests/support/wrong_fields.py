@@ -1,4 +1,4 @@
-"""Values that no field of the server's APIs takes: of each route, every field with what is wrong for it."""
+"""Values that the fields of the server's APIs must refuse: for each route, every field with its wrong values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required"
 
 @dataclass(frozen=True)
 class Route:
-    """A route that takes JSON, bodies that it would answer, and what is wrong for each of their fields."""
+    """A route that takes JSON, bodies that it would answer, and wrong values for each of their fields."""
 
     path: str
     bodies: list[dict[str, Any]]
@@ -35,7 +35,7 @@ def among(values: Iterable[Any]) -> list[Maker]:
 
 
 def not_a(*kinds: type) -> list[Maker]:
-    """Values of JSON's other types. null is left out: it means that the field is absent."""
+    """Values of JSON's other types, without null, which means that the field is absent."""
     values: list[tuple[type, Maker]] = [
         (str, lambda choose: choose.choice(["", "x", "1", "true", "null", "1e3", "\u202e", "𝔘" * 5])),
         (bool, lambda choose: choose.random() < 0.5),
