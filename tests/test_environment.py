@@ -1,4 +1,4 @@
-"""The variables of the environment: what is read, where, and what the documentation says of it."""
+"""The environment variables: which are read, where, and their documentation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged files and odd requests: a few hundred of the many that fuzz.py tries."""
+"""Damaged files and odd requests: a few hundred of those that fuzz.py tries."""
 
 from __future__ import annotations
 

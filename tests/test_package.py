@@ -1,4 +1,4 @@
-"""The package as it is installed and imported: what importing brings in, and what it needs."""
+"""The package as it is installed and imported: the modules that an import loads, and the requirements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Imports run downwards in the picture of docs/architecture.md, which is the only statement of the order."""
+"""Imports run downwards in the diagram of docs/architecture.md, which alone defines the order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How the suite itself is run: what a quick run has, and who runs what belongs together."""
+"""How the suite runs: the tests of a quick run, and which worker runs tests that belong together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Compiled kernels are carried to a machine that finds them in Triton's cache."""
+"""Compiled kernels are carried to another machine, which finds them in Triton's cache."""
 
 from __future__ import annotations
 

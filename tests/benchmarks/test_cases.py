@@ -1,4 +1,4 @@
-"""The cases of the benchmarks: their byte counts, and that there is one for every kernel of the model."""
+"""The cases of the benchmarks: their byte counts, and a case for every kernel of the model."""
 
 from __future__ import annotations
 

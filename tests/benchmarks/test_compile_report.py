@@ -1,4 +1,4 @@
-"""The compile report: its rules, its reader, and Qwen2.5-3B on every architecture."""
+"""The compile report: its rules, its reader of machine code, and Qwen2.5-3B on every architecture."""
 
 from __future__ import annotations
 

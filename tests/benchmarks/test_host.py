@@ -1,4 +1,4 @@
-"""The program that times the host, without a GPU: kernels are compiled, and their launches do nothing."""
+"""The program that times the host, without a GPU: it compiles kernels, and launches do nothing."""
 
 from __future__ import annotations
 

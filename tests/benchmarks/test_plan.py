@@ -1,4 +1,4 @@
-"""A decode step on paper: what is counted of a kernel, which kernels find room, and the prediction."""
+"""The predicted decode step: what is counted for a kernel, which kernels fit beside each other, and the times."""
 
 from __future__ import annotations
 

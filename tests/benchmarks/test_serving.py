@@ -1,4 +1,4 @@
-"""Many callers at once: the work is the same for every engine, and the figures are those of what was timed."""
+"""Many callers at once: every engine gets the same work, and the figures follow from the timed tokens."""
 
 from __future__ import annotations
 

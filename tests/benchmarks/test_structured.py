@@ -1,4 +1,4 @@
-"""What structured output costs: both kinds of texts have as many tokens, and the ratio is that of their times."""
+"""The cost of structured output: both kinds of texts have equally many tokens, and the ratio is that of their times."""
 
 from __future__ import annotations
 

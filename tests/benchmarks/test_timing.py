@@ -1,4 +1,5 @@
-"""Readings are taken in turns, on inputs that are not in the cache, and on a GPU from a CUDA graph if possible."""
+"""Readings alternate between functions, on inputs that are not in the cache, and on a GPU use a CUDA graph if
+possible."""
 
 from __future__ import annotations
 

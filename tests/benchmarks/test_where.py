@@ -1,4 +1,4 @@
-"""Where a step's time goes: the time of each kernel, and the program on a CPU."""
+"""The times within a decode step: the time of each kernel, and the program on a CPU."""
 
 from __future__ import annotations
 

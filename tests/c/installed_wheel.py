@@ -1,4 +1,4 @@
-"""A program that runs an op of the installed package in C, and prints where the package lies and what ran. It fails if
+"""A program that runs an op of the installed package in C. It prints where the package lies and what ran, and fails if
 torch ran instead."""
 
 import logging

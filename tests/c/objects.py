@@ -1,4 +1,4 @@
-"""The C files compiled for a target, once in a run of the tests."""
+"""The C files compiled for a target, once per run of the tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which library of C functions is loaded, how one is compiled, what is measured, and how many threads run."""
+"""The C library: which one is loaded, how it is compiled, what is measured, and how many threads run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls of C functions: what calls.py reads from calls.h is what the compiler makes of it."""
+"""Calls of C functions: calls.py and the compiler read the same structs from calls.h."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The emulated library shows what an op does outside of its tensors."""
+"""The emulated library reports accesses of an op outside of its tensors."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""Linears, embedding and head over quantised weights in C, on every target and as plain loops.
+"""Linears, embedding and head with quantised weights in C, on every target and as plain loops.
 
-A product is compared with float64: the weights are those that the reference dequantises, and x may be off by what its
-planes of int8 leave out."""
+Products are compared with float64 results for the dequantised weights. x may have the errors of its int8 planes."""
 
 from __future__ import annotations
 

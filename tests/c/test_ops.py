@@ -1,7 +1,6 @@
 """The ops in C against float64 and against torch in the same dtype, and recorded calls.
 
-What holds for the fast ops holds for the plain ones (plain.c), so they are one more variant; a last test compares the
-two with each other."""
+The plain ops (plain.c) are one more variant of the fast ops, with the same tests. A last test compares the two."""
 
 import ctypes
 import inspect

@@ -1,4 +1,4 @@
-"""ThreadSanitizer finds no data race in the C ops, and races.c finds those that this file makes on purpose."""
+"""ThreadSanitizer finds no data race in the C ops, and finds the races that this file makes on purpose."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The speed of the C ops over that of torch, in one process and in turns. The ratio does not depend on the machine's
+"""The speed of the C ops relative to torch, in one process and alternately. The ratio does not depend on the machine's
 speed.
 
 The bounds are far from the measured ratios (docs/performance.md), so that noise does not fail a test."""

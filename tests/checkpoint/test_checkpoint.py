@@ -1,4 +1,4 @@
-"""Checkpoint folders, and the copy of each tensor into the packed parameters."""
+"""Folders of checkpoints, and the copy of each tensor into the packed parameters."""
 
 from __future__ import annotations
 

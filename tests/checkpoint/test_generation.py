@@ -1,4 +1,4 @@
-"""What a checkpoint says about generation: the same for both formats and for transformers, and checked."""
+"""A checkpoint's settings for generation: they are checked, and are the same for both formats and for transformers."""
 
 from __future__ import annotations
 

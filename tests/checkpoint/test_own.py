@@ -1,4 +1,4 @@
-"""Checkpoints that qwenkern writes: every bit comes back, mapped, and nothing is ever half written."""
+"""Checkpoints that qwenkern writes: every bit is read back, from a mapped file, and no file is ever incomplete."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Quantised safetensors checkpoints: every value as the formats' specifications define it, and what is refused."""
+"""Quantised safetensors checkpoints: every value as the formats' specifications define it, and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A checkpoint's small files: their limits, in every place that reads them."""
+"""A checkpoint's small files: their limits, in all code that reads them."""
 
 from __future__ import annotations
 

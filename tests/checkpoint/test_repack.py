@@ -1,4 +1,4 @@
-"""Blocks of a GGUF file as weights in our layout: the values of the gguf library, bit for bit, in C and in torch."""
+"""Blocks of a GGUF file repacked to our layout: the values of the gguf library, bit for bit, in C and in torch."""
 
 from __future__ import annotations
 

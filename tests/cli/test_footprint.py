@@ -1,4 +1,4 @@
-"""`qwenkern footprint`: its tables, its JSON, its comparison with a loaded model."""
+"""`qwenkern footprint`: its tables, its JSON, and the comparison with a loaded model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parameters, memory, and contradictions between the numbers of a checkpoint."""
+"""`qwenkern info`: parameters, memory, and contradictions between the numbers of a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`qwenkern quantize`: what it writes loads as the same model that quantize= makes, and it overwrites nothing."""
+"""`qwenkern quantize`: its file loads as the same model that quantize= makes, and it overwrites nothing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages: which sequence has them, where tokens go, and that none is lost."""
+"""Pages: which sequence has which, the slots of tokens, and no page is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Passes over prompts at padded lengths: the same text as without padding, and graphs that keep to their own memory."""
+"""Forward passes over prompts at padded lengths: the same text as without padding, and each graph keeps to its own
+memory."""
 
 from __future__ import annotations
 

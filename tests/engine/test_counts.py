@@ -1,4 +1,4 @@
-"""What an engine counts is what its callers saw."""
+"""The counts of an engine agree with what its callers saw."""
 
 from __future__ import annotations
 

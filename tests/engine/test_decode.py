@@ -1,4 +1,4 @@
-"""The captured decode step: the same text as without it, on every device, and no wait for the device."""
+"""The captured decode step: the same text as without capture, on every device, and no wait for the device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that come and go between steps: the tokens of each are those that it gets by itself, and no page is lost."""
+"""Requests that arrive and end between steps: each gets the same tokens as alone, and no page is lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Passes that fail: the requests in them end with the reason, others go on, and nobody waits for ever."""
+"""Forward passes that fail: their requests end with the reason, others go on, and nobody waits for ever."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loop: greedy text against transformers, and the same text however sequences are batched, chunked or preempted."""
+"""Generation: greedy text against transformers, and the same text for any batching, chunking or preemption."""
 
 from __future__ import annotations
 

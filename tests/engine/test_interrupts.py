@@ -1,9 +1,9 @@
 """An exception at any line, and between any two bytecodes, of the code that a caller runs, and of an engine that is
 stepped by hand: no request goes on, no page is lost, and the model works afterwards.
 
-Each scenario runs once to list the places that it passes. Then it runs again for MOST of them, with a
-KeyboardInterrupt raised there. With MOST = None, all places are tried, which takes a quarter of an hour. Nothing is
-raised in the thread of a model's own engine, because signals come to the main thread."""
+Each scenario runs once to list the places in the code that it reaches. Then it runs again for MOST of these places,
+with a KeyboardInterrupt raised there. With MOST = None, all places are tried, which takes a quarter of an hour. Nothing
+is raised in the thread of a model's own engine, because signals are handled in the main thread."""
 
 from __future__ import annotations
 

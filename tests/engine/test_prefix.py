@@ -1,4 +1,4 @@
-"""Pages found again by their tokens: which are found, which are dropped for others, and that no text changes by it."""
+"""Pages found again by their tokens: which are found, which are dropped for others, and that no text changes."""
 
 from __future__ import annotations
 

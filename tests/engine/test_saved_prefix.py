@@ -1,4 +1,4 @@
-"""A saved prefix gives the texts that computing it gives, and is refused where it is of no use."""
+"""A saved prefix gives the same texts as a computed one, and is refused if it is of no use."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Many calls on a cache that does not hold them all: all of them finish, in their order, with the texts that they get
-on an idle model."""
+"""Many calls on a cache that cannot hold them all: all of them finish, in their order, with the texts that they get on
+an idle model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Schemas of the kind that people write: every answer that is completed validates, by another library's rules."""
+"""Schemas of the kind that people write: every complete answer is valid according to another library."""
 
 from __future__ import annotations
 

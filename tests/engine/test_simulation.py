@@ -1,9 +1,9 @@
-"""Thousands of requests come at random, with common beginnings, priorities and completions, on a cache that holds few
-of them. Some are aborted, and some passes fail. After each step every page is in its place. In the end every text is
-the one that the request gets by itself.
+"""Thousands of random requests, with common prefixes, priorities and completions, on a cache that holds few of them.
+Some requests are aborted, and some forward passes fail. After each step every page is accounted for. In the end, every
+text is the one that the request gets alone.
 
-The model computes nothing (support/clockwork.py): a token that is lost, doubled or read from a wrong page changes the
-text. ARRIVALS requests come in each simulation; 50,000 take some minutes."""
+The model has no layers (support/clockwork.py): a token that is lost, doubled or read from a wrong page changes the
+text. ARRIVALS requests arrive in each simulation; 50,000 take some minutes."""
 
 from __future__ import annotations
 

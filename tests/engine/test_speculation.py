@@ -1,4 +1,4 @@
-"""Drafts change nothing but the time: the same tokens, texts and log-probabilities, to the last bit."""
+"""Drafts change only the time: the tokens, texts and log-probabilities are the same, to the last bit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Texts of a given form: whatever the model likes best, its text is one that the grammar has."""
+"""Texts under a constraint: whatever the model prefers, the grammar accepts its text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Model.warm_up: afterwards nothing is compiled or captured in the middle of an answer."""
+"""Model.warm_up: after it, nothing is compiled or captured during an answer."""
 
 from __future__ import annotations
 

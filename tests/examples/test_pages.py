@@ -1,5 +1,5 @@
-"""What the pages tell a reader to type: Python runs, and each command, option, target and file exists. The same holds
-for the commands of the workflows. The API reference has every public name."""
+"""The commands and code in the pages: Python code runs, and each command, option, target and file exists. The same is
+true of the commands in the workflows. The API reference has every public name."""
 
 from __future__ import annotations
 

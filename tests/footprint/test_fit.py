@@ -1,4 +1,4 @@
-"""What does not fit is refused with the numbers, and what fits is not; the memory of this machine; the cards."""
+"""Models that do not fit are refused with the numbers, and others are not; the memory of this machine; the GPUs."""
 
 from __future__ import annotations
 

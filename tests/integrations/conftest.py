@@ -1,4 +1,4 @@
-"""What the tests of patched models share: which backend runs, and that it runs however small a tensor is."""
+"""Fixtures for the tests of patched models: which backend runs, and that it runs for tensors of any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loaded model of transformers on the same memory."""
+"""A loaded model of transformers, used by qwenkern on the same memory."""
 
 from __future__ import annotations
 

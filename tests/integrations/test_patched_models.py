@@ -1,4 +1,4 @@
-"""What users do with a patched model: interrupt the patching, copy, export, compile, train, convert, share."""
+"""Uses of a patched model: interrupt the patching, copy, export, compile, train, convert, share."""
 
 from __future__ import annotations
 

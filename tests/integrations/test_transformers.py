@@ -1,4 +1,4 @@
-"""transformers models with our kernels: the same numbers and texts as without them, and revert."""
+"""transformers models with our kernels: the same numbers and texts as without them, and the reversal of the patch."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Tensors that are not plain ones of this device's memory, as each argument of each op: the same values as from a plain
-one, or an error that says what is wrong; never a crash, nor other values."""
+"""Unusual tensors, such as views and subclasses, as each argument of each op: the same values as for a plain tensor, or
+an error that says what is wrong; never a crash or other values."""
 
 from __future__ import annotations
 

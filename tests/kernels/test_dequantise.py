@@ -1,5 +1,5 @@
 """The kernel that dequantises rows, for products with many tokens and for the embedding. Its bits are those of
-Weight.dequantise, whose values test_grouped.py and test_fp8.py hold against the formats' definitions."""
+Weight.dequantise, which test_grouped.py and test_fp8.py compare with the formats' definitions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draw on Triton against sorting with whole numbers in Python."""
+"""The draw on Triton, against sorting with integers in Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The bits that float16 pages store, against numpy's float16. test_pages.py tests what every format promises."""
+"""The bits that float16 pages store, against numpy's float16. test_pages.py has the tests of all formats."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The fp8 format: which numbers its codes are, and how far rounding moves a weight."""
+"""The fp8 format: the numbers of its codes, and the rounding errors of weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Gradients of the ops: formulas, autograd registration, torch.compile, a layer, and the memory that it keeps."""
+"""Gradients of the ops: formulas, autograd registration, torch.compile, a layer, and the memory that the layer
+keeps."""
 
 from __future__ import annotations
 

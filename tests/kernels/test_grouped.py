@@ -1,5 +1,5 @@
-"""The layout of quantised weights, byte by byte as grouped.py's docstring says it, and the values that it stands for.
-test_weights.py tests what every format promises."""
+"""The layout of quantised weights, byte by byte as in grouped.py's docstring, and its values. test_weights.py has the
+tests of all formats."""
 
 from __future__ import annotations
 

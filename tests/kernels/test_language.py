@@ -1,4 +1,4 @@
-"""The pieces that kernels share, on numbers that are told apart by a bit."""
+"""The functions that kernels share, on numbers where a single bit matters."""
 
 from __future__ import annotations
 

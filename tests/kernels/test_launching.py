@@ -1,4 +1,4 @@
-"""Launch plans: whatever is launched, and in whatever order, it is the kernel that Triton would have chosen."""
+"""Launch plans: for any launches in any order, the kernel that runs is the one that Triton would have chosen."""
 
 from __future__ import annotations
 

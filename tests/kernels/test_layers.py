@@ -1,4 +1,4 @@
-"""The ops as layers that Hugging Face's `kernels` library puts into other projects' modules."""
+"""The ops as layers, which Hugging Face's `kernels` library puts into other projects' modules."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What every op has. The ops are those that are registered: what a new one lacks is named here."""
+"""Requirements on every registered op, such as tests, documentation and a benchmark. A test names what a new op
+lacks."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What every format of cache pages promises. The formats are those that kernels/pages/ has: a new one is tested here
-without a line of its own, and its own test says how large the error is that it makes."""
+"""Requirements on every format of cache pages. The tests run for all formats in kernels/pages/, so a new one needs no
+line here; its own test says how large its errors are."""
 
 from __future__ import annotations
 

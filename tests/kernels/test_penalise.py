@@ -1,4 +1,4 @@
-"""penalise against its reference, bit by bit: a captured step must choose what the host chooses."""
+"""penalise against its reference, bit by bit, because a captured step must choose the tokens that the host chooses."""
 
 from __future__ import annotations
 

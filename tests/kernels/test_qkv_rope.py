@@ -1,4 +1,4 @@
-"""norm_qkv_rope against its reference, and against the two ops that it is made of."""
+"""norm_qkv_rope against its reference, and against the two ops that it combines."""
 
 from __future__ import annotations
 

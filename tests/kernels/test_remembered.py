@@ -1,5 +1,5 @@
-"""What an op remembers of a call on a GPU lets no call through that the checks would stop, and chooses no other
-backend. Meta tensors stand for a GPU's."""
+"""The remembered implementation of an op on a GPU is used only for calls that would pass the checks, and is the one
+that dispatch would choose. Meta tensors stand for those of a GPU."""
 
 from __future__ import annotations
 

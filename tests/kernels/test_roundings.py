@@ -1,5 +1,5 @@
-"""Where each backend rounds, as docs/drop-in.md says. The tests count the elements that differ from the reference in
-the same dtype. One rounding more or less changes a third of them, and another order of sums changes hardly any."""
+"""The roundings of each backend, as in docs/drop-in.md. The tests count the elements that differ from the reference in
+the same dtype. One rounding more or less changes a third of them, and another order of sums hardly any."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""Pages of one byte a value (int8, fp8): the codes and scales that are stored, against the formulas of scaled.py in
-float64, and attention where those are unusual. test_pages.py tests what every format promises."""
+"""Pages of one byte per value (int8, fp8): the stored codes and scales, against the formulas of scaled.py in float64,
+and attention over unusual ones. test_pages.py has the tests of all formats."""
 
 from __future__ import annotations
 

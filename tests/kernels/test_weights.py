@@ -1,5 +1,5 @@
-"""What every format of weights promises. The formats are those that kernels/weights/ has: a new one is tested here
-without a line of its own, and its own test says how large the error is that it makes."""
+"""Requirements on every format of weights. The tests run for all formats in kernels/weights/, so a new one needs no
+line here; its own test says how large its errors are."""
 
 from __future__ import annotations
 

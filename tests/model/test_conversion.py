@@ -1,4 +1,4 @@
-"""Models with quantised weights: what quantize= makes of a checkpoint, and that they compute what their weights say."""
+"""Models with quantised weights: the result of quantize=, and computations with exactly these weights."""
 
 from __future__ import annotations
 

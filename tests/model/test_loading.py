@@ -1,4 +1,4 @@
-"""From what names a model to its parts: what it costs, and what fails first."""
+"""Loading, from the name of a model to its parts: its cost, and the order of its failures."""
 
 from __future__ import annotations
 

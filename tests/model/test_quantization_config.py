@@ -1,4 +1,4 @@
-"""What a config.json says of quantised weights, and which kinds are refused before any weight is there."""
+"""The quantisation in a config.json, and the kinds that are refused before any weight is read."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What test_foreign.py has done in a process in which Triton compiles: a matrix product that is none of this project's,
-with bulk copies, mbarriers and warp groups, and without a piece of its PTX."""
+"""The work of test_foreign.py in a process in which Triton compiles: a matrix product from outside of this project,
+with bulk copies, mbarriers and warp groups, whole or without a piece of its PTX."""
 
 from __future__ import annotations
 

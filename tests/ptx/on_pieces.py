@@ -1,5 +1,5 @@
-"""What test_pieces.py has done in a process in which Triton compiles: a small call of each kernel, whole or with a
-piece of its PTX taken out."""
+"""The work of test_pieces.py in a process in which Triton compiles: a small call of each kernel, whole or without a
+piece of its PTX."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What test_kernels.py has done in a process in which Triton compiles: kernels on the PTX runner."""
+"""The work of test_kernels.py in a process in which Triton compiles: kernels on the PTX runner."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What test_steps.py has done in a process in which Triton compiles: sequences of kernels, launched dependently."""
+"""The work of test_steps.py in a process in which Triton compiles: sequences of kernels, with dependent launch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What test_traffic.py has counted in a process in which Triton compiles."""
+"""The counts for test_traffic.py, made in a process in which Triton compiles."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bulk copies, tensor maps, and mbarriers: what is moved where, and the faults around them."""
+"""Bulk copies, tensor maps, and mbarriers: the bytes that are moved, and the faults."""
 
 from __future__ import annotations
 

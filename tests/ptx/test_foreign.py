@@ -1,4 +1,4 @@
-"""A kernel that is none of this project's runs on the PTX runner, which finds what is taken out of it."""
+"""A kernel from outside of this project runs on the PTX runner, which reports each piece that is taken out of it."""
 
 from __future__ import annotations
 

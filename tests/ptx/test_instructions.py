@@ -1,5 +1,5 @@
-"""Each instruction of the PTX runner against what NVIDIA's PTX ISA says of it: in whole numbers, exact fractions, by
-struct, torch, or lane by lane."""
+"""Each instruction of the PTX runner against NVIDIA's PTX ISA: with integers, exact fractions, struct or torch, or lane
+by lane."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The kernels' own tests on the PTX that Triton compiles for several GPUs, without having them. test_pieces.py shows
-that the runner notices what is missing in a kernel.
+"""The kernels' own tests on the PTX that Triton compiles for several GPUs, on a machine without them. test_pieces.py
+shows that the runner reports what is missing in a kernel.
 
-All of it runs in a second process, in which Triton compiles (on_ptx.py)."""
+All tests run in a second process, in which Triton compiles (on_ptx.py)."""
 
 from __future__ import annotations
 

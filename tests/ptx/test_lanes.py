@@ -1,4 +1,4 @@
-"""What moves between lanes, registers and memory in the PTX runner, lane by lane as NVIDIA's PTX ISA has it."""
+"""Data movement between lanes, registers and memory in the PTX runner, lane by lane as in NVIDIA's PTX ISA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warp groups' products (wgmma) on tiles in every layout of shared memory, and the faults around them."""
+"""Products of warp groups (wgmma) on tiles in every layout of shared memory, and the faults."""
 
 from __future__ import annotations
 

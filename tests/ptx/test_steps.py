@@ -1,4 +1,4 @@
-"""The launches of a decode step may overlap as dependent launch lets them, and the check of that finds what may not."""
+"""The launches of a decode step overlap without a race under dependent launch, and the check reports races."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Bytes between L2 and a program, counted on the PTX, against counts by hand."""
+"""The bytes between L2 and a program, counted on the PTX, against counts by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The draw against sorting with whole numbers in Python."""
+"""The draw against sorting with integers in Python."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a caller asks of the form of a text: how it is checked, bounded, compiled and followed."""
+"""Constraints on a text: how they are checked, bounded, compiled and followed."""
 
 from __future__ import annotations
 

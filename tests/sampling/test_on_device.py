@@ -1,4 +1,4 @@
-"""What a captured step does to the logits, against what the host does: bit by bit, over random parameters."""
+"""The changes to the logits in a captured step, against those on the host: bit by bit, for random parameters."""
 
 from __future__ import annotations
 

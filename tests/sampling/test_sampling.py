@@ -1,4 +1,4 @@
-"""Sampling parameters and the choice of tokens, against transformers' processors and against counting."""
+"""Sampling parameters and the choice of tokens, against transformers' processors and against counted frequencies."""
 
 from __future__ import annotations
 

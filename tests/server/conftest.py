@@ -1,4 +1,4 @@
-"""What the tests of clients share: the server of a module's own ``model``, and OpenAI's client for it."""
+"""Fixtures for the tests of clients: the server of a module's own ``model``, and OpenAI's client for it."""
 
 from __future__ import annotations
 

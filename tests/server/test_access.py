@@ -1,4 +1,4 @@
-"""Who may call, what is not there, and how many may wait."""
+"""Access to the server: keys, missing paths, and how many requests may wait."""
 
 from __future__ import annotations
 

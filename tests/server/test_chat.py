@@ -1,4 +1,4 @@
-"""/v1/chat/completions: its answers are those of the model called directly."""
+"""/v1/chat/completions: its answers are those of the model when it is called directly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Frameworks of others against the server: what they show is what the model says."""
+"""Other projects' frameworks as clients of the server: they show what the model says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/v1/completions: its answers, and the log-probabilities of its prompts, are those of the model called directly."""
+"""/v1/completions: its answers, and the log-probabilities of its prompts, are those of a direct call of the model."""
 
 from __future__ import annotations
 

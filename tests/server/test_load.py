@@ -1,5 +1,5 @@
-"""Many clients at once, clients that leave, and clients that do not read: every answer is the one that its prompt gets
-alone, all pages come back, and memory stays flat."""
+"""Many clients at once, clients that leave, and clients that do not read: every answer is the same as for a single
+client, all pages are released, and memory does not grow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""12,000 requests that are wrong, each in its own way: refused at once, in the form of the API's errors, and the server
+"""12,000 wrong requests, each in its own way: all are refused at once, with errors in the API's format, and the server
 goes on."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""/metrics: what a Prometheus server reads is what happened."""
+"""/metrics: the values that a Prometheus server reads are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Several models in one server: loaded when asked for, within a budget, and given back."""
+"""Several models in one server: loaded when a request names them, within a budget of memory, and unloaded."""
 
 from __future__ import annotations
 

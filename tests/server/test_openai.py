@@ -1,4 +1,4 @@
-"""The openai client against the server: what it shows is what the model says."""
+"""The openai client against the server: it shows what the model says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/openapi.json: a valid document, which says what the server does. schemathesis makes requests from it."""
+"""/openapi.json: a valid document, which describes the server. schemathesis makes requests from it."""
 
 from __future__ import annotations
 

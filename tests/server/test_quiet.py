@@ -1,4 +1,4 @@
-"""Streams while the model says nothing: what is sent so that neither proxies nor clients give up."""
+"""Streams while the model produces no text: the server sends something, so that proxies and clients do not give up."""
 
 from __future__ import annotations
 

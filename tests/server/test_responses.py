@@ -1,4 +1,4 @@
-"""/v1/responses, through OpenAI's own client: text, functions, streams and what is refused."""
+"""/v1/responses, through OpenAI's own client: text, functions, streams and refusals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""/tokenize, /detokenize and /tokenizer_info: what the tokenizer says, in vLLM's form."""
+"""/tokenize, /detokenize and /tokenizer_info: the tokenizer's results, in vLLM's format."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Chat templates under a budget: allowed templates give transformers' text, and all others end soon."""
+"""Chat templates within a budget: allowed templates give transformers' text, and all others end soon."""
 
 from __future__ import annotations
 

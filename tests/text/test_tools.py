@@ -1,4 +1,4 @@
-"""Calls of functions in a model's text: what is a call, what stays text, and what the grammars of calls admit."""
+"""Function calls in a model's text: what is a call, what remains text, and what the grammars of calls admit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A browser for each file, and one server of two models, for the tests of the page."""
+"""Fixtures for the tests of the page: a browser for each file, and one server of two models."""
 
 from __future__ import annotations
 

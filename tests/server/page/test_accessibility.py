@@ -1,4 +1,4 @@
-"""Who uses the page, and how: with keys alone, on a phone, in other colours, with a screen reader."""
+"""Different users of the page: with only a keyboard, on a phone, in other colours, with a screen reader."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How an answer is drawn: Markdown, and how likely each of its tokens was."""
+"""The display of an answer: Markdown, and the probability of each of its tokens."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tab with the memory that a model takes."""
+"""The tab that computes the memory of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What somebody sees when something goes wrong."""
+"""What the page shows if something fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A conversation goes into a file, and comes back from one."""
+"""A conversation is saved to a file and loaded from one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model, a file or a server says is text, whatever it looks like."""
+"""The page shows text from a model, a file or a server as text, whatever it contains."""
 
 from __future__ import annotations
 

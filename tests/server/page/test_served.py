@@ -1,4 +1,4 @@
-"""What the server gives a browser: the page with its policy, and the numbers of the calculator."""
+"""What the server sends to a browser: the page with its policy, and the numbers of the calculator."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Somebody talks to a model: typing, stopping, settings, another answer, another turn."""
+"""A conversation with a model: typing, stopping, settings, another answer, a next turn."""
 
 from __future__ import annotations
 
