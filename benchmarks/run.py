@@ -49,7 +49,7 @@ ALL_PROVIDERS = ",".join(provider.name for provider in PROVIDERS)
 def measure(
     case: Case, model: str, size: Size, providers: list[Provider], limits: Ceilings, seconds: float
 ) -> list[Row]:
-    """The rows of one case at one size; all providers take turns."""
+    """The rows of one case at one size. Each round times every provider."""
     config, device = Config.from_name(model), torch.device(size.device)
     key = (case.name, model, size.tokens, size.context, str(size.dtype).removeprefix("torch."))
     sets = input_sets(lambda: case.inputs(config, size), device)

@@ -14,7 +14,7 @@ import pytest
 if "PYTEST_XDIST_WORKER" in os.environ:  # before torch starts its threads; programs that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 if (
-    not (  # where the library `kernels` is missing, neither this folder's room nor the package's is taken for it
+    not (  # if the library `kernels` is missing, neither tests/kernels nor the package's folder is taken for it
         found := PathFinder.find_spec(
             "kernels",
             [entry for entry in sys.path if Path(entry or ".").resolve() != Path(__file__).resolve().parents[1]],

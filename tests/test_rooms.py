@@ -78,7 +78,7 @@ def types_only(module: str) -> set[str]:
 
 @cache
 def picture() -> dict[str, int]:
-    """Each room that the picture names, a folder with its slash or a file, and the line that it stands in."""
+    """Each module that the diagram names, a folder with its slash or a file, and the number of its line."""
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8").partition("## Modules")[2]
     drawn = re.search(r"```\w*\n(.*?)```", text, re.S)
     assert drawn, "docs/architecture.md has no picture under `Modules`"
@@ -91,7 +91,7 @@ def picture() -> dict[str, int]:
 
 
 def room(module: str) -> str:
-    """The room of the picture that a module lies in: the longest name that it begins with."""
+    """The name in the diagram that a module belongs to: the longest one that it begins with."""
     parts = module.split(".")[1:] or ["__init__"]
     if modules()[module].name == "__init__.py" and module != "qwenkern":
         parts.append("__init__")

@@ -15,7 +15,7 @@ TESTS = Path(__file__).parent
 
 
 def test_a_quick_run_has_tests_of_every_room(request: pytest.FixtureRequest) -> None:
-    """Of every room that is collected, and of every test in it that is not slow, some cases, but not many."""
+    """A quick run has a few cases of every collected folder, and of every test in it that is not slow."""
     chosen = quick(request.session.items)
     assert _rooms(chosen) == _rooms(request.session.items)
     counts: dict[str, int] = {}

@@ -72,7 +72,7 @@ class Plain:
 
 
 class Ops:
-    """The ops of a room by name, without the checks of the public ones. A tensor is a dense weight to them, and two of
+    """A module's ops by name, without the checks of the public ones. A tensor is a dense weight to them, and two of
     them dense pages."""
 
     def __init__(self, room: ModuleType) -> None:

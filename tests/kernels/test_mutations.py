@@ -23,7 +23,7 @@ PASSED: set[tuple[Callable[..., None], str]] = set()  # tests and parameters, on
 
 
 def mutations() -> Iterator[Any]:
-    """Those of one file run in one process, since they break what a few tests show."""
+    """All mutations. Those of one file run in one process, because they share the tests that must fail."""
     for file in FILES:
         for mutation in _module(file).MUTATIONS:
             name = f"{mutation.file}: {mutation.name}"
@@ -31,7 +31,7 @@ def mutations() -> Iterator[Any]:
 
 
 def _module(file: Path) -> ModuleType:
-    """Imported by its own name: a room named `kernels` would be taken for the library of that name."""
+    """The module of a file, under a name of its own: a package `kernels` would be taken for the library."""
     spec = importlib.util.spec_from_file_location(f"mutations_of_{file.stem}", file)
     assert spec is not None
     module = importlib.util.module_from_spec(spec)
