@@ -37,12 +37,12 @@ class Model(Loaded):
         the first request.
 
         On a GPU, child processes compile the kernels into Triton's cache, which takes seconds to a minute, once on a
-        machine. Then the passes over prompts and the decode steps are captured. On a CPU, the C functions are compiled
-        or chosen, and the decode steps are recorded. Calls that run at the same time continue.
+        machine. Then the forward passes over prompts and the decode steps are captured. On a CPU, the C functions are
+        compiled or chosen, and the decode steps are recorded. Calls that run at the same time continue.
 
         max_sequences: the largest number of sequences that will decode together.
         max_prompt: the largest number of prompt tokens that will be read at once, up to `prefill_chunk`.
-        sampled: also for the checkpoint's own sampling settings, not for greedy decoding alone."""
+        sampled: whether to prepare for the checkpoint's sampling settings, too, and not only for greedy decoding."""
         whole("max_sequences", max_sequences, 1)
         whole("max_prompt", max_prompt, 1)
         flag("sampled", sampled)
@@ -122,9 +122,9 @@ class Model(Loaded):
         tools: Sequence[Mapping[str, Any]] | None = None,
         **keywords: Any,
     ) -> Stream:
-        """Completes one prompt and yields its text as it comes, never half a character.
+        """Completes one prompt and yields its text as it is generated, in pieces of whole characters.
 
-        A model without a tokenizer yields nothing; its ``completion`` has the ids."""
+        Without a tokenizer the stream yields nothing, and its ``completion`` has the token ids."""
         request = self._streamed(prompt, sampling_params(params, keywords), tools)
         return Stream(Call(self._loop, [request]), request)
 
@@ -208,8 +208,8 @@ class Model(Loaded):
     def forward(self, ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Logits after every token: float32 [T, vocabulary] for ids [T], or [B, T, vocabulary] for ids [B, T].
 
-        Raises RequestError if a GPU has no memory left for them (`score` needs little). The default cache leaves room
-        for those of one ``prefill_chunk`` if 17 GB are free beside the weights."""
+        Raises RequestError if the GPU has no memory left for the logits; `score` needs little memory. The default cache
+        leaves room for the logits of one ``prefill_chunk`` if 17 GB are free beside the weights."""
         rows, is_batch = rows_of_ids(ids)
         for row in rows:
             self._prompts.check(row)
@@ -250,10 +250,10 @@ class Model(Loaded):
         return Score(ids, logprobs)
 
     def save_prefix(self, prompt: Prompt, file: str | Path, *, cache_salt: str | None = None) -> int:
-        """Computes a prompt and saves what the cache then holds of it, for `load_prefix`. Returns the number of tokens:
-        those of full pages of 64, or with ``deterministic`` of whole chunks.
+        """Computes a prompt and saves its keys and values to a file, for `load_prefix`. Returns the number of saved
+        tokens: only full pages of 64 tokens are saved, or with ``deterministic`` only whole chunks.
 
-        file: about as large as the cache of so many tokens (`qwenkern footprint`). Replaced if it exists."""
+        file: replaced if it exists. It is about as large as these tokens are in the cache (`qwenkern footprint`)."""
         ids = self._prompts.encode(prompt)
         self.generate(ids, max_tokens=1, cache_salt=cache_salt)
         tensors = self._loop.between_passes(lambda: saved.copied(self.cache, ids, cache_salt or ""))
@@ -261,10 +261,10 @@ class Model(Loaded):
         return len(tensors[saved.IDS])
 
     def load_prefix(self, file: str | Path, *, cache_salt: str | None = None) -> int:
-        """Puts a saved prefix into the cache, where prompts that begin so find it. Returns its number of tokens.
+        """Puts a saved prefix into the cache, for prompts that begin with it. Returns its number of tokens.
 
-        It stays until other texts need the room. Raises CheckpointError if the file was saved by another model, or in
-        another dtype or format of the cache, and RequestError if the cache has no room for it."""
+        The prefix stays in the cache until other texts need its pages. Raises CheckpointError if the file was saved by
+        another model, or in another dtype or format of the cache, and RequestError if the cache has no room for it."""
         facts = self._facts_of_pages()
         if not self.deterministic:
             del facts["chunk"]
@@ -272,17 +272,18 @@ class Model(Loaded):
         return self._loop.between_passes(lambda: saved.put_back(self.cache, tensors, cache_salt or ""))
 
     def _facts_of_pages(self) -> dict[str, str]:
-        """What must be the same where a saved prefix is used."""
+        """The properties that the model which loads a saved prefix must have in common with the one that saved it."""
         return {
             "model": self.module.fingerprint(),
             "dtype": str(self.dtype).removeprefix("torch."),
             "cache": self.cache.pages[0].format,
-            # deterministic mode uses whole chunks only, which are those of one length
+            # deterministic mode finds only whole chunks again, so their length must be the same
             "chunk": str(self.prefill_chunk) if self.deterministic else "any",
         }
 
     def _read(self, rows: list[list[int]], take: Callable[[int, Tensor], None]) -> None:
-        """Has ``take`` called with the index of each row and the next of its logits, in inference mode."""
+        """Computes the logits of all rows. ``take`` is called with the index of a row and the next part of its logits,
+        in inference mode."""
         requests = []
         for index, ids in enumerate(rows):
             request = Request(ids, SamplingParams(), frozenset(), max_tokens=0)

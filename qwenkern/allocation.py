@@ -18,10 +18,10 @@ _ALIGNMENT = 64  # bytes
 
 
 def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor whose values are undefined. Raises RequestError where the device gives no memory for it."""
+    """A tensor with undefined values. Raises RequestError if the device has no memory for it."""
     try:
         return _empty(shape, dtype, device)
-    except (OSError, OverflowError, RuntimeError) as error:  # what mmap and torch say where there is no memory
+    except (OSError, OverflowError, RuntimeError) as error:  # what mmap and torch raise if there is no memory
         reason = str(error).partition("\n")[0]
         raise RequestError(
             f"device {device} gives no memory for weights of shape {list(shape)} in {dtype}: {reason}"
@@ -29,13 +29,13 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
 
 
 def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """On a CPU large tensors lie in huge pages where the system has them, because a processor that streams weights
-    fetches further ahead in those."""
+    """On a CPU, large tensors lie in huge pages if the system has these, because a processor that streams weights
+    prefetches further in a huge page."""
     size = math.prod(shape) * dtype.itemsize
     if torch.device(device).type != "cpu" or size < 2 * HUGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return torch.empty(shape, dtype=dtype, device=device)
     memory = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a kernel without them
+    with contextlib.suppress(OSError):  # an operating system without huge pages
         memory.madvise(mmap.MADV_HUGEPAGE)
     whole = torch.frombuffer(memory, dtype=torch.uint8)
     start = -whole.data_ptr() % HUGE_PAGE
@@ -43,16 +43,17 @@ def _empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
 
 
 class Pool:
-    """Memory on the CPU for the tensors of many weights, so that small ones lie in huge pages too. The tensors fill
-    pieces of it, one after the other. A piece is freed with the last of its tensors, once the pool is gone."""
+    """CPU memory for the tensors of many weights, so that small tensors lie in huge pages, too. The pool allocates
+    large pieces, which tensors fill one after the other. After the pool itself is freed, a piece is freed with the last
+    of its tensors."""
 
     def __init__(self, total: int) -> None:
-        """``total``: the bytes that all tensors will take, about."""
+        """``total``: about how many bytes all tensors will take."""
         self._piece = min(_PIECE, total)
-        self._rests: list[Tensor] = []  # of each piece, what no tensor has yet
+        self._rests: list[Tensor] = []  # the unused rest of each piece
 
     def __call__(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """A tensor whose values are undefined. Raises RequestError where there is no memory for it."""
+        """A tensor with undefined values. Raises RequestError if there is no memory for it."""
         size = math.prod(shape) * dtype.itemsize
         taken = -(-size // _ALIGNMENT) * _ALIGNMENT
         place = next((i for i, rest in enumerate(self._rests) if len(rest) >= taken), None)
@@ -64,7 +65,7 @@ class Pool:
 
 
 def give_back() -> None:
-    """Gives the system the memory that was freed, which the C library may keep for later: a tokenizer is made of many
-    small pieces. Only glibc has a function for that."""
+    """Returns freed memory to the system. The C library may keep it for later, such as the many small allocations of a
+    tokenizer that is loaded. Only glibc has a function for this."""
     with contextlib.suppress(AttributeError, TypeError):  # Windows cannot open the program itself
         ctypes.CDLL(None).malloc_trim(0)

@@ -1,8 +1,8 @@
-"""Checks of values, one a kind: each returns the value as a plain Python one, or raises RequestError, or the error that
-its caller names.
+"""Checks of arguments, one function for each type. Each returns the value as a plain Python object, or raises
+RequestError or the error class that its caller passes.
 
-An integer is what Python takes as an index (also numpy's integers, or an element of a tensor), except True and False. A
-number is an integer or a real number, also numpy's, except NaN.
+An integer is any object that Python accepts as an index, such as numpy's integers or an element of a tensor, except
+True and False. A number is an integer or a real number, also of numpy, except NaN.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def is_whole(value: Any) -> bool:
         return type(value) is int
     try:
         operator.index(value)
-    except (TypeError, ValueError, RuntimeError):  # an array or a tensor of several
+    except (TypeError, ValueError, RuntimeError):  # an array or a tensor with several elements
         return False
     return True
 

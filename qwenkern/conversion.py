@@ -1,4 +1,4 @@
-"""What ``quantize=`` asks for: dense matrices are quantised as they load, or quantised ones dequantised."""
+"""Carries out ``quantize=``: quantises dense matrices as they load, or dequantises quantised ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .kernels.weights import FORMATS, Dense
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 1 << 20  # values that a thread rounds before it takes others
+_AT_ONCE = 1 << 20  # values that a thread rounds at a time
 
 CHOICES = ("int8", "int4", "fp8")
 
@@ -44,7 +44,7 @@ class Conversion:
     def of(
         self, tensors: Iterable[tuple[str, Tensor | Weight]], config: Config, dtype: torch.dtype
     ) -> Iterator[tuple[str, Tensor | Weight]]:
-        """The tensors of a checkpoint, by Hugging Face's names, stored so. ``dtype`` is that of x."""
+        """Yields the converted tensors of a checkpoint, with Hugging Face's names. ``dtype``: of the activations."""
         if self.name not in CHOICES:
             yield from tensors
             return
@@ -66,8 +66,8 @@ class Conversion:
             )
 
     def quantised(self, name: str, matrix: Tensor, dtype: torch.dtype) -> Weight | None:
-        """A matrix as a weight of the format that this conversion has for it, in new memory on the matrix's device.
-        None if the format does not have its size. ``dtype`` is that of x."""
+        """A matrix, quantised to the format of this conversion, in new memory on the matrix's device. None if the
+        format does not support its size. ``dtype``: of the activations."""
         form = self.format_of(name)
         rows, columns = matrix.shape
         try:
@@ -85,8 +85,8 @@ class Conversion:
 
 
 def rounded(matrix: Tensor, weight: Weight) -> Weight:
-    """The weight, set to a matrix. On a CPU each thread rounds some rows at a time; torch's own threads would wait at a
-    barrier behind each of many short operations."""
+    """Quantises a matrix into ``weight``, and returns the weight. On a CPU each thread rounds some rows at a time.
+    torch's own threads would wait at a barrier after each of many short operations."""
     if matrix.device.type != "cpu":
         weight.copy_(matrix)
         return weight
@@ -101,8 +101,8 @@ def rounded(matrix: Tensor, weight: Weight) -> Weight:
 
 
 def choose_conversion(quantize: str | None, checkpoint: Checkpoint | None = None) -> Conversion:
-    """What ``quantize=`` says, for a checkpoint or for random weights. Raises RequestError for another value, and for
-    one of CHOICES if the checkpoint is quantised already."""
+    """The conversion that ``quantize=`` requests, for a checkpoint or for random weights. Raises RequestError for an
+    unknown value, and for one of CHOICES if the checkpoint is quantised already."""
     if quantize is not None and (not isinstance(quantize, str) or quantize not in (*CHOICES, *NONE)):
         names = ", ".join(map(repr, (*CHOICES, NONE[0])))
         raise RequestError(f"quantize is {shown(quantize)}; expected None or one of {names}")

@@ -36,8 +36,9 @@ def choose_device(device: str | torch.device) -> torch.device:
 def choose_dtype(
     dtype: str | torch.dtype, config: Config, device: torch.device, quantised: bool = False
 ) -> torch.dtype:
-    """The requested dtype. "auto" is the checkpoint's, or float32 on a CPU if the weights are quantised: they are read
-    as they are, so x in float32 costs nothing there. Raises RequestError, or ConfigError for a wrong checkpoint's."""
+    """The requested dtype. "auto" is the checkpoint's, or float32 on a CPU if the weights are quantised: these keep
+    their format, so activations in float32 cost nothing there. Raises RequestError, or ConfigError if the checkpoint's
+    dtype is not supported."""
     name = str(dtype).removeprefix("torch.") if isinstance(dtype, (str, torch.dtype)) else ""
     if name == "auto" and quantised and device.type == "cpu":
         return torch.float32
@@ -65,7 +66,7 @@ def check_cache_dtype(kv_cache_dtype: str | torch.dtype) -> str:
 
 
 def choose_pages(kv_cache_dtype: str | torch.dtype, dtype: torch.dtype) -> type[Pages]:
-    """The format of the key-value cache of a model that computes in ``dtype``, which is what "auto" is. Raises
+    """The format of the key-value cache of a model that computes in ``dtype``. "auto" is ``dtype``. Raises
     RequestError."""
     name, own = check_cache_dtype(kv_cache_dtype), str(dtype).removeprefix("torch.")
     if name in ("auto", own):

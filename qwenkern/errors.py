@@ -22,7 +22,7 @@ class NonFiniteError(Error, ArithmeticError):
 
     @classmethod
     def at(cls, position: int, dtype: object, where: str) -> NonFiniteError:
-        """position: that of the last token read, from 0. where: the sequence."""
+        """position: of the last token read, from 0. where: the sequence, for the message."""
         name = str(dtype).removeprefix("torch.")
         wider = "dtype='bfloat16' or 'float32'" if name == "float16" else "dtype='float32'"
         return cls(
@@ -36,7 +36,7 @@ class EngineError(Error, RuntimeError):
     """A forward pass failed, the engine has stopped, or the machine is too busy: the message has the reason."""
 
     def again(self) -> EngineError:
-        """The same error for another caller. Raising an error adds to its traceback, so each caller gets one."""
+        """A copy of the error for another caller: raising an error adds to its traceback, so callers cannot share."""
         copy = EngineError(*self.args)
         copy.__cause__ = self.__cause__
         return copy

@@ -27,11 +27,11 @@ from .sampling import Grammars
 from .text.tokenizer import Tokenizer
 
 M = TypeVar("M", bound="Loaded")
-PROBE = "Draft: 你好, été 3.14 <|im_end|>\n\tdef f():"  # two vocabularies that spell it alike are the same here
+PROBE = "Draft: 你好, été 3.14 <|im_end|>\n\tdef f():"  # if two tokenizers encode it alike, they count as the same
 
 
 class Loaded:
-    """A module with its tokenizer, its cache and its engine. Model.py has what callers do with it."""
+    """A module with its tokenizer, its cache and its engine. `Model` adds the methods that callers use."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Loaded:
         self.config = module.config
         self.tokenizer = tokenizer
         self.grammars = Grammars(tokenizer, self.config.vocab_size)
-        self.generation = generation or Generation()  # what the checkpoint says about it
+        self.generation = generation or Generation()  # the checkpoint's end tokens, limits and sampling
         self.dtype = module.model.norm.weight.dtype
         self.device = module.model.norm.weight.device
         chunk = whole("prefill_chunk", prefill_chunk, 1, optional=True)
@@ -99,19 +99,21 @@ class Loaded:
         quantize: None (weights stay as the checkpoint has them); "int8", "int4" or "fp8" rounds dense matrices as they
             load (with "int4", embedding and output to int8); "none" dequantises quantised ones.
         cache_tokens: tokens that the key-value cache holds. All calls share it and wait while it is full.
-        prefill_chunk: prompt tokens per pass.
+        prefill_chunk: prompt tokens per forward pass.
         deterministic: a prompt gives the same bits in every batch. Without it, only decode steps of up to 16 sequences
-            on our kernels are batch-invariant. It costs throughput, not latency: prompts are read one by one, at most
-            16 sequences decode together (one if the linears run in torch, as in float16 on a CPU), and a sequence
-            starts only when the cache has room for its prompt and its max_tokens.
+            on qwenkern's kernels are batch-invariant. It costs throughput, not latency: prompts are read one by one, at
+            most 16 sequences decode together (one if the linear layers run in torch, as in float16 on a CPU), and a
+            sequence starts only when the cache has room for its prompt and its max_tokens.
         threads: CPU threads of this process, torch's included. None: QWENKERN_THREADS, else one for each physical core
             that the process may run on, but not more than its cgroup's quota and torch allow.
         kv_cache_dtype: how the cache stores keys and values: "auto" (in dtype), "float16", "int8", "fp8", or the
             name of dtype. docs/generation.md has the bytes and the errors of each.
-        prefix_cache: pages of earlier texts stay in the cache until another text needs the room. A prompt that begins
-            like one of them starts there. With ``deterministic``, it gets the same bits as without.
-        speculate: on a CPU, guesses that follow from the text itself are decoded together. The text stays the same.
-        draft: a smaller model of the family (its name, path or Model) that guesses, too, on any device.
+        prefix_cache: pages of earlier texts stay in the cache until another text needs them. The common beginning of
+            an earlier text and a new prompt is not computed again. With ``deterministic``, results have the same bits
+            with and without it.
+        speculate: speculative decoding: on a CPU, several tokens that are guessed from the text itself are verified
+            together. The text stays the same.
+        draft: a smaller model of the family (its name, path or Model) that also guesses tokens, on any device.
         progress: called with the task ("download from <origin>", "load"), the bytes so far, and all bytes.
 
         Raises CheckpointError, ConfigError or RequestError, which say what was found and what was expected."""
@@ -223,7 +225,7 @@ class Loaded:
 
     @property
     def _loop(self) -> Loop:
-        """The engine that all calls share, made by the first of them."""
+        """The loop of the engine that all calls share. The first call makes it."""
         with self._starting:
             if self._runner is None or self._runner.cache is not self.cache:
                 self._runner = Runner(self.module, self.cache)
@@ -251,7 +253,7 @@ class Loaded:
         return draft
 
     def _draft_model(self) -> DraftModel | None:
-        """The small model with a cache for as many tokens as the own one has."""
+        """The draft model, with a cache for as many tokens as this model's own cache."""
         small = self.draft
         if small is None:
             return None

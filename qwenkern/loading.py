@@ -51,7 +51,7 @@ def load(
 ) -> Loaded:
     """Loads the model, and downloads it first if it is not on this machine. Raises as Model.from_pretrained does.
 
-    kv_cache_dtype and cache_tokens: of its cache, which must fit beside the weights."""
+    kv_cache_dtype, cache_tokens: of the key-value cache, which must fit into the memory beside the weights."""
     if progress is not None and not callable(progress):
         raise RequestError(f"progress is {shown(progress)}; expected a function or None")
     choose_conversion(quantize)
@@ -69,7 +69,7 @@ def load(
     refuse(checkpoint.config, checkpoint.formats)
     dtype = choose_dtype(dtype, checkpoint.config, device, conversion.is_quantised)
     prepare(device, dtype)
-    with ThreadPoolExecutor(1) as beside:  # weights are converted without the interpreter's lock
+    with ThreadPoolExecutor(1) as beside:  # the conversion of weights releases the interpreter's lock
         tokenizer = beside.submit(tokenizer_of, checkpoint, path)
         module = Qwen2(checkpoint.config, dtype, device, allocated=False)
         tensors = _unless_failed(tokenizer, checkpoint.tensors(dtype, conversion.is_dense))
@@ -84,7 +84,7 @@ def load(
 
 
 def _unless_failed(task: Future[Tokenizer], tensors: Tensors) -> Tensors:
-    """The tensors, as long as a task that runs at the same time has not failed. Raises what it raised."""
+    """Yields the tensors. If a task that runs at the same time fails meanwhile, raises its error."""
     for each in tensors:
         if task.done():
             task.result()
@@ -92,7 +92,7 @@ def _unless_failed(task: Future[Tokenizer], tensors: Tensors) -> Tensors:
 
 
 def _reported(tensors: Tensors, progress: Progress, total: int) -> Tensors:
-    """The tensors; after each of them ``progress`` gets the bytes so far, as the checkpoint has them."""
+    """Yields the tensors. After each one, ``progress`` gets the bytes so far, as the checkpoint yields them."""
     done = 0
     for name, tensor in tensors:
         yield name, tensor

@@ -30,7 +30,7 @@ class Prompts:
 
     config: Config
     tokenizer: Tokenizer | None
-    generation: Generation  # what the checkpoint says about it
+    generation: Generation  # the checkpoint's end tokens, limits and sampling
     cache_tokens: int  # tokens that fit the key-value cache
     grammars: Grammars
 
@@ -82,7 +82,7 @@ class Prompts:
         tools: Sequence[Mapping[str, Any]] | None = None,
         continue_final_message: bool = False,
     ) -> list[int]:
-        """Token ids of one prompt. continue_final_message: whether the text goes on with the last message of a chat."""
+        """Token ids of one prompt. continue_final_message: whether the completion continues a chat's last message."""
         if not isinstance(tools, list | tuple | None):
             raise RequestError(f"tools: found {shown(tools)}; expected a list of dicts, one function schema each")
         if is_ids(prompt):

@@ -1,4 +1,4 @@
-"""What config.json says of quantised weights: its quantization_config, read and checked.
+"""Reads and checks the quantization_config of a config.json.
 
 A checkpoint of a kind that qwenkern does not read is refused here, before its weights are downloaded. This file imports
 the standard library only."""
@@ -26,11 +26,11 @@ class Quantization:
     """How the quantised matrices of a checkpoint are stored.
 
     method: "gptq", "awq", "compressed-tensors" or "qwenkern", which has ``formats`` and none of the other fields.
-    storage: gptq: "gptq" (a zero point is stored less one) or "gptq_v2"; awq: "gemm"; compressed-tensors: its format.
+    storage: gptq: "gptq" (zero points are stored minus 1) or "gptq_v2"; awq: "gemm"; compressed-tensors: its format.
     kind: of a code: "int" or "float" (e4m3).
     group_size: values along a row that share a scale; ROW: a whole row; MATRIX: the whole matrix.
     symmetric: whether all zero points are the middle of the codes; None if the configuration does not say.
-    carries: whether zero points were reduced by one as whole words, as GPTQModel does, so that 0 borrows from the next.
+    carries: whether 1 was subtracted from zero points in whole words, as in GPTQModel, so that 0 borrows from the next.
     ignore: modules that are not quantised, by name. (Regular expressions of a downloaded file are not evaluated.)
     formats: of each quantised matrix, by its module's name.
     notes: what the configuration asks for that qwenkern does not do."""
@@ -78,7 +78,7 @@ def quantization(fields: Mapping[str, Any], source: str) -> Quantization | None:
 
 
 def _guessed(fields: Mapping[str, Any]) -> str | None:
-    """The method that a configuration without a quant_method is of."""
+    """The quantisation method of a configuration that has no quant_method."""
     if fields.get("load_in_4bit") or fields.get("load_in_8bit"):
         return "bitsandbytes"
     if "config_groups" in fields:
@@ -206,7 +206,7 @@ _FLOATS = ("float-quantized", "naive-quantized")
 
 
 def _not_done(config: _Config, schemes: list[_Config]) -> list[str]:
-    """What a configuration says of activations and cache: only its weights are quantised here."""
+    """Notes on quantised activations and a quantised cache in the configuration: qwenkern quantises weights only."""
     notes = []
     for name in ("input_activations", "output_activations"):
         if any(scheme.fields.get(name) for scheme in schemes):

@@ -1,7 +1,8 @@
 """Qwen2 as a module graph of fused ops, written once for every device and every number of tokens.
 
-``x`` is the residual stream. A sub-layer begins with an op that normalises x and multiplies, and ends with a projection
-that adds x to its product. Parameters have the names of the checkpoint, with q, k, v and gate, up packed row by row.
+``x`` is the residual stream. The first op of a sub-layer normalises x and multiplies it by a matrix. The last op is a
+projection that adds x to its product. Parameters have the checkpoint's names, except that q, k, v and gate, up are
+packed: the rows of one follow the rows of the other.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Qwen2(nn.Module):
     def __init__(self, config: Config, dtype: torch.dtype, device: torch.device, allocated: bool = True) -> None:
         """Allocates the parameters and leaves their values undefined: load or initialise them next.
 
-        ``dtype`` is that of x. Matrices are dense. With ``allocated`` False they are not there yet, and whoever loads
-        them sets the ``value`` of each Linear, in any format."""
+        ``dtype`` is that of x. Matrices are dense. With ``allocated=False`` they have no memory yet: the caller sets
+        the ``value`` of each Linear, in any format."""
         super().__init__()
         self.config = config
         self.model = Decoder(config, dtype, device)
@@ -43,7 +44,7 @@ class Qwen2(nn.Module):
                 linear.allocate()
 
     def linears(self) -> dict[str, Linear]:
-        """All matrices by name. The output is not among them if it is the embedding."""
+        """All linear layers by name, the embedding included. A tied output layer is the embedding, and counts once."""
         return {name: module for name, module in self.named_modules() if isinstance(module, Linear)}
 
     def forward(self, batch: Batch, cache: PagedCache, rows: Tensor | None = None) -> Tensor:
@@ -56,12 +57,12 @@ class Qwen2(nn.Module):
         return self.logits(x) if len(x) else x.new_empty(0, self.config.vocab_size, dtype=torch.float32)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Of what the layers made of some tokens [T, K]: float32 [T, vocabulary]."""
+        """The logits for the residual stream [T, K] after the last layer: float32 [T, vocabulary]."""
         return ops.lm_head(x, self.model.norm.weight, self.config.rms_norm_eps, self.lm_head.value)
 
     def greedy(self, batch: Batch, cache: PagedCache) -> tuple[Tensor, Tensor]:
-        """As forward, but only the largest logit after each token, [T] float32, and its id, [T]. Of equal ones the
-        lowest. It is NaN or +inf where one of the logits is."""
+        """As `forward`, but returns only the largest logit after each token, [T] float32, and its token id, [T]: the
+        lowest id of equal logits. The value is NaN or +inf if one of the logits is."""
         x = self.model(batch, cache)
         norm_weight, eps = self.model.norm.weight, self.config.rms_norm_eps
         values, ids = ops.lm_head_top_k(x, norm_weight, eps, self.lm_head.value, 1)
@@ -69,15 +70,15 @@ class Qwen2(nn.Module):
 
     @property
     def is_quantised(self) -> bool:
-        """Whether any of its matrices is."""
+        """Whether any matrix is quantised."""
         return any(not isinstance(weight, Dense) for weight in self.weights())
 
     def weights(self) -> Iterator[Weight]:
-        """The matrices of all linears, the embedding included."""
+        """The matrices of all linear layers, the embedding included."""
         return (each.value for each in self.modules() if isinstance(each, Linear))
 
     def fingerprint(self) -> str:
-        """Differs between models: a digest of the configuration and of some bytes of each weight."""
+        """A digest of the configuration and of some values of each weight. It differs between models."""
         digest = hashlib.sha256(repr(replace(self.config, source="")).encode())
         for name, parameter in self.named_parameters():
             values = parameter.detach().flatten()
@@ -87,13 +88,13 @@ class Qwen2(nn.Module):
         return digest.hexdigest()
 
     def k_biases(self) -> list[Tensor]:
-        """What each layer adds to k before it is rotated: [Hkv, D]."""
+        """The bias of k in each layer, before rotary embedding: [Hkv, D]."""
         sizes = [self.config.q_size, self.config.kv_size, self.config.kv_size]
         layers = [cast(DecoderLayer, layer).self_attn.qkv_proj.bias for layer in self.model.layers]
         return [bias.detach().split(sizes)[1].unflatten(0, (-1, self.config.head_dim)) for bias in layers]
 
     def untie(self, head: Weight) -> None:
-        """Gives the output weights of its own where they were the embedding's."""
+        """Gives the output layer, which shared the embedding's weight, a weight of its own."""
         norm = self.model.norm.weight
         self.config = replace(self.config, tie_word_embeddings=False)
         self.lm_head = Linear(*head.shape, dtype=norm.dtype, device=norm.device)
@@ -165,10 +166,11 @@ class MLP(nn.Module):
 
 
 class Linear(nn.Module):
-    """The matrix of a linear layer, of any format of kernels/weights/, and its bias if asked for.
+    """The matrix of a linear layer, in any format of kernels/weights/, and its bias if it has one.
 
-    ``value`` is the weight that the ops take. Its tensors are parameters of the names that the format gives them:
-    ``weight`` for the dense one. There are none until ``allocate`` is called or ``value`` is set."""
+    ``value`` is the weight that the ops take. Its tensors are parameters with the names that the format gives them,
+    such as ``weight`` for a dense matrix. A new layer has no weight until ``allocate`` is called or ``value`` is set.
+    """
 
     def __init__(
         self, rows: int, columns: int, bias: bool = False, *, dtype: torch.dtype, device: torch.device
@@ -181,8 +183,8 @@ class Linear(nn.Module):
             self.bias = nn.Parameter(torch.empty(rows, dtype=dtype, device=device), requires_grad=False)
 
     def allocate(self, form: type[Weight] = Dense) -> Weight:
-        """Sets the weight to one with undefined values, and returns it. Raises ValueError for sizes that the format
-        does not have."""
+        """Allocates a weight with undefined values, and returns it. Raises ValueError for sizes that the format does
+        not support."""
         self.value = form.allocate(
             self.rows, self.columns, self.dtype, lambda shape, dtype: allocate(shape, dtype, self.device)
         )
@@ -218,9 +220,10 @@ class Norm(nn.Module):
 def initialise(
     model: Qwen2, seed: int, quantised: Callable[[str, Tensor, torch.dtype], Weight | None] | None = None
 ) -> None:
-    """Fills the parameters with random numbers: what a benchmark needs where no checkpoint is at hand.
+    """Fills the parameters with random numbers, such as for a benchmark without a checkpoint.
 
-    ``quantised`` makes a weight of the matrix of a linear with this name (conversion.py); None: matrices are dense."""
+    ``quantised`` converts the matrix of the linear layer of this name to a weight (conversion.py), or returns None if
+    it stays dense. Without ``quantised``, all matrices are dense."""
     generator = torch.Generator(model.model.norm.weight.device).manual_seed(seed)
     for name, module in model.named_modules():
         if isinstance(module, Norm):

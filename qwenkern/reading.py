@@ -45,14 +45,15 @@ def read_json(file: Path, error: type[Error] = CheckpointError) -> dict[str, Any
 
 
 def refuse_pointer(file: str | os.PathLike[str]) -> None:
-    """Raises CheckpointError for a Git LFS pointer: a few lines of text that `git clone` leaves without Git LFS."""
+    """Raises CheckpointError for a Git LFS pointer: the few lines of text that `git clone` writes in place of a large
+    file if Git LFS is not installed."""
     with open(file, "rb") as stream:
         if stream.read(42) == b"version https://git-lfs.github.com/spec/v1":
             raise CheckpointError(f"{file}: is a pointer of Git LFS; expected the file itself, which git lfs pull gets")
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:
-    """Whether this is a file whose name ends in .gguf, in any case, or that begins with the four bytes of one."""
+    """Whether this is a file whose name ends in .gguf, in upper or lower case, or whose first four bytes are "GGUF"."""
     if not os.path.isfile(path):
         return False
     if os.fspath(path).lower().endswith(".gguf"):
