@@ -1,4 +1,4 @@
-"""The engine: requests, their scheduling, the forward pass, and the results that a caller gets."""
+"""The engine: requests, their scheduling, the forward pass, and the results for callers."""
 
 from .completion import AsyncStream, Completion, Score, Stream
 from .engine import Engine, Output

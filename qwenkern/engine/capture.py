@@ -20,19 +20,20 @@ Read = Callable[[], list[Any]]
 
 
 class Capture(Protocol):
-    """The operations that differ between devices for the captured step."""
+    """The operations of a captured step that differ between devices."""
 
     steps_in_flight: int  # steps launched before the tokens of the first one are read; 0: the host draws the tokens
 
     def padded(self, sequences: int) -> int | None:
-        """The number of rows of the captured step for so many sequences. None: a step of this size is not captured."""
+        """The number of rows of the captured step for this number of sequences. None: the step is not captured."""
 
     def padded_prompt(self, tokens: int) -> int | None:
-        """The number of rows of the captured pass over so many tokens of prompts. None: it is not captured."""
+        """The number of rows of the captured forward pass over this number of prompt tokens. None: it is not
+        captured."""
 
     def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
         """Captures the function. Returns a function that replays it, and the tensor that a replay fills. ``has_run``:
-        its kernels are compiled and loaded, since it has run before on the same tensors."""
+        the function has run before on the same tensors, so its kernels are compiled and loaded."""
 
     def upload(self, target: Tensor, values: Numbers) -> None:
         """Writes numbers into a tensor, in stream order, without waiting."""
@@ -43,7 +44,7 @@ class Capture(Protocol):
 
 
 class CallCapture:
-    """On a CPU: records the C calls of the function and runs them again. The step ends with the logits."""
+    """On a CPU: records the C calls of the function, and repeats them. The step ends with the logits."""
 
     steps_in_flight = 0
 
@@ -53,7 +54,7 @@ class CallCapture:
         return sequences if sequences <= c_backend.prepared().limits.max_few_tokens else None
 
     def padded_prompt(self, tokens: int) -> None:
-        """The host is never what a prompt waits for."""
+        """None: on a CPU, a forward pass over a prompt does not wait for launches."""
 
     def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
         recorded = c_backend.RecordedCalls()
@@ -80,17 +81,18 @@ class GraphCapture:
         self._kept: dict[Any, Tensor] = {}  # tensors that the kernels of all graphs share
 
     def padded(self, sequences: int) -> int | None:
-        """1, 2, 4, 8, then multiples of 8. This keeps the graphs few, and at most doubles the rows."""
+        """1, 2, 4, 8, then multiples of 8: few graphs, and padding at most doubles the rows."""
         return 1 << (sequences - 1).bit_length() if sequences <= 8 else -(-sequences // 8) * 8
 
     def padded_prompt(self, tokens: int) -> int | None:
-        """Each length costs a graph, and padding costs at most half of the rows; from 512 on, at most a quarter. With
-        more tokens the GPU is slower than the host."""
+        """The next of PROMPT_LENGTHS. Each length needs a graph of its own. At most half of the rows are padding, from
+        512 on at most a quarter. Longer passes are not captured: there the GPU takes longer than the host's launches.
+        """
         return next((length for length in PROMPT_LENGTHS if tokens <= length), None)
 
     def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
-        """A function that has run is captured with the same kernels, which were not launched dependently. They kept
-        nothing then, and a capture is no place to make what graphs share."""
+        """A function that has run before is captured with the kernels that it ran: those without programmatic dependent
+        launch. It shares no tensors with other graphs, because these cannot be allocated during a capture."""
         kept = None if has_run else self._kept
         with GraphCapture._lock, torch.cuda.device(self._stream.device), dependent_launches(kept, on=not has_run):
             self._stream.wait_stream(torch.cuda.current_stream())
@@ -101,13 +103,13 @@ class GraphCapture:
                     function()  # warm-up: compiles and loads kernels
             torch.cuda.current_stream().wait_stream(self._stream)
             graph = torch.cuda.CUDAGraph()
-            # The graph keeps the address of cuBLAS's workspace, which must come from the graph's own pool: others
-            # (torch.compile) free what the warm-up allocated.
+            # The graph keeps the address of cuBLAS's workspace, which must come from the graph's own pool: other code
+            # (torch.compile) frees the workspace that the warm-up allocated.
             torch._C._cuda_clearCublasWorkspaces()
             # relaxed: other threads may allocate memory meanwhile
             with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="relaxed"):
                 out = function()
-            torch._C._cuda_clearCublasWorkspaces()  # others must not use the pool's
+            torch._C._cuda_clearCublasWorkspaces()  # other code must not use the pool's workspace
         return graph.replay, out
 
     def upload(self, target: Tensor, values: Numbers) -> None:

@@ -1,14 +1,15 @@
-"""Passes over short prompts at a few padded lengths: from the second pass of a length on, a replay of a CUDA graph.
+"""Forward passes over short prompts, padded to one of a few lengths. From the second pass of a length on, they replay a
+CUDA graph.
 
-    prompts, T tokens ─► rows of the captured pass (16, 32, 64, ...) ─► layers ─► last row of each prompt ─► logits
+    prompts, T tokens ─► rows of the captured graph (16, 32, 64, ...) ─► layers ─► last row of each prompt ─► logits
 
         prompt 0   prompt 1   padding
        │▒▒▒▒▒▒▒▒▒▒│▒▒▒▒▒▒▒▒▒▒│░░░░░░░│    the padding is a sequence of its own, in the cache's spare page
 
-A pass has about ten launches a layer. With up to some thousand tokens, as capture.py has it, the GPU is done with them
-before the host has launched the next. The first pass of a length runs op by op, which compiles and loads its kernels,
-and the second one is captured with these: so a capture takes no longer than a pass does without one. All passes of a
-length have the same number of rows, whether they are captured or not, and so the same bits.
+A forward pass has about ten launches per layer. Up to some thousand tokens (PROMPT_LENGTHS of capture.py), the GPU
+completes a launch before the host has made the next one. The first pass of a length runs op by op, which compiles and
+loads its kernels. The second pass is captured with these kernels, so it takes no longer than a pass without a capture.
+All passes of a length have the same number of rows, captured or not, and so the same bits.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ from ..kernels import waits_for_host
 from ..qwen2 import Qwen2
 from .capture import Capture
 
-MOST_PROMPTS = 7  # in one captured pass; with the padding 8 sequences, so every table begins at a multiple of 16 bytes
+MOST_PROMPTS = 7  # per captured pass; with the padding, 8 sequences, so every table begins at a multiple of 16 bytes
 CPU = torch.device("cpu")  # whatever torch's default is
 Part = tuple[BlockTable, Sequence[int]]
 
 
 class CapturedPrefill:
-    """A pass over up to MOST_PROMPTS prompts, in ``size`` rows."""
+    """A forward pass over up to MOST_PROMPTS prompts, in ``size`` rows."""
 
     def __init__(self, model: Qwen2, cache: PagedCache, size: int, capture: Capture) -> None:
         self._model, self._cache, self._capture = model, cache, capture
@@ -58,7 +59,7 @@ class CapturedPrefill:
         return logits[: len(rows)]
 
     def _load(self, batch: Batch, rows: Sequence[int]) -> None:
-        """Sets the rows of the pass: two copies to the device, which the host does not wait for."""
+        """Sets the rows of the pass: two asynchronous copies to the device."""
         mine, spare = self._batch, self._cache.spare_page
         tokens, (sequences, pages) = len(batch.ids), batch.block_tables.shape
         padding = len(mine.ids) - tokens
@@ -71,7 +72,7 @@ class CapturedPrefill:
         lengths = torch.ones(MOST_PROMPTS + 1, dtype=torch.int32, device=CPU)
         lengths[:sequences] = batch.lengths
         lengths[-1] = max(1, padding)
-        # sequences that are not there have no tokens
+        # sequences without a prompt have no tokens
         starts = torch.full((MOST_PROMPTS + 2,), tokens, dtype=torch.int32, device=CPU)
         starts[:sequences] = batch.query_starts[:-1]
         starts[-1] = len(mine.ids)
@@ -91,8 +92,8 @@ class CapturedPrefills:
         self._waits_for_host: bool | None = None  # not known yet
 
     def logits(self, parts: Sequence[Part], rows: Sequence[int]) -> Tensor | None:
-        """Logits [len(rows), V] after the given tokens of a pass, valid until the next pass. None, and nothing is
-        done, if no captured pass takes these parts."""
+        """Logits [len(rows), V] after the given tokens of a pass, valid until the next pass. Returns None and does
+        nothing if no captured pass supports these parts."""
         size = self._capture.padded_prompt(sum(len(ids) for _, ids in parts))
         if size is None or len(parts) > MOST_PROMPTS or len(rows) > MOST_PROMPTS or not self._can_capture():
             return None
@@ -103,7 +104,7 @@ class CapturedPrefills:
         return self._passes[size](parts, rows)
 
     def _can_capture(self) -> bool:
-        """Whether no op waits for the host: that is found out once."""
+        """Whether no op waits for the host. This is determined once."""
         if self._waits_for_host is None:
             heads, pages = self._model.config.num_attention_heads, self._cache.pages[0]
             self._waits_for_host = self._cache.device.type == "cuda" and waits_for_host(heads, pages)

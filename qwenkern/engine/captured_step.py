@@ -4,7 +4,7 @@
      ▲                                                                     │
      └─────────────────────────────────────────────────────────────────────┘
 
-capture.py says how each device captures, and whether its step draws the tokens.
+capture.py defines how each device captures, and whether the step draws the tokens.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class CapturedStep:
             self._sampling.load(sequences, self._capture.upload)
 
     def launch(self, sequences: Sequence[SampledSequence]) -> None:
-        """Replays the step for the sequences that are loaded, each with its next random number."""
+        """Replays the step for the loaded sequences, each with its next random number."""
         if self._sampling:
             self._sampling.launch(sequences, self._capture.upload)
         self.replay()
@@ -81,7 +81,7 @@ class CapturedStep:
         self._capture.upload(self._batch.block_tables[row, at : at + 1], [page])
 
     def tokens(self) -> Read:
-        """What the latest replay drew, for sampling.sampled; calling the result waits for it."""
+        """The tokens that the latest replay drew, for sampling.sampled. Calling the result waits for the replay."""
         return self._capture.download(self.out)
 
     def _run(self) -> Tensor:
@@ -118,7 +118,7 @@ class CapturedSteps:
         return self.capture.steps_in_flight
 
     def get(self, sequences: int, drawing: Drawing | None = None) -> CapturedStep | None:
-        """The captured step for so many sequences, which is captured now if it is missing. None if it cannot be
+        """The captured step for this number of sequences, which is captured now if it is missing. None if it cannot be
         captured. With ``drawing=None`` it ends with the logits."""
         size = self.capture.padded(sequences)
         if size is None or self._waits_for_host():

@@ -46,7 +46,7 @@ class Completion:
 
 
 class _Pieces:
-    """What a caller has read of a text so far."""
+    """The part of a text that a caller has read so far."""
 
     def __init__(self, request: Request) -> None:
         self._request = request
@@ -80,7 +80,7 @@ class _Pieces:
 class Stream(_Pieces):
     """Text as it is generated. Iterate over the pieces, then read ``completion``. ``close`` stops the generation.
 
-    The text is generated whether or not somebody reads it, up to its end. A stream that nobody refers to any more is
+    The engine generates the text up to its end, even if the caller does not read it. A stream without references is
     closed."""
 
     def __init__(self, call: Call, request: Request) -> None:
@@ -103,8 +103,8 @@ class Stream(_Pieces):
         self.close()
 
     def close(self) -> None:
-        """Stops the generation. What was read stays in ``completion``. If another thread is reading, its iteration
-        ends."""
+        """Stops the generation. ``completion`` keeps the text that was read. If another thread is reading, its
+        iteration ends."""
         self._call.close()
 
 
@@ -131,7 +131,7 @@ class AsyncStream(_Pieces):
         self.close()
 
     def close(self) -> None:
-        """Stops the generation. What was read stays in ``completion``."""
+        """Stops the generation. ``completion`` keeps the text that was read."""
         self._call.close()
 
 

@@ -1,7 +1,7 @@
-"""What an engine has done since its beginning, as plain numbers that any thread may read at any time.
+"""Counters of an engine since its start, as plain numbers that any thread may read at any time.
 
-Only the thread that steps the engine changes them, so they need no lock. A token costs it about two microseconds.
-Programs that watch a server read them through its /metrics (server/metrics.py).
+Only the thread that steps the engine changes them, so they need no lock. Counting a token takes about two microseconds.
+The server publishes the counters at /metrics (server/metrics.py).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OUTCOMES = ("stop", "length", "abort", "error")
 
 
 class Histogram:
-    """How many values were at most as large as each bound, as Prometheus counts them."""
+    """The number of values between each two bounds, for a histogram of Prometheus."""
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = tuple(bounds)
@@ -37,25 +37,25 @@ class Histogram:
 
 
 class Counts:
-    """Tokens, times and outcomes of requests. All of them only grow, but for ``busy_since``."""
+    """Tokens, times and outcomes of requests. All counters only grow; ``busy_since`` is not a counter."""
 
     def __init__(self) -> None:
         self.prompt_tokens = 0  # of requests that have started; a prompt with n completions counts once
-        self.looked_up = 0  # of these, the tokens that were looked up in the cache
-        self.found = 0  # and those that it still had
+        self.looked_up = 0  # prompt tokens that were looked up in the cache
+        self.found = 0  # prompt tokens that the cache still had
         self.generated = 0  # tokens
         self.preempted = 0  # how often a request lost its pages
         self.drafted = 0  # tokens that speculation guessed
-        self.accepted = 0  # and those of them that were right
+        self.accepted = 0  # drafted tokens that were right
         self.outcomes = dict.fromkeys(OUTCOMES, 0)  # of requests
         self.queued = Histogram(LONG)  # seconds from a request's arrival to its start
-        self.first_token = Histogram(LONG)  # seconds from its arrival to its first token
-        self.between_tokens = Histogram(SHORT)  # tokens of one pass come together
-        self.whole = Histogram(LONG)  # seconds from its arrival to its end, if it was neither aborted nor failed
+        self.first_token = Histogram(LONG)  # seconds from a request's arrival to its first token
+        self.between_tokens = Histogram(SHORT)  # seconds between two tokens; near 0 for tokens of the same step
+        self.whole = Histogram(LONG)  # seconds from a request's arrival to its end, without aborted and failed ones
         self.busy_since: float | None = None  # time.monotonic() of the last progress; None: the engine is idle
 
     def started(self, request: Request, is_looked_up: bool) -> None:
-        """Notes that a request has pages. A preempted one counts once."""
+        """Counts a request that has got pages. A preempted request counts once."""
         if not request.has_started:
             request.has_started = True
             self.prompt_tokens += len(request.prompt_ids)
@@ -65,7 +65,7 @@ class Counts:
             self.queued.note(time.monotonic() - request.arrived)
 
     def token(self, request: Request) -> None:
-        """Notes that a request got a token."""
+        """Counts a token of a request."""
         now = time.monotonic()
         self.generated += 1
         if request.last_token_at:
@@ -75,13 +75,13 @@ class Counts:
         request.last_token_at = now
 
     def ended(self, request: Request, outcome: str) -> None:
-        """Notes how a request ended."""
+        """Counts the outcome of a request."""
         self.outcomes[outcome] += 1
         if outcome in ("stop", "length"):
             self.whole.note(time.monotonic() - request.arrived)
 
     def add(self, other: Counts) -> None:
-        """Adds those of another engine."""
+        """Adds the counts of another engine."""
         for name, value in vars(other).items():
             mine = getattr(self, name)
             if isinstance(value, Histogram):

@@ -1,11 +1,10 @@
-"""Guesses the next tokens of texts with a smaller model of the same family, which decodes them one by one, greedily.
+"""Guesses the next tokens of texts with a smaller model of the same family, which decodes them greedily, one by one.
 
-    text (known to both models) ─► small model ─► d1 ─► d2 ─► d3          a pass of the small model each
+    text (known to both models) ─► small model ─► d1 ─► d2 ─► d3          one forward pass of the small model each
                                                    │     │     │
                                    the large model verifies them together (speculation.py)
 
-What the small model has read of a text stays in a cache of its own. After wrong guesses it continues from the last
-token that was right.
+The small model has a key-value cache of its own. After wrong guesses it continues from the last token that was right.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from ..cache import BlockTable
 from .request import Request
 from .runner import Runner
 
-SMOOTHING = 1 / 8  # of the time of a pass, with each new one
+SMOOTHING = 1 / 8  # weight of the latest decode step in the average time of one
 
 
 class DraftModel:
@@ -26,10 +25,11 @@ class DraftModel:
     def __init__(self, runner: Runner, chunk: int) -> None:
         self._runner, self._chunk = runner, chunk
         self._read: dict[Request, Reader] = {}
-        self.seconds = 0.0  # of a decode pass; 0: not measured yet
+        self.seconds = 0.0  # of a decode step; 0: not measured yet
 
     def draft(self, wanted: Mapping[Request, int]) -> dict[Request, list[int]]:
-        """So many tokens that may come next, for each request. None for those that its cache has no room for."""
+        """The wanted number of tokens that may come next, for each request. Requests that the small model's cache has
+        no room for are left out."""
         cache = self._runner.cache
         for request in [each for each in self._read if each.has_ended]:
             cache.release(self._read.pop(request).table)
@@ -63,16 +63,16 @@ class DraftModel:
 
 
 class Reader:
-    """What the small model has read of a text, and what it must read next."""
+    """The tokens of a text that the small model has computed, and those that it must compute next."""
 
     def __init__(self) -> None:
         self.table = BlockTable()
         self.pending: list[int] = []  # tokens that are not in the cache yet
         self._known = 0  # tokens of the text at the last call
-        self._guesses: list[int] = []  # tokens after these, which it has guessed
+        self._guesses: list[int] = []  # guessed tokens that follow the known ones
 
     def follow(self, text: list[int]) -> None:
-        """Continues with a text that begins with the last one. Guesses that were right need not be read again."""
+        """Continues with a text that begins with the last one. Guesses that were right are not computed again."""
         right, came = 0, text[self._known :]
         while right < min(len(self._guesses), len(came)) and self._guesses[right] == came[right]:
             right += 1

@@ -1,22 +1,22 @@
-"""Guesses the next tokens of a text from the text itself: what followed the last time that it said the same.
+"""Guesses the next tokens of a text from the text itself: the tokens that followed an earlier occurrence of its end.
 
     ... the quick brown fox jumps ...  ...  the quick brown ─► fox jumps
         └─────────────┘ the same tokens earlier   └ the end ┘    the draft
 
-Code that is edited, quotations and lists repeat themselves, and there most guesses are right.
+Edited code, quotations and lists repeat earlier text, and most of their guesses are right.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-SHORTEST = 3  # tokens that must have been the same
-LONGEST = 16  # tokens that are compared: more say little more
+SHORTEST = 3  # the least number of equal tokens
+LONGEST = 16  # the largest number of compared tokens: a longer match hardly predicts better
 PLACES = 4  # earlier places that are compared, the latest first
 
 
 class Drafts:
-    """Finds the end of a text earlier in it. The text only grows."""
+    """Finds earlier occurrences of the end of a text. The text only grows."""
 
     def __init__(self) -> None:
         self._ids: list[int] = []
@@ -32,8 +32,8 @@ class Drafts:
         return len(self._ids)
 
     def draft(self, count: int) -> tuple[list[int], int]:
-        """Up to ``count`` tokens that may come next, and how many tokens before them were the same, up to LONGEST. The
-        longest match counts, and of equal ones the latest."""
+        """Up to ``count`` tokens that may come next, and the length of the match before them, up to LONGEST tokens. The
+        longest match counts, and of equally long ones the latest."""
         ids = self._ids
         best, end = 0, 0
         for place in reversed(self._ends.get(tuple(ids[-SHORTEST:]), ())):
@@ -45,7 +45,8 @@ class Drafts:
         return ids[end : end + count] if best else [], best
 
     def _note(self) -> None:
-        """Notes where the last SHORTEST tokens ended. The end itself is no place, so this runs before the next one."""
+        """Notes where the last SHORTEST tokens end. This runs just before the next token is added, so that the end of
+        the text does not match itself."""
         if len(self._ids) >= SHORTEST:
             places = self._ends.setdefault(tuple(self._ids[-SHORTEST:]), [])
             places.append(len(self._ids))

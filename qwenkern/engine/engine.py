@@ -23,7 +23,7 @@ from .runner import Runner
 from .scheduler import MAX_BATCH, Limits, Scheduled, Scheduler
 from .speculation import Speculation
 
-MOST_FAULTS = 3  # passes that may fail one after the other before the engine stops
+MOST_FAULTS = 3  # after so many failed forward passes in a row the engine stops
 
 
 class Output(NamedTuple):
@@ -49,13 +49,14 @@ class Engine:
     ...         for output in engine.step():
     ...             print(output.text, end="")
 
-    Any thread may call ``add`` and ``abort`` at any time. Only one thread at a time may call ``step``. An engine has
-    the cache for itself while it has requests.
+    Any thread may call ``add`` and ``abort`` at any time. Only one thread at a time may call ``step``. While an engine
+    has requests, nothing else may use its cache.
 
-    What fails ends as little as possible. If a request's logits are not finite or its sampling fails, that request
-    ends with an error. If a pass fails, for example because the memory is full, the requests in it end. If passes keep
-    failing, or the device is lost, all requests end, and ``fault`` says why: the engine then takes no more. An
-    interrupt such as KeyboardInterrupt ends all requests, frees their pages, and is raised."""
+    A failure ends as few requests as possible. If a request's logits are not finite or its sampling fails, this request
+    ends with an error. If a forward pass fails, for example because the memory is full, the requests in it end. If
+    several passes in a row fail, or the device is lost, all requests end, ``fault`` has the reason, and the engine
+    accepts no more requests. An interrupt such as KeyboardInterrupt ends all requests, frees their pages, and is
+    raised."""
 
     def __init__(self, runner: Runner, limits: Limits, draft_model: DraftModel | None = None) -> None:
         self.runner = runner
@@ -64,15 +65,15 @@ class Engine:
         self.speculation = Speculation(limits.speculated_rows, draft_model) if limits.speculated_rows > 1 else None
         self.fault: EngineError | None = None
         self._pipeline: DecodePipeline | None = None
-        self._in_pass: list[Request] = []  # the requests of the pass that runs
-        self._works: deque[Callable[[], None]] = deque()  # to be done between two passes
-        self._faults = 0  # passes that failed since one succeeded
-        self._stepping: dict[str, int] = {}  # the thread in a step
+        self._in_pass: list[Request] = []  # the requests of the forward pass in progress
+        self._works: deque[Callable[[], None]] = deque()  # functions to call between two forward passes
+        self._faults = 0  # forward passes that failed since the last success
+        self._stepping: dict[str, int] = {}  # the thread that is in a step
         weakref.finalize(self, _give_back, runner.cache, self.scheduler.running)  # for an engine that nobody closes
 
     @property
     def has_requests(self) -> bool:
-        """Whether there are requests that have not ended, steps whose tokens are not read yet, or work to do."""
+        """Whether there are requests that have not ended, steps whose tokens are not read yet, or functions to call."""
         return self.scheduler.has_requests or self._pipeline is not None or bool(self._works)
 
     def add(self, *requests: Request) -> None:
@@ -95,19 +96,19 @@ class Engine:
         self.scheduler.add(*requests)
 
     def abort(self, request: Request) -> None:
-        """Ends a request, from any thread. No later step has an output for it. Its pages are free once the passes in
-        flight are done. Other completions of its prompt continue. A request that has already ended is left as it is."""
+        """Ends a request, from any thread. No later step has an output for it. Its pages are free when the steps in
+        flight are done. Other completions of its prompt continue. Has no effect on a request that has ended."""
         self.scheduler.abort(request)
 
     def between_passes(self, work: Callable[[], None]) -> None:
-        """Has the next step call ``work`` before its pass. From any thread."""
+        """Makes the next step call ``work`` before its forward pass. Any thread may call this."""
         self._works.append(work)
 
     def step(self) -> list[Output]:
         """Runs one forward pass.
 
-        Returns the outputs of the pass. The list is empty if the pass read a part of a prompt, or if there are no
-        requests. The error of an output is a NonFiniteError if the logits are not finite, a RequestError if biases
+        Returns the outputs of the pass. The list is empty if the pass computed only a part of a prompt, or if there are
+        no requests. The error of an output is a NonFiniteError if the logits are not finite, a RequestError if biases
         and penalties forbid every token, or an EngineError if the pass failed."""
         me = threading.get_ident()
         if self._stepping.setdefault("thread", me) != me:
@@ -142,7 +143,7 @@ class Engine:
             raise
 
     def stop(self, error: EngineError) -> list[Output]:
-        """Ends all requests with an error, and takes no more. No other thread may be in a step."""
+        """Ends all requests with an error, and accepts no more. No other thread may be in a step."""
         self.fault = error
         self._pipeline = None
         return [self._failed(request, error.again()) for request in self.scheduler.drop_all()]
@@ -185,8 +186,8 @@ class Engine:
         return DecodePipeline(self.runner, self.scheduler, requests, drawing)
 
     def _decode(self, scheduled: list[Scheduled]) -> list[tuple[Request, Sampled]]:
-        """Runs a pass, and samples a token for every request whose pending tokens are now all computed, and for its
-        siblings, which start there."""
+        """Runs a forward pass. Samples a token for every request whose pending tokens are now all computed, and for its
+        siblings, which start here."""
         may_replay = all(request.output_ids for request, _ in scheduled)  # False for a prompt, even of one token
         begin = time.monotonic()
         if not may_replay:
@@ -216,7 +217,7 @@ class Engine:
         return tokens
 
     def _drafts(self) -> dict[Request, list[int]]:
-        """What may follow the last token of each request in the pass. Empty if the pass is no place for drafts."""
+        """A draft for each request of the next step. Empty if the step cannot verify drafts."""
         requests, cache = self._in_pass, self.runner.cache
         if not self.speculation or not all(map(_decodes, requests)):
             return {}
@@ -225,8 +226,8 @@ class Engine:
         return drafts if cache.has_room(missing) else {}
 
     def _verify(self, scheduled: list[Scheduled], drafts: dict[Request, list[int]]) -> list[Output]:
-        """Runs a decode pass over the next token of each request and its draft. Draws tokens as long as they are those
-        of the draft, and one more."""
+        """Runs a decode step over the next token of each request and its draft. Draws the tokens that agree with the
+        draft, and one more."""
         assert self.speculation
         begin, outputs, row = time.monotonic(), [], 0
         parts = [(request.table, ids + drafts.get(request, [])) for request, ids in scheduled]
@@ -270,7 +271,7 @@ class Engine:
         return Output(request, [], "", error=error)
 
     def _score(self, request: Request, ids: list[int]) -> list[Output]:
-        """Runs a pass over a part of a prompt whose logits are all requested."""
+        """Runs a forward pass over a part of a prompt whose logits are all requested."""
         assert request.on_logits
         begin = request.table.length
         x = self.runner.hidden([(request.table, ids)])
@@ -289,7 +290,7 @@ class Engine:
         return [Output(request, [], "", request.finish_reason)]
 
     def _after_fault(self, error: Exception) -> list[Output]:
-        """Ends the requests of a pass that failed, or all of them if there is no hope for others."""
+        """Ends the requests of a failed forward pass, or all requests if later passes would fail, too."""
         self._pipeline = None
         self._faults += 1
         reason = f"{type(error).__name__}: {error}"
@@ -306,27 +307,27 @@ class Engine:
         return [self._failed(request, failed.again()) for request in group if not request.has_ended]
 
     def _forget_all(self) -> None:
-        """Ends all requests, in whatever state an interrupt has left them."""
+        """Ends all requests, whatever state an interrupt has left them in."""
         self._pipeline = None
         self.scheduler.reset()
         self.runner.cache.reset()
 
 
 def _decodes(request: Request) -> bool:
-    """Whether one token is pending, after the prompt's pass: a captured step can compute the next one."""
+    """Whether the prompt is computed and one token is pending, so that a captured step can compute the next one."""
     return bool(request.output_ids) and request.num_pending == 1
 
 
 def _prepare(requests: Iterable[Request], is_cpu: bool) -> None:
-    """Computes what grammars allow next. A GPU runs the pass meanwhile: nothing has waited for its logits yet. On a CPU
-    the pass is over, and a greedy request may not need it."""
+    """Computes the tokens that grammars allow next, while a GPU still runs the forward pass. On a CPU the pass is over,
+    and a greedy request may not need the mask."""
     for request in requests:
         if request.matcher and not (is_cpu and request.params.is_greedy):
             request.matcher.prepare()
 
 
 def _is_lost(error: Exception) -> bool:
-    """Whether a GPU that raises this error will fail every later pass too."""
+    """Whether a GPU that raises this error will also fail in every later forward pass."""
     kinds = getattr(torch, "AcceleratorError", ())
     return not isinstance(error, torch.OutOfMemoryError) and (isinstance(error, kinds) or "CUDA error" in str(error))
 

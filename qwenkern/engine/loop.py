@@ -4,8 +4,8 @@
        ▲                                             │
        └──── outputs ◄── inbox of the call ◄─────────┘
 
-The thread starts with the first request, sleeps while there are none, and stops with the loop. Signals such as Ctrl-C
-reach callers only, never the thread that steps.
+The thread starts with the first request, sleeps while there are no requests, and stops with the loop. Signals such as
+Ctrl-C reach callers only, never this thread.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from .engine import Engine, Output
 from .post import Inbox, post_of
 from .request import Request, with_siblings
 
-Sink = Callable[[Output], object]  # takes the outputs of a request; called by the thread that steps
+Sink = Callable[[Output], object]  # takes the outputs of a request; the background thread calls it
 T = TypeVar("T")
-PATIENCE = 10.0  # seconds that `close` waits for the pass in progress
+PATIENCE = 10.0  # seconds that `close` waits for the step in progress
 
 
 class Loop:
@@ -35,7 +35,7 @@ class Loop:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self._sinks: dict[Request, Sink] = {}  # of the requests that have not ended
-        self._lock = threading.Lock()  # of the thread's start
+        self._lock = threading.Lock()  # held while the thread is started
         self._only = threading.Lock()  # held by the thread that steps
         self._wake: SimpleQueue[None] = SimpleQueue()  # not an Event: the garbage collector may call abort within `put`
         self._stop = threading.Event()
@@ -60,14 +60,14 @@ class Loop:
         self._run()
 
     def between_passes(self, work: Callable[[], T]) -> T:
-        """Has the thread that steps do some work on the cache, and returns its result or raises its error."""
+        """Makes the background thread call ``work`` between two steps. Returns its result or raises its error."""
         result = self.submit(work)
         while not wait([result], PATIENCE).done:
             self._check_open()
         return result.result()
 
     def submit(self, work: Callable[[], T]) -> Future[T]:
-        """Has the thread that steps do some work between two passes, and does not wait for its result."""
+        """Makes the background thread call ``work`` between two steps, and does not wait for its result."""
         self._check_open()
         result: Future[T] = Future()
 
@@ -84,15 +84,15 @@ class Loop:
         return result
 
     def abort(self, request: Request) -> None:
-        """Ends a request. The pages are free after the pass in progress."""
-        if request in self._sinks:  # in this order, so that it may be called again after an interrupt
+        """Ends a request. Its pages are free after the step in progress."""
+        if request in self._sinks:  # in this order, so that abort may be called again after an interrupt
             if not request.has_ended:
                 self.engine.abort(request)
                 self._wake_thread()
             self._sinks.pop(request, None)
 
     def close(self) -> None:
-        """Ends all requests with an error, and stops the thread after the pass in progress."""
+        """Ends all requests with an error, and stops the thread after the step in progress."""
         try:
             self._finalizer()
             for thread in self._threads:
@@ -114,7 +114,7 @@ class Loop:
         return not self.engine.has_requests
 
     def _run(self) -> None:
-        """Wakes the thread. Starts it if there is none, as in a process that was forked."""
+        """Wakes the thread, or starts it if it does not run, such as in a forked process."""
         self._wake_thread()
         if any(thread.is_alive() for thread in self._threads):
             return
@@ -143,7 +143,7 @@ class Loop:
 
     def _end_all(self, error: EngineError) -> None:
         if any(thread.is_alive() and thread is not threading.current_thread() for thread in self._threads):
-            self.engine.fault = error  # a pass that takes longer than PATIENCE still uses the engine
+            self.engine.fault = error  # a step that takes longer than PATIENCE still uses the engine
         else:
             self.engine.stop(error)
         for request in list(self._sinks):
@@ -151,7 +151,7 @@ class Loop:
 
 
 def _steps(loop_of: weakref.ref[Loop], wake: SimpleQueue[None], stop: threading.Event, only: threading.Lock) -> None:
-    """What the thread runs. It keeps the loop alive only while there are requests."""
+    """The function of the thread. It holds a reference to the loop only while there are requests."""
     if not only.acquire(blocking=False):  # an interrupt within Thread.start may lead to a second thread
         return
     while True:
@@ -162,7 +162,7 @@ def _steps(loop_of: weakref.ref[Loop], wake: SimpleQueue[None], stop: threading.
         try:
             while loop.engine.has_requests and not stop.is_set():
                 loop._step()
-        except BaseException as error:  # callers must not wait for ever
+        except BaseException as error:  # otherwise callers would wait for ever
             fault = EngineError(f"the engine has stopped, load the model again: {type(error).__name__}: {error}")
             fault.__cause__ = error
             loop._end_all(fault)
@@ -175,7 +175,7 @@ def _tell_to_stop(stop: threading.Event, wake: SimpleQueue[None]) -> None:
 
 
 _loops: weakref.WeakSet[Loop] = weakref.WeakSet()
-_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those of dropped loops, too
+_threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # of all loops, including those that were freed
 
 
 @atexit.register
@@ -214,14 +214,14 @@ class _Call:
             self._left.discard(request)
 
     def __del__(self) -> None:
-        if hasattr(self, "_left"):  # not if an interrupt came first
+        if hasattr(self, "_left"):  # False if an interrupt ended __init__
             self._abort()
 
 
 class Call(_Call):
     """The requests of one caller: an iterator of their outputs, which raises the first error.
 
-    ``close``, the end of a with statement, an exception or the garbage collector abort what has not ended."""
+    ``close``, the end of a with statement, an exception or the garbage collector abort requests that have not ended."""
 
     def __init__(self, loop: Loop, requests: Sequence[Request]) -> None:
         self._inbox: SimpleQueue[Output | None] = SimpleQueue()
@@ -264,7 +264,7 @@ class AsyncCall(_Call):
 
     def __init__(self, loop: Loop, requests: Sequence[Request], only_last: bool = False) -> None:
         self._inbox = Inbox()
-        put, inbox = post_of(asyncio.get_running_loop()).put, self._inbox  # not self: a call that is dropped must end
+        put, inbox = post_of(asyncio.get_running_loop()).put, self._inbox  # not self: an unreferenced call must end
 
         def sink(output: Output) -> None:
             if output.is_last or not only_last:
@@ -284,7 +284,8 @@ class AsyncCall(_Call):
         return self._seen(outputs.popleft())
 
     async def take(self) -> list[Output]:
-        """The outputs that have come, one at least. Empty at the end. Raises an error after the outputs before it."""
+        """Waits for at least one output, and returns all that have come. Empty at the end. Outputs that came before an
+        error are returned before it is raised."""
         outputs, found = self._inbox.outputs, list[Output]()
         if self._left and not outputs:
             await self._wait()

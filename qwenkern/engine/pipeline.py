@@ -15,7 +15,7 @@ from .scheduler import Scheduler
 
 class DecodePipeline:
     """Captured steps of requests that each have one pending token. The pipeline launches steps until the scheduler must
-    decide something: a request has ended, another has arrived, or the cache is full. Tokens that a request decodes
+    decide again, because a request has ended, another has arrived, or the cache is full. Tokens that a request decodes
     after its end are discarded."""
 
     def __init__(self, runner: Runner, scheduler: Scheduler, requests: list[Request], drawing: Drawing) -> None:
@@ -54,8 +54,7 @@ class DecodePipeline:
 
     @torch.inference_mode()
     def _launch(self, step: CapturedStep, is_loaded: bool) -> None:
-        """Launches a step. It continues from its last replay, or it is loaded with the tokens and places that the host
-        knows."""
+        """Launches a step. It continues from its last replay, or is first loaded with the host's tokens and slots."""
         if is_loaded:
             self._add_pages(step)
         else:

@@ -1,7 +1,7 @@
-"""Takes outputs from the thread that steps to the coroutines of an event loop.
+"""Passes outputs from the engine's thread to the coroutines of an event loop.
 
-Waking an event loop costs a system call and a turn of the interpreter's lock, so many outputs share one: those that
-come until the loop has woken.
+Waking an event loop costs a system call and a switch of the interpreter's lock. So all outputs that come before the
+loop has woken share one wake-up.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .engine import Output
 class Inbox:
     """The outputs of a call that its coroutine has not read yet. Used within the event loop only.
 
-    An asyncio.Queue does the same, and takes several times as long for an output."""
+    An asyncio.Queue would do the same, but takes several times as long per output."""
 
     def __init__(self) -> None:
         self.outputs: deque[Output] = deque()
@@ -52,17 +52,17 @@ class Post:
         self._is_woken = False
 
     def put(self, inbox: Inbox, output: Output) -> None:
-        """Called by the thread that steps. Raises RuntimeError if the event loop is closed."""
+        """Adds an output, from the engine's thread. Raises RuntimeError if the event loop is closed."""
         callers = self._callers()
         if callers is None or callers.is_closed():
             raise RuntimeError("the caller's event loop is closed")
         self._outputs.append((inbox, output))
         if not self._is_woken:
-            self._is_woken = True  # first: the loop may deliver at once
+            self._is_woken = True  # before the call, because the loop may deliver at once
             callers.call_soon_threadsafe(self._deliver)
 
     def _deliver(self) -> None:
-        self._is_woken = False  # first: what is put from here on wakes the loop again
+        self._is_woken = False  # before the delivery: an output that is put from here on wakes the loop again
         while self._outputs:
             inbox, output = self._outputs.popleft()
             inbox.put(output)
@@ -72,5 +72,5 @@ _posts: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Post] = weakref.Wea
 
 
 def post_of(callers: asyncio.AbstractEventLoop) -> Post:
-    """That of an event loop, which all engines share."""
+    """The Post of an event loop. All engines share it."""
     return _posts.setdefault(callers, Post(callers))

@@ -35,13 +35,13 @@ class Request:
     sample_index: int = 0
     siblings: list[Request] = field(default_factory=list)  # other completions of the same prompt, not started yet
     is_streamed: bool = False  # somebody reads the text while it is generated
-    # Called with the next rows of the prompt's logits, float32 [<= 64, V], by the thread that steps; no token is drawn.
+    # The engine's thread calls this with the next rows of the prompt's logits, float32 [<= 64, V]; no token is drawn.
     on_logits: Callable[[Tensor], None] | None = None
 
     def __post_init__(self) -> None:
         self.table = BlockTable(self.params.cache_salt or "")
         self.arrived = 0.0  # time.monotonic() when it was added to an engine, or earlier if the caller says so
-        self.has_started = False  # it has had pages
+        self.has_started = False  # whether it has ever had pages
         self.last_token_at = 0.0  # time.monotonic() of its latest token; 0: it has none
         self.num_found = 0  # tokens of the prompt that the cache still had when the request started
         self.num_scored = 0  # tokens of the prompt whose logits on_logits has been given
@@ -53,7 +53,7 @@ class Request:
         self.stop_reason: int | str | None = None  # the token id or stop string that ended the text
         self.aborted = False
         self.error: Error | None = None  # the error that ended the request
-        self.speculated: State | None = None  # what speculation keeps for it
+        self.speculated: State | None = None  # the state of speculative decoding
         self._stops = StopStrings(self.params.stop)
         seed = self.params.seed
         self._random = random.Random() if seed is None else random.Random(f"{seed}/{self.sample_index}")
@@ -72,7 +72,7 @@ class Request:
         return len(self.prompt_ids) + len(self.output_ids) - self.table.length
 
     def pending_ids(self, count: int) -> list[int]:
-        """The next ``count`` of these tokens, or all if they are fewer."""
+        """The next ``count`` pending tokens, or all if there are fewer."""
         cached, prompt = self.table.length, len(self.prompt_ids)
         if cached >= prompt:
             return self.output_ids[cached - prompt : cached - prompt + count]

@@ -1,12 +1,12 @@
-"""Decides which requests run in the next pass, and with which tokens.
+"""Decides which requests run in the next step, and with which tokens.
 
-    arrivals ─► waiting, in order ─► running ─┬─ a chunk of prompts ─┐  in turns
+    arrivals ─► waiting, in order ─► running ─┬─ a chunk of prompts ─┐  alternately
                     ▲                         └─ the next tokens ◄───┘
                     └── preempted: the cache was full ──┘
 
-A request starts in its order, when the cache has room for its tokens. If the running requests grow and the cache is
-full, the last one in order is preempted: it loses its pages and waits again. When it starts again, its tokens are
-computed again, except those whose pages are still found. The first one in order always continues.
+Requests start in order, as soon as the cache has room for their tokens. If the cache is full while the running requests
+grow, the last one in order is preempted: it loses its pages and waits again. When it starts again, its tokens are
+computed again, except those whose pages the cache still has. The first request in order always continues.
 """
 
 from __future__ import annotations
@@ -26,36 +26,36 @@ from .pace import Pace
 from .request import Request, with_siblings
 
 MAX_BATCH = 64  # sequences that decode together
-FEW = 64  # aborted requests that wait: they are not worth a search
-PRIORITY = 10.0  # seconds that a request of one higher priority may come later and still start first
+FEW = 64  # so few aborted requests are not removed from the queue
+PRIORITY = 10.0  # a request with priority 1 higher starts first if it arrives up to so many seconds later
 
 
 @dataclass(frozen=True)
 class Limits:
-    """The limits of one pass.
+    """The limits of one step.
 
-    ``batch_invariant`` promises that neither the other requests of a batch nor what the cache still holds change a bit
-    of a request's results. Prompts are then read one at a time, in chunks that start at multiples of the chunk's
-    length, and only whole chunks are found again. A request starts when the cache has room for all the tokens that it
-    may get, so it is never preempted. The ops keep this promise for up to ``max_batch`` sequences."""
+    ``batch_invariant`` guarantees that neither the other requests of a batch nor the content of the cache change a bit
+    of a request's results. Prompts are then computed one at a time, in chunks that start at multiples of the chunk's
+    length, and only whole chunks are found in the cache. A request starts when the cache has room for all the tokens
+    that it may get, so it is never preempted. The ops guarantee this for up to ``max_batch`` sequences."""
 
     prefill_chunk: int  # prompt tokens
     max_batch: int = MAX_BATCH  # rows of logits; the siblings of a prompt count too
     batch_invariant: bool = False
     finds_prefixes: bool = True  # whether pages of earlier texts are used again
-    stream_gap: float = 0.25  # seconds of prompts between two tokens of a stream (pace.py)
-    speculated_rows: int = 0  # of a decode pass, drafts included (speculation.py); 0: no speculation
+    stream_gap: float = 0.25  # seconds for prompts between two tokens of a stream (pace.py)
+    speculated_rows: int = 0  # most rows of a decode step with drafts (speculation.py); 0: no speculation
 
 
 class Scheduled(NamedTuple):
-    """The tokens that a pass computes for one request."""
+    """The tokens that a step computes for one request."""
 
     request: Request
     ids: list[int]
 
 
 class Scheduler:
-    """The requests of an engine, waiting and running."""
+    """The waiting and the running requests of an engine."""
 
     def __init__(self, cache: PagedCache, limits: Limits, weights_version: Callable[[], int]) -> None:
         self.cache = cache
@@ -63,8 +63,8 @@ class Scheduler:
         self.counts = Counts()
         self._weights_version = weights_version
         self.pace = Pace(limits.prefill_chunk, limits.stream_gap)
-        self._count = itertools.count()  # orders requests of the same moment
-        # In batch-invariant mode pages are found again in whole chunks, which begin at a page.
+        self._count = itertools.count()  # orders requests that arrive at the same time
+        # In batch-invariant mode only whole chunks are found in the cache, and a chunk begins with a page.
         self._unit = math.lcm(limits.prefill_chunk, cache.page_size) if limits.batch_invariant else cache.page_size
         self.running: dict[Request, None] = {}  # those that have pages, in the order of their start
         self._shortest_first = True  # the order of the last chunk of prompts
@@ -74,10 +74,10 @@ class Scheduler:
         """Forgets all requests. Their pages are not freed."""
         self.running.clear()
         self._waiting: list[tuple[float, int, Request]] = []  # a heap
-        self._arrivals: deque[Request] = deque()  # added since the last pass, by any thread
-        self._aborted: deque[Request] = deque()  # likewise
-        self._num_left = 0  # requests that were aborted while they waited, since such were last dropped together
-        self._read_a_prompt = False  # in the last pass
+        self._arrivals: deque[Request] = deque()  # added since the last step, by any thread
+        self._aborted: deque[Request] = deque()  # aborted since the last step, by any thread
+        self._num_left = 0  # requests that were aborted while they waited, and may still be in the queue
+        self._read_a_prompt = False  # whether the last step computed prompts
         self._refused: tuple[Request, int] | None = None  # the first that waits, and the free pages that were too few
 
     @property
@@ -86,24 +86,23 @@ class Scheduler:
 
     @property
     def num_waiting(self) -> int:
-        """Requests that have not started, or were preempted. Aborted ones count until their turn comes."""
+        """Requests that have not started, or were preempted. Aborted ones count until they are out of the queue."""
         return len(self._arrivals) + len(self._waiting)
 
     def add(self, *requests: Request) -> None:
-        """Adds requests, which the next pass sees together. Any thread may call this."""
+        """Adds requests; the next step sees all of them. Any thread may call this."""
         now = time.monotonic()
         for request in with_siblings(requests):
             request.arrived = request.arrived or now
-        self._arrivals.extend(requests)  # at once, so that what runs together does not depend on the threads' timing
+        self._arrivals.extend(requests)  # in one call, so that the batch does not depend on the threads' timing
 
     def abort(self, request: Request) -> None:
-        """Ends a request before the next pass. Any thread may call this. Completions of its prompt that have not
-        started continue without it."""
-        self._aborted.append(request)  # first, because an interrupt may come in between
+        """Ends a request before the next step. Any thread may call this. Other completions of its prompt continue."""
+        self._aborted.append(request)  # before the flag is set, because an interrupt may come in between
         request.aborted = True
 
     def schedule(self) -> list[Scheduled]:
-        """The tokens that the next pass computes. Empty if there are no requests."""
+        """The tokens that the next step computes. Empty if there are no requests."""
         self._drop_aborted()
         while self._arrivals:
             self._wait(self._arrivals.popleft())
@@ -116,7 +115,7 @@ class Scheduler:
         return self._next_tokens(decoding)
 
     def goes_on(self, requests: Sequence[Request]) -> bool:
-        """Whether the next pass computes one more token of exactly these requests, without a new decision."""
+        """Whether the next step computes one more token of exactly these requests, without a new decision."""
         if self._arrivals or self._aborted or len(self.running) != len(requests):
             return False
         if any(request.has_ended for request in requests):
@@ -142,14 +141,15 @@ class Scheduler:
         return started
 
     def remember(self, request: Request) -> None:
-        """Makes the full pages of a request findable for later ones."""
+        """Lets later requests find the full pages of a request."""
         known = len(request.prompt_ids) + (0 if self.limits.batch_invariant else len(request.output_ids))
         known = min(known, request.table.length) // self._unit * self._unit
         if self.limits.finds_prefixes and known > request.table.num_indexed * self.cache.page_size:
             self.cache.remember(request.table, (request.prompt_ids + request.output_ids)[:known])
 
     def end(self, request: Request, is_sound: bool = True) -> None:
-        """Frees the pages of a running request. is_sound: whether they hold what they should, so may be found again."""
+        """Frees the pages of a running request. is_sound: whether their content is right, so that later requests may
+        find them."""
         if request in self.running:
             if is_sound:
                 self.remember(request)
@@ -177,8 +177,8 @@ class Scheduler:
             self._wait(first)
 
     def _drop_aborted(self) -> None:
-        """Frees the pages of aborted requests. One that waits is dropped at its turn, or with many others: while the
-        first one in order has no room, no turn comes."""
+        """Frees the pages of aborted requests. A waiting one stays in the queue until it is the first, or until many
+        are aborted, because the queue does not move while the first request has no room."""
         while self._aborted:
             request = self._aborted.popleft()
             request.aborted = True
@@ -202,7 +202,7 @@ class Scheduler:
         self._wait_together(siblings, request.arrived)
 
     def _admit(self) -> None:
-        """Starts waiting requests in order, while the cache has room for all of their tokens."""
+        """Starts waiting requests in order, as long as the cache has room for all of their tokens."""
         while self._waiting:
             _, _, request = self._waiting[0]
             if request.aborted:
@@ -217,7 +217,8 @@ class Scheduler:
             self._refused = None
 
     def _start(self, request: Request) -> bool:
-        """Gives a request pages: those that hold the beginning of its tokens already, and others for the rest."""
+        """Gives a request the cached pages with the beginning of its tokens, and free pages for the rest. Returns
+        whether there was room."""
         free = self.cache.num_free_pages
         if self._refused and self._refused[0] is request and self._refused[1] >= free:
             return False
@@ -228,7 +229,7 @@ class Scheduler:
         found = []
         if self.limits.finds_prefixes and not request.on_logits:
             self.cache.forget_if_changed(self._weights_version())
-            found = self.cache.find(ids[: len(ids) - 1], request.table.salt)  # one token at least is computed
+            found = self.cache.find(ids[: len(ids) - 1], request.table.salt)  # at least one token is computed
             del found[len(found) * self.cache.page_size // self._unit * self._unit // self.cache.page_size :]
         if not self.cache.begin(request.table, found, len(ids) + to_come):
             assert self.running, f"a request of {len(ids) + to_come} tokens does not fit the empty cache"
@@ -240,10 +241,10 @@ class Scheduler:
         return True
 
     def _prompts(self, decoding: list[Request]) -> list[Scheduled]:
-        """A chunk of the prompts that are not computed yet: in their order, and in every other chunk those with the
-        fewest tokens to read first. So a short prompt does not wait for a long one, which is read at half of the speed
-        at least. A prompt whose logits are all requested is read by itself, because it has many rows of logits, and so
-        is any prompt in batch-invariant mode."""
+        """A chunk of the prompts that are not computed yet. Every other chunk takes the prompts in order; the chunks in
+        between begin with the prompt that has the fewest tokens left. So a short prompt does not wait for a long one,
+        and the long one keeps at least half of its speed. A prompt whose logits are all requested is computed by
+        itself, because it has many rows of logits. In batch-invariant mode every prompt is computed by itself."""
         scheduled: list[Scheduled] = []
         self._shortest_first = not self._shortest_first
         place = _place_of_short if self._shortest_first else _place
@@ -279,15 +280,15 @@ class Scheduler:
 
 
 def _place(request: Request) -> float:
-    """The place of a request in the order."""
+    """The sort key of a request in the order."""
     return request.arrived - PRIORITY * request.params.priority
 
 
 def _place_of_short(request: Request) -> tuple[float, int, float]:
-    """The place of a request in the order of prompts by their length, among those of its priority."""
+    """The sort key of a request by priority, then by the length of its prompt's rest."""
     return -request.params.priority, request.num_pending, request.arrived
 
 
 def _is_read(request: Request) -> bool:
-    """Whether a running request still has a part of its prompt to read."""
+    """Whether a part of a running request's prompt is not computed yet."""
     return request.num_pending > 1 or request.on_logits is not None

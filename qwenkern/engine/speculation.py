@@ -1,15 +1,15 @@
-"""Decodes several tokens of a text in one pass, where their guesses are likely to be right.
+"""Speculative decoding: verifies several guessed tokens of a text in one step, if they are likely to be right.
 
-    the last token and its draft:   t0   d1   d2   d3        rows of one decode pass, over the same pages
+    the last token and its draft:   t0   d1   d2   d3        rows of one decode step, over the same pages
                                      │    │    │    │
     what the model draws:           d1   d2   x              x differs from d3, so d1, d2 and x are the next tokens
 
-A row of a decode pass has the same bits whatever stands in the other rows, and a token follows from its row's logits
-and the next number of the request's own random stream. So text and log-probabilities are the same as without drafts.
+The bits of a row of a decode step do not depend on the other rows, and a token follows from its row's logits and the
+next number of the request's own random stream. So text and log-probabilities are the same as without drafts.
 
-How many tokens are guessed follows from two measurements: what a pass of so many rows takes, and how many guesses were
-right after a match of this length. Leviathan et al., "Fast inference from transformers via speculative decoding", 2023,
-equation 1, has the number of tokens to expect.
+The number of guessed tokens follows from two measurements: the time of a step by its number of rows, and the share of
+right guesses by the length of the match. Leviathan et al., "Fast inference from transformers via speculative decoding",
+2023, equation 1, gives the expected number of tokens.
 """
 
 from __future__ import annotations
@@ -21,23 +21,24 @@ from .draft_model import DraftModel
 from .drafts import LONGEST, SHORTEST, Drafts
 from .request import Request
 
-READINGS = 4  # of a pass of some size
-OLD = 512  # passes after which a reading is dropped
-SIZES = (2, 3, 4, 6, 8, 12, 16)  # rows of a pass with drafts: each size is captured once, and has logits of its own
-FORGETTING = 1 / 32  # of what is known about guesses, with each new draft
-LEAST_GAIN = 1.1  # how many times as fast a pass must promise to be with a draft: the estimates err
-BELIEF = 4.0  # guesses that the first estimate counts for
-FIRST_RATE = 0.6  # how many guesses of a small model are right, before any is read
-BY_MODEL = 0  # the length of a match that stands for a draft of the small model
-BY_GRAMMAR = LONGEST + 1  # and for tokens that the request's grammar forces
-FIRST_SLOPE = 0.1  # what another row adds to a pass, as a share of the pass of one row, before any is read
+READINGS = 4  # latest measurements that are kept for each number of rows
+OLD = 512  # steps after which a measurement is dropped
+SIZES = (2, 3, 4, 6, 8, 12, 16)  # rows of a step with drafts: each size is captured once, and has logits of its own
+FORGETTING = 1 / 32  # the share by which each new draft reduces the weight of older guesses
+LEAST_GAIN = 1.1  # the least estimated speed-up by a draft, above 1 because estimates are inexact
+BELIEF = 4.0  # the weight of the first estimate, in guesses
+FIRST_RATE = 0.6  # the first estimate of the share of a small model's guesses that are right
+BY_MODEL = 0  # instead of the length of a match: for a draft of the small model
+BY_GRAMMAR = LONGEST + 1  # instead of the length of a match: for tokens that the request's grammar forces
+FIRST_SLOPE = 0.1  # the first estimate of the time that a row adds, as a share of the time of a step of one row
 
 
 class Costs:
-    """What a decode pass takes, by its number of rows: the least of the latest readings, since disturbances only add.
+    """The time of a decode step by its number of rows: the least of the latest measurements, because disturbances only
+    add time.
 
-    The first pass of a size does not count, because it may compile or record what later ones run. Old readings are
-    dropped, so that a size which once looked slow is tried again."""
+    The first step of a size does not count, because it may compile kernels or record the step. Old measurements are
+    dropped, so that a size which was slow once is tried again."""
 
     def __init__(self, most_rows: int) -> None:
         self._passes = 0
@@ -45,7 +46,7 @@ class Costs:
         self._has_run = [False] * (most_rows + 1)
 
     def read(self, rows: int, seconds: float) -> None:
-        """Notes a pass."""
+        """Notes the time of a step."""
         self._passes += 1
         if self._has_run[rows]:
             self._readings[rows].append((self._passes, seconds))
@@ -55,8 +56,8 @@ class Costs:
                 readings.popleft()
 
     def of(self, rows: int) -> float:
-        """Seconds of a pass, between those of the nearest sizes that were measured. Before the first reading, only
-        ratios are of use."""
+        """The seconds of a step, interpolated between the nearest sizes that were measured. Before the first
+        measurement only the ratio of two results has a meaning."""
         known = [(size, min(seconds for _, seconds in each)) for size, each in enumerate(self._readings) if each]
         below = max((pair for pair in known if pair[0] <= rows), default=None)
         above = min((pair for pair in known if pair[0] >= rows), default=None)
@@ -68,7 +69,8 @@ class Costs:
 
 
 class Rates:
-    """How many guesses are right, by the length of the match: at first as in other texts, given their rates."""
+    """The share of guesses that are right, by the length of the match. others: the rates of other texts, which are the
+    first estimates."""
 
     def __init__(self, others: Rates | None = None) -> None:
         lengths = range(BY_GRAMMAR + 1)
@@ -79,28 +81,28 @@ class Rates:
         return min(0.98, self._right[match] / self._all[match])
 
     def read(self, match: int, right: int, wrong: int) -> None:
-        """Notes guesses after a match: ``right`` ones, and ``wrong`` ones, of which the first is the only one known to
-        be wrong. Older guesses count less and less."""
+        """Notes the guesses of a draft: ``right`` ones, then ``wrong`` ones. Only the first of these counts, because
+        the others follow a wrong token. Older guesses count less and less."""
         for counts, new in ((self._right, right), (self._all, right + min(1, wrong))):
             counts[match] = counts[match] * (1 - FORGETTING) + new
 
 
 def _first_rate(match: int) -> float:
-    """Before any guess: a longer match says more."""
+    """The estimate before the first guess: higher for a longer match."""
     return {BY_MODEL: FIRST_RATE, BY_GRAMMAR: 1.0}.get(match, min(0.8, 0.1 * match))
 
 
 class Plan:
-    """A pass, as it grows: its rows, the tokens that it is likely to give, and what it takes."""
+    """A step that is planned: its rows, its expected number of new tokens, and its time."""
 
     def __init__(self, costs: Costs, sequences: int) -> None:
         self._costs = costs
         self.rows = sequences
-        self._tokens = float(sequences)  # a row without a draft gives one
-        self._before = 0.0  # seconds that drafts take before the pass
+        self._tokens = float(sequences)  # a sequence without a draft gets one token
+        self._before = 0.0  # seconds of the small model before the step
 
     def length(self, most: int, rate: float, seconds: float = 0.0) -> int:
-        """The length of one more draft that gives most tokens a second, or 0. seconds: what a guess takes."""
+        """The length of another draft that gives the most tokens per second, or 0. seconds: the time of one guess."""
         best, length = LEAST_GAIN * self._tokens / (self._costs.of(self.rows) + self._before), 0
         for count in range(1, most + 1):
             if self.rows + count in SIZES:
@@ -117,13 +119,13 @@ class Plan:
 
 
 def _expected(count: int, rate: float) -> float:
-    """The number of guesses that are right before the first wrong one."""
+    """The expected number of right guesses before the first wrong one."""
     return sum(rate**place for place in range(1, count + 1))
 
 
 class Speculation:
-    """The drafts of the requests that run, and how long they should be. most_rows: of one pass. model: a small model
-    that guesses where the text itself does not."""
+    """The drafts of the running requests. most_rows: of one step. model: a small model that guesses if the text itself
+    gives no draft."""
 
     def __init__(self, most_rows: int, model: DraftModel | None = None) -> None:
         self.most_rows = most_rows
@@ -133,7 +135,8 @@ class Speculation:
         self._model = model
 
     def drafts(self, requests: Sequence[Request]) -> dict[Request, list[int]]:
-        """What may follow each request's last token. Empty where a guess would cost more than it gives."""
+        """The draft of each request: tokens that may follow its last token. Requests whose draft would cost more time
+        than it saves are left out."""
         plan = Plan(self.costs, len(requests))
         found: dict[Request, list[int]] = {}
         wanted: dict[Request, int] = {}
@@ -145,7 +148,7 @@ class Speculation:
             draft, match = _draft(request, state, most)
             length = plan.length(len(draft), state.rates.of(match)) if draft else 0
             seconds = 0.0
-            if not length and self._model:  # its passes serve all requests together
+            if not length and self._model:  # its decode steps serve all requests together
                 draft, match, seconds = [], BY_MODEL, self._model.seconds / len(requests)
                 length = plan.length(most, state.rates.of(match), seconds)
             if length:
@@ -160,7 +163,8 @@ class Speculation:
         return {request: draft for request, draft in found.items() if draft}
 
     def read(self, request: Request, draft: list[int], accepted: int) -> None:
-        """Notes how many tokens of a draft were right. None is said of those after the end of the text."""
+        """Notes how many tokens of a draft were right. If the text has ended, the rates do not change: nothing is known
+        of guesses after its end."""
         self.num_drafted += len(draft)
         self.num_accepted += accepted
         if not request.has_ended:
@@ -191,7 +195,7 @@ def _within_grammar(request: Request, draft: list[int]) -> list[int]:
 
 
 class State:
-    """What speculation keeps for a request."""
+    """The state of speculative decoding for one request."""
 
     def __init__(self, rates: Rates) -> None:
         self.drafts = Drafts()

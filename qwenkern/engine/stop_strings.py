@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Passes text on, but holds back an ending that may be the beginning of a stop string. Ends the text before the
-    first stop string."""
+    """Returns text as it comes, but holds back an ending that may be the beginning of a stop string. Ends the text
+    before the first stop string."""
 
     def __init__(self, strings: Sequence[str]) -> None:
         self.strings = strings
@@ -29,7 +29,7 @@ class StopStrings:
         return text
 
     def finish(self) -> str:
-        """The text that was held back, at the end of the text."""
+        """Ends the text, and returns the part that was held back."""
         text, self.held = self.held, ""
         return text
 

@@ -1,10 +1,10 @@
-"""Compiles and captures what a model will need, so that neither happens in the middle of somebody's answer.
+"""Compiles kernels and captures steps before the first request, so that no request waits for either.
 
-    sizes ─► child processes compile the kernels into Triton's cache ─► rehearsals: requests that nobody reads
-             (on a GPU, once on a machine)                             load them, and capture the steps
+    sizes ─► child processes compile the kernels into Triton's cache ─► rehearsals: requests without a caller
+             (on a GPU, once per machine)                              load the kernels, and capture the steps
 
-A child runs the layers on meta tensors, so it needs neither the GPU nor the weights. Two layers of the same formats
-launch all kernels that more layers do.
+A child process runs the layers on meta tensors, so it needs neither the GPU nor the weights. Two layers with the same
+formats launch the same kernels as more layers.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from .capture import CallCapture, Capture, Replay
 from .captured_prefill import MOST_PROMPTS
 from .captured_step import CapturedStep
 
-MOST_PROCESSES = 8  # each takes some 400 MB
+MOST_PROCESSES = 8  # each takes about 400 MB
 PACKAGE = Path(__file__).parents[1]
 CHILD = "import sys; sys.path[:] = filter(None, sys.path); from qwenkern.engine.warm_up import main; main()"
 
 
 class Prompts(NamedTuple):
-    """A pass over prompts, whose kernels are compiled."""
+    """The sizes of a forward pass over prompts."""
 
     tokens: int
     sequences: int
@@ -78,7 +78,7 @@ def layouts(model: Qwen2) -> tuple[Layout, ...]:
 
 
 class RunOnce(CallCapture):
-    """Runs what it would capture, as before a capture on a GPU."""
+    """Runs the function once instead of capturing it, as a GPU does before a capture."""
 
     def capture(self, function: Callable[[], Tensor], has_run: bool = False) -> tuple[Replay, Tensor]:
         with dependent_launches({}):
@@ -87,12 +87,12 @@ class RunOnce(CallCapture):
 
 
 def _nothing() -> None:
-    """In place of a replay."""
+    """Replaces a replay."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a child gets: passes of a model on a device, both described."""
+    """The input of a child process: descriptions of a model, a device and the forward passes to compile."""
 
     config: Config
     dtype: torch.dtype
@@ -101,11 +101,12 @@ class Task:
     page_size: int
     device: Any  # kernels.triton.tuning.Device
     sizes: tuple[int, ...]  # of decode steps
-    drawings: tuple[Drawing, ...]  # of each of these
+    drawings: tuple[Drawing, ...]  # compiled for each of the sizes
     prompts: tuple[Prompts, ...]
 
     def run(self) -> None:
-        """Runs the passes on meta tensors. Within kernels.triton.offline.compiling this compiles their kernels."""
+        """Runs the forward passes on meta tensors. Within kernels.triton.offline.compiling this compiles their
+        kernels."""
         meta, context = torch.device("meta"), self.config.context_length
         layers = {layout.name.split(".")[2] for layout in self.weights if layout.name.startswith("model.layers.")}
         model = Qwen2(replace(self.config, num_hidden_layers=len(layers)), self.dtype, meta, allocated=False)
@@ -130,7 +131,7 @@ def decode_sizes(capture: Capture, most: int) -> list[int]:
 
 
 def prompt_lengths(capture: Capture, most: int) -> list[int]:
-    """The lengths of the captured passes over prompts of up to ``most`` tokens."""
+    """The lengths of the captured forward passes over prompts of up to ``most`` tokens."""
     found: list[int] = []
     while (length := capture.padded_prompt(found[-1] + 1 if found else 1)) and (not found or found[-1] < most):
         found.append(length)
@@ -145,11 +146,11 @@ def compile_kernels(
     lengths: Sequence[int],
     most: int,
 ) -> None:
-    """Compiles, in child processes, the kernels of decode steps of these sizes, which draw in these ways, and of passes
-    over prompts of these lengths and of ``most`` tokens.
+    """Compiles kernels in child processes: those of decode steps with these sizes and drawings, and those of forward
+    passes over prompts of these lengths and of ``most`` tokens.
 
-    Does nothing without a GPU, with QWENKERN_KERNELS=reference, or if it was done before. A warning says what went
-    wrong in a child; the kernels are then compiled when they are first launched."""
+    Does nothing without a GPU, with QWENKERN_KERNELS=reference, or if the kernels are compiled already. If a child
+    fails, a warning has its error, and the kernels are compiled when they are first launched."""
     if cache.device.type != "cuda" or KERNELS.get() == "reference" or not is_served("cuda"):
         return
     from ..kernels.triton import tuning
@@ -191,7 +192,7 @@ def _compiled(task: Task) -> bool:
                 children.append(child)
             failed = [code for child in children if (code := child.wait())]
         finally:
-            for child in children:  # Ctrl-C, or a system without room for another process
+            for child in children:  # some are left after Ctrl-C, or if the system could not start another process
                 if child.poll() is None:
                     child.kill()
                     child.wait()
@@ -206,7 +207,7 @@ def _compiled(task: Task) -> bool:
 
 
 def main() -> None:
-    """A child: its arguments are the number of its share, the number of shares, and the task."""
+    """The program of a child process. Its arguments: the number of its share, the number of shares, and the task."""
     from ..kernels.triton.offline import compiling
 
     share, shares, described = sys.argv[1:]
@@ -223,8 +224,8 @@ def _triton_cache() -> Path:
 
 
 def _stamp(task: Task) -> Path:
-    """An empty file in Triton's cache, which says that the kernels of a task are there. Its name depends on the task,
-    on the kernels and their tuned configurations, and on Triton's version."""
+    """An empty file in Triton's cache. It exists if the kernels of a task are compiled. Its name depends on the task,
+    the kernels, their tuned configurations, and Triton's version."""
     import triton
 
     digest = hashlib.sha256(f"{triton.__version__} {task}".encode())
@@ -235,17 +236,18 @@ def _stamp(task: Task) -> Path:
 
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0, repetition_penalty=1.0, ignore_eos=True)
-BY_DEFAULT = SamplingParams(max_tokens=3, ignore_eos=True)  # as the checkpoint says
+BY_DEFAULT = SamplingParams(max_tokens=3, ignore_eos=True)  # the checkpoint's sampling settings
 
 
 def rehearsals(
     sizes: Sequence[int], most_sequences: int, ways: Sequence[SamplingParams], lengths: Sequence[int], most: int
 ) -> Iterator[tuple[int, SamplingParams]]:
-    """Requests that need all that is captured: the number of tokens of a prompt, and how it is completed. Each length
-    comes twice, because the second pass is captured. Then each number of sequences decodes after a short prompt."""
+    """Requests that make the model capture all steps, each as the number of prompt tokens and its parameters. Each
+    length comes twice, because the second forward pass is captured. Then each number of sequences decodes after a short
+    prompt."""
     one = replace(GREEDY, max_tokens=1)
     for length in lengths:
-        for turn in range(2):  # under a salt of its own, so that nothing is found in the cache
+        for turn in range(2):  # each with a salt of its own, so that nothing is found in the cache
             yield length, replace(one, cache_salt=f"warm up {length} {turn}")
     if not lengths or most > lengths[-1]:
         yield most, one
