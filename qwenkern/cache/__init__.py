@@ -1,4 +1,4 @@
-"""The paged key-value cache: pages for sequences, texts found again, the pages' memory, and the batch of one pass."""
+"""The paged key-value cache: allocation of pages, prefix index, the pages' memory, and the batch of a forward pass."""
 
 from .allocator import BlockTable, PageAllocator
 from .batch import Batch

@@ -1,4 +1,4 @@
-"""Allocates the pages of the cache to sequences. Nothing here touches the pages' memory."""
+"""Allocates the pages of the cache to sequences. This module does not access the pages' memory."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from .prefix import Entry, Parent, PrefixIndex
 
 
 class BlockTable:
-    """The pages of one sequence, and the number of its tokens in them."""
+    """The pages of one sequence, and the number of tokens in them."""
 
     def __init__(self, salt: str = "") -> None:
         self.pages: list[int] = []
         self.length = 0
-        self.salt = salt  # only texts of the same salt share pages
+        self.salt = salt  # only texts with the same salt share pages
         self.epoch = 0  # of the prefix index, when the sequence began
-        self.num_indexed = 0  # pages that the prefix index has been told of
-        self.last: Parent = salt  # the entry of the last of these
+        self.num_indexed = 0  # pages that are in the prefix index
+        self.last: Parent = salt  # the entry of the last indexed page
 
 
 class PageAllocator:
     """Gives pages to sequences and takes them back.
 
-    A page is in use while a table has it. Several tables may share a full page. When no table has a page any more, its
-    tokens stay findable (`find`) until another sequence needs the room; the page that was used longest ago goes first.
+    A page is in use while a table has it. Several tables may share a full page. When no table has a page any more,
+    `find` still finds its tokens until another sequence needs the page. The least recently used page is given away
+    first.
 
     One thread at a time may use an allocator, except for ``give_back``."""
 
@@ -35,14 +36,14 @@ class PageAllocator:
         self.reset()
 
     def reset(self) -> None:
-        """Makes all pages free, and forgets what they hold. The tables of sequences are not valid any more."""
+        """Makes all pages free, and forgets their content. The tables of sequences are not valid any more."""
         self._users = [0] * self.num_pages  # how many tables have each page
         self._free = list(range(self.num_pages - 1, -1, -1))
-        self._kept: OrderedDict[int, None] = OrderedDict()  # pages of no table that can be found, the oldest first
+        self._kept: OrderedDict[int, None] = OrderedDict()  # pages without a table that can be found, the oldest first
         self._index = PrefixIndex()
         self._given_back: deque[BlockTable] = deque()
-        self._version = 0  # of the weights that computed what can be found
-        self._epoch = 0  # counts how often all was forgotten
+        self._version = 0  # of the weights that computed the pages that can be found
+        self._epoch = 0  # how often all texts were forgotten
 
     @property
     def num_tokens(self) -> int:
@@ -54,13 +55,13 @@ class PageAllocator:
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that no table has. Some of them may hold a text that can be found."""
+        """Pages without a table. Some of them may hold a text that can be found."""
         self._take_back()
         return len(self._free) + len(self._kept)
 
     @property
     def num_used_pages(self) -> int:
-        """Pages that tables have. Any thread may ask."""
+        """Pages that tables have. Any thread may read this."""
         return self.num_pages - len(self._free) - len(self._kept)
 
     @property
@@ -70,7 +71,7 @@ class PageAllocator:
         return len(self._kept)
 
     def has_room(self, num_pages: int) -> bool:
-        """Whether so many pages are free."""
+        """Whether at least ``num_pages`` pages are free."""
         return num_pages <= self.num_free_pages
 
     def missing_pages(self, table: BlockTable, num_tokens: int) -> int:
@@ -78,12 +79,12 @@ class PageAllocator:
         return max(0, -(-(table.length + num_tokens) // self.page_size) - len(table.pages))
 
     def find(self, ids: Sequence[int], salt: str = "") -> list[Entry]:
-        """The pages that hold the longest beginning of ``ids``, among texts of the same salt."""
+        """The pages that hold the longest beginning of ``ids``, among texts with the same salt."""
         return self._index.find(salt, ids, self.page_size)
 
     def begin(self, table: BlockTable, found: Sequence[Entry], num_tokens: int) -> bool:
-        """Gives an empty table the found pages, and room for ``num_tokens`` tokens in all. Returns whether there was
-        room; else nothing is given."""
+        """Gives an empty table the found pages, and more pages up to ``num_tokens`` tokens in all. Returns False, and
+        gives no page, if too few are free."""
         to_come = max(0, num_tokens - len(found) * self.page_size)
         if -(-to_come // self.page_size) > self.num_free_pages - sum(entry.page in self._kept for entry in found):
             return False
@@ -99,8 +100,8 @@ class PageAllocator:
         return True
 
     def extend(self, table: BlockTable, num_tokens: int) -> None:
-        """Gives the sequence the pages for its next ``num_tokens`` tokens. Raises RequestError, and gives none, if too
-        few are free."""
+        """Gives the sequence the pages for its next ``num_tokens`` tokens. Raises RequestError, and gives no page, if
+        too few are free."""
         missing = self.missing_pages(table, num_tokens)
         if not missing:
             return
@@ -125,8 +126,8 @@ class PageAllocator:
         copy.length, copy.epoch, copy.num_indexed, copy.last = table.length, table.epoch, table.num_indexed, table.last
 
     def remember(self, table: BlockTable, ids: Sequence[int]) -> None:
-        """Makes the full pages of a table findable. ``ids`` are the tokens in it, as far as they are known. A sequence
-        that began before all was forgotten stays forgotten."""
+        """Adds the full pages of a table to the prefix index. ``ids`` are the tokens in the table, as far as they are
+        known. Does nothing for a sequence that began before the last `forget`."""
         if table.epoch != self._epoch:
             return
         size = self.page_size
@@ -135,23 +136,23 @@ class PageAllocator:
             table.num_indexed, table.last = at + 1, entry.id
 
     def forget_if_changed(self, version: int) -> None:
-        """Forgets all texts if other weights computed them: those of another version."""
+        """Forgets all texts if weights of another version computed them."""
         if version != self._version:
             self.forget()
             self._version = version
 
     def forget(self) -> None:
-        """Makes no page findable any more."""
+        """Removes all pages from the prefix index."""
         self._epoch += 1
         self._free += self._kept
         self._kept.clear()
         self._index = PrefixIndex()
 
     def release(self, table: BlockTable) -> None:
-        """Empties the table. Its pages are free, except those that another sequence shares."""
+        """Empties the table. Its pages are free, except those that another table has, too."""
         pages, table.pages = table.pages, []
         table.length, table.num_indexed, table.last = 0, 0, table.salt
-        for page in reversed(pages):  # the end of a text is of less use than its beginning, so it is older
+        for page in reversed(pages):  # the end of a text is less useful than its beginning, so it counts as older
             self._users[page] -= 1
             if self._users[page]:
                 continue
@@ -161,8 +162,8 @@ class PageAllocator:
                 self._free.append(page)
 
     def give_back(self, table: BlockTable) -> None:
-        """Has the table released by the thread that uses the allocator next. Any thread may call this at any time, the
-        garbage collector included."""
+        """Makes the thread that next uses the allocator release the table. Any thread may call this at any time, and
+        also the garbage collector."""
         self._given_back.append(table)
 
     def _take_back(self) -> None:

@@ -1,4 +1,4 @@
-"""The batch of one forward pass: its tokens and their places in the cache."""
+"""The batch of one forward pass: its tokens and their slots in the cache."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Batch:
     block_tables: Tensor  # [S, P] int32
     lengths: Tensor  # [S] int32
     query_starts: Tensor  # [S + 1] int32
-    is_decode: bool  # one token a sequence; with `one_by_one`, rows of one sequence count as several
+    is_decode: bool  # one token per sequence; in `one_by_one`, each row counts as a sequence
 
     @classmethod
     def of(cls, parts: Sequence[tuple[BlockTable, Sequence[int]]], page_size: int, device: torch.device) -> Batch:
-        """The batch of the next token ids of some sequences. Each sequence already has the pages for them."""
+        """The batch of the next token ids of some sequences, which already have the pages for these tokens."""
         ids: list[int] = []
         positions: list[int] = []
         slots, lengths, query_starts = [], [], [0]
@@ -55,8 +55,8 @@ class Batch:
     def one_by_one(
         cls, parts: Sequence[tuple[BlockTable, Sequence[int]]], page_size: int, device: torch.device
     ) -> Batch:
-        """The same tokens as rows of a decode pass: each sees those before it, and counts as a sequence of its own. It
-        has the bits that it would have in a pass by itself."""
+        """The same tokens as rows of a decode step. Each row sees the tokens before it and counts as a sequence, so it
+        has the same bits as in a step of its own."""
         rows = [
             (_at(table, position), [token]) for table, ids in parts for position, token in enumerate(ids, table.length)
         ]
@@ -64,7 +64,7 @@ class Batch:
 
 
 def _at(table: BlockTable, length: int) -> BlockTable:
-    """The table with another number of tokens."""
+    """A copy of the table with another number of tokens."""
     row = BlockTable()
     row.pages, row.length = table.pages, length
     return row

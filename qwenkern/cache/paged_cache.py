@@ -1,4 +1,4 @@
-"""The key-value cache: the pages, their memory, and the angles of their positions."""
+"""The key-value cache: the pages, their memory, and the rotary angles of all positions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ PAGE_SIZE = 64  # tokens; one tile of the attention kernels
 
 
 class PagedCache(PageAllocator):
-    """Keys and values of all layers. ``pages`` has one value for each layer (kernels/pages/), each with one spare page.
+    """Keys and values of all layers. ``pages`` has the pages of each layer (kernels/pages/), with one spare page each.
 
-    The memory is not cleared. On a CPU the operating system provides it only as pages are first written.
+    The memory is not initialised. On a CPU the operating system provides memory only when a page is first written.
 
-    One engine uses a cache at a time, and only the thread that steps it."""
+    Only one engine at a time uses a cache, in the thread that steps the engine."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class PagedCache(PageAllocator):
         missing = self.missing_pages(table, num_tokens)
         if not missing:
             return
-        if self.has_room(missing):  # before the page is given: its positions need their angles
+        if self.has_room(missing):  # before pages are given: their positions need rotary angles
             self.rope.reach((len(table.pages) + missing) * self.page_size)
         super().extend(table, num_tokens)
 
@@ -56,8 +56,8 @@ class PagedCache(PageAllocator):
                 layer.copy_page(copy.pages[full], table.pages[full])
 
     def batch(self, parts: Sequence[tuple[BlockTable, Sequence[int]]]) -> Batch:
-        """Gives some sequences the pages for their next token ids, and returns the batch. When the forward pass has
-        written the tokens, call ``advance``. Raises RequestError if the cache has no room."""
+        """Gives some sequences the pages for their next token ids, and returns the batch. After the forward pass, call
+        ``advance``. Raises RequestError if the cache has no room."""
         for table, ids in parts:
             self.extend(table, len(ids))
         return Batch.of(parts, self.page_size, self.device)

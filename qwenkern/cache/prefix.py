@@ -1,9 +1,9 @@
-"""Finds full pages by the tokens that they and all pages before them hold, as a tree of pages.
+"""The prefix index: a tree that finds full pages by their own tokens and the tokens of all pages before them.
 
     root ─► page of tokens 0..63 ─► page of tokens 64..127 ─► ...
                     └────────────► another page of tokens 64..127
 
-The tree compares the token ids themselves, so pages of different texts are never mistaken for each other.
+The tree compares token ids, not hashes, so it never confuses pages of different texts.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
-Parent = int | str  # the id of the page before; for the first page of a text the salt
+Parent = int | str  # the entry id of the page before; for the first page of a text, the salt
 
 
 class Entry(NamedTuple):
     """A page that can be found."""
 
-    id: int  # never used again, unlike the number of the page
+    id: int  # never reused, unlike the number of the page
     page: int
 
 
 class PrefixIndex:
-    """The pages that can be found. The allocator says when a page gets other tokens (`forget`)."""
+    """The pages that can be found. The allocator calls `forget` when a page gets other tokens."""
 
     def __init__(self) -> None:
         self._entries: dict[tuple[Parent, bytes], Entry] = {}
@@ -49,8 +49,8 @@ class PrefixIndex:
         return found
 
     def add(self, parent: Parent, ids: Sequence[int], page: int) -> Entry:
-        """Enters a page that holds ``ids`` after ``parent``. If another page has these tokens there already, its entry
-        stays. Returns the entry."""
+        """Adds a page that holds ``ids`` after ``parent``, and returns its entry. If another page with these tokens is
+        there already, returns the entry of that page."""
         key = parent, _key(ids)
         entry = self._entries.get(key)
         if entry is None:
@@ -59,7 +59,7 @@ class PrefixIndex:
         return entry
 
     def forget(self, page: int) -> None:
-        """Removes a page. Pages after it are not found any more, until they are entered again after another page."""
+        """Removes a page. The pages after it are not found any more, until they are added again after another page."""
         key = self._keys.pop(page, None)
         if key is not None:
             del self._entries[key]

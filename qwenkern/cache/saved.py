@@ -1,7 +1,7 @@
-"""Saves what the cache holds of a text to a file, and puts it back: a long system prompt is then ready at the start.
+"""Saves the cached pages of a text to a file, and loads them again, such as for a long system prompt.
 
-The file is in safetensors: the token ids, and for each layer the pages of each tensor of the cache's format. Its
-metadata says for which model, and how, they were computed. A page is of use only for the same.
+The file has the safetensors format: the token ids, and for each layer the pages of each tensor of the cache's format.
+The metadata has the facts that a loading model must share with the saving one, such as its fingerprint and its dtype.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IDS = "ids"
 
 
 def copied(cache: PagedCache, ids: Sequence[int], salt: str) -> dict[str, Tensor]:
-    """Copies, on the host, of the pages that hold the longest beginning of ``ids``, and its ids."""
+    """Copies the pages that hold the longest beginning of ``ids`` to the host. Returns them with the ids in them."""
     pages = [entry.page for entry in cache.find(ids, salt)]
     tensors = {IDS: torch.tensor(ids[: len(pages) * cache.page_size], dtype=torch.int32, device="cpu")}
     for index, layer in enumerate(cache.pages):
@@ -33,8 +33,8 @@ def copied(cache: PagedCache, ids: Sequence[int], salt: str) -> dict[str, Tensor
 
 
 def put_back(cache: PagedCache, tensors: Mapping[str, Tensor], salt: str) -> int:
-    """Puts copied pages into free pages of the cache, where they are found like those of a text that has ended. Returns
-    the number of tokens. Raises RequestError, and changes nothing, if too few pages are free."""
+    """Writes copied pages to free pages of the cache, where `find` finds them like those of a text that has ended.
+    Returns the number of tokens. Raises RequestError, and changes nothing, if too few pages are free."""
     ids = tensors[IDS].tolist()
     known = cache.find(ids, salt)
     table = BlockTable(salt)
@@ -52,7 +52,7 @@ def put_back(cache: PagedCache, tensors: Mapping[str, Tensor], salt: str) -> int
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -> None:
-    """Writes a whole file, or nothing."""
+    """Writes the file completely, or not at all."""
     from safetensors.torch import save_file
 
     handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name[:100]}.")
@@ -66,7 +66,8 @@ def write(file: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str]) -
 
 
 def read(file: Path, facts: Mapping[str, str], cache: PagedCache) -> dict[str, Tensor]:
-    """The tensors of a file. Raises CheckpointError unless it was written with the same facts, for such a cache."""
+    """The tensors of a file. Raises CheckpointError unless it was written with the same facts, for a cache of the same
+    format and sizes."""
     from safetensors import SafetensorError, safe_open
 
     try:
