@@ -1,4 +1,4 @@
-"""Added tokens, found in a text."""
+"""Finds added tokens in a text."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping
 
 
 class AnyOf:
-    """Finds the tokens of a set in a text, from left to right, the longest that begins at a place. A regular expression
-    of the 14,000 added tokens of a model of speech takes seconds to compile."""
+    """Finds the tokens of a set in a text, from left to right: at each position the longest token that begins there. A
+    regular expression would take seconds to compile for the 14,000 added tokens of a speech model."""
 
     def __init__(self, tokens: Iterable[str]) -> None:
         self._tokens = frozenset(tokens)
@@ -19,7 +19,7 @@ class AnyOf:
         self._firsts = re.compile("|".join(map(re.escape, lengths)) or "(?!)")  # (?!) matches nowhere
 
     def places(self, text: str) -> Iterator[tuple[int, int]]:
-        """Where each begins and ends."""
+        """The start and the end of each token that is found."""
         end = 0
         for first in self._firsts.finditer(text):
             start = first.start()

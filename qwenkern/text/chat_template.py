@@ -1,7 +1,7 @@
 """Chat templates: a checkpoint's Jinja source converts messages to the text on which its model was trained.
 
-A template is code that came with a download, so it runs in a sandbox that bounds its time and memory
-(sandbox/) and is handed nothing but JSON-like values.
+A template is downloaded code. So it runs in a sandbox that limits its time and memory (sandbox/), and gets only values
+of JSON's types.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .messages import check_can_go_on, plain, read_messages, size, unused_charac
 _MOST_TEMPLATES = 64
 _USUAL_ROLES = ("system", "user", "assistant", "tool")
 _ASKS_FOR_NULL = re.compile(r"content\W{0,3}\s+is\s+(not\s+)?none\b", re.IGNORECASE)  # as DeepSeek-R1's does
-_END = "\U0010fffd"  # of what there is of the last message, while the template runs; private use
+_END = "\U0010fffd"  # marks the end of an unfinished last message while the template runs; a private-use character
 _MOST_TRIALS = 8  # renderings that test whether a template ignores messages of unusual roles
 
 
@@ -41,20 +41,20 @@ class Conversation:
 class ChatTemplate:
     """The templates of one checkpoint.
 
-    `templates` maps a name to (Jinja source, file it came from); "default" renders, unless there are tools and a
-    "tool_use". `tokens` has the tokens that templates may use by name, such as eos_token.
+    `templates` maps a name to (Jinja source, its file). With tools the template "tool_use" renders if it exists, in any
+    other case "default". `tokens` has the tokens that templates may use by name, such as eos_token.
     """
 
     def __init__(self, templates: Mapping[str, tuple[str, str]], tokens: Mapping[str, str], source: str) -> None:
         self._templates = dict(templates)
         self._tokens = dict(tokens)
-        self._source = Path(source).name or source  # a server tells it to clients, who must not learn the folder
+        self._source = Path(source).name or source  # a server shows it to clients, who must not see the folder
         self._compiled: dict[str, Any] = {}
 
     @classmethod
     def from_folder(cls, folder: Path, tokens: Mapping[str, str]) -> ChatTemplate:
-        """From chat_template.jinja and additional_chat_templates/, else tokenizer_config.json, else chat_template.json:
-        the first that exists counts. A missing template is an error only when a chat is rendered.
+        """Reads chat_template.jinja and additional_chat_templates/, else tokenizer_config.json, else
+        chat_template.json: the first of these that exists. A missing template is an error only when a chat is rendered.
         """
         files = {"default": folder / "chat_template.jinja"}
         files |= {file.stem: file for file in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
@@ -80,7 +80,7 @@ class ChatTemplate:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], tokens: Mapping[str, str], source: str) -> ChatTemplate:
-        """From tokenizer.chat_template and, by name, tokenizer.chat_template.*."""
+        """Reads tokenizer.chat_template and the named templates tokenizer.chat_template.*."""
         prefix = "tokenizer.chat_template"
         templates = {
             key[len(prefix) + 1 :] or "default": (text, source)
@@ -107,8 +107,8 @@ class ChatTemplate:
         add_generation_prompt: whether the text ends with the beginning of an answer.
         continue_final_message: the text ends with the last message's content instead, which the answer continues.
 
-        Messages are first read as messages.py says. If the template does not know the role "developer", it gets
-        "system" instead, as in llama.cpp.
+        Messages are first converted as messages.py describes. If the template does not know the role "developer", it
+        gets "system" instead, as in llama.cpp.
 
         Raises RequestError for messages that are malformed or that the template refuses or would drop, and if there is
         no template. Raises CheckpointError for a template that does not compile or that exceeds the sandbox's limits.
@@ -123,8 +123,7 @@ class ChatTemplate:
         continue_final_message: bool = False,
         **variables: Any,
     ) -> tuple[Conversation, str]:
-        """The conversation in the form that the template gets, and its text. Arguments and errors are those of
-        `render`."""
+        """The conversation as the template gets it, and its text. Arguments and errors are those of `render`."""
 
         def conversation(read_arguments: bool) -> Conversation:
             read = read_messages(messages, read_arguments, keep_null)
@@ -187,12 +186,12 @@ class ChatTemplate:
                 f"messages: the chat template of {self._source} does not show the content of the last message as it "
                 "is; expected one that is not to be continued"
             )
-        # as transformers has it: a template that has removed the blank after the mark removes those before it
+        # As in transformers: a template that has removed the blank after the mark also removes blanks before it.
         return text[:end] if text.startswith(_END + " ", end) else text[:end].rstrip()
 
     def _check_roles(self, chat: Conversation, text: str) -> None:
-        """Raises RequestError if the template skips a message because of its role, as Qwen's does. A message with a
-        misspelt role would be lost."""
+        """Raises RequestError if the template skips a message because of its role, as Qwen's template does: otherwise a
+        message with a misspelt role would be lost silently."""
         unusual = [n for n, message in enumerate(chat.messages) if message["role"] not in _USUAL_ROLES]
         if not unusual:
             return
@@ -207,7 +206,7 @@ class ChatTemplate:
         mark = next(unused_characters(text), "")
         try:
             found = re.findall(f"{mark}([0-9]+){mark}", with_more({n: f"{mark}{n}{mark}" for n in unusual}))
-        except RequestError:  # the template reads the contents
+        except RequestError:  # the template interprets the contents, and refuses the marks
             found = []
         seen = set(map(int, found)) if mark else set()
         unseen = [n for n in unusual if n not in seen]
@@ -253,7 +252,7 @@ def _check_tools(tools: Any) -> None:
 
 
 def _shows_python(chat: Conversation, text: str) -> bool:
-    """Whether the text has the arguments of a call as Python prints a dict."""
+    """Whether the text has the arguments of a call in Python's notation of a dict."""
     calls = (call for message in chat.messages for call in message.get("tool_calls", []))
     functions = (call["function"] if isinstance(call.get("function"), dict) else call for call in calls)
     for arguments in islice((a for f in functions if isinstance(a := f.get("arguments"), dict) and a), 1):

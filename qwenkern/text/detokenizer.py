@@ -1,4 +1,4 @@
-"""Text of ids as they come, one at a time."""
+"""Decodes token ids one at a time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Text of a growing sequence of ids: `add` returns what is now certain, never half a character.
+    """Decodes a growing sequence of ids. `add` returns the new text, in whole characters.
 
     The pieces joined, `finish` included, equal `tokenizer.decode(ids)` for every sequence of ids.
     """
@@ -23,7 +23,7 @@ class Detokenizer:
         return self._utf8.decode(self._tokenizer.shown_bytes(token_id, self._skip_special))
 
     def finish(self) -> str:
-        """What is still held back, as U+FFFD; after it a new sequence may begin."""
+        """The bytes that are still held back, as U+FFFD. Afterwards a new sequence may begin."""
         rest = self._utf8.decode(b"", final=True)
         self._utf8.reset()
         return rest

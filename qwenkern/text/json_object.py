@@ -1,4 +1,4 @@
-"""Reads a JSON object as its text comes, so that each piece can go on before the rest is there."""
+"""Reads a JSON object in pieces, so that each piece can be passed on before the rest comes."""
 
 from __future__ import annotations
 
@@ -24,21 +24,22 @@ _ESCAPES = {code: json.dumps(chr(code))[1:-1] for code in range(32)}
 class JsonObject:
     """A JSON object that comes in pieces.
 
-    Its text stays as it is written, but characters in strings that JSON escapes, such as a line feed, become their
-    escapes: small models write them as they are, above all in code, and they have one meaning.
+    Its text does not change, except that control characters in strings, such as a line feed, are escaped. JSON does not
+    allow them, but small models write them, above all in code, and their meaning is clear.
     """
 
     def __init__(self) -> None:
         self.is_whole = False
-        self.rest = ""  # what is not part of the object, or not yet certainly
-        self._open = ""  # the brackets that are open
+        self.rest = ""  # text that is not part of the object, or may not be
+        self._open = ""  # the open brackets
         self._wants = "value"  # "key", ":", "value", or "," after a value
-        self._may_close = False  # an object or array without members
+        self._may_close = False  # whether an empty object or array may end here
         self._is_in_string = False
 
     def add(self, text: str) -> str:
-        """What is now certain. All that was returned so far is the beginning of an object of JSON, with numbers that
-        are finite and at most DEEPEST levels. Nothing more comes after what cannot be part of one."""
+        """Adds text, and returns the next part of the object. All returned parts together are the beginning of a JSON
+        object with finite numbers and at most DEEPEST levels. After text that cannot be part of an object, nothing more
+        is returned."""
         self.rest += text
         found, at = [], 0
         while at < len(self.rest) and not self.is_whole:
@@ -62,7 +63,8 @@ class JsonObject:
         return characters.end()
 
     def _end_of_lexeme(self, at: int) -> int:
-        """Where what begins here ends; here, if that is not certain, or if it is not JSON."""
+        """The end of the lexical element that begins at ``at``. Returns ``at`` if more text is needed to find the end,
+        or if the text is not JSON."""
         if blanks := _BLANKS.match(self.rest, at):
             return blanks.end()
         character, wants, may_close = self.rest[at : at + 1], self._wants, self._may_close

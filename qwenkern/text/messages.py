@@ -1,10 +1,10 @@
-"""Checks messages from clients of chat servers, and converts them to the form that chat templates expect.
+"""Checks messages from clients of chat servers, and converts them to what chat templates expect.
 
-OpenAI's interface allows these forms, which templates do not read:
+OpenAI's interface allows these values, which templates do not read:
 
     content as parts of text      the parts are joined with a line feed, as in llama.cpp and vLLM (transformers' server
                                   joins with a space)
-    "arguments" as JSON text      replaced by the object that the text spells; other text stays, as in llama.cpp
+    "arguments" as JSON text      replaced by the object in the text; text that is not JSON stays, as in llama.cpp
     content null                  the key is removed, unless the template tests whether content is none
 """
 
@@ -70,8 +70,8 @@ def unused_characters(text: str) -> Iterator[str]:
 def read_messages(messages: Any, read_arguments: bool = True, keep_null: bool = False) -> list[dict[str, Any]]:
     """The messages in plain types, with text as content, and without keys whose value is None.
 
-    read_arguments: the arguments of tool calls that come as JSON text become what it spells.
-    keep_null: the content of a message that has nothing but tool calls stays None.
+    read_arguments: whether arguments of tool calls that are JSON text are parsed.
+    keep_null: whether content that is None stays in a message with tool calls only.
     Raises RequestError, naming the message and the field.
     """
     if not isinstance(messages, (list, tuple)) or not messages:

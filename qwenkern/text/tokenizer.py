@@ -1,7 +1,7 @@
 """Converts text to token ids and back: Qwen2's byte-level BPE, from tokenizer.json or from a GGUF file's metadata.
 
-The `tokenizers` library merges. This file decodes, from the bytes of each token, so that whole and incremental decoding
-are the same code. A special token stands for structure, not for text (<|im_end|>).
+The `tokenizers` library encodes. This module decodes, from the bytes of each token, so that the same code decodes a
+whole text and a stream. A special token, such as <|im_end|>, stands for structure and not for text.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from .chat_template import ChatTemplate
 from .messages import plain, unused_characters
 from .tokenizer_files import begin_with, beginning_of, check_parts, guard, open_library, qwen2_library
 
-# llama.cpp's names (src/llama-vocab.cpp) of Qwen2's expression, for models that normalize text as Qwen2 does. It has
-# more names for other vocabularies ("megrez", "kormo", "f2llmv2"; "stablelm2", "hunyuan", "solar-open"), which no
-# Qwen2.5 model has.
+# llama.cpp's names (src/llama-vocab.cpp) for Qwen2's expression, of models that normalize text as Qwen2 does. llama.cpp
+# has more names for the expression in other vocabularies ("megrez", "kormo", "f2llmv2"; "stablelm2", "hunyuan",
+# "solar-open"), which no Qwen2.5 model has.
 _QWEN2_PRE = ("qwen2", "deepseek-r1-qwen")
 _NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5  # tokenizer.ggml.token_type
 _PROBE = "Hello, wörld!  It's 2024 \n\n\t" + "a" * 64 + " " * 64 + "x"
-_LONG = 2**14  # characters of a text during which other threads run Python: `encode` does not let them
+_LONG = 2**14  # characters; `encode` holds the interpreter's lock, so long texts go to encode_batch_fast
 _RETRY_LIMIT = 10_000_000  # of the expression engine, per match
 
 
@@ -67,7 +67,7 @@ class Tokenizer:
             found = f"{type(library.model).__name__} with {type(library.decoder).__name__} decoder"
             raise CheckpointError(f"{source}: the tokenizer is {found}; expected byte-level BPE, as Qwen2.5 has")
         missing = [f"0x{byte:02X}" for spelling, byte in _BYTE_OF.items() if library.token_to_id(spelling) is None]
-        if missing:  # the library silently drops a character that it cannot spell
+        if missing:  # the library silently drops a character that has no token
             raise CheckpointError(
                 f"{source}: the vocabulary has no token for {len(missing)} of the 256 bytes ({', '.join(missing[:4])})"
             )
@@ -77,8 +77,8 @@ class Tokenizer:
         library.model.dropout = None
         added = library.get_added_tokens_decoder()
         self._library = library
-        # The same model without added tokens, for text in which nothing is special. The library's own switch,
-        # encode_special_tokens, is state of a shared object, and it still recognises added tokens that are not special,
+        # The same model without added tokens, for text without special tokens. The library's own switch,
+        # encode_special_tokens, is state of a shared object, and does not apply to added tokens that are not special,
         # such as <tool_call>.
         self._plain = tokenizers.Tokenizer(library.model)
         self._plain.normalizer = library.normalizer
@@ -98,7 +98,7 @@ class Tokenizer:
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
-        """From a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt) and, if present,
+        """Reads a Hugging Face folder: tokenizer.json (or vocab.json and merges.txt) and, if present,
         tokenizer_config.json, added_tokens.json, special_tokens_map.json, chat_template.jinja,
         additional_chat_templates/, chat_template.json and config.json (for vocab_size).
 
@@ -124,7 +124,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], source: str) -> Tokenizer:
-        """From the `tokenizer.*` keys of a GGUF file. `source` is the file's name, for messages.
+        """Reads the `tokenizer.*` keys of a GGUF file. `source` is the file's name, for messages.
 
         Raises CheckpointError, which names the key, unless the vocabulary is a valid gpt2-style one with qwen2
         splitting."""
@@ -150,8 +150,8 @@ class Tokenizer:
             # A GGUF file does not name the steps. transformers 5.23 omits the normalizer, so text in NFD gets other
             # ids.
             library = qwen2_library(vocab, merges)
-        # In a GGUF file <|fim_prefix|> and similar tokens are control tokens. In the official tokenizer.json they are
-        # text that decode shows. Each file is followed, because the ids are the same.
+        # In a GGUF file, <|fim_prefix|> and similar tokens are control tokens. In the official tokenizer.json they are
+        # text, which decode shows. The tokenizer follows its file; the ids are the same.
         library.add_tokens(
             [
                 AddedToken(token, special=kind == _CONTROL, normalized=False)
@@ -177,19 +177,19 @@ class Tokenizer:
         return cls(library, source, len(tokens), ends, ChatTemplate.from_gguf(metadata, named, source))
 
     def files(self) -> dict[str, bytes]:
-        """The files, by name, of a folder that has the same tokenizer and chat templates. Of the ids that end a text,
-        they have those that the vocabulary tells."""
+        """The files, by name, of a folder with the same tokenizer and chat templates. They contain only those
+        end-of-text ids that follow from the vocabulary."""
         return {
             "tokenizer.json": self._library.to_str().encode(),
             "tokenizer_config.json": (json.dumps(self.settings(), ensure_ascii=False, indent=2) + "\n").encode(),
         }
 
     def settings(self) -> dict[str, Any]:
-        """The fields of its tokenizer_config.json: the chat templates, and the tokens that they name."""
+        """The fields of a tokenizer_config.json: the chat templates, and the tokens that they use by name."""
         return self._chat_template.settings()
 
     def spelling_of(self, token_id: int) -> str:
-        """How the vocabulary spells a token ("Ġthe"); "" for an id without a token."""
+        """The spelling of a token in the vocabulary, such as "Ġthe"; "" for an id without a token."""
         return self._library.id_to_token(token_id) or ""
 
     def added_tokens(self) -> dict[int, str]:
@@ -210,8 +210,8 @@ class Tokenizer:
             found = f"a lone surrogate, U+{ord(text[fault.start]):04X}, at position {fault.start}"
             raise RequestError(f"text has {found}; expected text that UTF-8 can hold") from fault
         library = self._library if allow_special else self._plain
-        # Qwen's expression reaches the engine's limit only on a longer run of blanks. On other text the expression is
-        # bad.
+        # Qwen's expression reaches the engine's limit only on a run of blanks of about that length. If it fails on a
+        # shorter text, the checkpoint's expression is wrong.
         failed = f"the tokenizer failed on a text of {len(text)} characters"
         error, where = (RequestError, "") if len(text) >= _RETRY_LIMIT else (CheckpointError, f"{self._source}: ")
         with guard(error, where + failed):
@@ -235,7 +235,7 @@ class Tokenizer:
         for messages in (turns, [{"role": "system", "content": "(the rule)"}, *turns]):
             try:
                 text = self.render_chat(messages, add_generation_prompt=False)
-            except (RequestError, CheckpointError):  # there is none, it refuses this conversation, or it does not run
+            except (RequestError, CheckpointError):  # no template, or one that refuses this conversation or fails
                 continue
             _, found, after = text.rpartition(answer)
             if found and (place := next(self._any_special.places(after), None)):
@@ -255,7 +255,7 @@ class Tokenizer:
         """The bytes of a token, which need not be whole characters; b"" for an id without a token."""
         try:
             token_id = operator.index(token_id)
-        except (TypeError, ValueError, RuntimeError):  # the last two: an array or a tensor of several
+        except (TypeError, ValueError, RuntimeError):  # the last two: an array or a tensor with several elements
             raise RequestError(f"token id is {shown(token_id)}; expected an int below {self.vocab_size}") from None
         if not 0 <= token_id < self.vocab_size:
             raise RequestError(f"token id is {shown(token_id)}; expected 0 to {self.vocab_size - 1}")
@@ -271,7 +271,7 @@ class Tokenizer:
             return None
 
     def _id_of_added(self, token: str) -> int:
-        """Of one of the added tokens, all of which have ids."""
+        """The id of an added token."""
         token_id = self._library.token_to_id(token)
         assert token_id is not None, token
         return token_id
@@ -297,16 +297,16 @@ class Tokenizer:
     ) -> list[int]:
         """The ids of `render_chat`'s text, in which only the template's own special tokens are special.
 
-        If a user types <|im_end|>, it stays text and cannot end a turn. The model's own <tool_call> in an assistant's
-        content is that token. Without such strings, the result is encode(render_chat(...)). One case is not covered: a
-        token whose halves are in two fields that a template joins directly, which Qwen's never does. The errors are
-        those of render_chat and encode.
+        If a user types <|im_end|>, it is encoded as text and cannot end a message. In an assistant's content, strings
+        such as <tool_call> become tokens. Without such strings, the result is encode(render_chat(...)). One case is not
+        covered: a token whose halves are in two fields that a template joins directly, which Qwen's template never
+        does. The errors are those of render_chat and encode.
         """
         chat, text = self._chat_template.read(
             messages, tools, add_generation_prompt, continue_final_message, **variables
         )
-        # While the template runs, private-use characters replace the strings that spell a token. So every token in its
-        # text is the template's own. The text between these tokens is encoded as text, in one piece.
+        # While the template runs, private-use characters replace strings that spell a token. So every token in the
+        # rendered text is the template's own. The text between these tokens is encoded as text, in one piece.
         hidden = dict(zip(self._added.values(), unused_characters(text), strict=False))
         if len(hidden) < len(self._added):
             raise RequestError("messages: they use every private-use character; expected some to be unused")
@@ -336,13 +336,13 @@ class Tokenizer:
         return ids + self.encode(rendered[end:].translate(shown), allow_special=False)
 
     def shown_bytes(self, token_id: int, skip_special: bool) -> bytes:
-        """token_bytes, or none of a special token where those are skipped."""
+        """token_bytes, or b"" for a special token if ``skip_special``."""
         shown = self.token_bytes(token_id)
-        # operator.index, because an id may be a tensor's element, whose hash is not that of its value.
+        # operator.index, because the id may be an element of a tensor, whose hash differs from that of its value.
         return b"" if skip_special and operator.index(token_id) in self.special_ids else shown
 
 
-@lru_cache(maxsize=2**13)  # most of a text is of few tokens
+@lru_cache(maxsize=2**13)  # few different tokens make up most of a text
 def _bytes_of(token: str) -> bytes:
     """The bytes of a token of the vocabulary."""
     try:
@@ -364,7 +364,7 @@ def _list_of(kind: type, metadata: Mapping[str, Any], key: str, source: str) -> 
         raise CheckpointError(f"{source}: {key} is missing; expected a list of {kind.__name__}")
     if not isinstance(values, Sequence) or isinstance(values, str):
         raise CheckpointError(f"{source}: {key} is a {type(values).__name__}; expected a list of {kind.__name__}")
-    if not {*map(type, values)} <= {kind}:  # a vocabulary has 150,000: a loop would take as long as all other checks
+    if not {*map(type, values)} <= {kind}:  # faster than a loop over the 150,000 tokens of a vocabulary
         for n, value in enumerate(values):
             if not isinstance(value, kind):
                 raise CheckpointError(f"{source}: {key}[{n}] is {shown(value, 40)}; expected {kind.__name__}")

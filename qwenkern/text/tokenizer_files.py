@@ -1,8 +1,8 @@
 """Reads the tokenizer files of a folder into an object of the `tokenizers` library, within limits.
 
-The files are tokenizer.json or, of transformers' slow tokenizers, vocab.json, merges.txt and the added tokens. The size
-of a file is checked before it is read. Its steps are checked before any text goes through them, because a chain of
-replacements can double a text with each step, and an expression may never end.
+The files are tokenizer.json or, for transformers' slow tokenizers, vocab.json, merges.txt and the added tokens. The
+size of a file is checked before it is read. The steps of a tokenizer are checked before they process any text, because
+each step of a chain of replacements can double a text, and a regular expression may run for ever.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ..reading import read_json, refuse_pointer
 QWEN2_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# The expressions of published byte-level vocabularies. Each reads a text once. No test can tell how long another
-# expression may take.
+# The regular expressions of published byte-level vocabularies, which read a text only once. Other expressions are
+# refused, because no check can bound their time.
 EXPRESSIONS = {
     QWEN2_SPLIT,
     QWEN2_SPLIT.replace(r"|\p{N}|", r"|\p{N}{1,3}|"),  # GPT-4's, Llama 3's
@@ -45,7 +45,7 @@ _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
 def open_library(folder: Path) -> tuple[tokenizers.Tokenizer, Path]:
-    """The tokenizer of a folder, and its file. Raises CheckpointError, which names the file."""
+    """The tokenizer of a folder, and the file that it comes from. Raises CheckpointError, which names the file."""
     file, vocabulary, merges = folder / "tokenizer.json", folder / "vocab.json", folder / "merges.txt"
     if file.is_file():
         _measure(file)
@@ -87,7 +87,7 @@ def begin_with(library: tokenizers.Tokenizer, token: str, token_id: int | None) 
 
 
 def beginning_of(library: tokenizers.Tokenizer, text: str) -> tuple[int, ...]:
-    """The ids that the library's post-processor puts before a text, found with this text."""
+    """The ids that the library's post-processor puts before a text; ``text`` is a sample."""
     bare = library.encode(text, add_special_tokens=False).ids
     whole = library.encode(text).ids
     starts = (n for n in range(len(whole) - len(bare) + 1) if whole[n : n + len(bare)] == bare)
@@ -111,8 +111,8 @@ def qwen2_library(vocab: dict[str, int], merges: list[tuple[str, str]]) -> token
 
 
 def check_parts(library: tokenizers.Tokenizer, source: str) -> None:
-    """Raises CheckpointError for steps that could take long or make a text long. Called before any text goes
-    through."""
+    """Raises CheckpointError for steps that could take long or make a text long. Called before the tokenizer processes
+    any text."""
 
     def refuse(what: str) -> None:
         raise CheckpointError(f"{source}: {what}; expected the steps of a byte-level BPE tokenizer such as Qwen2.5's")
@@ -137,7 +137,7 @@ def check_parts(library: tokenizers.Tokenizer, source: str) -> None:
                 refuse(f"{kind} splits by the unknown expression {shown(expression)}")
             if step["type"] == "TemplateProcessing" and len(step["single"]) > _MOST_PARTS:
                 refuse(f"{kind} puts {len(step['single'])} pieces together; at most {_MOST_PARTS} are allowed")
-        if kind == "pre_tokenizer" and types.count("ByteLevel") > 1:  # each step spells a byte with two
+        if kind == "pre_tokenizer" and types.count("ByteLevel") > 1:  # each step encodes a byte as two
             refuse(f"{kind} has {types.count('ByteLevel')} steps of type 'ByteLevel'")
 
 
@@ -151,8 +151,8 @@ def _steps(part: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _added_tokens(folder: Path, library: tokenizers.Tokenizer) -> Iterator[tuple[int | None, AddedToken]]:
-    """(id, token) of all tokens that are not in vocab.json, in the order of ids. As in transformers, they come from
-    tokenizer_config.json's added_tokens_decoder, else from added_tokens.json and special_tokens_map.json."""
+    """Yields (id, token) of all tokens that are not in vocab.json, in the order of ids. As in transformers, they come
+    from tokenizer_config.json's added_tokens_decoder, else from added_tokens.json and special_tokens_map.json."""
     config, listed = folder / "tokenizer_config.json", folder / "added_tokens.json"
     settings = read_json(config)
     described = settings.get("added_tokens_decoder")

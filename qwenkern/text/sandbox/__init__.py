@@ -44,7 +44,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self, functions: dict[str, Callable[..., Any]], filters: dict[str, Any], **options: Any) -> None:
         super().__init__(finalize=printed, **options)
         self.filters |= filters
-        given: dict[str, Any] = self.filters  # jinja2 has no better type for the functions in it
+        given: dict[str, Any] = self.filters  # jinja2 does not annotate the types of the functions in it
         tests: dict[str, Any] = self.tests
         self.filters = {name: priced(given[name], cost) for name, cost in FILTERS.items()}
         self.filters |= {"spend": spend_filter, "spend and": spend_and, "compare": compare, "key": key}
@@ -75,7 +75,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def getitem(self, obj: Any, argument: Any) -> Any:
         spend(ITEM)  # map('a.b.c') calls this three times for each item
         if isinstance(argument, (str, tuple)):
-            walk(argument)  # it is hashed, and compared with an equal key
+            walk(argument)  # a key is hashed, and compared with an equal key
         return super().getitem(obj, argument)
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:

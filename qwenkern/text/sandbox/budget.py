@@ -11,16 +11,16 @@ from jinja2.sandbox import SecurityError
 from jinja2.utils import Namespace
 
 STEPS = 20_000_000  # for every rendering
-STEPS_PER_CHARACTER = 40  # more for each character of its input: templates copy a message several times
+STEPS_PER_CHARACTER = 40  # in addition, for each character of the input: templates copy a message several times
 LARGEST_INT = 10_000  # bits
-_DEEPEST = 1000  # levels of nesting: below them, to hash a tuple would overflow the stack
+_DEEPEST = 1000  # levels of nesting; the hash of a more deeply nested tuple would overflow the stack
 NODE, ITEM, CALL, NEW_OBJECT = 3, 8, 30, 64  # steps of a node, an item in a new list, a call, a new namespace
 
 _left: ContextVar[list[int]] = ContextVar("steps left")
 
 
 class TooCostly(SecurityError):
-    """The template has spent all its steps."""
+    """The template has used up its budget of steps."""
 
 
 @contextmanager
@@ -47,8 +47,8 @@ def refuse(what: str) -> NoReturn:
 
 
 def walk(*values: Any) -> int:
-    """Spends the steps of reading values with everything nested in them, and returns the depth of the nesting. A part
-    that occurs several times counts each time."""
+    """Spends the steps of reading values with everything nested in them. Returns the depth of the nesting. A part that
+    occurs several times counts each time."""
     level: Iterable[Any] = values
     for depth in range(_DEEPEST):
         below: list[Any] = []
@@ -77,7 +77,7 @@ _CONTAINERS = (list, tuple, set, frozenset, range, type({}.keys()), type({}.valu
 
 
 def size_of(*values: Any) -> int:
-    """The steps that `walk` spends on them."""
+    """The steps that `walk` would spend on the values."""
     before = _left.get()[0]
     walk(*values)
     return before - _left.get()[0]
@@ -89,7 +89,7 @@ def length(value: Any) -> int:
 
 
 def made(value: Any) -> Any:
-    """Spends the steps of a new value, without looking into it. Computes the items of an iterator."""
+    """Spends the steps of a new value, without those of nested values. Computes all items of an iterator."""
     if isinstance(value, str):
         spend(len(value))
     elif isinstance(value, (list, tuple, dict, set)):

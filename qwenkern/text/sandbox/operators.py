@@ -1,4 +1,4 @@
-"""The steps that operators cost, and the rewriting of the syntax tree so that each operator passes a hook."""
+"""The steps that operators cost. Rewrites the syntax tree so that a hook runs for each operator."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def compare(value: Any, *rest: Any) -> bool:
         if operator in ("in", "notin") and isinstance(other, str):
             spend(length(value) + len(other))
         elif operator in ("in", "notin") and isinstance(other, dict) and isinstance(value, str):
-            spend(1 + len(value))  # it is compared with an equal key if that is another object
+            spend(1 + len(value))  # the key is compared with an equal key if that is another object
         elif isinstance(value, str) and isinstance(other, str):
             spend(1 + min(len(value), len(other)))
         elif hasattr(type(value), "__len__") or hasattr(type(other), "__len__"):
@@ -117,7 +117,7 @@ def printed(value: Any) -> Any:
 
 
 class Rewriter(NodeTransformer):
-    """Inserts the costs into a template's syntax tree."""
+    """Inserts calls that spend steps into a template's syntax tree."""
 
     def __init__(self, environment: Any) -> None:
         self.environment = environment
