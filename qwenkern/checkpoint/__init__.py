@@ -1,10 +1,11 @@
-"""Reads checkpoints: from a folder or a file to the parameters of a module.
+"""Reads checkpoints: loads a folder or a file into the parameters of a module.
 
     checkpoint = open_checkpoint(path)
     module = ...  # built from checkpoint.config
     load_weights(module, checkpoint.config, checkpoint.tensors(torch.bfloat16), source=str(path))
 
-Each format is one file with one generator of `(Hugging Face name, tensor)`. `packing.py` says where each tensor goes.
+Each file format has a module with a generator of `(Hugging Face name, tensor)`. `packing.py` defines which parameter
+each tensor goes to.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ _PICKLES = {".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"}
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens a folder (config.json and *.safetensors) or a GGUF file: reads and checks its header, not its weights.
 
-    A GGUF file is recognised by its ending or by its first four bytes. Any part of a split one may be given.
-    Raises CheckpointError for anything else or a damaged file, ConfigError for a model that qwenkern does not run.
-    Pickle files are never opened: unpickling runs whatever code the file contains.
+    A GGUF file is recognised by its ending or by its first four bytes. Of a split GGUF file, any part may be given.
+    Raises CheckpointError for a damaged file and for any other kind, ConfigError for a model that qwenkern does not
+    run. Pickle files are never opened, because unpickling runs code from the file.
     """
     path = Path(path)
     try:

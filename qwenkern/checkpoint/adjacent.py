@@ -1,5 +1,5 @@
-"""Memory for the quantised matrices of a model as it loads. Those of q, k and v, and of gate and up, follow each other
-in it, so that packing joins them without a copy."""
+"""Allocates the quantised matrices of a model that is being loaded. q, k and v are adjacent in memory, and so are gate
+and up, so that packing joins them without a copy."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ class Adjacent:
     """Allocates each matrix once, by Hugging Face's name."""
 
     def __init__(self, formats: Mapping[str, Weight], config: Config, dtype: torch.dtype) -> None:
-        """``formats``: all matrices, without memory. ``dtype``: that of x."""
+        """``formats``: all matrices, without memory. ``dtype``: of the activations."""
         self._formats, self._dtype = formats, dtype
         self._pool = Pool(sum(weight.nbytes for weight in formats.values()))
-        self._ready: dict[str, Weight] = {}  # allocated with another matrix
+        self._ready: dict[str, Weight] = {}  # allocated together with another matrix, not requested yet
         self._slots = slots(config)
-        self._together: dict[Hashable, list[str]] = {}  # the like matrices of a parameter
+        self._together: dict[Hashable, list[str]] = {}  # the matrices of a parameter that have the same format
         for name in sorted(formats, key=lambda name: self._slots[name].start):
             self._together.setdefault(self._kind(name), []).append(name)
 
     def __call__(self, name: str) -> Weight:
-        """A weight in its format, with undefined values."""
+        """A weight in the matrix's format, with undefined values."""
         if name not in self._ready:
             names, like = self._together[self._kind(name)], self._formats[name]
             parts = zip(*[self._formats[each].tensors[:-1] for each in names], strict=True)

@@ -1,6 +1,6 @@
 """Quantised matrices of AWQ in AutoAWQ's gemm layout.
 
-qweight  int32 [K, N / 8]         codes of 4 bits along N, those of a word in the order 0, 2, 4, 6, 1, 3, 5, 7
+qweight  int32 [K, N / 8]         codes of 4 bits along N, in the order 0, 2, 4, 6, 1, 3, 5, 7 within a word
 qzeros   int32 [groups, N / 8]    zero points in the same order
 scales   [groups, N]
 """
@@ -20,7 +20,7 @@ PARTS = ("qweight", "qzeros", "scales")
 
 
 def plan(stored: Stored, read: Read) -> Weight | None:
-    """The weight that the matrix becomes, on the meta device; None for a dense one. Checks the headers. Raises
+    """The weight that the matrix becomes, on the meta device; None if it becomes dense. Checks the headers. Raises
     CheckpointError."""
     groups = stored.groups()
     stored.only(*PARTS)
@@ -31,7 +31,8 @@ def plan(stored: Stored, read: Read) -> Weight | None:
 
 
 def load(stored: Stored, read: Read, dtype: torch.dtype, to: Weight | None) -> Weight | Tensor:
-    """The matrix in ``to``, or without it a dense one. Raises CheckpointError for values that it cannot have."""
+    """Loads the matrix into ``to``, or returns a dense one if ``to`` is None. Raises CheckpointError for invalid
+    values."""
     words = integers.Words(read("qweight"), repack_words.AWQ, 4)
     zeros = integers.awq_rows(integers.unpacked(read("qzeros"), 4))
     scales = integers.checked_scales(stored, "scales", read("scales"))

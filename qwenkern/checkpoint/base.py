@@ -22,8 +22,8 @@ class Checkpoint(ABC):
 
     generation: the end tokens, limits and sampling of generation_config.json and config.json, or of GGUF's key-values.
     metadata: GGUF's key-values, the vocabulary included; {} for safetensors.
-    shapes: those of the tensors that `tensors` yields, by Hugging Face's names.
-    formats: for each of them that is a quantised weight, a weight of its format and sizes on the meta device.
+    shapes: of the tensors that `tensors` yields, by Hugging Face's names.
+    formats: for each quantised matrix, a weight of its format and size on the meta device.
     """
 
     path: Path
@@ -35,14 +35,14 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tensors(self, dtype: torch.dtype, dense: bool = False) -> Iterator[tuple[str, torch.Tensor | Weight]]:
-        """Each weight once, as `(name, tensor)` on the CPU, in the order of the file: a Weight for a quantised matrix,
-        or with `dense` the values that it stands for.
+        """Yields each weight once, as `(name, tensor)` on the CPU, in the order of the file. A quantised matrix is a
+        Weight, or with `dense` a tensor of its dequantised values.
 
         Weights stored as bfloat16, float16, float32 or GGML blocks are converted to `dtype`. Others keep their dtype,
         and `load_weights` refuses them. A tensor may be a view of the mapped file, so do not write to it."""
 
     def num_bytes(self, dtype: torch.dtype, dense: bool = False) -> int:
-        """Bytes of all tensors, dense ones in `dtype`: those of all that `tensors` yields."""
+        """Bytes of all tensors that `tensors` yields. Dense ones have the dtype `dtype`."""
         formats = {} if dense else self.formats
         values = sum(math.prod(shape) for name, shape in self.shapes.items() if name not in formats)
         return values * dtype.itemsize + sum(weight.nbytes for weight in formats.values())

@@ -1,15 +1,14 @@
-"""Reads GGML's block formats: the codes, scales and minima of a row of blocks, exactly as the ggml specification
-defines them.
+"""Reads GGML's block formats: the exact codes, scales and minima of blocks.
 
-A row of weights is stored as blocks of 32 (`Q4_0` ... `Q8_0`) or 256 weights (`Q2_K` ... `Q6_K`). A block holds small
+A row of weights is stored as blocks of 32 (`Q4_0` ... `Q8_0`) or 256 weights (`Q2_K` ... `Q6_K`). A block has small
 integer codes, one scale for each group of codes, and for some types a minimum:
 
     weight = (code - zero) * scale + offset          kernels/weights/grouped.py has the formula with all its parts
 
-`_LAYOUTS` gives each block's layout byte for byte, in the order of the structures in ggml's `ggml-common.h`. One small
-function for each type converts blocks to codes, scales and minima.
+`_LAYOUTS` has the layout of each block, in the order of the structures in ggml's `ggml-common.h`. A small function for
+each type converts blocks to codes, scales and minima.
 
-Eight codes are separated at a time, as the bytes of an int64, so a shift and a mask cost an eighth.
+One shift and one mask separate eight codes at a time, as the bytes of an int64.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from qwenkern.kernels.weights import FORMATS, Grouped
 
 
 class Blocks(NamedTuple):
-    """The parts of n blocks. Codes are unsigned: the format's zero is to be subtracted. Grouped.from_codes takes the
-    parts under these names."""
+    """The parts of n blocks. Codes are unsigned; the format's zero point is not subtracted yet. Grouped.from_codes
+    takes the parts under these names."""
 
     codes: torch.Tensor  # [n, values of a block] uint8
     scales: torch.Tensor  # [n] float16
@@ -56,12 +55,12 @@ _BITS_OF_BYTE = (_BYTES[:, None] >> _PLACES & 1).to(torch.uint8).view(torch.int6
 
 
 def format_of(kind: GGMLQuantizationType) -> type[Grouped] | None:
-    """The format that has the values of a block format; None for floats, and for block formats without one."""
+    """The weight format of a block format; None for floats, and for block formats that qwenkern has no kernels for."""
     return cast("type[Grouped]", FORMATS[kind.name.lower()]) if kind in _LAYOUTS else None
 
 
 def read(rows: np.ndarray, kind: GGMLQuantizationType) -> Blocks:
-    """The parts of blocks [n, bytes] (uint8, contiguous) of a type that has a format."""
+    """The parts of blocks [n, bytes] (uint8, contiguous). `format_of` must have a format for the type."""
     return _PARTS[kind](rows.view(_LAYOUTS[kind]).reshape(-1))
 
 
@@ -69,7 +68,7 @@ def read(rows: np.ndarray, kind: GGMLQuantizationType) -> Blocks:
 
 
 def _words(field: np.ndarray, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-    """n fields of k bytes, strided -> [n, k / size of dtype], contiguous."""
+    """n fields of k bytes, strided -> [n, k / bytes of dtype], contiguous."""
     return torch.from_numpy(field.copy().view(np.uint8)).view(dtype).view(len(field), -1)
 
 
@@ -116,7 +115,7 @@ def _q5_1(blocks: np.ndarray) -> Blocks:
 
 
 def _q8_0(blocks: np.ndarray) -> Blocks:
-    """Signed bytes: with the highest bit turned they count from 0."""
+    """Signed bytes. Flipping the highest bit makes them unsigned codes."""
     return Blocks(_words(blocks["qs"], torch.uint8).bitwise_xor_(0x80), _halves(blocks["d"]))
 
 

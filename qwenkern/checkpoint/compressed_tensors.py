@@ -2,12 +2,12 @@
 
     weight             int8 [N, K], or float8_e4m3fn [N, K]
     weight_packed      int32 [N, K * bits / 32]: code + 2^(bits - 1) along K, the first in the lowest bits
-    weight_shape       N, K, beside weight_packed
+    weight_shape       N, K, together with weight_packed
     weight_scale       [N, groups], [N, 1] for whole rows, [1] for a whole matrix
-    weight_zero_point  int8 [N, groups]; beside weight_packed int32 [N * bits / 32, groups], packed along N
-    weight_g_idx       int32 [K], the group of each column, if those of a group do not follow each other
+    weight_zero_point  int8 [N, groups]; with weight_packed int32 [N * bits / 32, groups], packed along N
+    weight_g_idx       int32 [K], the group of each column, if the columns of a group are not contiguous
 
-Only weights are quantised here: the scales of activations and of the cache are not read."""
+qwenkern reads quantised weights only. It ignores the scales of activations and of the cache."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from .parts import FLOATS, Read, Stored
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 IGNORED = ("input_scale", "input_zero_point", "output_scale", "output_zero_point", "k_scale", "v_scale", "q_scale")
-CODES = ("I8", "F8_E4M3")  # dtypes of a weight that is quantised
+CODES = ("I8", "F8_E4M3")  # dtypes of a quantised weight
 
 
 def plan(stored: Stored, read: Read) -> Weight | None:
-    """The weight that the matrix becomes, on the meta device; None for a dense one. Checks the headers, and reads
+    """The weight that the matrix becomes, on the meta device; None if it becomes dense. Checks the headers, and reads
     weight_shape and weight_g_idx. Raises CheckpointError."""
     what, rows, columns, groups = stored.quantization, stored.rows, stored.columns, stored.groups()
     packed = what.storage == "pack-quantized"
@@ -54,7 +54,8 @@ def plan(stored: Stored, read: Read) -> Weight | None:
 
 
 def load(stored: Stored, read: Read, dtype: torch.dtype, to: Weight | None) -> Weight | Tensor:
-    """The matrix in ``to``, or without it a dense one. Raises CheckpointError for values that it cannot have."""
+    """Loads the matrix into ``to``, or returns a dense one if ``to`` is None. Raises CheckpointError for invalid
+    values."""
     what = stored.quantization
     scales = integers.checked_scales(stored, "weight_scale", read("weight_scale"))
     scales = scales.reshape(-1, stored.groups()).expand(stored.rows, -1)
@@ -73,7 +74,7 @@ def load(stored: Stored, read: Read, dtype: torch.dtype, to: Weight | None) -> W
 
 
 def _words(stored: Stored, read: Read) -> integers.Words:
-    """The codes, whether they are stored as words or as bytes."""
+    """The codes, which are stored as words or as bytes."""
     bits = stored.quantization.bits
     if stored.quantization.storage == "pack-quantized":
         return integers.Words(read("weight_packed"), integers.ROWS, bits)

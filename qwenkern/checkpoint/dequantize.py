@@ -1,11 +1,11 @@
-"""Converts GGUF's types of tensors to float tensors, exactly: floats, and the block formats of blocks.py.
+"""Converts GGUF's tensor types to float tensors: floats, and the block formats of blocks.py.
 
-Every product is exact in float32. So the only roundings are that of the sum and that to the wanted dtype.
+Every product is exact in float32. So only the sum and the conversion to the wanted dtype are rounded.
 
-The work goes in chunks that stay in the cache, on one thread. Measured on two cores, one thread converts 650 (Q5_0) to
-2,000 (Q8_0) million weights per second. Two of torch's threads convert up to half more on an idle machine, but only 25
-to 500 million on a busy one, because the fifteen short operations of a chunk each end in a barrier. Two Python threads
-are no faster than one, because they wait for the interpreter's lock.
+One thread converts the weights in chunks that stay in the processor's cache. Measured on two cores, one thread converts
+650 (Q5_0) to 2,000 (Q8_0) million weights per second. Two of torch's threads convert up to half more on an idle
+machine, but only 25 to 500 million on a busy one, because each of the fifteen short operations of a chunk ends in a
+barrier. Two Python threads are no faster than one, because they wait for the interpreter's lock.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def supported() -> list[str]:
 def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor, name: str) -> torch.Tensor:
     """Writes the weights of `blocks` into `out`, and returns `out`.
 
-    blocks: uint8, contiguous, any shape (a memory-mapped, read-only view is fine). name: the tensor's in messages.
-    out: float32, bfloat16 or float16, contiguous, on the CPU. Weights are rounded to its dtype to nearest even.
+    blocks: uint8, contiguous, any shape (a memory-mapped, read-only view is fine). name: of the tensor, for messages.
+    out: float32, bfloat16 or float16, contiguous, on the CPU. Weights are rounded to its dtype, to nearest even.
     Raises CheckpointError for a type that is not supported, if the number of bytes does not fit that of the weights,
     and for blocks whose scales are not finite.
     """
@@ -81,7 +81,7 @@ def dequantize(blocks: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor
 
 def _copy(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> bool:
     out.copy_(torch.from_numpy(rows.copy()).view(_PLAIN[kind]))
-    return True  # whatever the floats are
+    return True  # floats are not checked
 
 
 def _by_library(rows: np.ndarray, kind: GGMLQuantizationType, out: torch.Tensor) -> bool:

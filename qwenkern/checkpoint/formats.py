@@ -1,4 +1,4 @@
-"""Which format each matrix of a model gets. Loading and the memory arithmetic of footprint/ both ask here."""
+"""Chooses the format of each matrix of a model, both for loading and for the memory estimates of footprint/."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from qwenkern.quantization_config import MATRIX, ROW, Quantization
 from .mixes import MIXES, mixed
 from .packing import EMBEDDING, HEAD, slots
 
-_OF_EMBEDDINGS = {"int4": "int8"}  # rounded to 4 bits they cost more quality than all layers together
-NONE = ("none", Dense.format)  # as quantize=: all matrices are dense
+_OF_EMBEDDINGS = {"int4": "int8"}  # with 4 bits, these lose more quality than all layers together
+NONE = ("none", Dense.format)  # values of quantize= that make all matrices dense
 
 
 def form_of(name: str, quantize: str) -> str:
-    """The format that ``quantize=`` means for a matrix, whose name begins with that of its module."""
+    """The format that ``quantize=`` requests for a matrix. ``name`` begins with the name of its module."""
     is_embedding = name.startswith((EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")))
     return _OF_EMBEDDINGS.get(quantize, quantize) if is_embedding else quantize
 
 
 def formats_of(config: Config, quantize: str | None, dtype: torch.dtype) -> dict[str, Weight]:
-    """The matrices of a model that is quantised in this way, by Hugging Face's name, each as a weight without memory
-    (on torch's device `meta`).
+    """The matrices of a model that is quantised with ``quantize``, by Hugging Face's name, each as a weight without
+    memory (on torch's device `meta`).
 
-    quantize: None (dense), the name of a format, or one of llama.cpp's mixes (mixes.py). A matrix whose shape the
-    format does not take is dense. Raises RequestError for another name."""
+    quantize: None (dense), the name of a format, or one of llama.cpp's mixes (mixes.py). A matrix is dense if the
+    format does not support its shape. Raises RequestError for another name."""
     if quantize is not None and quantize not in FORMATS and quantize not in MIXES:
         expected = ", ".join(map(repr, (*FORMATS, *MIXES)))
         raise RequestError(f"quantize is {shown(quantize)}; expected None or one of {expected}")
@@ -56,8 +56,8 @@ def num_vector_values(config: Config) -> int:
 
 
 def stored_formats(config: Config, dtype: torch.dtype) -> dict[str, Weight]:
-    """The quantised matrices of a checkpoint of which only the configuration is known, in the same way: what its
-    quantization_config says. Whether the columns of a group follow each other is not known then."""
+    """The quantised matrices of a checkpoint by its quantization_config alone, as weights without memory. The
+    configuration does not tell whether the columns of a group are contiguous."""
     found: dict[str, Weight] = {}
     what = config.quantization
     if what is None:
@@ -75,7 +75,8 @@ def stored_formats(config: Config, dtype: torch.dtype) -> dict[str, Weight]:
 
 
 def _is_quantised(module: str, what: Quantization) -> bool:
-    """Whether a linear layer is. GPTQ and AWQ leave the output dense, and all but our own files the embedding."""
+    """Whether a linear layer is quantised. GPTQ and AWQ keep the output dense. All but qwenkern's own checkpoints keep
+    the embedding dense."""
     if f"{module}.weight" in (EMBEDDING, HEAD) and (what.method != "compressed-tensors" or f"{module}.weight" != HEAD):
         return False
     return not what.ignores(module)
@@ -83,8 +84,8 @@ def _is_quantised(module: str, what: Quantization) -> bool:
 
 @functools.lru_cache(maxsize=256)
 def without_memory(rows: int, columns: int, form: str, dtype: torch.dtype, group: int | None = None) -> Weight:
-    """A weight of this format on torch's device `meta`; a dense one if the format is not ours or does not take the
-    shape. ``group``: the values of a group, for formats that do not say it."""
+    """A weight of this format on torch's device `meta`; a dense one if qwenkern does not have the format, or if the
+    format does not support the shape. ``group``: the size of a group, for formats that do not define it."""
     kind = FORMATS.get(form, Dense)
     try:
         if issubclass(kind, Grouped):

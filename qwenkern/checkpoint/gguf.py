@@ -34,7 +34,7 @@ from .repack import Task, repack
 
 logger = logging.getLogger(__name__)
 
-_AT_ONCE = 16 << 20  # bytes of blocks that are repacked together
+_AT_ONCE = 16 << 20  # bytes of blocks that are repacked at a time
 _NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
@@ -60,8 +60,8 @@ class GgufCheckpoint(Checkpoint):
     places: Mapping[str, tuple[Container, TensorInfo]] = field(repr=False)
 
     def tensors(self, dtype: torch.dtype, dense: bool = False) -> Iterator[tuple[str, torch.Tensor | Weight]]:
-        """See Checkpoint.tensors. Every tensor is in new memory: floats and what `formats` lacks are converted, and
-        blocks repacked."""
+        """See Checkpoint.tensors. Every tensor is in new memory: blocks of matrices in `formats` are repacked, other
+        tensors are converted."""
         if not dense:
             self._warn(dtype)
         allocated = Adjacent({} if dense else self.formats, self.config, dtype)
@@ -85,7 +85,7 @@ class GgufCheckpoint(Checkpoint):
         yield from found.items()
 
     def _warn(self, dtype: torch.dtype) -> None:
-        """Says what the blocks that become dense cost."""
+        """Warns of the memory that blocks take which become dense."""
         dense = {
             name: info
             for name, (_, info) in self.places.items()
@@ -103,18 +103,18 @@ class GgufCheckpoint(Checkpoint):
 
 
 def _planned(info: TensorInfo) -> Grouped | None:
-    """A weight of a tensor's format and size, on the meta device; None if there is none."""
+    """A weight of a tensor's format and size, on the meta device; None if qwenkern has no such weight."""
     form = format_of(info.kind)
     if form is None or len(info.shape) != 2:
         return None
     try:
         return form.allocate(*info.shape, torch.bfloat16, meta)
-    except ValueError:  # a size that the format does not have
+    except ValueError:  # a size that the format does not support
         return None
 
 
 def open_gguf(path: Path) -> GgufCheckpoint:
-    """Reads and checks the header of a GGUF file, or those of all parts of a split model.
+    """Reads and checks the header of a GGUF file, or the headers of all parts of a split model.
 
     Raises CheckpointError, or ConfigError if its numbers cannot describe a model."""
     parts = read_parts(path)

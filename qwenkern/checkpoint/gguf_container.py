@@ -7,9 +7,9 @@ Format: the GGUF specification, https://github.com/ggml-org/ggml/blob/master/doc
     tensors:     string name | u32 n | n x u64 dims, fastest first | u32 type | u64 offset
     padding to general.alignment | data, offsets counted from here
 
-The gguf library's GGUFReader is not used, for two reasons. It takes 12.9 s for a file with Qwen2.5's vocabulary,
-because it makes several Python objects for each of 303,323 strings; this reader takes 0.13 s. And it trusts the file.
-This reader compares every length with the remaining bytes before it reads or allocates anything."""
+The gguf library's GGUFReader is not used, for two reasons. First, it takes 12.9 s for a file with Qwen2.5's vocabulary,
+because it makes several Python objects for each of 303,323 strings; this reader takes 0.13 s. Second, it trusts the
+file. This reader compares every length with the remaining bytes before it reads or allocates anything."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ _FORMATS = {
     GGUFValueType.INT64: "<q",
     GGUFValueType.FLOAT64: "<d",
 }
-_MIN_KEY_VALUE = 8 + 4 + 1  # bytes of the shortest one: an empty key, a type, one byte
+_MIN_KEY_VALUE = 8 + 4 + 1  # bytes of the shortest key-value: an empty key, a type, one byte
 _MIN_TENSOR = 8 + 4 + 8 + 4 + 8
 _MAX_DIMS = 4
-# Far above those of any model: Qwen2.5's header has 6 MB, with arrays of 151,936 elements, and at most 963 tensors.
+# Limits far above any model: Qwen2.5's header has 6 MB, with arrays of 151,936 elements, and at most 963 tensors.
 _MAX_HEADER, _MAX_ELEMENTS, _MAX_ENTRIES, _MAX_NAME = 1 << 26, 1 << 21, 1 << 16, 64
 _DEFAULT_ALIGNMENT = 32
 
@@ -62,7 +62,7 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Container:
-    """metadata: key -> int, float, bool, str or a list of one of them. tensors: by name, in the file's order."""
+    """metadata: key -> int, float, bool, str or a list of one of these types. tensors: by name, in the file's order."""
 
     metadata: Mapping[str, Any]
     tensors: Mapping[str, TensorInfo]
@@ -74,7 +74,7 @@ class Container:
 
 
 def read_container(path: Path) -> Container:
-    """Maps the file, and reads and checks its header. Raises CheckpointError, which names the file and the place in
+    """Maps the file, and reads and checks its header. Raises CheckpointError, which names the file and the position in
     it."""
     try:
         refuse_pointer(path)

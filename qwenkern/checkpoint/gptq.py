@@ -1,14 +1,15 @@
 """Quantised matrices of GPTQ, as AutoGPTQ and GPTQModel store them.
 
     qweight  int32 [K * bits / 32, N]         codes along K, the first in the lowest bits
-    qzeros   int32 [groups, N * bits / 32]    zero points along N; "gptq" stores them less one, "gptq_v2" as they are
+    qzeros   int32 [groups, N * bits / 32]    zero points along N; "gptq" stores them minus 1, "gptq_v2" unchanged
     scales   [groups, N]
     g_idx    int32 [K]                        the group of each column
 
-AutoGPTQ's and vLLM's kernels add the one after unpacking, so that 15 of 4 bits means 16. GPTQModel subtracts and adds
-it in whole words, so that a zero point of 0 borrows from the next; so do we where it wrote the file.
+AutoGPTQ's and vLLM's kernels add the 1 after unpacking, so that a stored 15 of 4 bits means 16. GPTQModel subtracts and
+adds it in whole words, so that a zero point of 0 borrows from the next one. For files of GPTQModel, so does this
+module.
 
-With desc_act the columns of a group do not follow each other, which the format int4 cannot say: the matrix becomes
+With desc_act, the columns of a group are not contiguous. The format int4 does not support this, so the matrix becomes
 dense."""
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ONES = {4: 0x11111111, 8: 0x01010101}
 
 
 def plan(stored: Stored, read: Read) -> Weight | None:
-    """The weight that the matrix becomes, on the meta device; None for a dense one. Checks the headers, and reads
+    """The weight that the matrix becomes, on the meta device; None if it becomes dense. Checks the headers, and reads
     g_idx. Raises CheckpointError."""
     groups = stored.groups()
     stored.only(*PARTS)
@@ -37,7 +38,8 @@ def plan(stored: Stored, read: Read) -> Weight | None:
 
 
 def load(stored: Stored, read: Read, dtype: torch.dtype, to: Weight | None) -> Weight | Tensor:
-    """The matrix in ``to``, or without it a dense one. Raises CheckpointError for values that it cannot have."""
+    """Loads the matrix into ``to``, or returns a dense one if ``to`` is None. Raises CheckpointError for invalid
+    values."""
     words = integers.Words(read("qweight"), integers.COLUMNS, stored.quantization.bits)
     scales = integers.checked_scales(stored, "scales", read("scales"))
     zeros = integers.checked_zeros(stored, "qzeros", _zeros(stored, read("qzeros")))

@@ -1,8 +1,8 @@
-"""What checkpoints of integer codes share: the unpacking of words, the order of groups, and the matrix that they make.
+"""Common functions for checkpoints of integer codes: unpack words, check groups and zero points, make the matrix.
 
     w[n, k] = scales[n, g] * (codes[n, k] - zeros[n, g])        g: the group of column k
 
-Codes are moved to our layout in C (kernels/c/repack_words.c), or in torch where C cannot run."""
+Codes are moved to qwenkern's layout in C (kernels/c/repack_words.c), or in torch if C cannot run."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from qwenkern.kernels.weights.tiles import ROWS as TILE_ROWS
 
 from .parts import Stored
 
-AWQ_ROWS = [0, 2, 4, 6, 1, 3, 5, 7]  # the row of eight that bits 4 i to 4 i + 3 of AWQ's words are of
+AWQ_ROWS = [0, 2, 4, 6, 1, 3, 5, 7]  # bits 4 i to 4 i + 3 of AWQ's words belong to row AWQ_ROWS[i] of eight rows
 _SIGNS = -0x7F7F7F80  # 0x80808080 as an int32: the highest bit of each byte
 _AWQ_PLACES = [AWQ_ROWS.index(row) for row in range(8)]
 
 
 @dataclass(frozen=True)
 class Words:
-    """The codes of a matrix [N, K] in words (int32) in one of the orders of kernels/c/repack_words.py. ``flip`` are the
-    bits of a word that are turned."""
+    """The codes of a matrix [N, K] in words (int32) in one of the orders of kernels/c/repack_words.py. ``flip``: a mask
+    of the bits of a word to flip."""
 
     words: Tensor
     order: int
@@ -50,15 +50,15 @@ def meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 
 
 def planned(stored: Stored, scales: str, in_order: bool) -> Grouped | None:
-    """The weight that a matrix becomes, on the meta device; None if its format cannot have it. ``scales`` is their
-    dtype in the file, ``in_order`` whether column k is in group k // (values of a group)."""
+    """The weight that a matrix becomes, on the meta device; None if its format does not support it. ``scales``: their
+    dtype in the file. ``in_order``: whether column k is in group k // (values of a group)."""
     form = _format(stored)
     group = stored.columns // stored.groups()
     if not in_order or group % DEPTH:
         return None
     try:
         weight = form.allocate(stored.rows, stored.columns, torch.float32, meta, group)
-    except ValueError:  # sizes that the format does not have
+    except ValueError:  # sizes that the format does not support
         return None
     if scales != "F16":
         weight.scales = weight.scales.to(torch.int32)
@@ -74,8 +74,9 @@ def matrix(
     to: Weight | None,
     groups: Tensor | None = None,
 ) -> Weight | Tensor:
-    """The matrix of codes, scales and zeros [N, groups], in ``to``, which is as ``planned`` said, or a dense one.
-    ``groups`` is the group of each column, unless they are in order. The caller has checked all sizes."""
+    """Sets ``to``, a weight like the result of ``planned``, to codes, scales and zeros [N, groups]. Returns it, or a
+    dense matrix if ``to`` is None. ``groups``: the group of each column; None if they are in order. The caller has
+    checked all sizes."""
     scales = (scales if scales.dtype == torch.float16 else scales.float()).contiguous()
     if to is None:
         return _dense(stored, words, scales, zeros, dtype, groups)
@@ -98,7 +99,7 @@ def by_tile(of_groups: Tensor) -> Tensor:
 def _dense(
     stored: Stored, words: Words, scales: Tensor, zeros: Tensor, dtype: torch.dtype, groups: Tensor | None
 ) -> Tensor:
-    """Every product is exact in float32, if the scales are of float16 or bfloat16."""
+    """The dequantised matrix. Every product is exact in float32 if the scales are float16 or bfloat16."""
     if groups is None:
         groups = torch.arange(stored.columns) // (stored.columns // zeros.shape[1])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -113,15 +114,15 @@ def _format(stored: Stored) -> type[Grouped]:
 
 
 def checked_scales(stored: Stored, part: str, scales: Tensor) -> Tensor:
-    """Raises CheckpointError unless all of them are finite."""
+    """Returns the scales. Raises CheckpointError unless all are finite."""
     if wrong := int((~scales.isfinite()).sum()):
         raise stored.wrong(part, f"has {wrong} values that are NaN or infinite", "finite scales")
     return scales
 
 
 def checked_groups(stored: Stored, part: str, groups: Tensor) -> Tensor | None:
-    """The group of each column [K]; None if they are in order, which some writers say by all zeros. Raises
-    CheckpointError for a group that there is not."""
+    """The group of each column [K]; None if they are in order, which some programs write as all zeros. Raises
+    CheckpointError for a group out of range."""
     count = stored.groups()
     low, high = int(groups.min()), int(groups.max())
     if low < 0 or high >= count:
@@ -132,8 +133,8 @@ def checked_groups(stored: Stored, part: str, groups: Tensor) -> Tensor | None:
 
 
 def checked_zeros(stored: Stored, part: str, zeros: Tensor) -> Tensor:
-    """Raises CheckpointError if one does not fit a byte (only 8 bits of the storage "gptq" can have 256), or if the
-    configuration says that the codes are symmetric, and they are not."""
+    """Returns the zero points. Raises CheckpointError if one does not fit a byte (only "gptq" with 8 bits can store
+    256), or if the configuration says that the codes are symmetric, and they are not."""
     if (low := int(zeros.min())) < 0 or (high := int(zeros.max())) > 255:
         raise stored.wrong(part, f"has the zero point {low if low < 0 else high}", "0 to 255")
     middle = 1 << stored.quantization.bits - 1
@@ -145,7 +146,7 @@ def checked_zeros(stored: Stored, part: str, zeros: Tensor) -> Tensor:
 
 
 def unpacked(words: Tensor, bits: int) -> Tensor:
-    """The codes (uint8) in words [R, C] (int32): [R, C * 32 / bits], that of the lowest bits of a word first."""
+    """The codes (uint8) in words [R, C] (int32): [R, C * 32 / bits], from the lowest bits of a word to the highest."""
     parts = words.contiguous().view(torch.uint8)
     return parts if bits == 8 else torch.stack((parts & 15, parts >> 4), dim=-1).flatten(1)
 
@@ -163,5 +164,5 @@ def words_of_bytes(signed: Tensor, bits: int) -> Words:
 
 
 def awq_rows(values: Tensor) -> Tensor:
-    """[R, N] unpacked from AWQ's words, in the order of the rows."""
+    """Sorts codes [R, N], unpacked from AWQ's words, by row."""
     return values.unflatten(1, (-1, 8))[..., _AWQ_PLACES].flatten(1)

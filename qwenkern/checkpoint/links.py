@@ -9,11 +9,12 @@ from qwenkern.kernels.environment import FOLLOW_LINKS
 
 
 def inside(folder: Path, name: str, named_by: str) -> Path:
-    """The path of a weight file, after a check of its target: a download must not make qwenkern read files elsewhere.
+    """The path of a weight file, after a check of its target: a downloaded folder must not make qwenkern read files
+    outside of it.
 
     In the Hugging Face hub's cache, .../snapshots/<revision>/<name> is a link to .../blobs/<hash>. This is allowed. Any
-    other link out of the folder is followed only if QWENKERN_FOLLOW_LINKS is 1. named_by: what names the file, for the
-    message if it is missing. Raises CheckpointError."""
+    other link out of the folder is followed only if QWENKERN_FOLLOW_LINKS is 1. named_by: where the name comes from,
+    for the message if the file is missing. Raises CheckpointError."""
     path, home = folder / name, folder.resolve()
     try:
         target = path.resolve(strict=True)

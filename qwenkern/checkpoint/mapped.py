@@ -1,5 +1,5 @@
-"""Files of weights mapped into memory: their tensors are views, and those that follow each other can be joined without
-a copy (kernels/weights/stack.py)."""
+"""Weight files mapped into memory. Their tensors are views, and adjacent tensors can be joined without a copy
+(kernels/weights/stack.py)."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ DTYPES = {
 
 class Mapped:
     """Reads tensors by their names. Each file is mapped once, when the first of its tensors is read. A tensor keeps its
-    file mapped; the process may write to it, but the file stays as it is."""
+    file mapped. Writing to a tensor does not change the file."""
 
     def __init__(self, parts: Mapping[str, Part]) -> None:
         self._parts = parts
         self._files: dict[Path, Tensor] = {}
 
     def __call__(self, name: str) -> Tensor:
-        """Raises CheckpointError if the file was cut since its header was read."""
+        """Raises CheckpointError if the file was truncated after its header was read."""
         part = self._parts[name]
         if part.dtype not in DTYPES:
             raise CheckpointError(f"{part.file}: tensor {name} has dtype {part.dtype}; expected one of {list(DTYPES)}")
@@ -57,14 +57,14 @@ class Mapped:
 
 
 def _map(file: Path) -> Tensor:
-    """The bytes of a file. Changes of the tensor stay in this process. Where the system can, it reads the file into
-    huge pages, because a processor that streams weights fetches further ahead in those."""
+    """The bytes of a file. Changes of the tensor stay in this process. If the system can, it reads the file into huge
+    pages, because a processor that streams weights prefetches further in a huge page."""
     try:
         with open(file, "rb") as stream:
             memory = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
     except (OSError, ValueError) as error:  # ValueError: an empty file
         raise CheckpointError(f"{file}: cannot be mapped: {error}") from error
     if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a kernel without them
+        with contextlib.suppress(OSError):  # an operating system without huge pages
             memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=torch.uint8)

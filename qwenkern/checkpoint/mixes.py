@@ -1,9 +1,9 @@
-"""llama.cpp's mixes, such as Q4_K_M: which type its quantiser gives each matrix of a Qwen2 model.
+"""llama.cpp's mixes of types, such as Q4_K_M: the type of each matrix of a Qwen2 model in such a mix.
 
 The rules are those of `llama_tensor_get_type_impl` and `tensor_type_fallback` in llama.cpp's src/llama-quant.cpp, for a
-dense model without an importance matrix. Where a model ties its head to the embedding, one matrix is written, by the
-rule of the head. (Some published files of such models have both.) Older versions counted the layers in the order of
-their names as text: other layers then get the larger type, but as many.
+dense model without an importance matrix. For tied embeddings, one matrix is written, by the rule of the head. (Some
+published files of such models have both.) Older versions of llama.cpp sorted the layers by name, as text: then other
+layers get the larger type, but the same number of layers.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _LARGER: dict[str, list[tuple[Rule, str]]] = {
     "self_attn.v_proj": [(_every_third, "q6_k")],
     "mlp.down_proj": [(_every_third, "q6_k")],
 }
-# mix -> the type of most matrices, and for some the rules by which layers have others; the first that holds counts.
+# mix -> the type of most matrices, and rules for other types in some layers; the first rule that applies counts.
 MIXES: dict[str, tuple[str, dict[str, list[tuple[Rule, str]]]]] = {
     "q3_k_m": (
         "q3_k",
@@ -51,7 +51,7 @@ MIXES: dict[str, tuple[str, dict[str, list[tuple[Rule, str]]]]] = {
     "q5_k_s": ("q5_k", {}),
     "q5_k_m": ("q5_k", _LARGER),
 }
-_OF_72B = {"q3_k": "q5_k", "q4_k": "q5_k"}  # values, where 80 layers have 8 query heads to a key-value head
+_OF_72B = {"q3_k": "q5_k", "q4_k": "q5_k"}  # of v_proj, in a model of 80 layers with 8 query heads per key-value head
 _INSTEAD = {"q2_k": "q4_0", "q3_k": "q4_0", "q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}  # 256 does not divide K
 
 

@@ -1,7 +1,7 @@
 """Checkpoints that qwenkern writes: safetensors in the layout of kernels/weights/, which load without any conversion.
 
-A quantised matrix is stored as <module>.<name> for each tensor of its format but ``like``. Its format stands in
-config.json, quantization_config.formats."""
+A quantised matrix is stored as <module>.<name> for each tensor of its format except ``like``. config.json has its
+format in quantization_config.formats."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FLOATS = {torch.int16: torch.float16, torch.int32: torch.float32}  # of scales 
 
 
 def plan(stored: Stored, read: Read) -> Weight | None:
-    """The weight that the matrix is, on the meta device. Raises CheckpointError unless its tensors are those of its
+    """The weight of the matrix, on the meta device. Raises CheckpointError unless the matrix has the tensors of its
     format."""
     form = _format(stored)
     if found := sorted(stored.parts.keys() ^ set(_names(stored))):
@@ -52,7 +52,7 @@ def plan(stored: Stored, read: Read) -> Weight | None:
 
 
 def load(stored: Stored, read: Read, dtype: torch.dtype) -> Weight:
-    """The matrix, whose tensors are those that ``read`` returns. Raises CheckpointError if a scale is not finite."""
+    """The matrix, with the tensors that ``read`` returns. Raises CheckpointError if a scale is not finite."""
     tensors = {name: read(name) for name in _names(stored)}
     for name in ("scales", "minima"):
         if name in tensors and not tensors[name].view(_FLOATS[tensors[name].dtype]).isfinite().all():
@@ -67,12 +67,12 @@ def write_checkpoint(
     files: Mapping[str, Path | bytes],
     weights: Iterable[tuple[str, Tensor | Weight]],
 ) -> None:
-    """Writes a checkpoint's folder. It has this name only when it is complete.
+    """Writes a checkpoint's folder. The folder gets its name only when it is complete.
 
     config: the fields of config.json; those on quantisation are replaced. files: further files by their names, such as
-    tokenizer.json: a path to copy, or the content. weights: by Hugging Face's names, on the CPU; a few of them are held
-    at a time.
-    Raises CheckpointError if there is something of this name, or if it cannot be written."""
+    tokenizer.json: a path to copy, or the content. weights: by Hugging Face's names, on the CPU; only a few are in
+    memory at a time.
+    Raises CheckpointError if the name exists, or if the folder cannot be written."""
     if os.path.lexists(out):
         raise CheckpointError(f"{out}: exists; expected the name of a folder that there is not, to write to")
     try:
@@ -82,7 +82,7 @@ def write_checkpoint(
             os.chmod(temporary, 0o755)
             os.rename(temporary, out)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)  # of what failed
+            shutil.rmtree(temporary, ignore_errors=True)  # the incomplete folder after an error
     except OSError as error:
         raise CheckpointError(f"{out}: cannot be written: {error.strerror or error}") from error
 
@@ -107,7 +107,7 @@ def _write(
 
 
 def _tensors(weights: Iterable[tuple[str, Tensor | Weight]], formats: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors under the names that they are stored by. Notes the format of each matrix."""
+    """Yields the tensors with the names in the file. Adds the format of each matrix to ``formats``."""
     for name, weight in weights:
         if isinstance(weight, Dense):
             yield name, weight.tensor

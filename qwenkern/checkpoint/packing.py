@@ -1,7 +1,7 @@
-"""Says which rows of which parameter each tensor of a checkpoint becomes, and puts the tensors there.
+"""Defines which rows of which parameter each tensor of a checkpoint becomes, and copies the tensors there.
 
-The model multiplies by q, k and v at once, and by gate and up at once. Checkpoints store them separately. `_PACKED` is
-the only difference between the two.
+The model multiplies by q, k and v at once, and by gate and up at once. Checkpoints store them separately. `_PACKED`
+describes this, the only difference between the model's parameters and the checkpoint's tensors.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qwenkern.kernels.weights import Dense, as_weight, joined
 
 logger = logging.getLogger(__name__)
 
-# the model's name in a layer -> the checkpoint's names, in the order of their rows
+# The model's name in a layer -> the checkpoint's names, in the order of the rows.
 _PACKED = {
     "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
@@ -99,11 +99,11 @@ def load_weights(
     tensors: Iterable[tuple[str, torch.Tensor | Weight]],
     source: str,
 ) -> None:
-    """Puts every tensor into the parameters of `module`, on its device. Dense tensors are copied there, in its dtype.
-    Its linears may be allocated (qwen2.Linear) or not. One that gets a Weight takes over the tensors of the Weight.
+    """Loads every tensor into the parameters of `module`, on its device. Dense tensors are copied, in the module's
+    dtype. Linear layers may be allocated (qwen2.Linear) or not. A layer that gets a Weight takes its tensors over.
 
     If the configuration ties the output to the embedding, the tensors may have either of them, as in transformers, or
-    both. If both differ in the module's dtype, the output is untied, and a warning says so.
+    both. If both are given and differ in the module's dtype, the output is untied, with a warning.
 
     tensors: (Hugging Face's name, tensor in bfloat16, float16 or float32, or a Weight of the module's dtype). source:
     the checkpoint's name in messages.
@@ -139,14 +139,14 @@ def load_weights(
 
 
 class _Matrices:
-    """Puts tensors into a module's parameters. A matrix of several tensors is joined when the last of them comes."""
+    """Loads tensors into a module's parameters. A matrix of several tensors is joined when the last of them comes."""
 
     def __init__(self, module: torch.nn.Module, table: Mapping[str, Slot]) -> None:
         self._module = module
-        self._missing: dict[str, int] = {}  # parameter -> rows that are not there yet
+        self._missing: dict[str, int] = {}  # parameter -> number of rows that are not loaded yet
         for slot in table.values():
             self._missing[slot.parameter] = self._missing.get(slot.parameter, 0) + slot.shape[0]
-        self._parts: dict[str, dict[int, Weight]] = {}  # parameter -> first row -> the part of the rows from there on
+        self._parts: dict[str, dict[int, Weight]] = {}  # parameter -> first row -> the rows of a loaded tensor
 
     def put(self, slot: Slot, tensor: torch.Tensor | Weight) -> None:
         holder, kind = self._holder(slot.parameter)
@@ -170,19 +170,19 @@ class _Matrices:
         return weight
 
     def alone(self, parameter: str, tensor: torch.Tensor | Weight) -> Weight:
-        """A tensor as a weight for this parameter's device and dtype, in memory of its own."""
+        """A tensor as a weight with this parameter's device and dtype. A dense one is copied."""
         like = self.value(parameter)
         if isinstance(tensor, Weight):
             return _on(tensor, like.device)
         return Dense(allocate(tuple(tensor.shape), like.dtype, like.device).copy_(tensor))
 
     def _holder(self, parameter: str) -> tuple[Any, str]:
-        """The module that has a parameter, and the parameter's name there."""
+        """The module that has a parameter, and the parameter's name in this module."""
         owner, _, kind = parameter.rpartition(".")
         return self._module.get_submodule(owner), kind
 
     def _dense(self, holder: Any) -> Weight:
-        """The dense weight of a linear, which is allocated if it is not yet."""
+        """The dense weight of a linear layer, which is allocated if necessary."""
         weight: Weight = holder.value if holder.is_allocated else holder.allocate()
         return weight
 
@@ -193,8 +193,8 @@ def _on(weight: Weight, device: torch.device) -> Weight:
 
 
 def unpacked(module: torch.nn.Module, config: Config) -> Iterator[tuple[str, torch.Tensor]]:
-    """The tensors of a checkpoint as they stand in a module, by Hugging Face's name: of dense weights views of their
-    rows, of others the values that they stand for."""
+    """Yields the tensors of a module, as in a checkpoint: Hugging Face's name, and a view of the rows of a dense
+    weight or the dequantised values of a quantised one."""
     for name, slot in slots(config).items():
         part = _part(module, slot)
         yield name, part.dequantise() if isinstance(part, Weight) else part
@@ -203,7 +203,7 @@ def unpacked(module: torch.nn.Module, config: Config) -> Iterator[tuple[str, tor
 def _part(module: torch.nn.Module, slot: Slot) -> Weight | torch.Tensor:
     """The rows of a parameter that a tensor goes to."""
     owner, _, kind = slot.parameter.rpartition(".")
-    holder: Any = module.get_submodule(owner)  # of qwen2.py, which is not imported here
+    holder: Any = module.get_submodule(owner)  # a class of qwen2.py, which is not imported here
     end = slot.start + slot.shape[0]
     if kind == "weight" and len(slot.shape) == 2:
         return holder.value.rows(slot.start, end)
@@ -231,8 +231,7 @@ def _check_complete(found: Container[str], table: Mapping[str, Slot], source: st
 
 
 def _is_same(weight: Weight, other: torch.Tensor | Weight) -> bool:
-    """Whether `other`, in the dtype of `weight`, has the same bits. Compares a few rows at a time, without a second
-    copy."""
+    """Whether `other`, in the dtype of `weight`, has the same bits. Compares a few rows at a time, to avoid a copy."""
     if isinstance(weight, Dense) != isinstance(other, torch.Tensor):
         return False
     if isinstance(other, Weight):

@@ -1,4 +1,4 @@
-"""The tensors of a safetensors checkpoint as its headers describe them, and those that make one quantised matrix."""
+"""The tensors of a safetensors checkpoint, as described in its headers, and the tensors of a quantised matrix."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ class Part(NamedTuple):
     """A tensor in a file."""
 
     file: Path
-    dtype: str  # the format's name, such as "I32"
+    dtype: str  # as in safetensors, such as "I32"
     shape: tuple[int, ...]
     start: int  # its first byte in the file
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A quantised matrix [rows, columns] of a checkpoint: its module's name, and its tensors by the rest of their
-    names."""
+    """A quantised matrix [rows, columns] of a checkpoint: the name of its module, and its tensors by the last part of
+    their names."""
 
     module: str
     rows: int
@@ -38,11 +38,11 @@ class Stored:
 
     @property
     def name(self) -> str:
-        """The name of the matrix, as of a dense one."""
+        """The name that a dense matrix would have."""
         return f"{self.module}.weight"
 
     def groups(self) -> int:
-        """The number of groups of a row. Raises CheckpointError if its columns are no whole number of groups."""
+        """The number of groups in a row. Raises CheckpointError if the groups do not divide the columns."""
         size = self.quantization.group_size
         if size in (ROW, MATRIX):
             return 1
@@ -54,7 +54,7 @@ class Stored:
         return self.columns // size
 
     def words(self, values: int) -> int:
-        """The number of 32-bit words of as many codes. Raises CheckpointError if the last one would not be full."""
+        """The number of 32-bit words of ``values`` codes. Raises CheckpointError if the last word would not be full."""
         bits = values * self.quantization.bits
         if bits % 32:
             raise CheckpointError(
@@ -65,7 +65,7 @@ class Stored:
         return bits // 32
 
     def only(self, *parts: str) -> None:
-        """Raises CheckpointError if it has other tensors than these, and a bias."""
+        """Raises CheckpointError if the matrix has tensors other than these and a bias."""
         if other := sorted(self.parts.keys() - {*parts, "bias"}):
             raise CheckpointError(
                 f"{self.parts[other[0]].file}: {self.module} has {', '.join(sorted(self.parts))}; expected "
@@ -73,7 +73,8 @@ class Stored:
             )
 
     def require(self, part: str, dtypes: tuple[str, ...], *shapes: tuple[int, ...]) -> Part:
-        """Raises CheckpointError unless it has this tensor with one of these dtypes and shapes."""
+        """Returns a tensor's description. Raises CheckpointError unless the matrix has this tensor, with one of these
+        dtypes and shapes."""
         if part not in self.parts:
             other = next(iter(self.parts.values()))
             raise CheckpointError(
@@ -91,5 +92,5 @@ class Stored:
         return found
 
     def wrong(self, part: str, found: str, expected: str) -> CheckpointError:
-        """Of values in one of its tensors."""
+        """The error for wrong values in one of the tensors."""
         return CheckpointError(f"{self.parts[part].file}: tensor {self.module}.{part} {found}; expected {expected}")

@@ -1,6 +1,6 @@
-"""Which tensors of a safetensors checkpoint make its quantised matrices, and what these become.
+"""Finds the quantised matrices among the tensors of a safetensors checkpoint, and loads them.
 
-Each kind of checkpoint is one file with PARTS, the names of a matrix's tensors, and two functions: ``plan`` checks the
+Each kind of checkpoint is a module with PARTS, the names of a matrix's tensors, and two functions: ``plan`` checks the
 headers, ``load`` makes the matrix."""
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _METHODS: dict[str, ModuleType] = {
     "compressed-tensors": compressed_tensors,
     "qwenkern": own,
 }
-# what no dense checkpoint has, by the end of the name
+# Ends of names that no dense checkpoint has.
 _FOREIGN = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
@@ -54,21 +54,21 @@ _FOREIGN = {
 class Quantised:
     """The quantised matrices of a checkpoint.
 
-    matrices: by the name that a dense one would have. plans: the weights that they become, on the meta device; those
-    that become dense are not in it. rest: all other tensors, those that are not needed left out."""
+    matrices: by the name that a dense one would have. plans: the weights that matrices become, on the meta device,
+    except matrices that become dense. rest: all other tensors that are needed."""
 
     matrices: Mapping[str, Stored] = field(default_factory=dict)
     plans: Mapping[str, Weight] = field(default_factory=dict)
     rest: Mapping[str, Part] = field(default_factory=dict)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Those of the tensors and matrices that the checkpoint yields."""
+        """The shapes of the tensors and matrices that the checkpoint yields."""
         of_matrices = {name: (each.rows, each.columns) for name, each in self.matrices.items()}
         return {name: part.shape for name, part in self.rest.items()} | of_matrices
 
     def load(self, name: str, read: Read, dtype: torch.dtype, allocated: Adjacent | None) -> Weight | Tensor:
-        """A matrix in our layout, or without ``allocated`` dense. ``read`` takes the name of a tensor. Raises
-        CheckpointError."""
+        """A matrix in qwenkern's layout, or a dense one if ``allocated`` is None. ``read`` takes the name of a tensor.
+        Raises CheckpointError."""
         stored = self.matrices[name]
         if "bias" in stored.parts and read(f"{stored.module}.bias").any():
             raise stored.wrong("bias", "has values other than 0", "no bias in this layer of a Qwen2.5 model")
@@ -81,8 +81,8 @@ class Quantised:
         return found
 
     def warn(self, path: Path, dtype: torch.dtype, is_asked: bool) -> None:
-        """Says what of the configuration is not done, and what the matrices that become dense cost, unless the user has
-        asked for dense ones."""
+        """Logs which parts of the configuration are ignored. Warns of the memory of matrices that become dense, unless
+        the user has requested dense ones."""
         for note in {note for each in self.matrices.values() for note in each.quantization.notes}:
             logger.info("%s", note)
         dense = [each for name, each in self.matrices.items() if name not in self.plans]
@@ -99,7 +99,7 @@ class Quantised:
 def find(parts: Mapping[str, Part], config: Config, read: Read) -> Quantised:
     """The quantised matrices among the tensors of a checkpoint, after all checks of their headers.
 
-    Raises CheckpointError if the tensors are not those of the configuration's quantisation."""
+    Raises CheckpointError if the tensors do not match the configuration's quantisation."""
     what = config.quantization
     modules = dict(_modules(parts, config))
     used = {f"{module}.{part}" for module, parts_of in modules.items() for part in parts_of}
@@ -129,7 +129,7 @@ def find(parts: Mapping[str, Part], config: Config, read: Read) -> Quantised:
 
 
 def _modules(parts: Mapping[str, Part], config: Config) -> Iterator[tuple[str, dict[str, Part]]]:
-    """The modules with a quantised matrix, and its tensors."""
+    """Yields each module that has a quantised matrix, and the tensors of the matrix."""
     what = config.quantization
     if what is None:
         return
@@ -150,7 +150,8 @@ def _modules(parts: Mapping[str, Part], config: Config) -> Iterator[tuple[str, d
 
 
 def _stored(module: str, parts: dict[str, Part], config: Config) -> Stored:
-    """Raises CheckpointError if there is no such matrix, or if the configuration says that it is not quantised."""
+    """The matrix of a module. Raises CheckpointError for an unknown module, or if the configuration says that the
+    module is not quantised."""
     what, table = config.quantization, slots(config)
     assert what is not None
     file = next(iter(parts.values())).file

@@ -1,5 +1,5 @@
-"""Moves the blocks of a GGUF file to the layout of quantised weights (kernels/weights/grouped.py), without a change of
-any value: in C, or in torch where C cannot run."""
+"""Moves the blocks of a GGUF file to the layout of quantised weights (kernels/weights/grouped.py) without changing any
+value: in C, or in torch if C cannot run."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from qwenkern.kernels.weights import Grouped
 from .blocks import read
 from .dequantize import NOT_FINITE
 
-_CHUNK = 1 << 19  # weights that torch moves at a time
+_CHUNK = 1 << 19  # number of weights that torch moves at a time
 
 
 class Task(NamedTuple):
     """The blocks of a weight [N, K], uint8, contiguous (a memory-mapped, read-only view is fine), and the weight that
-    gets their values: of the format of ``kind``, on the CPU. name: the tensor's in messages."""
+    gets their values: of the format of ``kind``, on the CPU. name: of the tensor, for messages."""
 
     blocks: np.ndarray
     kind: GGMLQuantizationType
@@ -42,8 +42,8 @@ class Task(NamedTuple):
 
 
 def repack(tasks: Sequence[Task]) -> None:
-    """Sets the values of weights to those of their blocks. Raises CheckpointError if the number of bytes does not fit
-    the shape, and if a scale is not finite."""
+    """Sets weights to the values of their blocks. Raises CheckpointError if the number of bytes does not fit the shape,
+    or if a scale is not finite."""
     for task in tasks:
         task.check()
     if not tasks:
@@ -72,6 +72,6 @@ def _in_torch(blocks: np.ndarray, kind: GGMLQuantizationType, weight: Grouped) -
 
 
 def _as_tensor(blocks: np.ndarray) -> torch.Tensor:
-    """The same memory, for as long as the array lives. torch.from_numpy warns of memory that cannot be written, such as
-    a mapped file."""
+    """A tensor on the array's memory; the caller keeps the array. torch.from_numpy would warn of read-only memory, such
+    as a mapped file."""
     return torch.frombuffer((ctypes.c_uint8 * blocks.nbytes).from_address(blocks.ctypes.data), dtype=torch.uint8)

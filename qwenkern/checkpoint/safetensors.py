@@ -1,7 +1,7 @@
 """Opens Hugging Face folders: config.json and one or more *.safetensors, memory-mapped by the safetensors library.
 
-The library checks a file's header: its length, and that the tensors fill the file without gaps or overlaps. This file
-also refuses names that occur twice, an index that disagrees with its files, and names that lead out of the folder.
+The library checks a file's header: its length, and that the tensors fill the file without gaps or overlaps. This module
+also refuses names that occur twice, an index that disagrees with its files, and paths that lead out of the folder.
 Format: https://github.com/huggingface/safetensors#format
 """
 
@@ -31,12 +31,12 @@ from .quantised import Quantised, find
 
 _INDEX = "model.safetensors.index.json"
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
-_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # the format's -> torch's
+_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32", "F64": "float64"}  # dtype in safetensors -> in torch
 
 
 @dataclass(frozen=True)
 class SafetensorsCheckpoint(Checkpoint):
-    """parts: all tensors, those of a file in its order. quantised: which of them make a quantised matrix."""
+    """parts: all tensors, in the order of each file. quantised: the quantised matrices among them."""
 
     parts: Mapping[str, Part] = field(repr=False)
     quantised: Quantised = field(repr=False)
@@ -91,7 +91,7 @@ def open_safetensors(folder: Path) -> SafetensorsCheckpoint:
 
 
 def _weight_files(folder: Path) -> dict[Path, set[str] | None]:
-    """The files to read, each with its tensors by the index (None: there is no index)."""
+    """The files to read, each with the names of its tensors in the index (None: there is no index)."""
     if (folder / _INDEX).is_file():
         files = _indexed_files(folder)
         if (stray := folder / "model.safetensors").exists() and stray not in files:
@@ -140,7 +140,7 @@ def _indexed_files(folder: Path) -> dict[Path, set[str] | None]:
 
 
 def _header(file: Path) -> dict[str, Part]:
-    """The tensors in the order of the data, checked by the library. Raises if a name occurs twice."""
+    """The tensors in the order of the data, checked by the library. Raises CheckpointError if a name occurs twice."""
     with _errors(file):
         refuse_pointer(file)
         with open(file, "rb") as stream:
@@ -160,7 +160,7 @@ def _header(file: Path) -> dict[str, Part]:
 
 
 def _stored_dtype(parts: Mapping[str, Part]) -> str:
-    """The dtype of a file's first floating-point weight, by name. transformers uses it if config.json names none."""
+    """The dtype of a file's first floating-point weight by name: transformers uses it if config.json has no dtype."""
     stored = (parts[name].dtype for name in sorted(parts))
     return next((_NAMES[kind] for kind in stored if kind in _NAMES), "bfloat16")
 

@@ -1,8 +1,8 @@
-"""Writes tensors as safetensors files, which are of bounded size, so that not all tensors need to be in memory.
+"""Writes tensors as safetensors files of limited size, so that not all tensors need to be in memory.
 
-Format: https://github.com/huggingface/safetensors#format. The library's own writer orders tensors by their names. Here
-they are ordered so that each begins at a multiple of 64 bytes where sizes allow it, and so that tensors of one kind
-follow each other: those of q, k and v can then be mapped as one."""
+Format: https://github.com/huggingface/safetensors#format. The library's own writer orders tensors by name. This module
+orders them so that each begins at a multiple of 64 bytes if sizes allow it, and so that tensors of one kind are
+adjacent: q, k and v can then be mapped as one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_shards(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
-    """Writes model.safetensors, or several files and their index. Tensors are on the CPU."""
+    """Writes model.safetensors, or several files and an index. Tensors are on the CPU."""
     shards: list[list[str]] = []
     pending: dict[str, Tensor] = {}
     total = size = 0
@@ -53,7 +53,7 @@ def _temporary(folder: Path, shard: int) -> Path:
 
 
 def _write(file: Path, tensors: dict[str, Tensor]) -> list[str]:
-    """Returns the names."""
+    """Writes a file. Returns the names of its tensors."""
     kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in tensors))  # in the order of a format's names
     ordered = sorted(tensors, key=lambda name: (-_alignment(tensors[name]), kinds.index(name.rpartition(".")[2])))
     entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -75,5 +75,5 @@ def _write(file: Path, tensors: dict[str, Tensor]) -> list[str]:
 
 
 def _alignment(tensor: Tensor) -> int:
-    """The largest power of two, up to ALIGNMENT, that divides its bytes: the next tensor can begin at a multiple."""
+    """The largest power of two, up to ALIGNMENT, that divides a tensor's bytes: the next tensor is aligned to it."""
     return ALIGNMENT if not tensor.nbytes else min(ALIGNMENT, tensor.nbytes & -tensor.nbytes)
