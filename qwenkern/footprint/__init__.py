@@ -1,7 +1,8 @@
-"""How much memory a model takes, computed before any of it is taken.
+"""Computes how much memory a model takes, before it is loaded.
 
-`layout.py` counts, `choice.py` makes its input of a user's words, `fit.py` refuses what will not fit, `room.py` sizes
-the cache, `memory.py` says what this machine has, `cards.py` what others have, and `case.py` who fits where.
+`layout.py` counts bytes, `choice.py` makes a Layout from a user's options, `fit.py` refuses models that do not fit,
+`room.py` sizes the cache, `memory.py` has the memory of this machine, `cards.py` that of common GPUs, and `case.py`
+lists the cards that a model fits.
 """
 
 from __future__ import annotations

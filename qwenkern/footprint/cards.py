@@ -9,8 +9,8 @@ from ..errors import RequestError, shown
 
 AS_OF = "2026-11"  # the table's date
 GIB = 1 << 30
-# Of the memory on the label. The rest is that of error correction (a sixteenth where a card takes it from its main
-# memory), of the driver and of a screen, and what the allocator cannot join.
+# The usable share of the nominal memory. The rest goes to error correction (a sixteenth on cards that use their main
+# memory for it), to the driver, to a screen, and to fragmentation in the allocator.
 USABLE = 0.9
 
 
@@ -19,7 +19,7 @@ KERNELS_NEED = 80  # the compute capability below which torch runs the ops
 
 class Card(NamedTuple):
     name: str
-    gib: int  # the memory on its label
+    gib: int  # the nominal memory
     capability: int  # CUDA's compute capability, major * 10 + minor
 
     @property
@@ -29,12 +29,12 @@ class Card(NamedTuple):
 
     @property
     def is_older(self) -> bool:
-        """Whether it is a GPU that the kernels do not run on."""
+        """Whether this is a GPU that the kernels do not run on."""
         return 0 < self.capability < KERNELS_NEED
 
     @property
     def usable(self) -> int:
-        """Bytes for a model, with all that its process needs on the GPU."""
+        """Bytes for a model, including all other memory of its process on the GPU."""
         return int(USABLE * self.memory)
 
 
@@ -69,7 +69,7 @@ CARDS = tuple(
         ("B200", 180, 100),
     )
 )
-# What machines without a GPU have. A Mac's or a laptop's GPU shares it, and qwenkern does not use those.
+# Machines that run the model on the CPU. A GPU that shares this memory, as in a Mac, is not used.
 MACHINES = tuple(Card(f"{gib} GB of memory", gib, 0) for gib in (8, 16, 32, 64, 128, 256))
 
 

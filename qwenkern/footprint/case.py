@@ -1,4 +1,4 @@
-"""A model as somebody asks for it, and its footprint as JSON: for `qwenkern footprint` and for the server."""
+"""A model with a user's options, and its footprint as JSON: for `qwenkern footprint` and for the server."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ IN_CACHE = list(dict.fromkeys([*DTYPES, *(name for name in PAGES if name != "den
 
 @dataclass(frozen=True)
 class Case:
-    """``quantize`` is STORED (as it is), or one of DTYPES and QUANTISED; ``kv_cache_dtype`` "auto" or of IN_CACHE."""
+    """``quantize``: STORED (unchanged), or one of DTYPES and QUANTISED. ``kv_cache_dtype``: "auto" or one of
+    IN_CACHE."""
 
     quantize: str
     kv_cache_dtype: str
@@ -37,7 +38,7 @@ class Case:
 
     @property
     def argument(self) -> str | None:
-        """As quantize= of a model."""
+        """The value of a model's quantize=."""
         return None if self.quantize == STORED else "none" if self.quantize in DTYPES else self.quantize
 
     @property

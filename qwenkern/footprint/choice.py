@@ -1,4 +1,4 @@
-"""From what a user asks for (quantize=, dtype=, kv_cache_dtype=) to a Layout."""
+"""Makes a Layout from a user's options: quantize=, dtype=, kv_cache_dtype=."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def layout_of(
     dtype: str | torch.dtype = "auto",
     kv_cache_dtype: str | torch.dtype = "auto",
 ) -> Layout:
-    """The layout of a model as it would be loaded. A GPU need not be there.
+    """The layout of a model as it would be loaded. The device need not exist on this machine.
 
-    quantize: None (matrices are as they are stored), one of NONE, a format, or a mix of checkpoint/mixes.py. stored: a
-    checkpoint's quantised matrices by name, without memory; None: those that the configuration says. dtype and
-    kv_cache_dtype as in Model.from_pretrained. Raises as it does."""
+    quantize: None (matrices as stored), one of NONE, a format, or a mix of checkpoint/mixes.py. stored: a checkpoint's
+    quantised matrices by name, without memory; None: as in the configuration. dtype, kv_cache_dtype, errors: as in
+    Model.from_pretrained."""
     on_gpu = device.type == "cuda"
     if dtype == "auto" and on_gpu and not torch.cuda.is_available():
-        dtype = config.dtype  # as on a GPU that has it
+        dtype = config.dtype  # as on a GPU that supports it
     if stored is None:
         stored = stored_formats(config, torch.float32)
     is_quantised = bool(stored) if quantize is None else quantize not in NONE

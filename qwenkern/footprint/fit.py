@@ -1,4 +1,4 @@
-"""Refuses what does not fit, with the numbers, before a weight is read."""
+"""Refuses a model that does not fit into memory, before a weight is read. The error has the numbers."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .memory import Memory, memory_of
 def refuse_too_large(
     layout: Layout, device: torch.device, source: str, cache_tokens: int | None = None, mapped: int = 0
 ) -> None:
-    """Raises RequestError if the weights and the least that a model needs besides are more than the device's memory.
+    """Raises RequestError if the weights and the least other memory of a model are more than the device's memory.
 
-    It refuses only what would fail for certain. cache_tokens: of the cache, if the caller asked for a size; on a CPU a
-    page takes memory when it is first used, so one page counts. mapped: bytes of the weights that stay in a mapped
-    file, which the system can take back at any time."""
+    It refuses only models that would certainly fail. cache_tokens: the requested size of the cache, if any; on a CPU
+    only one page counts, because a page takes memory when it is first used. mapped: bytes of the weights that stay in a
+    mapped file, which the system can drop from memory at any time."""
     least, memory = layout.least(), memory_of(device)
     pages = layout.pages_for(cache_tokens) if cache_tokens and layout.on_gpu else 1
     cache = layout.cache(pages)

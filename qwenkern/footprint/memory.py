@@ -1,4 +1,4 @@
-"""How much memory this machine has for a model."""
+"""Determines how much memory this machine has for a model."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import NamedTuple
 import torch
 
 _PROCESS, _CGROUPS = Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
-_UNLIMITED = 1 << 60  # version 1 writes a number like 2**63 where there is no limit
+_UNLIMITED = 1 << 60  # cgroups of version 1 have a number near 2**63 if there is no limit
 
 
 class Memory(NamedTuple):
-    """Bytes: all of a device's, those that are free, and those beside them that this process has taken and does not
-    use."""
+    """Bytes of a device: all memory, free memory, and memory that this process has reserved but does not use."""
 
     total: int
     free: int
@@ -26,8 +25,8 @@ class Memory(NamedTuple):
 
 
 def memory_of(device: torch.device) -> Memory:
-    """Of a GPU as CUDA and torch's allocator say it. Of a CPU main memory and swap space, all of it free: the system
-    takes memory back from its cache of files, and moves other programs' to the swap space."""
+    """The memory of a GPU, from CUDA and torch's allocator. For a CPU: main memory and swap space, all of it counted as
+    free, because the system can shrink its file cache and move other programs to the swap space."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return Memory(total, free, torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
@@ -42,7 +41,7 @@ def main_memory() -> int:
 
 
 def swap_space(file: Path = Path("/proc/meminfo")) -> int:
-    """0 where the system does not say."""
+    """The bytes of swap space; 0 if the system does not tell."""
     try:
         lines = file.read_text().splitlines()
     except OSError:
@@ -51,7 +50,7 @@ def swap_space(file: Path = Path("/proc/meminfo")) -> int:
 
 
 def cgroup_limit(process: Path = _PROCESS, root: Path = _CGROUPS) -> int | None:
-    """The bytes that the cgroup of this process may use. None without a limit. Groups are nested, and the smallest
+    """The bytes that the cgroup of this process may use; None without a limit. Groups are nested, and the smallest
     limit counts."""
     try:
         lines = process.read_text().splitlines()
@@ -62,15 +61,15 @@ def cgroup_limit(process: Path = _PROCESS, root: Path = _CGROUPS) -> int | None:
         _, controllers, path = line.split(":", 2)
         if not controllers:
             files += [folder / "memory.max" for folder in _upwards(root, path)]
-        elif "memory" in controllers.split(","):  # version 1
+        elif "memory" in controllers.split(","):  # cgroups of version 1
             files += [folder / "memory.limit_in_bytes" for folder in _upwards(root / "memory", path)]
     limits = [limit for file in files if (limit := _number(file)) is not None and limit < _UNLIMITED]
     return min(limits, default=None)
 
 
 def _upwards(mount: Path, path: str) -> list[Path]:
-    """A group's folder and the folders above it. In a container the path may be the host's; then the mount itself is
-    the group's folder."""
+    """A group's folder and the folders above it. In a container, the path may be one of the host; then the mount itself
+    is the group's folder."""
     inner = Path(path.lstrip("/"))
     return [mount / inner, *(mount / above for above in inner.parents)]
 
@@ -80,4 +79,4 @@ def _number(file: Path) -> int | None:
         text = file.read_text().strip()
     except OSError:
         return None
-    return int(text) if text.isdecimal() else None  # not "max"
+    return int(text) if text.isdecimal() else None  # the text may be "max"

@@ -1,4 +1,4 @@
-"""The size of the key-value cache of a loaded model."""
+"""Chooses the size of the key-value cache of a loaded model."""
 
 from __future__ import annotations
 
@@ -10,26 +10,30 @@ from ..errors import RequestError, shown
 from .layout import OF_A_PROCESS, Layout
 from .memory import main_memory, memory_of
 
-_CONTEXTS_ON_A_GPU, _CONTEXTS_ON_A_CPU = 64, 4  # the most that a default cache holds
+_CONTEXTS_ON_A_GPU, _CONTEXTS_ON_A_CPU = 64, 4  # the most context lengths that a default cache holds
 
 
 def cache_room(layout: Layout, device: torch.device, asked: int | None, prefill_chunk: int, weights: int) -> int:
-    """The number of tokens in the key-value cache: the requested one, else a default. ``weights``: their bytes, which
-    lie on the device already. Raises RequestError if the device's memory does not hold it."""
+    """The number of tokens in the key-value cache: the requested number, else a default. ``weights``: the bytes of the
+    weights, which are on the device already. Raises RequestError if the cache does not fit into the device's memory."""
     asked = whole("cache_tokens", asked, 1, optional=True)
     if asked is None:
         return _default_tokens(layout, device, prefill_chunk, weights)
-    # On a CPU of main memory and swap space, because memory is taken only when it is used.
+    # On a CPU this includes swap space, because a page takes memory only when it is used.
     if (most := _tokens(layout, memory_of(device).available)) < asked:
         raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
     return asked
 
 
 def _default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, weights: int) -> int:
-    """On a GPU, where the weights lie already, the tokens that its free memory holds, less a reserve. The reserve is a
-    tenth of the memory, or more: a twentieth and what a chunk of a prompt takes with all of its logits, if that is at
-    most a quarter of the free memory. On a CPU, where memory is taken only when it is used, four contexts, but at most
-    half of the main memory, and at most what weights of so many bytes leave of it.
+    """The default number of tokens.
+
+    On a GPU, where the weights are already: as many as fit into the free memory less a reserve, but at most 64 context
+    lengths. The reserve is the larger of two sizes: a tenth of the memory, and a twentieth of the memory plus the
+    activations of a prompt chunk with all of its logits. The second is limited to a quarter of the free memory.
+
+    On a CPU, where a page takes memory only when it is used: four context lengths, but at most half of the main memory,
+    and at most the main memory that the weights and the process leave.
 
     Raises RequestError if a GPU has no room for a page."""
     if layout.on_gpu:
@@ -50,5 +54,5 @@ def _default_tokens(layout: Layout, device: torch.device, prefill_chunk: int, we
 
 
 def _tokens(layout: Layout, size: int) -> int:
-    """In whole pages, beside the spare one."""
+    """The tokens in ``size`` bytes, in whole pages, beside the spare page."""
     return max(0, size // layout.page - 1) * PAGE_SIZE

@@ -1,8 +1,8 @@
 """Downloads a published file once into the folder of caches, from the first of its origins that has it.
 
 An origin completes a file named ``partial``. When its sha256 is right, the file gets its final name, whatever the
-origin. A stamp beside the file then records what the file system says of the file. While that is unchanged, later
-starts do not read the file to check its sha256 again.
+origin. A stamp beside the file then records the file's size, inode and times. While these are unchanged, later starts
+do not check the sha256 again.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def fetch(source: Download, progress: Progress | None = None) -> Path:
         lock = path.with_name(source.file + ".lock")
         _refuse_planted(lock)  # before FileLock opens it
         with FileLock(lock):
-            if not _is_verified(source):  # no other process downloaded it meanwhile
+            if not _is_verified(source):  # another process may have downloaded it meanwhile
                 _fetch(source, progress or (lambda origin, done, total: None))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -106,7 +106,7 @@ def fetch(source: Download, progress: Progress | None = None) -> Path:
 
 
 def _is_verified(source: Download) -> bool:
-    """Whether the file is there and has its sha256. The sha256 is computed unless the stamp shows that the file is
+    """Whether the file exists and has the right sha256. The sha256 is computed unless the stamp shows that the file is
     unchanged."""
     if _size(source.path) != source.size:
         return False
@@ -122,8 +122,8 @@ def _is_verified(source: Download) -> bool:
 
 
 def _stamp(source: Download, status: os.stat_result) -> str:
-    """The file's hash, size, inode and times. They change when the file does: the system sets ctime, and no program can
-    choose it."""
+    """The file's hash, size, inode and times. A change of the file changes them: the system sets ctime, and programs
+    cannot choose it."""
     return f"{source.sha256} {status.st_size} {status.st_ino} {status.st_mtime_ns} {status.st_ctime_ns}\n"
 
 
@@ -156,7 +156,7 @@ def _fetch(source: Download, progress: Progress) -> None:
         inode = os.fstat(file.fileno()).st_ino
     os.replace(partial, source.path)
     status = os.stat(source.path)
-    if status.st_ino == inode:  # else another file has the name, and the next start checks its sha256
+    if status.st_ino == inode:  # else another file has this name now, and the next start checks its sha256
         _write_stamp(source, status)
 
 
@@ -180,7 +180,7 @@ def _complete(source: Download, file: BinaryIO, progress: Progress) -> None:
 
 
 def _complete_from(origin: Origin, source: Download, file: BinaryIO, progress: Progress) -> None:
-    """Completes the file from one origin. If the sha256 is wrong, the file is emptied. If it held bytes of an earlier
+    """Completes the file from one origin. If the sha256 is wrong, the file is emptied. If it had bytes of an earlier
     run, the origin is tried once more from the start; otherwise CheckpointError is raised."""
     while True:
         started = os.fstat(file.fileno()).st_size
@@ -204,14 +204,14 @@ def _scratch(partial: Path) -> str:
 
 
 def _make_folder(folder: Path) -> None:
-    """Makes a folder and the missing folders above it. Others cannot write to them, whatever the umask."""
+    """Makes a folder and the missing folders above it. Other users cannot write to them, whatever the umask."""
     for each in (*reversed(folder.parents), folder):
         if not each.exists():
             each.mkdir(mode=0o755, exist_ok=True)
 
 
 def _refuse_planted(path: Path) -> None:
-    """Raises CheckpointError if the path is a link, because it may point to a file that must not be written."""
+    """Raises CheckpointError if the path is a link, because the link may point to a file that must not be written."""
     if os.path.lexists(path):
         status = os.lstat(path)
         if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
@@ -221,7 +221,7 @@ def _refuse_planted(path: Path) -> None:
 
 
 def _is_ours(status: os.stat_result) -> bool:
-    """Whether it is a plain file without other links, that only this user or root can have written."""
+    """Whether this is a plain file without other links that only this user or root can have written."""
     if not stat.S_ISREG(status.st_mode) or status.st_nlink != 1:
         return False
     return only_we_can_write(status)
@@ -229,8 +229,8 @@ def _is_ours(status: os.stat_result) -> bool:
 
 @contextlib.contextmanager
 def _open_own(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file to read and write, or makes it. If the path is a link, or a file that others can write to, it is
-    removed first."""
+    """Opens a file for reading and writing, or makes it. If the path is a link, or a file that other users can write
+    to, it is removed first."""
     flags = os.O_RDWR | os.O_CREAT | _NO_FOLLOW | getattr(os, "O_BINARY", 0) | getattr(os, "O_NONBLOCK", 0)
     descriptor = None
     with contextlib.suppress(OSError):  # the path is a link, or another user's file

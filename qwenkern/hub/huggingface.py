@@ -41,7 +41,7 @@ class HubFile:
     def name(self) -> str:
         try:
             return urlsplit(_endpoint()).hostname or _endpoint()
-        except ValueError:  # HF_ENDPOINT is no URL
+        except ValueError:  # HF_ENDPOINT is not a URL
             return _endpoint()
 
     def space(self, done: int) -> int:
@@ -49,11 +49,11 @@ class HubFile:
         return max(0, self.size - done)
 
     def complete(self, file: BinaryIO, scratch: Path, report: Callable[[int], None]) -> None:
-        """Completes a file that holds the beginning of the whole, from its end on.
+        """Completes a file that holds the beginning of the whole: downloads the rest and appends it.
 
-        report: called with the number of bytes that the file has. Raises CheckpointError if the hub must not be asked,
-        does not begin an answer within ANSWER seconds, answers with another size, or stalls. The bytes received so far
-        stay in the file."""
+        report: called with the number of bytes that the file has. Raises CheckpointError if requests are forbidden, or
+        if the hub does not begin an answer within ANSWER seconds, answers with another size, or stalls. The bytes
+        received so far stay in the file."""
         start = file.seek(0, os.SEEK_END)
         if start == self.size:
             return
@@ -70,8 +70,8 @@ class HubFile:
             os.fsync(file.fileno())
 
     def _answer(self, start: int) -> http.client.HTTPResponse:
-        """The hub's answer, as soon as its headers are there. A socket's timeout does not cover the DNS lookup. So a
-        thread makes the request, and this function waits at most ANSWER seconds for it."""
+        """The hub's answer, as soon as its headers have come. A thread makes the request, and this function waits for
+        it at most ANSWER seconds, because a socket's timeout does not include the DNS lookup."""
         if any(os.environ.get(name, "").upper() in _TRUE for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")):
             raise self._unavailable("is not asked, because HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set")
         url = f"{_endpoint()}/{self.repository}/resolve/{self.revision}/{self.file}"
@@ -89,7 +89,7 @@ class HubFile:
             answer = answers.get(timeout=ANSWER)
         except queue.Empty:
             raise self._unavailable(f"did not answer within {ANSWER:g} s") from None
-        if isinstance(answer, (OSError, http.client.HTTPException, ValueError)):  # ValueError: HF_ENDPOINT is no URL
+        if isinstance(answer, (OSError, http.client.HTTPException, ValueError)):  # ValueError: HF_ENDPOINT is not a URL
             raise self._unavailable(f"did not answer: {answer}") from answer
         if isinstance(answer, Exception):
             raise answer
@@ -130,11 +130,12 @@ class HubFile:
 
 
 def snapshot(hub_id: str, accept: Accept | None = None) -> Path:
-    """The folder of a model's repository in huggingface_hub's own cache. huggingface_hub shows its own progress bars.
+    """Downloads a model's repository to huggingface_hub's own cache. Returns the folder. huggingface_hub shows its own
+    progress bars.
 
-    Raises CheckpointError if the download fails. Raises ConfigError if qwenkern cannot run the model, and
-    CheckpointError if it cannot read its quantised weights; config.json is downloaded first to find out.
-    ``accept`` gets it then, and may raise, too."""
+    config.json is downloaded first. Raises ConfigError if qwenkern cannot run the model, and CheckpointError if it
+    cannot read the model's quantised weights. ``accept`` then gets the configuration, and may raise, too. Raises
+    CheckpointError if the download fails."""
     folder = _download(hub_id, ["config.json"])
     if not (folder / "config.json").is_file():
         raise CheckpointError(

@@ -39,7 +39,7 @@ def _family() -> Iterator[tuple[str, str]]:
 
 
 _HUB = {hub_id.lower().removeprefix("qwen/"): (hub_id, licence) for hub_id, licence in _family()}
-_QUANTISED = ("AWQ", "GPTQ-Int4", "GPTQ-Int8")  # variants that the hub has of most of the models
+_QUANTISED = ("AWQ", "GPTQ-Int4", "GPTQ-Int8")  # variants of most of the models on the hub
 
 
 def licence(model: str) -> str | None:
@@ -83,7 +83,7 @@ def pull(name: str, progress: Progress | None = None, accept: Accept | None = No
 
     progress: called during the download of one of DOWNLOADS, with the origin's name, the bytes downloaded and the bytes
     in all. huggingface_hub shows its own progress bars.
-    accept: called with the configuration of a model of the hub before its weights are downloaded. It may raise.
+    accept: called with the configuration of a hub model before its weights are downloaded. It may raise.
     """
     key = name.lower()
     if key in DOWNLOADS:

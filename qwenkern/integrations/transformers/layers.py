@@ -1,11 +1,11 @@
-"""The layers of transformers' Qwen2, Llama and Mistral on our kernels: RMSNorm, MLP, attention, decoder layer.
+"""The layers of transformers' Qwen2, Llama and Mistral on qwenkern's kernels: RMSNorm, MLP, attention, decoder layer.
 
-A patch changes the class of a module to a subclass of that class, with one of the forwards below.
+A patch changes the class of a module to a subclass of this class, with one of the forward methods below.
 
     Qwen2RMSNorm  ->  class Qwen2RMSNorm(layers.RMSNorm, Qwen2RMSNorm)
 
 Nothing is stored in the instance. So a copy of a module (by copy, pickle or DataParallel) computes with its own
-weights, isinstance() holds, and super() is transformers' own forward."""
+weights, isinstance() is still true, and super() has transformers' own forward."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from torch import Tensor, nn
 from ... import kernels as ops
 from ...kernels.triton_if_any import INTERPRETED
 
-FEW = 1 << 15  # values; with fewer, torch's own operations on a CPU are as fast as ours
+FEW = 1 << 15  # values; with fewer, torch's own operations on a CPU are as fast as qwenkern's
 _classes: dict[tuple, type[Patched]] = {}  # by original class, kind and switches
 
 
 class Patched(nn.Module):
-    """What the patched classes have in common."""
+    """The common base of the patched classes."""
 
     original: type[nn.Module]  # the class that the module had
     how: tuple[tuple[str, bool], ...]  # the switches of its forward
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        """For copy and pickle: names the original class, because a class made here cannot be imported."""
+        """For copy and pickle: refers to the original class, because a class made here cannot be imported."""
         reduced: Any = super().__reduce_ex__(protocol)
         make, arguments, *state = reduced
         patch = type(self)
@@ -47,8 +47,8 @@ def patched(original: type[nn.Module], kind: type[Patched], **switches: bool) ->
         namespace |= {"original": original, "how": how, **switches}
         namespace["modeling"] = sys.modules[
             original.forward.__module__
-        ]  # its functions are those that the original calls
-        # the same name, because other code selects by it; setdefault, because another thread may have made the class
+        ]  # the module whose functions the original class calls
+        # the same name, because other code selects classes by name; setdefault, because another thread may be faster
         _classes.setdefault((original, kind, how), type(original.__name__, (kind, original), namespace))
     return _classes[original, kind, how]
 
@@ -59,7 +59,7 @@ def _new(original: type[nn.Module], kind: type[Patched], how: tuple[tuple[str, b
 
 
 def patch_of(module: nn.Module) -> type[Patched] | None:
-    """The patched class of a module, or the patched class from which other code derived the module's class."""
+    """The patched class of a module, or the patched class that other code derived the module's class from."""
     return next((each for each in type(module).__mro__ if "original" in vars(each) and issubclass(each, Patched)), None)
 
 
@@ -70,7 +70,7 @@ class RMSNorm(Patched):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        # autocast: the product is of the wider dtype
+        # With autocast, the product has the wider dtype.
         if not _pays(hidden_states) or hidden_states.dtype != self.weight.dtype:
             return super().forward(hidden_states)
         return ops.rms_norm(_dense(hidden_states), self.weight, self.variance_epsilon)
@@ -121,7 +121,7 @@ class DecoderLayer(Patched):
         hidden_states, _ = self.self_attn(hidden_states=self.input_layernorm(residual), **keywords)
         norm = self.post_attention_layernorm
         if _has_hooks(norm) or not is_norm(norm) or not hidden_states.dtype == residual.dtype == norm.weight.dtype:
-            # hooks of the norm see its input and output; autocast mixes dtypes
+            # Hooks of the norm need its input and output. autocast mixes dtypes.
             residual = residual + hidden_states
             hidden_states = norm(residual)
         else:
@@ -132,8 +132,8 @@ class DecoderLayer(Patched):
 
 
 class Attention(Patched):
-    """An attention module with its own projections and cache, our rotation (or its own), and our attention (or that of
-    its config)."""
+    """An attention module with its own projections and cache. Rotary embedding and attention run on qwenkern's kernels,
+    or as in the original module if they are switched off."""
 
     modeling: types.ModuleType
     rotates: bool
@@ -205,8 +205,8 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """An attention function of transformers: query [B, Hq, Tq, D], key and value [B, Hkv, Tk, D], out [B, Tq, Hq, D].
 
-    Causal attention without anything else runs on our kernel. torch's runs with a mask (padding, sliding windows,
-    packed sequences), dropout or a gradient, and on a CPU. torch's raises for arguments that it does not take."""
+    Plain causal attention runs on qwenkern's kernel. torch's attention runs with a mask (padding, sliding windows,
+    packed sequences), dropout or a gradient, and on a CPU. It raises for arguments that it does not support."""
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     plain = (
         attention_mask is None and not dropout and causal and not any(keywords.get(name) is not None for name in _EXTRA)
@@ -219,7 +219,7 @@ def attention_forward(
             module, query, key, value, attention_mask, dropout, scaling, is_causal, **keywords
         )
     queries = query.shape[2]
-    if queries > 1:  # a static cache that was empty: there is no mask, and the places after the prompt must not be read
+    if queries > 1:  # an empty static cache: there is no mask, and positions after the prompt must not be read
         key, value = key[:, :, :queries], value[:, :, :queries]
     return ops.attention(query, key, value, query.shape[3] ** -0.5 if scaling is None else scaling), None
 
@@ -228,13 +228,13 @@ _EXTRA = ("position_bias", "cache", "softcap", "s_aux")  # arguments that change
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the module is a norm. One that an adapter wraps is not, because it does more."""
+    """Whether the module is a plain norm. A norm that an adapter wraps is not, because it does more."""
     return type(module).__name__.endswith("RMSNorm")
 
 
 def _table(cos: Tensor, sin: Tensor, num_tokens: int, first: bool) -> tuple[Tensor, Tensor]:
-    """transformers' cosines and sines in our kernel's layout. They are made once for all layers of a pass, and stored
-    with the cosines, with which they are freed. The ``first`` layer of a pass makes them again."""
+    """transformers' cosines and sines in the layout of qwenkern's kernel. The ``first`` layer of a forward pass makes
+    the table for all layers. It is stored as an attribute of the cosines, and freed with them."""
     if torch.compiler.is_compiling():  # the compiler merges the equal work of the layers
         return ops.layers.angles(cos, sin, num_tokens)
     state = sin, num_tokens, *(None if each.is_inference() else each._version for each in (cos, sin))
@@ -249,15 +249,15 @@ def _dense(x: Tensor) -> Tensor:
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    """Whether a call of the module does more than its forward: torch's hooks, or accelerate's, which may load the
+    """Whether a call of the module does more than its forward: torch has hooks, or accelerate, whose hook may load the
     weight first."""
     own = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     return bool(own) or hasattr(module, "_hf_hook")
 
 
 def _pays(x: Tensor) -> bool:
-    """Whether our kernel is faster than transformers' code. It is not for few values on a CPU. If a compiler or an
-    export leaves the size dynamic, our kernel runs, without a condition on the size."""
+    """Whether qwenkern's kernel is faster than transformers' code, as it is except for few values on a CPU. If a
+    compiler or an export leaves the size dynamic, the kernel runs, without a condition on the size."""
     if x.is_cuda or INTERPRETED:
         return True
     few = x.numel() < FEW

@@ -1,12 +1,12 @@
-"""Runs transformers models on our kernels, without a change to the code that uses them.
+"""Runs transformers models on qwenkern's kernels, without a change to the code that uses them.
 
     apply_qwenkern(model)                                   a loaded model, in place; revert(model) undoes it
-    register_attention()                                    then attn_implementation="qwenkern", as any other
+    register_attention()                                    adds the choice attn_implementation="qwenkern"
 
 A patch replaces the class of single modules by a subclass (layers.py). So other models do not change, and parameters,
 the state dict, hooks, device moves and PEFT's adapters work as before. Linear layers are not replaced, so quantised
-ones work. All replacements have gradients; attention runs in torch if a gradient or a mask is needed. On a CPU, few
-tokens run in transformers' own code, because the kernels would save no time."""
+linear layers work. All replacements have gradients; attention runs in torch if a gradient or a mask is needed. On a
+CPU, few tokens run in transformers' own code, because the kernels would save no time."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from .layers import attention_forward, is_norm, patch_of, patched
 
 logger = logging.getLogger(__name__)
 TESTED = ("5.17", "5.22")  # the first and the last minor version that is tested
-MODEL_TYPES = ("qwen2", "llama", "mistral")  # their layers have the same structure
+MODEL_TYPES = ("qwen2", "llama", "mistral")  # types whose layers have the same structure
 PIECES = ("rms_norm", "rope", "swiglu", "attention")
 
 
 def apply_qwenkern(
     model: nn.Module, *, rms_norm: bool = True, rope: bool = True, swiglu: bool = True, attention: bool = True
 ) -> nn.Module:
-    """Runs pieces of a loaded Qwen2, Llama or Mistral model of transformers on qwenkern's kernels; returns the model.
+    """Runs parts of a loaded Qwen2, Llama or Mistral model of transformers on qwenkern's kernels; returns the model.
 
     It works in place, also on a model inside a wrapper such as PEFT's. It may be called again with other switches.
     rms_norm: RMSNorm, fused with the addition before it if there is one. rope: rotary embedding of q and k. swiglu:
     silu(gate) * up. attention: with ``attn_implementation="sdpa"``, without mask and gradient.
 
-    Raises RequestError for a model of another kind, another activation, or a model with another patch. After any error
-    or interrupt, all modules are as before."""
+    Raises RequestError for a model of another type, another activation, or a model with another patch. After any error
+    or interrupt, all modules are unchanged."""
     _check_version()
     decoder = _decoder(model)
     pieces = frozenset(name for name, on in zip(PIECES, (rms_norm, rope, swiglu, attention), strict=True) if on)
@@ -51,14 +51,14 @@ def apply_qwenkern(
 def revert(model: nn.Module) -> nn.Module:
     """Undoes apply_qwenkern; a model without a patch does not change.
 
-    Raises RequestError if another patch lies on top. After any error, all modules are as before."""
+    Raises RequestError if another patch was applied afterwards. After any error, all modules are unchanged."""
     _change(_originals(_decoder(model)))
     return model
 
 
 def register_attention() -> None:
-    """Makes ``attn_implementation="qwenkern"`` known to transformers, with the mask of "sdpa": True where a query
-    may attend. Without a mask, left-padded batches would be silently wrong."""
+    """Registers ``attn_implementation="qwenkern"`` with transformers, with the mask of "sdpa": True where a query may
+    attend. Without a mask, left-padded batches would be silently wrong."""
     _check_version()
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -118,7 +118,7 @@ def _originals(decoder: nn.Module) -> dict[nn.Module, type[nn.Module]]:
 
 
 def _change(classes: dict[nn.Module, type[nn.Module]]) -> None:
-    """Gives each module its class. An error or interrupt on the way undoes all changes."""
+    """Gives each module its class. An error or interrupt undoes all changes."""
     before = {}
     for module, new in classes.items():
         if (patch_of(module) or type(module)) is not new:
@@ -134,11 +134,11 @@ def _change(classes: dict[nn.Module, type[nn.Module]]) -> None:
 
 
 def _become(module: nn.Module, new: type[nn.Module]) -> None:
-    """Changes a module's class, and the forward that accelerate has bound. It may be done twice."""
+    """Changes a module's class, and the forward that accelerate has bound. A second call has no effect."""
     if _is_own(module, module.__dict__.get("forward")):
         module.__dict__.pop(
             "forward", None
-        )  # accelerate left it there; a copy would compute with this module's weights
+        )  # accelerate stored it in the instance; a copy would compute with this module's weights
     if _is_own(module, module.__dict__.get("_old_forward")):
         module.__dict__["_old_forward"] = types.MethodType(new.forward, module)
     module.__class__ = new
@@ -168,7 +168,7 @@ def _is_own(module: nn.Module, function: Any) -> bool:
 
 
 def _decoder(model: nn.Module) -> nn.Module:
-    """The stack of layers in a model, also if it has a wrapper."""
+    """The stack of layers in a model, which may be inside a wrapper."""
     if not isinstance(model, nn.Module):
         raise RequestError(f"model is of type {type(model).__name__}; expected a transformers model")
     for module in model.modules():

@@ -1,8 +1,9 @@
-"""Makes our model from a loaded Qwen2ForCausalLM of transformers, on the same memory.
+"""Makes qwenkern's model from a loaded Qwen2ForCausalLM of transformers, on the same memory.
 
 Embedding, norms, o_proj, down_proj and lm_head are shared without a change. qwenkern packs q, k, v into one tensor, and
-gate, up into another. Each packed tensor is made once, and transformers' parameters become views of its rows. So the
-extra memory is one packed tensor at a time. Afterwards, a change to a weight of one model is a change to both.
+gate, up into another. Packed tensors are made one at a time, and transformers' parameters become views of their rows.
+So only one packed tensor at a time takes extra memory. Afterwards, a change to a weight of one model is a change to
+both.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def shared_module(model: Any) -> Qwen2:
-    """Our module on the weights of transformers' model, whose q, k, v, gate and up become views of packed tensors.
+    """qwenkern's module on the weights of transformers' model, whose q, k, v, gate and up become views of packed
+    tensors.
 
     Raises ConfigError for a configuration that is not supported. Raises RequestError for another architecture, and for
     weights that cannot be shared: quantised, on "meta", of several dtypes or devices, or not those of the
@@ -50,8 +52,8 @@ def shared_module(model: Any) -> Qwen2:
 
 
 def generation_defaults(model: Any) -> Generation:
-    """What the model's generation_config and config say about generation: the fields that differ from transformers'
-    defaults, which are those that it would save. Raises ConfigError as Generation.from_fields does."""
+    """The generation settings of the model's generation_config and config: the fields that differ from transformers'
+    defaults, as transformers would save them. Raises ConfigError as Generation.from_fields does."""
     settings, width = getattr(model, "generation_config", None), model.config.vocab_size
     fields = {} if settings is None else settings.to_diff_dict()
     generation = Generation.from_fields(fields, width, f"the generation_config of the {CLASS}")
@@ -59,8 +61,8 @@ def generation_defaults(model: Any) -> Generation:
 
 
 def as_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
-    """Converts a fast tokenizer of transformers to ours, through the files that it saves. Returns ours, or None,
-    unchanged."""
+    """Converts a fast tokenizer of transformers to a Tokenizer, through the files that it saves. Returns a Tokenizer
+    and None unchanged."""
     if tokenizer is None or isinstance(tokenizer, Tokenizer):
         return tokenizer
     if not getattr(tokenizer, "is_fast", False):
@@ -69,7 +71,7 @@ def as_tokenizer(tokenizer: Any, model: Any) -> Tokenizer | None:
         )
     with tempfile.TemporaryDirectory(prefix=type(tokenizer).__name__) as folder:
         tokenizer.save_pretrained(folder)
-        model.config.save_pretrained(folder)  # it has the number of ids
+        model.config.save_pretrained(folder)  # with the number of ids
         return Tokenizer.from_folder(folder)
 
 
@@ -99,14 +101,14 @@ def _check(weights: Mapping[str, nn.Parameter], config: Config) -> None:
 
 
 def _are_one(embedding: nn.Parameter | None, head: nn.Parameter | None) -> bool:
-    """Whether embedding and head are one. If a checkpoint has both and they differ, transformers keeps them apart,
-    whatever the configuration says."""
+    """Whether embedding and head are the same parameter. If a checkpoint has both and they differ, transformers does
+    not tie them, whatever the configuration says."""
     return embedding is None or head is None or embedding.data_ptr() == head.data_ptr()
 
 
 def _share(module: Qwen2, weights: Mapping[str, nn.Parameter]) -> None:
     """Gives the module, whose parameters are on "meta", the memory of these weights."""
-    names: dict[str, list[str]] = {}  # for each of our parameters, its parts in the order of their rows
+    names: dict[str, list[str]] = {}  # for each parameter of qwenkern, its parts in the order of their rows
     for name, slot in slots(module.config).items():
         names.setdefault(slot.parameter, []).append(name)
     for parameter, parts in names.items():
@@ -116,8 +118,8 @@ def _share(module: Qwen2, weights: Mapping[str, nn.Parameter]) -> None:
 
 
 def _packed(parts: Sequence[nn.Parameter]) -> Tensor:
-    """One tensor with the rows of all parts. The parts become views of it, if they are not yet, and their old memory is
-    freed."""
+    """One tensor with the rows of all parts. The parts become views of it, unless they are already, and their old
+    memory is freed."""
     whole = _rows_of(parts)
     if whole is None:
         first = parts[0]
@@ -129,7 +131,8 @@ def _packed(parts: Sequence[nn.Parameter]) -> Tensor:
 
 
 def _rows_of(parts: Sequence[nn.Parameter]) -> Tensor | None:
-    """The tensor whose rows these parts already are: of a single part, or of a model that was shared before."""
+    """The tensor whose rows these parts already are, or None. It exists for a single part, and for a model that was
+    shared before."""
     first, at = parts[0].data, parts[0].data_ptr()
     if len(parts) == 1:
         return first
