@@ -1,4 +1,4 @@
-"""The small files of a folder of safetensors for a model that came from a GGUF file."""
+"""Makes the small files of a safetensors folder for a model from a GGUF file."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _SAME = (
 
 
 def config_fields(config: Config) -> dict[str, Any]:
-    """The fields of a config.json that has these numbers."""
+    """The fields of a config.json with this configuration."""
     fields = {name: getattr(config, name) for name in _SAME}
     fields |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "torch_dtype": config.dtype}
     if config.rope_scaling is not None:
@@ -36,12 +36,12 @@ def config_fields(config: Config) -> dict[str, Any]:
 
 
 def small_files(checkpoint: Checkpoint, tokenizer: Tokenizer) -> dict[str, bytes]:
-    """The others, by name: generation_config.json and those of the tokenizer."""
+    """The other files, by name: generation_config.json and the tokenizer's files."""
     return {"generation_config.json": _json(_generation_fields(checkpoint.generation))} | tokenizer.files()
 
 
 def _generation_fields(generation: Generation) -> dict[str, Any]:
-    """Those of a GGUF file with sampling have a temperature."""
+    """The fields of a generation_config.json. A GGUF file with sampling settings always gives a temperature."""
     fields: dict[str, Any] = dict(generation.sampling)
     if fields:
         fields["do_sample"] = bool(fields["temperature"])

@@ -142,7 +142,7 @@ def chat(
                 answer = _write(loaded.stream(turn, **params), on_interrupt="stop")
             except KeyboardInterrupt:  # before the first token
                 continue
-            except Error as error:  # say, a conversation longer than the context: the program goes on
+            except Error as error:  # such as a conversation longer than the context: the program continues
                 terminal.complain(error)
                 continue
             messages = [*turn, {"role": "assistant", "content": answer.text}]
@@ -155,7 +155,7 @@ def pull(model: Annotated[str, typer.Argument(help="Name or hub id.")] = "demo")
         path = names.resolve(model, lambda origin, done, total: progress(f"download from {origin}", done, total))
     if licence := names.licence(model):
         note(f"licence: {licence}")
-    typer.echo(os.fsencode(path))  # the bytes that the file system knows it by
+    typer.echo(os.fsencode(path))  # the path as the file system's bytes
 
 
 @app.command()
@@ -240,7 +240,7 @@ def _program(program: Callable[..., None], name: str, arguments: list[str]) -> N
 
 
 def main() -> NoReturn:
-    """Entry point. terminal.py says how it ends."""
+    """Entry point. terminal.py defines the exit codes."""
     terminal.run(app)
 
 
@@ -267,7 +267,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def _write(stream: Stream, on_interrupt: str = "exit") -> Completion:
-    """Prints a stream as it comes, and its speed at its end. Ctrl-C ends the stream; with "exit" it is raised again."""
+    """Prints a stream as it comes, and finally its speed. Ctrl-C ends the stream; with "exit" it is raised again."""
     started = time.perf_counter()
     first = None
     interrupted = False
@@ -299,8 +299,8 @@ def _with_system(system: str | None, messages: list[dict[str, str]]) -> list[dic
 
 
 def _facts(model: str) -> tuple[Layout, list[str]]:
-    """The configuration of a checkpoint, or of a size of the family by its bare name, as it would be loaded here, and
-    its contradictions."""
+    """The layout of a checkpoint, or of a size of the family by its name, as it would be loaded here, and the
+    contradictions in the configuration."""
     device = choose_device("auto")
     if model.lower() in FAMILY and not Path(model).exists():
         return layout_of(FAMILY[model.lower()], device), []

@@ -1,4 +1,4 @@
-"""`qwenkern footprint`: what a model takes, and which cards it fits."""
+"""`qwenkern footprint`: the memory that a model takes, and the cards that it fits."""
 
 from __future__ import annotations
 
@@ -82,15 +82,15 @@ def footprint(
 
 
 class _Known(Exception):
-    """Ends a download when the configuration is there."""
+    """Ends a download as soon as the configuration is there."""
 
     def __init__(self, config: Config) -> None:
         self.config = config
 
 
 def numbers_of(model: str) -> tuple[Config, Mapping[str, Weight] | None]:
-    """The configuration of a size of the family or of a checkpoint, and the quantised matrices of a file
-    (None: the configuration says all). Weights of a hub's repository are not downloaded."""
+    """The configuration of a size of the family or of a checkpoint, and the quantised matrices of a checkpoint on this
+    machine (None: the configuration is enough). Weights of a hub repository are not downloaded."""
 
     def stop(config: Config) -> None:
         raise _Known(config)
@@ -98,7 +98,7 @@ def numbers_of(model: str) -> tuple[Config, Mapping[str, Weight] | None]:
     if not Path(model).exists():
         try:
             return Config.from_name(model), None
-        except ConfigError:  # another name
+        except ConfigError:  # not a size of the family
             pass
     try:
         _, checkpoint = find(model, accept=stop)

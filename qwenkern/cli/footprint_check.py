@@ -1,4 +1,4 @@
-"""`qwenkern footprint --check`: loads a model, and compares what it takes with what was computed."""
+"""`qwenkern footprint --check`: loads a model, and compares the memory that it takes with the computed memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..Model import Model
 
 
 def device_of(device: str | None, check: bool) -> str:
-    """ "cuda" or "cpu". Raises RequestError for another, or if it is to be checked and is not here."""
+    """ "cuda" or "cpu". Raises RequestError for another device, and with ``check`` if this machine does not have it."""
     if device not in (None, "cuda", "cpu"):
         raise RequestError(f"device is {shown(device)}; expected 'cuda' or 'cpu'")
     here = "cuda" if torch.cuda.is_available() else "cpu"
@@ -25,8 +25,8 @@ def device_of(device: str | None, check: bool) -> str:
 
 
 def compare(model: str, case: Case, device: str) -> dict[str, Any]:
-    """Bytes as they were computed and as they are, of weights and cache; and what the process takes before it loads
-    the model, with it, and after a pass over as many tokens of a prompt as the case has, at most a chunk."""
+    """The computed and the actual bytes of weights and cache. Also the memory of the process before it loads the model,
+    with the model, and after a forward pass over a prompt of the case's length, at most a chunk."""
     before = process_memory()
     layout = case.layout
     loaded = _load(model, case, device)
@@ -45,7 +45,7 @@ def compare(model: str, case: Case, device: str) -> dict[str, Any]:
 
 
 def refuse_a_difference(checked: dict[str, Any]) -> None:
-    """Raises Error if weights or cache take other bytes than were computed."""
+    """Raises Error if the actual bytes of weights or cache differ from the computed bytes."""
     for name in ("weights", "cache"):
         computed, actual = checked[name]["computed"], checked[name]["actual"]
         if computed != actual:
@@ -67,7 +67,7 @@ def _load(model: str, case: Case, device: str) -> Model:
 
 
 def process_memory() -> dict[str, int]:
-    """Bytes of this process in main memory: all, and those that no file backs. Empty where the system does not say."""
+    """Bytes of this process in main memory: all, and those that no file backs. Empty if the system does not tell."""
     try:
         text = Path("/proc/self/status").read_text()
     except OSError:

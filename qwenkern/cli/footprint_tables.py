@@ -14,7 +14,7 @@ from ..footprint.case import Case
 
 
 def show(model: str, case: Case, device: str, cards: Sequence[Card]) -> None:
-    """One case: its parts, and each card."""
+    """Prints one case: the parts of its memory, and a row for each card."""
     found, layout = case.footprint, case.layout
     dtype = str(layout.dtype).removeprefix("torch.")
     kept = ", ".join(f"{name} {size / 1e9:.2f} GB" for name, size in [*layout.weights_by_format.items()])
@@ -44,7 +44,7 @@ def show(model: str, case: Case, device: str, cards: Sequence[Card]) -> None:
 
 
 def compare(model: str, cases: Sequence[Case], device: str, cards: Sequence[Card]) -> None:
-    """Several cases, a row each."""
+    """Prints several cases, a row for each."""
     table = Table(title=f"{model}: memory in GB{' on a CPU' if device == 'cpu' else ''}", title_justify="left")
     for column in ("quantize", "cache in", "tokens", "weights", "cache", "rest", "all", "fits"):
         table.add_column(column, justify="left" if column in ("quantize", "cache in", "fits") else "right")
@@ -81,7 +81,7 @@ def show_check(checked: dict[str, Any]) -> None:
 
 
 def _cards(case: Case, device: str, cards: Sequence[Card]) -> Table:
-    """A row for all cards with the same memory."""
+    """A table with a row for all cards that have the same memory."""
     what = "machines" if device == "cpu" else f"cards, as of {AS_OF}"
     table = Table(title=f"{USABLE:.0%} of the memory of common {what}", title_justify="left")
     for column in ("memory", "fits", "left", "longest context", "cards"):

@@ -84,7 +84,7 @@ def memory(layout: Layout) -> dict[int, int]:
 
 
 def processor() -> dict[str, str]:
-    """The version of Triton; for the C functions their target, their origin, their threads, and the measurements on
+    """The version of Triton, and of the C functions: their target, their origin, their threads, and the measurements on
     this CPU.
 
     Raises RequestError if QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
@@ -95,7 +95,7 @@ def processor() -> dict[str, str]:
 
 
 def renewed() -> dict[str, str]:
-    """Repeats the measurements of this CPU: the new results as in ``processor``, with the earlier ones.
+    """Repeats the measurements of this CPU. Returns the new results as in ``processor``, with the earlier ones.
 
     Raises RequestError if QWENKERN_CPU_TARGET or QWENKERN_THREADS is wrong."""
     try:
@@ -166,7 +166,7 @@ def _against_itself(config: Config) -> list[str]:
 
 def _against_tensors(config: Config, shapes: Mapping[str, tuple[int, ...]]) -> list[str]:
     expected = {name: slot.shape for name, slot in slots(config).items()}
-    if config.tie_word_embeddings and EMBEDDING not in shapes:  # either of the two will do
+    if config.tie_word_embeddings and EMBEDDING not in shapes:  # a tied model may have either of the two
         expected[HEAD] = expected.pop(EMBEDDING)
     found = [
         f"tensor {name} has shape {tuple(shapes[name])}; the configuration makes it {shape}"

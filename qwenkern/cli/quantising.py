@@ -1,4 +1,4 @@
-"""What `qwenkern quantize IN OUT` does: writes a checkpoint with quantised weights, which loads as it is."""
+"""`qwenkern quantize IN OUT`: writes a checkpoint with quantised weights, which loads without any conversion."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ _COPIED = (
     "chat_template.jinja",
     "chat_template.json",
 )
-_ROWS = 4096  # compared at a time: a multiple of the 16 rows that a quantised weight can be cut at
+_ROWS = 4096  # rows compared at a time: a multiple of 16, because quantised weights are stored in tiles of 16 rows
 
 
 @dataclass
 class Written:
-    """What a checkpoint lost, and its bytes before and after."""
+    """The error of the quantised weights of a checkpoint, and its bytes before and after."""
 
     before: int = 0
     after: int = 0
     lost: float = 0.0  # the sum of the squared errors of the quantised values
     squares: float = 0.0  # the sum of the squares of the same values
     dense: list[str] = field(default_factory=list)  # the matrices that stayed dense
-    twice: list[str] = field(default_factory=list)  # the formats of matrices that were quantised before
+    twice: list[str] = field(default_factory=list)  # the formats of matrices that were quantised already
 
     @property
     def error(self) -> float:
-        """The mean squared error over the mean square of the values."""
+        """The mean squared error, divided by the mean square of the values."""
         return self.lost / self.squares if self.squares else 0.0
 
     def compare(self, matrix: Tensor, weight: Weight) -> None:
@@ -62,10 +62,10 @@ class Written:
 
 
 def quantise(model: str, out: Path, to: str, progress: Progress | None = None) -> Written:
-    """Writes the checkpoint of a model, with its matrices quantised, to the folder ``out``, which is made.
+    """Writes the checkpoint of a model, with its matrices quantised, to the new folder ``out``.
 
-    Quantised matrices of a GGUF file are rounded again. Raises RequestError if ``out`` is there already, or if the
-    weights of a folder are quantised already; and as Model.from_pretrained does."""
+    Quantised matrices of a GGUF file are rounded again. Raises RequestError if ``out`` exists, or if the weights of a
+    folder are quantised already; and as Model.from_pretrained does."""
     if to not in CHOICES:
         raise RequestError(f"--to is {to!r}; expected one of {', '.join(map(repr, CHOICES))}")
     if out.exists() or out.is_symlink():
@@ -108,8 +108,8 @@ def _quantised(
 
 
 def in_order(tensors: Iterable[tuple[str, Tensor | Weight]], config: Config) -> Iterator[tuple[str, Tensor | Weight]]:
-    """The same, those of a layer in the order of the model: q, k and v are then stored one after the other. Files order
-    them by name, layer by layer."""
+    """Yields the tensors of each layer in the order of the model, so that q, k and v are stored one after the other.
+    Files have them layer by layer, in the order of their names."""
     places = {name: place for place, name in enumerate(slots(config))}
     layer, held = None, list[tuple[str, Tensor | Weight]]()
     for name, tensor in tensors:

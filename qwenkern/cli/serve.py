@@ -97,7 +97,7 @@ def serve(
 
 
 def named(models: list[str]) -> dict[str, str]:
-    """What clients call each model -> what loads it."""
+    """The name of each model for clients -> the name, path or hub id that loads it."""
     found: dict[str, str] = {}
     for model in models:
         name, given, path = model.partition("=")
@@ -128,7 +128,7 @@ def keys(file: Path | None) -> tuple[str, ...]:
 
 
 def bounds_of(given: list[str]) -> Bounds:
-    """The server's bounds, with those that are given as NAME=VALUE."""
+    """The server's default bounds, with those replaced that are given as NAME=VALUE."""
     from ..server.settings import Bounds
 
     defaults = dataclasses.asdict(Bounds())

@@ -14,8 +14,8 @@ MODEL = "qwen2.5-3b"
 
 
 def served(dtype: torch.dtype = torch.bfloat16) -> list[tuple[str, str, str, str]]:
-    """(op, tokens, who runs it, why the others do not), for the ops of Qwen2.5-3B on a GPU if there is one, else on the
-    CPU. Tensors of those sizes are only named, not allocated."""
+    """(op, tokens, backend that runs it, why the others do not), for the ops of Qwen2.5-3B on a GPU if there is one,
+    else on the CPU. Tensors of these sizes are described, not allocated."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = Config.from_name(MODEL)
     by_outcome: dict[tuple[str, str, str], set[int]] = {}

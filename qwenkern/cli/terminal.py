@@ -4,9 +4,9 @@
     1      an error, in one line on stderr
     2      a wrong command line
     130    Ctrl-C
-    141    the reader of the output has closed it: the program dies of SIGPIPE, as other programs do
+    141    the reader of the output has closed it; programs that SIGPIPE ends have this code, too
 
-An error of writing to stderr changes neither the output nor the exit code.
+An error while writing to stderr changes neither the output nor the exit code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..errors import Error, RequestError
 
 
 class _Stderr(Console):
-    def on_broken_pipe(self) -> None:  # rich's own method ends the program, and stdout with it
+    def on_broken_pipe(self) -> None:  # rich's own method ends the program, and closes stdout
         self.quiet = True
 
 
@@ -40,13 +40,13 @@ _OF_WRITING = (
     errno.EBADF,
     errno.EFBIG,
     errno.EDQUOT,
-)  # errors of a stream, which name no file
+)  # errors of a stream, which have no file name
 stderr = _Stderr(stderr=True, highlight=False)
 
 
 def note(*parts: Any, **keywords: Any) -> None:
     """Prints a note on stderr, as rich's Console.print does."""
-    with contextlib.suppress(OSError):  # a full disk: see above
+    with contextlib.suppress(OSError):  # such as a full disk: see the module's docstring
         stderr.print(*parts, **keywords)
 
 
@@ -57,13 +57,13 @@ def complain(error: object) -> None:
 
 
 def warn(message: Warning | str, *_: Any, **__: Any) -> None:
-    """Replaces warnings.showwarning, without the place in the code, which does not help users of the command line."""
+    """Replaces warnings.showwarning. Leaves out the line of code, which does not help users of the command line."""
     note("[yellow]warning:[/]", end=" ")
     note(str(message), markup=False, soft_wrap=True)
 
 
 def read_stdin() -> str:
-    """All of standard input, which must be UTF-8 (or the locale's encoding, if that is another)."""
+    """All of standard input, which must be UTF-8, or the locale's encoding if this is another one."""
     if sys.stdin is None:
         raise RequestError("standard input is closed; expected a prompt there, or as an argument")
     try:
@@ -75,7 +75,7 @@ def read_stdin() -> str:
 
 
 def ask(prompt: str) -> str | None:
-    """A line from standard input, after the prompt if it is a terminal: "" after Ctrl-C, None at its end."""
+    """Shows the prompt on a terminal, and returns a line from standard input: "" after Ctrl-C, None at the end."""
     if sys.stdin is None:
         return None
     try:
@@ -137,17 +137,17 @@ def _prepare() -> None:
     for number in range(3):
         try:
             os.fstat(number)
-        except OSError:  # it is closed: the next opened file would get this number and all output
+        except OSError:  # closed: the next file that is opened would get this number, and all output
             os.open(os.devnull, os.O_RDWR)
     if sys.stderr is None:
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  as long as the program
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115  open as long as the program runs
     if sys.stdout is None:
         raise RequestError("standard output is closed; expected somewhere to write to")
     if isinstance(sys.stdin, io.TextIOWrapper):
         ascii_only = codecs.lookup(sys.stdin.encoding).name == "ascii"
         sys.stdin.reconfigure(encoding="utf-8" if ascii_only else sys.stdin.encoding, errors="strict")
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors in ("strict", "surrogateescape"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr, because a terminal may lack a character
+        sys.stdout.reconfigure(errors="backslashreplace")  # as on stderr, because a terminal may not have a character
     warnings.showwarning = warn
     if os.environ.get("COLUMNS") == "0":  # the width is unknown, and rich would print nothing
         del os.environ["COLUMNS"]
