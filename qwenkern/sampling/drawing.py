@@ -1,6 +1,6 @@
-"""What a batch of sequences needs of the draw, and the numbers that say how each sequence draws.
+"""The operations that a batch of sequences needs to draw tokens, and the parameters of each sequence as numbers.
 
-A captured step is made for a `Drawing`. Sequences that need less take part with neutral numbers, which change nothing.
+A captured step is made for a `Drawing`. Sequences that need fewer operations get neutral numbers, which have no effect.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ FEW_LOGPROBS = 20  # what most clients request at most; a batch with more report
 
 
 class Drawing(NamedTuple):
-    """The parts of a draw that at least one sequence of a batch needs. There are 12, so captured steps stay few."""
+    """The operations that at least one sequence of a batch needs. Only 12 values exist, so captured steps are few."""
 
     is_random: bool = False  # else all are greedy
     adjusts: bool = False  # penalties, biases, min_tokens or a grammar's mask change the logits first
-    logprobs: int | None = None  # of the chosen token and of so many most likely ones
+    logprobs: int | None = None  # for the chosen token and for this number of most likely ones
 
     @staticmethod
     def of(sequences: Sequence[SampledSequence], vocabulary: int) -> Drawing:
-        """The drawing that serves all of these sequences."""
+        """The Drawing with all operations that these sequences need."""
         params = [sequence.params for sequence in sequences]
         logprobs = [each.logprobs for each in params if each.logprobs is not None]
         return Drawing(
@@ -41,12 +41,12 @@ class Drawing(NamedTuple):
 
 
 DRAW_ROWS = 4  # temperature, top_k, top_p, min_p: what ops.draw takes
-# and what ops.penalise takes: repetition, presence and frequency penalty, and the tokens left until an end may come
+# The rest are what ops.penalise takes: repetition, presence and frequency penalty, and tokens until an end is allowed.
 NEUTRAL = (1.0, 1.0, math.inf, 0.0, 1.0, 0.0, 0.0, 0.0)  # greedy
 
 
 def settings_of(sequences: Sequence[SampledSequence]) -> list[list[float]]:
-    """A row for each of NEUTRAL's numbers, with a number for each sequence. A greedy one draws from one token."""
+    """A row for each of NEUTRAL's numbers, with a number for each sequence. A greedy sequence has top_k 1."""
     return [list(row) for row in zip(*map(_settings_of, sequences), strict=True)]
 
 
@@ -60,5 +60,5 @@ def _settings_of(sequence: SampledSequence) -> tuple[float, ...]:
         1.0 if params.repetition_penalty is None else params.repetition_penalty,
         params.presence_penalty,
         params.frequency_penalty,
-        float(min(params.min_tokens, 2**24) - len(sequence.output_ids)),  # float32 counts exactly up to there
+        float(min(params.min_tokens, 2**24) - len(sequence.output_ids)),  # float32 has all whole numbers up to 2**24
     )

@@ -1,4 +1,4 @@
-"""The tokens that a sequence has seen, kept from step to step."""
+"""The different tokens of a sequence, and their numbers, for penalties."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class TokenHistory:
-    """The different tokens of one sequence's prompt and output, and how often the output has each.
+    """The different tokens of one sequence's prompt and output, and how often each one is in the output.
 
     >>> history = TokenHistory()
     >>> ids, counts = history.of(prompt_ids, output_ids)  # later calls look at new tokens of the output only
@@ -20,7 +20,7 @@ class TokenHistory:
         self._places: dict[int, int] = {}  # token id -> its place in the tensors
         self._ids = torch.empty(0, dtype=torch.int64, device="cpu")
         self._counts = torch.empty(0, dtype=torch.float32, device="cpu")
-        self._looked_at = -1  # tokens of the output; -1: not at the prompt either
+        self._looked_at = -1  # number of tokens of the output; -1: not even the prompt
 
     def of(self, prompt_ids: Sequence[int], output_ids: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The different token ids of both [N] int64, and how often each is in the output [N] float32. Both are valid

@@ -21,8 +21,8 @@ class TokenLogprob:
 
 
 def logprobs_of(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[tuple[Tensor, int] | None]:
-    """Log-probabilities [V] and the number of tokens to report, for each sequence that requests them, else None. Call
-    this before anything changes the logits."""
+    """For each sequence: log-probabilities [V] and the number of tokens to report, or None if it does not request them.
+    Call this before the logits are changed."""
     wanted = [sequence.params.logprobs for sequence in sequences]
     return [None if k is None else (logits[index].log_softmax(-1), k) for index, k in enumerate(wanted)]
 
@@ -36,8 +36,8 @@ def with_logprobs(of: tuple[Tensor, int], token: int) -> TokenLogprob:
 
 
 def packed(logprobs: Tensor, tokens: Tensor, count: int) -> list[Tensor]:
-    """The log-probabilities of the tokens [R] and of the ``count`` most likely tokens, and the ids of those, from
-    log-probabilities [R, V]: [R, 1 + 2 count] together. A row is what `unpacked` takes."""
+    """From log-probabilities [R, V]: those of the tokens [R], those of the ``count`` most likely tokens, and the ids of
+    these, [R, 1 + 2 count] together. `unpacked` takes a row."""
     values, ids = most_likely(logprobs, count)
     return [logprobs.gather(-1, tokens[:, None]), values, ids]
 

@@ -24,11 +24,11 @@ Upload = Callable[[Tensor, Tensor], None]  # copies to the device, in stream ord
 
 
 class TokenStates:
-    """What sequences' tokens and parameters do to their logits, one slot a sequence and a spare one for rows without a
+    """The tensors that change the logits of sequences: one slot per sequence, and a spare slot for rows without a
     sequence.
 
-    When there are more sequences than slots, the one that was loaded longest ago loses its slot. It is uploaded again
-    when it returns."""
+    When there are more sequences than slots, the least recently loaded one loses its slot. It is uploaded again when it
+    returns."""
 
     def __init__(self, vocabulary: int, device: torch.device) -> None:
         self._vocabulary, self._device = vocabulary, device
@@ -36,8 +36,8 @@ class TokenStates:
         self._forget()
 
     def reserve(self, rows: int) -> bool:
-        """Makes slots for so many sequences, with room to spare. Returns whether the tensors are new ones, which no
-        step has captured yet, and which no sequence is in."""
+        """Makes slots for at least ``rows`` sequences. Returns whether the tensors are new: then no step has captured
+        them, and no sequence is loaded."""
         if rows <= self.slots:
             return False
         self.slots = max(_FEWEST_SLOTS, 1 << (rows - 1).bit_length())
@@ -46,15 +46,15 @@ class TokenStates:
 
     def _forget(self) -> None:
         rows, words = self.slots + 1, -(-self._vocabulary // 32)
-        # How often the output has each token, times ONCE, plus SEEN if it is in prompt or output, plus IS_END.
+        # For each token: its count in the output times ONCE, plus SEEN if it is in prompt or output, plus IS_END.
         self.history = torch.zeros(rows, self._vocabulary, dtype=torch.int32, device=self._device)
         self.bias = torch.zeros(rows, self._vocabulary, dtype=torch.float32, device=self._device)
-        # A grammar's mask: bit t % 32 of word t // 32 allows token t. All ones: it allows everything.
+        # The mask of a grammar: bit t % 32 of word t // 32 allows token t. All ones allow every token.
         self.allowed = torch.full((rows, words), -1, dtype=torch.int32, device=self._device)
         self._places: WeakKeyDictionary[SampledSequence, list[int]] = WeakKeyDictionary()  # slot, tokens of the output
 
     def load(self, sequences: Sequence[SampledSequence], upload: Upload) -> list[int]:
-        """The slot of each sequence. A sequence that is new, or has got tokens elsewhere, is uploaded."""
+        """The slot of each sequence. A sequence is uploaded if it is new, or has got tokens from other steps."""
         others = [each for each in self._places if each not in sequences]
         free = [*set(range(self.slots)).difference(slot for slot, _ in self._places.values())]
         found = []
@@ -65,7 +65,7 @@ class TokenStates:
             if place is None or place[1] != len(sequence.output_ids):
                 place = [free.pop() if place is None else place[0], len(sequence.output_ids)]
                 self._upload(place[0], sequence, upload)
-            self._places[sequence] = place  # the last one in order
+            self._places[sequence] = place  # at the end of the order
             found.append(place[0])
         return found
 
@@ -75,12 +75,12 @@ class TokenStates:
             self._places[sequence][1] += 1
 
     def adjust(self, logits: Tensor, slots: Tensor, settings: Tensor) -> Tensor:
-        """Logits [R, V] after penalties, biases and masks: bit by bit what penalties.penalise gives. ``slots`` is [R]
-        int64, and ``settings`` has the last rows of drawing.settings_of."""
+        """Logits [R, V] after penalties, biases and masks, with the same bits as from penalties.penalise. ``slots``:
+        [R] int64. ``settings``: the last rows of drawing.settings_of."""
         return ops.penalise(logits, slots, settings, self.history, self.bias, self.allowed)
 
     def count(self, tokens: Tensor, slots: Tensor, moves: Tensor) -> None:
-        """Adds drawn tokens [R] to the histories of the rows whose ``moves`` [R] int32 is 1, not 0."""
+        """Adds drawn tokens [R] to the histories of the rows whose ``moves`` [R] int32 is 1. It is 0 in other rows."""
         at = slots * self._vocabulary + tokens
         self.history.view(-1).scatter_add_(0, at, moves * ONCE)
 

@@ -21,10 +21,10 @@ from .matcher import Matcher
 MAX_COMPLETIONS = 128
 MAX_LOGPROBS = 100
 MAX_STOPS = 128  # strings; each is searched for after every token
-MAX_STOP_LENGTH = 1024  # characters; likewise of a salt
+MAX_STOP_LENGTH = 1024  # characters of a stop string, or of a salt
 MAX_IDS = 2**18  # more than the vocabulary of any Qwen2.5 model
 _NEUTRAL = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
-_GREEDY_BELOW = 1e-6  # smaller temperatures act like 0 in float32
+_GREEDY_BELOW = 1e-6  # smaller temperatures have the effect of 0 in float32
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,11 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()  # besides the model's own end-of-text ids
     ignore_eos: bool = False  # go on after end-of-text ids
     n: int = 1  # completions of each prompt
-    logprobs: int | None = None  # log-probabilities of the chosen token (0), and of so many most likely ones
+    logprobs: int | None = None  # log-probabilities of the chosen token, and of this many (0 or more) most likely ones
     skip_special_tokens: bool = True  # leave special tokens such as <|im_end|> out of the text
     priority: int = 0  # among waiting requests, one of higher priority starts first; docs/requests.md
     cache_salt: str | None = None  # only prompts with the same salt share cached pages; docs/requests.md
-    # The form of the text, one of these at most; docs/structured-output.md
+    # The constraint on the text: at most one of these; docs/structured-output.md
     json_schema: Any = None  # JSON of this schema: a dict, JSON text, a class of pydantic; True: any object
     regex: str | None = None  # a text that this expression matches as a whole
     choice: Sequence[str] | None = None  # one of these texts
@@ -93,13 +93,13 @@ class SamplingParams:
             raise RequestError(f"min_tokens is {self.min_tokens}; expected at most max_tokens, {self.max_tokens}")
 
     def with_defaults(self, sampling: Mapping[str, float]) -> SamplingParams:
-        """Replaces None by the checkpoint's values (Generation.sampling), or else by neutral ones."""
+        """Replaces None by the checkpoint's values (Generation.sampling), or else by neutral values."""
         defaults: dict[str, Any] = {**_NEUTRAL, **sampling}
         return replace(self, **{name: value for name, value in defaults.items() if getattr(self, name) is None})
 
     @cached_property
     def biases(self) -> tuple[Tensor, Tensor]:
-        """The ids [N] int64 and the values [N] float32 of logit_bias, made once: there may be as many as tokens."""
+        """The ids [N] int64 and the values [N] float32 of logit_bias. Made once, because N may be large."""
         ids = torch.tensor(list(self.logit_bias), dtype=torch.int64, device="cpu")
         return ids, torch.tensor(list(self.logit_bias.values()), dtype=torch.float32, device="cpu")
 
@@ -109,7 +109,7 @@ class SamplingParams:
 
     @property
     def changes_logits(self) -> bool:
-        """Whether anything is done to the logits before the temperature."""
+        """Whether an operation changes the logits before the temperature does."""
         return bool(
             self.logit_bias
             or self.presence_penalty

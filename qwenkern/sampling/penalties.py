@@ -1,4 +1,4 @@
-"""Changes the logits before a token is drawn: penalties, biases, and end ids that are not allowed yet."""
+"""Changes the logits before a token is drawn: applies penalties and biases, and forbids early end ids."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .parameters import SampledSequence
 def penalise(row: Tensor, sequence: SampledSequence) -> None:
     """Applies penalties and biases and forbids early end ids, in place, on one row of logits [V].
 
-    Each operation is one of float32 tensors, so on_device.py, which does the same to all tokens of many rows, gives the
+    All operations are on float32 tensors. So on_device.py, which applies them to all tokens of many rows, gives the
     same bits."""
     params = sequence.params
     penalty = params.repetition_penalty

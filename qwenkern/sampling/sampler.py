@@ -1,7 +1,7 @@
-"""Draws the next token of each sequence of a batch, with all steps of SamplingParams.
+"""Draws the next token of each sequence of a batch, with all operations of SamplingParams.
 
-`sample` does it for logits that the host has. `Sampling` does it within a captured step: there the device keeps what it
-needs, and `sampled` reads what the step leaves for the host.
+The host calls `sample` with logits. `Sampling` draws within a captured step: its tensors stay on the device, and
+`sampled` reads the results of the step on the host.
 """
 
 from __future__ import annotations
@@ -73,13 +73,13 @@ def sample(logits: Tensor, sequences: Sequence[SampledSequence]) -> list[Sampled
 
 
 def _is_changed(sequence: SampledSequence) -> bool:
-    """Whether a row's logits change before its token is drawn. A greedy row takes its largest logit first, and then
-    asks its grammar: where that token may come, as nearly always, the mask would have changed nothing."""
+    """Whether a row's logits change before its token is drawn. For a greedy row, the grammar is asked after the token
+    with the largest logit is chosen: if it allows this token, as nearly always, its mask has no effect."""
     return sequence.params.changes_logits or (sequence.matcher is not None and not sequence.params.is_greedy)
 
 
 class Sampling:
-    """The draw of ``size`` rows within a captured step: tensors whose addresses stay, and the operations on them.
+    """Draws the tokens of ``size`` rows within a captured step, with tensors whose addresses do not change.
 
     ``moves`` is [size] int32: 1 for rows with a sequence, else 0."""
 
@@ -93,7 +93,7 @@ class Sampling:
         self._slots = torch.full((size,), states.slots, dtype=torch.int64, device=device)
 
     def load(self, sequences: Sequence[SampledSequence], upload: Any) -> None:
-        """Sets how each sequence draws its tokens. Rows without a sequence stay as they are: nobody reads them."""
+        """Sets how each sequence draws its tokens. Rows without a sequence do not change; their tokens are not read."""
         count = len(sequences)
         upload(self._settings[:, :count], settings_of(sequences))
         if self.drawing.adjusts:
@@ -101,15 +101,15 @@ class Sampling:
             upload(self._slots, self._states.load(sequences, upload) + spare)
 
     def launch(self, sequences: Sequence[SampledSequence], upload: Any) -> None:
-        """Prepares the next replay: uploads the random numbers, and notes that it adds a token to each sequence."""
+        """Prepares the next replay: uploads random numbers, and notes that the replay adds a token to each sequence."""
         if self.drawing.is_random:
             upload(self._uniforms[: len(sequences)], [sequence.uniform() for sequence in sequences])
         if self.drawing.adjusts:
             self._states.launched(sequences)
 
     def run(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws from logits [size, V] float32. Returns the token ids [size], and what `sampled` reads. Nothing waits
-        for the device."""
+        """Draws from logits [size, V] float32. Returns the token ids [size], and the tensor whose rows `sampled` reads.
+        Does not wait for the device."""
         drawing, states = self.drawing, self._states
         largest = adjusted = logits.amax(-1)
         logprobs = None if drawing.logprobs is None else logits.log_softmax(-1)
@@ -127,7 +127,7 @@ class Sampling:
 
 
 def sampled(read: Sequence[float] | int, sequence: SampledSequence) -> Sampled:
-    """The outcome for one sequence of what a captured step left in its row: a row of `Sampling.run`, or a token id."""
+    """The result of a captured step for one sequence. ``read``: its row of `Sampling.run`, or a token id."""
     if isinstance(read, int):
         return read
     token, largest, adjusted, *logprobs = read
