@@ -199,7 +199,7 @@ class Model(Loaded):
         model may call, as JSON schemas. It writes a call in <tool_call> tags."""
         if isinstance(messages, str) or is_ids(messages):
             raise RequestError(
-                f"messages is {shown(messages)}; expected a list of messages, or generate for such a prompt"
+                f"messages is {shown(messages)}; expected a list of messages (generate takes a text or token ids)"
             )
         params = sampling_params(params, keywords)
         completions = self._complete(self._requests([messages], params, tools))

@@ -24,7 +24,7 @@ def allocate(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     except (OSError, OverflowError, RuntimeError) as error:  # what mmap and torch raise if there is no memory
         reason = str(error).partition("\n")[0]
         raise RequestError(
-            f"device {device} gives no memory for weights of shape {list(shape)} in {dtype}: {reason}"
+            f"device {device} has no memory for weights of shape {list(shape)} in {dtype}: {reason}"
         ) from error
 
 

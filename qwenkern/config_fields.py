@@ -138,7 +138,7 @@ def whole(source: str, name: str, value: Any, largest: int = LARGEST) -> int:
 def positive(source: str, name: str, value: Any) -> float:
     """A number in the range of float32's normal numbers, because it is used in float32."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 2**-126 <= value < 2**128:
-        raise ConfigError(f"{source}: {name} is {shown(value)}; expected a positive finite number, as float32 has them")
+        raise ConfigError(f"{source}: {name} is {shown(value)}; expected a positive finite number in float32's range")
     return float(value)
 
 

@@ -61,7 +61,7 @@ class Conversion:
                 yield name, tensor
         if dense:
             logger.warning(
-                "%d matrices (such as %s) stay dense, because %s has no matrices of their size",
+                "%d matrices (such as %s) stay dense, because %s does not support their size",
                 *(len(dense), dense[0], self.name),
             )
 

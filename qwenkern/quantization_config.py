@@ -206,11 +206,11 @@ _FLOATS = ("float-quantized", "naive-quantized")
 
 
 def _not_done(config: _Config, schemes: list[_Config]) -> list[str]:
-    """Notes on quantised activations and a quantised cache in the configuration: qwenkern quantises weights only."""
+    """Notes on quantised activations and a quantised cache in the configuration, which qwenkern ignores."""
     notes = []
     for name in ("input_activations", "output_activations"):
         if any(scheme.fields.get(name) for scheme in schemes):
-            notes.append(f"{config.where} quantises {name.replace('_', ' ')}; they stay as they are")
+            notes.append(f"{config.where} quantises {name.replace('_', ' ')}; qwenkern does not")
     if config.fields.get("kv_cache_scheme"):
         notes.append(f"{config.where} quantises the key-value cache; its scales are not used")
     return notes

@@ -49,7 +49,7 @@ def refuse_pointer(file: str | os.PathLike[str]) -> None:
     file if Git LFS is not installed."""
     with open(file, "rb") as stream:
         if stream.read(42) == b"version https://git-lfs.github.com/spec/v1":
-            raise CheckpointError(f"{file}: is a pointer of Git LFS; expected the file itself, which git lfs pull gets")
+            raise CheckpointError(f"{file}: is a Git LFS pointer; expected the file itself: run git lfs pull")
 
 
 def is_gguf(path: str | os.PathLike[str]) -> bool:

@@ -81,7 +81,7 @@ def read(file: Path, facts: Mapping[str, str], cache: PagedCache) -> dict[str, T
         raise CheckpointError(f"{file}: {error}; expected a file that Model.save_prefix has written") from error
     ids = tensors.get(IDS)
     if ids is None or ids.dim() != 1 or ids.dtype != torch.int32 or len(ids) % cache.page_size:
-        raise CheckpointError(f"{file}: has no ids of whole pages of {cache.page_size} tokens")
+        raise CheckpointError(f"{file}: has no token ids of whole pages of {cache.page_size} tokens")
     for index, layer in enumerate(cache.pages):
         for name, like in zip(layer.names, layer.tensors_by_page, strict=False):
             shape, tensor = (len(ids) // cache.page_size, *like.shape[1:]), tensors.get(_name(index, name))

@@ -94,7 +94,7 @@ class GgufCheckpoint(Checkpoint):
         if dense:
             logger.warning(
                 "%s: %d quantised matrices (%s of %s and the like) are dequantised to %s, because qwenkern has no "
-                "kernels for their format or size: they take %.0f MB instead of %.0f, and as much longer to read",
+                "kernels for their format or size: they take %.0f MB instead of %.0f, and longer to read",
                 *(self.path, len(dense), *next((name, info.kind.name) for name, info in dense.items())),
                 dtype,
                 sum(math.prod(info.shape) for info in dense.values()) * dtype.itemsize / 1e6,

@@ -74,7 +74,7 @@ def write_checkpoint(
     memory at a time.
     Raises CheckpointError if the name exists, or if the folder cannot be written."""
     if os.path.lexists(out):
-        raise CheckpointError(f"{out}: exists; expected the name of a folder that there is not, to write to")
+        raise CheckpointError(f"{out}: exists; expected the name of a new folder")
     try:
         temporary = Path(tempfile.mkdtemp(prefix=f".{out.name[:100]}.", dir=out.parent))
         try:

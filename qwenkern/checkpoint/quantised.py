@@ -91,7 +91,7 @@ class Quantised:
             size = sum(each.rows * each.columns for each in dense) * dtype.itemsize
             logger.warning(
                 "%s: %d of %d quantised matrices (such as %s) are dequantised to %s, because their groups or sizes "
-                "have no quantised format here: they take %.0f MB instead of about %.0f, and as much longer to read",
+                "have no quantised format here: they take %.0f MB instead of about %.0f, and longer to read",
                 path, len(dense), len(self.matrices), dense[0].module, dtype, size / 1e6, stored / 1e6,
             )  # fmt: skip
 
@@ -113,11 +113,11 @@ def find(parts: Mapping[str, Part], config: Config, read: Read) -> Quantised:
     if what is None:
         return Quantised(rest=rest)
     if not modules:
-        raise CheckpointError(f"{config.source}: says {what}; expected quantised tensors, and none of them is")
+        raise CheckpointError(f"{config.source}: says {what}; expected quantised tensors, found only dense ones")
     if missing := [module for module in what.formats if module not in modules]:
         raise CheckpointError(
             f"{config.source}: gives {missing[0]} the format {what.formats[missing[0]]!r}; expected its tensors in the "
-            "weights, where they are missing"
+            "weight files, which lack them"
         )
     rest = {name: part for name, part in rest.items() if name.rpartition(".")[2] not in compressed_tensors.IGNORED}
     matrices = {f"{module}.weight": _stored(module, its, config) for module, its in modules.items()}

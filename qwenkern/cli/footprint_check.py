@@ -49,7 +49,7 @@ def refuse_a_difference(checked: dict[str, Any]) -> None:
     for name in ("weights", "cache"):
         computed, actual = checked[name]["computed"], checked[name]["actual"]
         if computed != actual:
-            raise Error(f"{name}: {computed:,} bytes were computed, and the model has {actual:,}; expected as many")
+            raise Error(f"{name}: {computed:,} bytes were computed, and the model has {actual:,}; expected the same")
 
 
 def _load(model: str, case: Case, device: str) -> Model:

@@ -69,7 +69,7 @@ def quantise(model: str, out: Path, to: str, progress: Progress | None = None) -
     if to not in CHOICES:
         raise RequestError(f"--to is {to!r}; expected one of {', '.join(map(repr, CHOICES))}")
     if out.exists() or out.is_symlink():
-        raise RequestError(f"{out}: exists; expected the name of a folder that there is not, to write to")
+        raise RequestError(f"{out}: exists; expected the name of a new folder")
     path, checkpoint = find(model, progress)
     is_gguf = bool(checkpoint.metadata)
     conversion = choose_conversion(to, None if is_gguf else checkpoint)

@@ -69,7 +69,7 @@ def serve(
 ) -> None:
     """Serve models over HTTP: the APIs of OpenAI and Anthropic, and a page to try them at /."""
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
-        raise RequestError(f"qwenkern serve needs {' and '.join(missing)}; expected pip install 'qwenkern[serve]'")
+        raise RequestError(f"qwenkern serve needs {' and '.join(missing)}; run pip install 'qwenkern[serve]'")
     from ..server import listening
     from ..server.models import Models
     from ..server.settings import Settings

@@ -89,9 +89,9 @@ class Engine:
             num_tokens = len(request.prompt_ids) + max(0, request.max_tokens - 1)  # the last one is never cached
             if num_tokens > cache.num_tokens:
                 raise RequestError(
-                    f"the key-value cache has room for {cache.num_tokens} tokens, and a request of "
-                    f"{len(request.prompt_ids)} and max_tokens {request.max_tokens} needs {num_tokens}: pass a larger "
-                    "cache_tokens to Model.from_pretrained"
+                    f"the key-value cache has room for {cache.num_tokens} tokens, and a prompt of "
+                    f"{len(request.prompt_ids)} tokens with max_tokens {request.max_tokens} needs {num_tokens}: pass a "
+                    "larger cache_tokens to Model.from_pretrained"
                 )
         self.scheduler.add(*requests)
 
@@ -297,11 +297,11 @@ class Engine:
         traceback.clear_frames(error.__traceback__)  # they hold the tensors of the pass
         is_lost = _is_lost(error) or not self._in_pass
         if is_lost or self._faults >= MOST_FAULTS:
-            often = "" if is_lost else f"{self._faults} passes failed one after the other, the last one with "
+            often = "" if is_lost else f"{self._faults} forward passes failed in a row, the last one with "
             fault = EngineError(f"the engine has stopped, load the model again: {often}{reason}")
             fault.__cause__ = error
             return self.stop(fault)
-        failed = EngineError(f"the pass that computed this request failed: {reason}")
+        failed = EngineError(f"the forward pass of this request failed: {reason}")
         failed.__cause__ = error
         group = with_siblings(self._in_pass)
         return [self._failed(request, failed.again()) for request in group if not request.has_ended]

@@ -200,7 +200,7 @@ def _compiled(task: Task) -> bool:
             errors.seek(0)
             last = (errors.read().strip().splitlines() or [f"code {failed[0]}"])[-1]
             warnings.warn(
-                f"qwenkern: kernels could not be compiled ahead, and are when they are first launched: {last}",
+                f"qwenkern: kernels could not be compiled in advance; each is compiled at its first launch: {last}",
                 stacklevel=5,
             )
         return not failed

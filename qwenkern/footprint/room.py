@@ -21,7 +21,7 @@ def cache_room(layout: Layout, device: torch.device, asked: int | None, prefill_
         return _default_tokens(layout, device, prefill_chunk, weights)
     # On a CPU this includes swap space, because a page takes memory only when it is used.
     if (most := _tokens(layout, memory_of(device).available)) < asked:
-        raise RequestError(f"cache_tokens is {shown(asked)}; all memory of {device} would hold {most}")
+        raise RequestError(f"cache_tokens is {shown(asked)}; expected at most {most}: {device} has no more memory")
     return asked
 
 

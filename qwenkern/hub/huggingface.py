@@ -139,7 +139,7 @@ def snapshot(hub_id: str, accept: Accept | None = None) -> Path:
     folder = _download(hub_id, ["config.json"])
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{hub_id}: has no config.json, expected a model's repository; of one of GGUF files, download one file "
+            f"{hub_id}: has no config.json, expected a model's repository; from one with GGUF files, download one file "
             "(all parts of a split one), and give its path"
         )
     try:
@@ -159,7 +159,7 @@ def _download(hub_id: str, files: list[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise CheckpointError(
-            f'{hub_id}: huggingface_hub is not installed, expected for hub models; pip install "qwenkern[hub]"'
+            f'{hub_id}: hub models need huggingface_hub, which is not installed: pip install "qwenkern[hub]"'
         ) from error
     try:
         return Path(snapshot_download(hub_id, allow_patterns=files))

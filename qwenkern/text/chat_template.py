@@ -183,8 +183,8 @@ class ChatTemplate:
         end = text.rfind(_END)
         if end < 0 or last["content"].strip() not in text[:end]:
             raise RequestError(
-                f"messages: the chat template of {self._source} does not show the content of the last message as it "
-                "is; expected one that is not to be continued"
+                f"messages: the chat template of {self._source} changes or omits the content of the last message, so "
+                "it cannot be continued; expected continue_final_message to be false"
             )
         # As in transformers: a template that has removed the blank after the mark also removes blanks before it.
         return text[:end] if text.startswith(_END + " ", end) else text[:end].rstrip()

@@ -186,7 +186,7 @@ def test_what_exists_is_left_alone(there, tmp_path):
         raise AssertionError("the weights were asked for")
         yield
 
-    with pytest.raises(CheckpointError, match="out: exists; expected the name of a folder that there is not"):
+    with pytest.raises(CheckpointError, match="out: exists; expected the name of a new folder"):
         write_checkpoint(out, FIELDS, {}, weights())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -275,7 +275,7 @@ FAULTS = {
     "a format too many": (
         change_config,
         lambda formats: formats.update({"lm_head": "q4_k"}),
-        "gives lm_head the format 'q4_k'; expected its tensors in the weights, where they are missing",
+        "gives lm_head the format 'q4_k'; expected its tensors in the weight files, which lack them",
     ),
 }
 

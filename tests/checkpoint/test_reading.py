@@ -61,7 +61,7 @@ def test_pointers_of_git_lfs_are_named(tmp_path):
     for name in ("model.safetensors", "tokenizer.json", "model.gguf"):
         (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
     for read in (open_checkpoint, Tokenizer.from_folder, lambda folder: open_checkpoint(folder / "model.gguf")):
-        with pytest.raises(CheckpointError, match=r"(model|tokenizer)\.[a-z]+: is a pointer of Git LFS; expected"):
+        with pytest.raises(CheckpointError, match=r"(model|tokenizer)\.[a-z]+: is a Git LFS pointer; expected"):
             read(tmp_path)
 
 

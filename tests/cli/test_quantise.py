@@ -126,7 +126,7 @@ def test_what_is_there_is_not_overwritten(dense, tmp_path):
     for taken in ("file", "folder", "link"):
         out = tmp_path / taken
         {"file": out.touch, "folder": out.mkdir, "link": lambda: out.symlink_to("nowhere")}[taken]()  # noqa: B023
-        with pytest.raises(RequestError, match=rf"{taken}: exists; expected the name of a folder that there is not"):
+        with pytest.raises(RequestError, match=rf"{taken}: exists; expected the name of a new folder"):
             quantise(str(dense), out, "int8")
 
 

@@ -95,7 +95,7 @@ def test_a_failed_pass_ends_what_was_in_it_alone(model, error, late):
         [output] = outputs
         assert (output.request, output.token_ids, output.finish_reason) == (reading, [], None)
         assert isinstance(output.error, EngineError)
-        assert str(output.error) == f"the pass that computed this request failed: {type(error).__name__}: {error}"
+        assert str(output.error) == f"the forward pass of this request failed: {type(error).__name__}: {error}"
         assert output.error.__cause__ is error
         engine.add(after := request_of(model, 70))
         finish(engine)
@@ -173,7 +173,7 @@ def test_three_faults_in_a_row_stop_the_engine(model):
     assert [type(error) for error in errors] == [EngineError] * (MOST_FAULTS + 1)
     assert waiting.error is not None, "nobody waits for ever"
     assert str(errors[-1]) == (
-        "the engine has stopped, load the model again: 3 passes failed one after the other, the last one with "
+        "the engine has stopped, load the model again: 3 forward passes failed in a row, the last one with "
         "RuntimeError: no kernel"
     )
     for _ in range(2):

@@ -80,8 +80,8 @@ def test_a_damaged_file_is_refused(tmp_path):
     for change, message in (
         (lambda tensors: tensors.pop("layers.1.v_pages"), "layers.1.v_pages is missing; expected torch.float32"),
         (lambda tensors: tensors.update({"layers.0.k_pages": torch.zeros(3, 64, 2, 8)}), r"\[3, 64, 2, 8\]; expected"),
-        (lambda tensors: tensors.pop("ids"), "has no ids of whole pages of 64 tokens"),
-        (lambda tensors: tensors.update(ids=torch.zeros(7, dtype=torch.int32)), "has no ids of whole pages"),
+        (lambda tensors: tensors.pop("ids"), "has no token ids of whole pages of 64 tokens"),
+        (lambda tensors: tensors.update(ids=torch.zeros(7, dtype=torch.int32)), "has no token ids of whole pages"),
     ):
         written(change)
         with pytest.raises(CheckpointError, match=message):

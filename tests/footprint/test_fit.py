@@ -162,7 +162,7 @@ def test_the_largest_cache_is_that_of_all_memory(monkeypatch):
     layout = SimpleNamespace(page=100)
     monkeypatch.setattr(room, "memory_of", lambda device: Memory(5000, 400, kept=120))
     assert cache_room(layout, GPU, 256, 512, 0) == 256, "five pages, and one of them is the spare one"
-    with pytest.raises(RequestError, match="cache_tokens is 257; all memory of cuda would hold 256"):
+    with pytest.raises(RequestError, match="cache_tokens is 257; expected at most 256: cuda has no more memory"):
         cache_room(layout, GPU, 257, 512, 0)
 
 

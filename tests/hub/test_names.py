@@ -612,7 +612,7 @@ def test_the_table_is_the_dense_family():
     [
         ("somebody/llama", ConfigError, "somebody/llama: .*model_type is 'llama'; qwenkern runs 'qwen2'"),
         ("somebody/Qwen2.5-3B-4bit", CheckpointError, "3B-4bit: .*quantised by 'bitsandbytes', which is not supported"),
-        ("Qwen/Qwen2.5-3B-Instruct-GGUF", CheckpointError, "has no config.json.* of one of GGUF files, download one"),
+        ("Qwen/Qwen2.5-3B-Instruct-GGUF", CheckpointError, "has no config.json.* from one with GGUF files, download"),
     ],
 )
 def test_what_cannot_run_is_refused_from_its_configuration(hub, name, error, message):

@@ -305,7 +305,7 @@ def test_forward_refuses_what_are_no_ids(model, ids):
         ({"prefill_chunk": -1}, "prefill_chunk is -1"),
         ({"cache_tokens": -1}, "cache_tokens is -1"),
         ({"cache_tokens": True}, "cache_tokens is True"),
-        ({"cache_tokens": 10**15}, "cache_tokens is 1000000000000000; all memory of cpu would hold [0-9]+"),
+        ({"cache_tokens": 10**15}, "cache_tokens is 1000000000000000; expected at most [0-9]+: cpu has no more memory"),
         ({"cache_tokens": 10**400}, "cache_tokens is 1000"),
         ({"cache_tokens": "64"}, "cache_tokens is '64'"),
         ({"prefill_chunk": True}, "prefill_chunk is True"),

@@ -118,7 +118,7 @@ def test_what_is_read(found, expected):
     quantization = read(found)
     if expected is not None and expected.method == "compressed-tensors":
         [note] = quantization.notes
-        assert note == "config.json: quantization_config quantises input activations; they stay as they are"
+        assert note == "config.json: quantization_config quantises input activations; qwenkern does not"
         expected = Quantization(**vars(expected) | {"notes": (note,)})
     assert quantization == expected
 

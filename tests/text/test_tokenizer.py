@@ -980,7 +980,7 @@ def test_a_message_that_goes_on_ends_where_reference_model_ends_it(chat, templat
         ({"role": "assistant", "content": None, "tool_calls": [CALL]}, "the last one has tool calls"),
         ({"role": "assistant", "content": "Well", "tool_calls": [CALL]}, "the last one has tool calls"),
         ({"role": "assistant"}, "the last one has no content"),
-        ({"role": "sailor", "content": "Ahoy"}, "does not show the content of the last message"),
+        ({"role": "sailor", "content": "Ahoy"}, "changes or omits the content of the last message"),
     ],
 )
 def test_messages_that_cannot_go_on(toy, message, complaint):
@@ -1052,7 +1052,7 @@ def test_messages_that_are_refused(toy, messages, message):
     ("template", "more", "message"),
     [
         ("{{ raise_exception('no') }}", {}, "of tokenizer_config.json does not accept them"),
-        ("{{ messages[0].content | upper }}", {"continue_final_message": True}, "does not show the content"),
+        ("{{ messages[0].content | upper }}", {"continue_final_message": True}, "changes or omits the content"),
         ("{{ messages[0].content | replace('|', '') }}", {}, "reads or changes those"),
         ("{% if messages[0].role == 'user' %}hello{% endif %}", {}, "ignores the role"),
         (None, {}, "needs a chat template"),
