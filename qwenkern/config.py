@@ -80,8 +80,8 @@ class Config:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any], source: str = "config", dtype: str = "bfloat16") -> Config:
-        """From the fields of a config.json. ``source`` names them in messages. ``dtype`` is that of the weights if the
-        fields name none. Raises CheckpointError for quantised weights of a kind that qwenkern does not read."""
+        """Reads the fields of a config.json. ``source``: their file, for messages. ``dtype``: of the weights, if the
+        fields have none. Raises CheckpointError for quantised weights of a kind that qwenkern does not read."""
         if fields.get("model_type") != "qwen2":
             raise ConfigError(
                 f"{source}: model_type is {shown(fields.get('model_type'))}; qwenkern runs 'qwen2', the dense Qwen2.5 "
@@ -120,8 +120,8 @@ class Config:
     def from_gguf(
         cls, metadata: Mapping[str, Any], *, vocab_size: int, tie_word_embeddings: bool, source: str = "GGUF"
     ) -> Config:
-        """From the key-values of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md). The width of
-        the vocabulary, and whether the output is tied, come from its tensors, not from its metadata."""
+        """Reads the key-values of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
+        ``vocab_size`` and ``tie_word_embeddings`` follow from the file's tensors, not from its metadata."""
         if metadata.get("general.architecture") != "qwen2":
             raise ConfigError(
                 f"{source}: general.architecture is {shown(metadata.get('general.architecture'))}; qwenkern runs "

@@ -1,7 +1,7 @@
-"""Reads and checks single fields of a configuration, and refuses those that ask for what qwenkern does not support.
+"""Reads and checks single fields of a configuration, and refuses values that qwenkern does not support.
 
-``fields`` are those of a config.json, and ``source`` names them in messages. Every error is a ConfigError. This file
-imports the standard library only."""
+``fields`` are the fields of a config.json, and ``source`` is its name in messages. Every error is a ConfigError. This
+file imports the standard library only."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ class Generation:
 
     @classmethod
     def from_folder(cls, folder: Path, vocab_size: int) -> Generation:
-        """From generation_config.json and config.json. vocab_size: the width of the logits.
+        """Reads generation_config.json and config.json. vocab_size: the number of logits.
 
         Raises ConfigError for an impossible value, and CheckpointError for a file that cannot be read."""
         own, general = folder / "generation_config.json", folder / "config.json"
@@ -121,7 +121,7 @@ class Generation:
 
     @classmethod
     def from_fields(cls, fields: Mapping[str, Any], vocab_size: int, source: str) -> Generation:
-        """From the fields of a generation_config.json; ``source`` names it in messages.
+        """Reads the fields of a generation_config.json. ``source``: its name, for messages.
 
         If `do_sample` is false or absent, sampling is greedy, whatever the temperature."""
         fields = {name: value for name, value in fields.items() if value is not None}
@@ -144,7 +144,7 @@ class Generation:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], vocab_size: int, source: str) -> Generation:
-        """From the key-values of a GGUF file. Raises ConfigError, which names the key."""
+        """Reads the key-values of a GGUF file. Raises ConfigError, which names the key."""
         ends = {key: metadata[key] for key in _END_KEYS if key in metadata}
         for key, value in ends.items():
             if not _is_id(value, vocab_size):

@@ -91,7 +91,7 @@ class Loaded:
         """Loads a checkpoint.
 
         model: a hub id ("Qwen/Qwen2.5-3B-Instruct"), a short name ("qwen2.5-3b-instruct", "demo"), a folder of
-            safetensors, or a .gguf file. Quantised weights stay as they are.
+            safetensors, or a .gguf file. Quantised weights keep their format.
         device: "auto" (CUDA if there is a GPU), "cpu", "cuda", "cuda:1".
         dtype: of activations and of weights that are not quantised: "auto" (that of config.json, else of the first
             weight; bfloat16 for GGUF; float32 if weights are quantised and the device is a CPU), "bfloat16",

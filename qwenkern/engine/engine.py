@@ -69,7 +69,7 @@ class Engine:
         self._works: deque[Callable[[], None]] = deque()  # functions to call between two forward passes
         self._faults = 0  # forward passes that failed since the last success
         self._stepping: dict[str, int] = {}  # the thread that is in a step
-        weakref.finalize(self, _give_back, runner.cache, self.scheduler.running)  # for an engine that nobody closes
+        weakref.finalize(self, _give_back, runner.cache, self.scheduler.running)  # for an engine that is not closed
 
     @property
     def has_requests(self) -> bool:

@@ -34,7 +34,7 @@ class Request:
     prompt_index: int = 0
     sample_index: int = 0
     siblings: list[Request] = field(default_factory=list)  # other completions of the same prompt, not started yet
-    is_streamed: bool = False  # somebody reads the text while it is generated
+    is_streamed: bool = False  # whether the caller reads the text while it is generated
     # The engine's thread calls this with the next rows of the prompt's logits, float32 [<= 64, V]; no token is drawn.
     on_logits: Callable[[Tensor], None] | None = None
 

@@ -36,8 +36,8 @@ def with_logprobs(of: tuple[Tensor, int], token: int) -> TokenLogprob:
 
 
 def packed(logprobs: Tensor, tokens: Tensor, count: int) -> list[Tensor]:
-    """From log-probabilities [R, V]: those of the tokens [R], those of the ``count`` most likely tokens, and the ids of
-    these, [R, 1 + 2 count] together. `unpacked` takes a row."""
+    """From log-probabilities [R, V]: those of the tokens, [R, 1], and those of the ``count`` most likely tokens and the
+    ids of these, [R, count] each. `unpacked` takes a row of the three joined."""
     values, ids = most_likely(logprobs, count)
     return [logprobs.gather(-1, tokens[:, None]), values, ids]
 

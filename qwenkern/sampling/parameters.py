@@ -37,7 +37,7 @@ class SamplingParams:
     value out of its range."""
 
     max_tokens: int | None = None  # None: the checkpoint's value, else up to an end id or a full context
-    min_tokens: int = 0  # before so many tokens, no end-of-text id or stop string ends the text
+    min_tokens: int = 0  # before this number of tokens, no end-of-text id or stop string ends the text
     temperature: float | None = None  # 0: greedy, the most likely token
     top_k: int | None = None  # only the k most likely tokens; 0: all
     top_p: float | None = None  # only the most likely tokens that together reach this probability
