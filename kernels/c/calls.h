@@ -34,7 +34,8 @@ typedef bf16 real;
     OP(decode_attention)  \
     OP(prefill_attention) \
     OP(repack)            \
-    OP(repack_words)
+    OP(repack_words)      \
+    OP(draw)
 /* clang-format on */
 
 /* A format of weights or pages has a file of its name (dense_weight.h, dense_pages.h), and its name is listed here. */
@@ -183,6 +184,16 @@ typedef struct {           /* the codes of a matrix [N, K] in words of GPTQ, AWQ
     long flip; /* bits of each word that are inverted */
 } repack_words_args;
 
+typedef struct {           /* out = a token id for each row of logits, drawn as kernels/draw.py says */
+    int64_t *out;          /* [R] */
+    float *scratch;        /* [R, V / draw_run, rounded up] */
+    const float *logits;   /* [R, V] */
+    const float *largest;  /* [R] */
+    const float *settings; /* [4, R]: temperature, top_k, top_p, min_p */
+    const float *uniforms; /* [R] */
+    long num_rows, vocabulary, logits_stride, settings_stride;
+} draw_args;
+
 typedef struct {         /* limits of the ops, and the sizes that determine their scratch; limits.c has the values */
     long max_few_tokens; /* most tokens of a linear that reads its weights once, row by row */
     long in_features_multiple; /* in_features is a multiple of it */
@@ -194,5 +205,6 @@ typedef struct {         /* limits of the ops, and the sizes that determine thei
     long prefill_block; /* cached tokens that are packed at a time */
     long panel_columns; /* rows of a weight that are packed at a time */
     long panel_depth;   /* values of each such row that are packed at a time */
+    long draw_run;      /* logits whose largest is kept in scratch */
 } limits;
 #endif

@@ -3,6 +3,7 @@
 #define FLOAT_ACTIVATIONS
 #undef PAIRS
 #include "decode_attention.c"
+#include "draw.c"
 #include "embedding.c"
 #include "linear.c"
 #include "linear_few_tokens.c"

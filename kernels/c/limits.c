@@ -1,5 +1,6 @@
 /* The limits that Python reads. Each is defined in the file that needs it. */
 #include "attention.h"
+#include "draw.h"
 #include "linear.h"
 #include "norm.h"
 
@@ -14,4 +15,5 @@ EXPORTED const limits LIMITS = {
     .prefill_block = BLOCK,
     .panel_columns = BLOCK,
     .panel_depth = PANEL_DEPTH,
+    .draw_run = DRAW_RUN,
 };

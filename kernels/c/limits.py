@@ -39,3 +39,8 @@ def prefill_scratch(limits: Any, lengths: list[int], num_kv_heads: int, head_dim
     """Scratch of prefill_attention: the packed keys and values of each block of cached tokens and key-value head."""
     blocks = sum(-(-length // limits.prefill_block) for length in lengths)
     return 2 * blocks * num_kv_heads * head_dim * limits.prefill_block
+
+
+def draw_scratch(limits: Any, rows: int, vocabulary: int) -> int:
+    """Scratch of draw: the largest logit of each run of logits."""
+    return rows * -(-vocabulary // limits.draw_run)

@@ -207,6 +207,43 @@ static void plain_repack_words(const repack_words_args *a) {
         }
 }
 
+/* The token behind one (-1: behind none) in descending order of the logits, of equal ones the lower id first; or -1 */
+static long plain_next(const float *logits, long V, long token) {
+    long next = -1;
+    for (long i = 0; i < V; i++) {
+        int equal = token >= 0 && logits[i] == logits[token];
+        int is_behind = token < 0 || logits[i] < logits[token] || (equal && i > token);
+        if (is_behind && (next < 0 || logits[i] > logits[next])) next = i;
+    }
+    return next;
+}
+
+static void plain_draw(const draw_args *a) {
+    const long V = a->vocabulary;
+    for (long r = 0; r < a->num_rows; r++) {
+        const float *logits = a->logits + r * a->logits_stride, *settings = a->settings + r;
+        const float top_k = settings[a->settings_stride], top_p = settings[2 * a->settings_stride];
+        int64_t kept = 0, total = 0, sum = 0;
+        a->out[r] = 0;
+        if (!isfinite(a->largest[r])) continue;
+#define WEIGHT(TOKEN) ((int64_t)(0x1p40f * expf((logits[TOKEN] - a->largest[r]) / settings[0])))
+        for (long i = 0; i < V; i++)
+            if (WEIGHT(i) >= 0x1p40f * settings[3 * a->settings_stride]) kept += WEIGHT(i);
+        for (long rank = 0, i = -1; rank < top_k && (i = plain_next(logits, V, i)) >= 0; rank++) total += WEIGHT(i);
+        if (top_p < 1) {
+            const double part = top_p * (double)total;
+            long i = -1;
+            do sum += WEIGHT(i = plain_next(logits, V, i));
+            while (sum < part);
+            total = sum;
+        }
+        const int64_t target = (double)a->uniforms[r] * (kept < total ? kept : total);
+        sum = 0;
+        for (long i = -1; sum <= target && (i = plain_next(logits, V, i)) >= 0; a->out[r] = i) sum += WEIGHT(i);
+#undef WEIGHT
+    }
+}
+
 #ifdef FLOAT_ACTIVATIONS
 #define plain_op plain_float_op
 #endif

@@ -32,6 +32,7 @@
 typedef uint8_t bytes __attribute__((vector_size(LANES)));
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 typedef uint32_t pairs __attribute__((vector_size(4 * LANES))); /* of bf16, the first in the low half */
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef float float8 __attribute__((vector_size(32)));
 typedef float float4 __attribute__((vector_size(16)));
@@ -173,6 +174,18 @@ ALWAYS float sum(floats x) { /* adds halves, so that the sums stay in vector reg
     float4 four = x;
 #endif
     return (four[0] + four[2]) + (four[1] + four[3]);
+}
+
+ALWAYS int any(pairs lanes) { /* whether a lane is not zero */
+#if LANES == 16
+    return _mm512_test_epi32_mask((__m512i)lanes, (__m512i)lanes) != 0;
+#elif LANES == 8
+    return !_mm256_testz_si256((__m256i)lanes, (__m256i)lanes);
+#else
+    uint64_t parts[2];
+    memcpy(parts, &lanes, sizeof parts);
+    return (parts[0] | parts[1]) != 0;
+#endif
 }
 
 ALWAYS floats larger(floats a, floats b) { /* b where a is NaN */
