@@ -16,13 +16,14 @@
 static long first_tokens(float *logits, long *ids, const drawn_row *row, long count) {
     long found = 0;
     float least_of_them = -INFINITY;
-    for (long run = 0; run < row->vocabulary; run += DRAW_RUN) {
-        const long end = least(run + DRAW_RUN, row->vocabulary);
+    for (long start = 0; start < row->vocabulary; start += DRAW_RUN) {
+        float padded[DRAW_RUN];
+        const float *run = logits_from(row, start, padded);
         pairs above = {0};
-        for (long i = run; i < end; i += LANES) above |= (pairs)(load_logits(row->logits + i, end - i) > least_of_them);
+        for (long i = 0; i < DRAW_RUN; i += LANES) above |= (pairs)(load(run + i) > least_of_them);
         if (!any(above)) continue;
-        for (long i = run; i < end; i++) {
-            const float logit = row->logits[i];
+        for (long i = 0; i < DRAW_RUN; i++) {
+            const float logit = run[i];
             if (!(logit > least_of_them)) continue;
             long place = found < count ? found++ : count - 1;
             for (; place > 0 && logits[place - 1] < logit; place--) {
@@ -30,7 +31,7 @@ static long first_tokens(float *logits, long *ids, const drawn_row *row, long co
                 ids[place] = ids[place - 1];
             }
             logits[place] = logit;
-            ids[place] = i;
+            ids[place] = start + i;
             if (found == count) least_of_them = logits[count - 1];
         }
     }
@@ -39,11 +40,11 @@ static long first_tokens(float *logits, long *ids, const drawn_row *row, long co
 
 /* The draw of a row that keeps at most `count` <= FEW tokens */
 static long drawn_from_few(const drawn_row *row, long count, float top_p, float uniform) {
-    float logits[FEW], weights[FEW] __attribute__((aligned(64)));
+    float logits[FEW], weights[FEW];
     long ids[FEW] = {0};
     count = first_tokens(logits, ids, row, count);
-    for (long i = 0; i < count; i += LANES)
-        store(weights + i, weights_of(distances_of(row, load_logits(logits + i, count - i))));
+    for (long i = count; i < FEW; i++) logits[i] = -INFINITY;
+    for (long i = 0; i < FEW; i += LANES) store(weights + i, weights_of(distances_of(row, load(logits + i))));
     int64_t total = 0, kept = 0;
     for (long i = 0; i < count; i++) {
         total += (int64_t)weights[i];
@@ -83,13 +84,14 @@ static void add_tokens(token_sums *sums, const some_tokens *tokens, int with_cou
 static int64_t sum_intervals(token_sums *sums, const drawn_row *row, int with_counts) {
     const float least_kept = row->min_p * 0x1p40f;
     int64_t kept = 0;
-    for (long run = 0; run < row->vocabulary; run += DRAW_RUN) {
-        const long end = least(run + DRAW_RUN, row->vocabulary);
+    for (long start = 0; start < row->vocabulary; start += DRAW_RUN) {
+        float padded[DRAW_RUN];
+        const float *run = logits_from(row, start, padded);
         floats highest = (floats){0} - INFINITY;
         some_tokens tokens;
         tokens.count = 0;
-        for (long i = run; i < end; i += LANES) {
-            floats logits = load_logits(row->logits + i, end - i), distances = distances_of(row, logits);
+        for (long i = 0; i < DRAW_RUN; i += LANES) {
+            floats logits = load(run + i), distances = distances_of(row, logits);
             highest = larger(logits, highest);
             if (!any((pairs)(distances < WEIGHTLESS))) continue;
             floats weights = weights_of(distances);
@@ -97,7 +99,7 @@ static int64_t sum_intervals(token_sums *sums, const drawn_row *row, int with_co
             if (least_kept <= 0 || !any((pairs)(weights >= least_kept))) continue;
             for (int lane = 0; lane < LANES; lane++) kept += weights[lane] >= least_kept ? (int64_t)weights[lane] : 0;
         }
-        row->maxima[run / DRAW_RUN] = largest(highest);
+        row->maxima[start / DRAW_RUN] = largest(highest);
         add_tokens(sums, &tokens, with_counts);
     }
     return least_kept > 0 ? kept : INT64_MAX;
@@ -106,13 +108,14 @@ static int64_t sum_intervals(token_sums *sums, const drawn_row *row, int with_co
 /* The sums of the tokens whose keys are from start to end - 1, by (key - start) >> shift */
 static void sum_keys(token_sums *sums, const drawn_row *row, long start, long end, int shift, int with_counts) {
     const float first = logit_of(start), last = logit_of(end - 1);
-    for (long run = 0; run < row->vocabulary; run += DRAW_RUN) {
-        if (!(row->maxima[run / DRAW_RUN] >= last)) continue;
-        const long run_end = least(run + DRAW_RUN, row->vocabulary);
+    for (long at = 0; at < row->vocabulary; at += DRAW_RUN) {
+        if (!(row->maxima[at / DRAW_RUN] >= last)) continue;
+        float padded[DRAW_RUN];
+        const float *run = logits_from(row, at, padded);
         some_tokens tokens;
         tokens.count = 0;
-        for (long i = run; i < run_end; i += LANES) {
-            floats logits = load_logits(row->logits + i, run_end - i);
+        for (long i = 0; i < DRAW_RUN; i += LANES) {
+            floats logits = load(run + i);
             pairs within = (pairs)(logits <= first) & (pairs)(logits >= last);
             if (!any(within)) continue;
             floats weights = weights_of(distances_of(row, logits));

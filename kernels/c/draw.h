@@ -29,12 +29,12 @@ typedef struct { /* where a sum ends: at a token of this logit */
     token_sum before; /* of the tokens with larger logits */
 } sum_end;
 
-/* LANES logits. Those behind the end are -infinity, of weight 0. */
-ALWAYS floats load_logits(const float *from, long count) {
-    if (count >= LANES) return load(from);
-    float logits[LANES];
-    for (long i = 0; i < LANES; i++) logits[i] = i < count ? from[i] : -INFINITY;
-    return load(logits);
+/* The DRAW_RUN logits from `start` on. Those behind the end are -infinity, of weight 0; they are in `padded`. */
+static const float *logits_from(const drawn_row *row, long start, float *padded) {
+    const long count = row->vocabulary - start;
+    if (count >= DRAW_RUN) return row->logits + start;
+    for (long i = 0; i < DRAW_RUN; i++) padded[i] = i < count ? row->logits[start + i] : -INFINITY;
+    return padded;
 }
 
 /* -log(weight). Subtracting the largest before the division avoids overflow. */
