@@ -13,6 +13,7 @@ take them, or None. It compiles, allocates and measures nothing: ``prepare`` doe
                                                      of quantised weights linear_grouped.c, grouped_products.c
     attention                                        attention.h, decode_attention.c, prefill_attention.c
     rms_norm, rope, swiglu, embedding                norm.h, rms_norm.c, rope.c, swiglu.c, embedding.c
+    draw                                             draw.h, draw.c
     repack            blocks of GGUF files           repack.c, blocks.h
     repack_words      words of GPTQ, AWQ and others  repack_words.c
     backend.py, ops.py: the backend, its list of ops ops.c: enters an op

@@ -15,7 +15,7 @@ void run(const call *calls, long count, int threads);
 
 enum { D = 32, HKV = 2, G = 2, HQ = HKV * G, H = HQ * D, QKV = (HQ + 2 * HKV) * D, F = 320, VOCABULARY = 50 };
 enum { S = 3, PAGE = 16, PAGES = 20, CACHED = S * PAGES * PAGE * HKV * D, SPLITS = 3, LONGEST = 300, BLOCKS = 9 };
-enum { TOKENS = 61, TEAM = 4, STEPS = 2, OPS = 11 }; /* TOKENS of the larger batch */
+enum { TOKENS = 61, TEAM = 4, STEPS = 2, OPS = 12 }; /* TOKENS of the larger batch */
 
 /* What all callers read */
 static bf16 table[VOCABULARY * H], w_qkv[QKV * H], w_o[H * H], w_gate[F * H], w_up[F * H], w_down[H * F];
@@ -23,6 +23,7 @@ static bf16 bias[QKV], norm[H];
 static bf16 old_keys[CACHED], old_values[CACHED];
 static uint16_t half_scales[H * H / 32]; /* 16-bit floats */
 static float cos_sin[LONGEST * D];
+static float largest_logits[TOKENS], settings[4][TOKENS], uniforms[TOKENS]; /* of the draw */
 static int32_t pages_of[S * PAGES], lengths[S] = {300, 17, 140};
 
 typedef struct { /* the last tokens of each sequence */
@@ -33,7 +34,8 @@ typedef struct { /* the last tokens of each sequence */
 static batch batches[STEPS];
 
 typedef struct {
-    float logits[TOKENS * H];
+    float logits[TOKENS * H], maxima[TOKENS * (H / 128 + 1)];
+    int64_t drawn[TOKENS];
     bf16 x[TOKENS * H], qkv[TOKENS * QKV], q[TOKENS * H], attended[TOKENS * H], projected[TOKENS * H];
     bf16 rotated_q[TOKENS * H], rotated_k[TOKENS * HKV * D], last_sum[TOKENS * H], normed[TOKENS * H];
     bf16 gated[TOKENS * F], gated_again[TOKENS * F], of_codes[TOKENS * H];
@@ -84,6 +86,13 @@ static void fill_all(void) {
             cos_sin[position * D + D / 2 + i] = sinf(position / (1.0f + i));
         }
     for (int i = 0; i < S * PAGES; i++) pages_of[i] = (i * 7) % (S * PAGES);
+    for (int i = 0; i < TOKENS; i++) {
+        largest_logits[i] = 2; /* about */
+        settings[0][i] = 1;
+        uniforms[i] = i / (float)TOKENS;
+        settings[1][i] = i % 2 ? 20 : INFINITY;
+        settings[2][i] = 0.9f;
+    }
     fill_batch(batches, (int[S]){1, 1, 1});
     fill_batch(batches + 1, (int[S]){20, 4, 37});
 }
@@ -245,6 +254,17 @@ static void make_calls(call *calls, results *to, float *scratch, batch *b) {
                     .x_stride = F,
                     .addend_stride = H,
                     .out_is_float = 1}},
+        {.op = draw_op,
+         .draw = {.out = to->drawn,
+                  .scratch = to->maxima,
+                  .logits = to->logits,
+                  .largest = largest_logits,
+                  .settings = settings[0],
+                  .uniforms = uniforms,
+                  .num_rows = T,
+                  .vocabulary = H,
+                  .logits_stride = H,
+                  .settings_stride = TOKENS}},
     };
     memcpy(calls, made, sizeof made);
 }

@@ -57,6 +57,7 @@ BROKEN = [
         "team.c",
         {"atomic_fetch_add(&n->value, 1)": "atomic_fetch_add_explicit(&n->value, 1, memory_order_relaxed)"},
     ),
+    Mutation("rows share their maxima", "draw.c", {"args->scratch + r * ceil_div(V, DRAW_RUN)": "args->scratch"}),
     Mutation(
         "the cache's size is no atomic variable",
         "linear_few_tokens.c",

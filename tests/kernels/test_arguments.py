@@ -267,7 +267,7 @@ def test_what_no_op_takes_is_refused(op, name):
 @pytest.mark.parametrize(("op", "name"), PLACES)
 def test_what_has_no_memory_is_refused_in_c(op, name, made, backend):
     """torch itself reads through the pointer, so only C is tested."""
-    if backend == "torch" or "backward" in op or op in ("attention", "lm_head_top_k", "penalise", "draw"):
+    if backend == "torch" or "backward" in op or op in ("attention", "lm_head_top_k", "penalise"):
         return
     other = with_one(op, name, made)
     if not of(other, name).is_floating_point():  # numbers, which are looked at before
