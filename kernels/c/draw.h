@@ -42,7 +42,8 @@ ALWAYS floats distances_of(const drawn_row *row, floats logits) {
     return larger((row->largest - logits) / row->temperature, (floats){0});
 }
 
-/* The weights, before they are rounded down */
+/* The weights, before they are rounded down. Their last units differ from torch's: exponential is within 2 units of
+ * 2^-24 of exp. */
 ALWAYS floats weights_of(floats distances) { return exponential(-distances) * 0x1p40f; }
 
 ALWAYS ints intervals_of(floats distances) {

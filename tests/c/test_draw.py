@@ -87,6 +87,20 @@ def test_the_places_of_equal_logits_count():
     assert_that_of_sorting(logits, [*settings, (1.0, 700, 0.9, 1.0)], [0.7, 0.99, 0.5, 0.4, 0.93, 0.77])
 
 
+@pytest.mark.parametrize("vocabulary", [40, 1000])
+def test_a_filter_keeps_neither_more_nor_less(vocabulary):
+    """Of equal logits, so that a token is a known part of the whole. The last of what is kept is drawn."""
+    count = vocabulary // 4
+    kept = [(1.0, math.inf, 1.0, 0.0), (1.0, float(count), 1.0, 0.0), (1.0, float(vocabulary), 0.25, 0.0)]
+    kept += [(1.0, 2.0 * count, 0.5, 0.0), (1.0, float(count), 1.0, 1.0), (1.0, math.inf, 0.25, 0.9)]
+    logits = torch.full((len(kept), vocabulary), 3.0)
+    expected = [vocabulary - 1, *[count - 1] * 5]
+    assert drawn(logits, kept, [BELOW_ONE] * len(kept)) == expected
+    logits[:, count + 5 :] -= 1e-3  # others come behind them
+    settings = [(1.0, float(vocabulary), 1.0, 0.9999), (1.0, count + 7.0, 1.0, 0.0)]
+    assert drawn(logits[:2], settings, [BELOW_ONE] * 2) == [count + 4, count + 6]
+
+
 def test_many_different_logits_in_one_interval():
     """On both sides of zero, where floats are dense; and the largest ones, where they are not."""
     order = torch.randperm(2500, generator=torch.Generator().manual_seed(1))
