@@ -15,7 +15,7 @@ from .config import Config
 from .engine import Request
 from .errors import RequestError, shown
 from .generation import Generation
-from .sampling import Debt, Grammars, SamplingParams, grammar_of
+from .sampling import Grammars, Overrun, SamplingParams, grammar_of
 from .text.detokenizer import Detokenizer
 from .text.tokenizer import Tokenizer
 
@@ -48,7 +48,7 @@ class Prompts:
         params = params.with_defaults(self.generation.sampling)
         self._check_params(params)
         requests = []
-        grammar, debt = grammar_of(params), Debt()
+        grammar, overrun = grammar_of(params), Overrun()
         for prompt_index, prompt in enumerate(prompts):
             ids = self.encode(prompt, tools, continue_final_message)
             self.check(ids)
@@ -61,7 +61,7 @@ class Prompts:
                     end_ids=end_ids,
                     max_tokens=max_tokens,
                     detokenizer=self._detokenizer(params),
-                    matcher=self.grammars.matcher(grammar, end_ids, debt) if grammar else None,
+                    matcher=self.grammars.matcher(grammar, end_ids, overrun) if grammar else None,
                     prompt_index=prompt_index,
                     sample_index=sample_index,
                 )

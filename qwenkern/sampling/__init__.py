@@ -6,7 +6,7 @@ from .grammar import grammar_of
 from .grammar_compiler import Grammars
 from .history import TokenHistory
 from .logprobs import TokenLogprob
-from .matcher import Debt, Matcher
+from .matcher import Matcher, Overrun
 from .on_device import TokenStates
 from .parameters import SampledSequence, SamplingParams
 from .sampler import Sampled, Sampling, sample, sampled
@@ -14,10 +14,10 @@ from .sampler import Sampled, Sampling, sample, sampled
 __all__ = [
     "BELOW_ONE",
     "NOT_FINITE",
-    "Debt",
     "Drawing",
     "Grammars",
     "Matcher",
+    "Overrun",
     "Sampled",
     "SampledSequence",
     "Sampling",

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from ..errors import EngineError, RequestError
 from . import grammar_trial
 from .grammar import Grammar
-from .matcher import Debt, Matcher
+from .matcher import Matcher, Overrun
 
 # Compact, with a space, or pretty-printed. llguidance's own rule has no bound, and small models then write blanks only.
 WHITESPACE = r" |\n {0,32}|\n\t{0,16}"
@@ -68,12 +68,13 @@ class Grammars:
                 wrapper: Any = _Wrapper(self._tokenizer, self._width)  # it reads the attributes alone
                 self._library = llguidance.LLTokenizer(wrapper)
 
-    def matcher(self, grammar: Grammar, end_ids: Iterable[int], debt: Debt | None = None) -> Matcher:
-        """A matcher for a new text. ``end_ids`` end the text where the grammar may end. debt: of the texts of its call.
+    def matcher(self, grammar: Grammar, end_ids: Iterable[int], overrun: Overrun | None = None) -> Matcher:
+        """A matcher for a new text. ``end_ids`` end the text where the grammar may end. overrun: shared by the texts of
+        one call.
 
         Raises RequestError for a grammar that llguidance does not support, with its reason, or that takes more time or
         memory than the bounds in grammar_trial.py; EngineError if the machine is too busy to tell."""
-        return Matcher(self.compiled(grammar).deep_copy(), lambda: self._again(grammar), self._width, end_ids, debt)
+        return Matcher(self.compiled(grammar).deep_copy(), lambda: self._again(grammar), self._width, end_ids, overrun)
 
     def knows(self, grammar: Grammar) -> bool:
         """Whether ``compiled`` need not compile it."""

@@ -19,13 +19,15 @@ from torch import Tensor
 
 from ..errors import RequestError
 
-EACH = 0.01  # seconds of processor time for each token; most grammars take less than a tenth of it
-SLOW = 1.0  # seconds that the texts of one call may take beyond that: all other requests wait for them
+EACH = 0.01  # seconds of processor time allowed for each token; most grammars take less than a tenth of it
+SLOW = 1.0  # largest Overrun in seconds: all other requests of the engine wait for this work
 R = TypeVar("R")
 
 
-class Debt:
-    """What the texts of one call have taken beyond EACH for each token."""
+class Overrun:
+    """The processor time that the texts of one call have taken beyond their allowance, shared by their matchers.
+
+    Work of llguidance adds its seconds. Each token takes EACH seconds away, down to zero, as in a leaky bucket."""
 
     seconds = 0.0
 
@@ -79,13 +81,13 @@ class Matcher:
     followed again by a state of its own, so that what another text did to the shared one ends no other."""
 
     def __init__(
-        self, state: Any, fresh: Callable[[], Any], width: int, end_ids: Iterable[int], debt: Debt | None = None
+        self, state: Any, fresh: Callable[[], Any], width: int, end_ids: Iterable[int], overrun: Overrun | None = None
     ) -> None:
         self._state = state  # llguidance.LLMatcher
         self._fresh = fresh  # makes one that shares nothing with others
         self._width = width
         self._end_ids = frozenset(end_ids)
-        self._debt = debt or Debt()
+        self._overrun = overrun or Overrun()
         self._taken: list[int] = []
         self._mask: Mask | None = None  # of the next place
         self._error: RequestError | None = None
@@ -123,7 +125,7 @@ class Matcher:
         """Goes on by a token that the mask allows, and that does not end the text."""
         self._mask = None
         self._taken.append(token)
-        self._debt.seconds = max(0.0, self._debt.seconds - EACH)
+        self._overrun.seconds = max(0.0, self._overrun.seconds - EACH)
         if not self._timed(self._state.consume_token, token):
             self._restart()
         self.has_ended = not self._error and self._state.is_stopped()
@@ -147,8 +149,8 @@ class Matcher:
         """Has llguidance do something. Fails if that has taken too long, since all requests of the engine wait."""
         begin = time.thread_time()
         result = call(*arguments)
-        self._debt.seconds += time.thread_time() - begin
-        if self._debt.seconds > SLOW:
+        self._overrun.seconds += time.thread_time() - begin
+        if self._overrun.seconds > SLOW:
             self._fail(f"it has taken {SLOW:g} s more than {1000 * EACH:g} ms for each token, which is the most")
         return result
 

@@ -17,7 +17,7 @@ from support.sampled_rows import FakeRow
 from support.toy_tokenizer import END, byte_tokenizer
 
 from qwenkern import EngineError, RequestError, SamplingParams
-from qwenkern.sampling import Debt, Grammars, grammar_compiler, grammar_trial, matcher, sample
+from qwenkern.sampling import Grammars, Overrun, grammar_compiler, grammar_trial, matcher, sample
 from qwenkern.sampling.grammar import MAX_CHOICES, MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, Grammar, grammar_of
 
 WIDTH = 503  # more logits than the tokenizer has ids
@@ -303,8 +303,8 @@ def test_texts_of_one_call_may_take_so_long_together(grammars, quick, monkeypatc
         return now[0]
 
     monkeypatch.setattr(matcher, "time", SimpleNamespace(thread_time=thread_time))
-    grammar, debt = Grammar("regex", "[ab]*"), Debt()
-    found, sibling, other = (grammars.matcher(grammar, [END], each) for each in (debt, debt, None))
+    grammar, overrun = Grammar("regex", "[ab]*"), Overrun()
+    found, sibling, other = (grammars.matcher(grammar, [END], each) for each in (overrun, overrun, None))
     (token,) = byte_tokenizer(WIDTH).encode("a")
     step[0] = matcher.EACH / 4
     for _ in range(1000):  # a text may take that for ever
