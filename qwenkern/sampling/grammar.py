@@ -1,6 +1,6 @@
-"""What a caller asks of the form of a text: a JSON schema, a regular expression, a choice of texts, or a grammar.
+"""Constraints on a text: a JSON schema, a regular expression, a choice of texts, or a grammar.
 
-Here it is checked and bounded, without llguidance. grammar_compiler.py compiles it.
+This module checks and bounds them, without llguidance. grammar_compiler.py compiles them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 from ..errors import RequestError, shown
 
 MAX_GRAMMAR_BYTES = 2**16  # of a schema as JSON text, a regular expression, a grammar, or all choices together
-MAX_SCHEMA_DEPTH = 64  # of objects and arrays within each other
+MAX_SCHEMA_DEPTH = 64  # levels of nested objects and arrays
 MAX_CHOICES = 1024
-KINDS = ("json_schema", "regex", "choice", "grammar")  # fields of SamplingParams; one at most is given
+KINDS = ("json_schema", "regex", "choice", "grammar")  # fields of SamplingParams; at most one is given
 
-_DATA = ("const", "enum", "default", "examples")  # values of these keywords are no schemas
+_DATA = ("const", "enum", "default", "examples")  # keywords of JSON schema whose values are data, not schemas
 
 
 class Grammar(NamedTuple):
-    """The form of a text, as the compiler takes it."""
+    """A constraint, as the compiler takes it."""
 
     kind: str  # one of KINDS
-    source: str  # a schema as JSON text, an expression, a grammar; choices as a JSON list
+    source: str  # the schema as JSON text, the expression, the grammar, or the choices as a JSON list
 
 
 def only_one_of(values: dict[str, Any]) -> None:
@@ -34,7 +34,9 @@ def only_one_of(values: dict[str, Any]) -> None:
 
 
 def json_schema(name: str, value: Any) -> str | None:
-    """A schema as JSON text. ``value`` is a dict, JSON text, True (any object), or a class of pydantic."""
+    """A schema as JSON text. ``value`` is a dict, JSON text, True (any object), a pydantic class, or None.
+
+    Raises RequestError."""
     if value is None:
         return None
     if isinstance(value, str):
@@ -44,7 +46,7 @@ def json_schema(name: str, value: Any) -> str | None:
     elif isinstance(value, type) and callable(schema_of := getattr(value, "model_json_schema", None)):
         try:
             value = schema_of()
-        except Exception as error:  # pydantic's own, of a type that JSON cannot say
+        except Exception as error:  # pydantic's own error, for a type that has no JSON schema
             raise RequestError(f"{name} is {shown(value)}, which has no JSON schema: {error}") from error
     if not isinstance(value, dict):
         raise RequestError(
@@ -60,20 +62,22 @@ def json_schema(name: str, value: Any) -> str | None:
 
 
 def check_schema(name: str, schema: Any) -> None:
-    """Raises RequestError for a schema that is too deep or too large, or in which llguidance would miscount."""
+    """Raises RequestError for a schema that is nested too deep, that is too large, or whose properties llguidance
+    would count wrongly."""
     _check_depth(name, schema)
     _check_counts(name, schema)
 
 
 def expression(name: str, value: Any) -> str | None:
-    """A regular expression, or a grammar in llguidance's Lark syntax: a text that is not empty."""
+    """A regular expression, or a grammar in llguidance's Lark syntax. Raises RequestError if ``value`` is not a text,
+    is empty, or is too large."""
     if value is not None and (not isinstance(value, str) or not value):
         raise RequestError(f"{name} is {shown(value)}; expected a text that is not empty, or None")
     return None if value is None else _bounded(name, value)
 
 
 def choices(name: str, value: Any) -> tuple[str, ...] | None:
-    """Different texts that are not empty."""
+    """The texts to choose from, without duplicates. Raises RequestError for an empty list or text, or for too many."""
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or not value or not all(isinstance(text, str) and text for text in value):
@@ -85,7 +89,7 @@ def choices(name: str, value: Any) -> tuple[str, ...] | None:
 
 
 def grammar_of(params: Any) -> Grammar | None:
-    """What the parameters ask of the form of the text."""
+    """The constraint of these SamplingParams, or None."""
     for kind in KINDS:
         value = getattr(params, kind)
         if value is not None:
@@ -117,11 +121,11 @@ def _bounded(name: str, text: str) -> str:
 
 
 def _check_depth(name: str, value: Any) -> None:
-    """Level by level, because a deep value would exhaust Python's stack."""
+    """Goes level by level, because recursion into a deep value would exhaust Python's stack."""
     level, depth, count = [value], 0, 0
     while level:
         depth, count = depth + 1, count + len(level)
-        if depth > MAX_SCHEMA_DEPTH or count > MAX_GRAMMAR_BYTES:  # a value that holds itself a few times is as bad
+        if depth > MAX_SCHEMA_DEPTH or count > MAX_GRAMMAR_BYTES:  # a value that contains itself exceeds one of them
             raise RequestError(
                 f"{name} has more than {MAX_SCHEMA_DEPTH} objects and arrays within each other, or more than "
                 f"{MAX_GRAMMAR_BYTES} in all; expected fewer"
@@ -130,7 +134,8 @@ def _check_depth(name: str, value: Any) -> None:
 
 
 def _check_counts(name: str, schema: Any) -> None:
-    """llguidance counts a key that comes twice as two properties, which JSON's readers do not."""
+    """Raises RequestError for a minProperties that an answer could reach with duplicate keys only: llguidance counts
+    a repeated key as another property, and JSON parsers do not."""
     if isinstance(schema, dict):
         least, required = schema.get("minProperties"), schema.get("required")
         given = len(required) if isinstance(required, list) else 0

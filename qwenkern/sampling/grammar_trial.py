@@ -1,8 +1,8 @@
-"""Compiles a grammar in a process of its own, which may take bounded time and memory: llguidance counts the steps of
-most of its work, but not of all of it, and a thread that runs its code cannot be stopped.
+"""Compiles a grammar in a process whose time and memory the system limits. llguidance limits most of its own work, but
+not all of it, and a thread that runs its code cannot be stopped.
 
-Run as a script by grammar_compiler.py: the grammar comes from standard input, and a JSON list goes to standard output:
-llguidance's reason for refusing it, or "", and the bytes that it took.
+grammar_compiler.py runs this file as a script. It reads the grammar from standard input, and writes a JSON list to
+standard output: llguidance's reason to refuse the grammar, or "", and the bytes that the grammar takes.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from typing import Any
 
 SECONDS = 2  # of processor time
 BYTES = 2**30  # of address space, Python's own included
-STEPS = 100  # bytes of a text that are followed: what is costly may come after the beginning
-MAX_STATES = 2**15  # of the lexer, which keeps each that it has met; 0.1 to 2 kB each
+STEPS = 100  # random bytes to follow through the grammar: its costly part may come after the beginning
+MAX_STATES = 2**15  # of the lexer, which keeps every state that it reaches, at 0.1 to 2 kB each
 
 
 def limits(llguidance: Any) -> Any:
-    """The bounds that llguidance itself keeps. Its messages leave out the grammar."""
+    """The limits that llguidance itself enforces. With them, its messages do not quote the grammar."""
     return llguidance.LLParserLimits(max_lexer_states=MAX_STATES, precompute_large_lexemes=False, verbose_errors=False)
 
 

@@ -1,7 +1,7 @@
 """Follows a text through its grammar: which tokens may come next, and where the text may end.
 
-accept(token) ─► mask of the next place, while the pass runs ─► apply(row) ─► draw ─► accept(token) ...
-                                            greedily on a CPU:  draw ─► allows(token) ─► accept(token) ...
+accept(token) ─► next mask, during the forward pass ─► apply(row) ─► draw ─► accept(token) ...
+                             greedy decoding on a CPU: draw ─► allows(token) ─► accept(token) ...
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Overrun:
 
 
 class Mask(NamedTuple):
-    """The tokens that may come next. Either the allowed or the forbidden ones are listed, whichever are fewer."""
+    """The tokens that may come next. It lists the allowed or the forbidden ones, whichever are fewer, in order."""
 
     ids: NDArray[np.int64]
     are_allowed: bool
@@ -44,7 +44,7 @@ class Mask(NamedTuple):
 
     def apply(self, row: Tensor) -> None:
         """Sets the logits [V] of forbidden tokens to -inf."""
-        # numpy, because torch divides even this among threads, and waits for them where others keep them busy
+        # numpy, because torch divides even this work among threads, and waits for them when the cores are busy
         target: Any = row.numpy() if row.is_cpu else row
         ids: Any = self.ids if row.is_cpu else torch.from_numpy(self.ids).to(row.device)
         if self.are_allowed:
@@ -55,9 +55,10 @@ class Mask(NamedTuple):
             target[ids] = -math.inf
 
 
-@lru_cache(maxsize=32)  # within a text of JSON, for example, most places have the same
+@lru_cache(maxsize=32)  # in JSON, for example, most positions have the same few masks
 def _mask(bits: bytes, width: int, end_ids: frozenset[int]) -> Mask:
-    """A mask of llguidance: a bit for each token, and one for the end of the text."""
+    """The mask from llguidance's bitmask, which has a bit for each token and one, at ``width``, for the end of the
+    text."""
     words = np.frombuffer(bits, dtype="<u4").copy()
     may_end = words[width // 32] >> width % 32 & 1
     words[width // 32] &= (1 << width % 32) - 1
@@ -74,27 +75,27 @@ def _mask(bits: bytes, width: int, end_ids: frozenset[int]) -> Mask:
 
 
 class Matcher:
-    """The place of one text in its grammar.
+    """The state of one text in its grammar.
 
-    One thread at a time may use it. ``prepare`` computes the next mask ahead, which takes 20 µs to some milliseconds;
-    otherwise ``mask`` does. llguidance's state is shared by the texts of one grammar. Where it fails, the text is
-    followed again by a state of its own, so that what another text did to the shared one ends no other."""
+    One thread at a time may use it. ``prepare`` computes the next mask ahead of time, which takes 20 µs to some
+    milliseconds; otherwise ``mask`` computes it. The texts of one grammar share parts of llguidance's state. If that
+    state fails, the matcher follows its text again with a new state, so that one text cannot end another."""
 
     def __init__(
         self, state: Any, fresh: Callable[[], Any], width: int, end_ids: Iterable[int], overrun: Overrun | None = None
     ) -> None:
         self._state = state  # llguidance.LLMatcher
-        self._fresh = fresh  # makes one that shares nothing with others
+        self._fresh = fresh  # makes a state that shares nothing with other texts
         self._width = width
         self._end_ids = frozenset(end_ids)
         self._overrun = overrun or Overrun()
         self._taken: list[int] = []
-        self._mask: Mask | None = None  # of the next place
+        self._mask: Mask | None = None  # for the next token
         self._error: RequestError | None = None
-        self.has_ended = False  # nothing may follow
+        self.has_ended = False  # the grammar allows no further token
 
     def prepare(self) -> None:
-        """Computes the next mask. Raises nothing: ``mask`` does."""
+        """Computes the next mask. Raises nothing: ``mask`` raises the error."""
         if self._mask or self._error:
             return
         self._mask = self._computed()
@@ -105,7 +106,7 @@ class Matcher:
             self._fail(self._state.get_error())
 
     def mask(self) -> Mask:
-        """The tokens that may come next. Raises RequestError if llguidance fails, for example at one of its bounds."""
+        """The tokens that may come next. Raises RequestError if llguidance fails, for example at one of its limits."""
         self.prepare()
         if self._error:
             raise self._error
@@ -113,16 +114,17 @@ class Matcher:
         return self._mask
 
     def allows(self, token: int) -> bool:
-        """Whether the mask allows a token, mostly without the mask. Raises RequestError as ``mask``."""
+        """Whether the mask allows a token. Computes the mask only if the token may be forbidden. Raises RequestError
+        as ``mask``."""
         if not self._mask and not self._error and token not in self._end_ids:
-            # where the grammar forces a text, the mask has one of its spellings, and validate_tokens takes all
+            # Of a forced text, the mask allows one tokenization only. validate_tokens would accept any.
             forced = self.forced()
             if forced[0] == token if forced else self.accepted([token]) == 1:
                 return True
         return self.mask().allows(token)
 
     def accept(self, token: int) -> None:
-        """Goes on by a token that the mask allows, and that does not end the text."""
+        """Appends a token to the text. The mask must allow it, and it must not end the text."""
         self._mask = None
         self._taken.append(token)
         self._overrun.seconds = max(0.0, self._overrun.seconds - EACH)
@@ -135,18 +137,18 @@ class Matcher:
         return [] if self._error else list(self._timed(self._state.compute_ff_tokens))
 
     def accepted(self, draft: Sequence[int]) -> int:
-        """How many tokens of a draft the grammar takes."""
+        """How many tokens of a draft, from its first one on, the grammar accepts."""
         return 0 if self._error else int(self._timed(self._state.validate_tokens, list(draft)))
 
     def _computed(self) -> Mask | None:
-        """None if llguidance fails."""
+        """The next mask, or None if llguidance fails."""
         bits: bytes = self._timed(self._state.compute_bitmask)
         if self._state.is_error():
             return None
         return _mask(bits, self._width, self._end_ids)
 
     def _timed(self, call: Callable[..., R], *arguments: Any) -> R:
-        """Has llguidance do something. Fails if that has taken too long, since all requests of the engine wait."""
+        """Calls llguidance, and adds the processor time to the overrun. Notes a failure if the overrun exceeds SLOW."""
         begin = time.thread_time()
         result = call(*arguments)
         self._overrun.seconds += time.thread_time() - begin
@@ -165,7 +167,7 @@ class Matcher:
             self._fail(self._state.get_error())
 
     def _fail(self, reason: str) -> None:
-        """Notes the first failure."""
+        """Notes a failure, unless there was one before. ``mask`` raises it."""
         reason = " ".join(reason.replace("<non-verbose/>", "").split())
         self._error = self._error or RequestError(
             f"the grammar cannot go on after {len(self._taken)} tokens: {reason}; expected a simpler one, or one that "
