@@ -1,4 +1,5 @@
-"""Bounds the requests that wait: how many, for how long, the bytes of their bodies, and the texts to be tokenised."""
+"""Limits waiting requests: their number, how long they wait, the bytes of their bodies, and the length of texts to
+tokenize."""
 
 from __future__ import annotations
 
@@ -14,12 +15,12 @@ from ..text.messages import size
 from .errors import ApiError
 from .settings import Bounds
 
-CHARACTERS = 32  # of a prompt for each token of the context, at most: a text has about 4, blanks alone up to 128
-SMALL = 2**16  # bytes of a body that count nowhere, so that large bodies keep no ordinary request away
+CHARACTERS = 32  # most characters of a prompt per token of the context. Text has about 4 per token, blanks up to 128
+SMALL = 2**16  # first bytes of each body, which do not count: large bodies must not keep ordinary requests out
 
 
 class Place:
-    """The place of a turn that waits, until it starts or ends."""
+    """The place of one turn in the queue. The turn holds it until its requests start or end."""
 
     def __init__(self, admission: Admission) -> None:
         self._admission = admission
@@ -27,16 +28,16 @@ class Place:
         self.has_started: Callable[[], bool] = lambda: False
 
     def leave(self) -> None:
-        """Ends the waiting. May be called several times."""
+        """Gives the place up. May be called several times."""
         self._admission.places.pop(self, None)
 
 
 class Admission:
-    """The turns that wait."""
+    """The queue of turns that wait to start."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._bounds = bounds
-        self.places: dict[Place, None] = {}  # in the order of their arrival
+        self.places: dict[Place, None] = {}  # in order of arrival
 
     def enter(self) -> Place:
         """A place for one more turn. Raises ApiError 429 if too many wait."""
@@ -44,7 +45,7 @@ class Admission:
             place.leave()
         if len(self.places) >= self._bounds.waiting:
             now = time.monotonic()
-            oldest = max((now - place.since for place in self.places), default=0.0)  # it may be about to start
+            oldest = max((now - place.since for place in self.places), default=0.0)  # how long a start takes now
             seconds = max(1, min(math.ceil(oldest), 60))
             raise ApiError(
                 429,
@@ -66,7 +67,7 @@ class Admission:
 
 
 class Bodies:
-    """The bytes of all bodies in memory."""
+    """Counts and limits the bytes of all bodies in memory."""
 
     def __init__(self, bounds: Bounds) -> None:
         self._most = bounds.bodies_bytes
@@ -74,8 +75,8 @@ class Bodies:
 
     @contextmanager
     def one(self) -> Iterator[Callable[[int], None]]:
-        """Counts one body until the end of the with statement. Gives a function that is told its bytes so far, which
-        raises ApiError 429 if all bodies together have too many."""
+        """Counts one body until the end of the with statement. Yields a function: the caller passes it the number of
+        bytes received so far, and it raises ApiError 429 if all bodies together have too many."""
         mine = 0
 
         def grow(size: int) -> None:
@@ -93,9 +94,9 @@ class Bodies:
 
 
 def check_length(model: Model, *parts: Any) -> None:
-    """Raises ApiError for a prompt that surely does not fit the context, because a tokenizer takes seconds for it.
+    """Raises ApiError 400 for a prompt that is certainly longer than the context: the tokenizer would take seconds.
 
-    parts: texts, messages, tools. Token ids are not counted."""
+    parts: texts, messages, tools. Token ids do not count."""
     found = sum(len(part) if isinstance(part, str) else 0 if is_ids(part) else size(part) for part in parts)
     length = model.config.context_length
     if found > CHARACTERS * length:

@@ -1,8 +1,9 @@
-"""Runs a turn on a model's engine, and gives its events as they come, or whole answers at the end.
+"""Runs a turn on a model's engine. Yields its events as they happen, or returns whole answers at the end.
 
-    Turn ─► a place among those that wait ─► requests (threads of the service) ─► AsyncCall ─► Text, ToolCall, Finished
+    Turn ─► place in the queue ─► requests, made in threads of the service ─► AsyncCall ─► Text, ToolCall, Finished
 
-Whatever ends the generator, such as a client that is gone, aborts the requests within a step of the engine.
+If the generator of events ends early, for example because the client has disconnected, its requests are aborted
+within one step of the engine.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ class Answer:
 
     @property
     def text(self) -> str:
-        """All of its text, without the calls."""
+        """The whole text, without the calls."""
         return "".join(part for part in self.parts if isinstance(part, str))
 
     @property
@@ -46,7 +47,8 @@ class Answer:
 
 
 async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[Event, None]:
-    """The events of a turn as they come. Use it within ``contextlib.aclosing``. Raises ApiError or qwenkern.Error."""
+    """Yields the events of a turn as they happen. Use it with ``contextlib.aclosing``. Raises ApiError and
+    qwenkern.Error."""
     async with running(service, model, lambda: _requests(service, model, turn)) as take:
         writing: dict[Request, _Writing] = {}
         while outputs := await take():
@@ -60,7 +62,7 @@ async def events(service: Service, model: Model, turn: Turn) -> AsyncGenerator[E
 
 
 async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
-    """The answers of a turn, in the order of their index. Raises ApiError or qwenkern.Error."""
+    """The answers of a turn, in the order of their index. Raises ApiError and qwenkern.Error."""
     found: list[Answer] = []
     async with running(service, model, lambda: _requests(service, model, turn), only_last=True) as take:
         while outputs := await take():
@@ -72,10 +74,10 @@ async def answers(service: Service, model: Model, turn: Turn) -> list[Answer]:
 async def running(
     service: Service, model: Model, make: Callable[[], Awaitable[list[Request]]], only_last: bool = False
 ) -> AsyncIterator[Callable[[], Awaitable[list[Output]]]]:
-    """Runs requests from when they are admitted. ``make`` makes them then. only_last: there is only the last output of
-    each. Gives a function for the next outputs, as `AsyncCall.take`.
+    """Waits in the queue, makes requests with ``make``, and runs them. Yields a function that returns the next outputs,
+    as `AsyncCall.take`. only_last: each request has only its last output.
 
-    Raises ApiError 429 if too many wait already, and 503 if these have waited too long."""
+    Raises ApiError 429 if too many turns wait already, and 503 if this one has waited too long."""
     bounds = service.settings.bounds
     place = service.admission.enter()
     try:
@@ -114,7 +116,7 @@ async def running(
 
 
 def _joined(outputs: list[Output]) -> list[Output]:
-    """One output for each request, of those that have come while nobody read them: so its client gets one event."""
+    """Joins the outputs of each request that came while nobody read them, so that a client gets one event for them."""
     of_each: dict[Request, list[Output]] = {}
     for output in outputs:
         of_each.setdefault(output.request, []).append(output)
@@ -136,7 +138,7 @@ async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]
         how = turn.params, turn.tools or None, turn.continues, turn.shortens
         requests = await service.in_pool(model._requests, turn.prompts, *how)
     except RequestError as error:
-        if turn.tools and turn.params.grammar and str(error).startswith("grammar"):  # not the client's, but the calls'
+        if turn.tools and turn.params.grammar and str(error).startswith("grammar"):  # made of the tools, not sent
             raise without_grammar(error, turn.params.grammar) from None
         raise
     for request in requests:
@@ -145,7 +147,7 @@ async def _requests(service: Service, model: Model, turn: Turn) -> list[Request]
 
 
 class _Writing:
-    """What a client has been told of one answer."""
+    """Turns the outputs of one request into the events of one answer."""
 
     def __init__(self, request: Request, turn: Turn) -> None:
         self._request = request
@@ -154,12 +156,12 @@ class _Writing:
         self._tells_each = self._with_logprobs or request.detokenizer is None  # each output has an event
         self._splitter = Splitter(self._index, turn.tools) if turn.tools else None
         self._come = 0  # tokens of the outputs so far
-        self._told = 0  # those of them that are in events
+        self._told = 0  # tokens that events have had
 
     def events(self, output: Output) -> list[Event]:
-        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are wanted, or
-        the model has no tokenizer and so no text."""
-        self._come += len(output.token_ids)  # the request itself may be further
+        """The events of an output. Tokens without text wait for the next text, unless log-probabilities are requested,
+        or the model has no tokenizer and thus no text."""
+        self._come += len(output.token_ids)  # the request may have more tokens by now
         parts = self._split(output.text, output.is_last)
         text = parts[0] if parts and isinstance(parts[0], str) else ""
         found: list[Event] = []
@@ -174,7 +176,7 @@ class _Writing:
         return [*found, self.finished()] if output.is_last else found
 
     def _split(self, text: str, is_last: bool) -> list[str | CallEvent]:
-        """The text and the calls in more of the model's text."""
+        """The texts and the events of calls in the next text of the model."""
         if self._splitter:
             return self._splitter.add(text, is_last)
         return [text] if text else []
@@ -196,7 +198,7 @@ class _Writing:
         )
 
     def answer(self) -> Answer:
-        """All of an answer that has ended."""
+        """The whole answer, once it has ended."""
         request = self._request
         parts: list[str | ToolCall] = []
         for part in self._split(request.text, is_last=True):

@@ -1,4 +1,4 @@
-"""The server as an ASGI application: the endpoints of each API, behind keys and CORS."""
+"""The server as an ASGI application: the endpoints of each API, with middleware for keys, hosts, CORS and metrics."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ ENDPOINTS: list[Endpoint] = [
 def create_app(
     models: Models, settings: Settings, on_failure: Callable[[BaseException], None] = lambda _: None
 ) -> Starlette:
-    """The application that serves some models. When it starts, it begins to load the first one. ``on_failure`` is
-    called if that fails, or if a model cannot be loaded again whose engine has stopped."""
+    """The application that serves these models. When it starts, it begins to load the first one. It calls
+    ``on_failure`` if this fails, or if a model whose engine has stopped cannot be loaded again."""
     service = Service(models, settings)
     models.on_loss = on_failure
 
@@ -91,13 +91,13 @@ def create_app(
 
 
 def _as_error(path: str, error: ApiError) -> dict[str, Any]:
-    """An error in the form of the API that a path belongs to."""
+    """The body of an error in the format of the API that the path belongs to."""
     form = next((each.as_error for each in ENDPOINTS if each.path == path), errors.openai_body)
     return form(error)
 
 
 async def _http_error(request: Request, error: Exception) -> Response:
-    """404 and 405, which no endpoint has seen."""
+    """The response for starlette's own errors, such as 404 and 405, which reach no endpoint."""
     assert isinstance(error, HTTPException)
     path, method = request.url.path, request.method
     messages = {404: f"there is no {shown(path)} here", 405: f"{shown(path)} does not take {shown(method)}"}

@@ -1,4 +1,5 @@
-"""Who may call: API keys, compared in constant time; without keys, those who name this machine."""
+"""Who may call: clients with an API key, compared in constant time. A local server without keys takes requests only
+for the names of its own machine."""
 
 from __future__ import annotations
 
@@ -17,10 +18,11 @@ LOCAL = ("127.0.0.1", "localhost", "::1")
 
 
 class HostMiddleware:
-    """Answers 421 to requests for another host than this machine.
+    """Answers 421 to requests whose Host header does not name this machine.
 
-    A server on the loopback interface that takes no key trusts its own machine. A browser there may show a page of
-    somebody else whose name leads to 127.0.0.1 (DNS rebinding): to the browser, this server is then the page's own."""
+    A server on the loopback interface without keys trusts every program of its machine. A web page there could come
+    from a domain that resolves to 127.0.0.1 (DNS rebinding). Its browser would then treat this server as the page's
+    own origin."""
 
     def __init__(self, app: ASGIApp, as_error: Callable[[str, ApiError], dict[str, Any]]) -> None:
         self._app = app
@@ -54,7 +56,7 @@ class KeyMiddleware:
         self._app = app
         self._keys = [key.encode() for key in keys]
         self._open = open_paths
-        self._as_error = as_error  # from a path and an error
+        self._as_error = as_error  # path, error -> body
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http" or scope["path"] in self._open or self._is_known(Headers(scope=scope)):
@@ -75,6 +77,6 @@ class KeyMiddleware:
         if scheme.lower() != "bearer":
             given = headers.get("x-api-key", "")
         found = False
-        for key in self._keys:  # all of them, so that the time says nothing
+        for key in self._keys:  # always all keys, so that the time reveals nothing
             found |= hmac.compare_digest(given.strip().encode("utf-8", "replace"), key)
         return found

@@ -1,4 +1,4 @@
-"""Values of a body that are told apart by their `type`: parts of messages, items of a conversation."""
+"""Reads values of a body whose model depends on their `type`: parts of messages, items of a conversation."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from .errors import ApiError
 
 
 def read(kinds: Mapping[str, type[Body]], value: Any, place: str, default: str | None = None) -> Any:
-    """The value, as one of the models by its type. Raises ApiError, which names the place. default: the type of a value
-    that has none."""
+    """The value, parsed by the model of its type. default: the type of a value without one. Raises ApiError, which
+    names the place."""
     if not isinstance(value, dict):
         raise wrong(f"{place} is {shown(value)}; expected an object with a type", place)
     kind = value.get("type", default)

@@ -1,6 +1,6 @@
-"""Reads the body of a request, within bounds, as one of pydantic's models.
+"""Reads the body of a request as a pydantic model, with limits on its size, depth and number of values.
 
-A field that we do not honour is refused by name. `null` means that a field is absent.
+The server refuses by name a field that it does not implement. It reads `null` as an absent field.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .settings import Bounds
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-# A field of an API that we do not honour -> values that change nothing and so are taken, and what to do instead.
+# A field that the server does not implement -> (the values that it accepts because they change nothing, the reason).
 Refused = Mapping[str, tuple[tuple[Any, ...], str]]
 
 
@@ -38,7 +38,7 @@ class Body(BaseModel):
         return _without_nulls(fields)
 
     def names(self) -> dict[str, str]:
-        """Arguments of the model's calls -> the fields of this body that they come from."""
+        """The name of an argument, such as a field of SamplingParams -> the field of this body that it comes from."""
         return {name: name for name in type(self).model_fields}
 
 
@@ -47,19 +47,19 @@ T = TypeVar("T")
 
 
 class _FirstFault(FailFast):
-    """FailFast for types within a union, which must be hashable."""
+    """pydantic's FailFast, but hashable, as annotations of types within a union must be."""
 
     __hash__ = object.__hash__
 
 
-Some = Annotated[list[T], _FirstFault()]  # a list of which pydantic reports the first fault only: there may be millions
+Some = Annotated[list[T], _FirstFault()]  # a list; pydantic reports its first fault only: it may have millions
 
 
 async def received(request: Request, bounds: Bounds, grow: Callable[[int], None]) -> bytes:
-    """The bytes of a body of JSON. ``grow`` is told how many have come. Raises ApiError as it does, or
-    ClientDisconnect."""
+    """The bytes of a JSON body. Calls ``grow`` with the number of bytes received so far. Raises ApiError, also that of
+    ``grow``, and ClientDisconnect."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # a web page of somebody else may send other types without asking
+    if kind != "application/json":  # a foreign web page may send other types without a CORS preflight
         raise ApiError(415, f"the content type is {shown(kind)}; expected application/json")
     if (coding := request.headers.get("content-encoding", "identity")) != "identity":
         raise ApiError(415, f"the content encoding is {shown(coding)}; expected none")
@@ -85,7 +85,7 @@ async def received(request: Request, bounds: Bounds, grow: Callable[[int], None]
 
 
 def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
-    """The body from its bytes."""
+    """Parses the bytes of a body. Raises ApiError."""
     fields = _json(raw, bounds)
     if not isinstance(fields, dict):
         raise ApiError(400, f"the body is {shown(fields)}; expected a JSON object", code="invalid_json")
@@ -95,7 +95,7 @@ def parse(raw: bytes, model: type[B], bounds: Bounds) -> B:
             message = f"{name} is {shown(value)}, which this server does not support: {reason}"
             raise ApiError(400, message, param=name, code="unsupported_parameter")
     known = {field.alias or name for name, field in model.model_fields.items()}
-    if unknown := next((name for name in fields if name not in known), None):  # before pydantic lists all of them
+    if unknown := next((name for name in fields if name not in known), None):  # pydantic would list all of them
         raise _unknown(unknown)
     try:
         return model.model_validate(fields)
@@ -111,7 +111,7 @@ def _json(raw: bytes, bounds: Bounds) -> Any:
     def wrong(reason: object) -> ApiError:
         return ApiError(400, f"the body is not JSON: {reason}", code="invalid_json")
 
-    if (count := _values(raw, bounds.values)) > bounds.values:  # each takes up to 100 times its bytes
+    if (count := _values(raw, bounds.values)) > bounds.values:  # a parsed value takes up to 100 times its bytes
         raise wrong(f"it has about {count} values; expected at most {bounds.values}")
     try:
         value = json.loads(
@@ -133,11 +133,11 @@ def _json(raw: bytes, bounds: Bounds) -> Any:
 
 
 def _values(raw: bytes, most: int) -> int:
-    """About how many values the body has, or fewer than that if there are no more than ``most``."""
+    """About how many values the body has. May be too small if the body has at most ``most``."""
     marks = (b",", b":", b"[", b"{")
     if sum(map(raw.count, marks)) <= most:
         return 0
-    raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes are the ends of texts
+    raw = raw.replace(b"\\\\", b"").replace(b'\\"', b"")  # each quote that is left begins or ends a text
     texts = raw.count(b'"') // 2
     return texts if texts > most else sum(map(b"".join(raw.split(b'"')[::2]).count, marks))
 
@@ -165,7 +165,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _depth(value: Any) -> int:
-    """Levels of nesting. Without recursion."""
+    """Levels of nesting, counted without recursion."""
     depth, level = 0, [value]
     while level := [each for each in level if isinstance(each, (dict, list))]:
         depth += 1
@@ -179,7 +179,8 @@ def _unknown(field: str) -> ApiError:
 
 
 def _named(error: ValidationError, fields: dict[str, Any]) -> ApiError:
-    """The first fault that pydantic found. Of a value that may be of several types, what each of them misses."""
+    """The first fault that pydantic found, as an error that names the field. For a value that may have one of several
+    types, it has pydantic's message for each type."""
     first, *others = error.errors(include_url=False, include_context=False)
     if first["type"] in ("extra_forbidden", "missing"):
         name = shown(".".join(map(str, first["loc"])))[1:-1]
@@ -194,8 +195,8 @@ def _named(error: ValidationError, fields: dict[str, Any]) -> ApiError:
 
 
 def _within(value: Any, place: Sequence[Any]) -> tuple[str, Any]:
-    """The part of a place that leads to a value, and that value. pydantic ends a place with the name of a type, if it
-    has tried several."""
+    """The longest beginning of a place that leads to a value, and that value. If pydantic has tried several types, it
+    adds the name of the type to the end of the place."""
     found = []
     for part in place:
         if not (isinstance(value, dict) and part in value) and not (isinstance(value, list) and type(part) is int):

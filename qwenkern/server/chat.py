@@ -37,13 +37,13 @@ class Message(Body):
     name: str | None = None
     tool_calls: Some[CallMade] | None = None
     tool_call_id: str | None = None
-    # of the answers of OpenAI's models; clients send them back
+    # clients send back these fields of OpenAI's answers
     refusal: None = None
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = Field(None, max_length=0, exclude=True)
-    parsed: Any = Field(None, exclude=True)  # OpenAI's client adds what it has read in the content
-    provider_specific_fields: Any = Field(None, exclude=True)  # litellm adds what it has no field for
+    parsed: Any = Field(None, exclude=True)  # OpenAI's client adds the content, parsed
+    provider_specific_fields: Any = Field(None, exclude=True)  # litellm adds fields of an answer that it does not know
 
 
 class TextPart(Body):
@@ -101,14 +101,14 @@ class ChatBody(Sampled):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    prompt_cache_key: str | None = None  # all requests share one cache, so each finds what has its key
+    prompt_cache_key: str | None = None  # changes nothing: all requests share one cache
     safety_identifier: str | None = None  # for the log
     tools: Some[Tool] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     # not OpenAI's
     continue_final_message: bool | None = None
-    add_generation_prompt: bool | None = None  # False goes with continue_final_message
+    add_generation_prompt: bool | None = None  # False only with continue_final_message
 
     def names(self) -> dict[str, str]:
         names = super().names() | {"logprobs": "top_logprobs"}
@@ -204,7 +204,8 @@ async def _chunks(
             "model": body.model or service.models.names[0],
         }
     )[:-1]
-    # A chunk is written as text around its delta: json.dumps of all of it takes several times as long.
+    # Only the delta is dumped, and the text around it is written as it is: dumping the whole chunk takes several times
+    # as long.
     usage, tail = Usage(), ', "usage": null}' if body.include_usage else "}"
 
     def chunk(index: int, delta: str, finish_reason: str = "null", logprobs: str = "null") -> bytes:
@@ -213,7 +214,7 @@ async def _chunks(
             f'"finish_reason": {finish_reason}}}]{tail}\n\n'
         ).encode()
 
-    calls: Counter[int] = Counter()  # of each answer
+    calls: Counter[int] = Counter()  # index of an answer -> its number of calls so far
     async with (
         service.models.use(body.model) as model,
         aclosing(answering.events(service, model, turn)) as events,

@@ -1,4 +1,4 @@
-"""POST /v1/completions: texts and token ids to continue, echoed and scored if wanted, and code to fill in."""
+"""POST /v1/completions: continues texts and token ids, echoes and scores them on request, and fills in code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class CompletionBody(Sampled):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
-    return_token_ids: bool | None = None  # vLLM's: the choices have the ids of their tokens, too
+    return_token_ids: bool | None = None  # a field of vLLM: each choice also has the ids of its tokens
 
     @property
     def prompts(self) -> list[str | list[int]]:
@@ -55,11 +55,11 @@ class CompletionBody(Sampled):
 
     @property
     def is_scored(self) -> bool:
-        """Whether the log-probabilities of the prompts are wanted, too."""
+        """Whether the client also requests the log-probabilities of the prompts."""
         return bool(self.echo) and self.logprobs is not None
 
     def turn(self, bounds: Bounds) -> Turn:
-        """What the body asks for, but for `suffix` and `echo`. Raises ApiError."""
+        """The turn that the body asks for, without `suffix` and `echo`. Raises ApiError."""
         if not 0 < len(self.prompts) <= bounds.prompts:
             raise _wrong("prompt", f"prompt has {len(self.prompts)} prompts; expected 1 to {bounds.prompts}")
         if self.best_of not in (None, self.n or 1):
@@ -72,7 +72,7 @@ class CompletionBody(Sampled):
             raise _wrong("suffix", "suffix goes with a prompt that is not echoed; expected echo: false")
         max_tokens = DEFAULT_TOKENS if self.max_tokens is None else self.max_tokens
         if self.echo and not max_tokens:
-            max_tokens = 1  # is not drawn
+            max_tokens = 1  # valid for SamplingParams; nothing is drawn
         params = self.sampling(bounds, max_tokens=max_tokens, logprobs=self.logprobs)
         if len(self.prompts) * params.n > bounds.answers:
             raise _wrong(
@@ -87,7 +87,7 @@ def _wrong(param: str, message: str) -> ApiError:
 
 @dataclass
 class _Prompt:
-    """A prompt as the engine gets it, and what is echoed of it."""
+    """A prompt as token ids, and its echo."""
 
     ids: list[int]
     text: str = ""
@@ -114,7 +114,7 @@ def _text(model: Model, ids: list[int]) -> str:
 
 
 def _to_fill_in(tokenizer: Tokenizer | None, prompt: str | list[int], suffix: str) -> list[int]:
-    """The ids that have a Coder model write what stands between two pieces of code."""
+    """The prompt that makes a Coder model write the code between a prefix and a suffix (fill in the middle)."""
     marks = [tokenizer.id_of(mark) for mark in _FIM] if tokenizer else [None]
     if tokenizer is None or None in marks:
         raise RequestError(f"suffix needs a model with the tokens {', '.join(_FIM)}; expected one of Qwen2.5-Coder")
@@ -142,11 +142,12 @@ async def create(service: Service, request: Request, body: CompletionBody) -> Re
             choices = [_choice(answer, model, body, turn, prompts) for answer in answers]
             return JSONResponse(head | {"choices": choices, "usage": Usage.of(answers, turn).body()})
 
-        return await service.in_pool(response)  # log-probabilities of prompts may be long
+        return await service.in_pool(response)  # in a thread: prompts may have many log-probabilities
 
 
 async def _read(service: Service, model: Model, body: CompletionBody, turn: Turn) -> tuple[list[_Prompt], Turn]:
-    """The prompts as token ids and scored, if they are to be echoed or filled in, and the turn with these ids."""
+    """The prompts as token ids, scored on request, and the turn with these ids. Without echo and suffix: no prompts,
+    and the same turn."""
     if not body.echo and body.suffix is None:
         return [], turn
     prompts = await service.aside(_prepared, model, body)
@@ -176,7 +177,7 @@ async def _answers(
 
 
 def _echo(model: Model, prompt: _Prompt) -> dict[str, Any] | None:
-    """The log-probabilities of an echoed prompt, whose text has its special tokens."""
+    """The log-probabilities of an echoed prompt. Its text has its special tokens."""
     if prompt.logprobs is None:
         return None
     writing = CompletionLogprobs(model, skip_special=False)

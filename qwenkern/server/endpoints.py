@@ -1,8 +1,8 @@
-"""The table of a server: which function answers which path, and what its body is.
+"""An endpoint, which says what function answers a path and what body it takes, and the ASGI application for it.
 
-request ─► body, within bounds ─► handler ─► response
+request ─► body, within limits ─► handler ─► response
                                      ▲
-           client is gone ── cancels ┘
+       client disconnects ── cancels ┘
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ from .service import Service
 
 log = logging.getLogger("qwenkern.server")
 
-GONE = 499  # in the log: the client was gone before the answer began
+GONE = 499  # status in the log if the client disconnects before the answer begins
 Handler = Callable[[Service, Request, Any], Awaitable[Response]]
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """A path with a method. The handler gets the service, the request, and its body (None if it takes none)."""
+    """A path with a method. The handler gets the service, the request, and its body (None if ``body`` is None)."""
 
     path: str
     method: str
     handler: Handler
     body: type[bodies.Body] | None
     summary: str
-    as_error: Callable[[ApiError], dict[str, Any]] = errors.openai_body  # the form of its errors
+    as_error: Callable[[ApiError], dict[str, Any]] = errors.openai_body  # makes the body of an error
     answer: type[BaseModel] | str | None = None  # the body of status 200, or its media type; None: any JSON object
     streams: bool = False  # whether `"stream": true` gives server-sent events
-    is_open: bool = False  # whether it takes no API key
-    query: Mapping[str, Any] = field(default_factory=dict)  # the parameters of its query, each with its JSON schema
+    is_open: bool = False  # whether it needs no API key
+    query: Mapping[str, Any] = field(default_factory=dict)  # query parameter -> its JSON schema
 
 
 class Served:
@@ -64,7 +64,7 @@ class Served:
                 await _while_connected(self._answer(request, body, sending), receive)
         except ClientDisconnect:
             sending.status = sending.status or GONE
-        except asyncio.CancelledError:  # the time to drain is over
+        except asyncio.CancelledError:  # the server stops, and drain_seconds are over
             await self._refuse(errors.shutting_down(), sending)
         except Exception as error:
             told = errors.of(error, body.names() if body else None)
@@ -102,7 +102,7 @@ class Served:
 
 
 class _Sending:
-    """What sends a response, with its id among the headers."""
+    """Sends a response, and adds the id of the request to its headers."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
@@ -122,7 +122,7 @@ async def _nothing() -> Message:
 
 
 async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
-    """Does some work. Cancels it if the client goes away."""
+    """Awaits some work. Cancels it and raises ClientDisconnect if the client disconnects."""
 
     async def gone() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -136,6 +136,6 @@ async def _while_connected(work: Awaitable[None], receive: Receive) -> None:
         working.result()
     finally:
         leaving.cancel()
-        while not working.done():  # again, because wait_for of Python 3.11 loses one that comes as its work ends
+        while not working.done():  # repeated: wait_for of Python 3.11 loses a cancellation that comes as its work ends
             working.cancel()
             await asyncio.wait({working}, timeout=1.0)

@@ -1,4 +1,4 @@
-"""A model of a server, by its name: whether it is loaded, and what a client is told while it is not."""
+"""A model of a server with its name, whether it is loaded, and the errors that clients get while it is not."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from ..Model import Model
 from .errors import ApiError
 from .source import Size, Source
 
-FAILED = "model_failed"  # the code of the error of a model that cannot be loaded
-RETRY = 10.0  # seconds after which a model that could not be loaded is tried again
+FAILED = "model_failed"  # error code for a model that cannot be loaded
+RETRY = 10.0  # seconds after which a request may try again to load a model whose loading has failed
 
 
 class Entry:
@@ -24,15 +24,15 @@ class Entry:
         self.name = name
         self.source = source
         self.model: Model | None = None
-        self.size = Size(0, None)  # what it takes while it is loaded or loading
-        self.users = 0  # requests that hold it or wait for it
+        self.size = Size(0, None)  # its memory, while it is loaded or loading
+        self.users = 0  # requests that use it or wait for it
         self.last_used = 0.0  # time.monotonic()
         self.loading: asyncio.Future[Model] | None = None
         self.progress = 0.0  # of the loading, 0 to 1
-        self.failed_at: float | None = None  # time.monotonic() of the last loading, if it failed
-        self.has_stopped = False  # its engine has, and the model is not loaded again yet
-        self.ping: Future[None] | None = None  # of health.py
-        self._past = Counts()  # of its engines that are gone
+        self.failed_at: float | None = None  # time.monotonic(), if the last loading has failed
+        self.has_stopped = False  # its engine has stopped, and the model is not loaded again yet
+        self.ping: Future[None] | None = None  # the empty work that health.py has given the engine's thread
+        self._past = Counts()  # of its earlier engines
 
     @property
     def state(self) -> Literal["loaded", "loading", "failed", "unloaded"]:
@@ -43,13 +43,13 @@ class Entry:
 
     @property
     def engine(self) -> Engine | None:
-        """Its engine, if a request has made it."""
+        """The engine of the loaded model. None before the first request."""
         loop = self.model._engines if self.model else None
         return loop.engine if loop else None
 
     @property
     def counts(self) -> Counts:
-        """What its engines have done since the server's start."""
+        """The counts of all engines of this model since the server's start."""
         total = Counts()
         total.add(self._past)
         if engine := self.engine:
@@ -62,7 +62,7 @@ class Entry:
         return self.engine.fault if self.engine else None
 
     def take_out(self) -> Model:
-        """The loaded model, which is then no longer here."""
+        """Removes the loaded model from this entry, and returns it."""
         assert self.model
         self._past, model = self.counts, self.model
         self.model, self.size, self.ping = None, Size(0, None), None
@@ -70,7 +70,7 @@ class Entry:
 
 
 def loading(entry: Entry) -> ApiError:
-    """The error while it loads."""
+    """The error while a model is loading."""
     return ApiError(
         503,
         f"the model {entry.name} is loading ({entry.progress:.0%})",
@@ -80,7 +80,7 @@ def loading(entry: Entry) -> ApiError:
 
 
 def unloaded(entry: Entry) -> ApiError:
-    """The error of a request that loads no model."""
+    """The error of a request that may not load a model, such as a GET."""
     return ApiError(
         409,
         f"the model {entry.name} is not loaded, and this request loads none; expected one that is, or POST /tokenize "
@@ -91,10 +91,10 @@ def unloaded(entry: Entry) -> ApiError:
 
 
 def failed(entry: Entry) -> ApiError:
-    """The error until it is tried again."""
+    """The error after a model could not be loaded, until the next try."""
     return ApiError(
         503,
-        f"the model {entry.name} cannot be loaded; the server's log has the reason",  # which may have a path
+        f"the model {entry.name} cannot be loaded; the server's log has the reason",  # the reason may contain a path
         code=FAILED,
         headers={"Retry-After": str(round(RETRY))},
     )

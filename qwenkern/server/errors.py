@@ -1,4 +1,4 @@
-"""Errors as HTTP: a status, and a body in the form of the API that was called."""
+"""Errors as HTTP responses: a status, and a body in the format of the API that was called."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KINDS = {  # the same in both APIs
 
 
 class ApiError(Exception):
-    """An error that a client is told. param: the field of the body that is wrong. code: a word for programs."""
+    """An error that a client gets to see. param: the wrong field of the body. code: a word for programs."""
 
     def __init__(
         self,
@@ -45,9 +45,10 @@ class ApiError(Exception):
 
 
 def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
-    """The same error for a client. Of what is not an error of ours, only that it happened: no path, no trace.
+    """The error that a client gets to see for this one. It never has a path or a trace: only an ApiError or a
+    RequestError keeps its message.
 
-    names: arguments of a call, such as fields of SamplingParams -> the fields of the body that they came from."""
+    names: the name of an argument, such as a field of SamplingParams -> the field of the body that it came from."""
     if isinstance(error, ApiError):
         return error
     if isinstance(error, RequestError):
@@ -56,21 +57,21 @@ def of(error: Exception, names: Mapping[str, str] | None = None) -> ApiError:
         return ApiError(500, "the model computed logits that are not finite", code="non_finite")
     if isinstance(error, EngineError):
         return ApiError(503, "the model cannot compute this now", code="engine_error", headers={"Retry-After": "5"})
-    if isinstance(error, Error):  # of the checkpoint, such as a chat template that fails; its message may have a path
+    if isinstance(error, Error):  # in the checkpoint, such as a chat template that fails; its message may have a path
         return ApiError(500, "the checkpoint of this model is damaged, or not supported", code="checkpoint_error")
     return ApiError(500, "internal error", code="internal_error")
 
 
 def note(error: Exception, told: ApiError, request_id: str) -> None:
-    """Writes to the log what a client is not told."""
+    """Writes to the log what the client does not get to see."""
     if told.status == 500:
         log.error("%s: %s", request_id, type(error).__name__, exc_info=error)
     elif isinstance(error, EngineError):
-        log.error("%s: %s", request_id, str(error))  # not the error, whose frames keep the model
+        log.error("%s: %s", request_id, str(error))  # not the error itself: its frames keep the model in memory
 
 
 def _of_request(message: str, names: Mapping[str, str]) -> ApiError:
-    """The error of a wrong argument, whose message begins with the argument's name."""
+    """The error for a RequestError. If its message begins with a name of ``names``, it names the field instead."""
     found = re.match("[a-z_]+", message)
     if found and found[0] in names:
         param = names[found[0]]
@@ -80,10 +81,10 @@ def _of_request(message: str, names: Mapping[str, str]) -> ApiError:
 
 
 def shutting_down() -> ApiError:
-    """The error of a request that the end of the server cuts off."""
+    """The error of a request that the server aborts because it shuts down."""
     return ApiError(503, "the server is shutting down", code="shutting_down", headers={"Retry-After": "10"})
 
 
 def openai_body(error: ApiError) -> dict[str, Any]:
-    """The form of OpenAI's API."""
+    """The body of an error in the format of OpenAI's API."""
     return {"error": {"message": error.message, "type": error.kind, "param": error.param, "code": error.code}}

@@ -1,4 +1,4 @@
-"""The fields that /v1/chat/completions and /v1/completions share, and the SamplingParams that they spell."""
+"""The fields that /v1/chat/completions and /v1/completions share, and how they become SamplingParams."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .functions import Functions
 from .settings import Bounds
 from .structured import Structured
 
-_TAKEN = (  # fields of SamplingParams by the same name
+_TAKEN = (  # fields that have the same name in SamplingParams
     "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty",
     "frequency_penalty", "logit_bias", "seed", "stop", "stop_token_ids", "ignore_eos", "n", "skip_special_tokens",
     "priority", "cache_salt",
@@ -22,7 +22,7 @@ _TAKEN = (  # fields of SamplingParams by the same name
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None  # we add no padding
+    include_obfuscation: Literal[False] | None = None  # the server adds no padding
 
 
 class Sampled(Structured):
@@ -52,7 +52,8 @@ class Sampled(Structured):
     cache_salt: str | None = None
 
     def sampling(self, bounds: Bounds, functions: Functions | None = None, **more: Any) -> SamplingParams:
-        """The parameters of the request. Raises ApiError, which names the field."""
+        """The SamplingParams of the request. more: further fields of SamplingParams. Raises ApiError, which names the
+        field of the body."""
         given = {name: value for name in _TAKEN if (value := getattr(self, name)) is not None}
         if self.stream_options and not self.stream:
             raise ApiError(400, "stream_options needs stream: true", param="stream_options", code="invalid_value")
