@@ -1,4 +1,4 @@
-"""`GET /footprint`: the memory that a size of the family takes, and the cards that it fits. Nothing is loaded."""
+"""`GET /footprint`: the memory that a model of a given size takes, and the cards that it fits. Loads no model."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..footprint.case import DTYPES, IN_CACHE, QUANTISED, case_of
 from .endpoints import Endpoint
 from .service import Service
 
-# What each parameter may be; the first is the default.
+# The values of each parameter; the first is the default.
 _CHOICES = {
     "size": [*FAMILY],
     "quantize": [*DTYPES, *QUANTISED],

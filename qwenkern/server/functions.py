@@ -1,4 +1,5 @@
-"""Functions that a model may call: what a body says of them, as a Turn has it, and the calls of a conversation."""
+"""Functions that a model may call: reads them and the calls of a conversation from bodies, for a Turn, and splits
+answers into text and calls."""
 
 from __future__ import annotations
 
@@ -21,7 +22,7 @@ from .errors import ApiError
 from .settings import Bounds
 from .turns import CallArguments, CallBegun, CallBroken, CallEvent, ToolCall
 
-_SPACING = {"whitespace_pattern": WHITESPACE}  # of an answer, as it is without functions
+_SPACING = {"whitespace_pattern": WHITESPACE}  # within an answer that has a schema, as without functions
 Name = Annotated[str, Field(pattern="^[a-zA-Z0-9_-]{1,64}$")]
 
 
@@ -31,13 +32,13 @@ class Function(Body):
     name: Name
     description: str | None = None
     parameters: dict[str, Any] | None = None  # a JSON schema of the arguments
-    strict: bool | None = None  # whether calls obey the schema without fail
+    strict: bool | None = None  # whether a grammar forces calls to follow the schema
 
 
 class CalledFunction(Body):
     name: Annotated[str, Field(min_length=1)]
     arguments: str  # JSON text, if the model wrote any
-    parsed_arguments: Any = Field(None, exclude=True)  # OpenAI's client adds what it has read in them
+    parsed_arguments: Any = Field(None, exclude=True)  # OpenAI's client adds the arguments, parsed
 
 
 class CallMade(Body):
@@ -46,23 +47,23 @@ class CallMade(Body):
     id: str
     type: Literal["function"] = "function"
     function: CalledFunction
-    index: int | None = Field(None, exclude=True)  # of the call, from a stream
+    index: int | None = Field(None, exclude=True)  # of the call in a stream
 
 
 @dataclass(frozen=True)
 class Functions:
     """The functions of a turn, checked."""
 
-    tools: list[dict[str, Any]]  # as chat templates read them; empty if the model is to call none
+    tools: list[dict[str, Any]]  # as chat templates read them; empty if the model must not call any
     choice: str  # "none", "auto", "required", or "function:NAME"
-    is_parallel: bool
-    is_strict: bool  # some function is
+    is_parallel: bool  # whether an answer may have several calls
+    is_strict: bool  # whether at least one function is strict
 
     @classmethod
     def of(
         cls, functions: Sequence[Function], choice: str | None, is_parallel: bool | None, bounds: Bounds
     ) -> Functions:
-        """Raises ApiError for too many functions, two of one name, or a choice that there is not."""
+        """Checks functions. Raises ApiError for too many, for two of one name, and for a choice of an unknown one."""
         if len(functions) > bounds.tools:
             raise _wrong(f"tools has {len(functions)} functions; expected at most {bounds.tools}", "tools")
         names = [function.name for function in functions]
@@ -85,11 +86,11 @@ class Functions:
         return cls(tools, choice if tools else "none", is_parallel is not False, is_strict)
 
     def forms(self, form: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
-        """The fields of SamplingParams that hold the text to a form, and to the choice, strict functions and single
-        calls: what does not call a function has the form.
+        """The constraint on the text, as fields of SamplingParams: calls follow the choice, the schemas of strict
+        functions and is_parallel, and an answer without calls follows ``form``.
 
-        form: the field of SamplingParams that a client asks for, if any. names: those fields -> the fields of the body.
-        Raises ApiError."""
+        form: the constraint that the client asks for, as a field of SamplingParams, or empty. names: fields of
+        SamplingParams -> the fields of the body. Raises ApiError."""
         if not self.tools:
             return form
         for kind in form.keys() - {"json_schema"}:
@@ -121,7 +122,8 @@ class Functions:
 
 
 def choice_of(value: str | Mapping[str, Any] | None, name_at: Sequence[str]) -> str | None:
-    """OpenAI's tool_choice as a Turn has it. name_at: where a choice by name has the name. Raises ApiError."""
+    """OpenAI's tool_choice as the choice of Functions. name_at: the keys that lead to the name of a chosen function.
+    Raises ApiError."""
     if value is None or value in ("none", "auto", "required"):
         return value
     if isinstance(value, Mapping) and value.get("type") == "function":
@@ -139,10 +141,10 @@ def _nested(keys: Sequence[str], name: str) -> dict[str, Any]:
 
 
 def in_order_of_calls(messages: Sequence[dict[str, Any]], id_name: str = "tool_call_id") -> list[dict[str, Any]]:
-    """The messages of a conversation, in which results follow in the order of the calls, because templates show no ids.
+    """The messages of a conversation, with the results of calls in the order of the calls: templates show no ids.
 
-    Raises ApiError for a result whose call is not in the message before the results. id_name: what the API calls the
-    id of a result's call."""
+    id_name: the API's name for the field of a result that has the id of its call. Raises ApiError for a result whose
+    call is not in the message before the results."""
     ordered: list[dict[str, Any]] = []
     results: list[tuple[int, dict[str, Any]]] = []
     calls: dict[str, int] = {}
@@ -165,10 +167,10 @@ def in_order_of_calls(messages: Sequence[dict[str, Any]], id_name: str = "tool_c
 
 
 def without_grammar(error: RequestError, grammar: str) -> ApiError | RequestError:
-    """What a client is told if llguidance refuses the grammar of its functions: which of them, and why. A RequestError
-    if it is the schema of the answer."""
+    """The error for a client if llguidance refuses the grammar of its functions: it names the function and the reason.
+    A RequestError if llguidance refuses the schema of the answer."""
     reason, lines = str(error), grammar.splitlines()
-    place = re.search(r" at (\d+)\(\d+\): (.*?)( \d+ \| |$)", reason)  # a line of it, and then some lines
+    place = re.search(r" at (\d+)\(\d+\): (.*?)( \d+ \| |$)", reason)  # line(column): reason, then quoted lines
     at = int(place[1]) if place else 0
     before, line = lines[at - 2 : at] if 2 <= at <= len(lines) else ("", "")
     name = re.match(r'call_\d+: "\\n{\\"name\\": \\"([\w-]+)', before)  # call_grammar writes this before each schema
@@ -180,7 +182,7 @@ def without_grammar(error: RequestError, grammar: str) -> ApiError | RequestErro
 
 
 class Splitter:
-    """Splits the text of one answer, as it comes, into text and calls. tools: those of the turn."""
+    """Splits the text of one answer, piece by piece, into text and calls. tools: those of the turn."""
 
     def __init__(self, index: int, tools: Sequence[Mapping[str, Any]]) -> None:
         self._index = index  # of the answer

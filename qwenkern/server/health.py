@@ -1,7 +1,7 @@
-"""GET /health: whether the engines make progress. For load balancers and supervisors, so it needs no key.
+"""GET /health: whether the engines make progress. It needs no key, because load balancers and supervisors call it.
 
-An idle engine must run an empty piece of work between two passes within ANSWERS seconds. A busy one must have ended a
-pass in the last HANGS seconds, which is longer than any pass should take.
+The thread of an idle engine must run an empty function within ANSWERS seconds. A busy engine must have ended a step in
+the last HANGS seconds, which is longer than any step should take.
 """
 
 from __future__ import annotations
@@ -53,9 +53,9 @@ async def health_of(models: Models) -> Health:
 
 
 async def _fault(models: Models, entry: Entry) -> str | None:
-    """Why a loaded model does not answer, or None."""
+    """Why the engine of a loaded model makes no progress, or None."""
     assert entry.model
-    loop = entry.model._loop  # made here if no request has come yet
+    loop = entry.model._loop  # this starts the engine if no request has come yet
     engine = loop.engine
     if engine.fault:
         models.mend(entry)
@@ -76,7 +76,7 @@ async def _fault(models: Models, entry: Entry) -> str | None:
 
 
 def _nothing() -> None:
-    """Work that shows that the thread of an engine runs."""
+    """An empty function: the thread of an engine that runs it makes progress."""
 
 
 ENDPOINTS = [

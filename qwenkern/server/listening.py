@@ -1,4 +1,4 @@
-"""The HTTP server below the application, from the first connection to the last answer."""
+"""Runs the application in uvicorn until a signal."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from .app import create_app
 from .models import Models
 from .settings import Settings
 
-FILES = 128  # that the process may have open beside its connections
+FILES = 128  # open files that the process needs beside its connections
 
 
 class Server(uvicorn.Server):
-    """Listens until SIGTERM or SIGINT. It then takes no more connections, and gives those that it has `drain_seconds`
-    to end."""
+    """Listens until SIGTERM or SIGINT. Then it takes no more connections, and running requests have `drain_seconds` to
+    end."""
 
-    failure: BaseException | None = None  # why the first model could not be loaded, or one that has stopped again
+    failure: BaseException | None = None  # why the first model could not be loaded, or a stopped one not again
 
     def fail(self, error: BaseException) -> None:
         self.failure = error
@@ -28,7 +28,7 @@ class Server(uvicorn.Server):
 
 
 def run(models: Models, settings: Settings) -> None:
-    """Serves until a signal ends it. Raises Error if the first model cannot be loaded, or one whose engine has stopped
+    """Serves until a signal. Raises Error if the first model cannot be loaded, or if a model whose engine has stopped
     cannot be loaded again."""
     listening = server(models, settings)
     listening.run()
@@ -37,7 +37,7 @@ def run(models: Models, settings: Settings) -> None:
 
 
 def server(models: Models, settings: Settings) -> Server:
-    """A server that has not begun."""
+    """A server that does not listen yet."""
     app = create_app(models, settings, lambda error: found.fail(error))
     config = uvicorn.Config(
         app,
@@ -59,6 +59,6 @@ def server(models: Models, settings: Settings) -> Server:
 
 
 def _connections(most: int) -> int:
-    """As many, or as the system lets this process have beside the files of models and of grammars' processes."""
+    """``most``, or fewer if the system's limit of open files leaves fewer beside FILES, for models and subprocesses."""
     allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return most if allowed == resource.RLIM_INFINITY else max(1, min(most, allowed - FILES))

@@ -19,12 +19,12 @@ class ListedModel(BaseModel):
 
     id: str
     object: Literal["model"]
-    created: int  # seconds since 1970: the server's start
+    created: int  # when the server started, in seconds since 1970
     owned_by: Literal["qwenkern"]
     state: Literal["loaded", "loading", "failed", "unloaded"]
     progress: float | None  # of the loading, 0 to 1
-    memory_bytes: int  # that count towards the server's budget now
-    max_model_len: int | None  # tokens of a request; None while it is not loaded
+    memory_bytes: int  # its current part of the server's memory budget
+    max_model_len: int | None  # most tokens of a request with its answer; None while the model is not loaded
 
 
 class ModelList(BaseModel):

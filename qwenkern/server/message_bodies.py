@@ -1,6 +1,6 @@
-"""The bodies of Anthropic's API, and the turns that they ask for.
+"""The request bodies of Anthropic's API, and how they become turns.
 
-Prompts are cached without being asked, so `cache_control` changes nothing.
+The server caches all prompts, so `cache_control` changes nothing.
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ class PromptBody(Body):
         if self.continues:
             if found[-1].get("tool_calls"):
                 raise wrong("messages ends with a tool_use; expected its tool_result after it", "messages")
-            if (text := found[-1]["content"]) != text.rstrip():  # as Anthropic has it: the next token has the blank
+            if (text := found[-1]["content"]) != text.rstrip():  # as Anthropic: the next token begins with the blank
                 raise wrong(
                     "messages ends with one of the assistant that ends with a blank; expected none at its end",
                     "messages",
@@ -184,7 +184,7 @@ class MessagesBody(PromptBody):
         return super().names() | {"stop": "stop_sequences", "json_schema": "output_config.format.schema"}
 
     def turn(self, bounds: Bounds) -> Turn:
-        """What the body asks for. Raises ApiError."""
+        """The turn that the body asks for. Raises ApiError."""
         if len(self.stop_sequences or []) > bounds.stops:
             found = len(self.stop_sequences or [])
             raise wrong(f"stop_sequences has {found} strings; expected at most {bounds.stops}", "stop_sequences")
@@ -207,7 +207,7 @@ class MessagesBody(PromptBody):
             params,
             tools=functions.tools,
             continues=self.continues,
-            shortens=True,  # clients send 16,384 or 32,000 unasked
+            shortens=True,  # clients send max_tokens of 16,384 or 32,000 by default
             is_streamed=bool(self.stream),
         )
 
@@ -220,7 +220,8 @@ def _text(content: str | list[dict[str, Any]], place: str) -> str:
 
 
 def _written(message: Message, place: str) -> list[dict[str, Any]]:
-    """A message as chat templates read it: calls are a field of it, and each result is a message of its own."""
+    """A message as chat templates read it: its calls are in the field tool_calls, and each result is a message of its
+    own. Raises ApiError."""
     if isinstance(message.content, str):
         return [{"role": message.role, "content": message.content}]
     found: list[dict[str, Any]] = []

@@ -1,5 +1,6 @@
 """POST /v1/messages and /v1/messages/count_tokens: Anthropic's API.
 
+The events of a stream:
 message_start ping (content_block_start content_block_delta... content_block_stop)... message_delta message_stop
 """
 
@@ -24,7 +25,7 @@ from .turns import CallArguments, CallBegun, Finished, Started, Text, ToolCall, 
 
 
 def as_error(error: ApiError) -> dict[str, Any]:
-    """The form of Anthropic's API."""
+    """The body of an error in the format of Anthropic's API."""
     kind = KINDS.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
     told: dict[str, Any] = {"type": kind, "message": error.message}
     if error.param == "thread" and error.code == "unsupported_parameter":  # clients then send the whole conversation
@@ -80,7 +81,7 @@ def _end(finished: Finished, body: MessagesBody) -> dict[str, Any]:
 
 
 def _usage(event: Started | Finished) -> dict[str, Any]:
-    """Tokens that were found in the cache are not among the input's."""
+    """Counts of tokens in Anthropic's format. input_tokens excludes the tokens that the cache had."""
     return {
         "input_tokens": event.num_prompt_tokens - event.num_cached_tokens,
         "cache_creation_input_tokens": 0,
@@ -98,7 +99,7 @@ def _event(type: str, **fields: Any) -> bytes:
 
 
 async def _events(service: Service, body: MessagesBody, turn: Turn, message_id: str) -> AsyncGenerator[bytes, None]:
-    index, is_open = -1, False  # the content block, and whether it is one of text that goes on
+    index, is_open = -1, False  # of the last content block, and whether it is an unfinished one of text
     async with (
         service.models.use(body.model) as model,
         aclosing(answering.events(service, model, turn)) as events,

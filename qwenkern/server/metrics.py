@@ -1,9 +1,9 @@
-"""GET /metrics: what the server has done, in the text format of Prometheus, by the names that vLLM uses.
+"""GET /metrics: metrics in the text format of Prometheus, with vLLM's names after the prefix.
 
     engines ─► their counts (engine/counts.py) ─┐
-    responses ─► CountResponses (by status) ────┴─► Collector, which reads them when somebody asks
+    responses ─► CountResponses (by status) ────┴─► Collector, which reads them for each GET /metrics
 
-So a token costs nothing here. Each application has a registry of its own.
+So this module does no work per token. Each application has a registry of its own.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .service import Service
 PREFIX = "qwenkern_"
 METHODS = ("GET", "POST", "HEAD", "OPTIONS", "PUT", "PATCH", "DELETE")
 
-# name -> (what it is, how it is read). docs/serving.md has the same table; a test compares the two.
+# name -> (help text, function that reads the value). docs/serving.md has the same table; a test compares the two.
 COUNTERS = {
     "prompt_tokens": ("Tokens of the prompts of requests that have started", lambda counts: counts.prompt_tokens),
     "generation_tokens": ("Tokens that were generated", lambda counts: counts.generated),
@@ -66,7 +66,7 @@ class Collector(PrometheusCollector):
         self._responses = responses
 
     def collect(self) -> Iterator[Metric]:
-        """All metrics, as they are now."""
+        """Yields all metrics with their current values."""
         entries = list(self._models.entries.values())
         counts = [(entry.name, entry.counts) for entry in entries]
         for name, (meaning, read) in GAUGES.items():
@@ -104,7 +104,7 @@ def _outcomes(counts: list[tuple[str, Counts]]) -> Metric:
 
 
 def _buckets(histogram: Histogram) -> tuple[list[tuple[str, float]], float]:
-    """The number of values up to each bound, and the sum of all."""
+    """(bound, number of values up to it) for each bound, and the sum of all values."""
     bounds = [*map(str, histogram.bounds), "+Inf"]
     return list(zip(bounds, accumulate(histogram.counts), strict=True)), histogram.sum
 
@@ -114,7 +114,7 @@ def _running(entry: Entry) -> int:
 
 
 def _waiting(entry: Entry) -> int:
-    """In the engine, or for the model to load."""
+    """Requests that wait in the engine, or for the model to load."""
     if not entry.model:
         return entry.users
     return entry.engine.scheduler.num_waiting if entry.engine else 0
@@ -125,8 +125,8 @@ def _cache_use(entry: Entry) -> float:
 
 
 class CountResponses:
-    """Middleware that counts the responses by method, path and status. All paths that are not of an endpoint count as
-    one, so that nobody can make the metrics long."""
+    """Middleware that counts responses by method, path and status. All paths without an endpoint count as "other", so
+    that no client can make the metrics long."""
 
     def __init__(self, app: ASGIApp, counts: Counter[tuple[str, str, str]]) -> None:
         self._app = app
@@ -136,7 +136,7 @@ class CountResponses:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = "none"  # the client has gone before there was a response
+        status = "none"  # remains if the client disconnects before the response
 
         async def sending(message: Message) -> None:
             nonlocal status

@@ -1,8 +1,8 @@
-"""The models of a server, by name. They are loaded when somebody asks for them, within a budget of memory.
+"""The models of a server, by name. A model is loaded when a request needs it, within a memory budget.
 
-use(name) ─► loaded? ── yes ────────────────────────────► the model, held until the end of the with statement
-                └─ no ─► room in the budget? ─► load ─────►
-                              └─ no ─► unload those that nobody uses, the least recently used first; or wait
+use(name) ─► loaded? ── yes ───────────────────────────────► the model, which stays until the with statement ends
+                └─ no ─► fits the budget? ── yes ─► load ───►
+                               └─ no ─► unload models without requests, the least recently used first; or wait
 
 A model whose engine has stopped is loaded again at once.
 """
@@ -38,9 +38,9 @@ T = TypeVar("T")
 class Models:
     """Models by name.
 
-    sources: for each name where it comes from, or a function that gives the model. memory: bytes that they may take
-    together, as `qwenkern.footprint` counts; None: they are all loaded together. patience: seconds that a request waits
-    for a model to load. most_waiting: requests that wait so for a model."""
+    sources: the name of each model -> its Source, or a function that returns the model. memory: bytes that the loaded
+    models may take together, as `qwenkern.footprint` counts; None: no limit. patience: seconds that a request waits for
+    a model to load. most_waiting: the most requests that may wait for one model to load."""
 
     def __init__(
         self,
@@ -58,21 +58,21 @@ class Models:
         self.created = int(time.time())
         self._patience = patience
         self._most_waiting = most_waiting
-        self.is_ready = False  # a model has been loaded since the start
+        self.is_ready = False  # whether a model has been loaded since the start
         # Called if a model whose engine has stopped cannot be loaded again.
         self.on_loss: Callable[[BaseException], None] = lambda _: None
         self._is_starting = False
         self._is_closed = False
-        self._one = asyncio.Lock()  # one model is loaded at a time
-        self._changed = asyncio.Event()  # a request has left its model, or a model is gone
-        self._threads: list[threading.Thread] = []  # that load or unload
+        self._one = asyncio.Lock()  # so that one model is loaded at a time
+        self._changed = asyncio.Event()  # a request has ended its use of a model, or a model has freed its memory
+        self._threads: list[threading.Thread] = []  # threads that load or unload models
 
     @property
     def names(self) -> list[str]:
         return list(self.entries)
 
     async def start(self) -> None:
-        """Loads the first model, which others need not wait for. Raises ApiError."""
+        """Loads the first model. Until it is loaded, requests for it get 503 at once. Raises ApiError."""
         first = next(iter(self.entries.values()))
         self._is_starting = True
         try:
@@ -82,12 +82,12 @@ class Models:
 
     @asynccontextmanager
     async def use(self, name: str | None = None, may_load: bool = True) -> AsyncIterator[Model]:
-        """Holds a model while a request uses it: it stays loaded. None: the first one. may_load: whether it is loaded
-        if it is not.
+        """Yields a model, which stays loaded until the end of the with statement. name: None means the first model.
+        may_load: whether to load the model if it is not loaded.
 
-        Raises ApiError: 404 for an unknown name, 409 if it may not be loaded, 429 if too many wait for it, and 503
-        while the model that the server starts with is loading, if loading fails or takes too long, or if other models
-        are in use where it should be."""
+        Raises ApiError: 404 for an unknown name, 409 if the model is not loaded and may_load is False, 429 if too many
+        requests wait for it, and 503 if it is the first model and the server is still starting, if loading fails or
+        takes too long, or if models in use leave no memory for it."""
         entry = self.entry(name)
         if not entry.model and not may_load:
             raise loading(entry) if entry.loading else unloaded(entry)
@@ -98,7 +98,7 @@ class Models:
                 code="queue_full",
                 headers={"Retry-After": "5"},
             )
-        entry.users += 1  # first, so that nobody unloads it before it is used
+        entry.users += 1  # before anything else, so that the model is not unloaded meanwhile
         try:
             self.mend(entry)
             yield entry.model or await self._awaited(entry)
@@ -109,22 +109,22 @@ class Models:
             self.mend(entry)
 
     def mend(self, entry: Entry) -> None:
-        """Loads a model again if its engine has stopped. Nobody is given the old one any more."""
+        """Loads a model again if its engine has stopped. New requests do not get the old one any more."""
         if not (fault := entry.fault) or self._is_closed:
             return
-        trace = "".join(traceback.format_exception(fault))  # as text: an error's frames keep the model
+        trace = "".join(traceback.format_exception(fault))  # as text: the frames of an error keep the model in memory
         log.error("the engine of %s has stopped:\n%s", entry.name, trace)
         size, old = entry.size, [entry.take_out()]
-        entry.size, entry.has_stopped = size, True  # which it takes until it is dropped
+        entry.size, entry.has_stopped = size, True  # the old model takes this memory until it is dropped
         self._load_once(entry, old).add_done_callback(self._mended)
 
     def _mended(self, loading: asyncio.Future[Model]) -> None:
         error = None if loading.cancelled() else loading.exception()
-        if isinstance(error, ApiError) and error.code == FAILED and not self._is_closed:  # which ends a loading
+        if isinstance(error, ApiError) and error.code == FAILED and not self._is_closed:  # closing aborts a loading
             self.on_loss(error)
 
     def close(self) -> None:
-        """Ends all calls, the models' threads, and a loading."""
+        """Ends all calls, the threads of the models, and a loading in progress."""
         self._is_closed = True
         for entry in self.entries.values():
             if entry.model:
@@ -159,18 +159,19 @@ class Models:
             raise loading(entry) from None
 
     def _load_once(self, entry: Entry, old: list[Model] | None = None) -> asyncio.Future[Model]:
-        """The loading of a model: the one in progress, or a new one. old: the only reference here to a model that is
-        dropped first."""
+        """The loading of a model: the one in progress, or a new one. old: a list with a stopped model to drop first.
+        The server must have no other reference to this model."""
         if not entry.loading:
             entry.progress, entry.failed_at = 0.0, None
             entry.loading = asyncio.ensure_future(self._load(entry, old))
-            entry.loading.add_done_callback(lambda done: done.cancelled() or done.exception())  # all may have left
+            # Fetches the exception: asyncio complains about one that nobody has fetched, and no request may wait here.
+            entry.loading.add_done_callback(lambda done: done.cancelled() or done.exception())
         return entry.loading
 
     async def _load(self, entry: Entry, old: list[Model] | None = None) -> Model:
         begun = time.monotonic()
         try:
-            if old:  # at once: the model that is being loaded may wait for this memory
+            if old:  # before self._one: the model that is being loaded may wait for this memory
                 await self._drop_stopped(old)
                 entry.size = Size(0, None)
                 self._changed.set()
@@ -182,10 +183,10 @@ class Models:
                 entry.has_stopped = False
                 log.info("loaded %s in %.1f s", entry.name, time.monotonic() - begun)
                 return model
-        except ApiError:  # there was no room for it
+        except ApiError:  # from _make_room: there was no memory for it
             entry.size, entry.has_stopped = Size(0, None), False
             raise
-        except Exception as error:  # whatever it is, it must not stop the other models
+        except Exception as error:  # any error: it must not stop the other models
             entry.size = Size(0, None)
             log.error("%s cannot be loaded: %s", entry.name, error, exc_info=not isinstance(error, Error))
             entry.failed_at = time.monotonic()
@@ -194,7 +195,8 @@ class Models:
             entry.loading = None
 
     async def _drop_stopped(self, old: list[Model]) -> None:
-        """Drops a model whose engine has stopped, and waits until the requests that failed with it are gone."""
+        """Drops a model whose engine has stopped. Waits until the requests that failed with it no longer refer to
+        it, or for ``patience`` seconds."""
         gone, on_gpu = weakref.ref(old[0]), old[0].device.type == "cuda"
         await self._in_thread(lambda: _drop(old))
         until = time.monotonic() + self._patience
@@ -203,7 +205,8 @@ class Models:
             await self._in_thread(lambda: _give_back(on_gpu))
 
     async def _make_room(self, entry: Entry) -> Size:
-        """Unloads models until there is room for another one, whose size it returns."""
+        """Unloads models until the budget has room for this one. Returns its size. Raises ApiError 503 after
+        ``patience`` seconds."""
         size = await self._in_thread(lambda: entry.source.size(self.memory, self._progress_of(entry)))
         until = time.monotonic() + self._patience
         while (missing := self._missing(size)) > 0:
@@ -241,9 +244,9 @@ class Models:
         return progress
 
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        """Does some work in a thread of its own, for which the end of the program need not wait."""
+        """Does some work in a thread of its own. It is a daemon thread, so that the program can end before it does."""
         result: Future[T] = Future()
-        result.set_running_or_notify_cancel()  # it cannot be cancelled
+        result.set_running_or_notify_cancel()  # from now on, it cannot be cancelled
 
         def run() -> None:
             try:
@@ -258,7 +261,7 @@ class Models:
 
 
 def _drop(models: list[Model]) -> None:
-    """Closes models, and gives their memory back. The list holds the only references to them."""
+    """Closes models, and returns their memory to the system. The list must have the only references to them."""
     on_gpu = any(model.device.type == "cuda" for model in models)
     while models:
         models.pop().close()

@@ -1,4 +1,4 @@
-"""GET /openapi.json: the OpenAPI 3.1 document of a server, made of the table of its endpoints and pydantic's schemas.
+"""GET /openapi.json: the OpenAPI 3.1 document of a server, made of its endpoints and pydantic's schemas.
 
 Source: https://spec.openapis.org/oas/v3.1.0"""
 
@@ -27,7 +27,7 @@ _EVENT = {
     "required": ["data"],
     "properties": {"data": {"type": "string"}, "event": {"type": "string"}},
 }
-_FORMS = {  # of errors
+_FORMS = {  # the bodies of errors
     "Error": {
         "type": "object",
         "description": "An error, as OpenAI's API has it.",

@@ -1,4 +1,5 @@
-"""`GET /`: the page, one file with its style and its script. It loads nothing else, and asks this server only."""
+"""`GET /`: the page, one file with its style and its script. It loads no other file, and sends requests to this server
+only."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ def _page() -> tuple[bytes, dict[str, str]]:
     return (
         content,
         {
-            "Cache-Control": "no-cache",  # a browser asks each time whether its copy is still the page
+            "Cache-Control": "no-cache",  # a browser must check each time whether its copy is current
             "ETag": f'"{hashlib.sha256(content).hexdigest()[:32]}"',
             "Content-Security-Policy": "; ".join(
                 [
@@ -43,7 +44,7 @@ def _page() -> tuple[bytes, dict[str, str]]:
                     "base-uri 'none'",
                     "form-action 'none'",
                     "frame-ancestors 'none'",
-                    "require-trusted-types-for 'script'",  # with the next: assigning to innerHTML is an error
+                    "require-trusted-types-for 'script'",  # this and the next make assigning to innerHTML an error
                     "trusted-types 'none'",
                 ]
             ),
@@ -57,10 +58,10 @@ def _page() -> tuple[bytes, dict[str, str]]:
 
 
 def _hash(content: bytes, tag: str) -> str:
-    """The source that allows the page's own element of this name, and no other."""
+    """The CSP source expression that allows the page's own script or style element, and no other."""
     [inside] = re.findall(rb"<%b>(.*?)</%b>" % (tag.encode(), tag.encode()), content, re.S)
     return f"'sha256-{base64.b64encode(hashlib.sha256(inside).digest()).decode()}'"
 
 
-# Without a key: a browser that opens an address sends none, and the page, where one is entered, has nothing of a model.
+# It needs no key: a browser sends none when it opens an address. The page asks for the key, and has no data of a model.
 ENDPOINTS = [Endpoint("/", "GET", page, None, "A page to talk to the models", answer="text/html", is_open=True)]

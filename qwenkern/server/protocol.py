@@ -1,6 +1,11 @@
-"""HTTP as uvicorn speaks it, with these differences: what is not HTTP is answered in the form of the API's errors; a
-client that does not finish its headers, does not read its answer, or goes on with a body after the answer is not waited
-for; connections are bounded; and streams of many small parts are written without h11."""
+"""uvicorn's HTTP protocol with these changes:
+
+- Requests that are not HTTP get an error in the format of OpenAI's API.
+- A client loses its connection if it does not finish its headers, does not read its answer, or goes on sending a body
+  after the answer.
+- The number of connections is limited.
+- Streams of many small parts are written without h11, which takes longer.
+"""
 
 from __future__ import annotations
 
@@ -16,20 +21,21 @@ from . import errors
 from .errors import ApiError
 from .sse import WRITE
 
-HEADER_SECONDS = 10.0  # in which the headers of a request must come, from its first byte or from the connection on
+HEADER_SECONDS = 10.0  # until the headers of a request must be complete, from its first byte or the connection on
 MAX_HEADER_BYTES = 32 * 1024  # of a request line with its headers; uvicorn's h11_max_incomplete_event_size
-STALLED_SECONDS = 60.0  # in which a client must take ROOM bytes of what waits to be sent, or all of it
+STALLED_SECONDS = 60.0  # in which a client must read ROOM bytes of what waits to be sent, or all of it
 ROOM = 64 * 1024
-REST_SECONDS = 5.0  # in which the rest of a body must come whose request is answered already
-MAX_FRAMING = 64 * 1024  # bytes of a body's chunks beside what is in them, if they are more than that; each takes long
+REST_SECONDS = 5.0  # in which the rest of the body must come if the request has been answered before its end
+# Most bytes of chunk headers of a body, if they exceed the bytes of the chunks: parsing a chunk takes h11 long.
+MAX_FRAMING = 64 * 1024
 _PIECE = 4096
 
 
 class Protocol(H11Protocol):
     """One connection."""
 
-    most: int | None = None  # connections of the server
-    _body, _framing = 0, 0  # bytes of the body of a request so far, and of what is around them
+    most: int | None = None  # connections of the server; None: no limit
+    _body, _framing = 0, 0  # bytes of the body of a request so far, and of its chunk headers
     _headers_due: asyncio.TimerHandle | None = None
     _room_due: asyncio.TimerHandle | None = None
 
@@ -42,11 +48,12 @@ class Protocol(H11Protocol):
         await self._app(scope, receive, send)
 
     async def _write(self, part: bytes) -> None:
-        """Sends a part of the body of an answer that has begun, as ``send`` would: a chunk of HTTP/1.1."""
+        """Sends a part of the body of an answer that has begun, as ``send`` would: as a chunk to a client of HTTP/1.1,
+        and as plain bytes to one of HTTP/1.0."""
         if self.flow.write_paused and not self.cycle.disconnected:
             await self.flow.drain()
         if not self.cycle.disconnected:
-            has_chunks = (self.conn.their_http_version or b"") >= b"1.1"  # as h11 has announced it
+            has_chunks = (self.conn.their_http_version or b"") >= b"1.1"  # h11 decides it likewise for the headers
             self.transport.write(b"%x\r\n%b\r\n" % (len(part), part) if has_chunks else part)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -58,7 +65,8 @@ class Protocol(H11Protocol):
 
     def data_received(self, data: bytes) -> None:
         while data and not self.transport.is_closing():
-            # h11 measures headers that are incomplete: it must not get them all at once; nor chunks in thousands
+            # In pieces: h11 checks the size of headers only while they are incomplete, and _measure must see the
+            # chunks of a body before h11 has parsed thousands of them.
             piece, cycle = data[:_PIECE], self.cycle
             before = len(cycle.body) if cycle else 0
             super().data_received(piece)
@@ -67,7 +75,7 @@ class Protocol(H11Protocol):
                 self._measure(len(piece), len(cycle.body) - before)
             elif self.cycle is not cycle:
                 self._body = self._framing = 0
-        if self.conn.their_state is not h11.IDLE:  # a request has begun, or the connection ends
+        if self.conn.their_state is not h11.IDLE:  # the headers are complete, or the connection ends
             self._stop_waiting()
         elif self._headers_due is None:
             self._wait_for_headers()
@@ -77,9 +85,9 @@ class Protocol(H11Protocol):
         cycle = self.cycle
         self._watch_room()
         super().on_response_complete()
-        if self.cycle is not cycle:  # the next request was there already
+        if self.cycle is not cycle:  # the client had already sent the next request
             self._body = self._framing = 0
-        elif self.conn.their_state is h11.SEND_BODY:  # the request was refused before it had ended
+        elif self.conn.their_state is h11.SEND_BODY:  # the server answered before the end of the body
             self.loop.call_later(REST_SECONDS, self._rest_is_late, cycle)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -88,17 +96,17 @@ class Protocol(H11Protocol):
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
-        """Called when much waits to be sent: the answer then pauses."""
+        """Called when much data waits to be sent: the answer then pauses."""
         super().pause_writing()
         self._watch_room()
 
     def resume_writing(self) -> None:
-        """Called when the client has taken most of it."""
+        """Called when the client has read most of the waiting data."""
         super().resume_writing()
         self._watch_room()
 
     def send_400_response(self, msg: str) -> None:
-        """Called where h11 has raised an error."""
+        """Called when h11 has raised an error."""
         error = sys.exc_info()[1]
         if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
             self._refuse(431, f"the request line and its headers have more than {MAX_HEADER_BYTES} bytes")
@@ -106,9 +114,10 @@ class Protocol(H11Protocol):
             self._refuse(400, "this is not a request of HTTP/1.1")
 
     def _measure(self, read: int, found: int) -> None:
-        """Ends a request whose body comes in chunks of a few bytes."""
+        """Ends a request whose body comes in chunks of a few bytes. read: bytes received. found: bytes of the body
+        among them."""
         if self.cycle.response_complete and not any(name == b"transfer-encoding" for name, _ in self.headers):
-            return  # what still comes is thrown away, and takes no time
+            return  # the rest of a body without chunks is discarded, which takes no time
         self._body, self._framing = self._body + found, self._framing + read - found
         if self._framing > max(MAX_FRAMING, self._body):
             self._refuse(400, "the chunks of the body have a few bytes each; expected larger ones")
@@ -122,7 +131,7 @@ class Protocol(H11Protocol):
             self._headers_due = None
 
     def _watch_room(self, before: int | None = None) -> None:
-        """Ends the connection of a client that does not read what waits: more than 64 KiB, or the end of an answer.
+        """Ends the connection of a client that does not read: more than 64 KiB, or the end of an answer, waits for it.
         before: the bytes that waited STALLED_SECONDS ago."""
         self._stop_waiting_for_room()
         waiting = self.transport.get_write_buffer_size()
@@ -140,7 +149,7 @@ class Protocol(H11Protocol):
 
     def _headers_are_late(self) -> None:
         self._headers_due = None
-        if not self.conn.trailing_data[0]:  # a client that connects ahead, and says nothing
+        if not self.conn.trailing_data[0]:  # a client that has connected and sent nothing gets no answer
             self.transport.close()
         self._refuse(408, f"the headers of the request did not come within {HEADER_SECONDS:g} s")
 
@@ -165,5 +174,5 @@ class Protocol(H11Protocol):
 
 
 def at_most(connections: int) -> type[Protocol]:
-    """The protocol of a server with so many connections at most."""
+    """The protocol class of a server with at most this many connections."""
     return type("Bounded", (Protocol,), {"most": connections})
