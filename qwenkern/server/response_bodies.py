@@ -1,4 +1,5 @@
-"""The bodies of OpenAI's /v1/responses, and the turns that they ask for. Nothing is stored between requests."""
+"""The request bodies of OpenAI's /v1/responses, and how they become turns. The server stores nothing between
+requests."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from .settings import Bounds
 from .turns import Turn
 
 LOGPROBS = "message.output_text.logprobs"
-_Key = Annotated[str, Field(max_length=64)]  # of metadata, with OpenAI's bounds
+_Key = Annotated[str, Field(max_length=64)]  # of metadata; the limits are OpenAI's
 _Value = Annotated[str, Field(max_length=512)]
 Status = Literal["in_progress", "completed", "incomplete"]
 
@@ -27,7 +28,7 @@ class Part(Body):
     type: Literal["input_text", "output_text"]
     text: str
     annotations: list[Any] | None = Field(None, max_length=0)
-    logprobs: list[Any] | None = None  # of an answer that comes back
+    logprobs: list[Any] | None = None  # clients send them back with an answer
 
 
 class Message(Body):
@@ -68,7 +69,7 @@ class Typed(Body):
     type: Literal["function"]
 
 
-class Tool(Function, Typed):  # in this order, the type is the first that is read: others have no name
+class Tool(Function, Typed):  # in this order, pydantic checks the type first: tools of other types may have no name
     """A function that the model may call."""
 
 
@@ -88,7 +89,7 @@ class TextConfig(Body):
 
 
 class StreamOptions(Body):
-    include_obfuscation: Literal[False] | None = None  # we add no padding
+    include_obfuscation: Literal[False] | None = None  # the server adds no padding
 
 
 _NOTHING_STORED = "nothing is stored; expected the whole conversation as input"
@@ -118,9 +119,9 @@ class ResponsesBody(Body):
     instructions: str | None = None
     include: Some[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     max_output_tokens: int | None = None
-    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None  # comes back in the response
+    metadata: Annotated[dict[_Key, _Value], Field(max_length=16)] | None = None  # the response repeats it
     parallel_tool_calls: bool | None = None
-    prompt_cache_key: str | None = None  # all requests share one cache, so each finds what has its key
+    prompt_cache_key: str | None = None  # changes nothing: all requests share one cache
     safety_identifier: str | None = None  # for the log
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -142,7 +143,7 @@ class ResponsesBody(Body):
         return super().names() | more
 
     def turn(self, bounds: Bounds) -> Turn:
-        """What the body asks for. Raises ApiError."""
+        """The turn that the body asks for. Raises ApiError."""
         if self.stream_options and not self.stream:
             raise wrong("stream_options needs stream: true", "stream_options")
         with_logprobs = LOGPROBS in (self.include or [])
@@ -200,7 +201,7 @@ class ResponsesBody(Body):
             if isinstance(item, FunctionCallOutput):
                 text = _text(item.output, f"{place}.output")
                 found.append({"role": "tool", "tool_call_id": item.call_id, "content": text})
-            elif isinstance(item, FunctionCall):  # of the assistant's message before, if there is one
+            elif isinstance(item, FunctionCall):  # belongs to the assistant's message before it, if there is one
                 if not found or found[-1]["role"] != "assistant":
                     found.append({"role": "assistant", "content": None})
                 function = {"name": item.name, "arguments": item.arguments}
@@ -208,7 +209,7 @@ class ResponsesBody(Body):
                 found[-1].setdefault("tool_calls", []).append(call)
             else:
                 text = _text(item.content, f"{place}.content")
-                if item.role == "assistant" and found and found[-1].get("tool_calls"):  # text after an answer's calls
+                if item.role == "assistant" and found and found[-1].get("tool_calls"):  # text of an answer after calls
                     before = found[-1]["content"]
                     found[-1]["content"] = text if before is None else f"{before}\n{text}"
                 else:
@@ -217,7 +218,7 @@ class ResponsesBody(Body):
 
 
 def _text(content: str | list[dict[str, Any]], place: str) -> str:
-    """The text of a string, or of parts."""
+    """The text of a string or of a list of parts. Raises ApiError."""
     if isinstance(content, str):
         return content
     return "\n".join(blocks.read(_PARTS, part, f"{place}.{n}").text for n, part in enumerate(content))

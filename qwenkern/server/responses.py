@@ -1,6 +1,6 @@
 """POST /v1/responses: OpenAI's newer API.
 
-created in_progress (output_item.added ... output_item.done)... completed, or incomplete
+The events of a stream: created in_progress (output_item.added ... output_item.done)... completed (or incomplete)
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ async def create(service: Service, request: Request, body: ResponsesBody) -> Res
         (answer,) = await answering.answers(service, model, turn)
         events: list[Event] = []
         for part in answer.parts:
-            if isinstance(part, str):  # the first text has the log-probabilities of all tokens
+            if isinstance(part, str):  # the first text gets the log-probabilities of all tokens
                 events.append(Text(0, part, logprobs=[] if events else answer.logprobs))
             else:
                 events += [CallBegun(0, part.id, part.name), CallArguments(0, part.arguments), part]
@@ -51,13 +51,13 @@ async def _events(service: Service, turn: Turn, writing: _Writing) -> AsyncGener
         aclosing(answering.events(service, model, turn)) as events,
     ):
         async for event in events:
-            begun = writing.begin() if isinstance(event, Started) else b""  # not before: a prompt may be too long
+            begun = writing.begin() if isinstance(event, Started) else b""  # not earlier: the prompt may be refused
             if found := begun + b"".join(writing.events(event, model)):
                 yield found
 
 
 class _Writing:
-    """A response that grows by events."""
+    """Builds a response from the events of an answer, and writes OpenAI's events."""
 
     def __init__(self, body: ResponsesBody, model_name: str) -> None:
         self.body = body
@@ -65,8 +65,8 @@ class _Writing:
         self._id, self._created = f"resp_{uuid.uuid4().hex}", int(time.time())
         self._number = -1  # of the last event
         self._output: list[dict[str, Any]] = []
-        self._part: dict[str, Any] | None = None  # the text of the message that goes on
-        self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens that have no text yet
+        self._part: dict[str, Any] | None = None  # the text part of the unfinished message
+        self._pending: list[dict[str, Any]] = []  # log-probabilities of tokens without text so far
         self._finished: Finished | None = None
 
     def begin(self) -> bytes:
@@ -75,7 +75,7 @@ class _Writing:
         )
 
     def events(self, event: Event, model: Model) -> Iterator[bytes]:
-        """The events in OpenAI's form of one event of ours."""
+        """Yields OpenAI's server-sent events for one event of an answer."""
         if isinstance(event, Started):
             return
         if isinstance(event, Text):
@@ -96,7 +96,7 @@ class _Writing:
         if isinstance(event, Finished) and not self._output:
             yield from self._begin_message()
             self._part = {**self._part, "logprobs": self._pending} if self._part else None
-        self._pending = []  # of a call's tokens
+        self._pending = []  # drops those of the tokens of a call
         if self._part is not None:
             yield from self._end_message("incomplete" if is_cut else "completed")
         if isinstance(event, Finished):
@@ -146,7 +146,7 @@ class _Writing:
         return f"event: {type}\ndata: {data}\n\n".encode()
 
     def error(self, error: ApiError) -> bytes:
-        """An error after the stream has begun."""
+        """The event of an error after the stream has begun."""
         return self._event("error", code=error.code, message=error.message, param=error.param)
 
     def _status(self) -> str:
@@ -155,7 +155,7 @@ class _Writing:
         return "incomplete" if self._finished.reason == "length" else "completed"
 
     def response(self) -> dict[str, Any]:
-        """The response as it is now."""
+        """The current state of the response."""
         body, finished, status = self.body, self._finished, self._status()
         told = body.model_dump(exclude_none=True, by_alias=True)
         return {

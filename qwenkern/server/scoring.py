@@ -1,4 +1,4 @@
-"""The log-probabilities of a prompt's own tokens, each given those before it."""
+"""Scores prompts: the log-probability of each token of a prompt, given the tokens before it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .service import Service
 
 
 class _Scored:
-    """A prompt, and the log-probabilities of its tokens but the first, as the engine's thread computes them."""
+    """A prompt, and the log-probabilities of its tokens but the first. The thread of the engine adds them."""
 
     def __init__(self, ids: list[int], top: int, salt: str | None) -> None:
         self.logprobs: list[TokenLogprob] = []
@@ -27,7 +27,7 @@ class _Scored:
         self.request.on_logits = torch.inference_mode()(self._take)
 
     def _take(self, logits: Tensor) -> None:
-        """Takes the next rows of logits [R, V]. The row of the last token says nothing of the prompt."""
+        """Takes the next rows of logits [R, V]. The row of the prompt's last token scores no token of the prompt."""
         done = len(self.logprobs)
         targets = self.request.prompt_ids[done + 1 :][: len(logits)]
         if not targets:
@@ -41,7 +41,8 @@ class _Scored:
 async def prompt_logprobs(
     service: Service, model: Model, prompts: list[list[int]], top: int, salt: str | None = None
 ) -> list[list[TokenLogprob]]:
-    """For each prompt, the log-probabilities of its tokens but the first, each with ``top`` most likely ones.
+    """For each prompt, the log-probabilities of its tokens but the first, each with those of the ``top`` most likely
+    tokens. salt: as SamplingParams.cache_salt.
 
     Raises ApiError as `running`, and NonFiniteError."""
     scored = [_Scored(ids, top, salt) for ids in prompts]

@@ -1,4 +1,4 @@
-"""What the handlers of a server share."""
+"""The objects that the handlers of a server share."""
 
 from __future__ import annotations
 
@@ -16,19 +16,20 @@ T = TypeVar("T")
 
 
 class Threads:
-    """Threads for one kind of work, which no other kind keeps waiting."""
+    """Threads for one kind of work, so that it need not wait for other kinds."""
 
     def __init__(self, name: str, count: int, most: int | None = None) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"qwenkern-{name}")
-        self._most = most  # that wait for it or have it done; None: others bound them
+        self._most = most  # callers at a time; None: their number is limited elsewhere
         self._callers = 0
 
     async def do(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Has a thread do some work. A caller that no longer waits gives its place up. Raises ApiError 429."""
+        """Does some work in a thread. A caller that is cancelled no longer counts. Raises ApiError 429 if there are too
+        many callers."""
         if self._most is not None and self._callers >= self._most:
             message = f"{self._callers} requests of this kind wait already; expected at most {self._most}"
             raise ApiError(429, f"{message}: try again later", code="queue_full", headers={"Retry-After": "5"})
-        call = [work, *arguments]  # the pool keeps what waits in it, even if the caller is gone
+        call = [work, *arguments]  # a list to clear: the pool keeps queued work, even if its caller is cancelled
 
         def run() -> T:
             do, *given = call
@@ -46,7 +47,7 @@ class Threads:
 
 
 class Service:
-    """The models of a server, its settings, the turns that wait, and threads for what takes the CPU long."""
+    """The models of a server, its settings, its queue, and threads for work that takes much processor time."""
 
     def __init__(self, models: Models, settings: Settings) -> None:
         bounds = settings.bounds
@@ -54,18 +55,18 @@ class Service:
         self.settings = settings
         self.admission = Admission(bounds)
         self.bodies = Bodies(bounds)
-        self.large = Threads("bodies", 1)  # bodies; one at a time, because parsed ones take many times their bytes
-        self._answers = Threads("answers", 4)  # templates and tokenizers for those that admission has let in
-        self._tokens = Threads("tokens", 2, bounds.waiting)  # for those that want no answer of a model
-        self.grammars = Threads("grammars", 2, bounds.grammars)  # which wait for processes, up to seconds each
+        self.large = Threads("bodies", 1)  # large bodies; one at a time: parsing takes many times the bytes of a body
+        self._answers = Threads("answers", 4)  # templates and tokenizers for requests with a place in the queue
+        self._tokens = Threads("tokens", 2, bounds.waiting)  # requests that need no answer of a model
+        self.grammars = Threads("grammars", 2, bounds.grammars)  # compile grammars in processes, for seconds each
 
     async def in_pool(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Has a thread do some work for an answer."""
+        """Does some work for an answer in a thread."""
         return await self._answers.do(work, *arguments)
 
     async def aside(self, work: Callable[..., T], *arguments: Any) -> T:
-        """Has a thread do some work that keeps no answer waiting. Raises ApiError: 429 if too many wait for such work,
-        and 503 if this has waited too long."""
+        """Does some work in a thread that no answer waits for. Raises ApiError: 429 if too many requests wait for such
+        work, and 503 if this one has waited too long."""
         try:
             return await asyncio.wait_for(self._tokens.do(work, *arguments), self.settings.bounds.waiting_seconds)
         except (asyncio.TimeoutError, TimeoutError):

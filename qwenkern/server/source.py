@@ -1,4 +1,4 @@
-"""Where a model of a server comes from: what loads it, and what memory it takes."""
+"""Sources of a server's models: how to load a model, and how much memory it takes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ..footprint.memory import main_memory
 from ..loading import Progress, find
 from ..Model import Model
 
-TOGETHER = 8  # sequences whose decode steps are compiled and captured before the first request
-SHARE = 0.9  # of the memory that is free when a server starts: what models may take together by default
+TOGETHER = 8  # decode steps for up to this many sequences are compiled and captured before the first request
+SHARE = 0.9  # default share of the memory free at the server's start that all models may take together
 
 
 @dataclass(frozen=True)
 class Size:
-    """What a model takes. tokens: of its cache; None: as many as Model.from_pretrained chooses."""
+    """The memory of a model in bytes. tokens: of its cache; None: as many as Model.from_pretrained chooses."""
 
     bytes: int
     tokens: int | None
@@ -32,17 +32,17 @@ class Size:
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be loaded.
+    """Two functions that measure and load a model.
 
-    size: gets the most bytes that it may take, and says what it takes. load: gets the tokens of its cache. Both get a
-    function that is told of the progress, and that may raise to end the work."""
+    size: takes the most bytes that the model may take, and returns its Size. load: takes the tokens of its cache, and
+    returns the model. Both also take a function that they call with their progress. It may raise to stop them."""
 
     size: Callable[[int | None, Progress], Size]
     load: Callable[[int | None, Progress], Model]
 
     @classmethod
     def of(cls, load: Callable[[], Model]) -> Source:
-        """A model that a function gives. Its memory does not count."""
+        """A model that a function returns. Its memory does not count towards the budget."""
         return cls(lambda most, progress: Size(0, None), lambda tokens, progress: load())
 
 
@@ -54,7 +54,7 @@ def source(model: str | Path, **options: Any) -> Source:
 
     def load(tokens: int | None, progress: Progress) -> Model:
         loaded = Model.from_pretrained(model, progress=progress, **(options | {"cache_tokens": tokens}))
-        if loaded.device.type == "cuda":  # on a CPU the first request loses nothing by it
+        if loaded.device.type == "cuda":  # on a CPU, the first request is as fast without it
             loaded.warm_up(TOGETHER)
         return loaded
 
@@ -75,11 +75,13 @@ def size_of(
     draft: str | Path | None = None,
     **_others: Any,
 ) -> Size:
-    """What a checkpoint takes, as `qwenkern footprint` says, without the process. Downloads it if it is not here.
+    """The memory that a checkpoint takes, as `qwenkern footprint` computes it, without that of the process. Downloads
+    the checkpoint if it is not here.
 
-    most: bytes that it may take. If it is given and cache_tokens is not, the cache holds one context, or as many tokens
-    as there is room for beside the weights; without ``most`` it has the size that Model.from_pretrained chooses, and
-    one context counts. Raises RequestError if the model does not fit ``most``, and as Model.from_pretrained does."""
+    most: bytes that the model may take. With ``most`` and without cache_tokens, the cache holds one context, or as many
+    tokens as fit beside the weights. Without both, Model.from_pretrained chooses the size of the cache, and the result
+    counts one context. Raises RequestError if the model does not fit ``most``, and the errors of
+    Model.from_pretrained."""
     place = choose_device(device)
     layouts = []
     for each in (model, draft):
@@ -116,7 +118,7 @@ def size_of(
 
 
 def free_memory(device: str | torch.device = "auto") -> int:
-    """The bytes that models may take together where nobody says how many."""
+    """The bytes that all models may take together by default: SHARE of the free memory."""
     place = choose_device(device)
     if place.type == "cuda":
         return int(SHARE * memory_of(place).available)

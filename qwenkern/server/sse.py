@@ -18,17 +18,18 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),  # nginx passes each event on at once
 ]
-WRITE = "qwenkern.write"  # an extension of ASGI: a coroutine that writes a part of a body, without what `send` passes
+# An ASGI extension of protocol.py: a coroutine that writes a part of a body at once, without the layers below `send`.
+WRITE = "qwenkern.write"
 
 
-# nginx gives up a server that says nothing for 60 s (proxy_read_timeout), OpenAI's and Anthropic's clients after 600 s.
+# nginx ends a connection that is silent for 60 s (proxy_read_timeout), OpenAI's and Anthropic's clients after 600 s.
 QUIET_SECONDS = 15.0
 _COMMENT = b": keep-alive\n\n"
 
 
 class EventStream(Response):
-    """A response whose events come from an asynchronous generator, each as bytes that end in a blank line. When there
-    is none for QUIET_SECONDS, or for twice as long at most, it sends ``quiet``."""
+    """A response whose events come from an asynchronous generator, each as bytes that end in a blank line. It sends
+    ``quiet`` after QUIET_SECONDS without an event, or at the latest after twice as long."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class EventStream(Response):
                 async for event in rest:
                     self._is_quiet = False
                     await write(event)
-            except asyncio.CancelledError:  # the server ends, or the client is gone, which then sees nothing
+            except asyncio.CancelledError:  # the server stops, or the client has disconnected and gets nothing
                 event = self._as_event(errors.shutting_down())
                 await send({"type": "http.response.body", "body": event, "more_body": False})
                 raise
@@ -78,7 +79,8 @@ class EventStream(Response):
 
 @asynccontextmanager
 async def _ended(first: asyncio.Future[bytes]) -> AsyncIterator[None]:
-    """Cancels what waits for the first event, if it still waits at the end: its generator cannot be closed before."""
+    """At the end of the with statement, cancels the wait for the first event if it still goes on: its generator cannot
+    be closed before."""
     try:
         yield
     finally:
@@ -90,8 +92,9 @@ async def _ended(first: asyncio.Future[bytes]) -> AsyncIterator[None]:
 async def stream(
     events: AsyncGenerator[bytes, None], as_event: Callable[[ApiError], bytes], quiet: bytes = _COMMENT
 ) -> EventStream:
-    """The response of some events. An error before the first of them is raised, so that it becomes a status, unless it
-    takes longer than QUIET_SECONDS; a later one becomes an event. quiet: what is sent so that nobody gives up."""
+    """The response that sends these events. Waits for the first event, for QUIET_SECONDS at most. Raises an error that
+    comes meanwhile, so that the response gets its status. A later error becomes an event, by ``as_event``. quiet: bytes
+    that keep a silent connection open."""
     first = asyncio.ensure_future(anext(events))
     try:
         await asyncio.wait({first}, timeout=QUIET_SECONDS)
@@ -108,5 +111,5 @@ DONE = b"data: [DONE]\n\n"
 
 
 def openai_error(error: ApiError) -> bytes:
-    """An error in a stream of OpenAI's APIs, and its end."""
+    """The events of an error in a stream of OpenAI's APIs: the error, and the end of the stream."""
     return f"data: {json.dumps(errors.openai_body(error))}\n\n".encode() + DONE

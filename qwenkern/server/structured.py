@@ -1,5 +1,4 @@
-"""The fields that ask for an answer of some form: OpenAI's `response_format`, and vLLM's `structured_outputs` and
-`guided_*`."""
+"""The fields that constrain an answer: OpenAI's `response_format`, and vLLM's `structured_outputs` and `guided_*`."""
 
 from __future__ import annotations
 
@@ -42,7 +41,7 @@ class Structured(Body):
     guided_grammar: str | None = None
 
     def _forms(self) -> list[tuple[str, str, Any]]:
-        """Each form that is asked for: the field of the body, that of SamplingParams, and its value."""
+        """Each constraint in the body: (field of the body, field of SamplingParams, value)."""
         asked, outputs = self.response_format, self.structured_outputs or StructuredOutputs(json=None)
         found: list[tuple[str, str, Any]] = [
             ("structured_outputs.json", "json_schema", outputs.json_),
@@ -63,7 +62,7 @@ class Structured(Body):
         return [each for each in found if each[2] is not None]
 
     def form(self) -> dict[str, Any]:
-        """The form as fields of SamplingParams. Raises ApiError."""
+        """The constraint as a field of SamplingParams; empty if there is none. Raises ApiError, also for several."""
         asked, forms = self.response_format, self._forms()
         if asked and (asked.json_schema is not None) != (asked.type == "json_schema"):
             message = "response_format.json_schema goes with the type json_schema, and only with that"

@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, GET /tokenizer_info: in the form that vLLM has given them.
+"""POST /tokenize and /detokenize, GET /tokenizer_info, with the bodies that vLLM has defined for them.
 
 Source: vllm/entrypoints/serve/tokenize/protocol.py of the vLLM project."""
 
@@ -37,15 +37,15 @@ class TokenizeBody(Body):
 
     model: str | None = None
     prompt: str | None = None
-    messages: Some[Message] | None = None  # as /v1/chat/completions takes them, and tools likewise
+    messages: Some[Message] | None = None  # messages and tools as in /v1/chat/completions
     tools: Some[Tool] | None = None
-    add_special_tokens: bool | None = None  # the ids that the checkpoint puts before a text; by default for prompt
-    add_generation_prompt: bool | None = None  # whether the prompt ends where an answer begins; by default for messages
-    continue_final_message: bool | None = None  # it ends with the last message instead
+    add_special_tokens: bool | None = None  # adds the checkpoint's ids before a text; default: true for prompt only
+    add_generation_prompt: bool | None = None  # whether the beginning of an answer follows the messages; default: true
+    continue_final_message: bool | None = None  # the tokens end within the last message instead
     return_token_strs: bool = False
 
     def check(self, bounds: Bounds) -> None:
-        """Raises ApiError unless there is one of prompt and messages, within the bounds."""
+        """Raises ApiError unless the body has either a prompt or messages, within the limits."""
         if (self.prompt is None) == (self.messages is None):
             found = "neither prompt nor messages" if self.prompt is None else "prompt and messages"
             raise _wrong(f"the body has {found}; expected one of the two", "prompt")
@@ -165,7 +165,7 @@ def _tokenizer(model: Model) -> Tokenizer:
 
 
 def _longest(model: Model) -> int:
-    """Tokens of a request."""
+    """The most tokens of a request with its answer."""
     return min(model.config.context_length, model.cache.num_tokens)
 
 

@@ -1,8 +1,8 @@
-"""What all APIs have in common: a turn that a client asks for, and the events of its answers.
+"""The types that all APIs share: a turn, which is one call of a client, and the events of its answers.
 
     body of a request ─► Turn ─► engine ─► events ─► body of the response, or server-sent events
 
-Each API has a file that reads its bodies into turns, and writes events in its own form.
+Each API has a module that makes turns of its bodies, and writes events in its own format.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from ..sampling import SamplingParams, TokenLogprob
 class Turn:
     """One call of a client: n answers to each of its prompts."""
 
-    prompts: list[Prompt]  # several for /v1/completions only
+    prompts: list[Prompt]  # only /v1/completions may have several
     params: SamplingParams
     tools: list[dict[str, Any]] = field(default_factory=list)  # {"type": "function", "function": {...}} each
     continues: bool = False  # the answers continue the last message
-    shortens: bool = False  # max_tokens is reduced to the room that the context has after the prompt
-    is_streamed: bool = False  # the client reads the text as it comes
+    shortens: bool = False  # reduces max_tokens to the tokens that the context has left after the prompt
+    is_streamed: bool = False  # whether the client reads the text as it is generated
 
 
 @dataclass(frozen=True)
 class Started:
-    """The first event of an answer, when its first token has been drawn."""
+    """The first event of an answer, after its first token has been drawn."""
 
     index: int  # of the answer: prompt_index * n + sample_index
     num_prompt_tokens: int
@@ -47,7 +47,7 @@ class Text:
 
 @dataclass(frozen=True)
 class CallBegun:
-    """A call of a function begins. Its arguments follow, and at last either the ToolCall or CallBroken."""
+    """The beginning of a function call. Its arguments follow, and then either ToolCall or CallBroken."""
 
     index: int  # of the answer
     id: str  # "call_..."
@@ -56,7 +56,7 @@ class CallBegun:
 
 @dataclass(frozen=True)
 class CallArguments:
-    """More of the arguments of the call that has begun: so far the beginning of a JSON object."""
+    """More text of the arguments of the call that has begun. The text so far is the beginning of a JSON object."""
 
     index: int  # of the answer
     text: str
@@ -64,14 +64,14 @@ class CallArguments:
 
 @dataclass(frozen=True)
 class CallBroken:
-    """What has begun is no call, and its arguments have no end. Its text follows."""
+    """The call that has begun is malformed, so its arguments stay incomplete. Its text follows as Text."""
 
     index: int  # of the answer
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """The end of a call, and all of it."""
+    """The end of a call. It has the whole call."""
 
     index: int  # of the answer
     id: str  # "call_..."

@@ -1,4 +1,4 @@
-"""Counts the tokens of a turn, as OpenAI's APIs report them."""
+"""Counts the tokens of a turn, for the `usage` of OpenAI's APIs."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from .turns import Finished, Turn
 
 @dataclass
 class Usage:
-    """The tokens of a turn. A prompt counts once, however many answers it has."""
+    """The numbers of tokens of a turn. A prompt with several answers counts once."""
 
     prompt: int = 0
-    cached: int = 0  # of the prompts
+    cached: int = 0  # tokens of the prompts that the cache had
     completion: int = 0
 
     @classmethod
