@@ -124,7 +124,7 @@ def _to_fill_in(tokenizer: Tokenizer | None, prompt: str | list[int], suffix: st
 
 
 async def create(service: Service, request: Request, body: CompletionBody) -> Response:
-    """Continues prompts."""
+    """Continues texts or token ids. With `suffix`, a Coder model fills in code between prompt and suffix."""
     turn = await service.in_pool(body.turn, service.settings.bounds)
     head = {
         "id": f"cmpl-{uuid.uuid4().hex}",

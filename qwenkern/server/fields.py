@@ -26,7 +26,7 @@ class StreamOptions(Body):
 
 
 class Sampled(Structured):
-    """What says how tokens are drawn."""
+    """A body with the fields that control how tokens are drawn."""
 
     model: str | None = None
     temperature: float | None = None

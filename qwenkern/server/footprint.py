@@ -27,7 +27,7 @@ _NUMBERS = {"context": 4096, "sequences": 1}
 
 
 async def footprint(service: Service, request: Request, _body: None) -> Response:
-    """What `qwenkern footprint --json` has for one case, and ``choices``: what each parameter may be."""
+    """Computes what `qwenkern footprint --json` prints for one model. `choices` lists the values of the parameters."""
     return JSONResponse(await service.aside(_described, dict(request.query_params)))
 
 

@@ -25,14 +25,14 @@ HANGS = 120.0
 
 
 class Health(BaseModel):
-    """The state of a server: ok has status 200, the others have 503."""
+    """The state of a server. The HTTP status is 200 for ok, and 503 for the others."""
 
     status: Literal["ok", "loading", "failed"]
     reason: str | None  # why it is not ok
 
 
 async def health(service: Service, request: Request, body: None) -> Response:
-    """The state of the server, within ANSWERS seconds."""
+    """Tells whether the engines make progress. Answers within about two seconds."""
     found = await health_of(service.models)
     retry = {} if found.status == "ok" else {"Retry-After": "5"}
     return JSONResponse(found.model_dump(), 200 if found.status == "ok" else 503, retry)

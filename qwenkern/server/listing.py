@@ -35,13 +35,13 @@ class ModelList(BaseModel):
 
 
 async def list_models(service: Service, request: Request, body: None) -> Response:
-    """All models."""
+    """Lists all models of the server, loaded or not."""
     data = [_listed(entry, service.models) for entry in service.models.entries.values()]
     return JSONResponse(ModelList(object="list", data=data).model_dump())
 
 
 async def show_model(service: Service, request: Request, body: None) -> Response:
-    """One model, by its name. Raises ApiError 404."""
+    """Shows one model, by its name."""
     entry = service.models.entry(request.path_params["model"])
     return JSONResponse(_listed(entry, service.models).model_dump())
 

@@ -45,7 +45,7 @@ class ToolUse(Block):
 
 
 class ToolResult(Block):
-    """What a call gave, in a message of the user."""
+    """The result of a call, in a message of the user."""
 
     type: Literal["tool_result"]
     tool_use_id: str
@@ -104,7 +104,7 @@ _NOT_HERE = "this server runs one model, and nothing beside it"
 
 
 class PromptBody(Body):
-    """What /v1/messages/count_tokens takes: all that makes the prompt."""
+    """The body of /v1/messages/count_tokens: the fields that make the prompt."""
 
     REFUSED: ClassVar[Refused] = {
         "container": ((), _NOT_HERE),
@@ -166,7 +166,7 @@ class PromptBody(Body):
 
 
 class MessagesBody(PromptBody):
-    """What /v1/messages takes."""
+    """The body of /v1/messages."""
 
     max_tokens: int
     metadata: Metadata | None = None

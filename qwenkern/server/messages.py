@@ -53,7 +53,7 @@ async def create(service: Service, request: Request, body: MessagesBody) -> Resp
 
 
 async def count_tokens(service: Service, request: Request, body: PromptBody) -> Response:
-    """Counts the tokens of a prompt."""
+    """Counts the tokens of a prompt, without an answer."""
     bounds = service.settings.bounds
     async with service.models.use(body.model) as model:
 
@@ -136,5 +136,5 @@ async def _events(service: Service, body: MessagesBody, turn: Turn, message_id: 
 
 ENDPOINTS = [
     Endpoint("/v1/messages", "POST", create, MessagesBody, "Answers a conversation", as_error=as_error, streams=True),
-    Endpoint("/v1/messages/count_tokens", "POST", count_tokens, PromptBody, "Counts a prompt", as_error=as_error),
+    Endpoint("/v1/messages/count_tokens", "POST", count_tokens, PromptBody, "Counts tokens", as_error=as_error),
 ]

@@ -164,7 +164,7 @@ class Metrics:
 
 
 async def metrics(service: Service, request: Request, body: None) -> Response:
-    """All metrics, as text or in the OpenMetrics format, as the client asks."""
+    """Gives all metrics, in the text format of Prometheus or in OpenMetrics, by the Accept header."""
     encode, media_type = choose_encoder(request.headers.get("accept", ""))
     return Response(encode(request.app.state.metrics.registry), media_type=media_type)
 

@@ -30,7 +30,7 @@ _EVENT = {
 _FORMS = {  # the bodies of errors
     "Error": {
         "type": "object",
-        "description": "An error, as OpenAI's API has it.",
+        "description": "An error in the format of OpenAI's API.",
         "required": ["error"],
         "properties": {
             "error": {
@@ -47,7 +47,7 @@ _FORMS = {  # the bodies of errors
     },
     "OtherError": {
         "type": "object",
-        "description": "An error in the form of the API that the path belongs to.",
+        "description": "An error in the format of the API that the path belongs to.",
         "required": ["error"],
         "properties": {
             "error": {
@@ -73,7 +73,7 @@ _ERRORS_OF_A_BODY = {
 
 
 async def openapi(service: Service, request: Request, body: None) -> Response:
-    """The document."""
+    """Gives the OpenAPI document of this server."""
     return JSONResponse(request.app.state.openapi)
 
 

@@ -19,7 +19,7 @@ _FILE = Path(__file__).with_name("page") / "index.html"
 
 
 async def page(_service: Service, request: Request, _body: None) -> Response:
-    """The page; 304 if the browser has it already."""
+    """Gives the page, or 304 if the browser already has it."""
     content, headers = _page()
     if headers["ETag"] in request.headers.get("If-None-Match", ""):
         return Response(status_code=304, headers=headers)

@@ -74,7 +74,7 @@ class Tool(Function, Typed):  # in this order, pydantic checks the type first: t
 
 
 class Format(Body):
-    """The form of the text."""
+    """The format of the text."""
 
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None

@@ -31,7 +31,7 @@ class StructuredOutputs(Body):
 
 
 class Structured(Body):
-    """A body with these fields."""
+    """A body with the fields that constrain the answer."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None

@@ -78,7 +78,7 @@ class TokenizeBody(Body):
 
 
 class Tokenized(BaseModel):
-    """The ids of a text or a chat. token_strs: how the vocabulary spells them."""
+    """The token ids of a text or a chat. token_strs: the tokens as the vocabulary spells them."""
 
     count: int
     max_model_len: int
@@ -87,20 +87,20 @@ class Tokenized(BaseModel):
 
 
 class DetokenizeBody(Body):
-    """Token ids."""
+    """Token ids to decode."""
 
     model: str | None = None
     tokens: Some[int]
 
 
 class Detokenized(BaseModel):
-    """Their text, special tokens included."""
+    """The text of token ids, special tokens included."""
 
     prompt: str
 
 
 class TokenizerInfo(BaseModel):
-    """What the checkpoint says of its tokenizer: also its other tokens by name, such as bos_token."""
+    """The checkpoint's description of its tokenizer. Further fields are special tokens by name, such as bos_token."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -112,7 +112,7 @@ class TokenizerInfo(BaseModel):
 
 
 async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Response:
-    """The ids of a text or a chat."""
+    """Tokenizes a text, or a chat with its template."""
     body.check(service.settings.bounds)
     async with service.models.use(body.model) as model:
         tokenizer = _tokenizer(model)
@@ -129,14 +129,14 @@ async def tokenize(service: Service, request: Request, body: TokenizeBody) -> Re
 
 
 async def detokenize(service: Service, request: Request, body: DetokenizeBody) -> Response:
-    """The text of ids."""
+    """Decodes token ids, special tokens included."""
     async with service.models.use(body.model) as model:
         text = await service.aside(lambda: _tokenizer(model).decode(body.tokens, skip_special=False))
     return JSONResponse(Detokenized(prompt=text).model_dump())
 
 
 async def tokenizer_info(service: Service, request: Request, body: None) -> Response:
-    """What the checkpoint says of its tokenizer. The model must be loaded: a GET changes nothing."""
+    """Describes the tokenizer as the checkpoint does. The model must be loaded: this request does not load it."""
     if unknown := [name for name in request.query_params if name not in _QUERY]:
         raise RequestError(f"query has {shown(unknown[0])}; expected {' or '.join(_QUERY)}")
     async with service.models.use(request.query_params.get("model"), may_load=False) as model:
