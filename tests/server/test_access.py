@@ -114,12 +114,12 @@ def test_a_client_that_goes_away_ends_its_request_within_a_step(plain, model):
         stepping = threading.Thread(target=gate.steps, args=(4,))
         stepping.start()
         with streaming(plain, max_tokens=400) as response:
-            lines = response.iter_lines()  # the connection ends when this is dropped
+            lines = response.iter_lines()  # dropping this closes the connection
             next(lines)
             stepping.join()
         requests = list(model._loop.engine.scheduler.running)
         eventually(lambda: all(request.aborted for request in requests))
-        gate.steps(1)  # the pass that was begun
+        gate.steps(1)  # the step in progress
         eventually(lambda: model.cache.num_free_pages == model.cache.num_pages)
     check_pages(model)
 
@@ -146,7 +146,7 @@ def test_more_requests_than_may_wait_get_429(model):
         threads = [threading.Thread(target=lambda: answers.append(client.post(CHAT, json=BODY))) for _ in range(2)]
         for thread in threads:
             thread.start()
-        eventually(lambda: len(model._loop._sinks) == 2)  # they wait for the first step
+        eventually(lambda: len(model._loop._sinks) == 2)  # both wait for the first step
         refused = httpx.post(url + CHAT, json=BODY)
         assert error_of(refused, 429)["code"] == "queue_full"
         assert int(refused.headers["retry-after"]) >= 1
@@ -190,7 +190,7 @@ def test_a_body_that_does_not_come_is_not_waited_for(model):
 
 
 def upload(url: str, size: int, sent: int) -> socket.socket:
-    """A client that has sent a part of a body."""
+    """Connects and sends the headers of a request and a part of its body."""
     host, port = url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)), timeout=60)
     connection.sendall(HEAD.format(size).encode() + b"{" + b" " * (sent - 1))
@@ -238,7 +238,7 @@ def test_connections_leave_files_to_the_process(monkeypatch, allowed, most):
 
 
 def is_answered(url: str) -> bool:
-    with contextlib.suppress(httpx.TransportError):  # closed before it has sent all
+    with contextlib.suppress(httpx.TransportError):  # the server may close the connection early
         return httpx.get(f"{url}/health", timeout=60).status_code == 200
     return False
 
@@ -252,11 +252,11 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(model, monkeypatch):
                 answer += connection.recv(4096)
             begun = time.monotonic()
             with contextlib.suppress(ConnectionError):
-                while time.monotonic() < begun + 30:  # it goes on, a byte at a time
+                while time.monotonic() < begun + 30:  # the client goes on, a byte at a time
                     connection.sendall(b" ")
                     time.sleep(0.02)
             assert time.monotonic() - begun < 20
-        with upload(url, 2000, 10) as connection:  # what comes in time leaves the connection open
+        with upload(url, 2000, 10) as connection:  # the rest of a body in time keeps the connection open
             answer = b""
             while b"body_too_large" not in answer:
                 answer += connection.recv(4096)
@@ -267,10 +267,10 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(model, monkeypatch):
 
 
 def test_bodies_in_chunks_of_a_few_bytes_are_refused(plain):
-    """They would take the server seconds to read, in which it does nothing else."""
+    """The server would take seconds to read them, and do nothing else meanwhile."""
     host, port = plain.removeprefix("http://").split(":")
     head = f"POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: {{}}\r\ntransfer-encoding: chunked\r\n\r\n"
-    for kind, status in (("application/json", b"400"), ("text/plain", b"415")):  # the second before there is a body
+    for kind, status in (("application/json", b"400"), ("text/plain", b"415")):  # 415 comes before the body
         with socket.create_connection((host, int(port)), timeout=60) as connection:
             connection.sendall(head.format(kind).encode())
             sent = 0
@@ -279,7 +279,7 @@ def test_bodies_in_chunks_of_a_few_bytes_are_refused(plain):
                     connection.sendall(b"1\r\n \r\n" * 1000)
                     sent += 6000
                     if sent == 6000:
-                        time.sleep(0.2)  # in which the second is answered
+                        time.sleep(0.2)  # gives the server time to answer the 415
             assert sent < 8 << 20
             with contextlib.suppress(ConnectionError):
                 assert connection.recv(12) in (b"HTTP/1.1 " + status, b"")
@@ -308,7 +308,7 @@ def test_a_request_behind_another_has_the_time_of_its_own_body(model, monkeypatc
 
 @contextlib.contextmanager
 def slow_reader(url: str, path: str) -> Iterator[socket.socket]:
-    """A client that has asked for a path, and whose buffer is small."""
+    """Connects with a small receive buffer, and requests a path."""
     host, port = url.removeprefix("http://").split(":")
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -320,7 +320,7 @@ def slow_reader(url: str, path: str) -> Iterator[socket.socket]:
 
 @pytest.fixture
 def small_buffers(monkeypatch):
-    """The kernel takes little of an answer. Gives the sizes of what had not been sent when connections ended."""
+    """Gives sockets small send buffers. Returns a list that gets each connection when it ends."""
     made, lost, ended = protocol.Protocol.connection_made, protocol.Protocol.connection_lost, []
 
     def connection_made(self, transport) -> None:
@@ -335,7 +335,7 @@ def small_buffers(monkeypatch):
 
 
 def test_the_end_of_an_answer_that_nobody_reads_is_not_waited_for(model, monkeypatch, small_buffers):
-    """Fewer bytes than stop a stream would else keep the connection for ever."""
+    """So few bytes do not pause the stream, and would keep the connection open for ever."""
     monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.3)
     monkeypatch.setattr(page, "_page", lambda: (b"x" * 50_000, {"ETag": "a"}))
     with serving(model) as url:
@@ -358,7 +358,7 @@ def test_a_large_answer_may_be_read_slowly(model, monkeypatch, small_buffers):
 
 @contextlib.contextmanager
 def stuck(url: str, requests: list[tuple[str, dict]], most: int) -> Iterator[list[httpx.Response]]:
-    """Sends requests of which all but one are stuck, and that is refused. Gives the others' answers, for later."""
+    """Sends requests. One must be refused while all others are stuck. Yields the list that gets their answers later."""
     answers: list[httpx.Response] = []
 
     def ask(path: str, body: dict) -> None:
@@ -375,7 +375,7 @@ def stuck(url: str, requests: list[tuple[str, dict]], most: int) -> Iterator[lis
 
 
 def refuse(answer: httpx.Response, most: int) -> None:
-    """It is the answer of a server where so many are stuck."""
+    """Checks that an answer is 429 with the limit."""
     assert answer.status_code == 429, answer.text
     assert answer.headers["retry-after"]
     assert f"expected at most {most}" in answer.json()["error"]["message"]
@@ -391,7 +391,7 @@ ASIDE = [
 
 
 def test_those_who_want_tokens_only_keep_nobody_waiting(model, monkeypatch):
-    """As many as may wait are stuck; more are refused; answers of the model come all the same."""
+    """When as many as may wait are stuck, the server refuses more, and still answers chats."""
     gate, waiting = threading.Event(), []
 
     def slow(work):
@@ -434,7 +434,7 @@ def test_tokens_that_do_not_come_in_time_are_a_503(model, monkeypatch):
     ("path", "body"), [(CHAT, BODY), ("/v1/completions", {"prompt": "slow"}), *ASIDE[:1], *ASIDE[2:]]
 )
 def test_a_text_that_cannot_fit_is_not_tokenised(model, plain, monkeypatch, path, body):
-    monkeypatch.setattr(model.tokenizer, "encode", None)  # which takes seconds for some megabytes
+    monkeypatch.setattr(model.tokenizer, "encode", None)  # it would take seconds for a few megabytes
     most = 32 * model.config.context_length
     if "messages" in body:
         body = body | {"messages": [{"role": "user", "content": "x" * most}]}
@@ -493,7 +493,7 @@ def folder(tmp_path_factory):
 
 @contextlib.contextmanager
 def started(folder, *options):
-    """`qwenkern serve` in a process of its own: the process and its URL."""
+    """Starts `qwenkern serve`. Returns the process and its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -554,7 +554,7 @@ def test_a_server_without_a_key_answers_to_its_own_names_only():
         ):
             answer = httpx.get(f"{url}/v1/models", headers={"Host": name})
             assert (answer.status_code, answer.json()["error"]["code"]) == (421, "wrong_host"), name
-    with serving(toy(), Settings(api_keys=("k",))) as url:  # which a web page does not know
+    with serving(toy(), Settings(api_keys=("k",))) as url:  # a foreign web page does not know the key
         headers = {"Host": "models.example", "Authorization": "Bearer k"}
         assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
 
@@ -579,7 +579,7 @@ def test_many_faults_take_no_longer_than_one(field, value):
 
 @pytest.mark.parametrize("text", ["a,", "[{", '\\",', "\\\\,:"])
 def test_what_a_body_holds_is_counted_beside_its_texts(plain, text):
-    """Values in millions would take gigabytes, but a text may have as many commas as it likes."""
+    """Millions of values would take gigabytes, but a text may have any number of commas."""
 
     def ask(values: str) -> dict:
         headers = {"content-type": "application/json"}
@@ -618,7 +618,7 @@ SAID = {"role": "user", "content": WRONG}
     ],
 )
 def test_a_list_of_faults_is_read_up_to_the_first(plain, monkeypatch, path, body):
-    """pydantic takes a kilobyte and microseconds for each."""
+    """pydantic takes a kilobyte and some microseconds for each fault."""
     counts, named = [], bodies._named
 
     def count(error: ValidationError, fields: dict) -> ApiError:

@@ -49,7 +49,7 @@ def test_a_stream_is_the_same_text(client, model):
 
 @pytest.mark.parametrize("version", ["1.0", "1.1", "1.2"])
 def test_a_stream_is_framed_as_the_client_s_version_of_http_wants_it(url, model, version):
-    """The parts of a stream are written without h11, which frames all other answers."""
+    """The server writes the parts of a stream without h11, which writes all other answers."""
     address = urlsplit(url)
     body = json.dumps({"messages": QUESTION, "max_tokens": 12, "temperature": 0, "stream": True}).encode()
     head = f"POST /v1/chat/completions HTTP/{version}\r\nHost: localhost\r\nContent-Type: application/json\r\n"

@@ -66,7 +66,7 @@ def test_a_list_of_lists_of_ids_is_a_list_of_prompts(post, model):
 
 @pytest.mark.parametrize("max_tokens", [0, 3])
 def test_an_echoed_prompt_is_scored(post, model, max_tokens):
-    """The reference is the logits of all positions, in float64."""
+    """The reference is a log-softmax of the logits of all positions, in float64."""
     ids = PROMPTS[1]
     found = post(prompt=ids, echo=True, logprobs=2, max_tokens=max_tokens).json()["choices"][0]
     logprobs = found["logprobs"]
@@ -85,7 +85,7 @@ def test_an_echoed_prompt_is_scored(post, model, max_tokens):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("prompt", ["a<|im_start|>b", [64, 257, 65]])
 def test_offsets_of_an_echo_are_those_of_its_text(post, prompt, stream):
-    """Special tokens of the prompt are in it."""
+    """The text of an echo has the special tokens of the prompt."""
     answer = post(prompt=prompt, echo=True, logprobs=0, max_tokens=3, logit_bias={"66": 100}, stream=stream)
     choices = [each["choices"][0] for each in (streamed(answer) if stream else [answer.json()])]
     assert "".join(choice["text"] for choice in choices) == "a<|im_start|>bccc"
@@ -132,7 +132,7 @@ def test_a_suffix_needs_the_tokens_of_coder(post):
 
 @pytest.mark.demo
 def test_code_is_filled_in(demo_path):
-    """The prompt is the one that Qwen2.5-Coder's page gives for fill-in-the-middle."""
+    """The prompt has the format that Qwen2.5-Coder's page gives for fill-in-the-middle."""
     before, after = "def add(a, b):\n    return ", "\n\nassert add(1, 2) == 3\n"
     with Model.from_pretrained("demo", cache_tokens=512) as model, serving(model) as url:
         answer = httpx.post(

@@ -1,4 +1,4 @@
-"""Every field of OpenAI's API is honoured or refused by name."""
+"""The server implements every field of OpenAI's API, or refuses it by name."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def test_a_prompt_that_is_too_long_has_a_code_of_its_own(chat):
 
 
 def test_a_class_of_pydantic_is_parsed(client):
-    """As the official client asks for it."""
+    """OpenAI's client makes the schema of the class, and parses the answer."""
     from openai import OpenAI
 
     class Colour(BaseModel):

@@ -1,4 +1,4 @@
-"""/health: 200 as long as the engines make progress, and 503 with the reason when not."""
+"""/health: 200 as long as the engines make progress, otherwise 503 with the reason."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_an_engine_that_has_stopped(model):
 
 
 class Reloads:
-    """Makes a toy each time that it is loaded; the next ones wait for the gate, and fail if they are to."""
+    """A source that makes a new toy for each load. Loads after the first wait for the gate, and fail on demand."""
 
     def __init__(self) -> None:
         self.made: list[weakref.ref] = []
@@ -162,7 +162,7 @@ def test_a_pass_that_hangs(model, monkeypatch):
 
 def test_a_thread_that_does_nothing(model, monkeypatch):
     monkeypatch.setattr(health, "ANSWERS", 0.2)
-    monkeypatch.setattr(model._loop, "_run", lambda: None)  # nobody starts or wakes the thread
+    monkeypatch.setattr(model._loop, "_run", lambda: None)  # so the thread never runs
     with serving(model) as url:
         for _ in range(3):
             answer = get(url)
@@ -206,6 +206,6 @@ def test_a_model_that_loads_and_one_that_cannot(model):
             await last.start()
         return await health.health_of(last)
 
-    found = asyncio.run(failed())  # `qwenkern serve` ends then
+    found = asyncio.run(failed())  # `qwenkern serve` then ends
     assert found.status == "failed"
     assert "secret" not in found.reason

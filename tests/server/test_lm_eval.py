@@ -1,4 +1,4 @@
-"""lm-eval's local-completions against the server, with two tasks that are written here and the server's tokenizer."""
+"""lm-eval's local-completions against the server, with two tasks defined here and the server's tokenizer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def results(model) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patch, serving({"parrot": model}, SETTINGS) as url:
         patch.setenv("OPENAI_API_KEY", KEY)
         arguments = {"model": "parrot", "base_url": f"{url}/v1/completions", "num_concurrent": 2, "max_retries": 1}
-        arguments |= {"auth_token": KEY}  # of the tokenizer's routes
+        arguments |= {"auth_token": KEY}  # for the tokenizer's paths
         tasks = [ConfigurableTask(config=shared | each) for each in (choosing, writing)]
         found = lm_eval.simple_evaluate("local-completions", arguments, tasks=tasks, bootstrap_iters=0, batch_size=2)
     check_pages(model)

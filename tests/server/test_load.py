@@ -31,12 +31,12 @@ CLIENTS = 200
 
 
 def alone(model, **how) -> list[str]:
-    """The answer to each prompt by itself."""
+    """The answer to each prompt when it runs alone."""
     return [model.generate(prompt, **(HOW | how)).text for prompt in PROMPTS]
 
 
 async def streamed(client: httpx.AsyncClient, prompt: str, leave_after: int | None = None, **how) -> str | None:
-    """The text of a stream; None if the client has left after so many events."""
+    """The text of a stream. With leave_after, disconnects after so many events and returns None."""
     body = {"model": "toy", "prompt": prompt, "stream": True, **HOW, **how}
     parts, events = [], 0
     async with client.stream("POST", "/v1/completions", json=body) as response:
@@ -70,7 +70,7 @@ def check(found: list[str | None], expected: list[str], leaving: bool) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in main memory."""
+    """The resident memory of this process in bytes."""
     gc.collect()
     give_back()
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
@@ -98,7 +98,7 @@ def test_answers_wait_for_pages():
 
 
 def silent(url: str, tokens: int) -> socket.socket:
-    """A client that asks for a long stream, and reads nothing of it."""
+    """A client that requests a long stream and reads nothing."""
     host, port = url.removeprefix("http://").split(":")
     client = socket.socket()
     client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
@@ -172,7 +172,7 @@ def test_sigterm_lets_streams_end(tmp_path):
     try:
         eventually(is_well)
         asyncio.run(body())
-        assert server.wait(30) == -signal.SIGTERM  # by which uvicorn ends, once all is done
+        assert server.wait(30) == -signal.SIGTERM  # uvicorn raises it again after the last answer
         with pytest.raises(httpx.TransportError):
             httpx.get(f"{url}/health")
     finally:

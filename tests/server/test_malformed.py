@@ -22,10 +22,10 @@ from qwenkern.server import listening, protocol
 from qwenkern.server.models import Models
 from qwenkern.server.settings import Bounds, Settings
 
-COUNT, WIRED, HTTP_LEVEL = 12_000, 1_200, 300  # in all; over HTTP; and over HTTP where that itself is wrong
+COUNT, WIRED, HTTP_LEVEL = 12_000, 1_200, 300  # in all; over HTTP; and with malformed HTTP
 MOST_BYTES = 64 * 1024
-PATIENCE = 1.0  # seconds in which each is refused
-ATTEMPTS = 3  # what is slow only once was slow since the machine was busy
+PATIENCE = 1.0  # seconds for each refusal
+ATTEMPTS = 3  # a request that is slow only once was slow because the machine was busy
 BOUNDS = Bounds(body_bytes=MOST_BYTES, messages=64, prompts=16)
 SETTINGS = Settings(bounds=BOUNDS)
 VALID = [
@@ -48,7 +48,7 @@ def cases() -> list[Malformed]:
 
 
 def fault(case: Malformed, status: int, content_type: str, body: bytes, seconds: float) -> str | None:
-    """What is wrong with an answer."""
+    """What is wrong with an answer, or None."""
     if status not in case.statuses:
         return f"status {status}, not {case.statuses}"
     if status == 200:
@@ -86,9 +86,9 @@ def refuse_none(faults: list[tuple[str, str]]) -> None:
 
 @pytest.mark.slow
 def test_each_is_refused_at_once(model, cases: list[Malformed]):
-    """Most of them, given to the application without a socket."""
+    """Most requests go to the application without a socket."""
     models = Models({"toy": lambda: model})
-    models.close = lambda: None  # the other tests use it, too
+    models.close = lambda: None  # other tests use the model, too
     app = listening.server(models, SETTINGS).config.app
     faults: list[tuple[str, str]] = []
 
@@ -147,7 +147,7 @@ async def asked(app, case: Malformed) -> tuple[int, str, bytes]:
 
 @pytest.mark.slow
 def test_each_is_refused_at_once_over_http(model, cases: list[Malformed]):
-    """Some of them, over connections that are kept where the server keeps them; and what is not HTTP."""
+    """Some requests, on connections that stay open as long as the server allows, and bytes that are not HTTP."""
     faults: list[tuple[str, str]] = []
     with serving(model, SETTINGS) as address:
         port = int(address.rpartition(":")[2])
@@ -190,9 +190,9 @@ def over_http(connection: http.client.HTTPConnection, case: Malformed) -> tuple[
 
 
 def over_socket(port: int, sent: bytes) -> tuple[int, str, bytes]:
-    """The first answer to some bytes, as far as it has come when the client has sent them all."""
+    """The status, content type and body of the first answer to some bytes."""
     with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before it had ended
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # refused before its end
             connection.sendall(sent)
         answer = http.client.HTTPResponse(connection)
         answer.begin()
@@ -205,12 +205,12 @@ def test_headers_that_do_not_end_are_not_waited_for(model, monkeypatch: pytest.M
         port = int(address.rpartition(":")[2])
         assert over_socket(port, b"GET /health HTTP/1.1\r\nHost: localhost\r\n")[0] == 408
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-            assert connection.recv(1) == b""  # nothing was asked, and nothing is answered
+            assert connection.recv(1) == b""  # without a request there is no answer
         with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
             request = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
             connection.sendall(request)
             assert connection.recv(12) == b"HTTP/1.1 200"
-            time.sleep(0.4)  # the time limit is one of headers, not of connections that are kept
+            time.sleep(0.4)  # the time limit is for headers, not for idle connections
             connection.sendall(request)
             while connection.recv(1 << 16).count(b"HTTP/1.1 200") == 0:
                 pass

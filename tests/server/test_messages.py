@@ -1,4 +1,4 @@
-"""Anthropic's API, through Anthropic's own client: text, tools, streams, counts and errors."""
+"""Anthropic's API through Anthropic's client: text, tools, streams, counts and errors."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_events_come_in_their_order(url, model):
         if data["type"] != "ping":
             known.validate_python(data)
     short = "".join({"start": "<", "delta": ".", "stop": ">"}[kind.rsplit("_")[-1]] for kind in kinds[2:-2])
-    assert re.fullmatch(r"<\.{3,}><\.{3,}><\.+>", short)  # a text, and calls in pieces
+    assert re.fullmatch(r"<\.{3,}><\.{3,}><\.+>", short)  # a text, then calls in pieces
     starts = [json.loads(event["data"]) for event in events if event["event"] == "content_block_start"]
     assert [each["content_block"].get("name") for each in starts] == [None, "tide", "clock"]
 
@@ -106,7 +106,7 @@ def test_a_stream_begins_with_the_tokens_of_its_prompt(client, model):
 
 @pytest.mark.parametrize("content", ["The tide is", [{"type": "text", "text": "The tide is"}], ""])
 def test_the_last_message_is_continued(client, model, content):
-    """The answer is the new text alone."""
+    """The answer has the new text only."""
     messages = [*QUESTION, {"role": "assistant", "content": content}]
     with saying(model, " high.", " high.") as read:
         message = client.messages.create(**fields(messages=messages))
@@ -164,7 +164,7 @@ BROKEN = '{"name": "tide", "arguments": {"place": "Emden", high}}'
     [(f"<tool_call>{BROKEN}</tool_call>", {}, "end_turn"), (BOTH, {"max_tokens": 80}, "max_tokens")],
 )
 def test_a_call_that_breaks_off_becomes_text(client, model, said, more, reason):
-    """A stream has begun it, as the client's accumulator accepts it; its text follows, as an answer at once has it."""
+    """A stream has begun the call, which the client's accumulator accepts. Its text follows, as in a whole answer."""
     with saying(model, said, said):
         expected = client.messages.create(**fields(tools=TOOLS, **more))
         with client.messages.stream(**fields(tools=TOOLS, **more)) as stream:
@@ -178,7 +178,7 @@ def test_a_call_that_breaks_off_becomes_text(client, model, said, more, reason):
 
 
 def test_several_turns(url, model):
-    """What the client got goes back as it is. Results follow in the order of the calls."""
+    """The client sends back what it got. The results follow in the order of the calls."""
 
     async def talk():
         conversation: list = [{"role": "user", "content": [{"type": "text", "text": "Emden?"}]}]
@@ -221,7 +221,7 @@ def test_several_turns(url, model):
     ("choice", "names"), [({"type": "any"}, ["tide", "clock"]), ({"type": "tool", "name": "tide"}, ["tide"])]
 )
 def test_forced_calls_are_right(client, choice, names, stream):
-    """The model's weights are random; the grammar makes its text a call."""
+    """The model has random weights: only the grammar makes its text a call."""
     more = fields(tools=TOOLS, tool_choice={**choice, "disable_parallel_tool_use": True})
     if stream:
         with client.messages.stream(**more) as events:
@@ -251,7 +251,7 @@ def test_an_answer_of_a_schema(client):
 
 @pytest.mark.parametrize("text", ['{"high": true}', BOTH.partition("\n")[2], "Hi"])
 def test_calls_or_an_answer_of_a_schema(text):
-    """Whatever the model would say."""
+    """The grammar allows nothing else, whatever text the model prefers."""
     schema = {"type": "object", "properties": {"high": {"type": "boolean"}}, "required": ["high"]}
     form = {"format": {"type": "json_schema", "schema": {**schema, "additionalProperties": False}}}
     with parrot() as model, serving(model) as url, Anthropic(base_url=url, api_key="none", max_retries=0) as client:
@@ -270,7 +270,7 @@ def test_calls_or_an_answer_of_a_schema(text):
 
 
 def test_the_client_runs_tools():
-    """It asks the server to keep the conversation first, and sends all of it once the server has refused that."""
+    """The client first asks the server to store the conversation. After the refusal, it sends all of it."""
 
     @anthropic.beta_tool
     def tide(place: str) -> str:
@@ -313,7 +313,7 @@ def test_text_and_calls_keep_their_order(client, model, stream):
 
 
 def test_max_tokens_may_be_more_than_the_context(client, model, url):
-    """Clients send large numbers unasked. The answer then ends with the context."""
+    """Clients send large numbers by default. The answer then ends where the context ends."""
     room = model.config.context_length - client.messages.count_tokens(model="toy", messages=QUESTION).input_tokens
     full = [*QUESTION, {"role": "assistant", "content": "a" * (room - 40)}]
     room = model.config.context_length - client.messages.count_tokens(model="toy", messages=full).input_tokens

@@ -25,7 +25,7 @@ def model():
 
 
 def values(url: str) -> dict[str, float]:
-    """Each sample by its name and labels, but for those of the server's process."""
+    """name and labels of a sample -> its value, without the samples of the server's process."""
     answer = httpx.get(f"{url}/metrics")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/plain")

@@ -27,12 +27,12 @@ from qwenkern.server.source import Size, Source, size_of, source
 
 
 class Loads:
-    """Makes sources of toys of a size, and counts how often each was loaded."""
+    """Makes sources of toys with a given size, and counts how often each was loaded."""
 
     def __init__(self) -> None:
         self.names: list[str] = []
         self.alive: dict[str, weakref.ref] = {}
-        self.gate: threading.Event | None = None  # that loading waits for
+        self.gate: threading.Event | None = None  # if set, loading waits for it
         self.error: Exception | None = None
 
     def source(self, name: str, size: int = 10) -> Source:
@@ -93,7 +93,7 @@ def test_the_end_of_the_server_is_no_loss_of_a_model_that_loads_again(loads):
 
 
 def test_a_model_gets_the_memory_of_one_whose_engine_has_stopped(loads):
-    """The stopped model waits until no other model is being loaded, and that one waits for its memory."""
+    """The stopped model is loaded again after the other one, which waits for its memory."""
 
     async def body():
         models = loads.models("a", "b", memory=15)
@@ -122,7 +122,7 @@ def test_a_model_gets_the_memory_of_one_whose_engine_has_stopped(loads):
 
 
 def test_what_waits_for_a_thread_is_dropped_with_its_caller():
-    """Else large bodies of callers that are gone would be in memory, and count nowhere."""
+    """Otherwise, large bodies of cancelled callers would stay in memory without being counted."""
 
     class Large:
         pass
@@ -184,7 +184,7 @@ def test_a_model_in_use_is_never_unloaded(loads):
         models = loads.models("a", "b", "c", memory=20)
         async with models.use("a") as a:
             await touch(models, "b")
-            await touch(models, "c")  # in the place of b, which nobody uses, although a was used earlier
+            await touch(models, "c")  # replaces b, which has no users; a was used earlier, but is in use
             assert states(models) == ["loaded", "unloaded", "loaded"]
             models._patience = 0.2
             async with models.use("c"):
@@ -246,7 +246,7 @@ def test_a_failure_is_told_without_its_reason_and_tried_again_later(loads, monke
         assert loads.names == ["a"], "it is not tried again at once"
         assert states(models) == ["failed", "unloaded"]
         loads.error = None
-        await touch(models, "b")  # others are not affected
+        await touch(models, "b")  # other models are not affected
         monkeypatch.setattr("qwenkern.server.models.RETRY", 0.0)
         await touch(models, "a")
         assert states(models) == ["loaded", "loaded"]
@@ -371,7 +371,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-# Loads and unloads the checkpoint argv[1] three times. Prints the bytes that the process has in main memory, each time
+# Loads and unloads the checkpoint argv[1] three times. Prints the resident memory of the process in bytes, each time
 # with the model and without it.
 CHILD = """
 import asyncio, gc, json, sys
@@ -404,7 +404,7 @@ asyncio.run(body())
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
 def test_an_unloaded_model_gives_its_memory_back(checkpoint):
-    """In a process of its own, because other tests' threads allocate in this one."""
+    """In a process of its own, because the threads of other tests allocate memory in this one."""
     command = [sys.executable, "-c", CHILD, str(checkpoint)]
     child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
     taken = json.loads(child.stdout)

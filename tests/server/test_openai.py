@@ -39,7 +39,7 @@ def test_chat(client, model):
     found = client.chat.completions.create(model="parrot", messages=said("Hei, Åse!"))
     assert found.choices[0].message.content == "Hei, Åse!"
     assert found.choices[0].finish_reason == "stop"
-    assert found.usage.completion_tokens == len("Hei, Åse!".encode()) + 1  # and the end of the turn
+    assert found.usage.completion_tokens == len("Hei, Åse!".encode()) + 1  # and the token that ends the turn
     assert found.usage.prompt_tokens == len(model.tokenizer.encode_chat(said("Hei, Åse!")))
     assert found.usage.total_tokens == found.usage.prompt_tokens + found.usage.completion_tokens
 
@@ -107,7 +107,7 @@ def test_tools(client):
 
 
 def test_tools_streamed(client):
-    """Text before two calls; the client puts the deltas together."""
+    """Text before two calls. The client joins the deltas."""
     wanted = said(f"Look:\n{CALL}\n{CALL.replace('Oslo', 'Bergen')}")
     with client.chat.completions.stream(model="parrot", messages=wanted, tools=[TOOL]) as stream:
         for _ in stream:
@@ -121,7 +121,7 @@ def test_tools_streamed(client):
 
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "weather"}}])
 def test_tools_that_must_be_called(client, choice):
-    """The model would say something else. What it may say is a call, whose arguments fit the schema."""
+    """The model prefers another text. The grammar only allows a call with arguments that fit the schema."""
     tool = {"type": "function", "function": {"name": "weather", "parameters": City.model_json_schema()}}
     tool["function"]["parameters"]["properties"]["name"] = {"enum": ["Oslo", "Bergen"]}
     tool["function"]["parameters"]["properties"]["people"] = {"type": "integer", "minimum": 1, "maximum": 9}
@@ -156,7 +156,7 @@ def test_parses_structured_output(client):
 
 @pytest.mark.parametrize("generation", [{}, {"add_generation_prompt": False}])
 def test_the_last_message_is_continued(client, generation):
-    """With vLLM's fields. The answer is the new text alone."""
+    """With vLLM's fields. The answer has the new text only."""
     create, begun = client.chat.completions.create, [*said("Hello, tide!"), {"role": "assistant", "content": "Hello"}]
     extra = {"continue_final_message": True, **generation}
     found = create(model="parrot", messages=begun, extra_body=extra)
@@ -190,10 +190,10 @@ def test_what_cannot_be_continued(client, last, extra, param):
 
 @pytest.mark.parametrize("text", [OSLO.model_dump_json(), CALL, f"{CALL}\n{CALL}", "Hi", f"Look:\n{CALL}"])
 def test_calls_or_an_answer_of_a_schema(client, text):
-    """Whatever the model would say. The client parses the answer."""
+    """The grammar allows nothing else, whatever text the model prefers. The client parses the answer."""
     tool = openai.pydantic_function_tool(pydantic.create_model("weather", city=str))
     fields = {"model": "parrot", "messages": said(text), "tools": [tool], "response_format": City, "max_tokens": 500}
-    fields |= {"logit_bias": {str(ord('"') - 33): 20}} if text == "Hi" else {}  # else a string would have no end
+    fields |= {"logit_bias": {str(ord('"') - 33): 20}} if text == "Hi" else {}  # otherwise the string would never end
     found = client.chat.completions.parse(**fields).choices[0]
     with client.chat.completions.stream(**fields) as stream:
         streamed = stream.get_final_completion().choices[0]
@@ -208,11 +208,11 @@ def test_calls_or_an_answer_of_a_schema(client, text):
             assert (choice.finish_reason, choice.message.tool_calls or None) == ("stop", None)
 
 
-@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # of the client, for what it has parsed itself
+@pytest.mark.filterwarnings("ignore:Pydantic serializer warnings")  # from the client, about its own parsed objects
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", [OSLO.model_dump_json(), f"{CALL}\n{CALL}"])
 def test_an_answer_goes_back_as_a_message(client, text, stream):
-    """With all that the client has added to it: what it has parsed, and the places of calls in a stream."""
+    """The client adds fields to it: parsed objects, and the index of each call in a stream."""
     tool = openai.pydantic_function_tool(pydantic.create_model("weather", city=str))
     fields = {"model": "parrot", "tools": [tool], "response_format": City}
     if stream:
@@ -228,7 +228,7 @@ def test_an_answer_goes_back_as_a_message(client, text, stream):
 
 @pytest.mark.parametrize("more", [{"reasoning_content": None, "parsed": {"a": 1}}, {"tool_calls": None, "x": None}])
 def test_null_in_a_message_means_absent(client, model, more):
-    """Other servers' answers have such fields, and clients send them back."""
+    """Answers of other servers have null fields, and clients send them back."""
     messages = [*said("one"), {"role": "assistant", "content": "one"}, *said("two")]
     found = client.chat.completions.create(model="parrot", messages=[messages[0], {**messages[1], **more}, messages[2]])
     assert found.choices[0].message.content == "two"

@@ -18,7 +18,7 @@ from qwenkern.server.app import ENDPOINTS
 from qwenkern.server.settings import Bounds, Settings
 
 KEY = "secret"
-# what a response may be wrong in: its status, its type, its body, its headers
+# status, content type, body and headers of each response must be as in the document
 CHECKS = [
     checks.not_a_server_error,
     of_openapi.status_code_conformance,
@@ -30,7 +30,7 @@ CHECKS = [
 
 @pytest.fixture(scope="module")
 def model():
-    short = dataclasses.replace(TINY, max_position_embeddings=64)  # answers go on up to there
+    short = dataclasses.replace(TINY, max_position_embeddings=64)  # answers without max_tokens end there
     with toy(short, cache_tokens=2048) as model:
         yield model
 

@@ -38,7 +38,7 @@ def url():
 
 @pytest.fixture
 def slow(monkeypatch):
-    """The model takes four intervals to read a prompt, and for each event."""
+    """Makes the model take four intervals to read a prompt, and four for each event."""
     monkeypatch.setattr(sse, "QUIET_SECONDS", 0.05)
     events = answering.events
 
@@ -65,7 +65,7 @@ def test_a_stream_is_not_silent_for_long(url, slow, path):
     events = streamed(url, path)
     assert events[0] == quiet
     begun = next(n for n, event in enumerate(events) if event != quiet)
-    assert events[begun:].count(quiet) > (path == "/v1/messages")  # besides the one after Anthropic's message_start
+    assert events[begun:].count(quiet) > (path == "/v1/messages")  # besides the ping after message_start
     assert events[-1] != quiet
 
 
@@ -73,7 +73,7 @@ def test_a_stream_is_not_silent_for_long(url, slow, path):
 def test_a_stream_that_goes_on_has_no_comments(url, path):
     events = streamed(url, path)
     assert ": keep-alive" not in events
-    assert sum("ping" in event for event in events) == (path == "/v1/messages")  # which Anthropic's streams begin with
+    assert sum("ping" in event for event in events) == (path == "/v1/messages")  # Anthropic's streams begin with one
 
 
 def test_clients_do_not_notice(url, slow):
@@ -91,7 +91,7 @@ def test_clients_do_not_notice(url, slow):
 
 @pytest.mark.parametrize("seconds", [0.0, 0.3])
 def test_an_error_before_the_first_event(url, monkeypatch, seconds):
-    """It is a status, unless comments have been sent."""
+    """It becomes the status of the response, unless comments have been sent."""
     monkeypatch.setattr(sse, "QUIET_SECONDS", 0.1)
 
     async def fails(*arguments):
@@ -110,7 +110,7 @@ def test_an_error_before_the_first_event(url, monkeypatch, seconds):
 
 
 def test_a_client_that_leaves_ends_its_request(url, monkeypatch):
-    """Before the response has begun, and when only comments have been sent."""
+    """Before the response has begun, and after comments only."""
     monkeypatch.setattr(sse, "QUIET_SECONDS", 0.2)
     ended = []
 
@@ -159,7 +159,7 @@ def test_a_client_that_leaves_before_the_headers_are_sent_ends_its_request(monke
 
 
 def test_a_lost_cancellation_is_repeated():
-    """wait_for of Python 3.11 returns its result if the cancellation comes together with it."""
+    """wait_for of Python 3.11 returns its result, and loses the cancellation, if both come at the same time."""
     cancelled = []
 
     async def work():

@@ -154,7 +154,7 @@ def test_what_is_not_a_call_is_text(client, model, said):
 
 
 def test_arguments_come_in_pieces(client, model):
-    """The client's accumulator adds them up."""
+    """The client's accumulator joins them."""
     with saying(model, BOTH), client.responses.stream(model="toy", input=QUESTION, tools=TOOLS) as stream:
         events = [event for event in stream if "function_call_arguments" in event.type]
     first = [event for event in events if event.output_index == 1]
@@ -170,7 +170,7 @@ BROKEN = '{"name": "tide", "arguments": {"place": "Emden", high}}'
     [(f"<tool_call>{BROKEN}</tool_call>", {}, "completed"), (BOTH, {"max_output_tokens": 80}, "incomplete")],
 )
 def test_a_call_that_breaks_off_becomes_text(client, model, said, more, status):
-    """A stream has begun it; its text follows, as an answer at once has it."""
+    """A stream has begun the call. Its text follows, as in a whole answer."""
     with saying(model, said, said):
         expected = answered(client, False, input=QUESTION, tools=TOOLS, **more)
         found = answered(client, True, input=QUESTION, tools=TOOLS, **more)
@@ -183,7 +183,7 @@ def test_a_call_that_breaks_off_becomes_text(client, model, said, more, status):
 
 
 def test_several_turns(url, model):
-    """The output goes back as input. Results follow in the order of the calls."""
+    """The client sends the output back as input. The results follow in the order of the calls."""
 
     async def talk():
         conversation: list = [{"role": "user", "content": [{"type": "input_text", "text": QUESTION}]}]
@@ -202,7 +202,7 @@ def test_several_turns(url, model):
 
 
 def test_text_after_a_call_goes_back_as_input():
-    """A stream has its items in the order of the text: then the result of a call follows a message."""
+    """The items of a response follow the order of the text, so a message may stand between a call and its result."""
     conversation: list = [{"role": "user", "content": f"[[{BOTH} That is all.]]"}]
     with parrot() as model, serving(model) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
         answer = answered(client, True, input=conversation, tools=TOOLS)
@@ -216,7 +216,7 @@ def test_text_after_a_call_goes_back_as_input():
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "name": "tide"}])
 def test_forced_calls_are_right(client, choice, stream):
-    """The model's weights are random; the grammar makes its text a call."""
+    """The model has random weights: only the grammar makes its text a call."""
     answer = answered(client, stream, input=QUESTION, tools=TOOLS, tool_choice=choice, parallel_tool_calls=False)
     ((name, arguments),) = calls_of(answer)
     expected = {"tide": [{"place": "Emden"}, {"place": "Kiel"}], "clock": [{}] if choice == "required" else []}
@@ -226,7 +226,7 @@ def test_forced_calls_are_right(client, choice, stream):
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("text", ['{"high": true}', BOTH.partition("\n")[2], "Hi"])
 def test_calls_or_an_answer_of_a_schema(text, stream):
-    """Whatever the model would say."""
+    """The grammar allows nothing else, whatever text the model prefers."""
 
     class Tide(BaseModel):
         high: bool
@@ -291,7 +291,7 @@ def test_what_is_refused(url, fields, param):
 
 
 def test_fields_that_ask_for_nothing(client):
-    """As the response itself has them."""
+    """With the values that a response itself has."""
     reasoning = client.responses.create(model="toy", input=QUESTION, max_output_tokens=1).reasoning.model_dump()
     assert set(reasoning.values()) == {None}
     assert client.responses.create(model="toy", input=QUESTION, max_output_tokens=1, reasoning=reasoning).output

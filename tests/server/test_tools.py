@@ -1,4 +1,4 @@
-"""Functions in /v1/chat/completions, through OpenAI's own client: calls, streams of calls, and results."""
+"""Functions in /v1/chat/completions through OpenAI's client: calls, streams of calls, and results."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_streamed_calls_add_up(client, model):
 
 
 def test_arguments_come_in_pieces(client, model):
-    """First the id, the type and the name, and then what adds up to the arguments of an answer at once."""
+    """First the id, the type and the name, then pieces that join to the arguments of a whole answer."""
     spelled = BOTH.replace('{"place": "Emden"}', r'{"place":  "E\u006dden", "at": [1.50, {"a": "x\"y"}]}')
     with saying(model, spelled, spelled):
         answer = client.chat.completions.create(model="toy", messages=QUESTION, tools=TOOLS)
@@ -120,7 +120,7 @@ def test_arguments_come_in_pieces(client, model):
     ],
 )  # fmt: skip
 def test_a_call_that_breaks_off_becomes_text(client, model, text, max_tokens, reason):
-    """A stream has begun it; its text follows, so the content is that of an answer at once."""
+    """A stream has begun the call. Its text follows, so the content is that of a whole answer."""
     fields = {"model": "toy", "messages": QUESTION, "tools": TOOLS, "max_tokens": max_tokens}
     with saying(model, text, text):
         answer = client.chat.completions.create(**fields).choices[0]
@@ -130,7 +130,7 @@ def test_a_call_that_breaks_off_becomes_text(client, model, text, max_tokens, re
     *whole, broken = streamed.message.tool_calls
     assert calls_of(answer.message) if whole else answer.message.tool_calls is None
     assert [call.function.arguments for call in whole] == [found for _, found in whole and calls_of(answer.message)]
-    from_json(broken.function.arguments, allow_partial=True)  # the beginning of JSON, but not all of it
+    from_json(broken.function.arguments, allow_partial=True)  # the beginning of a JSON object
     with pytest.raises(ValueError, match="EOF"):
         from_json(broken.function.arguments)
     assert streamed.message.content == answer.message.content
@@ -160,7 +160,7 @@ def test_tokens_of_calls_have_logprobs(client, model):
 
 
 def test_several_turns(url, model):
-    """The results go back in the order of the calls, however they come; arguments are rendered once."""
+    """Results in any order reach the model in the order of the calls. Arguments are rendered as JSON once."""
 
     async def talk():
         conversation: list = [*QUESTION]
@@ -185,7 +185,7 @@ def test_several_turns(url, model):
 
 @pytest.mark.parametrize("seed", range(4))
 def test_required_calls_are_right(client, seed):
-    """The model's weights are random; the grammar makes its text a call."""
+    """The model has random weights: only the grammar makes its text a call."""
     answer = client.chat.completions.create(
         model="toy", messages=QUESTION, tools=TOOLS, tool_choice="required", parallel_tool_calls=False, seed=seed
     )
@@ -210,7 +210,7 @@ def test_a_function_by_name(client, name, stream):
 
 
 def test_strict_functions_of_the_client_are_parsed(client):
-    """The client makes the schema of a class, and reads the arguments into it."""
+    """The client makes the schema of a class, and parses the arguments as that class."""
 
     class Tide(BaseModel):
         hours: bool
@@ -236,7 +236,7 @@ def test_a_forced_call_beside_a_form_is_a_call(client):
 @pytest.mark.parametrize("strict", [None, True])
 @pytest.mark.parametrize("parallel", [None, False])
 def test_when_free_text_has_a_grammar(url, model, strict, parallel):
-    """Strict functions and single calls need one; other answers run without its cost."""
+    """Strict functions and single calls need a grammar. Other answers run without its cost."""
     made, params = model._requests, []
     model._requests = lambda *arguments: params.append(arguments[1]) or made(*arguments)
     try:

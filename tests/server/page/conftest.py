@@ -34,15 +34,15 @@ def url(model: Model, repeating: Model) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    """Playwright's event loop runs in this thread as long as the browser does, and other tests need one of their own:
-    so each file of tests has a browser."""
+    """Each file has its own browser: Playwright's event loop runs in this thread as long as the browser does, and other
+    tests need event loops of their own."""
     with chromium() as browser:
         yield browser
 
 
 @pytest.fixture
 def visit(browser, url) -> Iterator[Callable[..., Visit]]:
-    """Opens the page. At the end nothing may have been said on the console, or asked of another origin."""
+    """Opens the page. Fails at the end if the console has messages, or if another origin got a request."""
     visits = []
     with contextlib.ExitStack() as tabs:
 

@@ -69,7 +69,7 @@ def test_a_phone_shows_all_of_it(visit):
     assert page.page.evaluate(FITS) == [True, []]
     assert page.page.get_by_role("heading", level=1).inner_text() == "qwenkern"
     page.input.fill("Hello!")
-    page.input.press("Enter")  # begins a line there
+    page.input.press("Enter")  # on a phone, it adds a line break
     assert page.input.input_value() == "Hello!\n"
     page.button("Send").tap()
     page.is_answered()

@@ -16,7 +16,7 @@ def test_a_key_is_asked_for_and_used(visit, model):
     with serving(model, Settings(api_keys=("secret",))) as url:
         page = visit(url)
         page.page.get_by_text("The server wants an API key: it is missing or wrong.").wait_for()
-        page.console.clear()  # Chromium says so when an answer is 401
+        page.console.clear()  # Chromium logs an answer of 401
         page.button("Enter the key").click()
         page.page.keyboard.type("secret")
         page.page.keyboard.press("Enter")
