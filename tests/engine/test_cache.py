@@ -103,7 +103,7 @@ def test_angles_are_those_of_transformers_as_far_as_sequences_reach(yarn):
     config = replace(TINY, max_position_embeddings=16384, rope_scaling=yarn)
     cache = PagedCache(config, 20_000, torch.float32, torch.device("cpu"), page_size=1000)
     theirs = Qwen2RotaryEmbedding(Qwen2Config(head_dim=config.head_dim, rope_parameters={"rope_theta": 1e6}))
-    if yarn:  # its frequencies have a test of their own
+    if yarn:  # other tests check its frequencies
         theirs.inv_freq, theirs.attention_scaling = inverse_frequencies(config), yarn.attention_scale
     table, address = BlockTable(), cache.rope.cos_sin.data_ptr()
     assert cache.rope.cos_sin.shape == (16384, config.head_dim)
@@ -113,7 +113,7 @@ def test_angles_are_those_of_transformers_as_far_as_sequences_reach(yarn):
         table.length = length
         angles = [each[0, :, : config.head_dim // 2] for each in theirs(torch.empty(0), torch.arange(length)[None])]
         assert torch.equal(cache.rope.cos_sin[:length], torch.cat(angles, dim=-1))
-    assert cache.rope.cos_sin.data_ptr() == address  # captured steps read there
+    assert cache.rope.cos_sin.data_ptr() == address  # captured steps read from this address
 
 
 def test_no_page_is_given_before_its_angles_are_there(monkeypatch):

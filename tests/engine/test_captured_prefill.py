@@ -21,7 +21,7 @@ from qwenkern.kernels.dispatch import kept_tensors, launches_dependently
 
 
 class Fake(CallCapture):
-    """Imitates a GPU with torch on a CPU: a replay runs the function again, on the tensors of its capture."""
+    """Imitates a GPU with torch on a CPU: a replay runs the captured function again, on the same tensors."""
 
     def __init__(self, lengths: tuple[int, ...] = (8, 16, 40)) -> None:
         self.lengths = lengths
@@ -47,7 +47,7 @@ class Fake(CallCapture):
 
 @pytest.fixture(autouse=True)
 def reference(monkeypatch, request):
-    """Triton's interpreter is slow: one test runs the kernels in it."""
+    """Uses the reference ops, except in one test: Triton's interpreter is slow."""
     if not request.node.get_closest_marker("gpu"):
         monkeypatch.setenv("QWENKERN_KERNELS", "reference")
 
@@ -83,7 +83,7 @@ BATCHES = [
 
 def test_the_text_is_that_of_passes_without_padding(captured, plain):
     expected = [texts(plain, batch) for batch in BATCHES]
-    for _ in range(3):  # op by op, captured, and replayed after others
+    for _ in range(3):  # runs op by op, captured, and replayed after other passes
         assert [texts(captured, batch) for batch in BATCHES] == expected
     assert captured._runner.captured.capture.log.count("capture") == 3
     check_pages(captured)
@@ -119,7 +119,7 @@ def test_what_no_length_takes_runs_op_by_op(captured, plain, batch):
 
 
 def test_a_prompt_in_several_chunks(captured, plain):
-    """From the second on, a pass continues what is cached: 75 tokens are more than a page."""
+    """From the second chunk on, a pass continues from cached tokens. 75 tokens are more than a page."""
     for model in (captured, plain):
         model.prefill_chunk = 13
     expected = texts(plain, [prompt(75), prompt(20, 1)], n=2)
@@ -167,7 +167,7 @@ def test_a_capture_that_fails_is_tried_again(captured, plain, monkeypatch):
 
 
 def test_deterministic_pads_each_prompt_by_its_own_length(monkeypatch):
-    """Whatever comes before or beside it, and whether it is captured or not, a prompt has the same number of rows."""
+    """A prompt has the same number of rows after and beside any other prompts, captured or not."""
     model = with_capture(tiny_model(deterministic=True), Fake())
     rows = []
     forward = type(model.module).forward
@@ -185,7 +185,7 @@ def test_deterministic_pads_each_prompt_by_its_own_length(monkeypatch):
 
 
 def test_a_prompt_gets_the_shortest_length_that_takes_it():
-    capture = GraphCapture.__new__(GraphCapture)  # without a GPU
+    capture = GraphCapture.__new__(GraphCapture)  # skips __init__, which needs a GPU
     for tokens in (1, 15, 16, 17, 97, 128, 500, 512, 513, 1025, 2048):
         rows = capture.padded_prompt(tokens)
         assert rows == min(length for length in PROMPT_LENGTHS if length >= tokens)
@@ -195,8 +195,8 @@ def test_a_prompt_gets_the_shortest_length_that_takes_it():
 
 @pytest.mark.parametrize("has_run", [False, True])
 def test_a_graph_has_the_workspace_of_cublas_in_its_own_pool(monkeypatch, has_run):
-    """torch.compile frees all workspaces: one from outside the pool would be somebody else's memory when the graph is
-    replayed. Imitates torch.cuda, and logs what is asked of it."""
+    """torch.compile frees all workspaces. If a workspace were outside the pool, others would use its memory when the
+    graph is replayed. The test imitates torch.cuda and logs its calls."""
     log: list[str] = []
 
     @contextmanager
@@ -243,7 +243,7 @@ def test_a_captured_prompt_has_the_bits_of_one_that_is_not(length):
 
 @pytest.mark.gpu
 def test_a_graph_outlives_the_workspaces_of_cublas():
-    """As torch.compile frees them, and others then fill the memory."""
+    """torch.compile frees them, and other tensors then overwrite the memory."""
     model = tiny_model(WIDE, torch.bfloat16, device="cuda")
 
     def text() -> list[int]:

@@ -23,7 +23,7 @@ from qwenkern.kernels.pages import DensePages
 
 PROMPTS = [[n * 7 % 503 for n in range(start, start + length)] for start, length in ((0, 1), (9, 63), (3, 64), (2, 17))]
 pytestmark = pytest.mark.processor
-IN_C = replace(TINY, intermediate_size=192)  # a multiple of what C reads at once
+IN_C = replace(TINY, intermediate_size=192)  # a multiple of the block size of the C functions
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ class Fake:
         return -(-sequences // 4) * 4
 
     def padded_prompt(self, tokens: int) -> None:
-        """Prompts run op by op: captured_prefill has tests of its own."""
+        """None: prompts run op by op. test_captured_prefill.py tests captured ones."""
 
     def capture(self, function, has_run=False):
         out = function()
@@ -56,7 +56,7 @@ class Fake:
         def replay() -> None:
             self.log.append("launch")
             self._queue.append(lambda: out.copy_(function()))
-            if out.dtype == torch.float32:  # logits, which the host looks at next
+            if out.dtype == torch.float32:  # logits, which the host reads next
                 self.run_until(lambda: False)
 
         return replay, out
@@ -85,7 +85,7 @@ class Fake:
 
 
 class StepsOnly(GraphCapture):
-    """Prompts run op by op, because padding may change the bits of the library's products."""
+    """Captures decode steps only: padded prompts may change the bits of cuBLAS's products."""
 
     def padded_prompt(self, tokens: int) -> None:
         return None
@@ -93,7 +93,7 @@ class StepsOnly(GraphCapture):
 
 class NotCaptured(CallCapture):
     def run_until(self, done) -> None:
-        """Nothing is queued."""
+        """Does nothing: there is no queue."""
 
     def padded(self, sequences: int) -> None:
         return None
@@ -117,7 +117,7 @@ def plain():
 def pipelined(monkeypatch):
     load = CapturedStep.load
 
-    def in_order(step, batch):  # a GPU runs torch's own operations in order with what was launched
+    def in_order(step, batch):  # a GPU runs torch's own operations in order with launched steps
         step._capture.run_until(lambda: False)
         load(step, batch)
 
@@ -160,7 +160,7 @@ DIFFERENT = [
 
 
 def drawn(model, counts=(30,)):
-    """The requests with these parameters, all at once, when they have ended."""
+    """Runs requests with these parameters together. Returns them when they have ended."""
     rows = []
     for at, how in enumerate(DIFFERENT):
         prompt = [n * 7 % 503 for n in range(at, at + 3 + 11 * at)]
@@ -177,13 +177,13 @@ def assert_same_outcomes(rows, expected):
         assert (mine.finish_reason, mine.stop_reason) == (theirs.finish_reason, theirs.stop_reason)
         for one, other in zip(mine.logprobs, theirs.logprobs, strict=True):
             assert (one.token_id, list(one.top)) == (other.token_id, list(other.top))
-            # the last bits depend on how many rows torch multiplies
+            # the last bits depend on the number of rows that torch multiplies
             assert [one.logprob, *one.top.values()] == pytest.approx([other.logprob, *other.top.values()], abs=1e-4)
 
 
 @pytest.mark.parametrize("counts", [(30,), (9, 26, 17)])
 def test_each_of_a_batch_is_drawn_by_its_own_parameters(pipelined, plain, counts):
-    """Requests end at different times, so that the rows of the step change. The first token is the prompt's."""
+    """Requests end at different times, so the rows of the step change. The first token comes from the prompt's pass."""
     expected = drawn(plain, counts)
     assert "stop" in [row.finish_reason for row in expected]
     assert_same_outcomes(drawn(pipelined, counts), expected)
@@ -204,7 +204,7 @@ def test_each_is_drawn_by_its_own_parameters_after_a_preemption(plain):
 
 
 def test_an_error_of_one_ends_that_one(pipelined, plain):
-    """A penalty that makes a logit infinite once the text repeats a token, among others' requests."""
+    """Among others, a request has a penalty that makes a logit infinite once its text repeats a token."""
     outcome = []
     for model in (plain, pipelined):
         errors, rows = [], []
@@ -226,11 +226,11 @@ def test_an_error_of_one_ends_that_one(pipelined, plain):
 def test_a_step_is_launched_before_the_last_one_is_read(pipelined, how):
     log = pipelined._runner.captured.capture.log
     pipelined.generate(PROMPTS[1], max_tokens=10, ignore_eos=True, **how)
-    assert log == ["launch"] + ["launch", "read"] * 8 + ["read"]  # the prompt's own pass gave the first token
+    assert log == ["launch"] + ["launch", "read"] * 8 + ["read"]  # the pass over the prompt gave the first token
 
 
 def test_nothing_else_waits(pipelined, monkeypatch):
-    """What reads a tensor's values waits for a GPU: between prompt and last token, only `download` may."""
+    """Reading the values of a tensor waits for a GPU. From the prompt to the last token, only `download` may do so."""
     waits, device = [], pipelined._runner.captured.capture
 
     def spy(name):
@@ -246,7 +246,7 @@ def test_nothing_else_waits(pipelined, monkeypatch):
     requests = pipelined._requests([PROMPTS[1]], SamplingParams(max_tokens=10, temperature=1, ignore_eos=True))
     tokens = run(pipelined, requests)
     next(tokens)
-    next(tokens)  # captured by now
+    next(tokens)  # the step is captured now
     for name in ("item", "tolist", "cpu", "numpy", "nonzero", "__bool__", "__int__", "__float__", "__index__"):
         monkeypatch.setattr(torch.Tensor, name, spy(name))
     assert len(list(tokens)) == 8
@@ -269,7 +269,7 @@ def test_stops_are_exact_although_one_token_more_was_decoded(pipelined, plain):
 
 
 def test_rows_without_a_sequence_change_nothing_and_stay_in_place(pipelined):
-    """Three sequences in a step of four rows: the spare page takes what the fourth writes."""
+    """Three sequences run in a step of four rows. The fourth row writes to the spare page."""
     for pages in pipelined.cache.pages:
         pages.k.zero_()
     pipelined.generate(PROMPTS[:3], max_tokens=10, temperature=0, ignore_eos=True)
@@ -278,12 +278,12 @@ def test_rows_without_a_sequence_change_nothing_and_stay_in_place(pipelined):
     assert step._batch.positions[3] == 0
     assert step._batch.lengths[3] == 1
     used = (torch.stack([pages.k for pages in pipelined.cache.pages]) != 0).flatten(2).any(-1).any(0).sum()
-    assert used == 1 + 2 + 2 + 1  # pages of the three, and the spare one
+    assert used == 1 + 2 + 2 + 1  # the pages of the three sequences, and the spare page
 
 
 @pytest.mark.parametrize("how", [{"logprobs": 0}, {}])
 def test_a_sequence_that_has_ended_changes_no_other(pipelined, plain, how):
-    """Its pages are soon another's: what its row of the step still wrote would land there."""
+    """Another sequence soon gets its pages. Its row of the step must not write there any more."""
 
     def texts(model):
         rows = []
@@ -299,7 +299,7 @@ def test_a_sequence_that_has_ended_changes_no_other(pipelined, plain, how):
 
 @pytest.mark.parametrize("how", [{"temperature": 0}, {"temperature": 1.0, "top_k": 20, "seed": 1}])
 def test_what_is_not_finite_ends_the_pipeline(pipelined, plain, how):
-    """The text ends at the same token as without capture, although another step was launched."""
+    """The error comes at the same token as without capture, although another step was launched already."""
     full = plain.generate(PROMPTS[1], max_tokens=30, ignore_eos=True, **how).token_ids
     at = next(index for index in range(5, 30) if full[index] not in PROMPTS[1] + full[:index])
     messages = []
@@ -333,7 +333,7 @@ def test_recorded_calls_give_the_same_bits_as_the_ops_one_by_one(in_c, dtype):
     assert sorted(size for (size, _), step in model._runner.captured._steps.items() if step) == [
         1,
         4,
-    ]  # the shortest prompt starts, and ends, last
+    ]  # the shortest prompt starts last and ends last
     with_capture(model, NotCaptured())
     assert ids_of(model.generate(PROMPTS, max_tokens=20, temperature=0, ignore_eos=True, logprobs=1)) == recorded
     single = [model.generate(prompt, max_tokens=20, temperature=0, ignore_eos=True) for prompt in PROMPTS]
@@ -351,13 +351,13 @@ MANY = [[n * 11 % 503 for n in range(start, start + length)] for start, length i
 
 
 def logprobs_of(model, prompts, **how):
-    """Tokens and, to the last bit, their log-probabilities."""
+    """The tokens and their log-probabilities, to compare to the last bit."""
     done = model.generate(prompts, max_tokens=12, temperature=1, seed=3, ignore_eos=True, logprobs=0, **how)
     return [[(token.token_id, token.logprob) for token in completion.logprobs] for completion in done]
 
 
 def test_deterministic_gives_a_prompt_the_same_bits_in_any_batch(in_c):
-    """20 prompts and two completions of each: more than decode together, read and forked together or one by one."""
+    """20 prompts with two completions each are more than decode together. They run together, or one by one."""
     single = tiny_model(IN_C, torch.bfloat16, deterministic=True)
     expected = [pair for prompt in MANY for pair in logprobs_of(single, [prompt], n=2)]
     assert logprobs_of(single, MANY, n=2) == expected
@@ -414,8 +414,8 @@ def test_threads_take_turns_on_one_recording(in_c):
 )
 @pytest.mark.parametrize("sequences", [1, 3, 16, 24])
 def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
-    """With dependent launches, replayed before the host has read the last tokens, rows ending at different times;
-    twice, for races."""
+    """With dependent launches, with replays before the host has read the last tokens, and with rows that end at
+    different times. Runs twice to find races."""
     config = replace(TINY, head_dim=128, num_attention_heads=8, num_key_value_heads=1, hidden_size=256)
     _assert_captured_text(config, how, sequences)
 
@@ -423,7 +423,7 @@ def test_a_captured_step_writes_the_same_text_on_a_gpu(how, sequences):
 @pytest.mark.gpu
 @pytest.mark.parametrize("sequences", [1, 3, 16])
 def test_programs_that_share_a_tile_are_captured_too(sequences):
-    """With the sizes of 0.5B, two programs split K of down, and count each other's arrival."""
+    """With the sizes of 0.5B, two programs split K of the down projection, and each counts the arrival of the other."""
     from qwenkern.kernels.triton import tuning
 
     sizes = {"hidden_size": 896, "intermediate_size": 4864, "num_attention_heads": 14, "head_dim": 64}
@@ -452,13 +452,13 @@ def _assert_captured_text(config, how, sequences):
     captured = texts()
     assert any(step for step in model._runner.captured._steps.values())
     assert texts() == captured
-    if sequences <= 16:  # more are cuBLAS's, whose bits depend on how many rows a step has
+    if sequences <= 16:  # for more, cuBLAS's bits depend on the number of rows
         assert captured == one_by_one
 
 
 def test_what_waits_for_the_host_is_not_captured(monkeypatch):
     def waits(page_size: int = 64, head_dim: int = 64) -> bool:
-        pages = torch.empty(4, page_size, 2, head_dim, dtype=torch.float16)  # which C does not take in Triton's place
+        pages = torch.empty(4, page_size, 2, head_dim, dtype=torch.float16)  # C does not run it in Triton's place
         return waits_for_host(4, DensePages(pages, pages))
 
     monkeypatch.setenv("QWENKERN_KERNELS", "triton")

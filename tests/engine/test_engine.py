@@ -37,7 +37,7 @@ __all__ = ["in_c"]  # a fixture
 def model(request, monkeypatch):
     load = CapturedStep.load
 
-    def in_order(step, batch):  # a GPU runs torch's own operations in order with what was launched
+    def in_order(step, batch):  # a GPU runs torch's own operations in order with launched steps
         step._capture.run_until(lambda: False)
         load(step, batch)
 
@@ -59,7 +59,7 @@ def engine_of(model, **limits):
 
 
 def finish(engine):
-    """All further outputs."""
+    """Runs all steps. Returns their outputs."""
     outputs = []
     while engine.has_requests:
         outputs += engine.step()
@@ -121,7 +121,7 @@ def test_an_abort_at_any_step_gives_the_pages_back_and_changes_nobody_else(model
             aborted = requests[which]
             ended, had = aborted.finish_reason, len(aborted.output_ids)
             engine.abort(aborted)
-            for _ in range(3):  # at most: what is in flight, and the next decision
+            for _ in range(3):  # at most: the steps in flight, and one more
                 if aborted.table.pages:
                     engine.step()
             assert not aborted.table.pages
@@ -140,14 +140,14 @@ def test_a_request_added_in_mid_run_starts_soon(model):
         for _ in range(6):
             engine.step()
         engine.add(second)
-        for _ in range(3):  # at most: what is in flight, the prompt
+        for _ in range(3):  # at most: the steps in flight, and the prompt
             engine.step()
         assert second.output_ids
         assert not first.has_ended
 
 
 def test_bits_do_not_depend_on_who_comes_and_goes_where_that_is_promised(in_c):
-    """On recorded C calls."""
+    """With recorded calls of the C functions."""
     how = {"temperature": 1.0, "seed": 6, "logprobs": 0}
     limits = {"max_batch": 16, "batch_invariant": True}
     model = tiny_model(IN_C, torch.bfloat16)
@@ -246,7 +246,7 @@ def test_other_threads_add_and_abort(model):
 @pytest.mark.parametrize("at", [0, 1, 2, 3, 6])
 @pytest.mark.parametrize("which", range(4))
 def test_an_abort_among_completions_of_a_prompt_leaves_the_others(model, which, at):
-    """Before the prompt is read, within it, and when they have forked; three at a time, so that one waits."""
+    """Aborts before the prompt, within the prompt, and after the fork. Three decode at a time, so one waits."""
     how = {"temperature": 1.0, "seed": 8, "max_tokens": 5, "ignore_eos": True}
     expected = [each.token_ids for each in model.generate(PROMPTS[1], n=4, **how)]
     group = model._requests([PROMPTS[1]], SamplingParams(n=4, **how))
@@ -298,7 +298,7 @@ def test_an_abort_of_one_that_waits_or_has_ended_or_never_came():
 
 
 def scored(model, ids):
-    """A request for the logits of a prompt, and the list that they come to."""
+    """A request for the logits of a prompt, and the list that gets them."""
     request, rows = request_of(model, ids), []
     request.on_logits, request.max_tokens = (lambda part: rows.append(part.clone())), 0
     return request, rows
@@ -325,7 +325,7 @@ def test_a_prompt_is_scored_among_requests_that_decode(model):
 
 
 def test_what_is_computed_again_is_not_scored_again():
-    """Between two chunks of a prompt another request grows, and takes its pages."""
+    """Between two chunks of a prompt, another request grows and takes the pages of the prompt."""
     model = make(cache_tokens=256)
     ids = PROMPTS[1] + PROMPTS[0][:20]
     expected, preempted = model.forward(ids), []

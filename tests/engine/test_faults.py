@@ -29,7 +29,7 @@ HOW = {"max_tokens": 6, "ignore_eos": True, "temperature": 0}
 def model(request, monkeypatch):
     load = CapturedStep.load
 
-    def in_order(step, batch):  # a GPU runs torch's own operations in order with what was launched
+    def in_order(step, batch):  # a GPU runs torch's own operations in order with launched steps
         if isinstance(step._capture, Fake):
             step._capture.run_until(lambda: False)
         load(step, batch)
@@ -55,7 +55,7 @@ def finish(engine: Engine) -> list:
 
 
 class Failing:
-    """Has the next passes of a model fail. With ``late``, they have written the pages before."""
+    """Makes the next ``count`` forward passes of a model fail. late: after they have written to the pages."""
 
     def __init__(self, model, error: Exception, count: int = 1, late: bool = False) -> None:
         self.left, self._error, self._late = count, error, late
@@ -105,10 +105,10 @@ def test_a_failed_pass_ends_what_was_in_it_alone(model, error, late):
     assert model.cache.num_free_pages == model.cache.num_pages
 
 
-@pytest.mark.parametrize("model", [Gpu], ids=["pipelined"], indirect=True)  # else a pass has run when it counts
+@pytest.mark.parametrize("model", [Gpu], ids=["pipelined"], indirect=True)  # others run a pass at once
 def test_what_a_failed_pass_left_in_the_pages_is_not_found(model):
-    """The captured step of the 64th token fails after its launch. The 64 tokens are known, and their page is not
-    sound."""
+    """The captured step of the 64th token fails after its launch. The host knows the 64 tokens, but their page may have
+    wrong contents."""
     capture, request = model._runner.captured.capture, request_of(model, 60, max_tokens=12)
     download = capture.download
 
@@ -222,7 +222,7 @@ def test_a_lost_device_stops_it_at_once(model, error, monkeypatch):
 
 
 def test_a_fault_of_the_scheduler_stops_it(model, monkeypatch):
-    """Nobody knows whose fault it is, and it would come again."""
+    """No single request is the cause, and the fault would come again."""
     engine = engine_of(model)
     engine.add(request_of(model, 20), request_of(model, 30))
     monkeypatch.setattr(engine.scheduler, "_admit", lambda: 1 / 0)
@@ -231,7 +231,7 @@ def test_a_fault_of_the_scheduler_stops_it(model, monkeypatch):
 
 
 def test_the_tensors_of_a_failed_pass_are_freed(model):
-    """The error outlives the pass, and its traceback has the frames of the pass."""
+    """The error outlives the pass, and its traceback refers to the frames of the pass."""
     seen = []
 
     class Activation:
@@ -290,7 +290,7 @@ def test_callers_get_the_reason_and_others_their_text(model):
     "error", [torch.OutOfMemoryError("no memory"), RuntimeError("CUDA error: gone"), SystemExit(3)]
 )
 def test_no_caller_waits_for_ever(model, error):
-    """Whatever fails: 20 threads with calls of each kind."""
+    """With any error: 20 threads with calls of each kind."""
     model.generate([1, 2, 3], **HOW)
 
     def fail(*args):

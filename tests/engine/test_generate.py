@@ -33,7 +33,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def greedy(model):
-    """24 tokens after each prompt, by transformers."""
+    """transformers' 24 greedy tokens for each prompt."""
     theirs = reference_model(model)
     with torch.no_grad():
         return [_continue(theirs, prompt) for prompt in PROMPTS]
@@ -68,7 +68,7 @@ def test_any_chunk_of_prefill_gives_the_same_tokens(greedy, chunk):
 
 
 def test_a_cache_too_small_for_all_preempts_and_starts_again(model, greedy):
-    small = tiny_model(cache_tokens=448)  # seven pages; the longest sequence needs four of them
+    small = tiny_model(cache_tokens=448)  # seven pages; the longest sequence needs four
     released = []
     release = small.cache.release
     small.cache.release = lambda table: (released.append(table.length), release(table))
@@ -108,7 +108,7 @@ def test_forks_that_find_no_page_wait(greedy):
 
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_no_pass_has_more_rows_than_the_limit(model, deterministic):
-    """Completions of one prompt wait like sequences do, and what they say stays the same."""
+    """Completions of one prompt wait for free rows as sequences do, and their texts stay the same."""
     how = {"temperature": 1.0, "seed": 5, "max_tokens": 6, "ignore_eos": True}
     expected = [each.token_ids for prompt in PROMPTS[:4] for each in model.generate(prompt, n=5, **how)]
     requests = model._requests(PROMPTS[:4], SamplingParams(n=5, **how))
@@ -150,7 +150,7 @@ def test_more_completions_than_a_pass_holds(model, deterministic):
     assert max(sizes) <= 3
 
 
-DAMAGED = [7, 300, 21]  # its second token has NaN for an embedding
+DAMAGED = [7, 300, 21]  # the embedding of its second token is NaN
 
 
 def damaged(value: float = float("nan"), **keywords):
@@ -185,7 +185,7 @@ def test_logits_that_are_not_finite_are_an_error(how):
 
 
 def test_the_position_is_that_of_the_token_read_last():
-    """Token 300 is drawn, not given."""
+    """Token 300 is drawn, and not in the prompt."""
     model = damaged(prefill_chunk=2)
     bias = {300: 100.0}
     with pytest.raises(NonFiniteError, match="after position 4 "):
@@ -385,7 +385,7 @@ def test_logprobs_of_a_greedy_text_are_those_of_its_score(model):
 
 
 def test_the_last_page_of_a_long_sequence_is_counted(model):
-    """A cache with room for exactly one sequence serves it, and refuses one token more."""
+    """A cache for exactly one sequence serves it, and refuses a sequence with one token more."""
     exact = tiny_model(cache_tokens=128)
     assert exact.generate([3] * 100, max_tokens=28, ignore_eos=True).num_tokens == 28
     with pytest.raises(RequestError, match=r"100 tokens and max_tokens 29 make 129.*cache.*128"):
@@ -393,7 +393,7 @@ def test_the_last_page_of_a_long_sequence_is_counted(model):
 
 
 def test_pages_of_others_are_not_read(model, greedy):
-    """Memory that no token of the sequence wrote may hold anything, NaN too."""
+    """Memory to which no token of the sequence was written may contain anything, also NaN."""
     poisoned = tiny_model()
     poisoned.cache = PagedCache(TINY, 2048, torch.float32, torch.device("cpu"))
     for each in (tensor for pages in poisoned.cache.pages for tensor in pages.tensors):

@@ -1,5 +1,5 @@
-"""An exception at any line, and between any two bytecodes, of the code that a caller runs, and of an engine that is
-stepped by hand: no request goes on, no page is lost, and the model works afterwards.
+"""An exception at any line, and between any two bytecodes, of the code that runs in a caller's thread, and of an engine
+that is stepped by hand: no request goes on, no page is lost, and the model works afterwards.
 
 Each scenario runs once to list the places in the code that it reaches. Then it runs again for MOST of these places,
 with a KeyboardInterrupt raised there. With MOST = None, all places are tried, which takes a quarter of an hour. Nothing
@@ -31,19 +31,19 @@ FILES = {
     for pattern in ("Model.py", "engine/*.py", "cache/*.py", "sampling/*.py")
     for file in Path(qwenkern.__file__).parent.glob(pattern)
 }
-FINALIZERS = ("__del__", "_give_back")  # Python ignores what is raised in them
+FINALIZERS = ("__del__", "_give_back")  # Python ignores exceptions in them
 LONG, SHORT = [n * 7 % 64 for n in range(70)], [5, 6, 7]
 HOW = {"ignore_eos": True, "temperature": 0}
-MOST: int | None = 100  # of each scenario's lines, and of its bytecodes, drawn at random
+MOST: int | None = 100  # random lines, and as many random bytecodes, of each scenario
 
 
 def lists(model) -> None:
-    """More prompts than the cache holds, with completions that fork and some that find no room, and one that grows."""
+    """More prompts than the cache holds. Completions fork, some find no free pages, and one request grows."""
     model.generate([LONG, SHORT, LONG[:63]], n=2, max_tokens=3, seed=1, temperature=1.0, ignore_eos=True, logprobs=1)
 
 
 def streams(model) -> None:
-    """Two open streams, of which one is left in the middle."""
+    """Two open streams. One is closed before its end."""
     with model.stream(LONG, max_tokens=60, **HOW) as one, model.stream(LONG[1:], max_tokens=60, **HOW) as two:
         for stream in (one, two, one):
             read(stream, 2)
@@ -59,7 +59,8 @@ def logits(model) -> None:
 
 
 def stepped(model, requests: list[tuple[list[int], dict[str, Any]]], at: dict[int, int] | None = None) -> None:
-    """An engine stepped by hand, with one step before each request comes. at: aborts of requests, after so many."""
+    """Steps an engine by hand, with one step after each request comes. at: index of a request -> index of the request
+    to abort after its step."""
     limits = Limits(40, max_batch=16, batch_invariant=True) if model.deterministic else Limits(40, max_batch=16)
     with Engine(model._runner, limits) as engine:
         added = []
@@ -84,13 +85,13 @@ def preempts(model) -> None:
 
 
 def finds(model) -> None:
-    """Prompts that begin as others did, and one that needs the room of what is kept."""
+    """Prompts with cached beginnings, and one that needs the pages of cached texts."""
     stepped(model, [([*LONG, end], {"max_tokens": 2}) for end in range(3)])
     stepped(model, [(LONG + LONG[:35], {"max_tokens": 2}), (LONG[::-1], {"max_tokens": 30})])
 
 
 def comes_and_goes(model) -> None:
-    """Two are aborted: one that runs, and one that waits for room."""
+    """Aborts two requests: a running one, and one that waits for free pages."""
     stepped(model, [(prompt, {"max_tokens": 4}) for prompt in (LONG, SHORT, LONG[1:], LONG[2:])], {1: 0, 3: 3})
 
 
@@ -101,7 +102,7 @@ def captures(model) -> None:
 
 
 class Gpu(Fake):
-    """What it runs is not Python there, so nothing is raised in it."""
+    """A real GPU runs no Python code in a replay, so no exception is raised there."""
 
     def run_until(self, done: Callable[[], Any]) -> None:
         tracer = sys.gettrace()
@@ -129,13 +130,13 @@ SCENARIOS: dict[str, tuple[Callable[[Any], None], dict[str, Any]]] = {
 
 @functools.cache
 def leaves_a_with(code: CodeType) -> frozenset[int]:
-    """Offsets between the body of a with statement and the call of its __exit__. An exception there would leave out
-    __exit__, but none comes: the interpreter looks for signals after calls and backward jumps."""
+    """Offsets between the body of a with statement and the call of its __exit__. An exception there would skip
+    __exit__. None comes there, because the interpreter checks for signals only after calls and backward jumps."""
     found, steps = set(), list(dis.get_instructions(code))
     for at in range(len(steps) - 3):
         if [(step.opname, step.argval) for step in steps[at : at + 3]] == [("LOAD_CONST", None)] * 3:
             begin = at - 1 if steps[at - 1].opname in ("SWAP", "NOP") else at
-            found |= {step.offset for step in steps[begin : at + 5]}  # until CALL
+            found |= {step.offset for step in steps[begin : at + 5]}  # up to CALL
     return frozenset(found)
 
 
@@ -148,7 +149,7 @@ def is_in_a_finalizer(frame: FrameType | None) -> bool:
 
 
 class Tracer:
-    """Calls ``arrive`` with (code, offset) at each line, or bytecode, of FILES that this thread comes to."""
+    """Calls ``arrive`` with (code, offset) before each line, or bytecode, of FILES that this thread runs."""
 
     def __init__(self, arrive: Callable[[tuple[CodeType, int]], None], bytecodes: bool) -> None:
         self._arrive, self._bytecodes = arrive, bytecodes
@@ -172,9 +173,9 @@ class Tracer:
 
 
 def places(model, scenario: Callable[[Any], None], bytecodes: bool) -> Iterator[tuple[tuple[CodeType, int], int]]:
-    """Each place, and which of its visits: the first and the last."""
+    """Each place with the number of a visit: its first and its last one."""
     visits: Counter[tuple[CodeType, int]] = Counter()
-    model.cache.forget()  # so that each run computes the same
+    model.cache.forget()  # so that every run computes the same tokens
     Tracer(lambda place: visits.update([place]), bytecodes).run(lambda: scenario(model))
     for place, count in visits.items():
         yield from ((place, visit) for visit in sorted({1, count}))
@@ -211,7 +212,7 @@ def check(model, expected: list[int]) -> None:
 def test_an_interrupt_anywhere_loses_nothing(name, bytecodes, monkeypatch):
     load = CapturedStep.load
 
-    def in_order(step, batch):  # a GPU runs torch's own operations in order with what was launched
+    def in_order(step, batch):  # a GPU runs torch's own operations in order with launched steps
         if isinstance(step._capture, Fake):
             step._capture.run_until(lambda: False)
         load(step, batch)
@@ -221,7 +222,7 @@ def test_an_interrupt_anywhere_loses_nothing(name, bytecodes, monkeypatch):
     capture = keywords.pop("device", NotCaptured)()
     model = clockwork(capture, cache_tokens=192, **keywords)
     expected = model.generate(LONG, max_tokens=6, **HOW).token_ids
-    scenario(model)  # what is made once is made
+    scenario(model)  # creates the objects that are made only once
     todo = list(places(model, scenario, bytecodes))
     check(model, expected)
     if MOST and len(todo) > MOST:

@@ -1,4 +1,5 @@
-"""The thread that steps a model's engine, and its callers: threads, coroutines, signals and the garbage collector."""
+"""The thread that steps a model's engine, and what may interrupt its callers: threads, coroutines, signals, and the
+garbage collector."""
 
 from __future__ import annotations
 
@@ -43,7 +44,7 @@ def expected(model, prompt, **how: Any) -> list[int]:
 
 
 def in_thread(work) -> tuple[threading.Thread, list]:
-    """A thread, and a list that gets what its work returns or raises."""
+    """A thread, and a list that gets the result or the exception of its work."""
     found: list = []
 
     def run() -> None:
@@ -78,7 +79,7 @@ def test_a_closed_model_ends_the_calls_of_other_threads(model):
         gate.steps(3)
         closing, _ = in_thread(model.close)
         eventually(model._loop._stop.is_set)
-        gate.steps(1)  # the pass in progress
+        gate.steps(1)  # the step in progress
         join(closing)
         for thread, found in calls:
             join(thread)
@@ -106,7 +107,7 @@ def test_the_end_of_a_with_statement_closes_a_model():
 
 
 def test_a_pass_that_takes_long_keeps_nobody_waiting(model, monkeypatch):
-    """Callers are told when PATIENCE is over. The pass still uses the engine, and ends by itself."""
+    """Callers get an error after PATIENCE seconds. The pass still uses the engine, and ends by itself."""
     monkeypatch.setattr(loop_module, "PATIENCE", 0.02)
     with Gate(model) as gate:
         call, found = in_thread(lambda: model.generate(PROMPTS[0], **HOW))
@@ -131,7 +132,7 @@ def test_a_request_that_is_refused_leaves_nothing(model):
 
 
 def test_the_prompts_of_a_call_are_read_together(model):
-    """So the bits of a list do not depend on when the thread wakes."""
+    """Otherwise the bits of their results would depend on when the thread wakes."""
     sizes, logits = [], type(model._runner).logits
     model._runner.logits = lambda parts, *args: (sizes.append(len(parts)), logits(model._runner, parts, *args))[1]
     for _ in range(20):
@@ -167,7 +168,7 @@ def test_a_model_that_nobody_refers_to_ends_its_thread():
 
 
 def test_what_has_ended_is_freed(model, monkeypatch):
-    """Requests and their calls: no more are left after 300 calls than after 30."""
+    """After 300 calls, no more requests and calls are in memory than after 30."""
     alive: weakref.WeakSet = weakref.WeakSet()
     init = loop_module._Call.__init__
 
@@ -207,7 +208,7 @@ def test_a_stream_keeps_the_engine_of_its_model():
 
 
 def test_the_collector_may_end_a_call_at_any_line_of_another_one(model):
-    """In the same thread, also while it wakes the engine's thread: a lock that it holds must not be waited for."""
+    """In the same thread, also while it wakes the engine's thread. It must not wait for a lock that it holds itself."""
     files = loop_module.__file__, threading.__file__
     with Gate(model) as gate:
         forgotten = [model.stream(PROMPTS[0], **HOW | {"max_tokens": 400}) for _ in range(60)]
@@ -263,7 +264,7 @@ def test_a_program_may_end_while_a_stream_is_open(how):
 
 @pytest.mark.parametrize("work", ["generate", "stream", "score", "asyncio"])
 def test_ctrl_c_ends_a_call_that_waits(model, work):
-    """The pass in progress hangs. The main thread is interrupted at once, and the pages are free after the pass."""
+    """The step in progress hangs. The main thread is interrupted at once, and the pages become free after the step."""
     works = {
         "generate": lambda: model.generate([PROMPTS[0], PROMPTS[1]], n=2, **HOW),
         "stream": lambda: list(model.stream(PROMPTS[0], **HOW)),
@@ -278,7 +279,7 @@ def test_ctrl_c_ends_a_call_that_waits(model, work):
 
             def press() -> None:
                 eventually(lambda: model._loop._sinks)
-                while not gone.wait(0.02):  # again, should it come before the caller waits
+                while not gone.wait(0.02):  # repeated, because a signal may come before the caller waits
                     os.kill(os.getpid(), signal.SIGINT)
                     gone.wait(1.0)
 
@@ -409,7 +410,7 @@ def test_a_coroutine_takes_all_outputs_that_have_come(model):
 
     async def takes():
         async with AsyncCall(model._loop, [request]) as call:
-            eventually(lambda: request.has_ended)  # blocks the event loop meanwhile
+            eventually(lambda: request.has_ended)  # this blocks the event loop
             taken = []
             while outputs := await call.take():
                 taken.append([token for output in outputs for token in output.token_ids])
@@ -472,7 +473,7 @@ def test_a_closed_event_loop_ends_its_requests_and_no_others(model):
 
 
 def test_a_closed_event_loop_does_not_keep_the_reason_from_others(model):
-    """The engine stops while callers of a closed event loop come first."""
+    """The engine stops while its first callers belong to a closed event loop."""
     with Gate(model):
         events = asyncio.new_event_loop()
 
@@ -528,7 +529,7 @@ def test_a_coroutine_gets_the_error(model):
 
 
 def test_the_outputs_of_a_step_wake_an_event_loop_once(model, monkeypatch):
-    """All of them wait for the loop, which is busy, in one delivery."""
+    """The event loop is busy. All outputs wait for it in one callback."""
     woken = []
 
     async def both() -> list[str]:
@@ -536,7 +537,7 @@ def test_the_outputs_of_a_step_wake_an_event_loop_once(model, monkeypatch):
         call_soon = loop.call_soon_threadsafe
         monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *work: (woken.append(work), call_soon(*work)))
         streams = [model.astream([1, 2, n], max_tokens=20, ignore_eos=True) for n in range(8)]
-        time.sleep(0.5)  # the loop sees nothing of the steps meanwhile
+        time.sleep(0.5)  # meanwhile, the event loop gets no outputs
         texts = []
         for stream in streams:
             pieces = [piece async for piece in stream]

@@ -33,7 +33,7 @@ def allocator() -> PageAllocator:
 
 
 def begun(allocator: PageAllocator, tokens: list[int], salt: str = "") -> BlockTable:
-    """The table of a sequence of these tokens, which are computed and remembered."""
+    """The block table of a sequence of these tokens, after they are computed and entered into the prefix cache."""
     table = BlockTable(salt)
     assert allocator.begin(table, allocator.find(tokens, salt), len(tokens))
     table.length = len(tokens)
@@ -42,7 +42,7 @@ def begun(allocator: PageAllocator, tokens: list[int], salt: str = "") -> BlockT
 
 
 def kept(allocator: PageAllocator, tokens: list[int], salt: str = "") -> list[int]:
-    """The pages of a sequence that comes and goes."""
+    """The pages of a sequence that has ended. The prefix cache keeps them."""
     table = begun(allocator, tokens, salt)
     pages = list(table.pages)
     allocator.release(table)
@@ -70,7 +70,7 @@ def test_full_pages_are_found_as_far_as_the_tokens_are_the_same(allocator):
 
 
 def test_tokens_are_compared_whatever_their_hash():
-    """-1 and -2 have the same hash in CPython, and so have tuples of them."""
+    """-1 and -2 have the same hash in CPython, and so do tuples of them."""
     assert hash((-1, 0)) == hash((-2, 0))
     index = PrefixIndex()
     index.add("", [-1, 0], 5)
@@ -104,8 +104,8 @@ def test_pages_have_as_many_users_as_tables(allocator):
 def test_the_least_recently_used_goes_first_and_ends_before_beginnings(allocator):
     first, second = kept(allocator, A[:8]), kept(allocator, [9] * 8)
     assert allocator.num_kept_pages == 4
-    kept(allocator, A[:8])  # used again, so the other one is older now
-    kept(allocator, list(range(20, 36)))  # four pages, which are free; four are kept
+    kept(allocator, A[:8])  # used again, so the other one is now the least recently used
+    kept(allocator, list(range(20, 36)))  # takes four free pages; the cache keeps the other four
     third = found(allocator, list(range(20, 36)))
     assert len(third) == 4
     filler = BlockTable()
@@ -144,7 +144,7 @@ def test_a_sequence_whose_beginning_is_kept_needs_room_for_the_rest_only(allocat
 
 def test_the_same_tokens_computed_twice_are_kept_once(allocator):
     one, two = BlockTable(), BlockTable()
-    for table in (one, two):  # both begin before one of them is remembered
+    for table in (one, two):  # both begin before the prefix cache has either of them
         assert allocator.begin(table, [], 9)
         table.length = 9
     for table in (one, two):
@@ -159,10 +159,10 @@ def test_the_same_tokens_computed_twice_are_kept_once(allocator):
 
 
 def test_what_follows_a_page_that_was_dropped_is_not_found(allocator):
-    """Nor is it found under another page that gets the same number."""
+    """Also if another page gets the number of the dropped one."""
     one = begun(allocator, A[:4])
     two = BlockTable()
-    allocator.begin(two, [], 9)  # the same beginning, on pages of its own
+    allocator.begin(two, [], 9)  # the same beginning, on other pages
     two.length = 9
     allocator.remember(two, A)
     assert found(allocator, A) == [one.pages[0], two.pages[1]]
@@ -178,7 +178,7 @@ def test_what_follows_a_page_that_was_dropped_is_not_found(allocator):
 
 
 def test_a_sequence_that_began_before_all_was_forgotten_stays_forgotten(allocator):
-    """Its pages were computed by the weights of that time. Numbers of entries may come again."""
+    """Its pages were computed with the old weights. New entries may get the numbers of old ones."""
     old = begun(allocator, A[:4])
     allocator.extend(old, 8)
     allocator.forget()
@@ -205,7 +205,7 @@ def request_of(model, prompt: list[int], **how: Any):
 
 
 def computed(model, prompt: list[int], **how: Any) -> int:
-    """The tokens of a prompt that are computed, when its text is right."""
+    """Checks the text of a prompt. Returns the number of prompt tokens that were computed."""
     request = request_of(model, prompt, **how)
     tokens, hidden = [], model._runner.logits
     model._runner.logits = lambda parts, *args: (tokens.extend(parts), hidden(parts, *args))[1]
@@ -237,7 +237,7 @@ def test_a_prompt_is_read_from_where_another_one_ended(model):
 
 
 def test_a_second_turn_reads_what_is_new(model):
-    """The answer is found, too: all but its last token, which was never computed."""
+    """The cache also has the answer without its last token, which was never computed."""
     request = request_of(model, ids(200), max_tokens=100)
     for _ in run(engine_of(model), [request]):
         pass
@@ -273,7 +273,7 @@ def test_completions_of_one_prompt_find_it(model):
     how = {"n": 5, "max_tokens": 40, "ignore_eos": True, "temperature": 1.0, "seed": 2}
     expected = [request.output_ids for request in ran(model, ids(150), max_batch=8, finds_prefixes=False, **how)]
     computed(model, ids(150))
-    for most in (8, 2):  # also those that find no room beside the first, and start by themselves
+    for most in (8, 2):  # also with too few rows, so that some completions start on their own
         group = ran(model, ids(150), max_batch=most, **how)
         assert [request.output_ids for request in group] == expected
         assert group[0].num_found == 128
@@ -330,7 +330,7 @@ def test_changed_weights_forget_all():
 
 
 def test_what_old_weights_read_is_not_found_by_new_ones():
-    """Weights change while a prompt is read."""
+    """The weights change between two chunks of a prompt."""
     model = tiny_model(prefill_chunk=40)
     prompt = ids(200)
     model._loop  # noqa: B018
@@ -355,7 +355,7 @@ def test_what_old_weights_read_is_not_found_by_new_ones():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("chunk", [64, 48, 96])
 def test_deterministic_gives_the_same_bits_warm_or_cold(in_c, dtype, chunk):
-    """Whole chunks are found: 48 and 96 tokens are no multiples of a page."""
+    """Only whole chunks are found. 48 and 96 tokens are not multiples of a page."""
     how = {"max_tokens": 6, "temperature": 1.0, "seed": 3, "ignore_eos": True, "logprobs": 2}
     base = ids(400)
     prompts = [base[:n] for n in (400, 399, 64, 65, 192, 193, 330)] + [base[:200] + ids(90, 1), [*base[:96], 5]]
@@ -371,7 +371,7 @@ def test_deterministic_gives_the_same_bits_warm_or_cold(in_c, dtype, chunk):
             num_found += completion.num_cached_tokens
     assert num_found
     assert [each.logprobs for each in warm.generate(prompts, **how)] == expected
-    small = tiny_model(IN_C, dtype, deterministic=True, prefill_chunk=chunk, cache_tokens=512)  # pages are dropped
+    small = tiny_model(IN_C, dtype, deterministic=True, prefill_chunk=chunk, cache_tokens=512)  # drops pages
     assert [each.logprobs for each in small.generate(prompts * 2, **how)] == expected * 2
     check_pages(small)
 
@@ -388,7 +388,7 @@ def test_warm_texts_are_those_of_a_cold_cache_up_to_rounding(in_c):
 
 
 def test_the_least_recently_used_texts_make_room():
-    """Of three prompts on a cache for two of them, the one used longest ago is read again."""
+    """The cache has room for two of three prompts: the least recently used one must be computed again."""
     model = with_capture(clockwork(NotCaptured(), vocab_size=503, cache_tokens=8 * PAGE), NotCaptured())
     one, two, three = (ids(200, seed) for seed in range(3))
     for prompt in (one, two, one):

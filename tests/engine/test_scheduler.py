@@ -40,7 +40,7 @@ def small(**keywords: Any):
 
 
 def at_once(*works: Callable[[], Any]) -> list[Any]:
-    """What each work returns, each in a thread of its own, or the first error."""
+    """Runs each work in a thread of its own. Returns their results, or raises the first error."""
     found: dict[int, Any] = {}
 
     def run(index: int) -> None:
@@ -103,7 +103,7 @@ def test_scores_and_logits_wait_and_are_right(expected):
 
 @pytest.mark.parametrize("work", ["generate", "score", "forward", "stream"])
 def test_an_open_stream_that_nobody_reads_hinders_nobody(work):
-    """Neither the thread that opened it nor another one, and its own text is complete in the end."""
+    """It keeps waiting neither the thread that opened it nor another one, and its own text is complete in the end."""
 
     def streamed(model, prompt):
         stream = model.stream(prompt, **HOW)
@@ -141,7 +141,7 @@ def test_one_thread_may_read_streams_in_turns_that_do_not_fit(expected):
 
 
 def test_streams_come_and_go_at_random(expected):
-    """Threads that generate, score, stop in the middle, and leave streams open."""
+    """Threads generate, score, stop early, and leave streams open."""
     model = small()
 
     def work(seed):
@@ -203,7 +203,7 @@ def test_a_stream_that_waits_may_be_closed():
     check_pages(model)
 
 
-# The order and the turns, on a model that computes nothing.
+# The order of requests and steps, on a model that computes nothing.
 
 
 def request_of(model, length: int, start: int = 1, **how: Any):
@@ -218,7 +218,7 @@ def engine_of(model, **limits: Any) -> Engine:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The time, which stands still until a test moves it."""
+    """A clock that only the test moves."""
     now = [1000.0]
     set_clock(monkeypatch, monotonic=lambda: now[0])
     return now
@@ -272,7 +272,7 @@ def test_short_prompts_do_not_stop_a_long_one():
 
 
 def test_a_higher_priority_starts_earlier_and_no_request_starves(clock):
-    """A request of one higher priority may come PRIORITY seconds later, and still start first."""
+    """A request whose priority is higher by one may come up to PRIORITY seconds later, and still starts first."""
     model = clockwork(NotCaptured(), cache_tokens=256)
     engine = engine_of(model)
     engine.add(running := request_of(model, 200))
@@ -338,7 +338,7 @@ def test_preemption_takes_the_last_in_order_and_the_first_goes_on(clock):
 
 
 def test_chunks_of_prompts_and_decode_steps_take_turns():
-    """While a prompt of many chunks is read, a stream gets a token after each chunk."""
+    """While a prompt of many chunks is computed, a stream gets a token after each chunk."""
     model = clockwork(NotCaptured(), cache_tokens=1024)
     with engine_of(model) as engine:
         engine.add(stream := request_of(model, 20, max_tokens=60))
@@ -370,7 +370,7 @@ def test_all_that_decode_take_part_in_each_turn():
 
 
 def test_a_chunk_under_a_stream_is_bounded_by_the_time_that_it_takes(clock):
-    """Each prompt token takes 2 ms, so 0.25 s are 125 tokens: a chunk of 64."""
+    """Each prompt token takes 2 ms. The limit of 0.25 s allows 125 tokens, so a chunk has 64."""
     model = clockwork(NotCaptured(), cache_tokens=4096, max_position_embeddings=4096)
     sizes, forward = [], model.module.forward
 
@@ -437,7 +437,7 @@ def test_the_pace(monkeypatch):
 
 
 def test_waiting_requests_cost_nothing_a_step():
-    """The work of a step does not grow with the line: counted as calls, not as time."""
+    """The work of a step does not grow with the number of waiting requests. The test counts calls, not time."""
     import sys
 
     def calls(waiting: int) -> int:

@@ -15,9 +15,9 @@ from support.toy_tokenizer import byte_library, byte_tokenizer
 from qwenkern import RequestError, SamplingParams
 from qwenkern.sampling import grammar_compiler
 
-REFUSED = Path(__file__).parents[1] / "data/refused_schemas.json"  # name -> why llguidance refuses it
+REFUSED = Path(__file__).parents[1] / "data/refused_schemas.json"  # name of a schema -> the reason to refuse it
 COUNT = 400
-# A model that knows nothing would write long texts and many blanks: these make most answers end.
+# A model with random weights would write long texts and many blanks. With these, most answers end.
 BIASES = {'"': 7.0, "}": 4.0, "]": 4.0, "Ġ": -9.0, "Ċ": -9.0, ",": -1.0, "\\": -2.0}
 
 

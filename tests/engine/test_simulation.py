@@ -43,11 +43,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 class Injected(RuntimeError):
-    """A fault that the test made."""
+    """A fault injected by the test."""
 
 
 class Simulation:
-    """One engine, and all that has been asked of it."""
+    """One engine, and all its requests."""
 
     def __init__(self, seed: int, capture: type = NotCaptured, **limits: Any) -> None:
         self.choose = random.Random(seed)
@@ -78,7 +78,7 @@ class Simulation:
             return evicted()
 
         def host_forward(*args):
-            is_replayed = getattr(module_capture, "running", False)  # a GPU does not fail there, or fails for good
+            is_replayed = getattr(module_capture, "running", False)  # a replay on a GPU cannot fail, or fails for good
             return forward(*args) if is_replayed else self.may_fail(forward, *args)
 
         module_capture = self.model._runner.captured.capture
@@ -86,7 +86,7 @@ class Simulation:
         module.forward = module.model.forward = host_forward
 
     def may_fail(self, work, *args):
-        """Before it has done its work, or after."""
+        """Does the work. At random, fails before or after it."""
         fails = self.engine._faults < 2 and self.choose.random() < 0.01
         if fails and self.choose.random() < 0.5:
             self._fail()
@@ -181,10 +181,10 @@ class Simulation:
         self._check_contents()
 
     def _check_contents(self) -> None:
-        """What can be found has the tokens under which it is found."""
+        """Checks that the pages in the prefix cache contain the tokens under which they are found."""
         capture = self.model._runner.captured.capture
         if capture.steps_in_flight and self.choose.random() < 0.9:
-            return  # rarely: it ends what is in flight
+            return  # rarely, because the check ends the steps in flight
         capture.run_until(lambda: False)
         keys = self.model.cache.pages[0].k[:, :, 0, 0].numpy()
         for page, (_, tokens) in self.model.cache._index._keys.items():
@@ -239,13 +239,13 @@ def test_a_simulation(limits, monkeypatch):
         now[0] += 0.01
         return now[0]
 
-    def in_order(step, batch):  # a GPU runs torch's own operations in order with what was launched
+    def in_order(step, batch):  # a GPU runs torch's own operations in order with launched steps
         if isinstance(step._capture, Fake):
             step._capture.run_until(lambda: False)
         load(step, batch)
 
-    set_clock(monkeypatch, monotonic=tick)  # so a seed gives the same run on every machine
-    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1.0)  # drafts are as long as they may be
+    set_clock(monkeypatch, monotonic=tick)  # so that a seed gives the same run on every machine
+    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1.0)  # drafts have the maximal length
     monkeypatch.setattr(CapturedStep, "load", in_order)
     simulation, launch = Simulation(seed=len(str(limits)), **limits), CapturedStep.launch
     monkeypatch.setattr(CapturedStep, "launch", lambda *args: simulation.may_fail(launch, *args))
@@ -263,7 +263,7 @@ def test_a_simulation(limits, monkeypatch):
 
 
 def crowd(model, expected: list[list[int]], prompts: list[list[int]], count: int, **how: Any) -> None:
-    """Threads that generate, stream, and leave in the middle: a third of them."""
+    """Threads generate and stream. A third of them stop early."""
     wrong: list[str] = []
     barrier = threading.Barrier(count)
 
@@ -298,7 +298,7 @@ def crowd(model, expected: list[list[int]], prompts: list[list[int]], count: int
 
 @pytest.mark.slow
 def test_two_hundred_threads():
-    """On a cache for six of them."""
+    """On a cache for six of their requests."""
     model = clockwork(NotCaptured(), cache_tokens=768)
     prompts = [[(at * step + 3) % 64 for at in range(10 + 9 * step)] for step in range(12)]
     requests = model._requests(prompts, SamplingParams(max_tokens=12, ignore_eos=True, temperature=0))

@@ -33,7 +33,7 @@ HOWS = {
 
 @pytest.fixture
 def make(in_c, monkeypatch):
-    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1.0)  # so drafts are as long as they may be
+    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1.0)  # so that drafts have the maximal length
     return lambda **keywords: tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size), **keywords)
 
 
@@ -44,7 +44,7 @@ def outcome(model, prompts, **how):
 
 
 class Oracle:
-    """Drafts from the texts that are known to come, some with a wrong token."""
+    """Drafts from the expected texts, some with a wrong token."""
 
     def __init__(self) -> None:
         self.texts: list[list[int]] = []
@@ -63,7 +63,7 @@ class Oracle:
 
 @pytest.mark.parametrize("how", HOWS.values(), ids=HOWS)
 def test_the_outcome_is_the_same_to_the_last_bit(make, how, monkeypatch):
-    """Alone, with others, as completions of one prompt, and with pages for few drafts."""
+    """For single requests, in batches, for completions of one prompt, and with few pages for drafts."""
     oracle = Oracle()
     monkeypatch.setattr(Drafts, "draft", lambda drafts, count: oracle.draft(drafts, count))
     plain, drafting = make(speculate=False, prefix_cache=False), make(prefix_cache=False)
@@ -97,7 +97,8 @@ def test_a_pass_has_no_more_rows_than_are_batch_invariant(make, monkeypatch):
 
 
 def test_a_small_model_guesses(make, monkeypatch):
-    """The same model guesses every token of a greedy text, another one few; the outcome is the same."""
+    """As a draft model, the same model guesses every token of a greedy text, and another one few. The outcome is the
+    same."""
     monkeypatch.setattr(Drafts, "draft", lambda drafts, count: ([], 0))
     plain, same = make(speculate=False), make(draft=make())
     other = make(draft=tiny_model(IN_C, torch.bfloat16, seed=7, tokenizer=byte_tokenizer(TINY.vocab_size)))
@@ -112,7 +113,7 @@ def test_a_small_model_guesses(make, monkeypatch):
             assert counts[1].num_accepted < 0.5 * counts[1].num_drafted
     for model in (same, other):
         reader = model._loop.engine.speculation._model
-        reader.draft({})  # those that have ended give their pages back when the next ones guess
+        reader.draft({})  # frees the pages of ended requests
         assert reader._runner.cache.num_free_pages == reader._runner.cache.num_pages
 
 
@@ -143,7 +144,7 @@ def test_a_device_whose_rows_depend_on_each_other_gets_no_drafts():
 
 
 def test_a_stream_gets_every_token_by_itself(make):
-    """A pass that gives several tokens gives as many outputs, and a request ends at its stop among them."""
+    """A pass that accepts several tokens gives one output for each. A request ends at a stop among them."""
     model = make()
     full = model.generate(PROMPTS[1], max_tokens=60, temperature=0, ignore_eos=True)
     pieces = list(model.stream(PROMPTS[1], max_tokens=60, temperature=0, ignore_eos=True))
@@ -167,7 +168,7 @@ def test_an_aborted_request_draws_nothing_more(make, monkeypatch):
 
 
 def naive(ids: list[int], count: int) -> tuple[list[int], int]:
-    """What `Drafts.draft` is, from its definition."""
+    """`Drafts.draft`, written from its definition."""
     ends = [end for end in range(SHORTEST, len(ids)) if ids[end - SHORTEST : end] == ids[-SHORTEST:]][-PLACES:]
     best, at = 0, 0
     for end in ends:
@@ -195,7 +196,7 @@ def test_a_draft_is_what_followed_the_longest_match():
 def test_the_cost_of_a_pass_is_read_between_those_measured():
     costs = Costs(16)
     assert costs.of(2) / costs.of(1) == pytest.approx(1.2 / 1.1)
-    costs.read(1, 100.0)  # it compiles
+    costs.read(1, 100.0)  # slow, because it compiles
     for seconds in (2.0, 9.0, 2.5):
         costs.read(1, seconds)
     assert costs.of(1) == 2.0, "disturbances only add"

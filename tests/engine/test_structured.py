@@ -35,7 +35,7 @@ PROMPTS = ["hello", "a person:", "x" * 70]
 
 @pytest.fixture
 def make(in_c, monkeypatch):
-    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1.0)  # so drafts are as long as they may be
+    monkeypatch.setattr(Costs, "of", lambda costs, rows: 1.0)  # so that drafts have the maximal length
     return lambda **keywords: tiny_model(IN_C, torch.bfloat16, tokenizer=byte_tokenizer(TINY.vocab_size), **keywords)
 
 
@@ -60,7 +60,7 @@ def test_the_text_is_the_same_with_and_without_drafts(make, how):
 def test_a_text_ends_where_its_grammar_does(make):
     done = make().generate(["a"] * 40, regex="[a-c]{3,5}", temperature=1.0, seed=1, n=2, ignore_eos=True, max_tokens=9)
     texts = {each.text for each in done}
-    assert all(re.fullmatch("[a-c]{5}", text) for text in texts)  # nothing else ends it
+    assert all(re.fullmatch("[a-c]{5}", text) for text in texts)  # only the grammar ends it
     assert {(each.finish_reason, each.stop_reason) for each in done} == {("stop", None)}
 
 
@@ -70,17 +70,17 @@ def test_an_end_of_the_text_is_drawn_only_where_the_grammar_may_end(make):
     assert all(re.fullmatch("(ab)+", each.text) for each in done)
     assert len({each.text for each in done}) > 1
     longer = make().generate(["a"], regex="(ab)+", n=16, seed=1, max_tokens=40, logit_bias={END: 9.0}, min_tokens=5)
-    assert {each.text for each in longer} == {"ababab"}  # END comes after 6, where the grammar may end again
+    assert {each.text for each in longer} == {"ababab"}  # END comes after 6 tokens, where the grammar may end again
 
 
 def test_steps_launched_ahead_do_not_miss_a_mask():
-    """A device that draws the tokens itself, one step ahead of the host, has texts with and without a grammar."""
+    """A device draws the tokens itself, one step ahead of the host, for texts without a grammar only."""
     make = lambda: tiny_model(tokenizer=byte_tokenizer(TINY.vocab_size))  # noqa: E731
     fake = Fake()
     model, plain = with_capture(make(), fake), make()
     how = {"temperature": 1.0, "seed": 1, "max_tokens": 120}
     assert model.generate(PROMPTS, **how) == plain.generate(PROMPTS, **how)
-    assert "read" in fake.log  # it has drawn tokens
+    assert "read" in fake.log  # the device has drawn tokens
     fake.log.clear()
     how |= {"json_schema": PERSON}
     assert model.generate(PROMPTS, **how) == plain.generate(PROMPTS, **how)
@@ -149,7 +149,7 @@ def test_a_stop_string_and_max_tokens_end_a_text_before_its_grammar_does(make):
     assert (done.finish_reason, done.stop_reason) == ("stop", '"name"')
     done = make().generate("a", regex="[ab]{40}", max_tokens=7)
     assert (done.finish_reason, len(done.text)) == ("length", 7)
-    done = make().generate("a", regex="[ab]{7}", max_tokens=7)  # both at once: it is complete
+    done = make().generate("a", regex="[ab]{7}", max_tokens=7)  # both ends come together
     assert (done.finish_reason, len(done.text)) == ("stop", 7)
 
 
@@ -180,14 +180,14 @@ def test_a_stream_that_is_closed_leaves_others_alone(make):
 @pytest.mark.timeout(600)
 @pytest.mark.xdist_group("demo")
 def test_the_demo_model_writes_what_parses(demo_path, in_c):
-    """With a real vocabulary, whose tokens span the parts of JSON."""
+    """With a real vocabulary, in which a token may span several parts of JSON."""
     model = Model.from_pretrained(demo_path, device="cpu")
     ask = [{"role": "user", "content": "Invent a person: name, favourite colour, three numbers. Answer in JSON."}]
     plain = model.chat(ask, json_schema=PERSON, max_tokens=120)
     person = json.loads(plain.text)
     jsonschema.validate(person, PERSON)
     assert plain.finish_reason == "stop"
-    assert model._loop.engine.speculation.num_accepted > 0  # the names of the properties
+    assert model._loop.engine.speculation.num_accepted > 0  # drafts of the property names, which the grammar forces
     slow = Model.from_pretrained(demo_path, device="cpu", speculate=False)
     assert slow.chat(ask, json_schema=PERSON, max_tokens=120).token_ids == plain.token_ids
     assert model.chat(ask, choice=["yes", "no"], max_tokens=9).text in ("yes", "no")

@@ -18,7 +18,7 @@ from qwenkern.generation import Generation
 
 
 class Fake(CallCapture):
-    """Imitates a GPU with torch on a CPU, and logs what is captured."""
+    """Imitates a GPU with torch on a CPU, and logs each capture."""
 
     steps_in_flight = 1
 
@@ -62,7 +62,7 @@ def test_what_is_asked_for_is_captured_and_nothing_later(model):
         model.generate(batch, max_tokens=9, temperature=0, ignore_eos=True)
     assert captured(model) == []
     model.generate(prompts[0], max_tokens=3, temperature=1, top_k=20, ignore_eos=True)
-    assert captured(model) == ["step of 1"]  # it draws in another way
+    assert captured(model) == ["step of 1"]  # sampled instead of greedy
 
 
 def test_the_sampling_of_the_checkpoint_is_captured_too(model):
@@ -110,11 +110,11 @@ def test_on_a_cpu_the_steps_are_recorded(monkeypatch):
         assert sizes == ({1, 2, 3, *SIZES} if speculate else {1, 2, 3})
 
 
-CONFIG_IN_C = TINY.__class__(**{**vars(TINY), "intermediate_size": 192})  # a multiple of what C reads at once
+CONFIG_IN_C = TINY.__class__(**{**vars(TINY), "intermediate_size": 192})  # a multiple of the C functions' block size
 
 
 def test_sizes_and_lengths_are_those_that_are_captured():
-    capture = GraphCapture.__new__(GraphCapture)  # without a GPU
+    capture = GraphCapture.__new__(GraphCapture)  # skips __init__, which needs a GPU
     assert warm_up.decode_sizes(capture, 1) == [1]
     assert warm_up.decode_sizes(capture, 9) == [16, 8, 4, 2, 1]
     assert warm_up.prompt_lengths(capture, 1) == [16]
@@ -123,7 +123,7 @@ def test_sizes_and_lengths_are_those_that_are_captured():
     assert warm_up.prompt_lengths(CallCapture(), 100) == []
 
 
-# The kernels of all passes, as Triton tells them apart: those that a child compiles, and those that a model launches
+# The kernels of all passes, by Triton's keys: those that a child process compiles, and those that a model launches
 KERNELS = """
 import sys
 import torch
@@ -235,7 +235,7 @@ print(caught[0].message)
 
 @pytest.mark.slow
 def test_children_share_the_kernels_and_say_what_fails(compiling, tmp_path):
-    """What two children compiled is all that one process would: it finds everything in the cache."""
+    """Two child processes compile all that one process would: it then finds everything in the cache."""
     done = subprocess.run(
         [sys.executable, "-c", CHILDREN, str(tmp_path)],
         capture_output=True, text=True, env=compiling | {"TRITON_CACHE_DIR": str(tmp_path)}, cwd="/", check=False,

@@ -43,7 +43,7 @@ def test_the_most_likely_of_a_large_vocabulary(count, values):
     numbers = random.Random(f"{count}/{values}")
     rows = [[numbers.randint(-values, values) / 7 for _ in range(128 * 300)] for _ in range(6)]
     rows[0][77], rows[1][30_000] = math.inf, math.nan
-    rows[2][:40] = [values] * 40  # all in one run
+    rows[2][:40] = [values] * 40  # the largest are neighbours
     for logits in (torch.tensor(rows[:3]), torch.tensor(rows[3:])):
         found, ids = most_likely(logits, count)
         expected = logits.sort(dim=-1, descending=True, stable=True)

@@ -30,7 +30,7 @@ def grammars():
 
 @pytest.fixture
 def quick(monkeypatch):
-    """Without a process for each grammar."""
+    """Compiles grammars without a trial in a process of its own."""
     monkeypatch.setattr(grammar_compiler, "_try", lambda source: ("", 0))
 
 
@@ -99,7 +99,7 @@ def test_a_form_is_kept_as_text():
 
 
 def text_of(found, rng) -> str:
-    """A text of a grammar, byte by byte at random."""
+    """A random text that the grammar allows, drawn byte by byte."""
     tokenizer, ids = byte_tokenizer(WIDTH), []
     while not found.has_ended:
         allowed = [token for token in range(WIDTH) if found.mask().allows(token)]
@@ -146,12 +146,12 @@ def test_a_mask_is_what_llguidance_says_for_any_width_and_ends():
 
 
 def test_ids_without_a_token_are_never_drawn(grammars, quick):
-    """A grammar of any text allows every token of the vocabulary that is text, and nothing beyond."""
+    """A grammar that allows any text allows every token that is text, and no id beyond the vocabulary."""
     mask = grammars.matcher(Grammar("regex", r"(?s:.*)"), [END]).mask()
     allowed = {token for token in range(WIDTH) if mask.allows(token)}
     assert END in allowed
     assert max(allowed) == END
-    assert END + 1 not in allowed  # <|im_start|>, which is no text
+    assert END + 1 not in allowed  # <|im_start|>, a special token
 
 
 @pytest.mark.parametrize(
@@ -181,7 +181,7 @@ def test_compiled_grammars_are_kept_within_bounds(grammars, monkeypatch):
     grammars.matcher(Grammar("regex", "d"), [END])
     grammars.matcher(Grammar("regex", "c"), [END])
     assert len(tried) == 4
-    grammars.matcher(Grammar("regex", "a"), [END])  # the least used one has gone
+    grammars.matcher(Grammar("regex", "a"), [END])  # the least recently used one was dropped
     assert len(tried) == 5
 
 
@@ -208,9 +208,9 @@ def test_the_reason_against_a_grammar_is_kept_within_bounds(grammars, monkeypatc
     refused("c")
     refused("b")
     assert len(tried) == 3
-    refused("a")  # the one that was asked for least lately has gone
+    refused("a")  # the least recently requested one was dropped
     assert len(tried) == 4
-    for _ in range(2):  # a busy machine is no reason against a grammar
+    for _ in range(2):  # a busy machine is no reason to refuse a grammar
         with pytest.raises(EngineError, match="busy"):
             grammars.matcher(Grammar("regex", "busy"), [END])
     assert len(tried) == 6
@@ -227,7 +227,7 @@ import os, resource, signal, sys, time
     [
         ("resource.setrlimit(resource.RLIMIT_CPU, (1, 2))\nwhile True: pass", "it takes more than"),
         ("bytes(1 << 50)", "it takes more than"),
-        ("os.abort()", "it takes more than"),  # as Rust does where there is no memory
+        ("os.abort()", "it takes more than"),  # as Rust does without memory
         ("sys.exit(7)", "llguidance fails on it (status 7)"),
         ("os.kill(os.getpid(), signal.SIGSEGV)", "llguidance fails on it (status -11)"),
         ("os.kill(os.getpid(), signal.SIGKILL)", None),
@@ -235,7 +235,7 @@ import os, resource, signal, sys, time
     ],
 )
 def test_how_a_trial_ends(tmp_path, monkeypatch, happens, reason):
-    """A trial that says nothing about the grammar is an error of this machine, not of the request."""
+    """A trial that ends for a reason other than the grammar is an EngineError, not a RequestError."""
     (tmp_path / "trial.py").write_text(TRIAL.format(happens))
     monkeypatch.setattr(grammar_compiler.grammar_trial, "__file__", str(tmp_path / "trial.py"))
     if reason:
@@ -249,7 +249,7 @@ def test_how_a_trial_ends(tmp_path, monkeypatch, happens, reason):
 
 
 class Failing:
-    """A state of llguidance that fails after some masks."""
+    """A state of llguidance that fails after a number of masks."""
 
     def __init__(self, state, after) -> None:
         self._state, self._left = state, after
@@ -273,7 +273,7 @@ def test_a_text_goes_on_where_the_shared_state_has_failed(grammars, quick):
     found, whole = (grammars.matcher(grammar, [END]) for _ in range(2))
     found._state = Failing(found._state, 4)
     assert text_of(found, random.Random(1)) == text_of(whole, random.Random(1))
-    assert grammar not in grammars._compiled  # others get a new one, too
+    assert grammar not in grammars._compiled  # other texts get a newly compiled one, too
 
 
 def test_a_matcher_that_fails_ends_its_row_alone(grammars, quick):
@@ -295,7 +295,7 @@ def test_a_mask_that_takes_too_long_ends_the_text(grammars, quick, monkeypatch):
 
 
 def test_texts_of_one_call_may_take_so_long_together(grammars, quick, monkeypatch):
-    """Also where no mask is computed, as for a greedy text on a CPU: each of llguidance's answers counts."""
+    """Also without masks, as for greedy decoding on a CPU: the time of each call of llguidance counts."""
     now, step = [0.0], [0.0]
 
     def thread_time() -> float:
@@ -307,16 +307,16 @@ def test_texts_of_one_call_may_take_so_long_together(grammars, quick, monkeypatc
     found, sibling, other = (grammars.matcher(grammar, [END], each) for each in (overrun, overrun, None))
     (token,) = byte_tokenizer(WIDTH).encode("a")
     step[0] = matcher.EACH / 4
-    for _ in range(1000):  # a text may take that for ever
+    for _ in range(1000):  # at this rate, a text may go on for ever
         assert found.allows(token)
         found.accept(token)
     step[0] = 0.35
-    assert found.allows(token)  # llguidance is asked twice
+    assert found.allows(token)  # calls llguidance twice
     sibling.accept(token)
     for each in (found, sibling):
         with pytest.raises(RequestError, match=r"cannot go on after .* tokens: it has taken 1 s more than 10 ms"):
             each.allows(token) and each.allows(token)
-    step[0] = 0.6  # to compile it again, and to follow the text again
+    step[0] = 0.6  # s for each call, also to compile again and to follow the text again
     again = grammars.matcher(grammar, [END])
     again._state = Failing(again._state, 0)
     with pytest.raises(RequestError, match="it has taken 1 s more"):
@@ -326,7 +326,7 @@ def test_texts_of_one_call_may_take_so_long_together(grammars, quick, monkeypatc
 
 
 class Words:
-    """A vocabulary with tokens of several bytes: what a grammar forces can then be spelled in several ways."""
+    """A vocabulary with tokens of several bytes, so that a forced text has several tokenizations."""
 
     tokens = [bytes([n]) for n in range(256)] + [b"th", b"the", b" quick", b" qu", b" brown", b'"name', b'":', b"ick"]
     vocab_size, special_ids = len(tokens) + 1, frozenset([len(tokens)])
@@ -352,7 +352,7 @@ FORMS = [
 
 
 def test_a_token_is_allowed_without_a_mask_where_it_is_with_one(quick):
-    """For all tokens at all places of some texts; also where llguidance takes more spellings than its mask has."""
+    """For all tokens at all places of some texts, also where llguidance accepts more tokenizations than its mask."""
     words, rng, narrower = Words(), random.Random(1), 0
     for form in FORMS * 3:
         [end] = words.special_ids
@@ -385,7 +385,7 @@ def test_a_greedy_row_takes_its_largest_logit_or_the_largest_of_those_allowed(gr
     found = grammars.matcher(Grammar("regex", "[ab]{9}"), [END])
     found._real, found._state = found._state, Counted()
     greedy = SamplingParams(temperature=0)
-    for value, expected, masks in ((1.0, b, 0), (4.0, b, 1)):  # of c, which the grammar does not take
+    for value, expected, masks in ((1.0, b, 0), (4.0, b, 1)):  # value: the logit of c, which is forbidden
         logits = torch.zeros(2, WIDTH)
         logits[:, a], logits[:, b], logits[:, c] = 2.0, 3.0, value
         rows = [FakeRow(greedy), FakeRow(greedy, matcher=found)]
@@ -393,7 +393,7 @@ def test_a_greedy_row_takes_its_largest_logit_or_the_largest_of_those_allowed(gr
         assert Counted.masks == masks
         found.accept(expected)
     biased = FakeRow(SamplingParams(temperature=0, logit_bias={b: -9.0}), matcher=found)
-    assert sample(logits, [biased, FakeRow(greedy)]) == [a, c]  # a bias counts before the grammar
+    assert sample(logits, [biased, FakeRow(greedy)]) == [a, c]  # the bias is added before the mask
 
 
 def test_logprobs_are_those_before_the_mask(grammars, quick):

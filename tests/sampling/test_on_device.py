@@ -13,7 +13,7 @@ from qwenkern import RequestError, SamplingParams, TokenLogprob
 from qwenkern.sampling import NOT_FINITE, Drawing, Sampling, TokenStates, sample, sampled
 from qwenkern.sampling.penalties import penalise
 
-VOCABULARY = 101  # no multiple of 32
+VOCABULARY = 101  # not a multiple of 32
 
 
 def some_params(numbers: random.Random) -> SamplingParams:
@@ -46,7 +46,7 @@ def upload(target, values):
 
 
 class Step:
-    """The sampling of a captured step for some rows, launched on given logits."""
+    """Captures the sampling of some rows. ``launch`` runs it on given logits."""
 
     def __init__(self, states: TokenStates, rows: list[FakeRow], spare: int = 1) -> None:
         self.rows, size = rows, len(rows) + spare
@@ -87,7 +87,7 @@ def test_the_logits_are_those_of_the_host(seed):
 
 @pytest.mark.parametrize("seed", range(40))
 def test_tokens_and_logprobs_are_those_of_the_host(seed):
-    """Over many steps, in batches whose rows change, with steps of the host between."""
+    """Over many steps, with changing rows, and with steps of the host in between."""
     numbers, generator = random.Random(seed), torch.Generator().manual_seed(seed)
     states = TokenStates(VOCABULARY, torch.device("cpu"))
     pairs = [[some_row(random.Random(f"{seed}/{at}"), seed=at) for _ in range(2)] for at in range(12)]
@@ -120,7 +120,7 @@ def test_a_sequence_is_uploaded_once():
     for _ in range(3):
         states.load(rows[:8], counted)
     assert len(uploads) == 2 * 8
-    assert len(set(states.load(rows[1:], counted))) == 8  # the ninth takes the first one's slot
+    assert len(set(states.load(rows[1:], counted))) == 8  # the ninth row takes the slot of the first
     assert len(uploads) == 2 * 9
     step = Step(states, rows[1:8], spare=1)
     del uploads[:]
@@ -129,7 +129,7 @@ def test_a_sequence_is_uploaded_once():
         states.load(rows[1:8], counted)
     assert not uploads, "the step itself keeps the histories"
     del rows[2:], step
-    states.load(rows, counted)  # the first one comes back, into a slot of those that have gone
+    states.load(rows, counted)  # the first row returns, into a slot that has become free
     assert len(uploads) == 2
 
 

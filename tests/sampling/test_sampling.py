@@ -42,7 +42,7 @@ def test_temperature_zero_takes_the_most_probable(logits):
 @pytest.mark.parametrize("fields", [{"temperature": 0}, {}, {"top_k": 5}, {"logprobs": 2}, {"min_tokens": 3}], ids=str)
 @pytest.mark.parametrize("values", [[math.nan], [math.inf], [math.inf, math.nan], [-math.inf] * VOCABULARY], ids=str)
 def test_a_row_that_is_not_finite_gets_no_token(logits, fields, values):
-    """The other rows get their own tokens."""
+    """The other rows get the tokens that they would get without it."""
     damaged = logits.clone()
     damaged[-len(values) :] = torch.tensor(values)
     rows = [
@@ -101,7 +101,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("fields", FILTERS, ids=str)
 def test_tokens_come_as_often_reference_model_says(logits, fields):
-    """10,000 draws on a regular grid of random numbers: frequencies equal probabilities to one draw a token."""
+    """10,000 draws, with evenly spaced random numbers: each frequency equals its probability to one draw."""
     scores = logits[None].clone()
     for name, processor in (
         ("temperature", theirs.TemperatureLogitsWarper),
@@ -131,7 +131,7 @@ def test_rows_of_a_batch_do_not_disturb_one_another(logits):
 
 
 def _adjusted(logits, row):
-    """The logits after penalties: read off by log-probabilities of a second, greedy look."""
+    """The logits after penalties."""
     from qwenkern.sampling.penalties import penalise
 
     out = logits.clone()
@@ -317,7 +317,7 @@ def test_as_many_stop_strings_as_are_allowed_cost_little():
     stops = StopStrings(tuple("ab" * n + "c" for n in range(384, 512)))
     started = time.process_time()
     passed = "".join(stops.add("ab") for _ in range(600))
-    assert time.process_time() - started < 10  # 2 s, the worst that a text can do
+    assert time.process_time() - started < 10  # 2 s measured, with the worst text
     assert passed + stops.finish() == "ab" * 600
 
 

@@ -23,7 +23,7 @@ def rendered(source: str, **variables) -> str:
     return ChatTemplate.from_gguf({"tokenizer.chat_template": source}, {}, "toy").render(MESSAGES, **variables)
 
 
-# Each uses a feature that is rewritten or wrapped.
+# Each uses a feature that the sandbox rewrites or wraps.
 SNIPPETS = [
     "{{ 1 < 2 < 3 }}{{ 1 < 3 < 2 }}{{ 'a' == 'a' != 'b' }}{{ 1 in [1] }}{{ 'x' not in 'abc' }}{{ 'a' in {'a': 1} }}",
     "{{ messages[0] == messages[0] }}{{ messages[1:] | length }}"
@@ -89,7 +89,7 @@ def grown(start: str, step: str, end: str = "") -> str:
     return GROW.replace("START", start).replace("STEP", step) + end
 
 
-# equal, so that a comparison reads both to their ends, and two objects
+# Equal texts in two objects: a comparison reads both to their ends.
 EQUAL = "{% set a = 'x' * 2000000 ~ '!' %}{% set b = 'x' * 2000000 ~ '!' %}"
 NEST = "{% set ns = namespace(x=(1,), y=(1,)) %}{% for i in range(60) %}{% set ns.x = (ns.x, ns.x) %}"
 NEST += "{% set ns.y = (ns.y, ns.y) %}{% endfor %}"
@@ -170,7 +170,7 @@ HOSTILE = [
     *(NEST + use for use in ("{{ [ns.x].index([ns.y]) }}", "{{ [ns.x] | groupby(0) | list }}", "{{ ns.x | string }}")),
     "{% set ns = namespace(x=1) %}{% for i in range(60) %}"
     "{% set ns.x = namespace(a=ns.x, b=ns.x) %}{% endfor %}{{ ns.x }}",
-    # a hash that goes so deep overflows the C stack
+    # the hash of such a deep tuple overflows the C stack
     "{% set ns = namespace(x=()) %}{% for i in range(100000) %}{% set ns.x = (ns.x,) %}{% endfor %}{{ {}[ns.x] }}",
     "{% set ns = namespace(x=()) %}{% for i in range(100000) %}"
     "{% set ns.x = (ns.x,) %}{% endfor %}{{ [ns.x] | unique | list }}",
@@ -192,7 +192,7 @@ HOSTILE = [
     "x" * 200_001,
 ]
 
-# Has as much memory as it holds when it begins, and 400 MB; a hang or a crash shows, too.
+# May use 400 MB more than it holds at its start. Also shows a hang or a crash.
 CHILD = """
 import resource, sys
 sys.path.insert(0, {tests!r})

@@ -1,8 +1,8 @@
-"""The tokenizer against two other implementations (tiktoken's BPE and expression engine, transformers' class), the
-incremental detokenizer against whole decoding, chat templates against transformers, and every bad input one by one.
+"""The tokenizer against two other implementations (tiktoken's BPE with its regex engine, and transformers' class), the
+incremental detokenizer against decoding at once, chat templates against transformers, and each kind of bad input.
 
-Most tests run on a toy vocabulary: the 256 bytes, a few merges, a few special tokens. Those marked `demo` run on the
-real one.
+Most tests use a toy vocabulary: the 256 bytes, a few merges, and a few special tokens. Tests marked `demo` use the real
+vocabulary.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ IM_START, IM_END, END_OF_TEXT, TOOL_CALL, TOOL_CALL_END, UNUSED = range(264, 270
 
 
 def toy_metadata(**changes) -> dict:
-    """A GGUF's metadata for a vocabulary of 270; a change to None removes the key."""
+    """The metadata of a GGUF file with a vocabulary of 270. A change to None removes the key."""
     spelled = {byte: character for character, byte in room._BYTE_OF.items()}
     tokens = [spelled[byte] for byte in range(256)]
     merges = ["h e", "l l", "he ll", "hell o", "Ġ hello", "Ø §", "à ¸", "ì Ŀ"]
@@ -119,7 +119,7 @@ def toy_metadata(**changes) -> dict:
 
 
 def toy_folder(folder: Path, **changes) -> Path:
-    """The toy as a Hugging Face folder; `changes` replace keys of tokenizer.json."""
+    """The toy vocabulary as a Hugging Face folder. `changes` replace keys of tokenizer.json."""
     content = json.loads(Tokenizer.from_gguf(toy_metadata(), "toy.gguf")._library.to_str()) | changes
     (folder / "tokenizer.json").write_text(json.dumps(content), "utf-8")
     config = {
@@ -133,7 +133,7 @@ def toy_folder(folder: Path, **changes) -> Path:
 
 
 def split_by(expression: str) -> dict:
-    """A tokenizer.json's pre_tokenizer with this expression."""
+    """The pre_tokenizer of a tokenizer.json with this regular expression."""
     split = {"type": "Split", "pattern": {"Regex": expression}, "behavior": "Isolated", "invert": False}
     as_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
     return {"type": "Sequence", "pretokenizers": [split, as_bytes]}
@@ -175,7 +175,7 @@ def test_the_texts_are_as_many_as_promised():
 
 @pytest.fixture(scope="module")
 def tiktoken_ids(demo_metadata):
-    """text, whether special tokens count -> ids, by tiktoken and Python's own normalization."""
+    """A function: text, whether to parse special tokens -> ids, by tiktoken and Python's own normalization."""
     entries = list(zip(demo_metadata["tokenizer.ggml.tokens"], demo_metadata["tokenizer.ggml.token_type"], strict=True))
     ranks = {bytes(room._BYTE_OF[c] for c in token): n for n, (token, kind) in enumerate(entries) if kind == 1}
     added = {token: n for n, (token, kind) in enumerate(entries) if kind in (3, 4)}
@@ -206,14 +206,14 @@ def test_ids_equal_tiktokens(demo, tiktoken_ids, special):
 
 
 def test_the_expression_is_qwens():
-    """tiktoken is given ours, so it cannot tell."""
+    """The tests against tiktoken pass our expression to it, so they cannot find an error in the expression."""
     theirs = pytest.importorskip("transformers.models.qwen2.tokenization_qwen2")
     assert theirs.PRETOKENIZE_REGEX == QWEN2_SPLIT
 
 
 @pytest.mark.demo
 def test_merges_come_in_the_order_of_ids(demo_metadata):
-    """Why tiktoken, which ranks a merge by the id of its result, can be an oracle at all."""
+    """tiktoken ranks a merge by the id of its result. It can be a reference only because of this order."""
     id_of = {token: n for n, token in enumerate(demo_metadata["tokenizer.ggml.tokens"])}
     results = [id_of[merge.replace(" ", "")] for merge in demo_metadata["tokenizer.ggml.merges"]]
     assert results == list(range(256, 256 + len(results)))
@@ -236,7 +236,7 @@ def test_ids_and_decoding_equal_transformers(demo, demo_metadata):
 
 @pytest.mark.demo
 def test_text_in_nfd_is_composed(demo):
-    """What transformers 5.23 gets wrong when it builds a tokenizer from a GGUF file: it sets no normalizer."""
+    """transformers 5.23 does this wrong for a GGUF file: its tokenizer has no normalizer."""
     assert demo.encode("Cafe\u0301") == demo.encode("Café") != demo.encode("Cafe") + demo.encode("\u0301")
 
 
@@ -246,7 +246,7 @@ def test_every_text_survives_and_streams(demo):
         ids = demo.encode(text["text"])
         assert demo.decode(ids, skip_special=False) == demo._library.decode(ids, skip_special_tokens=False)
         assert "".join(pieces(demo, ids)) == demo.decode(ids), text["language"]
-        if "special token" not in text["language"]:  # there, normalization stops at each special token
+        if "special token" not in text["language"]:  # in these texts, normalization stops at each special token
             assert demo.decode(ids, skip_special=False) == unicodedata.normalize("NFC", text["text"]), text["language"]
 
 
@@ -268,7 +268,7 @@ def test_the_real_vocabulary(demo, demo_metadata):
         b"<|repo_name|>",
         b"<|file_sep|>",
     ]
-    assert demo.id_of("</s>") not in demo.end_of_text_ids  # a piece of text, and in llama.cpp's list
+    assert demo.id_of("</s>") not in demo.end_of_text_ids  # llama.cpp lists it, but here it is ordinary text
     assert demo.end_of_turn_ids == {151_645}
     assert demo.encode_prompt("a") == demo.encode("a")
     assert demo.id_of("<|im_start|>") == 151_644
@@ -287,7 +287,7 @@ def test_qwens_template_renders_reference_model_does(demo, demo_metadata, chat, 
     transformers = pytest.importorskip("transformers")
     theirs = transformers.Qwen2Tokenizer(chat_template=demo_metadata["tokenizer.chat_template"])
     messages, tools = CHATS[chat]
-    # a key whose value is None is an absent key; transformers before 5.23 would write "None"
+    # a key with the value None counts as absent; transformers before 5.23 would write "None"
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     wanted = theirs.apply_chat_template(given, tools=tools, add_generation_prompt=prompt, tokenize=False)
     assert demo.render_chat(messages, tools, prompt) == wanted
@@ -317,7 +317,7 @@ AS_BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": Fals
 
 
 def around(*single: dict) -> dict:
-    """A tokenizer.json's post_processor with this template."""
+    """The post_processor of a tokenizer.json with this template."""
     known = {"<|im_start|>": IM_START, "<|endoftext|>": END_OF_TEXT}
     tokens = {name: {"id": name, "ids": [n], "tokens": [name]} for name, n in known.items()}
     pair = [A, {"Sequence": {"id": "B", "type_id": 1}}]
@@ -339,7 +339,7 @@ PROCESSORS = {
 @pytest.mark.parametrize("said", [{}, {"add_bos_token": True, "bos_token": "<|im_start|>"}, {"add_bos_token": False}])
 @pytest.mark.parametrize("kind", PROCESSORS)
 def test_a_text_begins_reference_model_begins_it(kind, said, tmp_path):
-    """With a tokenizer.json its post-processor counts, and add_bos_token does not."""
+    """If there is a tokenizer.json, its post-processor decides, and add_bos_token changes nothing."""
     transformers = pytest.importorskip("transformers")
     toy_folder(tmp_path, post_processor=PROCESSORS[kind])
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|im_end|>"} | said))
@@ -348,7 +348,7 @@ def test_a_text_begins_reference_model_begins_it(kind, said, tmp_path):
     ours = Tokenizer.from_folder(tmp_path)
     for text in ("hello", "", " ", "h", "Ø§ hello<|im_end|>h"):
         wanted = theirs(text)["input_ids"]
-        if kind in ("both", "an end", "as BERT"):  # nothing goes on from an end
+        if kind in ("both", "an end", "as BERT"):  # prompts get no end token
             assert wanted.pop() == END_OF_TEXT
         assert ours.encode_prompt(text) == wanted
         assert ours.encode(text) == theirs(text, add_special_tokens=False)["input_ids"]
@@ -533,7 +533,7 @@ def test_pieces_join_to_the_whole_for_any_ids(toy, ids, skip_special):
     ],
 )
 def test_each_character_comes_whole_and_at_once(toy, text):
-    """Byte by byte: a piece appears exactly when a character is complete, and is that character."""
+    """Byte by byte: each piece is one character, and comes as soon as the character is complete."""
     parts = pieces(toy, list(text.encode()))
     assert [part for part in parts if part] == list(text)
     assert parts == [c for character in text for c in [""] * (len(character.encode()) - 1) + [character]] + [""]
@@ -603,7 +603,7 @@ def test_a_token_that_occurs_twice():
 
 
 def test_a_vocabulary_without_all_bytes():
-    """The library would drop such a byte from every text and say nothing."""
+    """The library would silently drop a missing byte from every text."""
     tokens = [*toy_metadata()["tokenizer.ggml.tokens"]]
     tokens[0xA9] = "unlike a byte"
     with pytest.raises(CheckpointError, match=r"no token for 1 of the 256 bytes \(0xA9\)"):
@@ -649,7 +649,7 @@ def test_width_of_the_model_comes_from_config_json(tmp_path):
 
 
 def test_settings_for_training_are_switched_off(tmp_path):
-    """A tokenizer.json may carry truncation, padding and dropout: each would change a prompt without a word."""
+    """A tokenizer.json may have truncation, padding and dropout. Each would silently change a prompt."""
     content = json.loads((toy_folder(tmp_path) / "tokenizer.json").read_text("utf-8"))
     truncation = {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}
     padding = {"strategy": {"Fixed": 9}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": END_OF_TEXT}
@@ -746,7 +746,7 @@ def test_steps_that_could_take_for_ever(tmp_path, changes, message):
 @pytest.mark.slow
 @pytest.mark.parametrize("expression", sorted(EXPRESSIONS))
 def test_expressions_read_a_text_once(tmp_path, expression):
-    """Twice the text takes about twice as long, whatever the text."""
+    """For any text, twice the length takes about twice as long."""
     library = Tokenizer.from_folder(toy_folder(tmp_path, pre_tokenizer=split_by(expression)))._library
 
     def seconds(text: str) -> float:
@@ -772,7 +772,7 @@ def test_steps_of_qwen_like_tokenizers_are_taken(tmp_path):
 def test_files_are_measured_before_they_are_read(tmp_path, name):
     older_folder(tmp_path)
     with open(tmp_path / name, "wb") as file:
-        file.truncate(64_000_001)  # takes no room on the disk
+        file.truncate(64_000_001)  # a sparse file, which takes no space on the disk
     with pytest.raises(CheckpointError, match=rf"{name}: has 64000001 bytes; expected 64000000 at most"):
         Tokenizer.from_folder(tmp_path)
 
@@ -785,7 +785,7 @@ def token(content: str, special: bool = True) -> dict:
 
 
 def older_folder(folder: Path, config: dict | None = None, num_tokens: int = 264, **files) -> Path:
-    """The toy as vocab.json and merges.txt; `files` are other JSON files, without their ending."""
+    """The toy vocabulary as vocab.json and merges.txt. `files`: further JSON files, named without .json."""
     metadata = toy_metadata()
     vocab = {token: n for n, token in enumerate(metadata["tokenizer.ggml.tokens"][:num_tokens])}
     config = {"tokenizer_class": "Qwen2Tokenizer"} | (config or {})
@@ -858,7 +858,7 @@ def test_a_vocabulary_without_merges(tmp_path):
 
 
 def test_an_expression_that_panics_at_load(tmp_path, monkeypatch):
-    """The engine gives up on (a+a+)+y before a run of a's, and the library turns that into a Rust panic."""
+    """The regex engine gives up on (a+a+)+y before a run of a's, and the library makes a Rust panic of this."""
     monkeypatch.setattr("qwenkern.text.tokenizer_files.EXPRESSIONS", {QWEN2_SPLIT, "(a+a+)+y"})
     toy_folder(tmp_path, pre_tokenizer=split_by("(a+a+)+y"))
     with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer fails on a line of text: .*retry-limit"):
@@ -872,9 +872,9 @@ def test_an_expression_that_panics_later(tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"tokenizer\.json: the tokenizer failed on a text of 64 characters"):
             tokenizer.encode("q" * 64, allow_special=allow_special)
     assert tokenizer.encode("hello") == [259]
-    # A text so long that Qwen's own expression meets the limit is the request's fault.
+    # If a text is so long that Qwen's own expression reaches the limit, the error is a RequestError.
     monkeypatch.setattr(room, "_RETRY_LIMIT", 64)
-    with pytest.raises(RequestError, match=r"^the tokenizer failed on a text of 64 characters"):  # without a path
+    with pytest.raises(RequestError, match=r"^the tokenizer failed on a text of 64 characters"):  # and no path
         tokenizer.encode("q" * 64)
 
 
@@ -935,7 +935,7 @@ def test_renders_reference_model_does(toy, chat, prompt):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_object=toy._library, chat_template=TEMPLATE)
     messages, tools = CHATS[chat]
-    # a key whose value is None is an absent key; transformers before 5.23 would write "None"
+    # a key with the value None counts as absent; transformers before 5.23 would write "None"
     given = [{key: value for key, value in message.items() if value is not None} for message in messages]
     wanted = theirs.apply_chat_template(given, tools=tools, add_generation_prompt=prompt, tokenize=False)
     assert toy.render_chat(messages, tools, prompt) == wanted
@@ -969,8 +969,8 @@ def test_a_message_that_goes_on_ends_where_reference_model_ends_it(chat, templat
     ids = toy.encode_chat(messages, tools, continue_final_message=True)
     assert toy.decode(ids, skip_special=False) == wanted
     before = toy.encode_chat(messages[:-1], tools, add_generation_prompt=True)
-    if content.strip():  # else the reference removes the line feed of a trimmed message, too
-        assert ids[: len(before)] == before  # whose keys and values the cache has
+    if content.strip():  # otherwise the reference also removes the line feed before a trimmed message
+        assert ids[: len(before)] == before  # the cache has the keys and values of these tokens
     assert {IM_START, IM_END}.isdisjoint(ids[len(before) :])
 
 
@@ -1003,7 +1003,7 @@ def chat_of(template: str, **options) -> str:
         ("{% for n in range(9) %}{% if n == 2 %}{% break %}{% endif %}{{ n }}{% endfor %}", "01"),
         ("a\n   {% if true %}\nb\n   {% endif %}\nc", "a\nb\nc"),
         ("{% generation %}{{ messages[0].role }}{% endgeneration %}!", "user!"),
-        ("{{ '{0.__class__}'.format(messages) }}-", "-"),  # the sandbox hands out nothing
+        ("{{ '{0.__class__}'.format(messages) }}-", "-"),  # the sandbox gives no access to attributes
         ("{{ eos_token }}{{ pad_token is defined }}{{ style }}", "<|im_end|>Falsecalm"),
     ],
 )
@@ -1059,7 +1059,7 @@ def test_messages_that_are_refused(toy, messages, message):
     ],
 )
 def test_a_refusal_does_not_tell_the_folder(tmp_path, template, more, message):
-    """A server tells its clients."""
+    """A server passes the message on to its clients."""
     folder = toy_folder(tmp_path)
     file = folder / "tokenizer_config.json"
     fields = {name: value for name, value in json.loads(file.read_text()).items() if name != "chat_template"}
@@ -1104,7 +1104,8 @@ def test_empty_arguments_are_none(toy):
 
 @pytest.mark.parametrize("shown", ["'\\n' + ARGUMENTS", "ARGUMENTS", "'x' ~ ARGUMENTS"])
 def test_a_template_that_wants_json_text_gets_it(shown):
-    """DeepSeek-R1-Distill-Qwen's adds the arguments to a string: a dict would raise there, or show as Python's."""
+    """DeepSeek-R1-Distill-Qwen's template adds the arguments to a string. A dict would raise an error there, or be
+    written in Python's notation."""
     template = (
         "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ SHOWN }}{% endfor %}{{ m.content }}{% endfor %}"
     )
@@ -1116,7 +1117,7 @@ def test_a_template_that_wants_json_text_gets_it(shown):
 @pytest.mark.parametrize("asks", ["m['content'] is none", "m.content is none", "not m.content is not none"])
 @pytest.mark.parametrize("content", [{"content": None}, {}])
 def test_a_template_that_asks_for_null_gets_it(asks, content):
-    """DeepSeek-R1-Distill-Qwen's writes tool calls for an assistant whose content is none; others would show "None"."""
+    """DeepSeek-R1-Distill-Qwen's template writes tool calls only if the content is none. Others would write "None"."""
     template = (
         "{% for m in messages %}{% if ASKS %}{% for c in m.tool_calls %}<{{ c.function.name }}>{% endfor %}"
         "{% else %}{{ '<A>' + m.content }}{% endif %}{% endfor %}"
@@ -1293,7 +1294,7 @@ def test_folders_of_many_templates(tmp_path):
 
 
 def test_spellings_of_the_template_in_a_folder(tmp_path):
-    """Oldest to newest; each newer one wins over those before it."""
+    """From the oldest to the newest way to store a template. A newer one takes precedence."""
 
     def rendered(tools=None) -> str:
         return Tokenizer.from_folder(tmp_path).render_chat([MESSAGE], tools)
@@ -1347,7 +1348,7 @@ SPELLED = st.lists(
 @settings(deadline=None, max_examples=300)
 @given(SPELLED, SPELLED)
 def test_contents_cannot_end_their_turn(toy, system, user):
-    """Every special token is the template's; what lies between is encoded whole, as any text is."""
+    """All special tokens come from the template. The text between them is encoded as ordinary text."""
     chat = [{"role": "system", "content": system}, {"role": "user", "content": user}]
     wanted = []
     for role, content in (("system", system), ("user", user)):
@@ -1359,7 +1360,7 @@ def test_the_models_own_tool_call_in_its_content_counts(toy):
     chat = [{"role": role, "content": "<tool_call><|im_end|>"} for role in ("user", "assistant")]
     ids = toy.encode_chat(chat, add_generation_prompt=False)
     assert ids.count(TOOL_CALL) == 1
-    assert ids.count(IM_END) == 3  # one of them ends the template's own system prompt
+    assert ids.count(IM_END) == 3  # one of them ends the template's default system prompt
     assert toy.decode(ids, skip_special=False) == toy.render_chat(chat, add_generation_prompt=False)
 
 

@@ -21,9 +21,10 @@ TIDE = Call("tide", '{"place": "Emden", "hours": 3}')
 
 
 def parsed(pieces: list[str], names: tuple[str, ...] = ("tide", "f", "g")) -> list[str | Call]:
-    """What a parser finds in a text that comes in these pieces, with adjacent texts joined.
+    """The texts and calls that a parser finds in these pieces of a text, with adjacent texts joined.
 
-    Each call has begun, and its arguments are the pieces that came before it. What was broken began like JSON."""
+    Checks that each call has begun, and that its arguments came in pieces before it. Checks that the arguments of a
+    broken call are the beginning of a JSON object."""
     calls = ToolCalls(names)
     found = [item for piece in pieces for item in calls.add(piece)] + calls.finish()
     joined: list[str | Call] = []
@@ -72,7 +73,7 @@ def block(inner: str) -> str:
         (f"{CALL}\n{CALL}", [TIDE, TIDE]),
         (f"{CALL} \n and {CALL}{CALL}.", [TIDE, "and", TIDE, TIDE, "."]),
         (CALL.replace("\n", ""), [TIDE]),
-        (CALL.removesuffix("\n</tool_call>"), [TIDE]),  # the text ended one tag too early
+        (CALL.removesuffix("\n</tool_call>"), [TIDE]),  # the text ends before the closing tag
         (CALL.removesuffix("</tool_call>") + CALL, [TIDE, TIDE]),
         (block('{"arguments": {}, "name": "f"}'), [Call("f", "{}")]),
         (block('{"name": "f"}'), [Call("f", "{}")]),
@@ -101,7 +102,7 @@ def test_calls_are_found(text, found):
         '{"name": 1, "arguments": {}}',
         '{"name": "f", "arguments": [1]}',
         '{"name": "f", "arguments": "x"}',
-        '{"name": "f", "arguments": {}, "place": "Emden"}',  # or the place would be lost
+        '{"name": "f", "arguments": {}, "place": "Emden"}',  # as a call, it would lose the place
         '{"name": "f", "arguments": {"a": NaN}}',
         '{"name": "f", "arguments": {"a": 1e999}}',  # Python reads it as infinity, which is not JSON
         '{"name": "f", "arguments": {"a": -Infinity}}',
@@ -119,7 +120,7 @@ def test_calls_are_found(text, found):
 def test_malformed_calls_are_text(inner):
     text = f"See\n{block(inner)}\n"
     assert parsed([text]) == [text]
-    assert parsed([text + CALL]) == [text.rstrip(), TIDE]  # they do not hide the next one
+    assert parsed([text + CALL]) == [text.rstrip(), TIDE]  # malformed text before a call does not hide the call
 
 
 @pytest.mark.parametrize(
@@ -145,14 +146,14 @@ def test_a_call_begins_with_its_arguments():
     assert calls.add('<tool_call>\n{"name": "tide", "arguments": ') == []
     assert calls.add('{"pl') == [Begun("tide"), Arguments('{"pl')]
     assert calls.add('ace": "Em<') == [Arguments('ace": "Em')]  # a tag may begin here
-    assert calls.add("b>\n\\") == [Arguments("<b>\\n")]  # half an escape stays
+    assert calls.add("b>\n\\") == [Arguments("<b>\\n")]  # an incomplete escape is held back
     assert calls.add('"", "hours": 3') == [Arguments('\\"", "hours": ')]  # the number may go on
     assert calls.add("0}") == [Arguments("30")]
     assert calls.add("}\n</tool_call") == []
     arguments = r'{"place": "Em<b>\n\"", "hours": 30}'
     assert calls.add(">") == [Arguments("}"), Call("tide", arguments)]
     assert json.loads(arguments) == {"place": 'Em<b>\n"', "hours": 30}
-    assert calls.add('<tool_call>{"name": "other", "arguments": {"a": ') == []  # there is no such function
+    assert calls.add('<tool_call>{"name": "other", "arguments": {"a": ') == []  # no function has this name
     assert calls.add('<tool_call>{"name": "tide", "arguments": {"a": 1, b') == [
         '<tool_call>{"name": "other", "arguments": {"a": ', Begun("tide"), Arguments('{"a": 1, '),
     ]  # fmt: skip
@@ -215,7 +216,7 @@ CALLS = st.tuples(
 @settings(max_examples=200)
 @given(st.lists(PLAIN | CALLS, max_size=6))
 def test_texts_and_calls_are_told_apart(parts):
-    """The calls are written as the chat template writes them; the expected values are what they were made of."""
+    """The calls are written as the chat template writes them. The expected values are those that they were made of."""
     text, wanted = "", []
     for before, part, after in zip([None, *parts], parts, [*parts[1:], None], strict=False):
         if isinstance(part, tuple):
@@ -255,7 +256,7 @@ MUTATED = st.sampled_from(
 @settings(max_examples=400)
 @given(st.dictionaries(st.text("ab"), VALUES, max_size=3), st.lists(st.tuples(st.integers(0, 60), MUTATED), max_size=3))
 def test_what_comes_of_an_object_is_always_its_beginning(value, changes):
-    """pydantic's reader of partial JSON is the judge."""
+    """pydantic's parser of partial JSON is the reference."""
     text = json.dumps(value)
     for at, more in changes:
         text = text[:at] + more + text[at + 1 :]
@@ -315,7 +316,7 @@ BOTH = f"{CALL}\n{TABLES}"
 
 
 class Vocabulary:
-    """The tokens, in the form that llguidance reads."""
+    """The tokens, in the format that llguidance reads."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
@@ -331,20 +332,20 @@ class Vocabulary:
 
 @pytest.fixture(scope="module")
 def vocabulary() -> llguidance.LLTokenizer:
-    """The 256 bytes, the two tags and an end."""
+    """The 256 bytes, the two tags, and an end token."""
     tokens = [*(bytes([n]) for n in range(256)), b"<tool_call>", b"</tool_call>", b"<|im_end|>"]
     return llguidance.LLTokenizer(Vocabulary(tokens, [258]))
 
 
 def admits(tokenizer: llguidance.LLTokenizer, grammar: str, ids: list[int]) -> bool:
-    """Whether a text may be these ids and end after them."""
+    """Whether the grammar accepts these ids and an end after them."""
     matcher = llguidance.LLMatcher(tokenizer, grammar)
     assert not matcher.is_error(), matcher.get_error()
     return matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting()
 
 
 def with_tags(text: str) -> list[int]:
-    """The ids of a text that spells the tags by their tokens."""
+    """The ids of a text, with a token for each tag."""
     ids = text.encode().replace(b"<tool_call>", b"\xfe").replace(b"</tool_call>", b"\xff")
     return [{0xFE: 256, 0xFF: 257}.get(byte, byte) for byte in ids]
 
@@ -415,7 +416,7 @@ def test_names_and_schemas_cannot_change_the_grammar(vocabulary, name):
 
 @pytest.mark.demo
 def test_grammars_and_calls_in_the_real_vocabulary(demo_path):
-    """Qwen's tags are added tokens that are not special: text shows them, and a grammar's strings match them."""
+    """Qwen's tags are added tokens, but not special ones: texts contain them, and strings of a grammar match them."""
     from qwenkern.checkpoint import open_checkpoint
 
     demo = Tokenizer.from_gguf(open_checkpoint(demo_path).metadata, "demo.gguf")
@@ -453,7 +454,7 @@ def test_tools_that_have_no_grammar(tools, choice, message):
 
 @pytest.mark.demo
 def test_arguments_as_text_are_rendered_once(demo_path):
-    """Clients send back the arguments as text. The real template then writes what it writes for the object."""
+    """Clients send the arguments back as text. The real template then writes the same as for the object."""
     from qwenkern.checkpoint import open_checkpoint
 
     demo = Tokenizer.from_gguf(open_checkpoint(demo_path).metadata, "demo.gguf")
@@ -469,7 +470,7 @@ def test_arguments_as_text_are_rendered_once(demo_path):
     text = demo.render_chat(conversation(TIDE.arguments), TOOLS)
     assert text == demo.render_chat(conversation(json.loads(TIDE.arguments)), TOOLS)
     assert f"<|im_start|>assistant\n{CALL}<|im_end|>" in text
-    # so the ids that the model wrote are the beginning of the next prompt, whose keys and values are cached
+    # so the next prompt begins with the ids that the model wrote, whose keys and values are cached
     before = demo.encode_chat(conversation(TIDE.arguments)[:1], TOOLS)
     after = demo.encode_chat(conversation(TIDE.arguments), TOOLS)
     assert after[: len(before)] == before
