@@ -76,7 +76,14 @@ class Grammars:
 
         Raises RequestError for a grammar that llguidance does not support, with its reason, or that takes more time or
         memory than the bounds in grammar_trial.py. Raises EngineError if the machine is too busy to compile it."""
-        return Matcher(self.compiled(grammar).deep_copy(), lambda: self._again(grammar), self._width, end_ids, overrun)
+        return Matcher(
+            self.compiled(grammar).deep_copy(),
+            lambda: self._again(grammar),
+            self._width,
+            end_ids,
+            overrun,
+            lambda reason: self._refuse(grammar, reason),
+        )
 
     def knows(self, grammar: Grammar) -> bool:
         """Whether ``compiled`` has the grammar, or its refusal, in the cache."""
@@ -112,18 +119,23 @@ class Grammars:
                 return known
             reason, size = _try(source)
             if reason:
-                reason = f"{grammar.kind} is not supported: {reason}"
-                with self._lock:
-                    self._refused[grammar] = reason
-                    while len(self._refused) > MAX_REFUSED:
-                        self._refused.popitem(last=False)
-                raise RequestError(reason)
+                raise RequestError(self._refuse(grammar, reason))
             compiled = self._compile(grammar)
         with self._lock:
             self._compiled[grammar] = compiled, size + _GROWTH
             while sum(size for _, size in self._compiled.values()) > MAX_COMPILED_BYTES:
                 self._compiled.popitem(last=False)
         return compiled
+
+    def _refuse(self, grammar: Grammar, reason: str) -> str:
+        """Caches a reason to refuse a grammar. Returns the message of the error."""
+        message = f"{grammar.kind} is not supported: {reason}"
+        with self._lock:
+            self._compiled.pop(grammar, None)
+            self._refused[grammar] = message
+            while len(self._refused) > MAX_REFUSED:
+                self._refused.popitem(last=False)
+        return message
 
     def _again(self, grammar: Grammar) -> Any:
         """Compiles a cached grammar again, because the state that its texts share has failed."""

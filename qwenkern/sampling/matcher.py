@@ -82,13 +82,20 @@ class Matcher:
     state fails, the matcher follows its text again with a new state, so that one text cannot end another."""
 
     def __init__(
-        self, state: Any, fresh: Callable[[], Any], width: int, end_ids: Iterable[int], overrun: Overrun | None = None
+        self,
+        state: Any,
+        fresh: Callable[[], Any],
+        width: int,
+        end_ids: Iterable[int],
+        overrun: Overrun | None = None,
+        refuse: Callable[[str], object] = lambda reason: None,
     ) -> None:
         self._state = state  # llguidance.LLMatcher
         self._fresh = fresh  # makes a state that shares nothing with other texts
         self._width = width
         self._end_ids = frozenset(end_ids)
         self._overrun = overrun or Overrun()
+        self._refuse = refuse  # is told that the grammar takes too much time, so that nobody runs it again
         self._taken: list[int] = []
         self._mask: Mask | None = None  # for the next token
         self._error: RequestError | None = None
@@ -153,7 +160,9 @@ class Matcher:
         result = call(*arguments)
         self._overrun.seconds += time.thread_time() - begin
         if self._overrun.seconds > SLOW:
-            self._fail(f"it has taken {SLOW:g} s more than {1000 * EACH:g} ms for each token, which is the most")
+            reason = f"it has taken {SLOW:g} s more than {1000 * EACH:g} ms for each token, which is the most"
+            self._fail(reason)
+            self._refuse(reason)
         return result
 
     def _restart(self) -> None:
