@@ -58,7 +58,7 @@ def in_c(request, monkeypatch, tmp_path_factory):
     with one_worker_at_a_time(tmp_path_factory, "library"):  # the first one may compile it
         assert c_backend.prepare() is None
     if name == "plain":
-        monkeypatch.setattr(build, "_found", c_backend.prepared()._replace(library=Plain(c_backend.library())))
+        build._found = c_backend.prepared()._replace(library=Plain(c_backend.library()))  # until it is forgotten
     yield
     build.forget()
 
