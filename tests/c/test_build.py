@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,6 +125,18 @@ def test_a_target_that_cannot_be_forced_is_an_error(monkeypatch, name, said):
     with pytest.raises(RequestError, match=said):
         qwenkern.Model.from_config("qwen2.5-0.5b", device="cpu")
     build.forget()
+
+
+@pytest.mark.skipif(targets.machine() != "x86_64", reason="an option of gcc for x86-64")
+@pytest.mark.parametrize("target", [*targets.TARGETS, targets.native()], ids=lambda target: target.name)
+def test_gcc_fuses_every_product_with_its_sum(target):
+    """gcc tunes for some processors by splitting the fused multiply-adds of some loops. A sum would then depend on the
+    loop, and decode steps would not be batch-invariant."""
+    if target.machine != "x86_64" or not shutil.which("gcc"):
+        pytest.skip("for another machine, or gcc is missing")
+    command = ["gcc", *target.flags, "-Q", "--help=params"]
+    listed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert re.findall(r"avoid-fma-max-bits=\S*\s+(\d+)", listed) == ["0"]
 
 
 def test_features_are_those_that_all_cores_have(tmp_path):
@@ -339,6 +352,7 @@ def test_what_root_makes_others_may_read(fresh, monkeypatch, user, mode):
 
 ANOTHER_USER = """
 import os
+import re
 import torch
 from qwenkern.kernels import c as c_backend
 from qwenkern.kernels.c import choose, compiler
@@ -669,6 +683,7 @@ def test_no_cgroups_are_no_limit(tmp_path):
 def test_a_process_on_one_processor_has_one_thread():
     code = """
 import os
+import re
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # as taskset does
 import torch
 torch.set_num_threads(4)
