@@ -6,6 +6,7 @@ import importlib
 
 import pytest
 import torch
+from support.interpreter import round_products_once
 from support.mutations import Mutation
 from support.paged import paged_cache
 from support.references import assert_matches_reference, random
@@ -90,7 +91,8 @@ def test_wide_integers(ops, device):
     assert torch.equal(out, ops.prefill_attention(q, pages, *integers, scale))
 
 
-def test_bits_are_batch_invariant(ops, device):
+def test_bits_are_batch_invariant(ops, device, monkeypatch):
+    round_products_once(monkeypatch)
     parts = [(130, 150), (1, 64), (20, 20)]
     q, pages, tables, lengths, starts, scale = _inputs(parts, (4, 2, 32), torch.bfloat16, device)
     together = ops.prefill_attention(q, pages, tables, lengths, starts, scale)
@@ -102,7 +104,8 @@ def test_bits_are_batch_invariant(ops, device):
 
 
 @pytest.mark.parametrize("computed", [1, 63, 100])
-def test_bits_do_not_depend_on_chunks(ops, device, computed):
+def test_bits_do_not_depend_on_chunks(ops, device, computed, monkeypatch):
+    round_products_once(monkeypatch)
     q, pages, tables, lengths, starts, scale = _inputs([(200, 200)], (4, 2, 32), torch.bfloat16, device)
     whole = ops.prefill_attention(q, pages, tables, lengths, starts, scale)
     rest = ops.prefill_attention(q[computed:], pages, tables, lengths, (starts - computed).clamp(min=0), scale)

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
+import numpy as np
+import pytest
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -22,6 +24,22 @@ def spare_useless_work() -> None:
     options = interpreter.interpreter_builder.options
     if {"debug", "sanitize_overflow"} <= {field.name for field in fields(options)} and not options.debug:
         interpreter.interpreter_builder.options = replace(options, sanitize_overflow=False)
+
+
+def round_products_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has the interpreter compute tl.dot in float64 and round the result to float32. numpy's products add the rows at
+    the edge of a tile in another order on some processors, so a row's bits would depend on its place in the tile."""
+    create_dot = interpreter.InterpreterBuilder.create_dot
+
+    def rounded(self: Any, a: Any, b: Any, d: Any, *how: Any) -> Any:
+        if d.data.dtype != np.float32 or not (
+            a.dtype.primitive_bitwidth > 8 and a.data.dtype.kind == b.data.dtype.kind == "f"
+        ):
+            return create_dot(self, a, b, d, *how)
+        product = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+        return interpreter.TensorHandle(product.astype(np.float32), d.dtype.scalar)
+
+    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_dot", rounded)
 
 
 def _unless_replaced(patch: Callable[[Callable[..., Any]], Any]) -> Callable[[Callable[..., Any]], Any]:
