@@ -258,7 +258,7 @@ def serving(document: dict[str, Any]) -> Shown:
         name = ENGINES.get(row["engine"], row["engine"])
         rows.append([str(row["callers"]), name, speed, _spread(row.get("speedup"), ""), *waits])
     requests = f"{document['requests']} request{'s' if document['requests'] > 1 else ''} of each caller"
-    said = f"{document['model']}, {requests}. {_when(document)}"
+    said = f"{document['model']}, {requests}. {_when(document)}{_note(document)}"
     waits_of = [f"{what}, median / 99 % within, s" for what in ("time to first token", "gap between tokens")]
     return said, ["callers", "engine", "tokens/s of all", "speed-up", *waits_of], rows
 
@@ -270,7 +270,7 @@ def structured(document: dict[str, Any]) -> Shown:
         times = [_spread(row[name], "", digits=1) for name in ("free_ms", "schema_ms")]
         rows.append([str(row["sequences"]), row["case"], *times, _spread(row["ratio"], "", digits=3)])
     headings = ["sequences", "tokens", "free text, ms a step", "JSON schema, ms a step", "times as long"]
-    return f"{document['model']}. {_when(document)}", headings, rows
+    return f"{document['model']}. {_when(document)}{_note(document)}", headings, rows
 
 
 def engine(document: dict[str, Any]) -> Shown:
@@ -296,6 +296,11 @@ def engine(document: dict[str, Any]) -> Shown:
     return f"{document['model']}. {_when(document)}", ["what", "measured"], rows
 
 
+def _note(document: dict[str, Any]) -> str:
+    """What was stored with --note, as a sentence."""
+    return f" {document['note'].rstrip('.')}." if document.get("note") else ""
+
+
 def _spread(values: list[float] | None, unit: str, over: float = 1.0, digits: int = 2) -> str:
     """Median (least to most)."""
     if not values:
@@ -311,8 +316,7 @@ def _whole_model(document: dict[str, Any]) -> str:
     programs = document.get("programs", {}).values()
     builds = {f"build {each.get('build_number')}, {' '.join(each['flags'])}" for each in programs}
     said += "".join(f" llama.cpp: {build}." for build in sorted(builds))
-    if document.get("note"):
-        said += f" {document['note'].rstrip('.')}."
+    said += _note(document)
     if "load_before" in document:
         said += f" Load average before the run: {document['load_before']:.1f}."
     return said
