@@ -243,5 +243,5 @@ def test_children_share_the_kernels_and_say_what_fails(compiling, tmp_path):
     assert done.returncode == 0, done.stderr
     compiled, shared, stamps, failed, message = done.stdout.splitlines()
     assert (compiled, shared, stamps, failed) == ("True", "True True", "True True", "False")
-    assert "compiled ahead" in message
+    assert "compiled in advance" in message
     assert "weights have no format 'feathers'" in message
