@@ -25,6 +25,7 @@ if (
     sys.modules["kernels"] = None
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # transformers is a reference here, and needs no network
 
+import numpy as np
 import torch
 from support import cuda_errors
 from support.selection import FEW, quick
@@ -68,6 +69,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device, and torch finds none"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    _seed()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_call() -> None:
+    _seed()
+
+
+def _seed() -> None:
+    """Gives each test the same numbers from the generators of torch and numpy, whatever ran before it."""
+    torch.default_generator.manual_seed(0)
+    np.random.seed(0)
 
 
 @pytest.fixture(scope="session")
