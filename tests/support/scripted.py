@@ -14,6 +14,7 @@ from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_library
 
 from qwenkern import Model
+from qwenkern.server import answering
 from qwenkern.text.chat_template import ChatTemplate
 from qwenkern.text.tokenizer import Tokenizer
 
@@ -35,7 +36,8 @@ def model_with_tools() -> Model:
 
 @contextlib.contextmanager
 def saying(model: Model, *texts: str) -> Iterator[list[str]]:
-    """In this context the model answers with these texts, one per call. Yields the list of prompts that it reads."""
+    """In this context the model answers with these texts, one per call. Yields the list of prompts that it reads. In a
+    server's streams each token has an event of its own, also on a busy machine, where several would share one."""
     made, left, read = model._requests, list(texts), list[str]()
 
     def requests(prompts: Any, params: Any, *more: Any) -> Any:
@@ -44,5 +46,5 @@ def saying(model: Model, *texts: str) -> Iterator[list[str]]:
         read.extend(model.tokenizer.decode(request.prompt_ids, skip_special=False) for request in found)
         return found
 
-    with mock.patch.object(model, "_requests", requests):
+    with mock.patch.object(model, "_requests", requests), mock.patch.object(answering, "_joined", list):
         yield read
