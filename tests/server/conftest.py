@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import httpx
 import pytest
 from openai import OpenAI
+from support.engines import PATIENCE
 from support.servers import serving
+
+# What a call without a timeout waits for: 5 s by default, in which a busy machine may not answer.
+for part in ("connect", "read", "write", "pool"):
+    setattr(httpx._config.DEFAULT_TIMEOUT_CONFIG, part, PATIENCE)
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ import pytest
 from pydantic import ValidationError
 from support.engines import Gate, all_free, check_pages, eventually
 from support.models import save_checkpoint
-from support.servers import serving, toy
+from support.servers import free_port, serving, toy
 
 from qwenkern.sampling import grammar_compiler
 from qwenkern.server import auth, bodies, listening, page, protocol
@@ -167,21 +167,22 @@ def test_a_request_that_has_not_started_in_time_gets_503(model):
 
 
 def test_a_request_that_has_started_is_not_ended_for_its_length(model):
-    with serving(model, Settings(bounds=Bounds(waiting_seconds=0.5, drain_seconds=5))) as url, Gate(model) as gate:
-        steps = threading.Thread(target=lambda: (gate.steps(2), time.sleep(1.0), gate.open()))
+    with serving(model, Settings(bounds=Bounds(waiting_seconds=2.0, drain_seconds=5))) as url, Gate(model) as gate:
+        steps = threading.Thread(target=lambda: (gate.steps(2), time.sleep(2.2), gate.open()))
         steps.start()
         assert httpx.post(url + CHAT, json=BODY, timeout=60).status_code == 200
         steps.join()
 
 
 def test_a_body_that_does_not_come_is_not_waited_for(model):
-    settings = Settings(bounds=Bounds(body_seconds=0.2, body_bytes=1000, drain_seconds=5))
+    settings = Settings(bounds=Bounds(body_seconds=0.2, drain_seconds=5))
     with serving(model, settings) as url:
         address = url.removeprefix("http://").split(":")
         with socket.create_connection((address[0], int(address[1])), timeout=30) as connection:
             head = HEAD.format(9) + "{"
             connection.sendall(head.encode())
             assert connection.recv(4096).startswith(b"HTTP/1.1 408")
+    with serving(model, Settings(bounds=Bounds(body_bytes=1000, drain_seconds=5))) as url:
         large = BODY | {"stop": "x" * 1000}
         assert error_of(httpx.post(url + CHAT, json=large), 413)["code"] == "body_too_large"
         parts = (part for part in [json.dumps(large).encode()] * 2)  # without a length
@@ -256,12 +257,13 @@ def test_the_rest_of_a_refused_body_is_not_waited_for(model, monkeypatch):
                     connection.sendall(b" ")
                     time.sleep(0.02)
             assert time.monotonic() - begun < 20
+        monkeypatch.setattr(protocol, "REST_SECONDS", 1.5)
         with upload(url, 2000, 10) as connection:  # the rest of a body in time keeps the connection open
             answer = b""
             while b"body_too_large" not in answer:
                 answer += connection.recv(4096)
             connection.sendall(b" " * 1990)
-            time.sleep(0.6)
+            time.sleep(1.8)
             connection.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\n\r\n")
             assert connection.recv(12) == b"HTTP/1.1 200"
 
@@ -345,7 +347,7 @@ def test_the_end_of_an_answer_that_nobody_reads_is_not_waited_for(model, monkeyp
 
 
 def test_a_large_answer_may_be_read_slowly(model, monkeypatch, small_buffers):
-    monkeypatch.setattr(protocol, "STALLED_SECONDS", 0.5)
+    monkeypatch.setattr(protocol, "STALLED_SECONDS", 1.5)
     monkeypatch.setattr(page, "_page", lambda: (b"x" * 1_000_000, {"ETag": "a"}))
     with serving(model) as url, slow_reader(url, "/") as client:
         begun, read = time.monotonic(), 0
@@ -411,6 +413,7 @@ def test_those_who_want_tokens_only_keep_nobody_waiting(model, monkeypatch):
             for path, body in ASIDE:
                 refuse(httpx.post(url + path, json=body, timeout=60), 8)
             assert httpx.post(url + CHAT, json=BODY, timeout=60).status_code == 200
+            eventually(lambda: len(waiting) >= 2)
             counts.append(len(waiting))
             gate.set()
         assert counts == [2], "more threads than two are stuck"
@@ -494,9 +497,7 @@ def folder(tmp_path_factory):
 @contextlib.contextmanager
 def started(folder, *options):
     """Starts `qwenkern serve`. Returns the process and its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "qwenkern", "serve", "-m", f"toy={folder}", "--port", str(port), *options]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -102,7 +102,7 @@ def test_a_model_whose_engine_has_stopped_is_loaded_again(caplog):
         assert answers[0].json()["usage"]["completion_tokens"] == 400, "a request that comes meanwhile waits"
         assert get(url).json() == {"status": "ok", "reason": None}
         assert len(reloads.made) == 2
-        assert reloads.made[0]() is None, "somebody keeps the model that has stopped"
+        eventually(lambda: reloads.made[0]() is None, "somebody keeps the model that has stopped")
     assert "secret" not in rest
     assert "the engine of toy has stopped" in caplog.text
     assert "CUDA error: /secret/path" in caplog.text

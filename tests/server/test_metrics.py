@@ -9,7 +9,7 @@ import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as parse_openmetrics
 from prometheus_client.parser import text_string_to_metric_families as parse
-from support.engines import check_pages, read
+from support.engines import Gate, check_pages, read
 from support.servers import serving, toy
 
 from qwenkern.server.metrics import COUNTERS, GAUGES, HISTOGRAMS
@@ -67,13 +67,19 @@ def test_the_documentation_lists_every_metric(model):
 
 
 def test_what_runs_now(model):
-    with serving(model) as url, model.stream(PROMPT, max_tokens=300, ignore_eos=True) as stream:
+    with (
+        serving(model) as url,
+        Gate(model) as gate,
+        model.stream(PROMPT, max_tokens=300, ignore_eos=True) as stream,
+    ):
+        gate.steps(3)
         read(stream, 1)
         found = values(url)
         assert found["qwenkern_num_requests_running|toy"] == 1
         assert found["qwenkern_num_requests_waiting|toy"] == 0
         assert 0 < found["qwenkern_kv_cache_usage_perc|toy"] < 1
         stream.close()
+        gate.open()
         check_pages(model)
         assert values(url)["qwenkern_kv_cache_usage_perc|toy"] == 0
         assert values(url)["qwenkern_request_success_total|abort|toy"] == 1

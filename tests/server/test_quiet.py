@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import json
+import socket
 from contextlib import aclosing
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -12,7 +14,7 @@ import pytest
 from anthropic import Anthropic
 from openai import OpenAI
 from starlette.requests import ClientDisconnect
-from support.engines import check_pages
+from support.engines import check_pages, eventually
 from support.parrot import parrot
 from support.servers import serving
 
@@ -111,25 +113,27 @@ def test_an_error_before_the_first_event(url, monkeypatch, seconds):
 
 def test_a_client_that_leaves_ends_its_request(url, monkeypatch):
     """Before the response has begun, and after comments only."""
-    monkeypatch.setattr(sse, "QUIET_SECONDS", 0.2)
-    ended = []
+    begun, ended = [], []
 
     async def waits(*arguments):
+        begun.append(True)
         try:
             await asyncio.sleep(60)
             yield
         finally:
-            ended.append(time.monotonic())
+            ended.append(True)
 
     monkeypatch.setattr(answering, "events", waits)
-    with httpx.Client(timeout=0.05) as client, pytest.raises(httpx.ReadTimeout):
-        client.post(f"{url}/v1/chat/completions", json=CHAT)
-    with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT, timeout=10) as answer:
+    address, body = urlsplit(url), json.dumps(CHAT)
+    head = "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with socket.create_connection((address.hostname, address.port)) as connection:
+        connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+        eventually(lambda: begun)
+    eventually(lambda: len(ended) == 1)
+    monkeypatch.setattr(sse, "QUIET_SECONDS", 0.2)
+    with httpx.stream("POST", f"{url}/v1/chat/completions", json=CHAT, timeout=60) as answer:
         assert next(answer.iter_text()) == ": keep-alive\n\n"
-    begun = time.monotonic()
-    while len(ended) < 2 and time.monotonic() < begun + 10:
-        time.sleep(0.01)
-    assert len(ended) == 2
+    eventually(lambda: len(ended) == 2)
 
 
 def test_a_client_that_leaves_before_the_headers_are_sent_ends_its_request(monkeypatch):
