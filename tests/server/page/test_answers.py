@@ -34,7 +34,7 @@ def test_markdown_is_drawn(visit):
     assert links == ["https://example.org/x", "https://example.org/y"]
     page.page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.button("Copy code").click()
-    assert page.page.evaluate("navigator.clipboard.readText()") == "if a < b:\n    pass\n"
+    page.until(r"navigator.clipboard.readText().then((text) => text === 'if a < b:\n    pass\n')")
 
 
 def test_a_list_that_is_being_written_is_a_list(visit):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from support.browser import events
-from support.engines import Gate
+from support.engines import Gate, eventually
 from support.servers import serving
 
 from qwenkern.server.settings import Bounds, Settings
@@ -33,7 +33,8 @@ def test_the_calculator_goes_on_with_a_key(visit, model):
     with serving(model, Settings(api_keys=("secret",))) as url:
         page = visit(url)
         page.page.get_by_role("tab", name="Footprint").click()
-        page.page.locator("#footprint-wrong").get_by_text("The server wants an API key:").wait_for()
+        for place in ("#footprint-wrong", "#banner"):
+            page.page.locator(place).get_by_text("The server wants an API key:").wait_for()
         page.console.clear()
         page.setting("API key", "secret")
         page.page.locator("#cards tr").first.wait_for()
@@ -71,6 +72,7 @@ def test_a_full_queue_is_said_so(visit, model):
         first, page = (visit(url, {"max_completion_tokens": 4}) for _ in range(2))
         first.ask("Hello!")
         first.button("Stop").wait_for()
+        eventually(lambda: model._loop._sinks)  # its request has come
         page.ask("Hello!")
         page.page.get_by_text("The server is busy:").wait_for()
         page.console.clear()
