@@ -239,8 +239,9 @@ def test_two_streams_may_be_read_in_turns(model, greedy):
 
 
 def test_a_stream_may_be_closed_while_another_thread_reads_it(model):
-    stream = model.stream([65, 66, 67], max_tokens=400, ignore_eos=True)
     with Gate(model) as gate:
+        stream = model.stream([65, 66, 67], max_tokens=400, ignore_eos=True)
+        eventually(gate.has_come.is_set)
         pieces: list[str] = []
         reader = threading.Thread(target=lambda: pieces.extend(stream), daemon=True)
         reader.start()
@@ -258,8 +259,8 @@ def test_a_stream_may_be_closed_while_another_thread_reads_it(model):
 
 @pytest.mark.parametrize("in_a_cycle", [False, True])
 def test_streams_that_are_forgotten_give_their_pages_back(model, in_a_cycle):
-    stream = model.stream(PROMPTS[5], max_tokens=380, ignore_eos=True)
     with Gate(model) as gate:
+        stream = model.stream(PROMPTS[5], max_tokens=380, ignore_eos=True)
         gate.steps(3)
         read(stream, 1)
         if in_a_cycle:
