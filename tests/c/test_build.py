@@ -67,12 +67,23 @@ def fresh(monkeypatch, tmp_path, compiled_once):
     kept._made.cache_clear()
 
 
+@pytest.fixture
+def agreeing(monkeypatch):
+    """The readings of measurements agree, so what they choose is kept. On a busy machine they may not."""
+    monkeypatch.setattr(choose, "_readings", lambda ways: {way: [1.0] * 4 for way in ways})
+
+
 def runs() -> bool:
     """Whether an op runs in C with the right result."""
     x = torch.arange(64).reshape(2, 32).bfloat16()
     if c_backend.prepare() is not None:
         return False
     return torch.equal(ops.linear(x, Dense(x)), x @ x.T)
+
+
+def of_users(warned) -> list:
+    """The warnings for users, without those about objects of other tests that are collected meanwhile."""
+    return [each for each in warned if issubclass(each.category, UserWarning)]
 
 
 # Targets
@@ -237,13 +248,14 @@ def test_an_odd_manifest_is_damaged(fresh, caplog, manifest):
 )
 def test_a_compiler_that_does_not_work_is_one_line_and_torch_runs(fresh, monkeypatch, cc, said):
     monkeypatch.setenv("CC", cc)
-    monkeypatch.setattr(compiler, "ANSWER", 0.5)
+    if "sleep" in cc:
+        monkeypatch.setattr(compiler, "ANSWER", 0.5)
     compiler._asked.cache_clear()
     with pytest.warns(UserWarning, match=said + ".*torch runs in place of C, slower") as warned:
         assert not runs()
-    assert "\n" not in str(warned[0].message)
     assert not runs()  # and says no more
-    assert len(warned) == 1
+    [one] = of_users(warned)
+    assert "\n" not in str(one.message)
     assert "torch" in c_backend.describe()["CPU"]
 
 
@@ -263,7 +275,7 @@ def test_without_the_rival_there_is_no_choice(fresh, monkeypatch, recwarn):
     monkeypatch.setattr(choose, "products", None)
     assert runs()
     assert c_backend.target() == "native"
-    assert not recwarn.list
+    assert not of_users(recwarn.list)
 
 
 @pytest.mark.parametrize("kind", ["a file", "no home", "another's", "full"])
@@ -395,7 +407,7 @@ def test_a_warm_cache_needs_no_compiler(fresh, monkeypatch, recwarn):
         build.forget()
         assert runs()
         assert c_backend.describe()["CPU"].startswith("C for odd, compiled on this machine")
-    assert not recwarn.list
+    assert not of_users(recwarn.list)
     [library] = fresh.glob("*.so")
     library.unlink()  # it is mapped: truncating it would end this process, at its next fork
     library.write_bytes(b"something else")
@@ -404,7 +416,7 @@ def test_a_warm_cache_needs_no_compiler(fresh, monkeypatch, recwarn):
         assert not runs()
 
 
-def test_a_folder_that_is_only_read_is_used(fresh, monkeypatch, caplog):
+def test_a_folder_that_is_only_read_is_used(fresh, agreeing, monkeypatch, caplog):
     assert runs()
     monkeypatch.setattr(os, "replace", _read_only)
     monkeypatch.setattr(os, "utime", _read_only)
@@ -470,7 +482,7 @@ def test_what_nobody_used_for_long_goes_when_something_new_comes(fresh):
     }
 
 
-def test_what_is_used_stays(fresh):
+def test_what_is_used_stays(fresh, agreeing):
     assert runs()
     long_ago = time.time() - 31 * kept.DAY
     for file in fresh.iterdir():
@@ -524,7 +536,7 @@ def test_the_fastest_is_chosen_and_remembered(fresh, monkeypatch, differs, expec
     assert chosen() == expected
 
 
-def test_a_choice_is_kept_with_its_day_and_the_load(fresh, monkeypatch):
+def test_a_choice_is_kept_with_its_day_and_the_load(fresh, agreeing, monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (7.25, 1, 1))
     assert runs()
     assert "load 7.2" in choose.measured["prefetch"]

@@ -93,9 +93,13 @@ def test_threads_that_have_nothing_to_do_sleep(team: Callable[[int], None]) -> N
     team(4)
     products()
     time.sleep(0.05)
-    before = time.process_time()
-    time.sleep(0.5)
-    assert time.process_time() - before < 0.1
+
+    def used() -> float:
+        before = time.process_time()
+        time.sleep(0.5)
+        return time.process_time() - before
+
+    assert any(used() < 0.1 for _ in range(4)), "and it is no other test's thread, which would end its work"
 
 
 def test_a_team_larger_than_the_machine_wastes_little(team: Callable[[int], None]) -> None:
