@@ -275,9 +275,13 @@ def test_the_real_vocabulary(demo, demo_metadata):
     assert demo.id_of("[PAD151665]") is None
     assert demo.decode([151_665, 151_935]) == ""
     assert {demo.id_of(token) for token in ("<tool_call>", "</tool_call>")}.isdisjoint(demo.special_ids)
-    started = time.perf_counter()
-    Tokenizer.from_gguf(demo_metadata, "demo.gguf")
-    assert time.perf_counter() - started < 1.5  # 0.35 s on two cores
+
+    def seconds() -> float:  # of the processor, because others may use it meanwhile
+        started = time.process_time()
+        Tokenizer.from_gguf(demo_metadata, "demo.gguf")
+        return time.process_time() - started
+
+    assert any(seconds() < 1.5 for _ in range(3))  # 0.35 s on two cores
 
 
 @pytest.mark.demo
