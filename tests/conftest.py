@@ -43,6 +43,13 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
     spare_useless_work()
 
+if importlib.util.find_spec("hypothesis"):
+    from hypothesis import HealthCheck, settings
+
+    # The same examples in each run, and no limit of time: a busy machine is no fault. tests/fuzz.py looks for new ones.
+    settings.register_profile("suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("suite")
+
 HAS_GPU = torch.cuda.is_available()
 
 
