@@ -179,7 +179,7 @@ def test_pull_of_a_local_model_prints_its_path(run, folder):
     assert run("pull", folder)[0] == f"{folder}\n"
 
 
-def _wait_for(terminal, text, seconds=60):
+def _wait_for(terminal, text, seconds=300):
     """Reads a terminal until it shows the text."""
     seen, ends = "", time.monotonic() + seconds
     while text not in seen:
@@ -216,7 +216,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(tmp_path):
         program.send_signal(signal.SIGINT)
         _wait_for(terminal, "> ")
         os.write(terminal, b"/exit\n")
-        assert program.wait(30) == 0
+        assert program.wait(300) == 0
     finally:
         program.kill()
         os.close(terminal)
@@ -439,7 +439,7 @@ def test_signals_while_it_generates(tmp_path):
         program.stdout.read(1)  # the first of 16,372 tokens, more than a pipe holds
         for _ in range(3):
             program.send_signal(number)
-        _, err = program.communicate(timeout=60)
+        _, err = program.communicate(timeout=300)
         assert program.returncode == code
         assert b"Traceback" not in err
 

@@ -421,7 +421,7 @@ def test_processes_that_pull_at_once_fetch_once(tiny, index, tmp_path):
     log = tmp_path / "log"
     command = [sys.executable, "-c", PULLER, str(Path(names.__file__).parents[1]), str(index), str(log), repr(tiny)]
     children = [subprocess.Popen(command) for _ in range(3)]
-    assert [child.wait(30) for child in children] == [0, 0, 0]
+    assert [child.wait(300) for child in children] == [0, 0, 0]
     assert log.read_text().split() == ["tiny-part1", "tiny-part2", "tiny-part3"]
     assert tiny.path.read_bytes() == WHOLE
 

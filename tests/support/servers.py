@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from support.engines import eventually
+from support.engines import PATIENCE, eventually
 from support.models import TINY, tiny_model
 from support.toy_tokenizer import byte_tokenizer
 
@@ -60,5 +60,5 @@ def serving(
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(PATIENCE)
             assert not thread.is_alive(), "the server has not stopped"

@@ -883,22 +883,28 @@ def test_an_expression_that_panics_later(tmp_path, monkeypatch):
 
 
 def test_other_threads_run_while_a_long_text_is_encoded(toy):
-    text, times, done = "hello <|im_end|> " * 200_000, [], threading.Event()
+    text = "hello <|im_end|> " * 200_000
 
-    def tick() -> None:
-        while not done.wait(0.001):
-            times.append(time.monotonic())
+    def longest_pause() -> float:
+        """Of another thread, as a share of the time that the encoding takes."""
+        times, done = [], threading.Event()
 
-    thread = threading.Thread(target=tick)
-    thread.start()
-    times.append(begun := time.monotonic())
-    found = toy.encode(text)
-    times.append(ended := time.monotonic())
-    done.set()
-    thread.join()
-    assert toy.decode(found, skip_special=False) == text
-    assert found == toy._library.encode(text, add_special_tokens=False).ids
-    assert max(later - earlier for earlier, later in pairwise(sorted(times))) < (ended - begun) / 2
+        def tick() -> None:
+            while not done.wait(0.001):
+                times.append(time.monotonic())
+
+        thread = threading.Thread(target=tick)
+        thread.start()
+        times.append(begun := time.monotonic())
+        found = toy.encode(text)
+        times.append(ended := time.monotonic())
+        done.set()
+        thread.join()
+        assert toy.decode(found, skip_special=False) == text
+        assert found == toy._library.encode(text, add_special_tokens=False).ids
+        return max(later - earlier for earlier, later in pairwise(sorted(times))) / (ended - begun)
+
+    assert any(longest_pause() < 0.5 for _ in range(3))  # other programs may make one of the pauses
 
 
 @pytest.mark.parametrize("interruption", [KeyboardInterrupt, SystemExit, MemoryError])
