@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import httpx
 import pytest
 from pydantic import ValidationError
-from support.engines import Gate, all_free, check_pages, eventually
+from support.engines import TO_START, Gate, all_free, check_pages, eventually
 from support.models import save_checkpoint
 from support.servers import free_port, serving, toy
 
@@ -508,7 +508,7 @@ def started(folder, *options):
                     return httpx.post(url + CHAT, json=BODY | {"max_tokens": 1}).status_code == 200
                 return process.poll() is not None
 
-            eventually(ready)
+            eventually(ready, "it does not start", TO_START)
             yield process, url
         finally:
             process.kill()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from support.engines import check_pages, eventually
+from support.engines import TO_START, check_pages, eventually
 from support.models import TINY, save_checkpoint, tiny_model
 from support.servers import free_port, serving, toy
 
@@ -185,7 +185,7 @@ def test_sigterm_lets_streams_end(tmp_path):
 
     reference = Model.from_pretrained(tmp_path / "toy", device="cpu", cache_tokens=4096)
     try:
-        eventually(is_well)
+        eventually(is_well, "it does not start", TO_START)
         asyncio.run(body())
         assert server.wait(30) == -signal.SIGTERM  # uvicorn raises it again after the last answer
         with pytest.raises(httpx.TransportError):

@@ -11,11 +11,12 @@ from qwenkern.engine import Engine, Limits, Output, Request, Runner
 from qwenkern.engine.capture import Capture
 
 PATIENCE = 60  # seconds after which something counts as hanging
+TO_START = 300  # the same for a program that imports torch
 
 
-def eventually(condition: Callable[[], Any], message: str = "") -> None:
-    """Waits until the condition is true, which depends on another thread that steps the engine."""
-    until = time.monotonic() + PATIENCE
+def eventually(condition: Callable[[], Any], message: str = "", seconds: float = PATIENCE) -> None:
+    """Waits until the condition is true, which depends on another thread, such as the one that steps the engine."""
+    until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, message or "it does not come true"
         time.sleep(0.001)
