@@ -126,6 +126,22 @@ def test_an_answer_is_made_anew_and_the_earlier_one_brought_back(visit):
     assert page.messages() == first
 
 
+@pytest.mark.parametrize("chosen", [None, "parrot"])
+def test_a_message_may_be_sent_before_the_list_of_models_comes(visit, chosen):
+    page = visit()
+    kept = {"settings": {"max_completion_tokens": "4"}} | ({"model": chosen} if chosen else {})
+    page.page.goto(f"{page.url}/health")  # the page itself would store its own state when it is left
+    page.page.evaluate("kept => sessionStorage.setItem('qwenkern.chat', JSON.stringify(kept))", kept)
+    page.page.route("**/v1/models", lambda route: None)  # it never comes
+    page.page.goto(page.url)
+    page.console.clear()  # /health has no icon
+    page.input.fill("Hello!")
+    page.input.press("Enter")
+    page.is_answered()
+    assert page.asked[0].get("model") == chosen
+    assert page.messages()[1]["ending"] in ("length", "stop")
+
+
 def test_an_edited_message_is_answered_anew(visit):
     page = visit(settings={"max_completion_tokens": 4})
     for count, text in enumerate(["One", "Two"], 1):
