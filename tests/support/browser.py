@@ -114,7 +114,6 @@ class Visit:
         return self.page.locator("#messages > .assistant .body").last
 
     def ask(self, text: str) -> None:
-        self.page.locator("#model option").first.wait_for(state="attached")  # the server has told its models
         self.input.fill(text)
         self.input.press("Enter")
 
