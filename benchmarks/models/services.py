@@ -11,6 +11,7 @@ import contextlib
 import http.client
 import importlib.util
 import json
+import random
 import socket
 import subprocess
 import sys
@@ -120,7 +121,7 @@ async def _events(port: int, path: str, body: dict[str, Any]) -> AsyncGenerator[
 def llama_server(file: Path, threads: int, callers: int, tokens: int) -> Iterator[LlamaServer]:
     """The server with a slot of ``tokens`` for each caller. Raises FileNotFoundError if it is not installed."""
     program = llama_cpp.find("llama-server")
-    port = _free_port()
+    port = free_port()
     context = callers * (-(-tokens // 256) * 256)
     options = ["--parallel", callers, "--ctx-size", context, "--threads", threads, "--port", port, "--no-webui"]
     command = [program, "--model", str(file), *map(str, options), *llama_cpp.SETTINGS]
@@ -147,16 +148,20 @@ def qwenkern_random_server(size: str, device: str, threads: int, cache_tokens: i
 def _server(module: list[str], model: str, device: str, threads: int, cache_tokens: int) -> Iterator[QwenkernServer]:
     if importlib.util.find_spec("uvicorn") is None:
         raise FileNotFoundError("qwenkern serve needs the extra qwenkern[serve]")
-    port = _free_port()
+    port = free_port()
     options = ["--model", model, "--device", device, "--threads", threads, "--cache-tokens", cache_tokens]
     with _running([sys.executable, "-m", *module, *map(str, options), "--port", str(port)], port):
         yield QwenkernServer(port)
 
 
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
+def free_port() -> int:
+    """A port for a server in another process. It is not one of those that the system gives to connections, so none has
+    it when the server starts to listen."""
+    numbers = random.SystemRandom()  # processes that are forked draw different ones
+    while True:
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", numbers.randrange(20_000, 32_000)))
+            return int(free.getsockname()[1])
 
 
 @contextmanager

@@ -20,8 +20,9 @@ import pytest
 from pydantic import ValidationError
 from support.engines import TO_START, Gate, all_free, check_pages, eventually
 from support.models import save_checkpoint
-from support.servers import free_port, serving, toy
+from support.servers import serving, toy
 
+from qwenkern.benchmarks.models.services import free_port
 from qwenkern.sampling import grammar_compiler
 from qwenkern.server import auth, bodies, listening, page, protocol
 from qwenkern.server.errors import ApiError

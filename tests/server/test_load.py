@@ -5,22 +5,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import gc
 import json
 import signal
 import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import httpx
 import pytest
 from support.engines import TO_START, check_pages, eventually
+from support.memory import in_a_process, needs_resident, resident
 from support.models import TINY, save_checkpoint, tiny_model
-from support.servers import free_port, serving, toy
+from support.servers import serving, toy
 
-from qwenkern.allocation import give_back
+from qwenkern.benchmarks.models.services import free_port
 from qwenkern.server import protocol
 
 pytestmark = pytest.mark.slow
@@ -74,13 +73,6 @@ def check(found: list[str | None], expected: list[str], leaving: bool) -> None:
         assert text == (None if leaving and n % 3 == 2 else expected[n % len(PROMPTS)]), n
 
 
-def resident() -> int:
-    """The resident memory of this process in bytes."""
-    gc.collect()
-    give_back()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-
 def a_third_leaves() -> None:
     with toy() as model, serving(model) as url:
         expected = alone(model)
@@ -94,13 +86,9 @@ def a_third_leaves() -> None:
         assert outcomes["length"] + outcomes["abort"] == 3 * CLIENTS + len(PROMPTS)
 
 
+@needs_resident
 def test_a_third_of_many_clients_leaves():
-    """In a process of its own, because the threads of other tests allocate memory in this one."""
-    tests = Path(__file__).parents[1]
-    path = [str(tests), str(tests / "server")]
-    code = f"import sys; sys.path[:0] = {path!r}; import test_load; test_load.a_third_leaves()"
-    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, check=False, timeout=500)
-    assert done.returncode == 0, done.stderr
+    in_a_process(__file__, "a_third_leaves()")
 
 
 def test_answers_wait_for_pages():

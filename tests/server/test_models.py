@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -15,6 +12,7 @@ from pathlib import Path
 import httpx
 import pytest
 import torch
+from support.memory import in_a_process, needs_resident, resident
 from support.models import TINY, save_checkpoint, tiny_model
 from support.servers import serving, toy
 
@@ -372,47 +370,27 @@ def checkpoint(tmp_path_factory) -> Path:
     return folder
 
 
-# Loads and unloads the checkpoint argv[1] three times. Prints the resident memory of the process in bytes, each time
-# with the model and without it.
-CHILD = """
-import asyncio, gc, json, sys
-from pathlib import Path
-from qwenkern.allocation import give_back
-from qwenkern.server.models import Models
-from qwenkern.server.source import source
+def loads_three_times(folder: str) -> None:
+    async def body() -> None:
+        models = Models({"a": source(Path(folder), device="cpu", cache_tokens=512)})
+        unloaded = []
+        for _ in range(3):
+            async with models.use("a") as model:
+                await model.agenerate([1, 2, 3], max_tokens=2)
+                del model
+            loaded = resident()
+            await models._unload(models.entries["a"])
+            unloaded.append(resident())
+            assert loaded - unloaded[-1] > 0.8 * 100e6
+        models.close()
+        assert unloaded[-1] - unloaded[0] < 20e6, "memory grows with each load"
 
-def resident():
-    gc.collect()
-    give_back()
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
-
-async def body():
-    models = Models({"a": source(Path(sys.argv[1]), device="cpu", cache_tokens=512)})
-    taken = []
-    for _ in range(3):
-        async with models.use("a") as model:
-            await model.agenerate([1, 2, 3], max_tokens=2)
-            del model
-        loaded = resident()
-        await models._unload(models.entries["a"])
-        taken.append((loaded, resident()))
-    models.close()
-    print(json.dumps(taken))
-
-asyncio.run(body())
-"""
+    asyncio.run(body())
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the system does not say what a process holds")
+@needs_resident
 def test_an_unloaded_model_gives_its_memory_back(checkpoint):
-    """In a process of its own, because the threads of other tests allocate memory in this one."""
-    command = [sys.executable, "-c", CHILD, str(checkpoint)]
-    child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=300)
-    taken = json.loads(child.stdout)
-    assert len(taken) == 3
-    for loaded, unloaded in taken:
-        assert loaded - unloaded > 0.8 * 100e6
-    assert taken[-1][1] - taken[0][1] < 20e6, "memory grows with each load"
+    in_a_process(__file__, f"loads_three_times({str(checkpoint)!r})")
 
 
 def test_the_size_is_that_of_the_loaded_model(checkpoint):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import socket
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,16 +22,6 @@ from qwenkern.server.settings import Bounds, Settings
 def toy(config: Config = TINY, **keywords: Any) -> Model:
     """A small random model that reads and writes bytes as text."""
     return tiny_model(config, torch.float32, tokenizer=byte_tokenizer(config.vocab_size), **keywords)
-
-
-def free_port() -> int:
-    """A port for a server in another process. It is not one of those that the system gives to connections, so none has
-    it when the server starts to listen."""
-    numbers = random.SystemRandom()  # the workers draw different ones
-    while True:
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", numbers.randrange(20_000, 32_000)))
-            return free.getsockname()[1]
 
 
 @contextlib.contextmanager
