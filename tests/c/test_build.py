@@ -81,9 +81,9 @@ def runs() -> bool:
     return torch.equal(ops.linear(x, Dense(x)), x @ x.T)
 
 
-def of_users(warned) -> list:
-    """The warnings for users, without those about objects of other tests that are collected meanwhile."""
-    return [each for each in warned if issubclass(each.category, UserWarning)]
+def of_this_test(warned) -> list:
+    """The warnings, without those about files and sockets of other tests that are collected meanwhile."""
+    return [each for each in warned if not issubclass(each.category, ResourceWarning)]
 
 
 # Targets
@@ -254,7 +254,7 @@ def test_a_compiler_that_does_not_work_is_one_line_and_torch_runs(fresh, monkeyp
     with pytest.warns(UserWarning, match=said + ".*torch runs in place of C, slower") as warned:
         assert not runs()
     assert not runs()  # and says no more
-    [one] = of_users(warned)
+    [one] = of_this_test(warned)
     assert "\n" not in str(one.message)
     assert "torch" in c_backend.describe()["CPU"]
 
@@ -275,7 +275,7 @@ def test_without_the_rival_there_is_no_choice(fresh, monkeypatch, recwarn):
     monkeypatch.setattr(choose, "products", None)
     assert runs()
     assert c_backend.target() == "native"
-    assert not of_users(recwarn.list)
+    assert not of_this_test(recwarn.list)
 
 
 @pytest.mark.parametrize("kind", ["a file", "no home", "another's", "full"])
@@ -407,7 +407,7 @@ def test_a_warm_cache_needs_no_compiler(fresh, monkeypatch, recwarn):
         build.forget()
         assert runs()
         assert c_backend.describe()["CPU"].startswith("C for odd, compiled on this machine")
-    assert not of_users(recwarn.list)
+    assert not of_this_test(recwarn.list)
     [library] = fresh.glob("*.so")
     library.unlink()  # it is mapped: truncating it would end this process, at its next fork
     library.write_bytes(b"something else")

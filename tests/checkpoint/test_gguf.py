@@ -644,7 +644,7 @@ def whole(tmp_path_factory):
     return path.read_bytes(), first, path
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400)
 @given(data=st.data())
 def test_no_damage_to_the_header_gets_past_our_errors(whole, data):
     raw, first, path = whole

@@ -251,7 +251,7 @@ def test_every_text_survives_and_streams(demo):
 
 
 @pytest.mark.demo
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(st.integers(0, 255), st.integers(0, 151_935)), max_size=12))
 def test_any_ids_of_the_real_vocabulary_decode_as_the_library_does(demo, ids):
     whole = demo.decode(ids, skip_special=False)
@@ -441,7 +441,6 @@ def test_threads_do_not_disturb_each_other(toy):
     assert not wrong
 
 
-@settings(deadline=None)
 @given(st.text())
 def test_text_survives_but_for_normalization(toy, text):
     assert toy.decode(toy.encode(text, allow_special=False)) == normalizers.NFC().normalize_str(text)
@@ -513,7 +512,7 @@ def test_what_are_no_ids(toy, ids):
         toy.decode(ids)
 
 
-@settings(deadline=None, max_examples=500)
+@settings(max_examples=500)
 @given(st.lists(st.integers(0, 269), max_size=24), st.booleans())
 def test_pieces_join_to_the_whole_for_any_ids(toy, ids, skip_special):
     parts = pieces(toy, ids, skip_special=skip_special)
@@ -1355,7 +1354,7 @@ SPELLED = st.lists(
 ).map("".join)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(SPELLED, SPELLED)
 def test_contents_cannot_end_their_turn(toy, system, user):
     """All special tokens come from the template. The text between them is encoded as ordinary text."""
